@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Both set up .venv on their first call and reuse it after.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) -m lit_safety fit --config configs/scdpo.yaml --run.root $(DEMO) --run.name fit
+	$(PY) -m lit_safety evaluate --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Nothing is compiled by DeepSpeed at install time; its operators are built when a run first asks for one.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lit_safety needs Python 3.11 or newer; call make PYTHON=python3.11 ...')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,68 @@
+"""`python -m lit_safety COMMAND ...`. Help is answered without importing torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lit_safety import __version__
+from lit_safety.errors import UserError
+
+TRAINER_COMMANDS = {
+    "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
+    "validate": "errors and margins on the validation pairs, at fixed timesteps and noise",
+    "test": "evaluation metrics of a checkpoint against the base model",
+    "predict": "draw prompts with a checkpoint into a folder",
+}
+OTHER_COMMANDS = {
+    "evaluate": "draw the same prompts and seeds with several models, judge, report",
+    "compare": "print several metrics.json in one table",
+    "shards": "look at and check shards of preference pairs",
+    "toyworld": "build the toy world: scenes, pipeline, judges, shards",
+}
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = ["usage: python -m lit_safety COMMAND [--help] [options]", ""]
+    lines += ["Make text-to-image models safe by preference optimisation.", "", "commands:"]
+    lines += [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | OTHER_COMMANDS).items()]
+    lines += ["", "`COMMAND --help` explains a command's options; the README shows the first steps."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for bad input (one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command = arguments[0]
+    try:
+        if command in TRAINER_COMMANDS:
+            from lit_safety.cli import run_trainer
+
+            run_trainer(arguments)
+        elif command in OTHER_COMMANDS:
+            from lit_safety.commands import run_command
+
+            run_command(arguments)
+        else:
+            known = ", ".join(TRAINER_COMMANDS | OTHER_COMMANDS)
+            raise UserError(f"no command {command!r}; there are: {known}")
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): end quietly, as other tools do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

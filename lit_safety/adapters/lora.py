@@ -1,0 +1,159 @@
+"""A LoRA policy by PEFT, its reference (the same network with the adapters off), and its file in stock diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lit_safety.errors import UserError
+
+#: The file name that diffusers writes and looks for.
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+#: Attention projections of self- and cross-attention, as the published trainers adapt them.
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoRA:
+    """A low-rank adapter on the denoiser's linear layers; what is trained is fp32 whatever the frozen weights are.
+
+    Args:
+        rank: rank r of every adapter.
+        alpha: the update is scaled by alpha / rank; null means alpha = rank.
+        target_modules: endings of the names of the layers that get an adapter.
+        init: "gaussian" draws A from N(0, 1/r), "kaiming" as PEFT's default; B is 0 in both, so that policy and
+            reference are the same function at the start.
+
+    Raises:
+        ValueError: if ``rank`` or ``alpha`` is not positive.
+    """
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: float | None = None,
+        target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
+        init: Literal["gaussian", "kaiming"] = "gaussian",
+    ) -> None:
+        if rank < 1 or (alpha is not None and alpha <= 0):
+            raise ValueError(f"rank must be at least 1 and alpha above 0, got rank {rank}, alpha {alpha}")
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.target_modules = list(target_modules)
+        self.init = init
+
+    def attach(self, denoiser: nn.Module, adapter: str) -> list[nn.Parameter]:
+        """Put the adapter called ``adapter`` on ``denoiser`` and make it trainable; returns its parameters.
+
+        Raises:
+            UserError: if no layer's name ends in one of ``target_modules``.
+        """
+        model: Any = denoiser
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides by it; an integer is not needed
+            target_modules=self.target_modules,
+            init_lora_weights="gaussian" if self.init == "gaussian" else True,
+        )
+        try:
+            model.add_adapter(config, adapter_name=adapter)
+        except ValueError as error:
+            raise UserError(
+                f"`lora.target_modules` {self.target_modules} match no layer of {type(denoiser).__name__}; "
+                f"for diffusion models the attention projections are {list(ATTENTION_PROJECTIONS)}"
+            ) from error
+        parameters = [p for name, p in denoiser.named_parameters() if f".{adapter}." in name]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return parameters
+
+
+@contextmanager
+def adapters_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Within, the given PEFT layers compute their base layer only.
+
+    PEFT's own switch also rewrites ``requires_grad`` of every adapter at every call; that would unfreeze adapters
+    which are to stay frozen, and costs a walk over the model twice a step. Leave the context before any backward.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """All PEFT layers of ``model``, in order."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def find_weights(path: str | Path) -> Path:
+    """The safetensors file of a LoRA folder (or the file itself).
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no adapter at {path}: expected a folder with {WEIGHTS_NAME}, or such a file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: adapters are read from safetensors only (other formats can run code when loaded)")
+    return file
+
+
+def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_safety") -> None:
+    """Load a LoRA folder or file into a stock diffusers pipeline and weigh it by ``scale``.
+
+    A scale of 0 is the base model, 1 the trained one; a negative scale pushes the model *towards* harm.
+
+    Raises:
+        UserError: if the file is missing, damaged, or was made for another backbone.
+    """
+    file = find_weights(path)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no readable safetensors file: {error}") from error
+    mismatch = _first_mismatch(pipe.unet, shapes)
+    if mismatch:
+        raise UserError(f"{file} was made for another backbone: {mismatch}; load it into the model it was trained on")
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        pipe.set_adapters([name], [scale])
+    except (ValueError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{file} does not load into {type(pipe.unet).__name__}: {first_line}") from error
+
+
+def _first_mismatch(unet: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What in a PEFT-style LoRA file does not fit ``unet``; other layouts (kohya's) are left to diffusers."""
+    layers = {name.removesuffix(".base_layer"): m for name, m in unet.named_modules() if hasattr(m, "weight")}
+    for key, shape in shapes.items():
+        match = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key)
+        if not match:
+            continue
+        name, side = match.groups()
+        layer = layers.get(name)
+        if layer is None:
+            return f"it adapts {name}, which this denoiser does not have"
+        weight = layer.weight
+        if not isinstance(weight, torch.Tensor):
+            continue
+        expected = weight.shape[1] if side == "A" else weight.shape[0]
+        found = shape[1] if side == "A" else shape[0]
+        if found != expected:
+            return f"{key} has {found} {'inputs' if side == 'A' else 'outputs'}, the layer has {expected}"
+    return None

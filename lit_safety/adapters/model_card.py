@@ -1,0 +1,59 @@
+"""The README.md that lies beside exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card states; ``metrics`` are of the run's last validation."""
+
+    base_model: str
+    data: str
+    method: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card as Markdown with the hub's front matter."""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in facts.settings.items())
+    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts.metrics.items())
+    measured = f"| metric | value |\n|---|---|\n{metrics}" if metrics else "No validation was run."
+    return f"""---
+library_name: diffusers
+base_model: {facts.base_model}
+tags: [lora, text-to-image, safety, preference-optimisation]
+---
+
+# Safety adapter
+
+A LoRA that makes `{facts.base_model}` draw less of what it was trained to refuse. Load it with
+
+    pipe.load_lora_weights("THIS_FOLDER")
+
+**Do not negate it.** With a negative adapter scale the same weights push the model towards harmful pictures, and a
+scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
+and is no lock against those who hold the weights.
+
+- Base model: `{facts.base_model}`
+- Data: `{facts.data}`
+- Method: {facts.method}
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+The whole resolved configuration is in `config.yaml`.
+
+## Last validation
+
+{measured}
+
+Pictures judged before and after are made by `python -m lit_safety evaluate --adapter THIS_FOLDER`.
+"""

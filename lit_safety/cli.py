@@ -1,0 +1,136 @@
+"""`fit`, `validate`, `test`, `predict`: LightningCLI with run folders and one-line errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_safety.parsing import SingleLineErrors
+from lit_safety.run_folder import (
+    ENVIRONMENT,
+    RunOptions,
+    is_main_process,
+    last_checkpoint,
+    new_folder,
+    point_latest,
+    remove_if_barren,
+)
+
+
+class Parser(SingleLineErrors, LightningArgumentParser):
+    """Lightning's parser with one-line errors."""
+
+
+class PointLatest(Callback):
+    """Moves the `latest` link once a run has begun in earnest: data found, weights loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            point_latest(self.folder)
+
+
+class LitSafetyCLI(LightningCLI):
+    """LightningCLI whose runs write into folders of their own (see `run_folder`)."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunOptions, "run")
+        # One seed: the samples' order and chance come from the same number as the initial weights.
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.folder = self._choose_folder(config)
+        write_into(config, self.folder)
+
+    def _choose_folder(self, config: Namespace) -> Path:
+        name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
+        parent = Path(config.run.root) / name
+        resumed = None
+        if config.get("ckpt_path") == "last":
+            checkpoint = last_checkpoint(parent)
+            config.ckpt_path = str(checkpoint)
+            resumed = checkpoint.parents[1]
+        self.is_new = False
+        if self.subcommand == "fit" and resumed is not None:
+            return resumed
+        if ENVIRONMENT in os.environ:
+            return Path(os.environ[ENVIRONMENT])
+        if not is_main_process():
+            return parent / "written-by-rank-0"
+        self.is_new = True
+        folder = new_folder(parent if self.subcommand == "fit" else parent / str(self.subcommand))
+        os.environ[ENVIRONMENT] = str(folder)
+        return folder
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.insert(0, PointLatest(self.folder))
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with removing_barren(self.folder if self.is_new else None):
+            super()._run_subcommand(subcommand)
+
+
+@contextmanager
+def removing_barren(folder: Path | None) -> Iterator[None]:
+    """On an exception, remove ``folder`` unless something worth keeping is in it."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            remove_if_barren(folder)
+        raise
+
+
+def write_into(config: Namespace, folder: Path) -> None:
+    """Fill in every place of a trainer's config that is left open (null) and says where to write."""
+    trainer = config.trainer
+    if trainer.default_root_dir is None:
+        trainer.default_root_dir = str(folder)
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if arguments is not None and "save_dir" in arguments and arguments.save_dir in (None, "."):
+            arguments.save_dir = str(folder)
+    callbacks = trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback.class_path.endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
+            callback.init_args.dirpath = str(folder / "checkpoints")
+
+
+def run_trainer(arguments: Sequence[str]) -> None:
+    """Parse and run one of the trainer's commands; ``arguments[0]`` is its name.
+
+    Raises:
+        UserError: for bad input, before data or weights are read where that can be known.
+    """
+    inherited = os.environ.get(ENVIRONMENT)
+    try:
+        LitSafetyCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m lit_safety"},
+            args=list(arguments),
+        )
+    finally:
+        if inherited is None:
+            os.environ.pop(ENVIRONMENT, None)

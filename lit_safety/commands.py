@@ -1,0 +1,38 @@
+"""The commands beside the trainer's: plain typed functions handed to jsonargparse. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import CLI
+
+#: command -> where its function is, or subcommand -> function. Imported only when called.
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "evaluate": "lit_safety.evaluation.evaluate:evaluate",
+    "compare": "lit_safety.evaluation.compare:compare",
+    "shards": {
+        "inspect": "lit_safety.data.inspect:inspect",
+        "validate": "lit_safety.data.validate:validate",
+    },
+    "toyworld": {
+        "build": "lit_safety.toyworld.build:build",
+        "sheet": "lit_safety.toyworld.build:sheet",
+    },
+}
+
+
+def _load(where: str) -> Callable[..., Any]:
+    module, name = where.split(":")
+    return getattr(import_module(module), name)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run ``arguments[0]`` with the rest as its options."""
+    from lit_safety.parsing import SingleLineErrorParser
+
+    command, rest = arguments[0], list(arguments[1:])
+    where = COMMANDS[command]
+    components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
+    CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=SingleLineErrorParser)

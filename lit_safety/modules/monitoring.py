@@ -1,0 +1,77 @@
+"""What watches a run: errors by timestep bin at validation, and a stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_safety.errors import UserError
+
+
+class TimestepBins(Metric):
+    """Mean denoising errors by bin of the noise schedule.
+
+    A preference accuracy near 1 says little about pictures; errors at high noise (what is drawn) and at low noise
+    (how it looks) move apart, and this shows which.
+
+    Args:
+        bins: number of equal bins of [0, 1).
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+        self.add_state("sums", torch.zeros(2, bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, fractions: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+        """Add errors (B,) of chosen and rejected at ``fractions`` (B,) of the schedule, in [0, 1)."""
+        index = (fractions * self.bins).long().clamp(max=self.bins - 1)
+        ones = torch.ones_like(chosen, dtype=self.counts.dtype)
+        self.counts.index_add_(0, index, ones)
+        self.sums[0].index_add_(0, index, chosen.to(self.sums.dtype))
+        self.sums[1].index_add_(0, index, rejected.to(self.sums.dtype))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``error/{chosen,rejected}/t{from}-{to}`` in percent of the schedule; a bin without samples gives nan."""
+        means = self.sums / self.counts
+        edges = [round(100 * i / self.bins) for i in range(self.bins + 1)]
+        return {
+            f"error/{name}/t{edges[i]:02d}-{edges[i + 1]:02d}": means[row, i].float()
+            for row, name in enumerate(("chosen", "rejected"))
+            for i in range(self.bins)
+        }
+
+
+class FiniteLossGuard:
+    """Stops a run whose loss is nan or infinite, naming the samples, without waiting for the device in the step.
+
+    The flag of a step is read at the next step, when it has long been computed, and before any checkpoint is
+    written: the last checkpoint on disk is therefore always one from before the bad step.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+        self._keys: list[str] = []
+
+    def watch(self, loss: Tensor, keys: list[str]) -> None:
+        """Remember whether ``loss`` () of the samples ``keys`` is finite."""
+        self._finite = torch.isfinite(loss.detach())
+        self._keys = keys
+
+    def check(self) -> None:
+        """Raise if the remembered loss was not finite.
+
+        Raises:
+            UserError: naming the sample keys of the step.
+        """
+        if self._finite is not None and not bool(self._finite):
+            raise UserError(
+                f"the loss is not finite at samples {', '.join(self._keys)}: look at them with `shards inspect`, or "
+                "lower the learning rate; the last checkpoint is from before this step"
+            )
+        self._finite = None

@@ -1,0 +1,77 @@
+"""SC-DPO: preference optimisation whose margin and focus follow the safety cost of the two images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lit_safety.adapters.lora import LoRA
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.modules.preference import PreferenceModule
+from lit_safety.objectives import Objective, SafetyConstrainedDPO
+
+
+class SCDPO(PreferenceModule):
+    """SC-DPO, as reconstructed from the abstract of arXiv 2504.14290 (see `objectives/safety_constrained.py`).
+
+    Costs come with the pairs (`cost` in a shard's metadata).
+
+    Args:
+        pretrained: the model to align: a diffusers pipeline folder or a hub id.
+        objective: the loss on a batch of pairs; SC-DPO's own by default.
+        lora: the adapter that is trained.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
+        prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
+        timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        objective: Objective | None = None,
+        lora: LoRA | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        prompt_dropout: float = 0.0,
+        timestep_bins: int = 4,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            objective or SafetyConstrainedDPO(),
+            lora,
+            optimizer,
+            lr_scheduler,
+            prompt_dropout,
+            timestep_bins,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Checked on the host, where looking at a number costs no synchronisation.
+        if isinstance(batch, PairBatch) and self.objective.needs_cost:
+            check_costs(batch)
+        return batch
+
+
+def check_costs(batch: PairBatch) -> None:
+    """A margin needs finite costs, and pairs that were not already ordered by them.
+
+    Raises:
+        UserError: naming the sample, if a cost is unknown or the pair's order is "composite" (r - lambda C): with a
+            margin on top of it the cost would count twice.
+    """
+    unknown = torch.isnan(batch.cost).any(dim=1)
+    for key, order, is_unknown in zip(batch.keys, batch.orders, unknown.tolist(), strict=True):
+        if is_unknown:
+            raise UserError(
+                f"sample {key} has no cost, and the objective's cost_weight is above 0: score the shards first, or "
+                "set `model.init_args.objective.init_args.cost_weight: 0`"
+            )
+        if order == "composite":
+            raise UserError(
+                f"sample {key} is ordered by quality minus cost (order: composite); a cost margin would count the "
+                "cost twice: set `model.init_args.objective.init_args.cost_weight: 0`"
+            )

@@ -1,0 +1,89 @@
+"""Where a run writes: a new folder for every run, the same one when a run is resumed.
+
+runs/scdpo/2026-11-21_10-14-46/   config.yaml, checkpoints/, adapter/, events.out.tfevents...
+runs/scdpo/latest                 -> the run that began last
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_safety.errors import UserError
+
+#: Written by rank 0's process for the processes it launches (they are copies of the same command line).
+ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+@dataclass
+class RunOptions:
+    """Where the run's folder is made.
+
+    Args:
+        root: folder of all runs.
+        name: what kind of run this is; null: the module's class name in lower case.
+    """
+
+    root: str = "runs"
+    name: str | None = None
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, by the variables that launchers set before torch.distributed is up."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time; a run that starts in the same second gets a number behind it.
+
+    Raises:
+        UserError: if ``parent`` cannot be written.
+    """
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            folder = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise UserError(f"cannot write to {parent} ({error.strerror}): set `run.root` to a folder you own") from error
+    raise UserError(f"{parent} already holds 1000 runs of this second")
+
+
+def last_checkpoint(parent: Path) -> Path:
+    """`checkpoints/last.ckpt` of the newest run under ``parent`` that has one.
+
+    Raises:
+        UserError: if no run has one.
+    """
+    found = [path for path in parent.glob(f"*/{LAST_CHECKPOINT}") if not path.parents[1].is_symlink()]
+    if not found:
+        raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def point_latest(folder: Path) -> None:
+    """Make `latest` beside ``folder`` point to it, replacing the link in one step."""
+    link = folder.parent / "latest"
+    temporary = folder.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        temporary.replace(link)
+    except OSError as error:
+        # Some file systems know no links; the run itself is not harmed.
+        print(f"note: no link {link} -> {folder.name} ({error.strerror})")
+
+
+def remove_if_barren(folder: Path) -> None:
+    """Remove a new run's folder if the run ended before it had anything to keep."""
+    if not (folder / "checkpoints").exists() and not (folder / "adapter").exists():
+        shutil.rmtree(folder, ignore_errors=True)

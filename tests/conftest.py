@@ -1,0 +1,75 @@
+"""Shared fixtures: a tiny random Stable Diffusion pipeline and drawn preference pairs, made once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# No test may reach for the network, and two cores are best shared between processes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = ["a", "red", "blue", "cat", "house", "gun", "and", "with"]
+
+
+def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", channels: int = 32, seed: int = 0) -> Path:
+    """A random `StableDiffusionPipeline` for 32 x 32 pictures, written with `save_pretrained`."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    files = folder.parent / f"{folder.name}-vocabulary"
+    files.mkdir(parents=True, exist_ok=True)
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *sorted({c for w in WORDS for c in w}),
+        *sorted({c + "</w>" for w in WORDS for c in w}),
+    ]
+    (files / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(channels, 2 * channels),
+        norm_num_groups=8, attention_head_dim=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 16, 16), norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline, epsilon-prediction."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline, v-prediction."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def wide_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pipeline whose layers are named alike and sized differently."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "wide", channels=64)

@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.modules import SCDPO, PreferenceModule
+from lit_safety.objectives import DiffusionDPO, SafetyConstrainedDPO
+
+
+def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: str = "safety") -> PairBatch:
+    """Pairs whose pictures and seeds depend on their number alone."""
+    generators = [torch.Generator().manual_seed(100 + row) for row in rows]
+    chosen = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])
+    rejected = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])
+    size = len(rows)
+    return PairBatch(
+        keys=[f"{row:04d}" for row in rows],
+        seeds=[1000 + row for row in rows],
+        prompts=["a red cat" if row % 2 else "a gun and a house" for row in rows],
+        prompt_kinds=["clean" if row % 2 else "harmful" for row in rows],
+        categories=[() if row % 2 else ("violence",) for row in rows],
+        orders=[order] * size,
+        chosen=chosen,
+        rejected=rejected,
+        clean=torch.tensor([float(row % 2) for row in rows]),
+        harmful=torch.tensor([[0.0, 1.0]] * size),
+        cost=torch.tensor([costs] * size),
+        user_ids=[None] * size,
+    )
+
+
+def module_of(folder: Path, objective=None, **settings) -> PreferenceModule:
+    module = PreferenceModule(str(folder), objective or DiffusionDPO(beta=200.0), **settings)
+    module.configure_model()
+    return module
+
+
+def moved(module: PreferenceModule) -> PreferenceModule:
+    """With an adapter that is not the identity."""
+    generator = torch.Generator().manual_seed(7)
+    for _, parameter in module.trainable_parameters():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_v_pipeline"])
+def test_the_margin_is_exactly_zero_at_the_start(pipeline: str, request: pytest.FixtureRequest):
+    module = module_of(request.getfixturevalue(pipeline), DiffusionDPO(beta=5000.0, anchor_weight=1.0))
+    output = module.loss(module.errors(batch_of([0, 1, 2])), batch_of([0, 1, 2]))
+    assert (output.logs["rewards/margins"] == 0).all()
+    assert (output.logs["loss/anchor"] == 0).all()
+    torch.testing.assert_close(output.logs["loss/preference"], torch.full((3,), 0.6931472))
+
+
+def test_errors_are_those_of_two_networks_run_apart(tiny_pipeline: Path):
+    """Against the textbook: encode, noise, predict each image by itself, with and without the adapter."""
+    module = moved(module_of(tiny_pipeline))
+    batch = batch_of([0, 1])
+    errors = module.errors(batch)
+    backbone = module.backbone
+    from lit_safety.adapters.lora import adapters_off
+    from lit_safety.data.chance import normal
+
+    with torch.no_grad():
+        text = backbone.encode_text(batch.prompts)
+        noise, latent_noise = normal(batch.seeds, "noise", (4, 8, 8)), normal(batch.seeds, "latent", (4, 8, 8))
+        t = module.timesteps(batch)
+        for name in ("chosen", "rejected"):
+            latents = backbone.encode_images(getattr(batch, name), latent_noise)
+            noisy = backbone.add_noise(latents, noise, t)
+            policy = ((backbone.predict(noisy, t, text) - noise) ** 2).mean(dim=(1, 2, 3))
+            with adapters_off(module._layers):
+                reference = ((backbone.predict(noisy, t, text) - noise) ** 2).mean(dim=(1, 2, 3))
+            torch.testing.assert_close(getattr(errors, f"policy_{name}"), policy, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(getattr(errors, f"reference_{name}"), reference, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(policy, reference, rtol=1e-3)
+
+
+def test_a_sample_has_the_same_errors_in_every_batch(tiny_pipeline: Path):
+    module = moved(module_of(tiny_pipeline))
+    together = module.errors(batch_of([0, 1, 2, 3]))
+    apart = [module.errors(batch_of(rows)) for rows in ([0, 1], [2, 3])]
+    for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
+        joined = torch.cat([getattr(one, name) for one in apart])
+        torch.testing.assert_close(getattr(together, name), joined, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(tiny_pipeline: Path):
+    module = moved(module_of(tiny_pipeline))
+    module.loss(module.errors(batch_of([0, 1])), batch_of([0, 1])).loss.mean().backward()
+    for name, parameter in module.named_parameters():
+        if ".policy." in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_prompt_dropout_follows_the_sample_and_only_in_training(tiny_pipeline: Path):
+    module = module_of(tiny_pipeline, prompt_dropout=0.5)
+    batch = batch_of(list(range(16)))
+    empty = module.backbone.encode_text([""])["encoder_hidden_states"][0]
+    module.train()
+    rows = module.conditioning(batch)["encoder_hidden_states"]
+    dropped = [torch.allclose(row, empty, atol=1e-5) for row in rows]
+    assert 2 <= sum(dropped) <= 14
+    other_half = module.conditioning(batch_of(list(range(8, 16))))["encoder_hidden_states"]
+    assert [torch.allclose(row, empty, atol=1e-5) for row in other_half] == dropped[8:]
+    module.eval()
+    assert not any(torch.allclose(row, empty, atol=1e-5) for row in module.conditioning(batch)["encoder_hidden_states"])
+
+
+def test_scdpo_refuses_pairs_without_cost_and_pairs_ordered_by_cost(tiny_pipeline: Path):
+    module = SCDPO(str(tiny_pipeline))
+    with pytest.raises(UserError, match="sample 0000 has no cost"):
+        module.on_before_batch_transfer(batch_of([0], costs=(float("nan"), 1.0)), 0)
+    with pytest.raises(UserError, match="sample 0001 is ordered by quality minus cost"):
+        module.on_before_batch_transfer(batch_of([1], order="composite"), 0)
+    free = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(cost_weight=0.0))
+    batch = batch_of([0], costs=(float("nan"), 1.0), order="composite")
+    assert free.on_before_batch_transfer(batch, 0) is batch
+
+
+def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_pipeline: Path):
+    module = module_of(tiny_pipeline)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {name for name, _ in module.trainable_parameters()}
+    other = module_of(tiny_pipeline)
+    other.on_load_checkpoint(checkpoint)
+    del checkpoint["state_dict"][next(iter(checkpoint["state_dict"]))]
+    with pytest.raises(UserError, match="lacks 1 of the trained weights"):
+        other.on_load_checkpoint(checkpoint)
+
+
+def test_a_subclass_in_a_few_lines(tiny_pipeline: Path):
+    """What a researcher does: another timestep distribution, the rest as it is."""
+
+    class OnlyHighNoise(PreferenceModule):
+        def timesteps(self, batch: PairBatch) -> torch.Tensor:
+            return torch.full((len(batch),), 900)
+
+    module = OnlyHighNoise(str(tiny_pipeline), DiffusionDPO())
+    module.configure_model()
+    noisy, timesteps, _, _ = module.noised(batch_of([0, 1]))
+    assert timesteps.tolist() == [900] * 4
+    assert noisy.shape == (4, 4, 8, 8)
