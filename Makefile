@@ -10,7 +10,7 @@ DEMO := runs/demo
 
 demo: $(READY)
 	$(PY) -m lit_safety fit --config configs/scdpo.yaml --run.root $(DEMO) --run.name fit
-	$(PY) -m lit_safety evaluate --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report
+	$(PY) -m lit_safety evaluate --config configs/evaluate.yaml --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return 0
+    # transformers remarks on the image processors that it replaces where there is no torchvision; we use none.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = arguments[0]
     try:
         if command in TRAINER_COMMANDS:
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = ", ".join(TRAINER_COMMANDS | OTHER_COMMANDS)
             raise UserError(f"no command {command!r}; there are: {known}")
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from lit_safety.parsing import shorten
+
+        print(f"error: {shorten(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`... | head`): end quietly, as other tools do.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrors
 from lit_safety.run_folder import (
     ENVIRONMENT,
@@ -57,6 +61,7 @@ class LitSafetyCLI(LightningCLI):
         name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = Path(config.run.root) / name
         resumed = None
+        check_checkpoint(config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
             checkpoint = last_checkpoint(parent)
             config.ckpt_path = str(checkpoint)
@@ -73,6 +78,13 @@ class LitSafetyCLI(LightningCLI):
         os.environ[ENVIRONMENT] = str(folder)
         return folder
 
+    def instantiate_classes(self) -> None:
+        with removing_barren(self.folder if self.is_new else None):
+            try:
+                super().instantiate_classes()
+            except ValueError as error:  # settings that a class refuses, wrapped in jsonargparse's report
+                raise UserError(str(error)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer: Any = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
@@ -82,6 +94,18 @@ class LitSafetyCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with removing_barren(self.folder if self.is_new else None):
             super()._run_subcommand(subcommand)
+
+
+def check_checkpoint(ckpt_path: str | None) -> None:
+    """A path must be there; words such as `last` are looked up later, and remote places by Lightning.
+
+    Raises:
+        UserError: if there is no such file or folder.
+    """
+    words = ("last", "best", "hpc", "registry")
+    if ckpt_path is None or ckpt_path.startswith(words) or "://" in ckpt_path or Path(ckpt_path).exists():
+        return
+    raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
 
 
 @contextmanager
@@ -111,13 +135,34 @@ def write_into(config: Namespace, folder: Path) -> None:
             callback.init_args.dirpath = str(folder / "checkpoints")
 
 
+def quiet() -> None:
+    """Leave out what libraries print at every start and nobody can act on."""
+    import diffusers
+    from transformers.utils import logging as transformers_logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # Frozen networks are in eval mode on purpose.
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
+    # A resumed run goes on in its folder, and another command writes into its own.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+
+
 def run_trainer(arguments: Sequence[str]) -> None:
     """Parse and run one of the trainer's commands; ``arguments[0]`` is its name.
 
     Raises:
         UserError: for bad input, before data or weights are read where that can be known.
     """
+    quiet()
     inherited = os.environ.get(ENVIRONMENT)
+    # Launchers of further ranks start `sys.argv` again, so it must be this command also when Python code calls us.
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         LitSafetyCLI(
             LightningModule,
@@ -129,8 +174,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
             auto_configure_optimizers=False,
             parser_class=Parser,
             parser_kwargs={"prog": "python -m lit_safety"},
-            args=list(arguments),
         )
     finally:
+        sys.argv = argv
         if inherited is None:
             os.environ.pop(ENVIRONMENT, None)

@@ -73,3 +73,36 @@ def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a pipeline whose layers are named alike and sized differently."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "wide", channels=64)
+
+
+def write_pairs(folder: Path, count: int, samples_per_shard: int = 8, seed: int = 0) -> Path:
+    """Shards of ``count`` random 32 x 32 pairs, half of them with a harmful prompt."""
+    import numpy as np
+    from PIL import Image
+
+    from lit_safety.data.writer import ShardWriter
+
+    random = np.random.default_rng(seed)
+
+    def picture() -> Image.Image:
+        return Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+    with ShardWriter(folder, samples_per_shard=samples_per_shard) as writer:
+        for i in range(count):
+            harmful = i % 2 == 0
+            metadata = {
+                "prompt": "a gun and a house" if harmful else "a red cat",
+                "prompt_kind": "harmful" if harmful else "clean",
+                "categories": ["violence"] if harmful else [],
+                "harmful": {"chosen": False, "rejected": True},
+                "order": "safety",
+                "cost": {"chosen": -1.0, "rejected": 1.0},
+            }
+            writer.write(f"{i:05d}", metadata, picture(), picture())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 4 shards of 8 pairs."""
+    return write_pairs(tmp_path_factory.mktemp("shards") / "pairs", count=32)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 class RunSummary(Callback):
     """Prints the numbers that published trainers leave one to guess."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         per_rank = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
@@ -19,6 +19,6 @@ class RunSummary(Callback):
         if per_rank is not None:
             print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
                   f"{per_rank * accumulation * ranks} pairs an optimizer step")  # fmt: skip
-        print(f"rate    {', '.join(rates)} at the first step; not scaled by the batch")
+        print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
         print(f"trained {trained:,} parameters in fp32")
         print(f"folder  {trainer.default_root_dir}")

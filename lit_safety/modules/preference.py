@@ -7,11 +7,13 @@ and `configure_policy`; the rest (shared chance, fp32 errors, logging, checkpoin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +30,19 @@ from lit_safety.objectives import Objective, ObjectiveOutput, PairErrors, PairLa
 POLICY = "policy"
 
 
+@dataclass
+class Drawing:
+    """How a module draws: DDIM-style sampling by the pipeline's own scheduler.
+
+    Args:
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+    """
+
+    steps: int = 20
+    guidance: float = 5.0
+
+
 class PreferenceModule(LightningModule):
     """Preference optimisation of a text-to-image model against its own frozen self.
 
@@ -39,6 +54,7 @@ class PreferenceModule(LightningModule):
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
         prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
+        drawing: how pictures are drawn at validation and by `predict`.
     """
 
     def __init__(
@@ -50,6 +66,7 @@ class PreferenceModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         prompt_dropout: float = 0.0,
         timestep_bins: int = 4,
+        drawing: Drawing | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -60,6 +77,7 @@ class PreferenceModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.prompt_dropout = prompt_dropout
+        self.drawing = drawing or Drawing()
         self.validation_errors = TimestepBins(timestep_bins)
         self.finite_loss = FiniteLossGuard()
         # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
@@ -158,6 +176,16 @@ class PreferenceModule(LightningModule):
         """Standard normal numbers (B, *shape), each row a pure function of its sample's seed and ``purpose``."""
         return normal(batch.seeds, purpose, shape).to(self.device)
 
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """One picture a prompt by the policy, each from the initial noise of its own seed."""
+        drawn = self.backbone.pipeline()(
+            prompt=list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.drawing.steps,
+            guidance_scale=self.drawing.guidance,
+        )
+        return list(drawn.images)
+
     # ---- Lightning's hooks -----------------------------------------------------------------------------------
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -175,6 +203,9 @@ class PreferenceModule(LightningModule):
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Image]:
+        return self.draw(batch.prompts, batch.seeds)
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
         # Seeds of evaluation batches do not change with the epoch: same pairs, timesteps and noise every time.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
-from lit_safety.modules.preference import PreferenceModule
-from lit_safety.objectives import Objective, SafetyConstrainedDPO
+from lit_safety.modules.preference import Drawing, PreferenceModule
+from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
 
 
 class SCDPO(PreferenceModule):
@@ -27,6 +25,7 @@ class SCDPO(PreferenceModule):
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
         prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
+        drawing: how pictures are drawn at validation and by `predict`.
     """
 
     def __init__(
@@ -38,6 +37,7 @@ class SCDPO(PreferenceModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         prompt_dropout: float = 0.0,
         timestep_bins: int = 4,
+        drawing: Drawing | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -47,13 +47,13 @@ class SCDPO(PreferenceModule):
             lr_scheduler,
             prompt_dropout,
             timestep_bins,
+            drawing,
         )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Checked on the host, where looking at a number costs no synchronisation.
-        if isinstance(batch, PairBatch) and self.objective.needs_cost:
+    def labels(self, batch: PairBatch) -> PairLabels:
+        if self.objective.needs_cost:
             check_costs(batch)
-        return batch
+        return super().labels(batch)
 
 
 def check_costs(batch: PairBatch) -> None:
@@ -63,9 +63,8 @@ def check_costs(batch: PairBatch) -> None:
         UserError: naming the sample, if a cost is unknown or the pair's order is "composite" (r - lambda C): with a
             margin on top of it the cost would count twice.
     """
-    unknown = torch.isnan(batch.cost).any(dim=1)
-    for key, order, is_unknown in zip(batch.keys, batch.orders, unknown.tolist(), strict=True):
-        if is_unknown:
+    for key, order, has_cost in zip(batch.keys, batch.orders, batch.has_cost, strict=True):
+        if not has_cost:
             raise UserError(
                 f"sample {key} has no cost, and the objective's cost_weight is above 0: score the shards first, or "
                 "set `model.init_args.objective.init_args.cost_weight: 0`"

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: s
         clean=torch.tensor([float(row % 2) for row in rows]),
         harmful=torch.tensor([[0.0, 1.0]] * size),
         cost=torch.tensor([costs] * size),
+        has_cost=[not any(math.isnan(cost) for cost in costs)] * size,
         user_ids=[None] * size,
     )
 
@@ -115,12 +117,12 @@ def test_prompt_dropout_follows_the_sample_and_only_in_training(tiny_pipeline: P
 def test_scdpo_refuses_pairs_without_cost_and_pairs_ordered_by_cost(tiny_pipeline: Path):
     module = SCDPO(str(tiny_pipeline))
     with pytest.raises(UserError, match="sample 0000 has no cost"):
-        module.on_before_batch_transfer(batch_of([0], costs=(float("nan"), 1.0)), 0)
+        module.labels(batch_of([0], costs=(float("nan"), 1.0)))
     with pytest.raises(UserError, match="sample 0001 is ordered by quality minus cost"):
-        module.on_before_batch_transfer(batch_of([1], order="composite"), 0)
+        module.labels(batch_of([1], order="composite"))
     free = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(cost_weight=0.0))
     batch = batch_of([0], costs=(float("nan"), 1.0), order="composite")
-    assert free.on_before_batch_transfer(batch, 0) is batch
+    assert free.labels(batch).cost is batch.cost
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_pipeline: Path):

@@ -1,0 +1,106 @@
+"""Pictures of a run: fixed prompts while it trains, and the drawings of `predict` written to a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from PIL import Image, ImageFilter
+
+from lit_safety.errors import UserError
+from lit_safety.modules.preference import PreferenceModule
+
+
+class DrawSamples(Callback):
+    """At every validation, draws the same prompts from the same seeds: what preference accuracy cannot show.
+
+    The pictures go to `samples/step-000050.png` in the run's folder and to the logger, where it takes pictures.
+
+    Args:
+        prompts: what is drawn; a handful, harmful and clean.
+        seed: the first prompt's seed; the others count on.
+        blur: blur every picture. Leave it on when prompts ask a real model for harm.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool = True) -> None:
+        if not prompts:
+            raise UserError("`DrawSamples.prompts` is empty: name some prompts, or leave the callback out")
+        self.prompts = list(prompts)
+        self.seed = seed
+        self.blur = blur
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        pictures = preference_module(pl_module).draw(self.prompts, seeds)
+        if self.blur:
+            pictures = [picture.filter(ImageFilter.GaussianBlur(picture.width / 8)) for picture in pictures]
+        sheet = side_by_side(pictures)
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"step-{trainer.global_step:06d}.png")
+        for logger in trainer.loggers:
+            add_image = getattr(logger.experiment, "add_image", None)
+            if callable(add_image):
+                add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
+
+
+def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Image:
+    """One row of pictures; tiny ones are enlarged to ``least`` pixels without smoothing."""
+    factor = max(1, least // pictures[0].width)
+    width, height = pictures[0].width * factor, pictures[0].height * factor
+    sheet = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
+    return sheet
+
+
+class WriteDrawings(BasePredictionWriter):
+    """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts.jsonl` beside them.
+
+    Args:
+        folder: where to; null: `drawings` in the run's folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "drawings")
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"prompts-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as notes:
+            for key, prompt, seed, picture in zip(batch.keys, batch.prompts, batch.seeds, prediction, strict=True):
+                name = f"{key.replace('/', '_')}.png"
+                picture.save(folder / name)
+                notes.write(json.dumps({"file": name, "prompt": prompt, "seed": seed}, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(f"drawings: {self.folder or Path(trainer.default_root_dir) / 'drawings'}")
+
+
+def preference_module(module: LightningModule) -> PreferenceModule:
+    """``module`` as what these callbacks work on.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    if not isinstance(module, PreferenceModule):
+        raise UserError(f"{type(module).__name__} is no PreferenceModule: take the drawing callbacks out of its YAML")
+    return module

@@ -1,0 +1,64 @@
+"""`test`: the evaluation metrics of the weights at hand, beside those of the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lit_safety.callbacks.drawings import preference_module
+from lit_safety.modules.preference import POLICY
+
+
+class EvaluateOnTest(Callback):
+    """After the test pairs, draws test prompts with base and policy, judges them, and writes `report/`.
+
+    The same as `python -m lit_safety evaluate` on the checkpoint's adapter, with its options.
+
+    Args:
+        prompts: CSV of prompts, as `evaluate` reads it.
+        judge: folder of the judge that decides what is harmful.
+        explicit: explicit prompts of each category; null: all.
+        implicit: implicit prompts; null: all.
+        lookalike: look-alike prompts; null: all.
+        clean: clean prompts; null: all.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        judge: str,
+        explicit: int | None = 40,
+        implicit: int | None = 80,
+        lookalike: int | None = 80,
+        clean: int | None = 200,
+    ) -> None:
+        self.prompts = prompts
+        self.judge = judge
+        self.explicit = explicit
+        self.implicit = implicit
+        self.lookalike = lookalike
+        self.clean = clean
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lit_safety.evaluation.evaluate import evaluate
+
+        if not trainer.is_global_zero:
+            return
+        module = preference_module(pl_module)
+        run = Path(trainer.default_root_dir)
+        module.backbone.save_lora(run / "adapter", POLICY)
+        evaluate(
+            pipeline=module.pretrained,
+            prompts=self.prompts,
+            judge=self.judge,
+            out=str(run / "report"),
+            adapter=str(run / "adapter"),
+            steps=module.drawing.steps,
+            guidance=module.drawing.guidance,
+            explicit=self.explicit,
+            implicit=self.implicit,
+            lookalike=self.lookalike,
+            clean=self.clean,
+        )

@@ -1,0 +1,47 @@
+"""Every shipped YAML: it parses, and every key of it is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_safety.__main__ import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "evaluate.yaml")
+
+
+def keys(node: object, prefix: str = "") -> list[str]:
+    if isinstance(node, dict):
+        return [k for name, value in node.items() for k in [f"{prefix}{name}", *keys(value, f"{prefix}{name}.")]]
+    if isinstance(node, list):
+        return [k for value in node for k in keys(value, prefix)]
+    return []
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.name)
+def test_it_parses(config: Path, capsys: pytest.CaptureFixture[str]):
+    """`--print_config` goes through the whole parser; it ends the process with 0, an error with 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    missing = set(keys(yaml.safe_load(config.read_text()))) - set(keys(printed))
+    assert not missing
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_key_is_explained(config: Path):
+    """A comment stands above each key, or above the class or the group that it opens."""
+    structural = ("class_path:", "init_args:", "- class_path:")
+    lines = config.read_text().splitlines()
+    for number, line in enumerate(lines):
+        text = line.strip()
+        opens = text.endswith(":") and not line.startswith(" ")
+        if not text or text.startswith(("#", "- ")) or text.startswith(structural) or opens:
+            continue
+        before = [other.strip() for other in lines[:number] if other.strip()]
+        above = next(other for other in reversed(before) if not other.startswith(structural))
+        assert above.startswith("#"), f"{config.name}:{number + 1}: {text} has no comment"

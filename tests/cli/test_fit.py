@@ -1,0 +1,103 @@
+"""fit, validate, predict and resume through `main`, the function behind `python -m lit_safety`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from lit_safety.__main__ import main
+
+Arguments = Callable[..., list[str]]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture
+def latest(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "scdpo" / "latest"
+
+
+def test_fit_writes_what_stock_diffusers_reads(
+    command_line: Arguments, latest: Path, tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(command_line("fit", "--model.init_args.lora.init_args.alpha", "8")) == 0
+    assert "4 pairs x 1 accumulated x 1 ranks = 4 pairs an optimizer step" in capsys.readouterr().out
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.load_lora_weights(latest / "adapter")
+    (adapter,) = pipe.unet.peft_config.values()
+    assert (adapter.r, adapter.lora_alpha) == (4, 8)
+    assert any(value.abs().max() > 0 for name, value in weights(latest).items() if "lora_B" in name)
+    card = (latest / "adapter" / "README.md").read_text()
+    for fact in (str(tiny_pipeline), "SCDPO with SafetyConstrainedDPO", "| alpha | 8.0 |", "negative adapter scale"):
+        assert fact in card
+    assert "val/rewards/margins" in card
+    assert (latest / "adapter" / "config.yaml").read_text() == (latest / "config.yaml").read_text()
+    assert (latest / "samples" / "step-000004.png").is_file()
+    assert list(latest.glob("events.out.tfevents.*"))
+
+
+def test_checkpoints_do_not_carry_the_frozen_model(command_line: Arguments, latest: Path):
+    assert main(command_line("fit")) == 0
+    checkpoint = torch.load(latest / "checkpoints" / "last.ckpt", weights_only=False)
+    assert checkpoint["state_dict"]
+    assert all(".policy." in name for name in checkpoint["state_dict"])
+
+
+def test_batch_8_is_batch_4_accumulated_twice(command_line: Arguments, latest: Path):
+    """The same pairs, timesteps and noise in every optimizer step; sums are rounded in another order."""
+    whole = command_line("fit", "--data.init_args.batch_size", "8")
+    parts = command_line("fit", "--data.init_args.batch_size", "4", "--trainer.accumulate_grad_batches", "2")
+    other = command_line("fit", "--data.init_args.batch_size", "8", "--seed_everything", "1")
+    found = []
+    for arguments in (whole, parts, other):
+        assert main([*arguments, "--trainer.val_check_interval", "null", "--trainer.limit_val_batches", "0"]) == 0
+        found.append(weights(latest))
+    assert largest_difference(found[0], found[1]) < 2e-5
+    # The update itself is far larger: another seed's run ends elsewhere.
+    assert largest_difference(found[0], found[2]) > 1e-3
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resumed_is_uninterrupted_to_the_bit(command_line: Arguments, latest: Path, workers: str):
+    """12 steps in one run, or 5, then to 12: mid-epoch (8 batches an epoch) and across an epoch's end."""
+    common = ["--data.init_args.num_workers", workers, "--trainer.val_check_interval", "3"]
+    assert main(command_line("fit", *common, "--trainer.max_steps", "12")) == 0
+    uninterrupted = weights(latest)
+    every = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
+    every += ["--trainer.callbacks.every_n_train_steps", "5", "--trainer.callbacks.save_last", "true"]
+    assert main(command_line("fit", *common, *every, "--trainer.max_steps", "5")) == 0
+    interrupted = latest.resolve()
+    assert main(command_line("fit", *common, "--trainer.max_steps", "12", "--ckpt_path", "last")) == 0
+    assert latest.resolve() == interrupted
+    assert largest_difference(weights(latest), uninterrupted) == 0.0
+
+
+def test_runs_never_collide_and_last_is_the_newest(command_line: Arguments, latest: Path):
+    folders = []
+    for _ in range(2):
+        assert main(command_line("fit", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")) == 0
+        folders.append(latest.resolve())
+    assert folders[0] != folders[1]
+    assert all((folder / "adapter").is_dir() for folder in folders)
+
+
+def test_validate_and_predict_a_checkpoint(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(command_line("fit")) == 0
+    assert main(command_line("validate", "--ckpt_path", "last")) == 0
+    assert "val/error/chosen/t00-25" in capsys.readouterr().out
+    assert main(command_line("predict", "--ckpt_path", "last", "--trainer.limit_predict_batches", "2")) == 0
+    (drawings,) = (tmp_path / "runs" / "scdpo" / "predict").glob("*/drawings")
+    assert len(list(drawings.glob("*.png"))) == 8
+    assert len((drawings / "prompts-0.jsonl").read_text().splitlines()) == 8
