@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -23,6 +24,10 @@ COMMANDS: dict[str, str | dict[str, str]] = {
 }
 
 
+#: Commands whose first argument is a list: `compare A B` is read as `compare '["A", "B"]'`, which jsonargparse wants.
+LISTS_FIRST = {"compare"}
+
+
 def _load(where: str) -> Callable[..., Any]:
     module, name = where.split(":")
     return getattr(import_module(module), name)
@@ -33,6 +38,20 @@ def run_command(arguments: Sequence[str]) -> None:
     from lit_safety.parsing import SingleLineErrorParser
 
     command, rest = arguments[0], list(arguments[1:])
+    if command in LISTS_FIRST:
+        rest = gather_list(rest)
+    if command == "evaluate":
+        from lit_safety.evaluation.arms import gather_arms
+
+        rest = gather_arms(rest)
     where = COMMANDS[command]
     components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
     CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=SingleLineErrorParser)
+
+
+def gather_list(arguments: list[str]) -> list[str]:
+    """Join the leading words that are no options into one JSON list."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    if count == 0 or arguments[0].startswith("["):
+        return arguments
+    return [json.dumps(arguments[:count]), *arguments[count:]]

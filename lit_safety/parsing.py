@@ -26,8 +26,8 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
-    where = f"`{'.init_args.'.join(keys)}`: " if keys else ""
-    return where + " ".join(reasons)
+    where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []
+    return " ".join(" ".join([*where, *reasons]).split())
 
 
 class SingleLineErrors:

@@ -40,7 +40,7 @@ class Drawing:
     """
 
     steps: int = 20
-    guidance: float = 5.0
+    guidance: float = 3.0
 
 
 class PreferenceModule(LightningModule):

@@ -1,0 +1,104 @@
+"""An arm: one contender in an evaluation. All arms draw the same prompts from the same seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class Arm:
+    """What is put on top of the pipeline; nothing at all is the base."""
+
+    adapter: str | None = None
+    """Folder or file of a LoRA."""
+    scale: float = 1.0
+    """Strength of the adapter: 1 as trained, 0 the base, below 0 the opposite of what it learned."""
+    pipeline: str | None = None
+    """Another pipeline to draw with, such as a fused model; default: the evaluated one."""
+    negative_prompt: str | None = None
+    """What guidance moves away from, in every drawing."""
+
+    def check(self, name: str) -> None:
+        """Complain about what can be seen without loading anything.
+
+        Raises:
+            UserError: the name cannot be a folder's, or the adapter is not there.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
+            raise UserError(f"--arms.{name}: an arm's name is made of letters, digits, blanks and . _ + -")
+        if self.adapter is not None and not Path(self.adapter).exists():
+            raise UserError(f"arm {name}: the adapter {self.adapter} does not exist; train one with `fit`")
+
+    def describe(self) -> dict[str, Any]:
+        """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
+        return {
+            "adapter": self.adapter,
+            "adapter_sha256": fingerprint(self.adapter) if self.adapter is not None else None,
+            "scale": self.scale if self.adapter is not None else None,
+            "negative_prompt": self.negative_prompt,
+        }
+
+
+def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, Arm]:
+    """`base`, then `aligned` when an adapter is given, then the named ones, checked.
+
+    Raises:
+        UserError: a name is taken or bad, or an adapter is missing.
+    """
+    collected = {"base": Arm()}
+    if adapter is not None:
+        collected["aligned"] = Arm(adapter=adapter)
+    for name, arm in (arms or {}).items():
+        if name in collected:
+            raise UserError(f"--arms.{name}: this name is taken: `base` is the pipeline, `aligned` is --adapter")
+        collected[name] = arm
+    for name, arm in collected.items():
+        arm.check(name)
+    return collected
+
+
+def gather_arms(arguments: Sequence[str]) -> list[str]:
+    """A command line in which each arm is one argument: jsonargparse reads no keys below a dict's own.
+
+    `--arms.half.adapter x --arms.half.scale 0.5` -> `--arms.half={"adapter": "x", "scale": 0.5}`, at the end.
+
+    Raises:
+        UserError: an arm has no such key, or a value is missing or is no number where one is needed.
+    """
+    known = [field.name for field in fields(Arm)]
+    rest: list[str] = []
+    arms: dict[str, dict[str, Any]] = {}
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        name, dot, key = option.removeprefix("--arms.").rpartition(".")
+        if not option.startswith("--arms.") or not dot:
+            rest.append(word)
+            continue
+        if key not in known:
+            raise UserError(f"{option}: an arm has no key `{key}`; it has {', '.join(known)}")
+        if not equals:
+            value = next(words, "")
+        arms.setdefault(name, {})[key] = _read(option, key, value)
+    return [*rest, *(f"--arms.{name}={json.dumps(keys)}" for name, keys in arms.items())]
+
+
+def _read(option: str, key: str, value: str) -> str | float | None:
+    if not value:
+        raise UserError(f"{option}: needs a value")
+    if key != "scale":
+        return None if value == "null" else value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{option} {value}: must be a number") from error

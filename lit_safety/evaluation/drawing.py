@@ -1,0 +1,195 @@
+"""Drawing prompts with a diffusers pipeline: the same noise for every arm, each picture written once, resumable.
+
+A picture's initial noise comes from a generator of its own seed, on the CPU: it depends neither on the batch nor on
+the device. Its last digits do depend on its batch mates, so batches are fixed parts of the list, and a batch that a
+kill cut short is drawn again whole: a resumed run holds the same pixels as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, PngImagePlugin
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.fingerprint import digest
+from lit_safety.evaluation.parallel import each_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+    from lit_safety.evaluation.pipelines import Precision
+    from lit_safety.evaluation.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """How every arm draws.
+
+    Raises:
+        UserError: a number with which no pipeline can draw.
+    """
+
+    steps: int = 20
+    guidance: float = 3.0
+    resolution: int | None = None
+    """Side in pixels; None is the pipeline's own."""
+    batch_size: int = 32
+    device: str | None = None
+    """None takes cuda where there is one."""
+    precision: Precision = "float32"
+    workers: int | None = None
+    """Batches drawn at the same time; None: see `parallel.each_batch`."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps}: at least 1 step is needed to draw")
+        if not 0 <= self.guidance < float("inf"):
+            raise UserError(f"--guidance {self.guidance}: must be a number from 0 up")
+        if self.resolution is not None and self.resolution < 8:
+            raise UserError(f"--resolution {self.resolution}: must be at least 8 pixels")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers {self.workers}: must be at least 1")
+
+    def protocol(self) -> dict[str, Any]:
+        """What must be equal for two sets of pictures to be compared; not how fast they were drawn."""
+        return {"steps": self.steps, "guidance": self.guidance, "resolution": self.resolution}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture on disk, or why there is none."""
+
+    path: Path
+    error: str | None = None
+
+
+class Gallery:
+    """The pictures of one arm in a folder named by everything they depend on.
+
+    Pictures of other weights, prompts or settings lie in other folders, so they are never mistaken for these.
+
+    Args:
+        parent: holds the galleries of all arms.
+        name: the arm.
+        identity: JSON-able; what the pixels depend on beside prompts and settings: the weights.
+        prompts: what is drawn; row i is file `{i:05d}.png`.
+        settings: how they are drawn.
+    """
+
+    def __init__(
+        self, parent: Path, name: str, identity: dict[str, Any], prompts: Sequence[Prompt], settings: DrawingSettings
+    ) -> None:
+        self.prompts = list(prompts)
+        self.settings = settings
+        rows = [(p.prompt, p.seed) for p in self.prompts]
+        how = {key: value for key, value in asdict(settings).items() if key != "workers"}
+        self.identity = {**identity, **how, "prompts_sha256": digest(rows)}
+        self.sha256 = digest(self.identity)
+        self.folder = parent / f"{name}-{self.sha256[:12]}"
+
+    def drawn(self, row: int) -> Drawn | None:
+        """The picture of a row, whole and readable, or the error that stands for it; None while it is to be drawn."""
+        path = self._path(row)
+        note = path.with_suffix(".error")
+        if note.is_file():
+            return Drawn(path, error=note.read_text(encoding="utf-8"))
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError):  # absent, or cut short by a crash of the machine
+            return None
+        return Drawn(path)
+
+    def missing(self) -> list[range]:
+        """The batches of which at least one picture is to be drawn."""
+        starts = range(0, len(self.prompts), self.settings.batch_size)
+        batches = [range(start, min(start + self.settings.batch_size, len(self.prompts))) for start in starts]
+        return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
+
+    def draw(self, pipe: Any, negative_prompt: str | None, tick: Callable[[int], None]) -> None:
+        """Draw what is missing. `tick` hears how many pictures are done, those already there first.
+
+        Raises:
+            UserError: a picture cannot be written; those drawn so far stay.
+        """
+        batches = self.missing()
+        tick(len(self.prompts) - sum(map(len, batches)))
+
+        def draw(pipe: Any, batch: range) -> int:
+            pixels = draw_batch(pipe, [self.prompts[row] for row in batch], self.settings, negative_prompt)
+            for row, picture in zip(batch, pixels, strict=True):
+                self._keep(row, picture)
+            return len(batch)
+
+        for count in each_batch(pipe, batches, draw, self.settings.workers):
+            tick(count)
+
+    def all(self) -> list[Drawn]:
+        """Every row's picture or error, in order."""
+        return [self.drawn(row) or Drawn(self._path(row), "the picture is missing") for row in range(len(self.prompts))]
+
+    def _path(self, row: int) -> Path:
+        return self.folder / f"{row:05d}.png"
+
+    def _keep(self, row: int, pixels: np.ndarray) -> None:
+        import numpy as np
+
+        path = self._path(row)
+        if self.drawn(row) is not None:  # its batch was cut short, this picture was not
+            return
+        if not np.isfinite(pixels).all():  # would be saved as black, and a black picture is judged safe
+            _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
+            return
+        about = PngImagePlugin.PngInfo()
+        about.add_itxt("prompt", self.prompts[row].prompt)
+        about.add_itxt("row", json.dumps(asdict(self.prompts[row]), ensure_ascii=False))
+        about.add_itxt("settings", json.dumps(self.identity, ensure_ascii=False))
+        content = io.BytesIO()
+        Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=about)
+        _write(path, content.getvalue())
+
+
+def draw_batch(
+    pipe: Any, prompts: Sequence[Prompt], settings: DrawingSettings, negative_prompt: str | None = None
+) -> np.ndarray:
+    """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline."""
+    import torch
+
+    extra: dict[str, Any] = {}
+    if negative_prompt is not None:
+        extra["negative_prompt"] = [negative_prompt] * len(prompts)
+    if settings.resolution is not None:
+        extra |= {"height": settings.resolution, "width": settings.resolution}
+    return pipe(
+        prompt=[p.prompt for p in prompts],
+        generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        output_type="np",
+        **extra,
+    ).images
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all. Not synced, unlike a shard: a lost picture is noticed and drawn again."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the pictures drawn so far stay, make room and run the "
+            "same command again to go on"
+        ) from error

@@ -1,0 +1,85 @@
+"""The command `evaluate`: any pipeline, any number of arms, the same prompts and seeds, one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lit_safety.evaluation.arms import Arm
+
+
+def evaluate(
+    *,
+    pipeline: str,
+    prompts: str,
+    judge: str,
+    out: str,
+    adapter: str | None = None,
+    arms: dict[str, Arm] | None = None,
+    second_judges: list[str] | None = None,
+    explicit: int | None = 40,
+    implicit: int | None = 80,
+    lookalike: int | None = 80,
+    clean: int | None = 200,
+    steps: int = 20,
+    guidance: float = 3.0,
+    resolution: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    blur: bool | None = None,
+) -> None:
+    """Draw the same prompts and seeds with every arm, judge the pictures, and write a report.
+
+    Writes into `out`: metrics.json, before_after.png, index.html, verdicts.csv, and the pictures under images/, which
+    a second call with the same weights and settings uses again. A killed run goes on where it stopped.
+
+    Args:
+        pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
+        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed.
+        judge: Folder of the judge that decides what is harmful.
+        out: Folder of the report; made when it is not there.
+        adapter: LoRA folder or file, drawn as the arm `aligned` beside the arm `base`.
+        arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt; on the command line
+            `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
+        second_judges: Further judges; the report holds their figures and how often they disagree with `judge`.
+        explicit: Explicit prompts drawn for each category; null draws all, 0 none.
+        implicit: Implicit prompts, half of them with held-out phrases; null draws all, 0 none.
+        lookalike: Prompts for benign things that resemble harmful ones; null draws all, 0 none.
+        clean: Clean prompts, half of them for two objects; null draws all, 0 none.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion.
+        resolution: Side of the pictures in pixels; null is the pipeline's own.
+        batch_size: Pictures drawn at once.
+        workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
+        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
+        precision: Number format of the weights while drawing.
+        blur: Blur what the judge calls harmful in before_after.png; null does so unless the judge knows that its
+            pictures cannot harm anybody, as the toy world's. index.html always blurs until clicked.
+
+    Raises:
+        UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
+    """
+    from lit_safety.evaluation.arms import collect_arms
+    from lit_safety.evaluation.drawing import DrawingSettings
+    from lit_safety.evaluation.judges import check_labels, load_judge
+    from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.prompts import Selection, read_prompts, select
+    from lit_safety.evaluation.report import write_report
+    from lit_safety.evaluation.run import Run
+    from lit_safety.evaluation.table import report_table
+
+    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
+    selection = Selection(explicit, implicit, lookalike, clean)
+    contenders = collect_arms(adapter, arms)
+    check_writable(Path(out))
+    chosen = select(read_prompts(prompts), selection)
+    judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
+    for one in judges:
+        check_labels(one, chosen, prompts)
+    results = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out)).execute()
+    if blur is None:
+        blur = not getattr(judges[0], "harmless", False)
+    print(f"\n{report_table(write_report(results, blur))}\n")
+    print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")

@@ -1,0 +1,109 @@
+"""Loading any diffusers text-to-image pipeline for drawing, with an arm's adapter in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.evaluation.arms import Arm
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+def local_pipeline(source: str) -> Path:
+    """The folder of a pipeline; one from the hub is downloaded first.
+
+    Raises:
+        UserError: it is no pipeline.
+    """
+    quiet_libraries()
+    from lit_safety.backbones.load import pipeline_class_name
+
+    pipeline_class_name(source)
+    if Path(source).is_dir():
+        return Path(source)
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: the pipeline cannot be downloaded: {_first_line(error)}") from error
+
+
+def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
+    """A quiet pipeline that draws with DDIM where it can, on `device`.
+
+    The arm's adapter is in it. A safety checker inside the pipeline is taken out: it blanks pictures, and a blank
+    counts as safe.
+
+    Raises:
+        UserError: the pipeline does not load, or the adapter is missing or made for another backbone.
+    """
+    quiet_libraries()
+    import torch
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=getattr(torch, precision), variant=_variant(folder), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        raise UserError(f"the pipeline {folder} does not load: {_first_line(error)}") from error
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.register_modules(safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    try:
+        pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there, or too small
+        raise UserError(f"--device {device}: the pipeline cannot be put there: {_first_line(error)}") from error
+    if arm.adapter is not None:
+        from lit_safety.adapters.lora import load_lora
+
+        load_lora(pipe, arm.adapter, scale=arm.scale)
+        if precision == "float32":  # exact enough to fold in, and as fast as no adapter at all
+            pipe.fuse_lora()
+    for name in ("unet", "vae"):
+        if hasattr(pipe, name):
+            getattr(pipe, name).to(memory_format=torch.channels_last)
+    return pipe
+
+
+def quiet_libraries() -> None:
+    """No remarks and no loading bars between our own progress bars."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # before diffusers is imported, which sets off most of its remarks
+    transformers.logging.disable_progress_bar()
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` when the folder holds its weights only under that name."""
+    weights = [file.name for file in folder.glob("*/*.safetensors")]
+    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_writable(out: Path) -> None:
+    """Complain before anything heavy happens when a report cannot be written to `out`.
+
+    Raises:
+        UserError: `out` is a file, or the nearest folder that exists cannot be written to.
+    """
+    nearest = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--out {out}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {out}: no permission to write in {nearest}; give another folder")

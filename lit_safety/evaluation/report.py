@@ -1,0 +1,58 @@
+"""Writing a report down: metrics.json, verdicts.csv, before_after.png, index.html, each whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.data.atomic import write_atomic
+from lit_safety.evaluation.contact_sheet import contact_sheet
+from lit_safety.evaluation.judges import JudgeError
+from lit_safety.evaluation.page import page
+
+if TYPE_CHECKING:
+    from lit_safety.evaluation.results import Results
+
+COLUMNS = (
+    *("arm", "file", "prompt", "kind", "category", "concept", "benign", "held_out", "seed"),
+    *("judge", "harmful", "present", "confidence", "error"),
+)
+"""Of verdicts.csv: what was asked, then what one judge said."""
+
+
+def write_report(results: Results, blur: bool) -> dict[str, Any]:
+    """Write all files of a report into `results.out` and return the content of metrics.json.
+
+    metrics.json comes last: where it stands, the rest stands too.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    metrics = results.metrics()
+    picture = io.BytesIO()
+    contact_sheet(results, blur).save(picture, "PNG", optimize=True)
+    write_atomic(results.out / "verdicts.csv", verdicts_csv(results).encode())
+    write_atomic(results.out / "before_after.png", picture.getvalue())
+    write_atomic(results.out / "index.html", page(results, metrics).encode())
+    write_atomic(results.out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    return metrics
+
+
+def verdicts_csv(results: Results) -> str:
+    """One line a picture, so that every figure can be counted again by hand."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for name, arm in results.arms.items():
+        for judge, verdicts in zip(results.judges, [arm.verdicts, *arm.second], strict=True):
+            for p, drawn, v in zip(results.prompts, arm.drawn, verdicts, strict=True):
+                asked = [p.prompt, p.kind, p.category, p.concept, ";".join(p.benign), int(p.held_out), p.seed]
+                if isinstance(v, JudgeError):
+                    said = ["", "", "", v.reason]
+                else:
+                    present = ";".join(sorted(v.present & v.scores.keys()))
+                    said = [str(int(v.harmful)), present, f"{v.confidence:.6f}", ""]
+                table.writerow([name, drawn.path.relative_to(results.out), *asked, judge.name, *said])
+    return text.getvalue()

@@ -1,0 +1,131 @@
+"""One evaluation from prompts to verdicts: every arm draws the same prompts and seeds, every judge sees all of it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.drawing import DrawingSettings, Gallery
+from lit_safety.evaluation.fingerprint import digest, fingerprint
+from lit_safety.evaluation.judges import JudgeError
+from lit_safety.evaluation.judging import judge_drawn
+from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
+from lit_safety.evaluation.results import ArmResult, Results
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from lit_safety.evaluation.arms import Arm
+    from lit_safety.evaluation.judges import Judge
+    from lit_safety.evaluation.prompts import Prompt, Selection
+
+
+@dataclass
+class Run:
+    """Everything that is given; `execute` does the work."""
+
+    pipeline: str
+    prompts_file: str
+    prompts: list[Prompt]
+    selection: Selection
+    judges: list[Judge]
+    """The judge that decides, then the further ones."""
+    arms: dict[str, Arm]
+    drawing: DrawingSettings
+    out: Path
+
+    def __post_init__(self) -> None:
+        if self.drawing.device is None:
+            import torch
+
+            self.drawing = replace(self.drawing, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def execute(self) -> Results:
+        """Draw and judge every arm.
+
+        Every arm is loaded once before the first one draws, so that a bad one fails before anything is written.
+
+        Raises:
+            UserError: an arm does not load, a picture cannot be written, or a judge fails on every picture.
+        """
+        schedulers = {name: self._scheduler(name) for name in self.arms}
+        shared = self._shared(schedulers["base"])
+        done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
+        return Results(self.out, shared, self.prompts, self.judges, done)
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """Each arm's pipeline on this machine."""
+        return {name: local_pipeline(arm.pipeline or self.pipeline) for name, arm in self.arms.items()}
+
+    @cached_property
+    def hashes(self) -> dict[Path, str]:
+        """sha256 of each pipeline."""
+        return {folder: fingerprint(folder) for folder in set(self.folders.values())}
+
+    def _load(self, name: str) -> Any:
+        return load_pipeline(self.folders[name], self.arms[name], str(self.drawing.device), self.drawing.precision)
+
+    def _scheduler(self, name: str) -> str:
+        return type(self._load(name).scheduler).__name__
+
+    def _shared(self, scheduler: str) -> dict[str, Any]:
+        """The settings that all arms share, as they stand in the report."""
+        return {
+            "pipeline": self.pipeline,
+            "pipeline_sha256": self.hashes[self.folders["base"]],
+            "prompts": self.prompts_file,
+            "prompts_sha256": digest([asdict(p) for p in self.prompts]),
+            "selection": asdict(self.selection),
+            "drawn": {
+                kind: sum(p.kind == kind for p in self.prompts) for kind in dict.fromkeys(p.kind for p in self.prompts)
+            },
+            "seeds": {"from": "the column seed of the prompts", "sha256": digest([p.seed for p in self.prompts])},
+            "judge": self.judges[0].settings,
+            "second_judges": [judge.settings for judge in self.judges[1:]],
+            "scheduler": scheduler,
+            **{key: value for key, value in asdict(self.drawing).items() if key != "workers"},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        }
+
+    def _arm(self, name: str, shared: dict[str, Any]) -> ArmResult:
+        arm = self.arms[name]
+        own = arm.describe()
+        own |= {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
+        weights = {key: own[key] for key in ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt")}
+        identity = weights | {key: shared[key] for key in ("scheduler", "versions")}
+        gallery = Gallery(self.out / "images", name, identity, self.prompts, self.drawing)
+        with _progress(f"draw {name}", len(self.prompts)) as tick:
+            if gallery.missing():
+                gallery.draw(self._load(name), arm.negative_prompt, tick)
+            else:
+                tick(len(self.prompts))
+        drawn = gallery.all()
+        answers = []
+        for judge in self.judges:
+            with _progress(f"judge {name}", len(drawn)) as tick:
+                answers.append(judge_drawn(judge, drawn, tick=tick))
+            reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
+            if len(reasons) == len(drawn):
+                raise UserError(f"the judge {judge.name} failed on every picture of {name}: {reasons[0]}; the pictures "
+                                f"stay in {gallery.folder}, no report was written")  # fmt: skip
+        keys = ("judge", "prompts_sha256", "scheduler")
+        protocol = digest({key: shared[key] for key in keys} | self.drawing.protocol())
+        return ArmResult(shared | own, protocol, drawn, answers[0], answers[1:])
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the remaining time; yields what to call with the number of pictures just done."""
+    columns = (TextColumn(f"{what:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,33 @@
+from lit_safety.commands import gather_list
+from lit_safety.parsing import shorten
+
+
+def test_nested_reports_become_the_path_and_the_reason():
+    """What jsonargparse 4.53 says of an unknown key two classes deep."""
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'Module'>, <class 'NoneType'>]
+  Errors:
+    - Parser key "objective":
+        Does not validate against any of the Union subtypes
+        Subtypes: [<class 'Objective'>, <class 'NoneType'>]
+        Errors:
+          - Option 'bta' is not accepted
+          - Expected a <class 'NoneType'>
+        Given value type: <class 'NestedArg'>
+        Given value: NestedArg(key='bta', val='3')
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'NestedArg'>"""
+    assert shorten(message) == "`model.init_args.objective`: Option 'bta' is not accepted"
+
+
+def test_our_own_messages_stay_as_they_are():
+    text = "data/x does not exist; give a folder of shards"
+    assert shorten(text) == text
+    assert shorten("two\nlines   become one") == "two lines become one"
+
+
+def test_leading_words_become_one_list():
+    assert gather_list(["a", "b", "--out", "c"]) == ['["a", "b"]', "--out", "c"]
+    assert gather_list(["--config", "x"]) == ["--config", "x"]
+    assert gather_list(["[a]", "--x"]) == ["[a]", "--x"]

@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.run_folder import last_checkpoint, new_folder, point_latest, remove_if_barren
+
+
+def checkpoint(run: Path, age: float) -> Path:
+    file = run / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (1e9 - age, 1e9 - age))
+    return file
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path):
+    folders = {new_folder(tmp_path / "runs") for _ in range(20)}
+    assert len(folders) == 20
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_last_is_the_newest_checkpoint_and_not_the_newest_folder(tmp_path: Path):
+    newest = checkpoint(tmp_path / "a", age=1)
+    checkpoint(tmp_path / "b", age=100)
+    (tmp_path / "c").mkdir()
+    point_latest(tmp_path / "b")
+    assert last_checkpoint(tmp_path) == newest
+    with pytest.raises(UserError, match="train first"):
+        last_checkpoint(tmp_path / "c")
+
+
+def test_latest_moves(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        point_latest(tmp_path / name)
+        assert (tmp_path / "latest").resolve() == tmp_path / name
+
+
+def test_only_runs_without_result_are_removed(tmp_path: Path):
+    (tmp_path / "barren").mkdir()
+    (tmp_path / "barren" / "config.yaml").touch()
+    checkpoint(tmp_path / "kept", age=0)
+    remove_if_barren(tmp_path / "barren")
+    remove_if_barren(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -1,0 +1,186 @@
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import Arm
+from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.judges import JudgeError
+
+FIGURES = {"ip", "ip_by_category", "ip_implicit", "concept_recall", "clean_harm_rate", "benign_recall"} | {
+    "benign_recall_two", "benign_recall_lookalike", "benign_recall_on_harmful",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(pipeline: Path, adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch):
+    """`evaluate` on the tiny pipeline with the judge that needs no weights; returns the report's folder."""
+    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+
+    def run(**changes) -> Path:
+        given = {"pipeline": str(pipeline), "adapter": str(adapter), "prompts": str(prompts_csv), "judge": "x"}
+        given |= {"out": str(tmp_path / "report"), "steps": 2, "batch_size": 4, "device": "cpu"}
+        evaluate(**(given | changes))
+        return Path((given | changes)["out"])
+
+    return run
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_the_report_holds_what_it_promises(run, capsys) -> None:
+    out = run(arms={"half": Arm(adapter=None, negative_prompt="gun")})
+    found = metrics(out)
+    assert list(found["arms"]) == ["base", "aligned", "half"]
+    assert found["base"] == found["arms"]["base"]
+    assert found["aligned"] == found["arms"]["aligned"]
+    for arm in found["arms"].values():
+        assert arm.keys() >= FIGURES
+        assert arm["concept_recall"].keys() == {"all", "violence", "shocking"}
+        assert arm["n"] == 6
+        assert arm["counts"]["ip"]["n"] == 2
+        assert arm["intervals"]["ip"][0] <= arm["ip"] <= arm["intervals"]["ip"][1]
+        assert {"judge", "seeds", "steps", "guidance"} <= arm["settings"].keys()
+    assert found["differences"].keys() == {"aligned", "half"}
+    assert found["aligned"]["settings"]["adapter_sha256"] != found["base"]["settings"]["adapter_sha256"]
+    assert {p.name for p in out.iterdir()} == {
+        "metrics.json", "before_after.png", "index.html", "verdicts.csv", "images",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "IP, explicit prompts" in printed
+    assert "aligned - base" in printed
+
+
+def test_arms_differ_in_their_pictures_and_share_their_noise(run) -> None:
+    """The adapter changes the pictures; at scale 0 it is the base again."""
+    out = run(arms={"off": Arm(adapter=None)}, adapter=None)
+    found = metrics(out)
+    assert found["arms"]["off"]["ip"] == found["arms"]["base"]["ip"]
+    pictures = [sorted((out / "images").glob(f"{name}-*/*.png")) for name in ("base", "off")]
+    assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
+
+
+def test_the_scale_of_an_adapter_counts(run, adapter: Path) -> None:
+    out = run(arms={"zero": Arm(str(adapter), 0.0), "minus": Arm(str(adapter), -1.0)})
+
+    def colours(name: str) -> list[bytes]:
+        from PIL import Image
+
+        return [Image.open(p).tobytes() for p in sorted((out / "images").glob(f"{name}-*/*.png"))]
+
+    assert colours("zero") == colours("base")
+    assert colours("aligned") != colours("base")
+    assert colours("minus") not in (colours("base"), colours("aligned"))
+
+
+def test_twice_the_same_to_the_byte_and_resumed_too(run, tmp_path: Path) -> None:
+    """Once; again in the same folder (pictures kept); in a fresh folder; after losing a picture of each arm."""
+    out = run()
+    first = {name: (out / name).read_bytes() for name in ("metrics.json", "before_after.png", "index.html")}
+    run()
+    assert {name: (out / name).read_bytes() for name in first} == first
+    shutil.rmtree(out / "images")
+    run()
+    assert {name: (out / name).read_bytes() for name in first} == first
+    for folder in (out / "images").iterdir():
+        (folder / "00003.png").unlink()
+    (out / "metrics.json").unlink()
+    run()
+    assert {name: (out / name).read_bytes() for name in first} == first
+
+
+def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
+    run()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr("lit_safety.evaluation.drawing.draw_batch", refuse)
+    run()
+
+
+def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -> None:
+    """The judge breaks on one of the two explicit pictures of each arm: n = 1 and 1 error, never 2."""
+    answers = judge.judge
+    seen = iter(range(1000))
+    judge.judge = lambda images: [JudgeError("odd") if next(seen) % 6 == 0 else a for a in answers(images)]
+    found = metrics(run())
+    for arm in found["arms"].values():
+        assert arm["errors"] == 1
+        assert arm["counts"]["ip"] | {"hits": 0} == {"hits": 0, "n": 1, "errors": 1}
+        assert arm["error_list"][0]["reason"] == "odd"
+    assert "WITHOUT A VERDICT" in capsys.readouterr().out
+
+
+def test_a_judge_that_fails_on_all_writes_no_report(run, judge, tmp_path: Path) -> None:
+    judge.judge = lambda images: [JudgeError("no weights") for _ in images]
+    with pytest.raises(UserError, match=r"failed on every picture of base: no weights"):
+        run()
+    assert not (tmp_path / "report" / "metrics.json").exists()
+    assert len(list((tmp_path / "report").rglob("*.png"))) == 6
+
+
+def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> None:
+    """The second judge calls everything harmful: it disagrees wherever the first one said safe."""
+    other = type(judge)()
+    other.name = "strict"
+    answers = judge.judge
+    from dataclasses import replace
+
+    other.judge = lambda images: [replace(a, harmful=True) for a in answers(images)]
+    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda spec: other if spec == "strict" else judge)
+    out = run(second_judges=["strict"], adapter=None)
+    rows = (out / "verdicts.csv").read_text().splitlines()
+    safe = sum(",brightness,0," in row for row in rows)
+    second = metrics(out)["base"]["second_judges"]["strict"]
+    assert second["ip"] == 1.0
+    assert second["disagreement"]["counts"] == {"hits": safe, "n": 6, "errors": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pipeline": "{tmp}"}, "no diffusers pipeline"),
+        ({"pipeline": "{tmp}/absent/no/pipeline"}, "absent/no/pipeline"),
+        ({"adapter": "{tmp}/absent"}, "absent does not exist"),
+        ({"adapter": "{tmp}"}, "pytorch_lora_weights.safetensors"),
+        ({"adapter": "{other}"}, "made for another backbone"),
+        ({"prompts": "{tmp}/absent.csv"}, "absent.csv"),
+        ({"out": "{csv}/report"}, "is a file"),
+        ({"arms": {"aligned": Arm()}}, "name is taken"),
+        ({"arms": {"../up": Arm()}}, "--arms.../up"),
+        ({"steps": 0}, "--steps 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    run, tmp_path: Path, prompts_csv: Path, other_adapter: Path, changes: dict, says: str
+) -> None:
+    names = {"tmp": tmp_path, "csv": prompts_csv, "other": other_adapter}
+    changes = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(UserError) as error:
+        run(**changes)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_prompt_that_the_judge_does_not_know_is_refused(run, tmp_path: Path) -> None:
+    file = tmp_path / "other.csv"
+    file.write_text("prompt,kind,category,concept,benign,held_out,seed\na boat,clean,,,boat,0,1\n")
+    with pytest.raises(UserError, match="asks for boat, which the judge brightness cannot recognise"):
+        run(prompts=str(file))
+
+
+def test_the_command_imports_no_torch_and_documents_every_argument() -> None:
+    code = "import lit_safety.evaluation.evaluate, lit_safety.evaluation.compare, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    documented = inspect.getdoc(evaluate) or ""
+    for name in inspect.signature(evaluate).parameters:
+        assert f"\n    {name}: " in documented

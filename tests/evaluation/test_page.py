@@ -1,0 +1,94 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_safety.evaluation.drawing import Drawn
+from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.page import page
+from lit_safety.evaluation.results import ArmResult, Results
+
+SETTINGS = {"pipeline": "<script>alert(1)</script>", "judge": {"name": "brightness", "threshold": 0.5}, "steps": 2}
+
+
+@pytest.fixture
+def results(tmp_path: Path, judge, small_set) -> Results:
+    """The first picture harmful, the second without verdict, the third without picture; large pictures in `big`."""
+    prompts = [replace(small_set[0], prompt='a "gun" <b>&</b>'), *small_set[1:]]
+    verdicts = [Verdict(True), JudgeError("crash & burn"), *(Verdict(False) for _ in prompts[2:])]
+    arms = {}
+    for name, side in (("base", 32), ("big", 700)):
+        drawn = [Drawn(tmp_path / f"{name}{i}.png") for i in range(len(prompts))]
+        for one in drawn[:2] + drawn[3:]:
+            Image.new("RGB", (side, side), (200, 10, 10)).save(one.path)
+        arms[name] = ArmResult(SETTINGS, "p", drawn, verdicts)
+    return Results(tmp_path, SETTINGS, prompts, [judge], arms)
+
+
+class Tags(HTMLParser):
+    """All tags with attributes and whether they stand inside a veil; checks that every tag is closed."""
+
+    VOID = frozenset({"meta", "img", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, dict]] = []
+        self.found: list[tuple[str, dict, bool]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        veiled = any(a.get("class") == "veil" for _, a in self.open)
+        self.found.append((tag, dict(attrs), veiled))
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+
+@pytest.fixture
+def html(results: Results) -> str:
+    return page(results, results.metrics())
+
+
+def test_every_tag_is_closed_and_nothing_is_fetched(html: str) -> None:
+    tags = Tags(html)
+    assert tags.open == []
+    names = {tag for tag, _, _ in tags.found}
+    assert not names & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?:|url\(|@import", html)
+    assert all(a["src"].startswith("data:image/") for tag, a, _ in tags.found if tag == "img")
+
+
+def test_what_users_write_is_shown_not_run(html: str) -> None:
+    assert "<script>" not in html
+    assert "<b>&</b>" not in html
+    assert "a &quot;gun&quot; &lt;b&gt;" in html
+
+
+def test_every_picture_says_what_it_is(html: str) -> None:
+    pictures = [a for tag, a, _ in Tags(html).found if tag == "img"]
+    assert len(pictures) == 10
+    assert all(len(a["alt"]) > 20 for a in pictures)
+
+
+def test_harmful_and_unjudged_pictures_are_veiled_and_no_others(html: str) -> None:
+    veiled = [a["alt"] for tag, a, veil in Tags(html).found if tag == "img" and veil]
+    assert len(veiled) == 4
+    assert sum("harmful" in alt for alt in veiled) == 2
+    assert sum("no verdict" in alt for alt in veiled) == 2
+    boxes = [a for tag, a, veil in Tags(html).found if tag == "input" and veil]
+    assert all(box["aria-label"].startswith("show the picture") for box in boxes)
+
+
+def test_large_pictures_are_shrunk(html: str, results: Results) -> None:
+    assert html.count("data:image/jpeg") == html.count("data:image/png") == 5
+    assert len(html) < 100_000
+
+
+def test_errors_are_announced(html: str) -> None:
+    assert "role=alert" in html
+    assert "crash &amp; burn" in html

@@ -1,0 +1,78 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import Arm
+from lit_safety.evaluation.drawing import DrawingSettings, draw_batch
+from lit_safety.evaluation.pipelines import check_writable, load_pipeline
+
+
+def edit(pipeline: Path, folder: Path, file: str, **changes: object) -> Path:
+    copy = Path(shutil.copytree(pipeline, folder))
+    config = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(config | changes))
+    return copy
+
+
+def test_draws_with_ddim_in_the_pipelines_own_schedule(pipeline: Path, tmp_path: Path) -> None:
+    other = edit(pipeline, tmp_path / "p", "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    config = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(config | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    scheduler = load_pipeline(other, Arm()).scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_reads_weights_that_are_stored_in_half_precision_only(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None).to(torch.float16)
+    stock.save_pretrained(tmp_path / "half", variant="fp16")
+    assert load_pipeline(tmp_path / "half", Arm()).unet.dtype == torch.float32
+
+
+def test_a_folded_adapter_draws_what_the_loaded_one_draws(pipeline: Path, adapter: Path, ask) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    settings, prompts = DrawingSettings(steps=3), [ask("clean", benign="car", seed=3)]
+    stock = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+    base = draw_batch(stock, prompts, settings)
+    stock.load_lora_weights(adapter)
+    expected = draw_batch(stock, prompts, settings)
+    found = draw_batch(load_pipeline(pipeline, Arm(str(adapter))), prompts, settings)
+    assert abs(found - expected).max() < 1e-4
+    assert abs(found - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "no json"])
+def test_a_damaged_pipeline_is_one_line(pipeline: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(pipeline, tmp_path / "copy"))
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        (copy / "unet" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="copy does not load") as error:
+        load_pipeline(copy, Arm())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:77"])
+def test_a_device_that_is_not_there(pipeline: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device}"):
+        load_pipeline(pipeline, Arm(), device)
+
+
+def test_a_folder_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="no permission"):
+        check_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
