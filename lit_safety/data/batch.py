@@ -1,0 +1,138 @@
+"""A batch of preference pairs: what the datamodule yields and the modules read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_safety.data.sample import PairMetadata, Sides
+from lit_safety.errors import UserError
+
+
+@dataclass
+class PairBatch:
+    """B preference pairs."""
+
+    keys: list[str]
+    """Each sample's key."""
+    seeds: list[int]
+    """Each sample's 63-bit seed, a pure function of (seed, epoch, key): see `lit_safety.data.chance`."""
+    prompts: list[str]
+    """What both images of a pair were made for."""
+    prompt_kinds: list[str]
+    """`harmful` or `clean`."""
+    categories: list[tuple[str, ...]]
+    """Canonical harm categories."""
+    orders: list[str]
+    """What decided which image is chosen: `safety`, `quality` or `composite`."""
+    chosen: Tensor
+    """float32 (B, 3, H, W) in [-1, 1]."""
+    rejected: Tensor
+    """float32 (B, 3, H, W) in [-1, 1]."""
+    clean: Tensor
+    """float32 (B,): 1 where the prompt is clean, 0 where it is harmful (`prompt_kinds` as numbers)."""
+    harmful: Tensor
+    """float32 (B, 2): 1 harmful, 0 safe, nan unknown; column 0 chosen, column 1 rejected. Labels, not
+    scores."""
+    cost: Tensor
+    """float32 (B, 2): a cost model's values, above 0 harmful, nan unknown; columns as in `harmful`."""
+    has_cost: list[bool]
+    """Whether both costs of a pair are known; on the host, so that asking needs no wait for the device."""
+    score: Tensor
+    """float32 (B, 2): quality, higher is better, nan unknown; columns as in `harmful`."""
+    has_score: list[bool]
+    """Whether both scores of a pair are known; on the host, as `has_cost`."""
+    has_harmful: list[bool]
+    """Whether both labels of a pair are known; on the host, as `has_cost`."""
+    user_ids: list[str | None]
+    """Whose preference it is; None is everyone's."""
+    category: str | None = None
+    """The category all of them are about, where batches are made so (`one_category`)."""
+    skipped: list[str] = field(default_factory=list)
+    """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
+    each."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """The batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        """The batch with its tensors in page-locked memory, for faster copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
+        moved = copy.copy(self)
+        for one in dataclasses.fields(self):
+            if isinstance(value := getattr(self, one.name), Tensor):
+                setattr(moved, one.name, function(value))
+        return moved
+
+
+@dataclass
+class Pair:
+    """One decoded sample: `chosen` and `rejected` are float32 (3, H, W) in [-1, 1]."""
+
+    key: str
+    seed: int
+    metadata: PairMetadata
+    chosen: Tensor
+    rejected: Tensor
+    where: str
+    """Shard and key, for messages."""
+
+
+def collate(pairs: Sequence[Pair], category: str | None = None, skipped: Sequence[str] = ()) -> PairBatch:
+    """Put pairs together.
+
+    Raises:
+        UserError: images of different sizes meet; names one sample of each size and the YAML key that cures
+        it.
+    """
+    first = pairs[0]
+    for pair in pairs:
+        for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if image.shape != first.chosen.shape:
+                raise UserError(
+                    f"{pair.where}: {side} is {_size(image)} but {first.where} "
+                    f"has {_size(first.chosen)}; images of one batch must be of one size: set "
+                    "data.init_args.resolution"
+                )
+    nan = float("nan")
+    unknown: Sides[float] = Sides(nan, nan)
+    labels = [pair.metadata.harmful for pair in pairs]
+    costs = [pair.metadata.cost or unknown for pair in pairs]
+    scores = [pair.metadata.score or unknown for pair in pairs]
+    return PairBatch(
+        keys=[pair.key for pair in pairs],
+        seeds=[pair.seed for pair in pairs],
+        prompts=[pair.metadata.prompt for pair in pairs],
+        prompt_kinds=[pair.metadata.prompt_kind for pair in pairs],
+        categories=[pair.metadata.categories for pair in pairs],
+        orders=[pair.metadata.order for pair in pairs],
+        chosen=torch.stack([pair.chosen for pair in pairs]),
+        rejected=torch.stack([pair.rejected for pair in pairs]),
+        clean=torch.tensor([float(pair.metadata.prompt_kind == "clean") for pair in pairs]),
+        harmful=torch.tensor(
+            [[nan if side is None else float(side) for side in (one.chosen, one.rejected)] for one in labels]
+        ),
+        cost=torch.tensor([[one.chosen, one.rejected] for one in costs]),
+        has_cost=[pair.metadata.cost is not None for pair in pairs],
+        score=torch.tensor([[one.chosen, one.rejected] for one in scores]),
+        has_score=[pair.metadata.score is not None for pair in pairs],
+        has_harmful=[one.chosen is not None and one.rejected is not None for one in labels],
+        user_ids=[pair.metadata.user_id for pair in pairs],
+        category=category,
+        skipped=list(skipped),
+    )
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"

@@ -1,0 +1,57 @@
+"""Every random choice made for a sample, as a pure function of (seed, epoch, key, purpose).
+
+No choice depends on the batch a sample is in, on its rank or on its worker, so batch 8, batch 4 accumulated
+twice and two ranks of 4 make the same choices, and a resumed run makes those of the run it continues. Chosen
+and rejected share a sample's seed and so share every choice. A purpose is a word such as `"timestep"`; two
+purposes never share their numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_63_BITS = (1 << 63) - 1
+
+
+def _hash(*parts: str | int) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = str(part).encode("utf-8", "surrogatepass")
+        # Lengths keep ("a", "bc") and ("ab", "c") apart.
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little") & _63_BITS
+
+
+def sample_seed(seed: int, epoch: int, key: str) -> int:
+    """The 63-bit seed of the sample `key` in one pass over the data."""
+    return _hash("sample", seed, epoch, key)
+
+
+def derive(sample_seed: int, purpose: str) -> int:
+    """The 63-bit seed for one purpose of one sample."""
+    return _hash("purpose", sample_seed, purpose)
+
+
+def generator(sample_seed: int, purpose: str) -> torch.Generator:
+    """A CPU generator for one purpose of one sample: the same numbers on every device and rank."""
+    return torch.Generator().manual_seed(derive(sample_seed, purpose))
+
+
+def uniform(sample_seed: int, purpose: str, low: float = 0.0, high: float = 1.0) -> float:
+    """One number in [low, high)."""
+    return low + (high - low) * (derive(sample_seed, purpose) >> 10) / (1 << 53)
+
+
+def integers(seeds: Sequence[int], purpose: str, high: int, low: int = 0) -> Tensor:
+    """One whole number in [low, high) a sample: int64 (B,)."""
+    # The modulo's bias is below high / 2^63: nothing.
+    return torch.tensor([low + derive(seed, purpose) % (high - low) for seed in seeds], dtype=torch.int64)
+
+
+def normal(seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, each sample's its own: float32 (B, *shape) on the CPU."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, purpose)) for seed in seeds])

@@ -1,0 +1,113 @@
+"""`lit_safety shards from-folder`: a CSV that names prompt, chosen and rejected image, and whatever else is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from lit_safety.data.converters.run import FoundPair
+
+REQUIRED = ("prompt", "chosen", "rejected")
+TEXTS = ("concept", "user_id", "source")
+OPTIONAL = (
+    *("key", "prompt_kind", "order", "categories", "chosen_harmful", "rejected_harmful", "seed"),
+    *("chosen_cost", "rejected_cost", "chosen_score", "rejected_score", *TEXTS),
+)
+LABELS: dict[str, bool | None] = {"true": True, "1": True, "false": False, "0": False, "": None, "null": None}
+
+
+def from_folder(
+    table: str,
+    out: str,
+    images: str | None = None,
+    prompt_kind: Literal["harmful", "clean"] | None = None,
+    order: Literal["safety", "quality", "composite"] = "safety",
+    samples_per_shard: int = 256,
+    overwrite: bool = False,
+) -> None:
+    """Write shards from a CSV of pairs and the images it names.
+
+    Columns: prompt, chosen and rejected (image files) are needed; key, prompt_kind, order, categories (several joined
+    by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost, rejected_cost,
+    chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known. A run that was
+    stopped goes on when it is started again.
+
+    Args:
+        table: The CSV file, UTF-8, with a header line.
+        out: The folder to write the shards to.
+        images: The folder the image files lie in; null: the CSV's own folder.
+        prompt_kind: What prompts are where the table does not say.
+        order: What decided which image is chosen where the table does not say.
+        samples_per_shard: How many pairs a shard holds.
+        overwrite: Throw away what an earlier run left in the folder.
+    """
+    from pathlib import Path
+
+    from lit_safety.data.converters.run import convert
+    from lit_safety.data.converters.table import read_csv
+    from lit_safety.data.manifest import file_sha256
+
+    rows = read_csv(table, REQUIRED)
+    if rows and (unknown := [name for name in rows[0] if name not in (*REQUIRED, *OPTIONAL)]):
+        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(REQUIRED + OPTIONAL)}")
+    folder = Path(images) if images is not None else Path(table).parent
+    pairs = [
+        _pair(row, f"{table}: row {number}", number, folder, prompt_kind, order) for number, row in enumerate(rows, 2)
+    ]
+    provenance = {
+        "converter": "from-folder",
+        "table": Path(table).name,
+        "table_sha256": file_sha256(table),
+        "prompt_kind": prompt_kind,
+        "order": order,
+        "samples_per_shard": samples_per_shard,
+    }
+    convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
+
+
+def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind: str | None, order: str) -> FoundPair:
+    from lit_safety.data.converters.run import FoundPair, plain_key
+    from lit_safety.data.converters.table import image_path
+    from lit_safety.data.sample import parse_metadata
+
+    kind = row.get("prompt_kind") or prompt_kind
+    if kind is None:
+        raise UserError(f"{where}: says no prompt_kind; add the column, or give --prompt_kind harmful or clean")
+    data: dict[str, Any] = {
+        "prompt": row["prompt"],
+        "prompt_kind": kind,
+        "order": row.get("order") or order,
+        "categories": [name.strip() for name in row.get("categories", "").split(";") if name.strip()],
+        "harmful": {side: _label(row, f"{side}_harmful", where) for side in ("chosen", "rejected")},
+        "seed": _number(row, "seed", where, int),
+        **{name: row.get(name) or None for name in TEXTS},
+        **{name: _both(row, name, where) for name in ("cost", "score")},
+    }
+    key = row.get("key") or f"{number - 2:08d}"
+    metadata = parse_metadata(data, where)
+    chosen, rejected = (image_path(folder, row[side], f"{where}: {side}") for side in ("chosen", "rejected"))
+    return FoundPair(plain_key(key), metadata, chosen, rejected)
+
+
+def _label(row: dict[str, str], name: str, where: str) -> bool | None:
+    value = row.get(name, "").strip().casefold()
+    if value not in LABELS:
+        raise UserError(f"{where}: {name} is {row[name]!r}; it may be true, false or empty")
+    return LABELS[value]
+
+
+def _both(row: dict[str, str], name: str, where: str) -> dict[str, Any] | None:
+    sides = {side: _number(row, f"{side}_{name}", where, float) for side in ("chosen", "rejected")}
+    return None if None in sides.values() else sides
+
+
+def _number(row: dict[str, str], name: str, where: str, kind: type[int] | type[float]) -> Any:
+    value = row.get(name, "").strip()
+    if not value:
+        return None
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {name} is {value!r}, not a number") from error

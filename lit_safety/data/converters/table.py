@@ -1,0 +1,47 @@
+"""Read the tables that data sets are published with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from lit_safety.errors import UserError
+
+
+def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV with a header line, as texts.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, lacks a column, or a row has more fields than the header.
+    """
+    csv.field_size_limit(1 << 20)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+            header = reader.fieldnames or []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: is not a CSV file ({error})") from error
+    if missing := [name for name in required if name not in header]:
+        raise UserError(f"{path}: has no column {missing[0]!r}; its columns are {', '.join(header) or 'none'}")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields")
+    return rows
+
+
+def image_path(folder: Path, name: str, where: str) -> Path:
+    """The file `name` within `folder`.
+
+    Raises:
+        UserError: the name is empty or leads out of the folder.
+    """
+    path = (folder / name).resolve()
+    if not name or not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: {name!r} is not a file within {folder}; give the images' folder with --images")
+    return path

@@ -1,0 +1,121 @@
+"""`lit_safety shards inspect`: what a folder of shards holds, in words and as a picture."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from PIL import Image
+
+    from lit_safety.data.sample import PairMetadata
+    from lit_safety.data.source import Source
+
+CELL = 128
+CAPTION = 260
+
+
+def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmful: bool = False) -> None:
+    """Print what a folder of shards holds: counts by category, kind, order and label, sizes and a few samples.
+
+    Args:
+        folder: A folder of shards, a tar file or a pattern of tar files.
+        samples: How many samples to show, drawn at random, the same ones each time.
+        sheet: Draw the shown samples into this PNG file: chosen, rejected and what is known of them.
+        show_harmful: Do not blur images that are labelled harmful, or not labelled at all, in the picture.
+    """
+    from lit_safety.data.source import open_source
+
+    source = open_source(folder, "folder")
+    for line in _summary(source):
+        print(line)
+    rows = []
+    for key, metadata, chosen, rejected in _drawn(source, samples):
+        print(f"\n{key}: {metadata.prompt}")
+        print(f"  {_words(metadata)}; {chosen.width} x {chosen.height}, {rejected.width} x {rejected.height} pixels")
+        rows.append((key, metadata, chosen, rejected))
+    if sheet is not None:
+        draw_sheet(rows, sheet, show_harmful)
+        print(f"\ndrawn: {sheet}")
+
+
+def _summary(source: Source) -> list[str]:
+    manifest = source.manifest
+    counts = manifest.counts()
+    sizes = [shard.bytes for shard in manifest.shardlist if shard.bytes is not None]
+    lines = [
+        f"{source.given}: {counts['samples']} pairs in {len(manifest.shardlist)} shards, {sum(sizes) / 1e6:.1f} MB",
+    ]
+    for name in ("category", "kind", "order", "label"):
+        held = ", ".join(f"{value} {number}" for value, number in counts[name].items())
+        lines.append(f"  {name + ':':<12}{held or 'not known'}")
+    per_shard = Counter(shard.nsamples for shard in manifest.shardlist)
+    lines.append(f"  {'per shard:':<12}{min(per_shard)} to {max(per_shard)} pairs")
+    for name, held_there in (("provenance", manifest.provenance), ("seeds", manifest.seeds), ("cache", manifest.cache)):
+        if held_there:
+            lines.append(f"  {name + ':':<12}{held_there}")
+    return lines
+
+
+def _words(metadata: PairMetadata) -> str:
+    chosen, rejected = metadata.label.split(">")
+    about = ", ".join(metadata.categories) or "no category"
+    concept = f" ({metadata.concept})" if metadata.concept else ""
+    user = f", user {metadata.user_id}" if metadata.user_id else ""
+    return f"{metadata.prompt_kind} prompt, {about}{concept}, {chosen} over {rejected} by {metadata.order}{user}"
+
+
+def _drawn(source: Source, samples: int) -> list[tuple[str, PairMetadata, Image.Image, Image.Image]]:
+    from lit_safety.data.decode import pair_images
+    from lit_safety.data.order import EpochOrder
+
+    order = EpochOrder([shard.nsamples for shard in source.manifest.shardlist], seed=None, window=1)
+    found = []
+    # Drawn, not every n-th: generated data often repeats itself with a period. The same ones each time.
+    for position in sorted(random.Random(0).sample(range(order.total), min(max(samples, 0), order.total))):
+        window = order.window_at(position)
+        (index,) = window.shards
+        shard = source.open_shard(index)
+        try:
+            number = position - window.start
+            key, members = shard.read(number)
+            found.append((key, *pair_images(members, shard.where(number))))
+        finally:
+            shard.close()
+    return found
+
+
+def draw_sheet(
+    rows: list[tuple[str, PairMetadata, Image.Image, Image.Image]], path: str, show_harmful: bool = False
+) -> None:
+    """Draw one row a sample into a PNG file: chosen, rejected, and what is known of them.
+
+    Args:
+        rows: key, metadata, chosen and rejected of each sample.
+        path: the PNG file; written whole or not at all.
+        show_harmful: False blurs what is labelled harmful or not labelled.
+    """
+    import io
+    import textwrap
+    from pathlib import Path
+
+    from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+    from lit_safety.data.atomic import write_atomic
+
+    picture = Image.new("RGB", (2 * CELL + CAPTION, CELL * max(len(rows), 1)), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (key, metadata, chosen, rejected) in enumerate(rows):
+        for column, (image, label) in enumerate(
+            ((chosen, metadata.harmful.chosen), (rejected, metadata.harmful.rejected))
+        ):
+            cell = ImageOps.contain(image, (CELL - 4, CELL - 4), Image.Resampling.NEAREST)
+            if label is not False and not show_harmful:
+                cell = cell.filter(ImageFilter.GaussianBlur(CELL / 12))
+            picture.paste(cell, (column * CELL + 2, row * CELL + 2))
+        text = textwrap.wrap(key, 40)[:1] + textwrap.wrap(metadata.prompt, 40)[:4] + textwrap.wrap(_words(metadata), 40)
+        pen.multiline_text((2 * CELL + 6, row * CELL + 4), "\n".join(text[:8]), fill="black")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomic(Path(path), buffer.getvalue())

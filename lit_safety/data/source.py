@@ -1,0 +1,213 @@
+"""Find the shards that a YAML key names, and check what can be known before anything is read.
+
+A source is a folder (or a URL) with `manifest.json` beside its shards, a folder of tar files, one tar file, a pattern
+(`shard-{000000..000031}.tar`, `*.tar`) or a list of these. Without a manifest the headers and the small JSON
+members are read once; the images are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import braceexpand
+
+from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, load_manifest
+from lit_safety.data.remote import default_cache, fetch, is_remote
+from lit_safety.data.sample import parse_metadata
+from lit_safety.data.tarindex import OpenShard
+from lit_safety.errors import UserError
+
+NOTHING = "the list of shards is empty; give a folder of shards or a pattern of tar files"
+# The class of a sample whose metadata cannot be read: no filter finds it, and the reader names it in its turn.
+UNREADABLE = SampleClass("unreadable", "unreadable")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The shards behind one YAML key."""
+
+    key: str
+    """The YAML key (or argument) they come from, for messages."""
+    given: str
+    """What was given there, for messages."""
+    manifest: Manifest
+    paths: tuple[str, ...]
+    """Each shard's file or URL, in the order of `manifest.shardlist`."""
+
+    def open_shard(self, number: int) -> OpenShard:
+        """Open a shard, fetching it if it lies elsewhere and was not fetched yet.
+
+        Raises:
+            UserError: it is missing, no tar file, or not what the manifest says.
+        """
+        path, listed = self.paths[number], self.manifest.shardlist[number]
+        if is_remote(path):
+            path = str(fetch(path, default_cache(), listed.sha256))
+        return OpenShard(path, listed.nsamples)
+
+
+def open_source(given: str | Sequence[str], key: str) -> Source:
+    """Find the shards named by `given`.
+
+    Raises:
+        UserError: nothing is there, a shard of the manifest is missing or of another size, or the list is
+        empty.
+    """
+    if isinstance(given, str):
+        if is_remote(given):
+            return _over_the_network(given.rstrip("/"), key)
+        if os.path.isdir(given) and os.path.exists(os.path.join(given, FILE_NAME)):
+            return _with_manifest(Path(given), key)
+        paths = tars_named(given, key)
+        return Source(key, given, scan(paths), tuple(paths))
+    if not given:
+        raise UserError(f"{key}: {NOTHING}")
+    return _together([open_source(one, key) for one in given], key)
+
+
+def _over_the_network(folder: str, key: str) -> Source:
+    """Shards are fetched when their turn comes, so that a missing one is found then, not now."""
+    if folder.endswith(".tar") or "{" in folder or "*" in folder:
+        raise UserError(f"{key}: over the network give the folder that holds {FILE_NAME}, not {folder!r}")
+    try:
+        copy = fetch(f"{folder}/{FILE_NAME}", default_cache(), fresh=True)
+    except UserError as error:
+        raise UserError(f"{key}: {error}; give a folder of shards with its {FILE_NAME}") from error
+    manifest = load_manifest(copy.parent)
+    if not manifest.shardlist:
+        raise UserError(f"{key}: {folder}/{FILE_NAME} lists no shards; write the shards anew or give another folder")
+    return Source(key, folder, manifest, tuple(f"{folder}/{shard.url}" for shard in manifest.shardlist))
+
+
+def _together(sources: Sequence[Source], key: str) -> Source:
+    """Several sources as one, one after another."""
+    given = ", ".join(source.given for source in sources)
+    paths = [path for source in sources for path in source.paths]
+    _refuse_twice(paths, given, key)
+    classes: dict[SampleClass, int] = {}
+    shards: list[Shard] = []
+    labels: Counter[str] = Counter()
+    for source in sources:
+        held = source.manifest
+        renumbered = [classes.setdefault(one, len(classes)) for one in held.classes]
+        labels.update(held.labels)
+        shards += [
+            replace(one, classes=None if one.classes is None else tuple(renumbered[n] for n in one.classes))
+            for one in held.shardlist
+        ]
+    provenance = {source.given: source.manifest.provenance for source in sources}
+    return Source(key, given, Manifest(tuple(shards), tuple(classes), dict(labels), provenance), tuple(paths))
+
+
+def tars_named(given: str, key: str) -> list[str]:
+    """The tar files that a folder or a pattern names.
+
+    Raises:
+        UserError: one is missing or named twice, or there is none.
+    """
+    paths = _expand(given, key)
+    _refuse_twice(paths, given, key)
+    return paths
+
+
+def _refuse_twice(paths: Sequence[str], given: str, key: str) -> None:
+    for path, times in Counter(paths).items():
+        if times > 1:
+            raise UserError(f"{key}: {given!r} names the shard {path} {times} times")
+
+
+def _with_manifest(folder: Path, key: str) -> Source:
+    manifest = load_manifest(folder)
+    if not manifest.shardlist:
+        raise UserError(f"{key}: {folder / FILE_NAME} lists no shards; write the shards anew or give another folder")
+    paths = []
+    for shard in manifest.shardlist:
+        path = folder / shard.url
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"{key}: the shard {path} is missing although {folder / FILE_NAME} lists it; restore "
+                "it or write the shards anew"
+            ) from error
+        if shard.bytes is not None and size != shard.bytes:
+            raise UserError(
+                f"{key}: the shard {path} has {size} bytes but {folder / FILE_NAME} says {shard.bytes}; "
+                "copy it again or write the shards anew"
+            )
+        paths.append(str(path))
+    return Source(key, str(folder), manifest, tuple(paths))
+
+
+def _expand(pattern: str, key: str) -> list[str]:
+    if not pattern.strip():
+        raise UserError(f"{key}: {NOTHING}")
+    if pattern.startswith("pipe:"):
+        raise UserError(f"{key}: {pattern!r} is refused: commands are not run; give a folder or a pattern of tar files")
+    if os.path.isdir(pattern):
+        found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        if not found:
+            raise UserError(f"{key}: the folder {pattern} holds neither {FILE_NAME} nor a tar file")
+        return found
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{key}: the pattern {pattern!r} has unbalanced braces") from error
+    found = []
+    for name in names:
+        if glob.has_magic(name) and not os.path.exists(name):
+            found += sorted(glob.glob(name))
+        elif os.path.exists(name):
+            found.append(name)
+        elif len(names) > 1:
+            raise UserError(f"{key}: the shard {name} is missing; restore it or correct the pattern {pattern!r}")
+        else:
+            raise UserError(f"{key}: {pattern} does not exist; give a folder of shards or a pattern of tar files")
+    if not found:
+        raise UserError(f"{key}: no file matches {pattern!r}; give a folder of shards or a pattern of tar files")
+    return found
+
+
+def scan(paths: Sequence[str]) -> Manifest:
+    """Make a manifest in memory from the tars' headers and JSON members; a tar is scanned once a process.
+
+    Raises:
+        UserError: a file is no tar, or ends too early.
+    """
+    classes: dict[SampleClass, int] = {}
+    labels: Counter[str] = Counter()
+    shards = []
+    for path in paths:
+        stat = os.stat(path)
+        found, counted = _scan_one(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+        labels.update(dict(counted))
+        numbers = tuple(classes.setdefault(one, len(classes)) for one in found)
+        shards.append(Shard(path, len(found), stat.st_size, None, numbers))
+    return Manifest(tuple(shards), tuple(classes), dict(labels))
+
+
+@functools.cache
+def _scan_one(path: str, size: int, mtime: int) -> tuple[tuple[SampleClass, ...], tuple[tuple[str, int], ...]]:
+    shard = OpenShard(path)
+    try:
+        if shard.problem is not None:
+            raise UserError(f"{path}: {shard.problem}; copy it again or leave it out of the list")
+        found: list[SampleClass] = []
+        labels: Counter[str] = Counter()
+        for number in range(len(shard.index.samples)):
+            try:
+                metadata = parse_metadata(shard.read_member(number, "json"), shard.where(number))
+            except UserError:  # named, counted and judged by on_bad_sample when the sample is read
+                found.append(UNREADABLE)
+                continue
+            found.append(SampleClass.of(metadata))
+            labels[metadata.label] += 1
+        return tuple(found), tuple(sorted(labels.items()))
+    finally:
+        shard.close()

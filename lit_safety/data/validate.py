@@ -1,0 +1,122 @@
+"""`lit_safety shards validate`: read everything and name every sample that training would trip over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from lit_safety.data.manifest import Manifest, Shard
+
+
+def validate(folder: str, hashes: bool = True) -> None:
+    """Read every sample of a folder of shards as training would, and list every problem.
+
+    Checked are the manifest, each shard's presence, size, hash and count, each sample's metadata and images, and
+    that no key stands twice. Exits with status 2 if there is a problem.
+
+    Args:
+        folder: A folder of shards, a tar file or a pattern of tar files.
+        hashes: Compare each shard's SHA-256 with the manifest's.
+    """
+    from lit_safety.data.progress import counter
+
+    found, samples = 0, 0
+    with counter("validate") as count:
+        for problem in _steps(folder, hashes):
+            if problem is None:
+                samples += 1
+                count()
+            else:
+                found += 1
+                print(problem)
+    if found:
+        raise UserError(f"{folder}: {found} problem{'s' if found > 1 else ''}; {samples} pairs are good")
+    print(f"{folder}: all {samples} pairs are good")
+
+
+def problems(folder: str, hashes: bool = True) -> list[str]:
+    """Everything that is wrong with a folder of shards, one line each."""
+    return [problem for problem in _steps(folder, hashes) if problem is not None]
+
+
+def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
+    """A problem, or None for each good sample."""
+    from lit_safety.data.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.remote import is_remote
+    from lit_safety.data.source import tars_named
+
+    if is_remote(folder):
+        raise UserError(f"{folder}: only shards on this machine are validated; copy them first")
+    keys: dict[str, str] = {}
+    if not os.path.exists(os.path.join(folder, FILE_NAME)):
+        for path in tars_named(folder, "folder"):
+            yield from _samples(path, None, None, keys)
+        return
+    manifest = load_manifest(folder)
+    for shard in manifest.shardlist:
+        path = str(Path(folder) / shard.url)
+        problem = _file_problem(path, shard, hashes)
+        if problem is not None:
+            yield problem
+        if os.path.exists(path):
+            yield from _samples(path, shard, manifest, keys)
+
+
+def _file_problem(path: str, shard: Shard, hashes: bool) -> str | None:
+    from lit_safety.data.manifest import file_sha256
+
+    if not os.path.exists(path):
+        return f"{path}: is missing"
+    size = os.path.getsize(path)
+    if shard.bytes is not None and size != shard.bytes:
+        return f"{path}: has {size} bytes but the manifest says {shard.bytes}"
+    if hashes and shard.sha256 is not None and file_sha256(path) != shard.sha256:
+        return f"{path}: is not the file the manifest was made with (its SHA-256 differs)"
+    return None
+
+
+def _samples(path: str, shard: Shard | None, manifest: Manifest | None, keys: dict[str, str]) -> Iterator[str | None]:
+    from lit_safety.data.decode import pair_images
+    from lit_safety.data.manifest import SampleClass
+    from lit_safety.data.tarindex import OpenShard
+
+    try:
+        tar = OpenShard(path)
+    except UserError as error:
+        yield str(error)
+        return
+    try:
+        if tar.problem is not None:
+            yield f"{path}: {tar.problem}"
+        total = len(tar.index.samples)
+        if shard is not None and total != shard.nsamples:
+            yield f"{path}: holds {total} samples but the manifest says {shard.nsamples}"
+        for number in range(total):
+            try:
+                key, members = tar.read(number)
+                metadata, _, _ = pair_images(members, tar.where(number))
+            except UserError as error:
+                yield str(error)
+                continue
+            if (other := keys.setdefault(key, path)) != path:
+                yield f"{tar.where(number)}: its key stands in {other} too, so both would share their chances"
+            elif (
+                shard is not None
+                and manifest is not None
+                and _class_differs(SampleClass.of(metadata), shard, manifest, number)
+            ):
+                yield f"{tar.where(number)}: is {SampleClass.of(metadata)} but the manifest says otherwise"
+            else:
+                yield None
+    finally:
+        tar.close()
+
+
+def _class_differs(found: object, shard: Shard, manifest: Manifest, number: int) -> bool:
+    listed = shard.classes
+    return listed is not None and number < len(listed) and manifest.classes[listed[number]] != found

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lit_safety.data.converters.from_folder import from_folder
+from lit_safety.data.converters.run import plain_key
+from lit_safety.data.manifest import load_manifest
+from lit_safety.data.sample import PairMetadata, Sides, parse_metadata
+from lit_safety.data.tarindex import OpenShard
+from lit_safety.errors import UserError
+
+
+def drawn(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """A table and the images it names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(8):
+        Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(folder / f"{number}.png")
+    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, sorted({name for row in rows for name in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "pairs.csv"
+
+
+def row(number: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"prompt {number}", "chosen": f"{number}.png", "rejected": f"{number + 1}.png", **more}
+
+
+def stored(folder: Path) -> dict[str, PairMetadata]:
+    found = {}
+    for one in load_manifest(folder).shardlist:
+        shard = OpenShard(str(folder / one.url))
+        for number in range(one.nsamples):
+            key, members = shard.read(number)
+            found[key] = parse_metadata(members["json"], key)
+        shard.close()
+    return found
+
+
+def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = {
+        "key": "first one",
+        "prompt_kind": "clean",
+        "order": "quality",
+        "categories": "Harrasment; violence",
+        "chosen_harmful": "False",
+        "rejected_harmful": "1",
+        "chosen_cost": "-1",
+        "rejected_cost": "2.5",
+        "user_id": "7",
+        "seed": "3",
+    }
+    table = drawn(tmp_path / "in", [row(0, **full), row(1, prompt='Bär, "x"\nzwei')])
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="harmful")
+    assert stored(tmp_path / "out") == {
+        plain_key("first one"): PairMetadata(
+            "prompt 0",
+            "clean",
+            "quality",
+            ("harassment", "violence"),
+            Sides(False, True),
+            None,
+            Sides(-1.0, 2.5),
+            None,
+            "7",
+            None,
+            3,
+        ),
+        "00000001": PairMetadata('Bär, "x"\nzwei', "harmful"),
+    }
+    assert "2 pairs in 1 shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "complaint"),
+    [
+        ([row(0)], {}, "row 2: says no prompt_kind; add the column, or give --prompt_kind"),
+        ([{"prompt": "x", "chosen": "0.png"}], {}, "has no column 'rejected'; its columns are chosen, prompt"),
+        ([row(0, colour="red")], {}, "has an unknown column 'colour'"),
+        ([row(0, chosen_harmful="maybe")], {"prompt_kind": "clean"}, "row 2: chosen_harmful is 'maybe'"),
+        ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a number"),
+        ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a text that is not empty"),
+        ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: unknown category 'fun'"),
+        ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
+        ([row(0, chosen="/etc/passwd")], {"prompt_kind": "clean"}, "'/etc/passwd' is not a file within"),
+        ([], {}, "has no column 'prompt'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_named_and_nothing_is_written(
+    tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], complaint: str
+) -> None:
+    table = drawn(tmp_path / "in", rows)
+    with pytest.raises(UserError) as caught:
+        from_folder(str(table), str(tmp_path / "out"), **options)
+    assert complaint in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_become_plain_and_stay_apart() -> None:
+    texts = ["a b", "a-b", "a_b", "a.b", "__a", "x" * 300, "x" * 299, "熊", "é"]
+    keys = [plain_key(text) for text in texts]
+    assert len(set(keys)) == len(texts)
+    assert keys[1:3] == ["a-b", "a_b"]
+    assert all(re.fullmatch(r"(?!__)[A-Za-z0-9_-]{1,200}", key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [(b"prompt,chosen,rejected\na,b\n", "row 2 does not have the header's 3 fields"),
+     (b"prompt,chosen,rejected\na,b,c,d\n", "row 2 does not have the header's 3 fields"),
+     (b"prompt,chosen,rejected\n\xff,b,c\n", "is not UTF-8"),
+     (b'prompt,chosen,rejected\n"a,b,c\n', "is not a CSV file")],
+)  # fmt: skip
+def test_a_broken_table_is_one_line(tmp_path: Path, text: bytes, complaint: str) -> None:
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(UserError, match=complaint):
+        from_folder(str(tmp_path / "t.csv"), str(tmp_path / "out"))
+
+
+def test_images_that_cannot_be_read_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = drawn(tmp_path, [row(0), row(1, chosen="none.png"), row(2, chosen="pairs.csv"), row(4)])
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+    assert set(stored(tmp_path / "out")) == {"00000000", "00000003"}
+    text = capsys.readouterr().out
+    assert "left out 00000001" in text
+    assert "left out: 1 without an image file" in text
+    assert "left out: 1 with an image that cannot be read" in text
+
+
+KILLED_AFTER_5 = """
+import os, signal, sys
+from lit_safety.data.converters import from_folder, run
+reads, read = [0], run._read
+def counted(path):
+    reads[0] += 1
+    if reads[0] > 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(path)
+run._read = counted
+from_folder.from_folder(sys.argv[1], sys.argv[2], prompt_kind="clean", samples_per_shard=2)
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = drawn(tmp_path / "in", [row(number) for number in range(7)])
+    from_folder(str(table), str(tmp_path / "whole"), prompt_kind="clean", samples_per_shard=2)
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER_5, str(table), str(out)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (out / "manifest.json").exists()
+    assert sorted(path.name for path in out.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
+    with pytest.raises(UserError, match="was stopped and had other settings"):
+        from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)
+    capsys.readouterr()
+    from_folder(str(table), str(out), prompt_kind="clean", samples_per_shard=2)
+    assert "going on after 4 pairs" in capsys.readouterr().out
+    assert load_manifest(out) == load_manifest(tmp_path / "whole")
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+    from_folder(str(table), str(out), prompt_kind="clean", samples_per_shard=2)
+    assert "is complete already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds other shards already"):
+        from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.converters.from_sage import from_sage
+from lit_safety.data.converters.sage_users import banned_by_user
+from lit_safety.data.manifest import load_manifest
+from lit_safety.errors import UserError
+
+HEADER = "Age,Age_Group,Gender,Religion,Physical_Condition,Mental_Condition,Banned_Categories,Allowed_Categories\n"
+USERS = (
+    HEADER
+    + "18,adolescents,male,None,healthy,healthy,\"['Propaganda', 'Sexuality']\",\"['Self-Harm', 'Violence']\"\n"
+    + "20,young adults,male,None,healthy,healthy,[],\"['Propaganda', 'Self-Harm']\"\n"
+)
+
+
+def row(user: int, about: str, caption: str, chosen: str) -> dict[str, Any]:
+    stem = f"user_{user:07d}_{about}_00001"
+    rejected = "u" if chosen == "s" else "s"
+    return {
+        "file_name": f"{stem}.jpg_{caption}.jpg",
+        "chosen": f"{stem}_{chosen}.jpg",
+        "rejected": f"{stem}_{rejected}.jpg",
+        "caption": f"caption {caption} of {about}",
+        "user_data": {"User_ID": f"{user:07d}", "Age": 18, "Religion": "None"},
+    }
+
+
+ROWS = [
+    row(1, "propaganda_ideological_pamphlet", "u", "s"),  # banned by user 1
+    row(1, "propaganda_ideological_pamphlet", "s", "s"),
+    row(2, "propaganda_ideological_pamphlet", "u", "u"),  # user 2 bans nothing
+    row(2, "self_harm_i'll do, it.", "u", "s"),  # against the rule
+]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """The published layout: a split, users.csv and embeddings."""
+    write_rows(tmp_path, ROWS)
+    (tmp_path / "users.csv").write_text(USERS)
+    for one in ROWS:
+        for side in ("chosen", "rejected"):
+            unsafe = one[side].endswith("u.jpg")
+            Image.new("RGB", (8, 8), (255, 0, 0) if unsafe else (0, 255, 0)).save(tmp_path / "val" / one[side])
+    for user in (1, 2):
+        np.save(tmp_path / f"user_embedding_{user:07d}.npy", np.full(6, user, np.float32))
+    return tmp_path
+
+
+def write_rows(folder: Path, rows: list[Any]) -> None:
+    (folder / "val").mkdir(exist_ok=True)
+    (folder / "val" / "metadata.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
+
+
+def test_users_choices_are_kept_and_labelled(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = published / "out"
+    from_sage(str(published / "val"), str(out), str(published / "users.csv"), str(published))
+    text = capsys.readouterr().out
+    assert "holds for 3 of 4 rows" in text
+    assert "unsafe expected: 1 exceptions, kept as published" in text
+    data = PreferenceDataModule(val=str(out), batch_size=9)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch.prompt_kinds == ["harmful", "clean", "harmful", "harmful"]
+    assert batch.user_ids == ["0000001", "0000001", "0000002", "0000002"]
+    assert batch.categories == [("propaganda",)] * 3 + [("self-harm",)]
+    assert batch.harmful.tolist() == [[0, 1], [0, 1], [1, 0], [0, 1]]
+    assert (batch.chosen[:, 0].mean(dim=(1, 2)) > 0).tolist() == [False, False, True, False]  # red is unsafe
+    assert batch.orders == ["composite"] * 4
+    found = load_file(out / "users.safetensors")
+    assert {user: vector.tolist() for user, vector in found.items()} == {"0000001": [1.0] * 6, "0000002": [2.0] * 6}
+    assert {one.user for one in load_manifest(out).classes} == {"0000001", "0000002"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"caption": ""}, "line 1: 'prompt' must be a text that is not empty"),
+        ({"chosen": None}, "line 1: file_name, chosen, rejected, caption and User_ID must be texts"),
+        ({"chosen": "../user_0000001_propaganda_x_00001_s.jpg"}, "line 1: an image is not named"),
+        ({"rejected": "user_0000001_propaganda_ideological_pamphlet_00001_s.jpg"}, "are not the two images of one"),
+        ({"user_data": {"User_ID": "0000002"}}, "are not the two images of one concept of user 0000002"),
+        ({"user_data": None}, "line 1: lacks the field"),
+        ({"chosen": "user_0000001_fun_x_00001_s.jpg", "rejected": "user_0000001_fun_x_00001_u.jpg"}, "'fun_x' begins"),
+    ],
+)
+def test_a_wrong_row_is_named(published: Path, change: dict[str, Any], complaint: str) -> None:
+    write_rows(published, [{**ROWS[0], **change}])
+    with pytest.raises(UserError) as caught:
+        from_sage(str(published / "val"), str(published / "out"))
+    assert complaint in str(caught.value)
+    assert not (published / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "__import__('os').system('touch executed')",
+        "[" * 900,
+        "['Hate'",
+        "{'Hate': 1}",
+        "[1]",
+        "['Fun']",
+        "9" * 5000,
+        "",
+    ],
+)
+def test_hostile_lists_are_refused(tmp_path: Path, hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quoted = hostile.replace('"', '""')
+    (tmp_path / "users.csv").write_text(HEADER + f'1,x,x,None,x,x,"{quoted}",[]\n')
+    with pytest.raises(UserError, match=r"users\.csv: row 2: "):
+        banned_by_user("users.csv")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_embeddings_must_be_plain_finite_and_there(published: Path) -> None:
+    path = published / "user_embedding_0000002.npy"
+    for array, complaint in (
+        (np.array([{"a": 1}], dtype=object), "is not a plain array"),
+        (np.full(6, np.nan, np.float32), "is not a vector of finite numbers"),
+        (np.ones((2, 3), np.float32), "is not a vector of finite numbers"),
+        (np.ones(5, np.float32), "has 5 numbers, the first user's 6"),
+    ):
+        np.save(path, array, allow_pickle=True)
+        with pytest.raises(UserError, match=complaint):
+            from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
+    path.unlink()
+    with pytest.raises(UserError, match=r"user_embedding_0000002\.npy: is missing"):
+        from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))

@@ -1,0 +1,70 @@
+"""Shards of drawn pairs; a sample's number can be read back from its pixels and its prompt."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_safety.data.manifest import Manifest
+from lit_safety.data.writer import ShardWriter
+
+CATEGORY_CYCLE = ("violence", "sexual", "hate")
+
+
+def picture(number: int, size: int = 8) -> Image.Image:
+    """One colour, its red channel the number; the left half is darker so that a mirror shows."""
+    image = Image.new("RGB", (size, size), (number % 256, 200, 50))
+    image.paste((number % 256, 100, 50), (0, 0, size // 2, size))
+    return image
+
+
+def metadata(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "prompt": f"prompt {number}",
+        "prompt_kind": "clean" if number % 4 == 3 else "harmful",
+        "order": "quality" if number % 5 == 4 else "safety",
+        "categories": [CATEGORY_CYCLE[number % 3]],
+        "harmful": {"chosen": False, "rejected": True},
+        **changes,
+    }
+
+
+def write_shards(folder: Path, samples: int, samples_per_shard: int, size: int = 8, first: int = 0) -> Manifest:
+    with ShardWriter(folder, samples_per_shard, provenance={"source": "drawn"}, seeds={"pairs": 1}) as writer:
+        for number in range(first, first + samples):
+            writer.write(f"{number:05d}", metadata(number), picture(number, size), picture(number + 100, size))
+    return writer.close()
+
+
+def png(number: int, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    picture(number, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(number: int, **changes: bytes | None) -> dict[str, bytes]:
+    """A sample's members by suffix; a change of None leaves one out, underscores stand for dots."""
+    found = {
+        "json": json.dumps(metadata(number)).encode(),
+        "chosen.png": png(number),
+        "rejected.png": png(number + 100),
+        **{name.replace("_", "."): data for name, data in changes.items()},
+    }
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
+    """A tar as any program might write it, without a manifest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path

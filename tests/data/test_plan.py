@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pair_fits import Recorder, fit, make_trainer
+from pair_shards import sample, write_tar
+
+from lit_safety.data import PairBatch, PreferenceDataModule
+from lit_safety.data.order import Deal
+from lit_safety.data.plan import Group, Plan, batches_in
+from lit_safety.data.select import Selection
+from lit_safety.errors import UserError
+
+
+def group(name: str, *counts: int) -> Group:
+    return Group(Selection(counts, tuple(np.arange(count) for count in counts)), name)
+
+
+GROUPS = [group("hate", 9, 11), group("sexual", 3, 0), group("violence", 30, 3)]  # 2, 0 and 4 steps of 8
+
+
+@pytest.mark.parametrize(("world", "batch_size", "accumulate"), [(1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2)])
+def test_a_step_is_of_one_group_on_every_rank(world: int, batch_size: int, accumulate: int) -> None:
+    deals = [Deal(batch_size, rank, world, accumulate) for rank in range(world)]
+    assert {batches_in(GROUPS, deal) for deal in deals} == {6 * accumulate}
+    plans = [Plan(GROUPS, deal, seed=1, epoch=2, window=2) for deal in deals]
+    seen = []
+    for step in range(6):
+        draws = [plan.draw(step * accumulate + micro) for plan in plans for micro in range(accumulate)]
+        (turn,) = {draw.group for draw in draws}
+        positions = sorted(position for draw in draws for position in range(draw.start, draw.stop))
+        assert positions == list(range(positions[0], positions[0] + 8))
+        seen.append((turn, positions[0]))
+    # The same steps for every way to deal, each group's pairs in their order and none twice.
+    whole = Plan(GROUPS, Deal(8), seed=1, epoch=2, window=2)
+    assert seen == [(whole.draw(step).group, whole.draw(step).start) for step in range(6)]
+    assert Counter(turn for turn, _ in seen) == {0: 2, 2: 4}
+    assert sorted(seen) == [(0, 0), (0, 8), (2, 0), (2, 8), (2, 16), (2, 24)]
+
+
+def test_turns_are_mixed_and_change_with_the_pass() -> None:
+    many = [group("hate", 400), group("violence", 400)]
+    turns = [[Plan(many, Deal(8), 0, epoch, 4).draw(step).group for step in range(100)] for epoch in range(2)]
+    assert turns[0] != turns[1]
+    changes = sum(a != b for a, b in zip(turns[0], turns[0][1:], strict=False))
+    assert 30 < changes < 70  # about every second time
+
+
+class Categories(Recorder):
+    """Notes which category each batch is of, and that its pairs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: list[str] = []
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> torch.Tensor:
+        assert batch.category is not None
+        assert all(batch.category in categories for categories in batch.categories)
+        self.turns.append(batch.category)
+        return super().training_step(batch, batch_idx)
+
+
+def run(
+    shards: Path, folder: Path, batch_size: int, accumulate: int, workers: int, resume: Path | None = None
+) -> Categories:
+    data = PreferenceDataModule(str(shards), batch_size=batch_size, num_workers=workers, one_category=True)
+    module = Categories()
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 14, "max_epochs": -1}
+    trainer = make_trainer(folder, {"every_n_train_steps": 1}, **options)
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return module
+
+
+def test_a_fit_by_categories_resumes_exactly_and_accumulates_alike(shards: Path, tmp_path: Path) -> None:
+    """Of 13 or 14 pairs each category gives three steps of 4: nine a pass."""
+    whole = run(shards, tmp_path / "whole", 4, 1, workers=0)
+    assert Counter(whole.turns[:9]) == {"hate": 3, "sexual": 3, "violence": 3}
+    assert len({key for key, _ in whole.stream[:36]}) == 36
+    halves = run(shards, tmp_path / "halves", 2, 2, workers=2)
+    assert halves.turns == [turn for turn in whole.turns for _ in range(2)]
+    assert halves.stream == whole.stream
+    for step in (4, 9, 11):
+        resumed = run(shards, tmp_path / str(step), 2, 2, 1, tmp_path / "halves" / f"{step:03d}.ckpt")
+        assert resumed.stream == halves.stream[step * 4 :]
+        assert torch.equal(resumed.weight, halves.weight)
+
+
+def test_a_pair_of_two_categories_takes_both_turns(tmp_path: Path) -> None:
+    both = sample(0)["json"].replace(b'["violence"]', b'["violence", "hate"]')
+    write_tar(tmp_path / "a.tar", [("both", sample(0, json=both)), ("hate", sample(2)), ("violence", sample(3))])
+    data = PreferenceDataModule(str(tmp_path), batch_size=2, one_category=True)
+    data.setup()
+    found = {batch.category: set(batch.keys) for batch in data.train_dataloader()}
+    assert found == {"hate": {"both", "hate"}, "violence": {"both", "violence"}}
+
+
+def test_categories_too_small_for_a_step_are_named(shards: Path, tmp_path: Path) -> None:
+    def data(size: int) -> PreferenceDataModule:
+        return PreferenceDataModule(str(shards), batch_size=size, one_category=True)
+
+    with pytest.warns(UserWarning, match="the 13 pairs of hate are too few for a step"):
+        fit(make_trainer(tmp_path, max_steps=1), data(14))
+    with (
+        pytest.warns(UserWarning, match="too few for a step"),
+        pytest.raises(UserError, match="has no category with as many pairs as one step takes, of 40: 15"),
+    ):
+        fit(make_trainer(tmp_path, max_steps=1), data(15))

@@ -1,0 +1,40 @@
+"""The examples in data/README.md are what the code reads and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair_shards import picture
+
+from lit_safety.data.manifest import Manifest, load_manifest
+from lit_safety.data.sample import PairMetadata, parse_metadata
+
+README = Path(__file__).parents[2] / "data" / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_sample_is_read_in_full() -> None:
+    written = json.loads(blocks("json")[0])
+    parsed = parse_metadata(blocks("json")[0].encode(), "README")
+    assert parsed.to_dict() == written
+    assert set(written) == set(PairMetadata.__dataclass_fields__)
+
+
+def test_the_manifest_has_the_fields_that_are_written() -> None:
+    shown = json.loads(blocks("json")[1])
+    assert list(shown) == list(Manifest(()).to_dict())
+    assert set(shown["shardlist"][0]) == {"url", "nsamples", "bytes", "sha256", "classes"}
+
+
+def test_the_writer_is_used_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"image": picture(1), "other": picture(2)}
+    exec(blocks("python")[0], names)
+    assert load_manifest("data/mine/train").nsamples == 1

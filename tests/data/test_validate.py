@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pair_shards import sample, write_shards, write_tar
+
+from lit_safety.data.validate import problems, validate
+from lit_safety.errors import UserError
+
+
+def test_good_shards_are_good(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validate(str(shards))
+    assert capsys.readouterr().out.endswith("all 40 pairs are good\n")
+    for path in shards.glob("*.tar"):  # and without a manifest
+        shutil.copy(path, tmp_path)
+    assert problems(str(tmp_path)) == []
+
+
+def test_every_bad_sample_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [("0", sample(0)), ("1", sample(1, rejected_png=None)), ("2", sample(2, json=b"{}")), ("3", sample(3))],
+    )
+    write_tar(tmp_path / "b.tar", [("3", sample(3)), ("4", sample(4, chosen_png=b"GIF89a"))])
+    (tmp_path / "c.tar").touch()
+    with pytest.raises(UserError, match="5 problems; 2 pairs are good"):
+        validate(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    for line, words in zip(
+        lines,
+        [
+            "a.tar: sample '1': has no rejected image",
+            "a.tar: sample '2': 'prompt' must be a text",
+            "b.tar: sample '3': its key stands in",
+            "b.tar: sample '4': chosen: is not a PNG",
+            "c.tar: is not a readable tar file",
+        ],
+        strict=True,
+    ):
+        assert words in line
+
+
+def test_what_differs_from_the_manifest_is_listed(tmp_path: Path) -> None:
+    write_shards(tmp_path, 12, 3)
+    one, two, three = (tmp_path / f"shard-00000{number}.tar" for number in range(3))
+    one.unlink()
+    data = bytearray(two.read_bytes())
+    data[data.index(b"prompt 4")] = ord("P")
+    two.write_bytes(data)
+    three.write_bytes(three.read_bytes()[:4000])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shardlist"][3]["classes"][0] = manifest["shardlist"][0]["classes"][0]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = problems(str(tmp_path))
+    assert [line.split(": ", 1)[1].split(" but")[0] for line in found] == [
+        "is missing",
+        "is not the file the manifest was made with (its SHA-256 differs)",
+        "has 4000 bytes",
+        "the tar file is cut short (unexpected end of data)",
+        "holds 2 samples",
+        "sample '00007': has no json",  # the cut runs through it
+        "sample '00009': is SampleClass(kind='harmful', order='quality', categories=('violence',), user=None)",
+    ]
