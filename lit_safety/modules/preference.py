@@ -23,8 +23,16 @@ from lit_safety.backbones.load import pipeline_class_name
 from lit_safety.data.batch import PairBatch
 from lit_safety.data.chance import normal, uniform
 from lit_safety.errors import UserError
+from lit_safety.modules.label_checks import check_labels
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
-from lit_safety.objectives import Objective, ObjectiveOutput, PairErrors, PairLabels, prediction_error
+from lit_safety.objectives import (
+    Objective,
+    ObjectiveOutput,
+    PairErrors,
+    PairLabels,
+    prediction_error,
+    residual_overlap,
+)
 
 #: The name the policy's adapter carries inside PEFT.
 POLICY = "policy"
@@ -140,7 +148,8 @@ class PreferenceModule(LightningModule):
         reference_chosen, reference_rejected = prediction_error(reference, target).chunk(2)
         size = len(batch)
         drift = prediction_error(policy[:size], reference[:size]) if self.objective.needs_drift else None
-        return PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected, drift)
+        overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
+        return PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected, drift, overlap)
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
         """Loss of each pair (B,) and what to log."""
@@ -149,8 +158,13 @@ class PreferenceModule(LightningModule):
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
     def labels(self, batch: PairBatch) -> PairLabels:
-        """Clean prompt or not (B,), harmful labels (B, 2), costs (B, 2), on the batch's device."""
-        return PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost)
+        """Clean prompt or not (B,), harmful labels (B, 2), costs (B, 2), scores (B, 2), on the batch's device.
+
+        Raises:
+            UserError: if a pair lacks what the objective needs.
+        """
+        check_labels(self.objective, batch)
+        return PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
 
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
@@ -234,8 +248,13 @@ class PreferenceModule(LightningModule):
         self.finite_loss.check()
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["objective"] = self.objective.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.objective.load_state_dict(checkpoint.get("objective", {}))
+        except ValueError as error:
+            raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
         missing = sorted({name for name, _ in self.trainable_parameters()} - set(checkpoint["state_dict"]))
         if missing:
             raise UserError(

@@ -6,10 +6,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
 from lit_safety.modules.preference import Drawing, PreferenceModule
-from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
+from lit_safety.objectives import Objective, SafetyConstrainedDPO
 
 
 class SCDPO(PreferenceModule):
@@ -49,28 +47,3 @@ class SCDPO(PreferenceModule):
             timestep_bins,
             drawing,
         )
-
-    def labels(self, batch: PairBatch) -> PairLabels:
-        if self.objective.needs_cost:
-            check_costs(batch)
-        return super().labels(batch)
-
-
-def check_costs(batch: PairBatch) -> None:
-    """A margin needs finite costs, and pairs that were not already ordered by them.
-
-    Raises:
-        UserError: naming the sample, if a cost is unknown or the pair's order is "composite" (r - lambda C): with a
-            margin on top of it the cost would count twice.
-    """
-    for key, order, has_cost in zip(batch.keys, batch.orders, batch.has_cost, strict=True):
-        if not has_cost:
-            raise UserError(
-                f"sample {key} has no cost, and the objective's cost_weight is above 0: score the shards first, or "
-                "set `model.init_args.objective.init_args.cost_weight: 0`"
-            )
-        if order == "composite":
-            raise UserError(
-                f"sample {key} is ordered by quality minus cost (order: composite); a cost margin would count the "
-                "cost twice: set `model.init_args.objective.init_args.cost_weight: 0`"
-            )

@@ -6,6 +6,7 @@ A new objective is one function and one subclass that calls it; YAML names the s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,9 @@ class ObjectiveOutput:
 class Objective:
     """Preference loss plus regularisers.
 
+    Override `preference` for another loss on the margin. What needs more than the margin (a term on the errors, pairs
+    in another order, a scaled branch) overrides `__call__`, changes the errors or labels, and calls this class's.
+
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
@@ -33,8 +37,21 @@ class Objective:
         ValueError: if ``beta`` is not positive or a weight is negative.
     """
 
-    #: True in a subclass whose loss reads ``labels.cost``: its module then sees to it that costs are known.
+    # What a loss reads of the labels, as class attributes or properties. The module refuses a pair that lacks what is
+    # declared here, by name and on the host: nan in a label would reach the loss long before anybody looks.
+
+    #: The loss reads ``labels.cost``.
     needs_cost: bool = False
+    #: The loss reads ``labels.score``.
+    needs_score: bool = False
+    #: The loss reads ``labels.harmful`` of both images.
+    needs_harmful: bool = False
+    #: The loss adds the cost to the order of the pair, which must then not hold it already (order "composite").
+    refuses_composite: bool = False
+    #: The setting of this objective that does without what it needs, as it stands in YAML; None: there is none.
+    opt_out: str | None = None
+    #: ``PairErrors.overlap`` must be there.
+    needs_overlap: bool = False
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
         if beta <= 0:
@@ -50,6 +67,20 @@ class Objective:
         """Whether ``PairErrors.drift`` must be there (a reference cache cannot give it)."""
         return self.anchor_weight > 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective learns while it trains, for the checkpoint; nothing for most."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``.
+
+        Raises:
+            ValueError: if the state is not one of this objective's.
+        """
+        if state:
+            found = ", ".join(sorted(state))
+            raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds {found} of an objective")
+
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
         """The preference loss of each pair: margin (B,) in logits -> loss (B,). Override this."""
         raise NotImplementedError
@@ -62,8 +93,8 @@ class Objective:
         chosen, rejected = implicit_rewards(errors, self.beta)
         logs = {
             "loss/preference": preference.detach(),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
+            "rewards/chosen": chosen.detach(),
+            "rewards/rejected": rejected.detach(),
             "rewards/margins": m.detach(),
             "rewards/accuracies": (m.detach() > 0).float(),
             "delta/chosen": (errors.policy_chosen - errors.reference_chosen).detach(),

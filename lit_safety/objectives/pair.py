@@ -17,7 +17,9 @@ class PairErrors:
 
     Chosen and rejected of a pair share timestep and noise. ``drift`` is the mean squared difference between the
     policy's and the reference's prediction on the chosen image; it is None unless the objective declares
-    ``needs_drift``, because a cached reference stores errors and not predictions.
+    ``needs_drift``, because a cached reference stores errors and not predictions. ``overlap`` is the mean over C, H, W
+    of residual_w * residual_l, the policy's prediction minus its target on either image, without gradient; it is None
+    unless the objective declares ``needs_overlap``.
     """
 
     policy_chosen: Tensor
@@ -25,24 +27,39 @@ class PairErrors:
     reference_chosen: Tensor
     reference_rejected: Tensor
     drift: Tensor | None = None
+    overlap: Tensor | None = None
 
 
 @dataclass
 class PairLabels:
     """What is known of the pairs of a batch apart from the model's errors.
 
-    ``clean`` (B,) is 1 for a clean prompt and 0 for a harmful one. ``harmful`` (B, 2) and ``cost`` (B, 2) hold
-    chosen and rejected in their columns; nan means unknown. A cost above 0 means harmful.
+    ``clean`` (B,) is 1 for a clean prompt and 0 for a harmful one. ``harmful`` (B, 2: 1 harmful, 0 safe),
+    ``cost`` (B, 2: above 0 means harmful) and ``score`` (B, 2: quality, higher is better) hold chosen and rejected in
+    their columns; nan means unknown. An objective that cannot do without one of them declares it (``needs_cost`` and
+    the like), and its module refuses pairs that lack it before they get here.
     """
 
     clean: Tensor
     harmful: Tensor
     cost: Tensor
+    score: Tensor
 
 
 def prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over all but the first dimension of (prediction - target)^2, reduced in fp32: (B, ...) -> (B,)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def residual_overlap(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of residual_w * residual_l of each pair, in fp32: two (2B, ...), chosen then rejected -> (B,).
+
+    The gradients of the two errors with respect to the predictions are g = 2 residual / N, so with N elements
+    g_w . g_l = 4 / N * overlap and |g_w|^2 = 4 / N * e_w. No gradient flows through it.
+    """
+    with torch.no_grad():
+        chosen, rejected = (prediction.float() - target.float()).flatten(1).chunk(2)
+        return (chosen * rejected).mean(1)
 
 
 def delta(errors: PairErrors) -> Tensor:
@@ -67,8 +84,7 @@ def margin(errors: PairErrors, beta: float) -> Tensor:
 
 
 def implicit_rewards(errors: PairErrors, beta: float) -> tuple[Tensor, Tensor]:
-    """Implicit rewards -(beta / 2)(e_w - r_w) and -(beta / 2)(e_l - r_l), each (B,), without gradient."""
-    with torch.no_grad():
-        chosen = (errors.policy_chosen - errors.reference_chosen) * (-0.5 * beta)
-        rejected = (errors.policy_rejected - errors.reference_rejected) * (-0.5 * beta)
+    """Implicit rewards -(beta / 2)(e_w - r_w) and -(beta / 2)(e_l - r_l), each (B,), in logits."""
+    chosen = (errors.policy_chosen - errors.reference_chosen) * (-0.5 * beta)
+    rejected = (errors.policy_rejected - errors.reference_rejected) * (-0.5 * beta)
     return chosen, rejected

@@ -73,8 +73,14 @@ class SafetyConstrainedDPO(Objective):
         self.detach_focus = detach_focus
         self.cost_clip = cost_clip
 
+    opt_out = "cost_weight: 0"
+
     @property
     def needs_cost(self) -> bool:  # type: ignore[override]
+        return self.cost_weight > 0
+
+    @property
+    def refuses_composite(self) -> bool:  # type: ignore[override]
         return self.cost_weight > 0
 
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:

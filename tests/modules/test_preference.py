@@ -7,7 +7,7 @@ import torch
 from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
-from lit_safety.objectives import DiffusionDPO, SafetyConstrainedDPO
+from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, DiffusionSDPO, SafetyConstrainedDPO
 
 
 def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: str = "safety") -> PairBatch:
@@ -29,6 +29,9 @@ def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: s
         harmful=torch.tensor([[0.0, 1.0]] * size),
         cost=torch.tensor([costs] * size),
         has_cost=[not any(math.isnan(cost) for cost in costs)] * size,
+        score=torch.tensor([[0.8, 0.2]] * size),
+        has_score=[True] * size,
+        has_harmful=[True] * size,
         user_ids=[None] * size,
     )
 
@@ -78,6 +81,21 @@ def test_errors_are_those_of_two_networks_run_apart(tiny_pipeline: Path):
             torch.testing.assert_close(getattr(errors, f"policy_{name}"), policy, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(getattr(errors, f"reference_{name}"), reference, rtol=1e-4, atol=1e-5)
             assert not torch.allclose(policy, reference, rtol=1e-3)
+
+
+def test_the_overlap_of_residuals_is_that_of_two_networks_run_apart(tiny_pipeline: Path):
+    """What Diffusion-SDPO asks for: with predictions p and noise n, mean((p_w - n)(p_l - n)) of each pair."""
+    module = moved(module_of(tiny_pipeline, DiffusionSDPO()))
+    batch = batch_of([0, 1])
+    noisy, timesteps, noise, text = module.noised(batch)
+    with torch.no_grad():
+        chosen, rejected = (module.backbone.predict(noisy, timesteps, text) - noise).chunk(2)
+    overlap = module.errors(batch).overlap
+    assert overlap is not None
+    torch.testing.assert_close(overlap, (chosen * rejected).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not overlap.requires_grad
+    module.objective = DiffusionDPO()
+    assert module.errors(batch).overlap is None
 
 
 def test_a_sample_has_the_same_errors_in_every_batch(tiny_pipeline: Path):
@@ -135,6 +153,21 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_pipeline: Path):
     del checkpoint["state_dict"][next(iter(checkpoint["state_dict"]))]
     with pytest.raises(UserError, match="lacks 1 of the trained weights"):
         other.on_load_checkpoint(checkpoint)
+
+
+def test_the_dual_variable_travels_in_the_checkpoint(tiny_pipeline: Path):
+    """Limit 0, rate .5, expected cost 1: lambda = 1 + .5 * (1 - 0) = 1.5."""
+    module = module_of(tiny_pipeline, ConstrainedDPO(dual=1.0, dual_rate=0.5, limit=0.0))
+    module.objective.update(1.0)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    other = module_of(tiny_pipeline, ConstrainedDPO())
+    other.on_load_checkpoint(checkpoint)
+    assert other.objective.dual == 1.5
+    with pytest.raises(UserError, match="DiffusionDPO has no state, but the checkpoint holds dual"):
+        module_of(tiny_pipeline).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="dual variable, and the checkpoint holds none"):
+        other.on_load_checkpoint({"state_dict": checkpoint["state_dict"]})
 
 
 def test_a_subclass_in_a_few_lines(tiny_pipeline: Path):

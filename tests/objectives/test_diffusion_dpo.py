@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ def errors(chosen: float, rejected: float, reference_chosen: float, reference_re
     return PairErrors(*(torch.tensor([x]) for x in (chosen, rejected, reference_chosen, reference_rejected)))
 
 
-LABELS = PairLabels(clean=torch.zeros(1), harmful=torch.tensor([[0.0, 1.0]]), cost=torch.tensor([[-1.0, 1.0]]))
+LABELS = PairLabels(
+    clean=torch.zeros(1),
+    harmful=torch.tensor([[0.0, 1.0]]),
+    cost=torch.tensor([[-1.0, 1.0]]),
+    score=torch.tensor([[0.8, 0.2]]),
+)
 
 
 def test_prediction_error_is_the_mean_over_everything_but_the_batch():
@@ -63,7 +69,7 @@ def test_regularisers_golden():
     pair = errors(0.10, 0.20, 0.12, 0.19)
     pair.drift = torch.tensor([0.02])
     objective = DiffusionDPO(beta=200.0, sft_weight=5.0, anchor_weight=20.0)
-    clean = PairLabels(clean=torch.ones(1), harmful=LABELS.harmful, cost=LABELS.cost)
+    clean = replace(LABELS, clean=torch.ones(1))
     output = objective(pair, clean)
     assert output.loss.item() == pytest.approx(0.9485873, rel=1e-5)
     assert output.logs["loss/sft"].item() == pytest.approx(0.10)

@@ -85,7 +85,7 @@ def test_costs_are_clipped_before_their_difference():
     """Costs -3 and 9 clipped at 2 are -2 and 2: m_SC = 0 - 4, loss = log(1 + e^4) = 4.0181499."""
     same = torch.ones(1)
     errors = PairErrors(same, same, same, same)
-    labels = PairLabels(torch.zeros(1), torch.tensor([[0.0, 1.0]]), torch.tensor([[-3.0, 9.0]]))
+    labels = PairLabels(torch.zeros(1), torch.tensor([[0.0, 1.0]]), torch.tensor([[-3.0, 9.0]]), torch.zeros(1, 2))
     objective = SafetyConstrainedDPO(cost_weight=1.0, gamma=0.0, cost_clip=2.0)
     assert objective(errors, labels).loss.item() == pytest.approx(4.0181499, rel=1e-6)
 

@@ -1,0 +1,130 @@
+"""Constrained DPO (Liu et al., arXiv 2403.02475): maximise quality while the expected cost stays below a limit.
+
+The Lagrangian of that problem has the reward r - lambda C. The inner step is DPO on pairs ordered by it; the outer step
+raises lambda while the policy's expected cost is above the limit and lowers it, down to 0, while it is below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_safety.objectives.diffusion_dpo import DiffusionDPO
+from lit_safety.objectives.objective import ObjectiveOutput
+from lit_safety.objectives.pair import PairErrors, PairLabels
+
+
+def dual_update(dual: float, expected_cost: float, limit: float, rate: float) -> float:
+    """lambda <- max(0, lambda + eta (E[C] - limit)); E[C] is the mean cost of what the policy draws now."""
+    return max(0.0, dual + rate * (expected_cost - limit))
+
+
+def reward_order(score: Tensor, cost: Tensor, dual: float) -> Tensor:
+    """Sign of (r_w - lambda C_w) - (r_l - lambda C_l), scores and costs (B, 2) -> (B,).
+
+    1: the chosen image stays chosen; -1: the other one is better; 0: a tie. An unknown score or cost gives nan.
+    """
+    advantage = (score[:, 0] - score[:, 1]) - dual * (cost[:, 0] - cost[:, 1])
+    # torch.sign(nan) is 0: an unknown label would pass for a tie.
+    return torch.where(advantage.isnan(), advantage, advantage.sign())
+
+
+def reorder(errors: PairErrors, labels: PairLabels, swap: Tensor) -> tuple[PairErrors, PairLabels]:
+    """The batch with chosen and rejected exchanged where ``swap`` (B,) is true. ``drift`` stays the shard's chosen."""
+    pairs = [
+        (errors.policy_chosen, errors.policy_rejected),
+        (errors.reference_chosen, errors.reference_rejected),
+    ]
+    policy, reference = ((torch.where(swap, b, a), torch.where(swap, a, b)) for a, b in pairs)
+    harmful, cost, score = (
+        torch.where(swap[:, None], columns.flip(1), columns) for columns in (labels.harmful, labels.cost, labels.score)
+    )
+    reordered = replace(
+        errors,
+        policy_chosen=policy[0],
+        policy_rejected=policy[1],
+        reference_chosen=reference[0],
+        reference_rejected=reference[1],
+    )
+    return reordered, replace(labels, harmful=harmful, cost=cost, score=score)
+
+
+class ConstrainedDPO(DiffusionDPO):
+    """Constrained DPO: Diffusion-DPO on pairs ordered by score - lambda * cost, with lambda as the dual variable.
+
+    Which image the shard calls chosen does not matter: the pair is ordered anew at every step, by scores and costs that
+    must both be known. A tie says nothing, so its preference loss is 0. Everything logged and `sft_weight` are about
+    the new order; only the anchor keeps to the shard's chosen image. Lambda moves when `update` is called and at no
+    other time: at 0, pairs are ordered by quality alone and a harmful image may be the chosen one.
+
+    Args:
+        beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
+        limit: the expected cost that is allowed, in the cost's unit; above 0 an image counts as harmful.
+        dual: lambda at the start, in units of score per unit of cost.
+        dual_rate: eta, by how much lambda moves for each unit of expected cost above the limit.
+        label_smoothing: assumed share of wrongly ordered pairs, in [0, 0.5).
+        sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
+        anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
+
+    Raises:
+        ValueError: if ``dual`` is negative or ``dual_rate`` is not positive.
+    """
+
+    needs_cost = True
+    needs_score = True
+
+    def __init__(
+        self,
+        beta: float = 5000.0,
+        limit: float = 0.0,
+        dual: float = 1.0,
+        dual_rate: float = 0.1,
+        label_smoothing: float = 0.0,
+        sft_weight: float = 0.0,
+        anchor_weight: float = 0.0,
+    ) -> None:
+        super().__init__(beta, label_smoothing, sft_weight, anchor_weight)
+        if dual < 0:
+            raise ValueError(f"dual must not be negative, got {dual}")
+        if dual_rate <= 0:
+            raise ValueError(f"dual_rate must be above 0, got {dual_rate}")
+        self.limit = limit
+        self.dual = dual
+        self.dual_rate = dual_rate
+
+    def update(self, expected_cost: float) -> float:
+        """Move lambda by the expected cost of what the policy draws now, and return it.
+
+        Every rank must be given the same number, or the ranks order the same pairs differently.
+
+        Raises:
+            ValueError: if the expected cost is not a finite number.
+        """
+        if not math.isfinite(expected_cost):
+            raise ValueError(f"expected_cost must be a finite number, got {expected_cost}")
+        self.dual = dual_update(self.dual, expected_cost, self.limit, self.dual_rate)
+        return self.dual
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dual": self.dual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"dual"}:
+            raise ValueError("ConstrainedDPO goes on from a dual variable, and the checkpoint holds none")
+        self.dual = float(state["dual"])
+
+    def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
+        decided = reward_order(labels.score, labels.cost, self.dual).abs()
+        return super().preference(m, labels) * decided
+
+    def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
+        order = reward_order(labels.score, labels.cost, self.dual)
+        output = super().__call__(*reorder(errors, labels, order < 0))
+        output.logs["constrained/dual"] = torch.full_like(order, self.dual)
+        output.logs["constrained/swapped"] = (order < 0).to(order.dtype)
+        output.logs["constrained/ties"] = (order == 0).to(order.dtype)
+        return output

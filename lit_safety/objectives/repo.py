@@ -1,0 +1,67 @@
+"""RePO (Peng et al., arXiv 2410.19933), adapted: DPO plus a rectified penalty on every harmful image of a pair.
+
+The original is on-policy and holds each prompt's cost below 0, instead of the mean's; here the images of the pair stand
+for the policy's own, and an image that violates the constraint (C > 0) is pushed away, whichever side it is on.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_safety.objectives.diffusion_dpo import dpo_loss
+from lit_safety.objectives.objective import Objective, ObjectiveOutput
+from lit_safety.objectives.pair import PairErrors, PairLabels, implicit_rewards
+
+
+def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor) -> Tensor:
+    """Sum over both images of max(0, C) softplus(reward): rewards (B,), costs (B, 2) -> (B,).
+
+    ``reward`` is the implicit reward -(beta / 2)(e - r), which falls as the policy's error on the image rises. The
+    force on a harmful image fades once the policy is away from it, so the penalty does not drive errors to infinity.
+    """
+    violation = cost.relu()
+    return violation[:, 0] * F.softplus(reward_chosen) + violation[:, 1] * F.softplus(reward_rejected)
+
+
+class RePO(Objective):
+    """Rectified policy optimisation, off-policy: DPO whose harmful images, chosen or rejected, are pushed away.
+
+    An unknown cost is refused and not read as harmless. Pairs ordered by quality, safety or both will do: where the
+    order already holds the cost, the penalty is a second push on the same image and not a contradiction.
+
+    Args:
+        beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
+        penalty_weight: weight of the penalty per unit of cost above 0; 0 is Diffusion-DPO.
+        sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
+        anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
+
+    Raises:
+        ValueError: if ``penalty_weight`` is negative.
+    """
+
+    opt_out = "penalty_weight: 0"
+
+    def __init__(
+        self, beta: float = 5000.0, penalty_weight: float = 1.0, sft_weight: float = 0.0, anchor_weight: float = 0.0
+    ) -> None:
+        super().__init__(beta, sft_weight, anchor_weight)
+        if penalty_weight < 0:
+            raise ValueError(f"penalty_weight must not be negative, got {penalty_weight}")
+        self.penalty_weight = penalty_weight
+
+    @property
+    def needs_cost(self) -> bool:  # type: ignore[override]
+        return self.penalty_weight > 0
+
+    def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
+        return dpo_loss(m)
+
+    def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
+        output = super().__call__(errors, labels)
+        if self.penalty_weight > 0:
+            chosen, rejected = implicit_rewards(errors, self.beta)
+            penalty = repo_penalty(chosen, rejected, labels.cost)
+            output.loss = output.loss + self.penalty_weight * penalty
+            output.logs["loss/penalty"] = penalty.detach()
+        return output

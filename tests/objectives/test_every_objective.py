@@ -1,0 +1,98 @@
+"""What holds for every objective: finite far out, gradients that are the loss's, the right direction at the start."""
+
+import pytest
+import torch
+
+from lit_safety.objectives import (
+    BFPO,
+    IPO,
+    ConstrainedDPO,
+    DiffusionDPO,
+    DiffusionSDPO,
+    FocalInverse,
+    Hinge,
+    Objective,
+    PairErrors,
+    PairLabels,
+    RePO,
+    SafetyConstrainedDPO,
+)
+
+#: Whose gradient is the derivative of the loss: no part of it is detached on purpose.
+SMOOTH: list[Objective] = [
+    DiffusionDPO(2.0, label_smoothing=0.1, sft_weight=1.0),
+    IPO(2.0),
+    Hinge(2.0),
+    BFPO(2.0),
+    RePO(2.0, penalty_weight=0.5),
+    ConstrainedDPO(2.0, label_smoothing=0.1),
+    SafetyConstrainedDPO(2.0, gamma=0.5, detach_focus=False),
+    FocalInverse(2.0, gamma=0.5, detach_focus=False),
+    FocalInverse(2.0, gamma=1.4, detach_focus=False),
+]
+DETACHED: list[Objective] = [
+    DiffusionSDPO(2.0),
+    SafetyConstrainedDPO(2.0, gamma=0.5),
+    FocalInverse(2.0, gamma=0.5),
+    FocalInverse(2.0, gamma=5.0),
+]
+
+
+def name(objective: Objective) -> str:
+    settings = {"gamma": getattr(objective, "gamma", None), "detach": getattr(objective, "detach_focus", None)}
+    return "-".join([type(objective).__name__, *(f"{k}{v}" for k, v in settings.items() if v is not None)])
+
+
+def labels(size: int, dtype: torch.dtype = torch.float32) -> PairLabels:
+    """The chosen image is safe and the better one, the rejected one is harmful."""
+    columns = [torch.tensor([pair] * size, dtype=dtype) for pair in ((0.0, 1.0), (-1.0, 1.0), (0.8, 0.2))]
+    return PairLabels(torch.zeros(size, dtype=dtype), *columns)
+
+
+def batch(margins: torch.Tensor) -> tuple[PairErrors, torch.Tensor, torch.Tensor]:
+    """Errors that give these margins at beta 2, half of each on either image: m = -(e_w - 300) + (e_l - 300)."""
+    chosen = (300 - margins / 2).requires_grad_(True)
+    rejected = (300 + margins / 2).requires_grad_(True)
+    reference = torch.full_like(margins, 300.0)
+    return PairErrors(chosen, rejected, reference, reference, overlap=torch.full_like(margins, 350.0)), chosen, rejected
+
+
+@pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)
+def test_value_and_gradient_are_finite_far_out(objective: Objective):
+    margins = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0])
+    errors, chosen, rejected = batch(margins)
+    output = objective(errors, labels(5))
+    assert torch.equal(output.logs["rewards/margins"], margins)
+    output.loss.sum().backward()
+    assert torch.isfinite(output.loss).all()
+    assert torch.isfinite(chosen.grad).all()
+    assert torch.isfinite(rejected.grad).all()
+
+
+@pytest.mark.parametrize("objective", SMOOTH, ids=name)
+def test_gradient_in_float64(objective: Objective):
+    """Margins on both sides of every corner (hinge at 1) and none on one."""
+    errors, chosen, rejected = batch(torch.tensor([-4.3, -1.2, 0.0, 0.3, 0.7, 1.4, 5.1], dtype=torch.float64))
+
+    def loss(e_w: torch.Tensor, e_l: torch.Tensor) -> torch.Tensor:
+        pair = PairErrors(e_w, e_l, errors.reference_chosen, errors.reference_rejected)
+        return objective(pair, labels(7, torch.float64)).loss
+
+    assert torch.autograd.gradcheck(loss, (chosen, rejected))
+
+
+@pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)
+def test_an_untrained_pair_moves_towards_the_safe_and_better_image(objective: Objective):
+    """A step downhill lowers the chosen image's error and does not lower the rejected one's."""
+    errors, chosen, rejected = batch(torch.zeros(1))
+    objective(errors, labels(1)).loss.sum().backward()
+    assert chosen.grad.item() > 0
+    assert rejected.grad.item() < 0
+
+
+@pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)
+def test_what_is_logged_carries_no_gradient_and_is_one_number_a_pair(objective: Objective):
+    errors, _, _ = batch(torch.zeros(3))
+    for key, values in objective(errors, labels(3)).logs.items():
+        assert values.shape == (3,), key
+        assert not values.requires_grad, key
