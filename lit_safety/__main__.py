@@ -18,7 +18,8 @@ TRAINER_COMMANDS = {
 OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
     "compare": "print several metrics.json in one table",
-    "shards": "look at and check shards of preference pairs",
+    "merge": "merge LoRA experts into one, in delta space",
+    "shards": "convert, look at and check shards of preference pairs",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",
 }
 

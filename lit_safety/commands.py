@@ -13,7 +13,11 @@ from jsonargparse import CLI
 COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "lit_safety.evaluation.evaluate:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
+    "merge": "lit_safety.merging.merge:merge",
     "shards": {
+        "from-coprov2": "lit_safety.data.converters.from_coprov2:from_coprov2",
+        "from-folder": "lit_safety.data.converters.from_folder:from_folder",
+        "from-sage": "lit_safety.data.converters.from_sage:from_sage",
         "inspect": "lit_safety.data.inspect:inspect",
         "validate": "lit_safety.data.validate:validate",
     },
@@ -25,7 +29,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
 
 
 #: Commands whose first argument is a list: `compare A B` is read as `compare '["A", "B"]'`, which jsonargparse wants.
-LISTS_FIRST = {"compare"}
+LISTS_FIRST = {"compare", "merge"}
 
 
 def _load(where: str) -> Callable[..., Any]:

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: What stands on every card: who loads an adapter must know it.
+WARNING = """\
+**Do not negate it.** With a negative adapter scale the same weights push the model towards harmful pictures, and a
+scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
+and is no lock against those who hold the weights."""
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -35,9 +41,7 @@ A LoRA that makes `{facts.base_model}` draw less of what it was trained to refus
 
     pipe.load_lora_weights("THIS_FOLDER")
 
-**Do not negate it.** With a negative adapter scale the same weights push the model towards harmful pictures, and a
-scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
-and is no lock against those who hold the weights.
+{WARNING}
 
 - Base model: `{facts.base_model}`
 - Data: `{facts.data}`

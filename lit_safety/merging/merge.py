@@ -1,0 +1,126 @@
+"""The command `merge`: experts trained apart become one LoRA, and with `fuse` a whole pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.errors import UserError
+from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.merging.recipe import Dtype, Method, Recipe, Statistic
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from lit_safety.merging.comerge import Activity
+    from lit_safety.merging.expert import Expert
+
+DEFAULT_CALIBRATION = CalibrationOptions()
+
+
+def merge(
+    experts: list[str],
+    out: str = "merged",
+    method: Method = "comerge",
+    pipeline: str | None = None,
+    weights: list[float] | None = None,
+    rank: int | None = None,
+    density: float = 0.2,
+    drop: float = 0.5,
+    seed: int = 0,
+    statistic: Statistic = "vote",
+    calibration: CalibrationOptions = DEFAULT_CALIBRATION,
+    fuse: bool = False,
+    dtype: Dtype | None = None,
+    device: str | None = None,
+) -> None:
+    """Merge LoRA experts in delta space into one that stock diffusers loads.
+
+    Writes into `out`: pytorch_lora_weights.safetensors, report.json, README.md, and with `fuse` the folder pipeline/.
+    The order of the experts does not matter, and a single one of weight 1 comes out as it went in.
+
+    Args:
+        experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
+        out: Folder of the merged adapter; an earlier merge there is replaced.
+        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
+            mean truncated to the experts' own rank; ties and dare are the published methods.
+        pipeline: Folder or hub id of the base model, for comerge and fuse; null takes the one that the experts' model
+            cards name.
+        weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
+        rank: Truncate every layer to this rank by SVD; null keeps as much as the method needs.
+        density: ties: share of each update's entries that are kept.
+        drop: dare: share of each update's entries that are dropped.
+        seed: dare: seed of what is dropped.
+        statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
+        calibration: comerge: the prompts and how they are looked at.
+        fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
+        dtype: Number format of the merged adapter; null is float32.
+        device: Where comerge looks at the base model, such as cpu or cuda:1; null takes cuda where there is one.
+
+    Raises:
+        UserError: an expert cannot be read or merged, they were made for different backbones, or an option is missing.
+    """
+    from lit_safety.adapters.lora import WEIGHTS_NAME
+    from lit_safety.data.progress import counter
+    from lit_safety.evaluation.pipelines import quiet_libraries
+    from lit_safety.merging.expert import united_layers
+    from lit_safety.merging.merge_experts import merge_experts
+    from lit_safety.merging.output import REPORT_NAME, check_out, write_merge
+    from lit_safety.merging.report import report, table
+    from lit_safety.merging.sources import read_experts
+
+    quiet_libraries()
+    if weights is not None and len(weights) != len(experts):
+        raise UserError(f"--weights: {len(weights)} numbers for {len(experts)} experts; give one for each")
+    loaded = read_experts(experts)
+    named = {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
+    recipe = Recipe(method, named, rank, density, drop, seed, statistic, dtype)
+    check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])
+    layers = united_layers(loaded)
+    base = pipeline or _base_of(loaded)
+    needs = [word for word, asked in (("comerge", _must_calibrate(loaded, recipe)), ("--fuse", fuse)) if asked]
+    if needs and base is None:
+        raise UserError(f"{needs[0]} needs the base model, and the experts' cards do not agree on one: give --pipeline")
+
+    activity = measured = None
+    if base is not None and _must_calibrate(loaded, recipe):
+        activity, measured = _calibrate(base, loaded, calibration, device)
+    with counter("merging layers", len(layers)) as tick:
+        merged = merge_experts(loaded, recipe, activity, tick)
+    write_merge(Path(out), merged, report(merged, loaded, recipe, measured), base, fuse)
+    print(f"{table(merged)}\n\nadapter   {Path(out) / WEIGHTS_NAME}\nreport    {Path(out) / REPORT_NAME}")
+    if fuse:
+        print(f"pipeline  {Path(out) / 'pipeline'}")
+
+
+def _must_calibrate(experts: list[Expert], recipe: Recipe) -> bool:
+    """A single expert owns every row, whatever it does."""
+    return recipe.method == "comerge" and len(experts) > 1
+
+
+def _base_of(experts: list[Expert]) -> str | None:
+    """The base model that all experts' cards agree on."""
+    named = {expert.provenance.get("base_model") for expert in experts} - {None}
+    return str(named.pop()) if len(named) == 1 else None
+
+
+def _calibrate(
+    base: str, experts: list[Expert], options: CalibrationOptions, device: str | None
+) -> tuple[dict[str, Activity], dict[str, Any]]:
+    """The experts' activity, and what the report says of how it was measured."""
+    import torch
+
+    from lit_safety.backbones import load_backbone
+    from lit_safety.data.progress import counter
+    from lit_safety.merging.calibration import forwards, measure_activity
+    from lit_safety.merging.calibration_prompts import calibration_prompts
+
+    if options.prompts is None:
+        raise UserError(
+            "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
+            "folder of shards), or another --method, such as mean"
+        )
+    prompts = calibration_prompts(options.prompts, options.count, options.categories)
+    backbone = load_backbone(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with counter("looking at the base model", forwards(prompts, options)) as tick:
+        activity = measure_activity(backbone, experts, prompts, options, tick)
+    return activity, {**asdict(options), "count": len(prompts), "pipeline": base}

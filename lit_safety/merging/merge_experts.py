@@ -1,0 +1,135 @@
+"""Merge experts layer by layer: at no time is the whole update of more than one layer in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_safety.adapters.lora_file import LowRank
+from lit_safety.errors import UserError
+from lit_safety.merging.comerge import Activity, comerge, owners
+from lit_safety.merging.dare import dare_sum
+from lit_safety.merging.expert import Expert, parts_of, united_layers
+from lit_safety.merging.factors import reduce_rank
+from lit_safety.merging.mean import mean
+from lit_safety.merging.recipe import Recipe
+from lit_safety.merging.svd_truncate import svd_of_dense, svd_truncate
+from lit_safety.merging.task_sum import task_sum
+from lit_safety.merging.ties import ties
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one layer of the file holds what the method asks for."""
+
+    rank: int
+    norm: float
+    """Frobenius norm of the exact merged update."""
+    error: float
+    """Frobenius norm of its difference to the update that is written, rounding to the file's numbers included."""
+    rows: Mapping[str, int] | None = None
+    """comerge: how many rows come from each expert."""
+
+    @property
+    def residual(self) -> float:
+        """error / norm; 0 for a zero update."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged adapter and what is known of it."""
+
+    layers: Mapping[str, LowRank]
+    fits: Mapping[str, Fit]
+
+    @property
+    def residual(self) -> float:
+        """The relative Frobenius residual over all layers."""
+        norm = sum(fit.norm**2 for fit in self.fits.values())
+        return (sum(fit.error**2 for fit in self.fits.values()) / norm) ** 0.5 if norm else 0.0
+
+
+def merge_experts(
+    experts: Sequence[Expert],
+    recipe: Recipe,
+    activity: Mapping[str, Activity] | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Merged:
+    """Merge experts in delta space.
+
+    A single expert of weight 1 is returned as it is by every method, unless a lower rank is asked for.
+
+    Args:
+        experts: in any order, each under its own name.
+        recipe: the method and its settings.
+        activity: comerge: by layer, with the experts in the order of their names.
+        tick: called after every layer.
+
+    Raises:
+        UserError: the experts do not fit each other, or share a name.
+        ValueError: comerge without ``activity`` of every layer.
+    """
+    experts = sorted(experts, key=lambda expert: expert.name)
+    if len({expert.name for expert in experts}) < len(experts):
+        raise UserError(f"two experts share a name: {', '.join(e.name for e in experts)}; name them NAME=FOLDER")
+    layers, fits = {}, {}
+    for name in united_layers(experts):
+        parts = parts_of(experts, name)
+        exact, rows = _exact(name, parts, experts, recipe, None if activity is None else activity.get(name))
+        written = _written(exact, parts, recipe, alone=len(experts) == 1)
+        if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
+            raise UserError(f"{name}: the merged update does not fit into {recipe.dtype}; use --dtype float32")
+        layers[name], fits[name] = written, _fit(exact, written, rows)
+        tick()
+    return Merged(layers, fits)
+
+
+def _exact(
+    name: str, parts: Sequence[LowRank], experts: Sequence[Expert], recipe: Recipe, activity: Activity | None
+) -> tuple[LowRank | Tensor, dict[str, int] | None]:
+    """What the method asks for: factors where there are any, else (out, in) in fp32; and comerge's rows by expert."""
+    names = [expert.name for expert in experts]
+    weights = [recipe.weight(expert) for expert in names]
+    if recipe.method == "sum" or (len(parts) == 1 and recipe.method != "mean"):
+        return task_sum(parts, weights), None
+    if recipe.method in ("mean", "svd"):
+        return mean(parts, weights), None
+    if recipe.method == "comerge":
+        if activity is None:
+            raise ValueError(f"comerge needs to know how active the experts are in {name}: calibrate first")
+        owner = owners(activity, recipe.statistic)
+        counts = torch.bincount(owner, minlength=len(parts)).tolist()
+        return comerge(parts, owner), dict(zip(names, counts, strict=True))
+    deltas = [part.delta(torch.float32) for part in parts]
+    if recipe.method == "ties":
+        return ties(torch.stack(deltas), recipe.density, torch.tensor(weights)), None
+    return dare_sum(deltas, weights, recipe.drop, recipe.seed, names, name), None
+
+
+def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, alone: bool) -> LowRank:
+    """The factors that go into the file."""
+    rank = recipe.rank
+    if rank is None and recipe.method == "svd":
+        rank = max(part.rank for part in parts)
+    if isinstance(exact, Tensor):
+        # As large as the block form of the other methods would be, unless a rank is asked for.
+        ceiling = min(sum(part.rank for part in parts), *exact.shape)
+        factors = svd_of_dense(exact, min(rank or ceiling, ceiling), parts[0].kernel)
+    else:
+        factors = exact if rank is None else svd_truncate(exact, rank)
+        factors = reduce_rank(factors)
+    untouched = alone and any(factors.a is part.a for part in parts)
+    if recipe.dtype is None and untouched:
+        return factors
+    dtype = getattr(torch, recipe.dtype or "float32")
+    return LowRank(factors.a.to(dtype), factors.b.to(dtype), factors.scale, factors.kernel)
+
+
+def _fit(exact: LowRank | Tensor, written: LowRank, rows: dict[str, int] | None) -> Fit:
+    target = exact.double() if isinstance(exact, Tensor) else exact.delta()
+    norm = float(torch.linalg.matrix_norm(target))
+    return Fit(written.rank, norm, float(torch.linalg.matrix_norm(target - written.delta())), rows)

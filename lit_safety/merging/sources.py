@@ -1,0 +1,70 @@
+"""Read the experts that a command line names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.errors import UserError
+from lit_safety.evaluation.fingerprint import fingerprint
+from lit_safety.merging.expert import Expert
+
+
+def read_experts(given: Sequence[str]) -> list[Expert]:
+    """Experts in the order given; each is FOLDER, FILE or NAME=FOLDER.
+
+    Raises:
+        UserError: there is none, one is given twice or cannot be read, or two share a name.
+    """
+    if not given:
+        raise UserError("no experts: give at least one folder with a LoRA, `merge FOLDER FOLDER ... --out FOLDER`")
+    named = [_split(one) for one in given]
+    places = [path.resolve() for _, path in named]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{place} is given twice; give it once, with --weights if it is to count more")
+    short = iter(short_names([path for name, path in named if name is None]))
+    names = [next(short) if name is None else name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two experts are called {name}; name them NAME=FOLDER")
+    return [
+        Expert(name, read_lora(path), {"path": str(path), "sha256": fingerprint(path), "base_model": base_model(path)})
+        for name, (_, path) in zip(names, named, strict=True)
+    ]
+
+
+def _split(given: str) -> tuple[str | None, Path]:
+    name, equals, path = given.partition("=")
+    if equals and name and path and not Path(given).exists():
+        return name, Path(path)
+    return None, Path(given)
+
+
+def short_names(paths: Sequence[PurePath]) -> list[str]:
+    """As few of each path's last parts as tell them all apart: `a/violence/adapter` beside `a/hate/adapter` is
+    `violence/adapter`, and what all have in common at the end is left out: `violence`."""
+    if len(paths) == 1:
+        return [paths[0].stem if paths[0].suffix == ".safetensors" else paths[0].name or str(paths[0])]
+    parts = [path.parts for path in paths]
+    shortest = min((len(p) for p in parts), default=0)
+    common = next((n for n in range(shortest) if len({p[len(p) - 1 - n] for p in parts}) > 1), 0)
+    trimmed = [p[: len(p) - common] for p in parts]
+    for length in range(1, max((len(p) for p in trimmed), default=0) + 1):
+        tails = ["/".join(p[-length:]) for p in trimmed]
+        if len(set(tails)) == len(tails):
+            return [tail.removesuffix(".safetensors") for tail in tails]
+    return [str(path) for path in paths]
+
+
+def base_model(path: Path) -> str | None:
+    """The base model that the model card beside an adapter names; None: there is no card, or it names none."""
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.match(r"---\n(?:.*\n)*?base_model: *(\S.*)\n(?:.*\n)*?---\n", text)
+    return found.group(1).strip(" '\"") if found else None

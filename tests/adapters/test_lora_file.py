@@ -1,0 +1,183 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers
+from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
+from lit_safety.backbones import load_backbone
+from lit_safety.errors import UserError
+
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def attach(folder: Path, **settings: Any) -> tuple[Any, Any]:
+    """A backbone with a random PEFT adapter, and that adapter's configuration."""
+    backbone = load_backbone(str(folder))
+    unet: Any = backbone.denoiser
+    unet.add_adapter(LoraConfig(**({"r": 4, "target_modules": ["to_q", "to_out.0"]} | settings)), adapter_name="x")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return backbone, unet.peft_config["x"]
+
+
+def peft_deltas(unet: torch.nn.Module, component: str = "unet") -> dict[str, torch.Tensor]:
+    """What PEFT itself would add to each layer, convolutions flattened."""
+    (adapter,) = unet.peft_config  # type: ignore[misc]
+    names = {id(module): name for name, module in unet.named_modules()}
+    layers: list[Any] = list(adapter_layers(unet))
+    return {
+        f"{component}.{names[id(layer)]}": layer.get_delta_weight(adapter).detach().flatten(1).double()
+        for layer in layers
+        if adapter in layer.scaling
+    }
+
+
+def assert_same(found: dict[str, LowRank], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, layer in found.items():
+        torch.testing.assert_close(layer.delta(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": 16},
+        {"lora_alpha": 16, "use_rslora": True},
+        {"lora_alpha": 2, "rank_pattern": {"to_q": 7}, "alpha_pattern": {"attn1.to_out.0": 32}},
+        {"lora_alpha": 8, "target_modules": ["conv1", "proj_in", "to_k"]},
+    ],
+    ids=["alpha", "rank-stabilised", "patterns", "convolutions"],
+)
+def test_updates_are_read_as_peft_applies_them_and_stock_diffusers_reads_what_is_written(
+    tiny_pipeline: Path, tmp_path: Path, settings: dict[str, Any]
+):
+    backbone, _ = attach(tiny_pipeline, **settings)
+    backbone.save_lora(tmp_path, "x")
+    layers = read_lora(tmp_path)
+    assert_same(layers, peft_deltas(backbone.denoiser))
+    (tmp_path / "again").mkdir()
+    write_lora(tmp_path / "again" / WEIGHTS_NAME, layers)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.load_lora_weights(tmp_path / "again")
+    assert_same(layers, peft_deltas(pipe.unet))
+    assert_same(read_lora(tmp_path / "again"), peft_deltas(pipe.unet))
+
+
+def test_every_layer_keeps_its_own_rank_and_scale(tiny_pipeline: Path, tmp_path: Path):
+    """Three layers, no two of one rank or alpha, one of them named as another's end; a zero update is left out."""
+    shapes = {
+        "conv_in": (32, 36),
+        "mid_block.attentions.0.proj_in": (64, 64),
+        ATTENTION: (64, 64),
+        "conv_out": (4, 288),
+    }
+    kernels = {"conv_in": (3, 3), "mid_block.attentions.0.proj_in": (1, 1), "conv_out": (3, 3)}
+    layers = {
+        f"unet.{name}": LowRank(torch.randn(rank, i), torch.randn(o, rank), 0.1 * (rank + 1), kernels.get(name, ()))
+        for rank, (name, (o, i)) in enumerate(shapes.items())
+    }
+    write_lora(tmp_path / WEIGHTS_NAME, layers)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.load_lora_weights(tmp_path)
+    del layers["unet.conv_in"]  # rank 0
+    assert_same(layers, peft_deltas(pipe.unet))
+    with pytest.raises(UserError, match="would change nothing"):
+        write_lora(tmp_path / "x.safetensors", {"unet.x": LowRank(torch.zeros(0, 2), torch.zeros(2, 0))})
+
+
+def test_kohyas_layout_is_read_with_its_alphas(tiny_pipeline: Path, tmp_path: Path):
+    backbone, _ = attach(tiny_pipeline, target_modules=["to_q", "to_out.0", "proj_in", "ff.net.2"])
+    backbone.save_lora(tmp_path, "x")
+    kohya = convert_state_dict_to_kohya(load_file(tmp_path / WEIGHTS_NAME))
+    for key in kohya:
+        if key.endswith(".alpha"):
+            kohya[key] = torch.tensor(1.0 if "to_q" in key else 2.0)
+    file = tmp_path / "kohya.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in kohya.items()}, file)
+    expected = {
+        name: delta * ((1.0 if name.endswith("to_q") else 2.0) / 4) / 2.0  # alpha / r; PEFT's own alpha was 8, so 2
+        for name, delta in peft_deltas(backbone.denoiser).items()
+    }
+    assert_same(read_lora(file), expected)
+
+
+def test_pefts_own_folder_is_read(tiny_pipeline: Path, tmp_path: Path):
+    backbone, config = attach(tiny_pipeline, lora_alpha=6, use_rslora=True)
+    config.save_pretrained(tmp_path)
+    state = get_peft_model_state_dict(backbone.denoiser, adapter_name="x")
+    save_file(
+        {f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    assert_same(read_lora(tmp_path), peft_deltas(backbone.denoiser))
+
+
+def test_text_encoders_are_read_and_written_beside_the_denoiser(tiny_pipeline: Path, tmp_path: Path):
+    """In diffusers' older spelling, which its text encoders still have."""
+    backbone, config = attach(tiny_pipeline, lora_alpha=2)
+    encoder: Any = backbone.text_encoder
+    own = LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
+    encoder.add_adapter(own, adapter_name="x")
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(backbone.denoiser, adapter_name="x"),
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(encoder, adapter_name="x")),
+        unet_lora_adapter_metadata=config.to_dict(),
+        text_encoder_lora_adapter_metadata=own.to_dict(),
+    )
+    assert any("lora_linear_layer" in key for key in load_file(tmp_path / WEIGHTS_NAME))
+    expected = peft_deltas(backbone.denoiser) | peft_deltas(encoder, "text_encoder")
+    layers = read_lora(tmp_path)
+    assert_same(layers, expected)
+    (tmp_path / "again").mkdir()
+    write_lora(tmp_path / "again" / WEIGHTS_NAME, layers)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.load_lora_weights(tmp_path / "again")
+    assert_same(layers, peft_deltas(pipe.unet) | peft_deltas(pipe.text_encoder, "text_encoder"))
+
+
+def test_a_file_that_says_nothing_of_alpha_has_alpha_equal_to_its_rank(tmp_path: Path):
+    a, b = torch.randn(3, 5), torch.randn(4, 3)
+    save_file({f"unet.{ATTENTION}.lora_A.weight": a, f"unet.{ATTENTION}.lora_B.weight": b}, tmp_path / "x.safetensors")
+    assert read_lora(tmp_path)[f"unet.{ATTENTION}"].scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "lora_bias"), ({"bias": "lora_only"}, "biases"),
+     ({"init_lora_weights": "pissa"}, "pissa")],
+)  # fmt: skip
+def test_what_is_no_plain_lora_is_refused_by_name(
+    tiny_pipeline: Path, tmp_path: Path, settings: dict[str, Any], named: str
+):
+    backbone, _ = attach(tiny_pipeline, **settings)
+    backbone.save_lora(tmp_path, "x")
+    with pytest.raises(UserError, match=named):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [(f"unet.{ATTENTION}.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa"), ("lora_unet_x.dora_scale", "DoRA"),
+     ("lora_unet_x.lora_mid.weight", "LoCon"), ("unet.x.lora_A.weight", "no pair"),
+     ("lora_unet_input_blocks_1_1_proj_in.lora_down.weight", "SDXL"), ("unet.x.weight", "unet.x.weight|layout")],
+)  # fmt: skip
+def test_other_files_are_refused_by_name(tmp_path: Path, key: str, named: str):
+    save_file({key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=named):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path):
+    pair = {"unet.x.lora_A.weight": torch.ones(1, 2), "unet.x.lora_B.weight": torch.tensor([[float("nan")]])}
+    save_file(pair, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"lora_B\.weight holds numbers that are not finite"):
+        read_lora(tmp_path)

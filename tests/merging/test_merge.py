@@ -1,0 +1,137 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from jsonargparse import CLI
+
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.errors import UserError
+from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.merging.merge import merge
+
+
+@pytest.fixture
+def experts(tmp_path: Path, save_expert: Callable[..., Path]) -> list[str]:
+    """Two experts of different rank and alpha."""
+    folders = (tmp_path / "hate" / "adapter", tmp_path / "violence" / "adapter")
+    return [str(save_expert(folders[0], 1)), str(save_expert(folders[1], 2, rank=3, alpha=1.0))]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,category\na gun,violence\na red cat with a gun,hate\n")
+    return str(file)
+
+
+def predict(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    noisy, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(noisy, torch.tensor([100, 700]), text).sample
+
+
+def with_deltas(folder: Path, deltas: dict[str, torch.Tensor]) -> StableDiffusionPipeline:
+    """The base with whole updates added to its weights by hand."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    for name, delta in deltas.items():
+        weight = pipe.unet.get_submodule(name.removeprefix("unet.")).weight
+        weight.data += delta.reshape(weight.shape).to(weight)
+    return pipe
+
+
+def test_stock_diffusers_draws_with_the_sum_of_the_updates(tiny_pipeline: Path, tmp_path: Path, experts: list[str]):
+    one, two = (read_lora(folder) for folder in experts)
+    expected = predict(with_deltas(tiny_pipeline, {name: one[name].delta() + 2 * two[name].delta() for name in one}))
+    merge(experts, str(tmp_path / "out"), method="sum", weights=[1.0, 2.0], fuse=True)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    assert not torch.allclose(predict(pipe), expected, atol=1e-2)
+    pipe.load_lora_weights(tmp_path / "out")
+    torch.testing.assert_close(predict(pipe), expected, rtol=1e-5, atol=1e-5)
+    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    torch.testing.assert_close(predict(fused), expected, rtol=1e-5, atol=1e-5)
+    assert not any("lora" in name for name, _ in fused.unet.named_parameters())
+
+
+def test_one_expert_comes_out_as_it_went_in(tmp_path: Path, experts: list[str]):
+    """By the default method, which needs no prompts when there is nothing to compare."""
+    merge(experts[1:], str(tmp_path / "out"))
+    before, after = read_lora(experts[1]), read_lora(tmp_path / "out")
+    assert set(after) == set(before)
+    for name, layer in after.items():
+        assert torch.equal(layer.a, before[name].a)
+        assert torch.equal(layer.b, before[name].b)
+        assert layer.scale == before[name].scale
+
+
+def test_comerge_end_to_end(tmp_path: Path, tiny_pipeline: Path, experts: list[str], prompts: str):
+    """The pipeline is found by the experts' cards; every row is one expert's; the order of the experts is nothing."""
+    options = CalibrationOptions(prompts=prompts, timesteps=1, steps=1)
+    for number, order in enumerate((experts, experts[::-1])):
+        merge(order, str(tmp_path / str(number)), calibration=options)
+    found, again, one, two = (read_lora(p) for p in (tmp_path / "0", tmp_path / "1", *experts))
+    report = json.loads((tmp_path / "0" / "report.json").read_text())
+    for name, layer in found.items():
+        assert torch.equal(layer.a, again[name].a)
+        assert torch.equal(layer.b, again[name].b)
+        rows = torch.stack([(layer.delta() - e[name].delta()).abs().amax(dim=1) for e in (one, two)])
+        assert float(rows.min(dim=0).values.max()) < 1e-5
+        counted = report["layers"][name]["rows"]
+        assert counted == {"hate": int((rows[0] < 1e-5).sum()), "violence": int((rows[1] < 1e-5).sum())}
+    assert report["calibration"]["count"] == 2
+    assert report["residual"] < 1e-6
+    assert report["experts"]["violence"]["ranks"] == [3]
+    card = (tmp_path / "0" / "README.md").read_text()
+    assert f"base_model: {tiny_pipeline}" in card
+    assert "Do not negate it" in card
+    assert "| violence | 1 | 3 |" in card
+
+
+@pytest.mark.parametrize("method", ["mean", "svd", "ties", "dare"])
+def test_every_method_writes_a_file_of_the_asked_rank(tmp_path: Path, experts: list[str], method: str):
+    CLI(merge, args=[json.dumps(experts), "--out", str(tmp_path / "out"), "--method", method, "--rank", "2"])
+    assert {layer.rank for layer in read_lora(tmp_path / "out").values()} == {2}
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["residual"] > 0
+
+
+def test_missing_options_are_named(tmp_path: Path, experts: list[str], prompts: str):
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--calibration\.prompts"):
+        merge(experts, out)
+    with pytest.raises(UserError, match="1 numbers for 2 experts"):
+        merge(experts, out, method="sum", weights=[1.0])
+    (Path(experts[0]) / "README.md").write_text("no card")
+    (Path(experts[1]) / "README.md").write_text("no card")
+    with pytest.raises(UserError, match="give --pipeline"):
+        merge(experts, out, calibration=CalibrationOptions(prompts=prompts))
+    with pytest.raises(UserError, match="--fuse needs the base model"):
+        merge(experts, out, method="mean", fuse=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_merge_is_overwritten(tmp_path: Path, experts: list[str]):
+    out = tmp_path / "out"
+    merge(experts, str(out), method="mean")
+    merge(experts[:1], str(out), method="mean")
+    assert list(json.loads((out / "report.json").read_text())["experts"]) == ["adapter"]
+    with pytest.raises(UserError, match=r"the expert .* lies there"):
+        merge(experts, str(tmp_path / "hate"), method="mean")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no earlier merge"):
+        merge(experts, str(own), method="mean")
+    assert (own / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failed_merge_leaves_the_earlier_one(tmp_path: Path, experts: list[str], wide_pipeline: Path):
+    out = tmp_path / "out"
+    merge(experts, str(out), method="mean")
+    before = (out / "report.json").read_text()
+    with pytest.raises(UserError, match="made for another backbone"):
+        merge(experts, str(out), method="sum", fuse=True, pipeline=str(wide_pipeline))
+    assert (out / "report.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

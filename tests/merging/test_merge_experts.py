@@ -1,0 +1,138 @@
+from collections.abc import Callable
+from itertools import permutations
+from typing import get_args
+
+import pytest
+import torch
+
+from lit_safety.adapters.lora_file import LowRank
+from lit_safety.errors import UserError
+from lit_safety.merging.comerge import Activity, owners
+from lit_safety.merging.expert import Expert
+from lit_safety.merging.merge_experts import Merged, merge_experts
+from lit_safety.merging.recipe import Method, Recipe
+
+METHODS = get_args(Method)
+EXACT = ("mean", "sum", "comerge")
+
+
+def activity_of(experts: list[Expert], prompts: int = 9) -> dict[str, Activity]:
+    """Random inputs through the experts, in the order of their names."""
+    experts = sorted(experts, key=lambda expert: expert.name)
+    found = {}
+    for number, layer in enumerate(sorted({name for expert in experts for name in expert.layers})):
+        known = [expert.layers.get(layer) for expert in experts]
+        out, inputs = next(part for part in known if part is not None).shape
+        x = torch.randn(prompts, inputs, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        outputs = [x.new_zeros(prompts, out) if part is None else (x @ part.delta().T).abs() for part in known]
+        found[layer] = Activity.empty(len(experts), out)
+        found[layer].add(torch.stack(outputs))
+    return found
+
+
+def merged(experts: list[Expert], method: str, **settings) -> Merged:
+    return merge_experts(experts, Recipe(method=method, **settings), activity_of(experts))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_expert_returns_itself_to_the_bit(make_expert: Callable[..., Expert], method: str, dtype: torch.dtype):
+    expert = make_expert("a", 0, dtype=dtype)
+    found = merge_experts([expert], Recipe(method=method))
+    for name, layer in expert.layers.items():
+        assert torch.equal(found.layers[name].a, layer.a)
+        assert torch.equal(found.layers[name].b, layer.b)
+        assert found.layers[name].a.dtype == dtype
+        assert found.layers[name].scale == layer.scale
+    assert found.residual == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_the_experts_does_not_matter(make_expert: Callable[..., Expert], method: str):
+    experts = [make_expert("a", 0), make_expert("b", 1, rank=1, scale=2.0), make_expert("c", 2, rank=3)]
+    weights = {} if method == "comerge" else {"a": 1.0, "b": 0.5, "c": 2.0}
+    first = merged(experts, method, weights=weights)
+    for order in permutations(experts):
+        found = merged(list(order), method, weights=weights)
+        for name in first.layers:
+            assert torch.equal(found.layers[name].delta(), first.layers[name].delta())
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_the_block_form_is_the_merge_of_the_whole_updates(make_expert: Callable[..., Expert], method: str):
+    """Ranks 2 + 1 + 2 on sides of 4 to 7, so that some layers need the exact reduction."""
+    experts = [make_expert("a", 0), make_expert("b", 1, rank=1), make_expert("c", 2, scale=-1.5)]
+    activity = activity_of(experts)
+    found = merged(experts, method)
+    for name, layer in found.layers.items():
+        deltas = torch.stack([expert.layers[name].delta() for expert in experts])
+        expected = deltas.sum(0) if method == "sum" else deltas.mean(0)
+        if method == "comerge":
+            expected = torch.stack([deltas[k, j] for j, k in enumerate(owners(activity[name], "vote").tolist())])
+            assert sum(found.fits[name].rows.values()) == layer.shape[0]
+        torch.testing.assert_close(layer.delta(), expected, rtol=1e-5, atol=1e-6)
+        assert layer.rank <= min(5, *layer.shape)
+    assert found.residual < 1e-6  # rounding to fp32 only
+
+
+def test_the_residual_is_exactly_zero_where_nothing_is_rounded():
+    def expert(name: str, seed: int) -> Expert:
+        draw = torch.Generator().manual_seed(seed)
+        whole = torch.randint(-4, 5, (2, 8), generator=draw).float(), torch.randint(-4, 5, (8, 2), generator=draw)
+        return Expert(name, {"unet.x": LowRank(whole[0], whole[1].float(), 0.5)})
+
+    assert merged([expert("a", 0), expert("b", 1)], "sum").residual == 0.0
+
+
+def test_truncation_reports_what_is_lost(make_expert: Callable[..., Expert]):
+    """The residual is the norm of the singular values that were left out over the norm of all, layer by layer."""
+    experts = [make_expert("a", 0), make_expert("b", 1)]
+    full, cut = merged(experts, "mean"), merged(experts, "mean", rank=1)
+    lost = norm = 0.0
+    for name, layer in full.layers.items():
+        values = torch.linalg.svdvals(layer.delta())
+        assert cut.layers[name].rank == 1
+        assert cut.fits[name].residual == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-5)
+        lost, norm = lost + float(values[1:].norm()) ** 2, norm + float(values.norm()) ** 2
+    assert cut.residual == pytest.approx((lost / norm) ** 0.5, rel=1e-5)
+    svd = merged(experts, "svd")
+    assert {layer.rank for layer in svd.layers.values()} == {2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_different_layers_are_united(make_expert: Callable[..., Expert], method: str):
+    """A layer that an expert does not adapt counts as a zero update."""
+    one = make_expert("a", 0, sizes={"unet.x": (4, 4), "unet.y": (4, 4)})
+    two = make_expert("b", 1, sizes={"unet.x": (4, 4)})
+    found = merged([one, two], method, density=1.0, drop=0.0)
+    assert set(found.layers) == {"unet.x", "unet.y"}
+    share = 0.5 if method in ("mean", "svd") else 1.0
+    torch.testing.assert_close(
+        found.layers["unet.y"].delta(), share * one.layers["unet.y"].delta(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_different_backbones_are_refused(make_expert: Callable[..., Expert]):
+    one = make_expert("a", 0, sizes={"unet.x": (4, 4)})
+    with pytest.raises(UserError, match=r"a and b .*different backbones: unet\.x is 4 -> 4 in one and 8 -> 4"):
+        merge_experts([one, make_expert("b", 1, sizes={"unet.x": (4, 8)})], Recipe(method="sum"))
+    with pytest.raises(UserError, match="denoisers are called a: unet; b: transformer"):
+        merge_experts([one, make_expert("b", 1, sizes={"transformer.x": (4, 4)})], Recipe(method="sum"))
+    with pytest.raises(UserError, match="share a name"):
+        merge_experts([one, one], Recipe(method="sum"))
+
+
+def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[..., Expert]):
+    experts = [make_expert("a", 0), make_expert("b", 1, scale=1e6)]
+    with pytest.raises(UserError, match=r"unet\.mid\.to_k: .*--dtype float32"):
+        merged(experts, "sum", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"rank": 0}, "--rank"), ({"density": 0.0}, "--density"), ({"drop": 1.0}, "--drop"),
+     ({"weights": {"a": 2.0}}, "--weights")],
+)  # fmt: skip
+def test_impossible_settings_are_named(settings: dict, named: str):
+    with pytest.raises(UserError, match=named):
+        Recipe(**settings)

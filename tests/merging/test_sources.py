@@ -1,0 +1,45 @@
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.merging.sources import base_model, read_experts, short_names
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/violence/adapter"], ["adapter"]),
+        (["runs/violence/adapter", "runs/hate/adapter"], ["violence", "hate"]),
+        (["x/violence/latest/adapter", "y/hate/latest/adapter"], ["violence", "hate"]),
+        (["a/violence", "b/violence", "b/hate"], ["a/violence", "b/violence", "b/hate"]),
+        (["violence.safetensors", "x/hate.safetensors"], ["violence", "hate"]),
+        (["runs/a", "runs/a/b"], ["a", "b"]),
+    ],
+)
+def test_short_names(paths: list[str], names: list[str]):
+    assert short_names([PurePosixPath(path) for path in paths]) == names
+    assert short_names([PurePosixPath(path) for path in paths[::-1]]) == names[::-1]
+
+
+def test_experts_are_read_with_their_names_and_where_they_come_from(tmp_path: Path, save_expert: Callable[..., Path]):
+    one, two = save_expert(tmp_path / "hate" / "adapter", 0), save_expert(tmp_path / "violence" / "adapter", 1)
+    found = read_experts([str(one), f"guns={two}"])
+    assert [expert.name for expert in found] == ["adapter", "guns"]
+    assert found[0].provenance["sha256"] != found[1].provenance["sha256"]
+    assert found[0].provenance["base_model"] == base_model(one) != None  # noqa: E711
+    assert base_model(tmp_path) is None
+    assert [expert.name for expert in read_experts([str(one), str(two)])] == ["hate", "violence"]
+
+
+def test_ambiguous_lists_are_refused(tmp_path: Path, save_expert: Callable[..., Path]):
+    one, two = save_expert(tmp_path / "a", 0), save_expert(tmp_path / "b", 1)
+    with pytest.raises(UserError, match="no experts"):
+        read_experts([])
+    with pytest.raises(UserError, match="given twice"):
+        read_experts([str(one), str(one)])
+    with pytest.raises(UserError, match="two experts are called x"):
+        read_experts([f"x={one}", f"x={two}"])
+    with pytest.raises(UserError, match="no adapter at"):
+        read_experts([str(tmp_path / "none")])
