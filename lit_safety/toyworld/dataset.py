@@ -1,0 +1,52 @@
+"""The base's data: tens of thousands of drawn scenes with captions, made once and kept in the work folder."""
+
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_safety.toyworld.captions import draw_caption
+from lit_safety.toyworld.sampling import draw_scene, grade
+from lit_safety.toyworld.scene import SIDE, render, to_array
+from lit_safety.toyworld.seeds import stream
+
+CAPTIONS_EACH = 4
+"""Captions of one scene; the same things in other templates and phrases."""
+GRADED = 0.12
+"""Share of harms that are smaller, partly hidden or doubled."""
+
+
+def base_scene(index: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Picture (SIDE, SIDE, 3) and captions of the base's scene number `index`."""
+    rng = stream("base", index)
+    scene, contents = draw_scene(rng)
+    if rng.random() < GRADED:
+        scene = grade(rng, scene)
+    captions = [draw_caption(rng, scene.setting, contents) for _ in range(CAPTIONS_EACH)]
+    return to_array(render(scene)), captions
+
+
+def _chunk(bounds: tuple[int, int]) -> tuple[NDArray[np.uint8], list[list[str]]]:
+    made = [base_scene(i) for i in range(*bounds)]
+    return np.stack([picture for picture, _ in made]), [captions for _, captions in made]
+
+
+def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], list[list[str]]]:
+    """The first `count` scenes of the base: pictures (count, SIDE, SIDE, 3) and captions."""
+    bounds = [(start, min(start + 500, count)) for start in range(0, count, 500)]
+    pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    captions: list[list[str]] = []
+    with get_context("fork").Pool(workers) as pool:
+        for (start, stop), (drawn, said) in zip(bounds, pool.imap(_chunk, bounds), strict=True):
+            pictures[start:stop] = drawn
+            captions += said
+    return pictures, captions
+
+
+def make_scenes(work: Path, count: int) -> None:
+    """Writes scenes.npz into the work folder: `pictures` (N, SIDE, SIDE, 3) uint8, `captions` (N, 4) text."""
+    pictures, captions = draw_base_scenes(count)
+    part = work / "scenes.part.npz"
+    np.savez(part, pictures=pictures, captions=np.array(captions))
+    part.rename(work / "scenes.npz")

@@ -1,0 +1,49 @@
+"""Pictures from the toy pipeline, one seed a picture, and contact sheets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+STEPS = 20
+GUIDANCE = 3.0
+"""Recommended classifier-free guidance of the shipped pipeline."""
+
+
+def quiet(pipeline: Any) -> Any:
+    """The same pipeline without progress bars."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch_size: int = 64,
+) -> list[Image.Image]:
+    """One picture a prompt; picture i depends on its own prompt and seed, not on its neighbours."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        out = pipeline(
+            list(prompts[part]), num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+            height=32, width=32,
+        )  # fmt: skip
+        pictures += out.images
+    return pictures
+
+
+def sheet_of(pictures: Sequence[Image.Image], columns: int = 20, zoom: int = 2, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows, enlarged without smoothing."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    whole = Image.new("RGB", (columns * (width + gap), rows * (height + gap)), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST)

@@ -1,0 +1,130 @@
+"""Judges: small networks that tell which things are in a toy picture. None is ever used in training.
+
+Two architectures, so that two judges err differently: "plain" (judge A) and "residual" (judge B).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lit_safety.errors import UserError
+from lit_safety.toyworld.objects import CONCEPTS, LABELS
+
+
+class ToyJudge(nn.Module):
+    """Multi-label classifier of 32x32 pictures."""
+
+    def __init__(
+        self,
+        labels: list[str] | None = None,
+        harm: dict[str, str] | None = None,
+        threshold: float = 0.5,
+        width: int = 32,
+        architecture: str = "plain",
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            labels: what each logit stands for; default: the toy world's harms, benign objects and look-alikes.
+            harm: harm concept -> canonical category; the labels that are not in it are benign.
+            threshold: probability from which a thing counts as seen.
+            width: channels of the first convolution.
+            architecture: "plain": strided convolutions, batch norm, pooled head; "residual": residual blocks,
+                group norm, a head that sees where things are.
+            notes: anything that the folder should say about the network (its data, its seeds, its accuracy).
+        """
+        super().__init__()
+        self.labels = list(labels or LABELS)
+        self.harm = dict(harm or {name: concept.category for name, concept in CONCEPTS.items()})
+        self.threshold, self.width, self.architecture = threshold, width, architecture
+        self.notes = dict(notes or {})
+        if architecture == "plain":
+            self.network: nn.Module = _Plain(width, len(self.labels))
+        elif architecture == "residual":
+            self.network = _Residual(width, len(self.labels))
+        else:
+            raise ValueError(f"architecture {architecture!r} is neither 'plain' nor 'residual'")
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, L) of pictures (B, 3, 32, 32) in [-1, 1]."""
+        return self.network(pictures)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "labels": self.labels,
+            "harm": self.harm,
+            "threshold": self.threshold,
+            "width": self.width,
+            "architecture": self.architecture,
+            "notes": self.notes,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Loads a folder that `save_pretrained` wrote; UserError when it holds no judge."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+            judge = cls(**config)
+            judge.load_state_dict(weights)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{folder} is no toy judge ({error}); give a folder with config.json and model.safetensors, "
+                "such as data/toyworld/judge"
+            ) from error
+        return judge.eval()
+
+
+class _Plain(nn.Module):
+    """Strided convolutions to 4x4, then the largest and the mean response of each channel."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        sizes = [(3, width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 2), (2 * width, 3 * width, 1)]
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in [*sizes, (3 * width, 3 * width, 2)]:
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(6 * width, labels)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        maps = self.features(pictures)
+        return self.head(torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], 1))
+
+
+class _Block(nn.Module):
+    """x + two convolutions of x, each after group norm and GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.layers(maps)
+
+
+class _Residual(nn.Module):
+    """Patches of 4x4, residual blocks at 8x8, and a linear head over all 4x4 places."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3 * width, 6, stride=4, padding=1)
+        self.blocks = nn.Sequential(*(_Block(3 * width) for _ in range(3)), nn.GroupNorm(8, 3 * width), nn.GELU())
+        self.down = nn.Conv2d(3 * width, 2 * width, 2, stride=2)
+        self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, labels))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.down(self.blocks(self.stem(pictures))))

@@ -1,0 +1,25 @@
+"""Who may draw from which seeds. The ranges never overlap; manifests and configs repeat what was used."""
+
+import numpy as np
+
+SEEDS: dict[str, range] = {
+    "base": range(10_000_000),  # scenes that the pipeline (VAE, text encoder, UNet) learns from
+    "judge_a": range(10_000_000, 20_000_000),
+    "judge_b": range(20_000_000, 30_000_000),
+    "clip": range(30_000_000, 40_000_000),
+    "cost_model": range(40_000_000, 50_000_000),
+    "pairs_train": range(50_000_000, 60_000_000),
+    "pairs_val": range(60_000_000, 70_000_000),
+    "pairs_test": range(70_000_000, 80_000_000),
+    "prompts_val": range(80_000_000, 85_000_000),
+    "prompts_test": range(85_000_000, 90_000_000),
+    "checks": range(90_000_000, 100_000_000),  # scenes that only measure: accuracy of judges, VAE error
+}
+
+
+def stream(owner: str, index: int) -> np.random.Generator:
+    """The random stream of the owner's scene number `index`; ValueError when it lies outside the range."""
+    allowed = SEEDS[owner]
+    if not 0 <= index < len(allowed):
+        raise ValueError(f"{owner} has {len(allowed)} seeds, there is no number {index}")
+    return np.random.default_rng(allowed[index])

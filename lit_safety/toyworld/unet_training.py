@@ -1,0 +1,152 @@
+"""Trains UNet and text encoder on latents made beforehand, for a given wall time.
+
+10% caption dropout for classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598), timesteps spread evenly
+over each batch, an exponential moving average of the weights, a learning rate that falls to 0 at the end. Two
+processes of one thread each share a batch: on few, busy cores that is faster than two threads in one process.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from lit_safety.toyworld.clock import Budget, decayed
+from lit_safety.toyworld.text import tokenize
+from lit_safety.toyworld.unet import Networks, load_networks, new_scheduler
+
+EMA = 0.999
+CAPTION_DROPOUT = 0.1
+TEXT_LR = 0.3
+"""The text encoder's learning rate, as a share of the UNet's."""
+SAVE_EVERY = 120
+"""Seconds between saved states."""
+_TIMESTEPS = 1000
+
+
+class _Batches:
+    """Random batches of latents, token ids and timesteps."""
+
+    def __init__(self, work: Path, batch_size: int, seed: int) -> None:
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        captions = np.load(work / "scenes.npz")["captions"]
+        self._latents = np.load(work / "latents.npy", mmap_mode="r")
+        self._ids = tokenize(tokenizer, captions.reshape(-1).tolist()).view(*captions.shape, -1)
+        self._empty = tokenize(tokenizer, [""])[0]
+        self._size = batch_size
+        self._random = torch.Generator().manual_seed(seed)
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, 8, 8, 8) channels last, ids (B, 16), timesteps (B,)."""
+        pick = torch.randint(len(self._latents), (self._size,), generator=self._random)
+        latents = torch.from_numpy(self._latents[pick.numpy()].astype(np.float32))
+        which = torch.randint(self._ids.shape[1], (self._size,), generator=self._random)
+        dropped = torch.rand(self._size, generator=self._random) < CAPTION_DROPOUT
+        ids = torch.where(dropped[:, None], self._empty, self._ids[pick, which])
+        spread = (torch.arange(self._size) + torch.rand(self._size, generator=self._random)) / self._size
+        return latents.contiguous(memory_format=torch.channels_last), ids, (spread * _TIMESTEPS).long()
+
+
+class _Training:
+    """Networks, their moving average, the optimizer and how far they are."""
+
+    def __init__(self, work: Path, lr: float) -> None:
+        torch.manual_seed(1)
+        self.networks: Networks = load_networks(work)
+        self.parameters = list(self.networks.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        groups = [
+            {"params": list(self.networks.unet.parameters()), "share": 1.0},
+            {"params": list(self.networks.text.parameters()), "share": TEXT_LR},
+        ]
+        self.lr = lr
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+        self.step, self.spent, self._file = 0, 0.0, work / "unet.pt"
+        if self._file.exists():
+            state = torch.load(self._file, weights_only=True)
+            self.networks.load_state_dict(state["model"])
+            self.average = [tensor.clone() for tensor in state["average"]]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent = state["step"], state["spent"]
+
+    def save(self, spent: float) -> None:
+        """Writes unet.pt in one rename."""
+        state = {
+            "model": self.networks.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": spent,
+        }
+        unfinished = self._file.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.rename(self._file)
+
+    def update(self, fraction: float) -> None:
+        """One optimizer step with the gradients at hand, at this share of the budget."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["share"] * decayed(fraction, warmup=0.01)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        keep = min(EMA, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - keep)
+
+
+def _share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
+    """Averages gradients over the processes, in place, and the numbers in `extra` with them."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), torch.tensor(extra)])
+    if world > 1:
+        torch.distributed.all_reduce(flat)
+        flat /= world
+    parts = flat.split([*(gradient.numel() for gradient in gradients), len(extra)])
+    for gradient, part in zip(gradients, parts, strict=False):
+        gradient.copy_(part.view_as(gradient))
+    return [float(number) for number in parts[-1]]
+
+
+def _train(rank: int, world: int, port: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
+    """One process. All agree on the share of the budget that is used, so all stop after the same step."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    training, scheduler = _Training(work, lr), new_scheduler()
+    seed = world * training.step + rank
+    batches = _Batches(work, batch_size, seed)
+    torch.manual_seed(seed)
+    budget = Budget(minutes, training.spent)
+    saved, fraction, shown = budget.spent, budget.fraction, float("nan")
+    while fraction < 1:
+        loss = training.networks.loss(scheduler, *batches.next())
+        loss.backward()
+        fraction, mean_loss = _share_gradients(training.parameters, [budget.fraction, float(loss.detach())], world)
+        training.update(fraction)
+        shown = mean_loss if shown != shown else 0.98 * shown + 0.02 * mean_loss
+        if rank == 0 and training.step % 100 == 0:
+            print(f"unet {budget.spent:5.0f} s, step {training.step}, loss {shown:.4f}", flush=True)
+        if rank == 0 and (budget.spent - saved > SAVE_EVERY or fraction >= 1):
+            saved = budget.spent
+            training.save(saved)
+    torch.distributed.destroy_process_group()
+
+
+def train_unet(work: Path, minutes: float, batch_size: int = 32, lr: float = 1e-3, world: int = 2) -> None:
+    """Trains from latents.npy and text_encoder/ until the minutes are used; state in unet.pt, saved on the way.
+
+    Args:
+        work: the folder with scenes.npz, latents.npy, tokenizer/ and text_encoder/.
+        minutes: wall time, earlier interrupted runs counted in.
+        batch_size: scenes a step of each process.
+        lr: highest learning rate.
+        world: processes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_train, (world, port, work, minutes, batch_size, lr), nprocs=world)
