@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrors
@@ -55,6 +56,8 @@ class LitSafetyCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.folder = self._choose_folder(config)
+        # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
+        self.asked = copy.deepcopy(config)
         write_into(config, self.folder)
 
     def _choose_folder(self, config: Namespace) -> Path:
@@ -87,6 +90,9 @@ class LitSafetyCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer: Any = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveConfigCallback):
+                callback.config = self.asked
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, PointLatest(self.folder))
         return trainer

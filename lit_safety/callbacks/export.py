@@ -46,8 +46,7 @@ class ExportAdapter(Callback):
         data = getattr(trainer, "datamodule", None)
         settings = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
         settings |= {"rank": module.lora.rank, "alpha": module.lora.alpha, "steps": trainer.global_step}
-        settings |= {"learning_rate": trainer.optimizers[0].param_groups[0].get("initial_lr")
-                     or trainer.optimizers[0].param_groups[0]["lr"]}  # fmt: skip
+        settings |= {"learning_rate": trainer.optimizers[0].defaults["lr"]}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         return CardFacts(
             base_model=module.pretrained,

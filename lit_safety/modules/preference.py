@@ -255,9 +255,10 @@ class PreferenceModule(LightningModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
-        missing = sorted({name for name, _ in self.trainable_parameters()} - set(checkpoint["state_dict"]))
-        if missing:
+        differing = sorted({name for name, _ in self.trainable_parameters()} ^ set(checkpoint["state_dict"]))
+        if differing:
             raise UserError(
-                f"the checkpoint lacks {len(missing)} of the trained weights (first: {missing[0]}); it was written "
-                "by a run with another model, adapter rank or target_modules: resume with that run's config.yaml"
+                f"the checkpoint's weights are not those trained here: {len(differing)} are in one only (first: "
+                f"{differing[0]}); it was written by a run with another model, adapter or target_modules: resume "
+                "with that run's config.yaml"
             )

@@ -69,7 +69,7 @@ def test_a_checkpoint_of_another_adapter(command_line: Arguments, tmp_path: Path
     other = command_line(
         "fit", "--ckpt_path", "last", "--model.init_args.lora.init_args.target_modules", "[to_q, proj_in]"
     )
-    assert "trained weights" in refused(other, capsys)
+    assert "the checkpoint's weights" in refused(other, capsys)
     assert (tmp_path / "runs" / "scdpo" / "latest" / "checkpoints" / "last.ckpt").is_file()
 
 

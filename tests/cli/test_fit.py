@@ -68,6 +68,7 @@ def test_batch_8_is_batch_4_accumulated_twice_is_two_ranks_of_4(command_line: Ar
         "--model.init_args.optimizer.init_args.lr",
         "10",
     ]
+    sgd += ["--model.init_args.lr_scheduler", "null"]
     common = [*sgd, "--trainer.gradient_clip_val", "null", "--trainer.limit_val_batches", "0"]
     common += ["--trainer.val_check_interval", "null"]
     whole = command_line("fit", *common, "--data.init_args.batch_size", "8")
@@ -110,6 +111,18 @@ def test_runs_never_collide_and_last_is_the_newest(command_line: Arguments, late
         folders.append(latest.resolve())
     assert folders[0] != folders[1]
     assert all((folder / "adapter").is_dir() for folder in folders)
+
+
+def test_a_run_is_repeated_by_its_own_config(command_line: Arguments, latest: Path):
+    assert main(command_line("fit", "--trainer.limit_val_batches", "0")) == 0
+    first = latest.resolve()
+    files = sorted(path.name for path in first.rglob("*"))
+    assert main(["fit", "--config", str(first / "config.yaml")]) == 0
+    assert latest.resolve() != first
+    assert sorted(path.name for path in first.rglob("*")) == files
+    assert (latest / "checkpoints" / "last.ckpt").is_file()
+    expected = load_file(first / "adapter" / "pytorch_lora_weights.safetensors")
+    assert largest_difference(weights(latest), expected) == 0.0
 
 
 def test_validate_and_predict_a_checkpoint(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
