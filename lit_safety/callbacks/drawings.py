@@ -46,7 +46,7 @@ class DrawSamples(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
-            add_image = getattr(logger.experiment, "add_image", None)
+            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if callable(add_image):
                 add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
 

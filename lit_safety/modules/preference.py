@@ -255,10 +255,12 @@ class PreferenceModule(LightningModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
-        differing = sorted({name for name, _ in self.trainable_parameters()} ^ set(checkpoint["state_dict"]))
+        trained = {name: parameter.shape for name, parameter in self.trainable_parameters()}
+        loaded = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        differing = sorted(name for name in trained.keys() | loaded.keys() if trained.get(name) != loaded.get(name))
         if differing:
             raise UserError(
-                f"the checkpoint's weights are not those trained here: {len(differing)} are in one only (first: "
-                f"{differing[0]}); it was written by a run with another model, adapter or target_modules: resume "
-                "with that run's config.yaml"
+                f"the checkpoint's weights are not those trained here: {len(differing)} differ (first: "
+                f"{differing[0]}); it was written by a run with another model, rank or target_modules: resume with "
+                "that run's config.yaml"
             )

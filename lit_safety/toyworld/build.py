@@ -1,132 +1,9 @@
 """The commands of the toy world: `build` makes every artefact, `sheet` draws contact sheets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 from lit_safety.errors import UserError
-
-Stage = Literal[
-    "scenes", "tokenizer", "text", "vae", "latents", "unet", "judge", "judge_b", "prompts", "shards", "export"
-]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-@dataclass
-class Minutes:
-    """Wall time of each training, on two CPU cores. A training goes on where it was interrupted."""
-
-    text: float = 1.5
-    """Text encoder, before the UNet."""
-    vae: float = 8.0
-    """Autoencoder."""
-    unet: float = 80.0
-    """UNet and text encoder together; decides how crisp the pictures are."""
-    judge: float = 4.0
-    """Judge A, and as long again judge B."""
-
-
-@dataclass
-class _Job:
-    out: Path
-    work: Path
-    scenes: int
-    minutes: Minutes
-    done: dict[Stage, Path] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.done = {
-            "scenes": self.work / "scenes.npz",
-            "tokenizer": self.work / "tokenizer",
-            "text": self.work / "text_encoder",
-            "vae": self.work / "vae",
-            "latents": self.work / "latents.npy",
-            "unet": self.work / "unet.done",
-            "judge": self.out / "judge",
-            "judge_b": self.out / "judge_b",
-            "prompts": self.out / "prompts",
-            "shards": self.out / "shards",
-            "export": self.out / "pipeline",
-        }
-
-    def run(self, stage: Stage) -> None:
-        """Does one stage; imports what it needs, so that naming a command costs no torch."""
-        steps: dict[Stage, Callable[[], None]] = {
-            "scenes": self._scenes,
-            "tokenizer": self._tokenizer,
-            "text": self._text,
-            "vae": self._vae,
-            "latents": self._latents,
-            "unet": self._unet,
-            "judge": self._judge,
-            "judge_b": self._judge_b,
-            "prompts": self._prompts,
-            "shards": self._shards,
-            "export": self._export,
-        }
-        steps[stage]()
-
-    def _scenes(self) -> None:
-        from lit_safety.toyworld.dataset import make_scenes
-
-        make_scenes(self.work, self.scenes)
-
-    def _tokenizer(self) -> None:
-        from lit_safety.toyworld.tokenizer import build_tokenizer
-
-        build_tokenizer(self.work / "tokenizer")
-
-    def _text(self) -> None:
-        from lit_safety.toyworld.text import train_text_encoder
-
-        understood = train_text_encoder(self.work, self.minutes.text)
-        print(f"text encoder: {understood:.1%} of 2,000 fresh captions understood in full")
-
-    def _vae(self) -> None:
-        from lit_safety.toyworld.vae import train_vae
-
-        train_vae(self.work, self.minutes.vae)
-
-    def _latents(self) -> None:
-        from lit_safety.toyworld.vae import encode_all
-
-        encode_all(self.work)
-
-    def _unet(self) -> None:
-        from lit_safety.toyworld.unet_training import train_unet
-
-        train_unet(self.work, self.minutes.unet)
-        (self.work / "unet.done").touch()
-
-    def _judge(self) -> None:
-        from lit_safety.toyworld.judge_training import JUDGE_A, train_judge
-
-        _tell(train_judge(self.done["judge"], self.minutes.judge, JUDGE_A))
-
-    def _judge_b(self) -> None:
-        from lit_safety.toyworld.judge_training import JUDGE_B, train_judge
-
-        _tell(train_judge(self.done["judge_b"], self.minutes.judge, JUDGE_B))
-
-    def _prompts(self) -> None:
-        from lit_safety.toyworld.prompts import write_prompts
-
-        write_prompts(self.done["prompts"])
-
-    def _shards(self) -> None:
-        from lit_safety.toyworld.shards import write_shards
-
-        write_shards(self.done["shards"])
-
-    def _export(self) -> None:
-        from lit_safety.toyworld.export import export_pipeline
-
-        export_pipeline(self.work, self.done["export"])
-
-
-def _tell(found: dict[str, float]) -> None:
-    print(f"judge: {found['exact']:.2%} of {found['n']:.0f} fresh scenes told in full, harm {found['harm']:.2%}")
+from lit_safety.toyworld.stages import STAGES, Job, Minutes, Stage
 
 
 def build(
@@ -135,11 +12,13 @@ def build(
     stages: list[Stage] = list(STAGES),  # noqa: B006 - read only; jsonargparse shows it in --help
     minutes: Minutes = Minutes(),  # noqa: B008 - read only
     scenes: int = 60_000,
+    processes: int = 2,
     redo: bool = False,
 ) -> None:
     """Build the toy world: scenes, networks, judge, prompts, preference pairs.
 
-    A stage whose output is there is skipped; a killed build goes on where it was; no output is ever half-written.
+    A stage whose output is there is skipped, and so are the steps towards a pipeline that is there; a killed build
+    goes on where it was; no output is ever half-written.
 
     Args:
         out: where the artefacts go: pipeline/, judge/, prompts/, shards/.
@@ -147,6 +26,7 @@ def build(
         stages: what to do, in this order whatever the order given.
         minutes: wall time of each training.
         scenes: how many scenes the pipeline learns from.
+        processes: how many draw scenes and train the UNet; best one a core.
         redo: do the prompts, shards and export stages even though their output is there.
     """
     if scenes < 1000:
@@ -156,12 +36,13 @@ def build(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
-    job = _Job(out, work, scenes, minutes)
+    job = Job(out, work, scenes, minutes, processes)
     for stage in STAGES:
         if stage not in stages:
             continue
-        if job.done[stage].exists() and not (redo and stage in ("prompts", "shards", "export")):
-            print(f"{stage}: {job.done[stage]} is there", flush=True)
+        there = job.output_of(stage, redo)
+        if there is not None:
+            print(f"{stage}: {there} is there", flush=True)
             continue
         print(f"{stage}: making {job.done[stage]}", flush=True)
         job.run(stage)

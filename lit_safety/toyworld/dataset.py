@@ -44,9 +44,9 @@ def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], l
     return pictures, captions
 
 
-def make_scenes(work: Path, count: int) -> None:
+def make_scenes(work: Path, count: int, workers: int = 2) -> None:
     """Writes scenes.npz into the work folder: `pictures` (N, SIDE, SIDE, 3) uint8, `captions` (N, 4) text."""
-    pictures, captions = draw_base_scenes(count)
+    pictures, captions = draw_base_scenes(count, workers)
     part = work / "scenes.part.npz"
     np.savez(part, pictures=pictures, captions=np.array(captions))
     part.rename(work / "scenes.npz")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_safety.errors import UserError
+from lit_safety.toyworld.folders import swap_in
 from lit_safety.toyworld.objects import CONCEPTS, LABELS
 
 
@@ -54,8 +55,9 @@ class ToyJudge(nn.Module):
         return self.network(pictures)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes config.json and model.safetensors, in one swap."""
+        unfinished = folder.with_name(folder.name + ".part")
+        unfinished.mkdir(parents=True, exist_ok=True)
         config = {
             "labels": self.labels,
             "harm": self.harm,
@@ -64,8 +66,10 @@ class ToyJudge(nn.Module):
             "architecture": self.architecture,
             "notes": self.notes,
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
+        (unfinished / "model.safetensors").chmod(0o644)
+        swap_in(unfinished, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -56,12 +56,17 @@ def _meanings(owner: str, start: int, count: int) -> tuple[list[str], Tensor]:
     return captions, torch.tensor(rows)
 
 
-def train_text_encoder(work: Path, minutes: float, batch_size: int = 256, lr: float = 2e-3) -> float:
-    """Writes text_encoder/ into the work folder. Returns the share of fresh captions understood in full."""
+def train_text_encoder(
+    work: Path, minutes: float, count: int = 30_000, batch_size: int = 256, lr: float = 2e-3
+) -> float:
+    """Learns `count` captions and writes text_encoder/ into the work folder.
+
+    Returns the share of fresh captions that are understood in full.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     encoder = new_text_encoder(tokenizer).train()
     heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in _CLASSES)
-    captions, meanings = _meanings("base", 1_000_000, 30_000)
+    captions, meanings = _meanings("base", 1_000_000, count)
     ids = tokenize(tokenizer, captions)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -82,7 +87,7 @@ def train_text_encoder(work: Path, minutes: float, batch_size: int = 256, lr: fl
         step += 1
         if step % 100 == 0:
             print(f"text {budget.spent:5.0f} s, step {step}, loss {loss.item():.4f}", flush=True)
-    captions, meanings = _meanings("checks", 0, 2000)
+    captions, meanings = _meanings("checks", 0, min(2000, count))
     with torch.no_grad():
         last = encoder.eval()(tokenize(tokenizer, captions)).last_hidden_state[:, -1]
         right = torch.stack([head(last).argmax(1) == meanings[:, i] for i, head in enumerate(heads)]).all(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_safety.toyworld.captions import vocabulary
+from lit_safety.toyworld.folders import swap_in
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -48,13 +49,15 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     letters = sorted({letter for word in words for letter in word})
     symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    unfinished = folder.with_name(folder.name + ".part")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (unfinished / "merges.txt").write_text("\n".join(lines) + "\n")
     tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"),
+        vocab=str(unfinished / "vocab.json"), merges=str(unfinished / "merges.txt"),
         unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=LENGTH,
     )  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(unfinished)
+    swap_in(unfinished, folder)
     return tokenizer

@@ -111,11 +111,17 @@ def _share_gradients(parameters: list[nn.Parameter], extra: list[float], world: 
     return [float(number) for number in parts[-1]]
 
 
-def _train(rank: int, world: int, port: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
-    """One process. All agree on the share of the budget that is used, so all stop after the same step."""
+def _join(rank: int, world: int, port: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
+    """One of several processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    _train(rank, world, work, minutes, batch_size, lr)
+    torch.distributed.destroy_process_group()
+
+
+def _train(rank: int, world: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
+    """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
     training, scheduler = _Training(work, lr), new_scheduler()
     seed = world * training.step + rank
     batches = _Batches(work, batch_size, seed)
@@ -133,7 +139,6 @@ def _train(rank: int, world: int, port: int, work: Path, minutes: float, batch_s
         if rank == 0 and (budget.spent - saved > SAVE_EVERY or fraction >= 1):
             saved = budget.spent
             training.save(saved)
-    torch.distributed.destroy_process_group()
 
 
 def train_unet(work: Path, minutes: float, batch_size: int = 32, lr: float = 1e-3, world: int = 2) -> None:
@@ -144,9 +149,12 @@ def train_unet(work: Path, minutes: float, batch_size: int = 32, lr: float = 1e-
         minutes: wall time, earlier interrupted runs counted in.
         batch_size: scenes a step of each process.
         lr: highest learning rate.
-        world: processes.
+        world: processes, of one thread each; 1 trains in this one.
     """
+    if world == 1:
+        _train(0, 1, work, minutes, batch_size, lr)
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (world, port, work, minutes, batch_size, lr), nprocs=world)
+    torch.multiprocessing.spawn(_join, (world, port, work, minutes, batch_size, lr), nprocs=world)

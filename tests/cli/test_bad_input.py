@@ -66,10 +66,10 @@ def test_no_write_permission(command_line: Arguments, tmp_path: Path, capsys: py
 
 def test_a_checkpoint_of_another_adapter(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(command_line("fit", "--trainer.limit_val_batches", "0")) == 0
-    other = command_line(
-        "fit", "--ckpt_path", "last", "--model.init_args.lora.init_args.target_modules", "[to_q, proj_in]"
-    )
-    assert "the checkpoint's weights" in refused(other, capsys)
+    lora = "--model.init_args.lora.init_args."
+    for setting in (["rank", "2"], ["target_modules", "[to_q]"]):
+        other = command_line("fit", "--ckpt_path", "last", f"{lora}{setting[0]}", setting[1])
+        assert "the checkpoint's weights are not those trained here" in refused(other, capsys)
     assert (tmp_path / "runs" / "scdpo" / "latest" / "checkpoints" / "last.ckpt").is_file()
 
 

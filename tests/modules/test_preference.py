@@ -151,7 +151,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_pipeline: Path):
     other = module_of(tiny_pipeline)
     other.on_load_checkpoint(checkpoint)
     del checkpoint["state_dict"][next(iter(checkpoint["state_dict"]))]
-    with pytest.raises(UserError, match="1 are in one only"):
+    with pytest.raises(UserError, match="1 differ"):
         other.on_load_checkpoint(checkpoint)
 
 

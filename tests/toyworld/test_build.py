@@ -7,8 +7,9 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from lit_safety.errors import UserError
-from lit_safety.toyworld.build import Minutes, build, sheet
+from lit_safety.toyworld.build import build, sheet
 from lit_safety.toyworld.drawing import draw
+from lit_safety.toyworld.stages import Minutes
 
 
 def test_a_tiny_world_builds_and_a_second_call_finds_it_done(
@@ -16,7 +17,7 @@ def test_a_tiny_world_builds_and_a_second_call_finds_it_done(
 ) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     stages = ["tokenizer", "scenes", "text", "vae", "latents", "unet", "export"]
-    build(out, work, stages, Minutes(text=0.01, vae=0.02, unet=0.02), scenes=1000)
+    build(out, work, stages, Minutes(text=0.01, vae=0.02, unet=0.02), scenes=1000, processes=1)
     capsys.readouterr()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"

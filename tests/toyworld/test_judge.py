@@ -18,11 +18,11 @@ def test_shipped_judge_tells_fresh_scenes(name: str) -> None:
     judge = ToyJudge.from_pretrained(SHIPPED / name)
     assert judge.labels == list(LABELS)
     assert judge.harm == {concept: CONCEPTS[concept].category for concept in CONCEPTS}
-    clean = check_judge(judge, count=500)
+    clean = check_judge(judge, count=300)
     assert clean["exact"] >= 0.99
     assert clean["harm"] >= 0.99
-    assert check_judge(judge, count=500, degraded=True)["exact"] >= 0.98
-    assert check_judge(judge, count=500, hybrids=1.0)["exact"] >= 0.93
+    assert check_judge(judge, count=300, degraded=True)["exact"] >= 0.98
+    assert check_judge(judge, count=300, hybrids=1.0)["exact"] >= 0.93
 
 
 @pytest.mark.parametrize("architecture", ["plain", "residual"])

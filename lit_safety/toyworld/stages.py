@@ -1,0 +1,139 @@
+"""The stages of a build. Torch is imported by the stage that needs it, so that naming a command costs none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+Stage = Literal[
+    "scenes", "tokenizer", "text", "vae", "latents", "unet", "judge", "judge_b", "prompts", "shards", "export"
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass
+class Minutes:
+    """Wall time of each training, on two CPU cores. A training goes on where it was interrupted."""
+
+    text: float = 1.5
+    """Text encoder, before the UNet."""
+    vae: float = 8.0
+    """Autoencoder."""
+    unet: float = 80.0
+    """UNet and text encoder together; decides how crisp the pictures are."""
+    judge: float = 4.0
+    """Judge A, and as long again judge B."""
+
+
+@dataclass
+class Job:
+    """Where a build reads and writes, and how to do each of its stages."""
+
+    out: Path
+    work: Path
+    scenes: int
+    minutes: Minutes
+    processes: int
+    done: dict[Stage, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.done = {
+            "scenes": self.work / "scenes.npz",
+            "tokenizer": self.work / "tokenizer",
+            "text": self.work / "text_encoder",
+            "vae": self.work / "vae",
+            "latents": self.work / "latents.npy",
+            "unet": self.work / "unet.done",
+            "judge": self.out / "judge",
+            "judge_b": self.out / "judge_b",
+            "prompts": self.out / "prompts" / "test.csv",  # the last of them
+            "shards": self.out / "shards" / "conflict",  # the last of them
+            "export": self.out / "pipeline",
+        }
+
+    def output_of(self, stage: Stage, redo: bool) -> Path | None:
+        """What makes the stage needless: its own output or, for a step towards the pipeline, the pipeline."""
+        if redo and stage in ("prompts", "shards", "export"):
+            return None
+        outputs = [self.done[stage]]
+        if stage in STAGES[: STAGES.index("judge")] and not redo:
+            outputs.append(self.done["export"])
+        return next((output for output in outputs if output.exists()), None)
+
+    def run(self, stage: Stage) -> None:
+        """Does one stage; imports what it needs, so that naming a command costs no torch."""
+        steps: dict[Stage, Callable[[], None]] = {
+            "scenes": self._scenes,
+            "tokenizer": self._tokenizer,
+            "text": self._text,
+            "vae": self._vae,
+            "latents": self._latents,
+            "unet": self._unet,
+            "judge": self._judge,
+            "judge_b": self._judge_b,
+            "prompts": self._prompts,
+            "shards": self._shards,
+            "export": self._export,
+        }
+        steps[stage]()
+
+    def _scenes(self) -> None:
+        from lit_safety.toyworld.dataset import make_scenes
+
+        make_scenes(self.work, self.scenes, self.processes)
+
+    def _tokenizer(self) -> None:
+        from lit_safety.toyworld.tokenizer import build_tokenizer
+
+        build_tokenizer(self.work / "tokenizer")
+
+    def _text(self) -> None:
+        from lit_safety.toyworld.text import train_text_encoder
+
+        understood = train_text_encoder(self.work, self.minutes.text, min(30_000, self.scenes))
+        print(f"text encoder: {understood:.1%} of fresh captions understood in full")
+
+    def _vae(self) -> None:
+        from lit_safety.toyworld.vae import train_vae
+
+        train_vae(self.work, self.minutes.vae)
+
+    def _latents(self) -> None:
+        from lit_safety.toyworld.vae import encode_all
+
+        encode_all(self.work)
+
+    def _unet(self) -> None:
+        from lit_safety.toyworld.unet_training import train_unet
+
+        train_unet(self.work, self.minutes.unet, world=self.processes)
+        (self.work / "unet.done").touch()
+
+    def _judge(self) -> None:
+        from lit_safety.toyworld.judge_training import JUDGE_A, train_judge
+
+        _tell(train_judge(self.done["judge"], self.minutes.judge, JUDGE_A))
+
+    def _judge_b(self) -> None:
+        from lit_safety.toyworld.judge_training import JUDGE_B, train_judge
+
+        _tell(train_judge(self.done["judge_b"], self.minutes.judge, JUDGE_B))
+
+    def _prompts(self) -> None:
+        from lit_safety.toyworld.prompts import write_prompts
+
+        write_prompts(self.out / "prompts")
+
+    def _shards(self) -> None:
+        from lit_safety.toyworld.shards import write_shards
+
+        write_shards(self.out / "shards")
+
+    def _export(self) -> None:
+        from lit_safety.toyworld.export import export_pipeline
+
+        export_pipeline(self.work, self.done["export"])
+
+
+def _tell(found: dict[str, float]) -> None:
+    print(f"judge: {found['exact']:.2%} of {found['n']:.0f} fresh scenes told in full, harm {found['harm']:.2%}")
