@@ -54,7 +54,8 @@ def test_sees_pictures_as_the_network_was_trained_to(folder: Path) -> None:
 
 def test_broken_weights_make_errors(folder: Path) -> None:
     judge = ToyWorldJudge(folder)
-    torch.nn.init.constant_(judge.network.head.bias, float("nan"))
+    for parameter in judge.network.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
     (answer,) = judge.judge([Image.new("RGB", (32, 32))])
     assert isinstance(answer, JudgeError)
 
