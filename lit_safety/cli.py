@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -35,14 +35,18 @@ class Parser(SingleLineErrors, LightningArgumentParser):
 
 
 class PointLatest(Callback):
-    """Moves the `latest` link once a run has begun in earnest: data found, weights loaded."""
+    """Moves the `latest` link once a run has trained its first batch; its folder is kept from then on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.begun = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.begun and trainer.is_global_zero:
             point_latest(self.folder)
+        self.begun = True
 
 
 class LitSafetyCLI(LightningCLI):
@@ -51,20 +55,23 @@ class LitSafetyCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         # One seed: the samples' order and chance come from the same number as the initial weights.
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=one_seed)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.folder = self._choose_folder(config)
         # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
         self.asked = copy.deepcopy(config)
+        if self.subcommand == "fit":
+            self.asked.ckpt_path = None
         write_into(config, self.folder)
+        self.point_latest = PointLatest(self.folder)
 
     def _choose_folder(self, config: Namespace) -> Path:
         name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = Path(config.run.root) / name
         resumed = None
-        check_checkpoint(config.get("ckpt_path"))
+        check_checkpoint(str(self.subcommand), config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
             checkpoint = last_checkpoint(parent)
             config.ckpt_path = str(checkpoint)
@@ -82,11 +89,14 @@ class LitSafetyCLI(LightningCLI):
         return folder
 
     def instantiate_classes(self) -> None:
-        with removing_barren(self.folder if self.is_new else None):
-            try:
-                super().instantiate_classes()
-            except ValueError as error:  # settings that a class refuses, wrapped in jsonargparse's report
+        try:
+            super().instantiate_classes()
+        except BaseException as error:
+            if self.is_new:
+                remove_if_barren(self.folder)
+            if isinstance(error, ValueError | MisconfigurationException):  # settings that a class refuses
                 raise UserError(str(error)) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer: Any = super().instantiate_trainer(**kwargs)
@@ -94,35 +104,39 @@ class LitSafetyCLI(LightningCLI):
             if isinstance(callback, SaveConfigCallback):
                 callback.config = self.asked
         if self.subcommand == "fit":
-            trainer.callbacks.insert(0, PointLatest(self.folder))
+            trainer.callbacks.insert(0, self.point_latest)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with removing_barren(self.folder if self.is_new else None):
+        try:
             super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if self.is_new and not self.point_latest.begun:
+                remove_if_barren(self.folder)
+            if isinstance(error, MisconfigurationException):
+                raise UserError(str(error)) from error
+            raise
 
 
-def check_checkpoint(ckpt_path: str | None) -> None:
+def one_seed(seed_everything: bool | int) -> int:
+    """The number that initial weights, order and chance share."""
+    if isinstance(seed_everything, bool):
+        raise ValueError("`seed_everything` must be a number: the order of the data and every random choice follow it")
+    return seed_everything
+
+
+def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     """A path must be there; words such as `last` are looked up later, and remote places by Lightning.
 
     Raises:
-        UserError: if there is no such file or folder.
+        UserError: if there is no such file or folder, or none is given to a command that is about one.
     """
+    if ckpt_path is None and command in ("test", "predict"):
+        raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
     words = ("last", "best", "hpc", "registry")
     if ckpt_path is None or ckpt_path.startswith(words) or "://" in ckpt_path or Path(ckpt_path).exists():
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
-
-
-@contextmanager
-def removing_barren(folder: Path | None) -> Iterator[None]:
-    """On an exception, remove ``folder`` unless something worth keeping is in it."""
-    try:
-        yield
-    except BaseException:
-        if folder is not None:
-            remove_if_barren(folder)
-        raise
 
 
 def write_into(config: Namespace, folder: Path) -> None:

@@ -16,6 +16,8 @@ from lit_safety.errors import UserError
 
 #: Written by rank 0's process for the processes it launches (they are copies of the same command line).
 ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
+#: How the names of files begin that every run writes before it has done anything.
+BARREN = ("config.yaml", "hparams.yaml", "events.out.tfevents")
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
@@ -34,7 +36,8 @@ class RunOptions:
 
 def is_main_process() -> bool:
     """Whether this process is rank 0, by the variables that launchers set before torch.distributed is up."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def new_folder(parent: Path) -> Path:
@@ -84,6 +87,13 @@ def point_latest(folder: Path) -> None:
 
 
 def remove_if_barren(folder: Path) -> None:
-    """Remove a new run's folder if the run ended before it had anything to keep."""
-    if not (folder / "checkpoints").exists() and not (folder / "adapter").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folder of a run that ended before it had anything to keep, and parents that it leaves empty."""
+    results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(BARREN)]
+    if results:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in (folder.parent, folder.parent.parent):
+        try:
+            parent.rmdir()
+        except OSError:  # other runs are in it
+            return

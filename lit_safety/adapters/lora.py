@@ -127,7 +127,10 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no readable safetensors file: {error}") from error
-    mismatch = _first_mismatch(pipe.unet, shapes)
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is None:
+        raise UserError(f"{type(pipe).__name__} has neither unet nor transformer: {file} cannot be loaded into it")
+    mismatch = _first_mismatch(denoiser, shapes)
     if mismatch:
         raise UserError(f"{file} was made for another backbone: {mismatch}; load it into the model it was trained on")
     try:
@@ -135,14 +138,14 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
         pipe.set_adapters([name], [scale])
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} does not load into {type(pipe.unet).__name__}: {first_line}") from error
+        raise UserError(f"{file} does not load into {type(denoiser).__name__}: {first_line}") from error
 
 
 def _first_mismatch(unet: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
     """What in a PEFT-style LoRA file does not fit ``unet``; other layouts (kohya's) are left to diffusers."""
     layers = {name.removesuffix(".base_layer"): m for name, m in unet.named_modules() if hasattr(m, "weight")}
     for key, shape in shapes.items():
-        match = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(r"(?:unet|transformer)\.(.+)\.lora_([AB])\.weight", key)
         if not match:
             continue
         name, side = match.groups()

@@ -15,6 +15,12 @@ from lit_safety.backbones.backbone import Backbone, Conditioning
 from lit_safety.errors import UserError
 
 
+def weights_variant(source: str | Path) -> str | None:
+    """`fp16` for a folder that holds its weights only under that name."""
+    weights = [file.name for file in Path(source).glob("*/*.safetensors")]
+    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+
+
 class StableDiffusion(Backbone):
     """The parts of a `StableDiffusionPipeline`; epsilon- and v-prediction.
 
@@ -41,7 +47,12 @@ class StableDiffusion(Backbone):
     @classmethod
     def from_pretrained(cls, source: str) -> StableDiffusion:
         pipe = StableDiffusionPipeline.from_pretrained(
-            source, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+            source,
+            dtype=torch.float32,
+            variant=weights_variant(source),
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
         )
         # Convolutions run faster on channels-last weights, on GPUs and, by a third of the toy step, on CPUs.
         pipe.unet.to(memory_format=torch.channels_last)
@@ -69,7 +80,8 @@ class StableDiffusion(Backbone):
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+        # From here to the denoiser everything is fp32: in bf16 the first steps of the schedule would add no noise.
+        latents = posterior.mean.float() + posterior.std.float() * noise
         return latents * self.vae.config.scaling_factor
 
     def timesteps(self, uniform: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Ima
 
 
 class WriteDrawings(BasePredictionWriter):
-    """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts.jsonl` beside them.
+    """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts-0.jsonl` (one a rank) beside them.
 
     Args:
         folder: where to; null: `drawings` in the run's folder.
@@ -71,6 +71,11 @@ class WriteDrawings(BasePredictionWriter):
     def __init__(self, folder: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.folder = folder
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only rank 0 knows the run's folder where ranks were started from outside.
+        root = trainer.strategy.broadcast(trainer.default_root_dir)
+        self._target = Path(self.folder or Path(root) / "drawings")
 
     def write_on_batch_end(
         self,
@@ -82,7 +87,7 @@ class WriteDrawings(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "drawings")
+        folder = self._target
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"prompts-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as notes:
             for key, prompt, seed, picture in zip(batch.keys, batch.prompts, batch.seeds, prediction, strict=True):
@@ -92,7 +97,7 @@ class WriteDrawings(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            print(f"drawings: {self.folder or Path(trainer.default_root_dir) / 'drawings'}")
+            print(f"drawings: {self._target}")
 
 
 def preference_module(module: LightningModule) -> PreferenceModule:

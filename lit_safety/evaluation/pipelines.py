@@ -47,9 +47,11 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     import torch
     from diffusers import DDIMScheduler, DiffusionPipeline
 
+    from lit_safety.backbones.stable_diffusion import weights_variant
+
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=getattr(torch, precision), variant=_variant(folder), local_files_only=True
+            folder, dtype=getattr(torch, precision), variant=weights_variant(folder), local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         raise UserError(f"the pipeline {folder} does not load: {_first_line(error)}") from error
@@ -84,12 +86,6 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` when the folder holds its weights only under that name."""
-    weights = [file.name for file in folder.glob("*/*.safetensors")]
-    return "fp16" if weights and all(".fp16." in name for name in weights) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ class TimestepBins(Metric):
 
 
 class FiniteLossGuard:
-    """Stops a run whose loss is nan or infinite, naming the samples, without waiting for the device in the step.
+    """Stops a run whose loss or gradient is nan or infinite, naming the samples, without a wait in the step.
 
     The flag of a step is read at the next step, when it has long been computed, and before any checkpoint is
     written: the last checkpoint on disk is therefore always one from before the bad step.
@@ -63,6 +63,11 @@ class FiniteLossGuard:
         self._finite = torch.isfinite(loss.detach())
         self._keys = keys
 
+    def watch_gradient(self, norm: Tensor) -> None:
+        """Remember whether the gradient's norm () is finite; it is the same number on every rank."""
+        finite = torch.isfinite(norm)
+        self._finite = finite if self._finite is None else self._finite & finite
+
     def check(self) -> None:
         """Raise if the remembered loss was not finite.
 
@@ -71,7 +76,7 @@ class FiniteLossGuard:
         """
         if self._finite is not None and not bool(self._finite):
             raise UserError(
-                f"the loss is not finite at samples {', '.join(self._keys)}: look at them with `shards inspect`, or "
-                "lower the learning rate; the last checkpoint is from before this step"
+                f"loss or gradient is not finite at samples {', '.join(self._keys)}: look at them with "
+                "`shards inspect`, or lower the learning rate; the last checkpoint is from before this step"
             )
         self._finite = None

@@ -98,6 +98,11 @@ class PreferenceModule(LightningModule):
     def setup(self, stage: str) -> None:
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
         pipeline_class_name(self.pretrained)
+        if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+            raise UserError(
+                f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
+                "it: use bf16-mixed, or 32-true"
+            )
 
     def configure_model(self) -> None:
         if "backbone" in self._modules:
@@ -168,7 +173,8 @@ class PreferenceModule(LightningModule):
 
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
-        fractions = torch.tensor([uniform(seed, "timestep") for seed in batch.seeds])
+        # In double precision: rounded to single, a number just below 1 would be 1 and lie outside the schedule.
+        fractions = torch.tensor([uniform(seed, "timestep") for seed in batch.seeds], dtype=torch.float64)
         return self.backbone.timesteps(fractions).to(self.device)
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
@@ -232,17 +238,22 @@ class PreferenceModule(LightningModule):
         self.validation_errors.update(fractions, errors.policy_chosen, errors.policy_rejected)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{name}": value for name, value in self.validation_errors.compute().items()})
+        self.log_dict({f"val/{k}": v for k, v in self.validation_errors.compute().items()}, sync_dist=True)
         self.validation_errors.reset()
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{name}": value for name, value in self.validation_errors.compute().items()})
+        self.log_dict({f"test/{k}": v for k, v in self.validation_errors.compute().items()}, sync_dist=True)
         self.validation_errors.reset()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
         if gradients:  # DeepSpeed keeps gradients to itself
-            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.finite_loss.watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def on_train_end(self) -> None:
+        self.finite_loss.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()

@@ -55,6 +55,24 @@ def test_velocity_target_and_noising_golden(tiny_v_pipeline: Path):
     )
 
 
+def test_noise_is_added_in_fp32_under_autocast(tiny_pipeline: Path):
+    """In bf16 abar rounds to 1 at the first timesteps (bf16 has 8 bits), and nothing would be added there."""
+    backbone = load_backbone(str(tiny_pipeline))
+    images, noise = torch.zeros(1, 3, 32, 32), torch.ones(1, 4, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        latents = backbone.encode_images(images, torch.zeros(1, 4, 8, 8))
+        noisy = backbone.add_noise(latents, noise, torch.tensor([0]))
+    assert latents.dtype is torch.float32
+    # sqrt(1 - abar_0) = sqrt(.00085) = .0291548
+    added = noisy - latents * (1 - 0.00085) ** 0.5
+    torch.testing.assert_close(added, torch.full_like(added, 0.0291548), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_stored_as_a_variant_load(tiny_pipeline: Path, tmp_path: Path):
+    StableDiffusionPipeline.from_pretrained(tiny_pipeline).save_pretrained(tmp_path / "half", variant="fp16")
+    assert load_backbone(str(tmp_path / "half")).latent_shape(torch.zeros(1, 3, 32, 32)) == (4, 8, 8)
+
+
 def test_timesteps_cover_the_schedule(tiny_pipeline: Path):
     backbone = load_backbone(str(tiny_pipeline))
     assert backbone.timesteps(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]

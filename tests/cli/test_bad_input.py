@@ -35,6 +35,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--ckpt_path", "last"], ["--ckpt_path last", "train first"]),
         (["--model.init_args.lora.init_args.target_modules", "[to_nowhere]"], ["target_modules", "to_nowhere"]),
         (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
+        (["--trainer.precision", "bf16-true"], ["trainer.precision", "bf16-mixed"]),
+        (["--seed_everything", "true"], ["seed_everything", "number"]),
     ],
 )
 def test_one_line_and_nothing_left_behind(
@@ -43,7 +45,14 @@ def test_one_line_and_nothing_left_behind(
     complaint = refused(command_line("fit", *more), capsys)
     for name in names:
         assert name in complaint
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_commands_about_a_checkpoint_ask_for_one(
+    command: str, command_line: Arguments, capsys: pytest.CaptureFixture[str]
+):
+    assert "--ckpt_path" in refused(command_line(command), capsys)
 
 
 def test_an_unknown_key_is_reported_before_anything_is_read(

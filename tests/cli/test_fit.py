@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.modules import PreferenceModule
+from lit_safety.objectives import DiffusionDPO, PairLabels
 
 Arguments = Callable[..., list[str]]
 
@@ -123,6 +131,59 @@ def test_a_run_is_repeated_by_its_own_config(command_line: Arguments, latest: Pa
     assert (latest / "checkpoints" / "last.ckpt").is_file()
     expected = load_file(first / "adapter" / "pytorch_lora_weights.safetensors")
     assert largest_difference(weights(latest), expected) == 0.0
+
+
+def test_mixed_precision_keeps_what_is_trained_in_fp32(command_line: Arguments, latest: Path):
+    """With the shipped optimizer and clipping, as the README's command for real models has it."""
+    assert main(command_line("fit", "--trainer.precision", "bf16-mixed")) == 0
+    assert {value.dtype for value in weights(latest).values()} == {torch.float32}
+
+
+class FaultyGradient(DiffusionDPO):
+    """A finite loss whose gradient is not."""
+
+    def preference(self, m: torch.Tensor, labels: PairLabels) -> torch.Tensor:
+        loss = super().preference(m, labels)
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_file(tiny_pipeline: Path, pair_shards: Path, tmp_path: Path):
+    module = PreferenceModule(str(tiny_pipeline), FaultyGradient(beta=200.0))
+    data = PreferenceDataModule(train=str(pair_shards), batch_size=4)
+    keep = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1)
+    trainer = Trainer(max_steps=3, accelerator="cpu", logger=False, callbacks=[keep], enable_progress_bar=False)
+    with pytest.raises(UserError, match="not finite at samples"):
+        trainer.fit(module, data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_interrupted_run_keeps_its_folder_and_a_failed_one_leaves_latest_alone(
+    command_line: Arguments, latest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert main(command_line("fit", "--trainer.limit_val_batches", "0")) == 0
+    first = latest.resolve()
+    assert main(command_line("fit", "--data.init_args.train", "/no/such/shards")) == 2
+    assert latest.resolve() == first
+    step = PreferenceModule.training_step
+
+    def interrupted(self: PreferenceModule, batch: PairBatch, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 2:
+            raise UserError("the plug was pulled")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", interrupted)
+    assert main(command_line("fit", "--trainer.limit_val_batches", "0")) == 2
+    assert latest.resolve() != first
+    assert (latest / "config.yaml").is_file()
+
+
+def test_a_resumed_run_is_still_repeated_by_its_config(command_line: Arguments, latest: Path):
+    fast = ["--trainer.limit_val_batches", "0"]
+    assert main(command_line("fit", *fast)) == 0
+    assert main(command_line("fit", *fast, "--trainer.max_steps", "6", "--ckpt_path", "last")) == 0
+    assert yaml.safe_load((latest / "config.yaml").read_text())["ckpt_path"] is None
+    assert [path.name for path in (latest / "checkpoints").glob("last*")] == ["last.ckpt"]
 
 
 def test_validate_and_predict_a_checkpoint(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -41,7 +41,10 @@ def test_latest_moves(tmp_path: Path):
 def test_only_runs_without_result_are_removed(tmp_path: Path):
     (tmp_path / "barren").mkdir()
     (tmp_path / "barren" / "config.yaml").touch()
-    checkpoint(tmp_path / "kept", age=0)
-    remove_if_barren(tmp_path / "barren")
-    remove_if_barren(tmp_path / "kept")
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    (tmp_path / "barren" / "events.out.tfevents.1").touch()
+    checkpoint(tmp_path / "trained", age=0)
+    (tmp_path / "drawn" / "drawings").mkdir(parents=True)
+    (tmp_path / "drawn" / "drawings" / "0.png").touch()
+    for run in list(tmp_path.iterdir()):
+        remove_if_barren(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "trained"]
