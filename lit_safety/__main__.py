@@ -20,6 +20,7 @@ OTHER_COMMANDS = {
     "compare": "print several metrics.json in one table",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
+    "study": "do the runs of a study file, note their figures, tabulate and plot them",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",
 }
 

@@ -21,6 +21,10 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "inspect": "lit_safety.data.inspect:inspect",
         "validate": "lit_safety.data.validate:validate",
     },
+    "study": {
+        "run": "lit_safety.study.run:run_study",
+        "table": "lit_safety.study.table:tabulate",
+    },
     "toyworld": {
         "build": "lit_safety.toyworld.build:build",
         "sheet": "lit_safety.toyworld.build:sheet",

@@ -1,0 +1,140 @@
+"""Does the jobs of a study: several at a time, each in processes of its own, noted when done, skipped when noted."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event
+
+from lit_safety.errors import UserError
+from lit_safety.study.plan import Job, Study, jobs_of, load_study
+from lit_safety.study.results import Result, append_result, collect, latest, read_results
+
+#: How often a waiting job looks whether the study was interrupted, in seconds.
+POLL = 0.2
+#: What a job's commands are given to.
+PROGRAM = (sys.executable, "-m", "lit_safety")
+
+
+def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = False) -> None:
+    """Do all jobs of a study that are not done yet. Interrupt it at any time; the same call goes on.
+
+    Args:
+        study: the study file.
+        only: do only rows whose name matches this pattern, and what they need.
+        processes: jobs at a time; the processor's cores are shared out among them.
+        dry_run: print what would be called, and call nothing.
+
+    Raises:
+        UserError: the study file is wrong, or jobs failed; those that succeeded are noted.
+    """
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}")
+    plan = load_study(study)
+    everything = jobs_of(plan)
+    wanted = _wanted(everything, only)
+    if not wanted:
+        raise UserError(f"{study}: no row matches --only {only}; rows are {', '.join(plan.rows)}")
+    done = latest(read_results(Path(plan.out)), everything)
+    left = [job for job in wanted if job.name not in done]
+    print(f"{study}: {len(wanted)} jobs, {len(wanted) - len(left)} of them done")
+    if dry_run:
+        for job in left:
+            print(f"{job.name}:", *(f"  python -m lit_safety {' '.join(words)}" for words in job.commands), sep="\n")
+        return
+    failed = _do(plan, left, done, processes)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the others are noted")
+
+
+def _wanted(jobs: Sequence[Job], only: str) -> list[Job]:
+    """Matching jobs and all that they need; needed ones stand before, so one pass from the end finds them."""
+    names: set[tuple[str, int]] = set()
+    for job in reversed(jobs):
+        if fnmatch.fnmatch(job.row, only) or (job.row, job.seed) in names:
+            names |= {(job.row, job.seed), *((row, job.seed) for row in job.needs)}
+    return [job for job in jobs if (job.row, job.seed) in names]
+
+
+def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int) -> list[str]:
+    """Do the jobs; returns what failed and why."""
+    took = [result.seconds for result in done.values()]
+    finished, failed = set(done), dict[str, str]()
+    stop, begun = Event(), time.monotonic()
+    waiting, running = list(left), dict[Future[Result], Job]()
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if _blocker(job, failed)]:
+                    failed[job.name] = f"{job.name} needs {_blocker(job, failed)}"
+                    waiting.remove(job)
+                ready = [job for job in waiting if all(f"{row}/seed{job.seed}" in finished for row in job.needs)]
+                for job in ready[: processes - len(running)]:
+                    waiting.remove(job)
+                    running[pool.submit(_call, study, job, max(1, (os.cpu_count() or 1) // processes), stop)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    job = running.pop(future)
+                    try:
+                        result = future.result()
+                    except UserError as error:
+                        failed[job.name] = str(error)
+                        print(f"FAILED {error}", flush=True)
+                        continue
+                    append_result(Path(study.out), result)
+                    finished.add(job.name)
+                    took.append(result.seconds)
+                    _tell(job, result, took, len(waiting) + len(running), processes, time.monotonic() - begun)
+        except BaseException:
+            stop.set()  # Ctrl-C: the running commands are ended, so that leaving the pool does not wait for them
+            raise
+    return list(failed.values())
+
+
+def _blocker(job: Job, failed: dict[str, str]) -> str | None:
+    return next((row for row in job.needs if f"{row}/seed{job.seed}" in failed), None)
+
+
+def _tell(job: Job, result: Result, took: list[float], left: int, processes: int, spent: float) -> None:
+    minutes = left * sum(took) / len(took) / processes / 60
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items() if value is not None)
+    print(f"{job.name}: {figures} ({result.seconds:.0f} s; {spent / 60:.0f} min so far, {left} jobs left, about "
+          f"{minutes:.0f} min)", flush=True)  # fmt: skip
+
+
+def _call(study: Study, job: Job, threads: int, stop: Event) -> Result:
+    """Call a job's commands one after another; what they print goes to `log.txt` in its folder."""
+    begun = time.monotonic()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = job.folder / "log.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "ab") as file:
+        for words in job.commands:
+            file.write(f"$ python -m lit_safety {' '.join(words)}\n".encode())
+            file.flush()
+            process = subprocess.Popen([*PROGRAM, *words], stdout=file, stderr=subprocess.STDOUT, env=environment)
+            while (code := _exit_code(process)) is None:
+                if stop.is_set():
+                    process.terminate()
+                    process.wait()
+                    raise UserError(f"{job.name}: interrupted")
+            if code != 0:
+                raise UserError(f"{job.name}: `{words[0]}` ended with {code}: {_last_line(log)} (all of it: {log})")
+    return collect(study, job, time.monotonic() - begun)
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(POLL)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "it printed nothing"

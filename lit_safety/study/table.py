@@ -1,0 +1,74 @@
+"""The table and the plots of a study, from its results file."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from lit_safety.data.atomic import write_atomic
+from lit_safety.errors import UserError
+from lit_safety.study.plan import Study, jobs_of, load_study
+from lit_safety.study.results import Result, latest, read_results
+
+
+def tabulate(study: str, out: str | None = None) -> None:
+    """Print a study's table, and write it as `table.md` with the plot `pareto.png`.
+
+    Args:
+        study: the study file.
+        out: folder for table and plot; null: the study's own.
+
+    Raises:
+        UserError: the study file is wrong, or nothing is done yet.
+    """
+    plan = load_study(study)
+    results = newest(plan)
+    if not results:
+        raise UserError(f"{plan.out}: nothing is done yet; `study run {study}` does it")
+    table = markdown(plan, results)
+    folder = Path(out or plan.out)
+    print(table)
+    print(f"\ntable: {write_atomic(folder / 'table.md', table.encode())}")
+    if plan.pareto:
+        from lit_safety.study.plots import pareto
+
+        print(f"plot: {pareto(plan, results, folder / 'pareto.png')}")
+
+
+def newest(study: Study) -> dict[str, list[Result]]:
+    """Row -> its results by seed, of the commands as they are now; rows without one are left out."""
+    jobs = jobs_of(study)
+    done = latest(read_results(Path(study.out)), jobs)
+    return {
+        row: [done[job.name] for job in jobs if job.row == row and job.name in done]
+        for row in study.rows
+        if any(job.row == row and job.name in done for job in jobs)
+    }
+
+
+def values(results: list[Result], column: str) -> list[float]:
+    """One column's numbers, one a seed that has it."""
+    return [value for result in results if (value := result.figures.get(column)) is not None]
+
+
+def markdown(study: Study, results: dict[str, list[Result]]) -> str:
+    """Mean over the seeds and, where there are several, the lowest and highest of them."""
+    columns = list(study.figures)
+    lines = [f"| | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
+    if base:
+        cells = [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]
+        lines.append(f"| base | | {' | '.join(cells)} |")
+    for row, found in results.items():
+        cells = [_cell(values(found, column), column in study.percent) for column in columns]
+        lines.append(f"| {row} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(numbers: list[float], percent: bool) -> str:
+    if not numbers:
+        return ""
+    shown = [100 * number if percent else number for number in numbers]
+    digits = 1 if percent or max(map(abs, shown)) >= 10 else 3
+    mean = f"{statistics.fmean(shown):.{digits}f}"
+    return mean if len(shown) == 1 else f"{mean} ({min(shown):.{digits}f} to {max(shown):.{digits}f})"

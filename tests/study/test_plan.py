@@ -1,0 +1,113 @@
+"""From a study file to command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_safety.errors import UserError
+from lit_safety.study.plan import Study, jobs_of, load_study
+
+FIGURES = {"ip": "aligned.ip"}
+
+
+def study(**changes: object) -> Study:
+    given: dict[str, object] = {"out": "runs/s", "rows": {"one": {"fit": {}}}, "figures": FIGURES}
+    return Study(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_options_become_words_and_places_are_filled_in():
+    plan = study(
+        defaults={"fit": {"config": ["a.yaml", "b.yaml"], "seed_everything": "{seed}", "trainer.max_steps": 5}},
+        rows={"one": {"fit": {"trainer.max_steps": 7, "run.root": "{folder}", "model.x": {"class_path": "y"}}}},
+        seeds=[3],
+    )
+    (job,) = jobs_of(plan)
+    assert job.commands == (
+        (
+            "fit",
+            "--config=a.yaml",
+            "--config=b.yaml",
+            "--seed_everything=3",
+            "--trainer.max_steps=7",
+            "--run.root=runs/s/one/seed3",
+            '--model.x={"class_path": "y"}',
+        ),
+    )
+    assert job.metrics == Path("runs/s/one/seed3/report/metrics.json")
+
+
+def test_a_row_that_names_anothers_folder_comes_after_it_at_every_seed():
+    plan = study(
+        rows={
+            "merged": {"merge": {"words": ["{folder:left}", "{folder:right}"]}},
+            "left": {"fit": {}},
+            "right": {"fit": {}},
+        },
+        seeds=[0, 1],
+    )
+    jobs = jobs_of(plan)
+    assert [job.name for job in jobs] == [f"{row}/seed{s}" for s in (0, 1) for row in ("left", "right", "merged")]
+    assert jobs[5].needs == ("left", "right")
+    assert jobs[5].commands == (("merge", "runs/s/left/seed1", "runs/s/right/seed1"),)
+
+
+def test_one_command_may_be_called_twice_under_two_names():
+    plan = study(
+        defaults={"evaluate": {"steps": 12}, "evaluate@curve": {"steps": 4}},
+        rows={"one": {"evaluate": {}, "evaluate@curve": {"out": "x"}}},
+    )
+    assert jobs_of(plan)[0].commands == (("evaluate", "--steps=12"), ("evaluate", "--steps=4", "--out=x"))
+
+
+def test_rows_may_have_seeds_of_their_own():
+    plan = study(rows={"one": {"fit": {}}, "two": {"fit": {}}}, seeds=[0], row_seeds={"two": [0, 1, 2]})
+    assert [job.name for job in jobs_of(plan)] == ["one/seed0", "two/seed0", "two/seed1", "two/seed2"]
+
+
+def test_a_changed_row_is_another_job():
+    first, second = (jobs_of(study(rows={"one": {"fit": {"x": x}}}))[0] for x in (1, 2))
+    assert first.digest != second.digest
+    assert first.digest == jobs_of(study(rows={"one": {"fit": {"x": 1}}}))[0].digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"rows": {"a b": {"fit": {}}}}, "'a b'"),
+        ({"row_seeds": {"nobody": [1]}}, "'nobody'"),
+        ({"rows": {"one": {"merge": {"words": ["{folder:gone}"]}}}}, "'gone'"),
+        ({"pareto": ["ip", "speed"]}, "pareto"),
+        ({"rowz": 5}, "rowz"),
+        ({"seeds": "many"}, "seeds"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, changes: dict[str, object], names: str):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"out": "x", "rows": {"one": {"fit": {}}}, "figures": FIGURES, **changes}))
+    with pytest.raises(UserError, match=names) as error:
+        load_study(str(file))
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_is_another_job_when_its_config_file_changed(tmp_path: Path):
+    config = tmp_path / "fit.yaml"
+    config.write_text("a: 1")
+    (job,) = jobs_of(study(defaults={"fit": {"config": str(config)}}))
+    before = job.digest
+    config.write_text("a: 2")
+    assert job.digest != before
+
+
+def test_rows_that_need_each_other_are_refused():
+    plan = study(rows={"a": {"merge": {"words": ["{folder:b}"]}}, "b": {"merge": {"words": ["{folder:a}"]}}})
+    with pytest.raises(UserError, match="a -> b -> a"):
+        jobs_of(plan)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_study("nowhere.yaml")

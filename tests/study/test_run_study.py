@@ -1,0 +1,158 @@
+"""The runner: what is done is noted, what is noted is skipped, a failure loses nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from lit_safety.errors import UserError
+from lit_safety.study import run as runner
+from lit_safety.study.plots import front
+from lit_safety.study.results import FILE_NAME, read_results
+from lit_safety.study.run import run_study
+from lit_safety.study.table import tabulate
+
+#: Stands in for `python -m lit_safety`: writes the numbers it is given and counts how often it is called.
+PROGRAM = """
+import json, pathlib, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[2:])
+with open(options["calls"], "a") as file:
+    file.write(options["name"] + "\\n")
+if options.get("fail"):
+    print("error: asked to fail")
+    sys.exit(2)
+if "after" in options:
+    assert pathlib.Path(options["after"], "report", "metrics.json").exists(), "it was called too early"
+folder = pathlib.Path(options["folder"], "report")
+folder.mkdir(parents=True, exist_ok=True)
+numbers = {"ip": float(options["ip"]), "recall": float(options["recall"])}
+(folder / "metrics.json").write_text(json.dumps({"aligned": numbers, "base": {"ip": 0.9}}))
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(program)))
+    monkeypatch.setattr(runner, "POLL", 0.01)
+
+    def write(rows: dict[str, dict[str, object]], **more: object) -> str:
+        file = tmp_path / "study.yaml"
+        common = {"folder": "{folder}", "calls": str(tmp_path / "calls.txt"), "recall": 1.0}
+        study = {
+            "out": str(tmp_path / "out"),
+            "defaults": {"work": common},
+            "rows": {name: {"work": {"name": name, **options}} for name, options in rows.items()},
+            "figures": {"ip": "aligned.ip", "recall": "aligned.recall"},
+            "baseline": {"ip": "base.ip"},
+            "percent": ["ip", "recall"],
+            "pareto": ["ip", "recall"],
+            **more,
+        }
+        file.write_text(yaml.safe_dump(study, sort_keys=False))
+        return str(file)
+
+    return write
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls.txt").read_text().split()
+
+
+def test_finished_jobs_are_skipped_and_changed_ones_done_again(make, tmp_path: Path):
+    run_study(make({"a": {"ip": 0.5}, "b": {"ip": 0.25}}))
+    assert calls(tmp_path) == ["a", "b"]
+    run_study(make({"a": {"ip": 0.5}, "b": {"ip": 0.125}, "c": {"ip": 0}}))
+    assert calls(tmp_path) == ["a", "b", "b", "c"]
+    results = read_results(tmp_path / "out")
+    assert [(r.row, r.figures["ip"], r.base["ip"]) for r in results] == [
+        ("a", 0.5, 0.9),
+        ("b", 0.25, 0.9),
+        ("b", 0.125, 0.9),
+        ("c", 0.0, 0.9),
+    ]
+
+
+def test_a_failure_is_reported_at_the_end_and_costs_only_what_needs_it(make, tmp_path: Path):
+    file = make(
+        {
+            "bad": {"ip": 0, "fail": "yes"},
+            "child": {"ip": 0, "after": "{folder:bad}"},
+            "good": {"ip": 0.1},
+        }
+    )
+    with pytest.raises(UserError, match=r"2 of 3 jobs failed: bad/seed0.*asked to fail.*child/seed0 needs bad"):
+        run_study(file)
+    assert calls(tmp_path) == ["bad", "good"]
+    assert [r.row for r in read_results(tmp_path / "out")] == ["good"]
+
+
+def test_two_at_a_time_wait_for_what_they_need(make, tmp_path: Path):
+    rows = {f"child{i}": {"ip": 0.1, "after": "{folder:parent}"} for i in range(3)}
+    run_study(make({**rows, "parent": {"ip": 0.2}}, seeds=[0, 1]), processes=2)
+    assert len(read_results(tmp_path / "out")) == 8
+
+
+def test_only_what_is_asked_for_and_what_it_needs(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = make({"x": {"ip": 0.1}, "y1": {"ip": 0.1, "after": "{folder:x}"}, "z": {"ip": 0.1}})
+    run_study(file, only="y*", dry_run=True)
+    assert "python -m lit_safety work" in capsys.readouterr().out
+    assert not (tmp_path / "calls.txt").exists()
+    run_study(file, only="y*")
+    assert calls(tmp_path) == ["x", "y1"]
+    with pytest.raises(UserError, match="--only q"):
+        run_study(file, only="q")
+
+
+def test_a_line_cut_short_by_a_kill_is_done_again_and_the_file_stays_whole(make, tmp_path: Path):
+    file = make({"a": {"ip": 0.5}, "b": {"ip": 0.25}})
+    run_study(file)
+    results = tmp_path / "out" / FILE_NAME
+    results.write_text(results.read_text()[:-40])
+    run_study(file)
+    assert calls(tmp_path) == ["a", "b", "b"]
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        read_results(tmp_path / "out")
+
+
+def test_a_job_without_its_metrics_is_an_error(make, tmp_path: Path):
+    file = make({"a": {"ip": 0.5}}, metrics="{folder}/elsewhere.json")
+    with pytest.raises(UserError, match=r"elsewhere\.json cannot be read"):
+        run_study(file)
+    with pytest.raises(UserError, match="nothing is done yet"):
+        tabulate(file)
+
+
+def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Row a at seeds 0 and 1 has ip 0.1 twice: mean 10.0, range 10.0 to 10.0; b at seed 0 alone: 25.0."""
+    file = make({"a": {"ip": 0.1}, "b": {"ip": 0.25}}, row_seeds={"a": [0, 1]})
+    run_study(file)
+    tabulate(file)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.splitlines()[2:] == [
+        "| base | | 90.0 |  |",
+        "| a | 2 | 10.0 (10.0 to 10.0) | 100.0 (100.0 to 100.0) |",
+        "| b | 1 | 25.0 | 100.0 |",
+    ]
+    assert table in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "pareto.png") as picture:
+        assert picture.size == (990, 660)
+
+
+def test_front_keeps_what_nothing_beats():
+    """a (0, .9) and b (.1, 1) are each best in one; c (.1, .9) is beaten by both; d equals b and beats nothing."""
+    points = {"c": (0.1, 0.9), "b": (0.1, 1.0), "a": (0.0, 0.9), "d": (0.1, 1.0)}
+    assert front(points) == ["a", "b", "d"]
+
+
+def test_results_are_json_lines(make, tmp_path: Path):
+    run_study(make({"a": {"ip": 0.5}}))
+    (line,) = (tmp_path / "out" / FILE_NAME).read_text().splitlines()
+    assert json.loads(line)["commands"][0][0] == "work"
