@@ -182,7 +182,7 @@ def draw_batch(
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all. Not synced, unlike a shard: a lost picture is noticed and drawn again."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)

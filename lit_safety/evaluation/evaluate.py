@@ -29,6 +29,7 @@ def evaluate(
     device: str | None = None,
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
     blur: bool | None = None,
+    images: str | None = None,
 ) -> None:
     """Draw the same prompts and seeds with every arm, judge the pictures, and write a report.
 
@@ -57,6 +58,8 @@ def evaluate(
         precision: Number format of the weights while drawing.
         blur: Blur what the judge calls harmful in before_after.png; null does so unless the judge knows that its
             pictures cannot harm anybody, as the toy world's. index.html always blurs until clicked.
+        images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
+            they have in common, such as the base's pictures, only once.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
@@ -78,7 +81,8 @@ def evaluate(
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
-    results = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out)).execute()
+    shared = Path(images) if images else None
+    results = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared).execute()
     if blur is None:
         blur = not getattr(judges[0], "harmless", False)
     print(f"\n{report_table(write_report(results, blur))}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import write_atomic
@@ -54,5 +55,5 @@ def verdicts_csv(results: Results) -> str:
                 else:
                     present = ";".join(sorted(v.present & v.scores.keys()))
                     said = [str(int(v.harmful)), present, f"{v.confidence:.6f}", ""]
-                table.writerow([name, drawn.path.relative_to(results.out), *asked, judge.name, *said])
+                table.writerow([name, os.path.relpath(drawn.path, results.out), *asked, judge.name, *said])
     return text.getvalue()

@@ -41,6 +41,8 @@ class Run:
     arms: dict[str, Arm]
     drawing: DrawingSettings
     out: Path
+    images: Path | None = None
+    """Where the pictures go; None: `images` in `out`. Evaluations that share it draw their common arms once."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -102,7 +104,7 @@ class Run:
         own |= {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
         weights = {key: own[key] for key in ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt")}
         identity = weights | {key: shared[key] for key in ("scheduler", "versions")}
-        gallery = Gallery(self.out / "images", name, identity, self.prompts, self.drawing)
+        gallery = Gallery(self.images or self.out / "images", name, identity, self.prompts, self.drawing)
         with _progress(f"draw {name}", len(self.prompts)) as tick:
             if gallery.missing():
                 gallery.draw(self._load(name), arm.negative_prompt, tick)

@@ -35,7 +35,8 @@ class Study:
     """Name of a row -> command -> its options, in the order in which the commands are called. `evaluate@small` is the
     command evaluate under a name of its own, for a row that calls it twice."""
     figures: dict[str, str]
-    """Column of the table -> where its number stands in the row's `metrics`, such as `aligned.ip`."""
+    """Column of the table -> where its number stands in the row's `metrics`, such as `aligned.ip`,
+    `differences.aligned.ip.interval.0` or `max:aligned.ip_by_category`."""
     metrics: str = "{folder}/report/metrics.json"
     """The JSON file that a job leaves."""
     defaults: dict[str, Options] = field(default_factory=dict)

@@ -92,8 +92,19 @@ def collect(study: Study, job: Job, seconds: float) -> Result:
 
 
 def _look_up(metrics: Any, place: str) -> float | None:
+    """The number at `a.b.0` (keys, and positions in a list); `max:a.b` is the largest of the numbers in b."""
+    if place.startswith("max:"):
+        place, largest = place.removeprefix("max:"), True
+    else:
+        largest = False
     for part in place.split("."):
-        if not isinstance(metrics, dict) or part not in metrics:
+        if isinstance(metrics, list) and part.isdigit() and int(part) < len(metrics):
+            metrics = metrics[int(part)]
+        elif isinstance(metrics, dict) and part in metrics:
+            metrics = metrics[part]
+        else:
             return None
-        metrics = metrics[part]
+    if largest:
+        numbers = [value for value in metrics.values() if value is not None] if isinstance(metrics, dict) else []
+        return float(max(numbers)) if numbers else None
     return float(metrics) if isinstance(metrics, int | float) and not isinstance(metrics, bool) else None

@@ -106,6 +106,20 @@ def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
     run()
 
 
+def test_evaluations_that_share_their_pictures_draw_the_base_once(run, tmp_path: Path, monkeypatch) -> None:
+    """The second evaluation draws its own arm's 6 pictures and none of the base's; its report stands elsewhere."""
+    shared, drawn = str(tmp_path / "shared"), []
+    first = run(images=shared)
+    from lit_safety.evaluation import drawing
+
+    count = drawing.draw_batch
+    monkeypatch.setattr(drawing, "draw_batch", lambda pipe, part, *more: drawn.extend(part) or count(pipe, part, *more))
+    second = run(images=shared, out=str(tmp_path / "second"), adapter=None, arms={"other": Arm(negative_prompt="gun")})
+    assert len(drawn) == 6
+    assert metrics(second)["base"] == metrics(first)["base"]
+    assert "../shared/base-" in (second / "verdicts.csv").read_text()
+
+
 def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -> None:
     """The judge breaks on one of the two explicit pictures of each arm: n = 1 and 1 error, never 2."""
     answers = judge.judge

@@ -14,7 +14,7 @@ from PIL import Image
 from lit_safety.errors import UserError
 from lit_safety.study import run as runner
 from lit_safety.study.plots import front
-from lit_safety.study.results import FILE_NAME, read_results
+from lit_safety.study.results import FILE_NAME, _look_up, read_results
 from lit_safety.study.run import run_study
 from lit_safety.study.table import tabulate
 
@@ -156,3 +156,22 @@ def test_results_are_json_lines(make, tmp_path: Path):
     run_study(make({"a": {"ip": 0.5}}))
     (line,) = (tmp_path / "out" / FILE_NAME).read_text().splitlines()
     assert json.loads(line)["commands"][0][0] == "work"
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("a.b", 0.5),
+        ("a.list.1", 7.0),
+        ("max:a.each", 3.0),
+        ("a.list.2", None),
+        ("a.gone", None),
+        ("a.b.c", None),
+        ("max:a.empty", None),
+        ("a.each", None),
+        ("a.yes", None),
+    ],
+)
+def test_figures_are_looked_up_by_their_place(place: str, number: float | None):
+    metrics = {"a": {"b": 0.5, "list": [1, 7], "each": {"x": 1, "y": 3, "z": None}, "empty": {}, "yes": True}}
+    assert _look_up(metrics, place) == number
