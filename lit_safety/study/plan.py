@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 
 from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrorParser
@@ -91,7 +91,7 @@ def load_study(path: str) -> Study:
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        study: Study = Study(**vars(parser.parse_path(path)))
+        study = Study(**{key: _plain(value) for key, value in vars(parser.parse_path(path)).items()})
     except (ArgumentError, UserError, TypeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     for name in study.rows:
@@ -103,6 +103,15 @@ def load_study(path: str) -> Study:
     if study.pareto and (len(study.pareto) != 2 or set(study.pareto) - set(study.figures)):
         raise UserError(f"{path}: pareto must name two of the columns {', '.join(study.figures)}")
     return study
+
+
+def _plain(value: Any) -> Any:
+    """Without the namespaces that jsonargparse makes of mappings with a class_path."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def jobs_of(study: Study) -> list[Job]:

@@ -10,6 +10,9 @@ from lit_safety.errors import UserError
 from lit_safety.study.plan import Study, jobs_of, load_study
 from lit_safety.study.results import Result, latest, read_results
 
+#: More columns than these are shown as lines.
+WIDEST = 9
+
 
 def tabulate(study: str, out: str | None = None) -> None:
     """Print a study's table, and write it as `table.md` with the plot `pareto.png`.
@@ -52,17 +55,27 @@ def values(results: list[Result], column: str) -> list[float]:
 
 
 def markdown(study: Study, results: dict[str, list[Result]]) -> str:
-    """Mean over the seeds and, where there are several, the lowest and highest of them."""
+    """Mean over the seeds and, where there are several, the lowest and highest of them.
+
+    A line a row of the study; a line a figure where there are more figures than fit beside each other.
+    """
     columns = list(study.figures)
-    lines = [f"| | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
-    if base:
-        cells = [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]
-        lines.append(f"| base | | {' | '.join(cells)} |")
+    cells = {"base": [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]} if base else {}
     for row, found in results.items():
-        cells = [_cell(values(found, column), column in study.percent) for column in columns]
-        lines.append(f"| {row} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        seeds = f" ({len(found)} seed{'s' if len(found) > 1 else ''})"
+        cells[row + seeds] = [_cell(values(found, column), column in study.percent) for column in columns]
+    heads = [f"{column} (%)" if column in study.percent else column for column in columns]
+    if len(columns) > WIDEST:
+        lines = [["", *cells], *([head, *(cells[row][i] for row in cells)] for i, head in enumerate(heads))]
+    else:
+        lines = [["", *heads], *([row, *own] for row, own in cells.items())]
+    rule = "|---" * len(lines[0]) + "|"
+    return "\n".join([_line(lines[0]), rule, *map(_line, lines[1:])]) + "\n"
+
+
+def _line(words: list[str]) -> str:
+    return f"| {' | '.join(words)} |"
 
 
 def _cell(numbers: list[float], percent: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,19 @@ def test_rows_that_need_each_other_are_refused():
     plan = study(rows={"a": {"merge": {"words": ["{folder:b}"]}}, "b": {"merge": {"words": ["{folder:a}"]}}})
     with pytest.raises(UserError, match="a -> b -> a"):
         jobs_of(plan)
+
+
+def test_classes_in_options_reach_the_command_as_they_stand(tmp_path: Path):
+    objective = {"class_path": "lit_safety.objectives.DiffusionDPO", "init_args": {"beta": 100.0}}
+    callbacks = [{"class_path": "lit_safety.callbacks.ExportAdapter"}]
+    rows = {"one": {"fit": {"model.init_args.objective": objective, "trainer.callbacks": callbacks}}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"out": "x", "rows": rows, "figures": FIGURES}))
+    (job,) = jobs_of(load_study(str(file)))
+    given = [json.loads(word.partition("=")[2]) for word in job.commands[0][1:]]
+    assert given[0]["class_path"] == objective["class_path"]
+    assert given[0]["init_args"]["beta"] == 100.0
+    assert [one["class_path"] for one in given[1]] == ["lit_safety.callbacks.ExportAdapter"]
 
 
 def test_a_missing_file_is_named():

@@ -137,13 +137,29 @@ def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tabulate(file)
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.splitlines()[2:] == [
-        "| base | | 90.0 |  |",
-        "| a | 2 | 10.0 (10.0 to 10.0) | 100.0 (100.0 to 100.0) |",
-        "| b | 1 | 25.0 | 100.0 |",
+        "| base | 90.0 |  |",
+        "| a (2 seeds) | 10.0 (10.0 to 10.0) | 100.0 (100.0 to 100.0) |",
+        "| b (1 seed) | 25.0 | 100.0 |",
     ]
     assert table in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "pareto.png") as picture:
         assert picture.size == (990, 660)
+
+
+def test_many_figures_stand_below_each_other(make, tmp_path: Path):
+    """Ten figures of one row: a line each, the row in a column beside the base."""
+    figures = {f"figure {i}": "aligned.ip" for i in range(10)}
+    file = make({"a": {"ip": 0.125}}, figures=figures, baseline={"figure 0": "base.ip"}, percent=[], pareto=[])
+    run_study(file)
+    tabulate(file)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert lines[:4] == [
+        "|  | base | a (1 seed) |",
+        "|---|---|---|",
+        "| figure 0 | 0.900 | 0.125 |",
+        "| figure 1 |  | 0.125 |",
+    ]
+    assert len(lines) == 12
 
 
 def test_front_keeps_what_nothing_beats():
