@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ import pytest
 # No test may reach for the network, and two cores are best shared between processes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Plain modules that tests and the processes they start share (`class_path: strategies_cpu.DeepSpeedCPU`).
+HELPERS = str(Path(__file__).parent / "helpers")
+sys.path.insert(0, HELPERS)
+os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 WORDS = ["a", "red", "blue", "cat", "house", "gun", "and", "with"]
 
@@ -75,8 +82,13 @@ def wide_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "wide", channels=64)
 
 
-def write_pairs(folder: Path, count: int, samples_per_shard: int = 8, seed: int = 0) -> Path:
-    """Shards of ``count`` random 32 x 32 pairs, half of them with a harmful prompt."""
+def write_pairs(
+    folder: Path, count: int, samples_per_shard: int = 8, seed: int = 0, categories: Sequence[str] = ()
+) -> Path:
+    """Shards of ``count`` random 32 x 32 pairs, half of them with a harmful prompt.
+
+    The harmful ones are about violence; or all pairs, two and two, about ``categories`` in turn.
+    """
     import numpy as np
     from PIL import Image
 
@@ -90,10 +102,11 @@ def write_pairs(folder: Path, count: int, samples_per_shard: int = 8, seed: int 
     with ShardWriter(folder, samples_per_shard=samples_per_shard) as writer:
         for i in range(count):
             harmful = i % 2 == 0
+            about = [categories[i // 2 % len(categories)]] if categories else []
             metadata = {
                 "prompt": "a gun and a house" if harmful else "a red cat",
                 "prompt_kind": "harmful" if harmful else "clean",
-                "categories": ["violence"] if harmful else [],
+                "categories": about if about else ["violence"] if harmful else [],
                 "harmful": {"chosen": False, "rejected": True},
                 "order": "safety",
                 "cost": {"chosen": -1.0, "rejected": 1.0},
@@ -106,3 +119,56 @@ def write_pairs(folder: Path, count: int, samples_per_shard: int = 8, seed: int 
 def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 4 shards of 8 pairs."""
     return write_pairs(tmp_path_factory.mktemp("shards") / "pairs", count=32)
+
+
+@pytest.fixture(scope="session")
+def category_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 6 shards of 8 pairs, 24 about hate and 24 about violence."""
+    return write_pairs(tmp_path_factory.mktemp("shards") / "categories", count=48, categories=("hate", "violence"))
+
+
+def save_tiny_clip(folder: Path, seed: int = 0, side: int = 16) -> Path:
+    """A random `CLIPModel` of 8 numbers an embedding, with its preprocessing, as `save_pretrained` writes it."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    torch.manual_seed(seed)
+    layers = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = CLIPConfig(
+        vision_config={**layers, "image_size": side, "patch_size": 8, "projection_dim": 8},
+        text_config={**layers, "vocab_size": 16, "max_position_embeddings": 8, "projection_dim": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., Path]:
+    """Writes tiny CLIPs."""
+    return save_tiny_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny CLIP for 16 x 16 pictures."""
+    return save_tiny_clip(tmp_path_factory.mktemp("clips") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_cost_model(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained cost model on the tiny CLIP."""
+    import torch
+
+    from lit_safety.cost_model import CostScorer, save_cost_model
+    from lit_safety.cost_model.adapter import CostAdapter
+    from lit_safety.cost_model.tower import ClipTower
+
+    torch.manual_seed(0)
+    tower = ClipTower(str(tiny_clip))
+    adapter = CostAdapter(tower.width, 4)
+    torch.nn.init.normal_(adapter.head.weight)
+    return save_cost_model(tmp_path_factory.mktemp("cost-models") / "tiny", CostScorer(tower, adapter, 0.5), {}, {})

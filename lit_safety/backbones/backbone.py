@@ -5,38 +5,114 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-#: Text encoders' outputs by the name of the denoiser's argument; every tensor's first dimension is the batch.
+from lit_safety.backbones.fingerprint import fingerprint
+from lit_safety.backbones.parts import NoDenoiser, Parts
+from lit_safety.backbones.text import too_long
+
+#: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch.
 Conditioning = dict[str, Tensor]
 
 
 class Backbone(nn.Module, ABC):
     """A frozen text-to-image model, split into the parts that training needs.
 
-    ``denoiser`` is the network that is aligned; the text encoders and the image encoder stay frozen.
+    ``denoiser`` is the network that is aligned, and the only registered module. The text encoders and the image
+    encoder are frozen, come from ``parts`` when they are first used, and follow the denoiser's device.
+
+    Args:
+        parts: the pipeline's components.
+        denoiser: False leaves the denoiser out, for work that needs the encoders only.
     """
+
+    #: The component that is aligned.
+    DENOISER: ClassVar[str] = "unet"
+    #: Components whose weights decide what a cache of latents and text holds.
+    ENCODERS: ClassVar[tuple[str, ...]] = ()
+    #: (tokenizer, most tokens it gives its encoder; None: as the tokenizer says) of every text encoder.
+    TOKENIZERS: ClassVar[tuple[tuple[str, int | None], ...]] = ()
 
     denoiser: nn.Module
 
+    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
+        super().__init__()
+        self.parts = parts
+        self.denoiser = parts.get(self.DENOISER) if denoiser else NoDenoiser()
+
     @classmethod
-    @abstractmethod
-    def from_pretrained(cls, source: str) -> Backbone:
-        """Load from a pipeline folder or a hub id, in fp32."""
+    def from_pretrained(cls, source: str, denoiser: bool = True) -> Backbone:
+        """From a pipeline folder or a hub id, in fp32; of the networks only the denoiser is loaded at once."""
+        return cls(Parts(source), denoiser)
+
+    # ---- the frozen parts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is, and so the frozen parts when they are used."""
+        return next(self.denoiser.parameters()).device
+
+    def part(self, name: str) -> Any:
+        """A component of the pipeline on the denoiser's device, loaded when it is first used.
+
+        Raises:
+            UserError: if it is not there or does not load.
+        """
+        return self.parts.get(name, self.device)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the encoders' weights by component: what decides a cache of latents and text."""
+        return fingerprint(self.parts.source, self.ENCODERS)
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """For each prompt, whether some text encoder does not read all of it."""
+        found = [False] * len(prompts)
+        for name, limit in self.TOKENIZERS:
+            tokenizer = self.parts.get(name)
+            cut = too_long(tokenizer, prompts, limit or tokenizer.model_max_length)
+            found = [one or other for one, other in zip(found, cut, strict=True)]
+        return found
+
+    # ---- text
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts -> conditioning of B rows. An empty prompt gives what inference uses for no prompt."""
+        """B prompts -> conditioning of B rows. An empty prompt gives what inference uses for no prompt.
+
+        A prompt that is too long is truncated and its end token kept. Rows depend on their prompt alone.
+        """
+
+    def crop_conditioning(self, crops: Tensor) -> Conditioning:
+        """Conditioning that comes from how pictures were cut, N rows; most families have none.
+
+        Args:
+            crops: (N, 6) in pixels: height and width of the stored picture, top and left of the cut in it once it was
+                scaled, height and width of what was cut out.
+        """
+        return {}
+
+    # ---- pictures
 
     @abstractmethod
-    def latent_shape(self, images: Tensor) -> tuple[int, ...]:
-        """The shape (C, h, w) of one image's latents; images: (B, 3, H, W)."""
+    def posterior(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, unscaled, float32
+        (B, 2, C, h, w), contiguous."""
 
     @abstractmethod
+    def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
+        """Posterior (B, 2, C, h, w) -> scaled latents (B, C, h, w) float32, sampled with ``noise`` (B, C, h, w).
+
+        It must not load the image encoder's weights: `config` has what it needs.
+        """
+
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), sampled with ``noise`` (B, C, h, w)."""
+        return self.latents(self.posterior(images), noise)
+
+    # ---- the process
 
     @abstractmethod
     def timesteps(self, uniform: Tensor) -> Tensor:
@@ -58,9 +134,12 @@ class Backbone(nn.Module, ABC):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction (B, C, h, w)."""
 
+    # ---- out
+
     @abstractmethod
     def pipeline(self) -> Any:
-        """A stock diffusers pipeline around these very weights (shared, not copied), for drawing."""
+        """A stock diffusers pipeline around these very weights (shared, not copied), for drawing; it loads the parts
+        that were not used yet."""
 
     @abstractmethod
     def save_lora(self, folder: Path, adapter: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from lit_safety.backbones.backbone import Backbone
+from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.backbones.stable_diffusion import StableDiffusion
 from lit_safety.errors import UserError
 
@@ -13,55 +11,35 @@ from lit_safety.errors import UserError
 FAMILIES: dict[str, type[Backbone]] = {"StableDiffusionPipeline": StableDiffusion}
 
 
-def pipeline_class_name(source: str) -> str:
-    """The pipeline's class name out of `model_index.json` of a folder or a hub id.
+def family_of(source: str) -> type[Backbone]:
+    """The backbone that knows the pipeline at ``source``; no weight is read.
 
     Raises:
-        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that "
-                            "`save_pretrained` wrote, or a hub id")  # fmt: skip
-    else:
-        index = _index_from_hub(source)
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no diffusers model index ({error}); is the download complete?") from error
-    return str(name)
-
-
-def _index_from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, "model_index.json"))
-    except HFValidationError as error:
-        raise UserError(f"no folder {source!r}, and it is no hub id either: check `model.pretrained`") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no folder {source!r}, and the hub did not give it ({type(error).__name__}): check the path; for a gated "
-            "model accept its licence and run `hf auth login`; offline, point at a local folder"
-        ) from error
-
-
-def load_backbone(source: str) -> Backbone:
-    """Load the pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32.
-
-    Raises:
-        UserError: if there is no pipeline, its family is unknown, or its files do not load.
+        UserError: if there is no pipeline, or its family is unknown.
     """
     name = pipeline_class_name(source)
     family = FAMILIES.get(name)
     if family is None:
         raise UserError(f"{source}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def load_backbone(source: str, denoiser: bool = True) -> Backbone:
+    """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32.
+
+    Args:
+        source: the pipeline.
+        denoiser: False leaves the denoiser out, for work that needs the encoders only.
+
+    Raises:
+        UserError: if there is no pipeline, its family is unknown, or its files do not load.
+    """
+    family = family_of(source)
     try:
-        backbone = family.from_pretrained(source)
+        backbone = family.from_pretrained(source, denoiser)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the pipeline {source} does not load: {first_line}") from error
+        lines = str(error).strip().splitlines()
+        raise UserError(
+            f"the pipeline {source} does not load: {lines[0] if lines else type(error).__name__}"
+        ) from error
     return backbone.requires_grad_(False).eval()

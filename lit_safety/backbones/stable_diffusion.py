@@ -11,78 +11,74 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
+from lit_safety.backbones.autoencoder import encode_posterior
 from lit_safety.backbones.backbone import Backbone, Conditioning
+from lit_safety.backbones.parts import Parts
 from lit_safety.errors import UserError
 
 
-def weights_variant(source: str | Path) -> str | None:
-    """`fp16` for a folder that holds its weights only under that name."""
-    weights = [file.name for file in Path(source).glob("*/*.safetensors")]
-    return "fp16" if weights and all(".fp16." in name for name in weights) else None
-
-
 class StableDiffusion(Backbone):
-    """The parts of a `StableDiffusionPipeline`; epsilon- and v-prediction.
+    """A `StableDiffusionPipeline`; epsilon- and v-prediction.
 
     Raises:
         UserError: if the scheduler's prediction type is neither `epsilon` nor `v_prediction`.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        super().__init__()
-        self.denoiser = pipe.unet
-        self.text_encoder = pipe.text_encoder
-        self.vae = pipe.vae
-        self.tokenizer = pipe.tokenizer
-        self.inference_scheduler = pipe.scheduler
+    ENCODERS = ("vae", "text_encoder", "tokenizer")
+    TOKENIZERS = (("tokenizer", None),)
+
+    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
+        super().__init__(parts, denoiser)
+        self.inference_scheduler = parts.get("scheduler")
         # The training process is DDPM's whatever sampler the pipeline ships; betas and target come with it.
-        self.noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.noise_scheduler = DDPMScheduler.from_config(self.inference_scheduler.config)
         self.prediction_type = str(self.noise_scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"scheduler_config.json says prediction_type {self.prediction_type!r}; Stable Diffusion is trained "
                 "with 'epsilon' or 'v_prediction'"
             )
-
-    @classmethod
-    def from_pretrained(cls, source: str) -> StableDiffusion:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            source,
-            dtype=torch.float32,
-            variant=weights_variant(source),
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        self.scaling_factor = float(parts.config("vae").get("scaling_factor", 0.18215))  # diffusers' default
         # Convolutions run faster on channels-last weights, on GPUs and, by a third of the toy step, on CPUs.
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
-        return cls(pipe)
+        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs leave it out
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.part("text_encoder")
+
+    @property
+    def vae(self) -> Any:
+        return self.part("vae")
+
+    def part(self, name: str) -> Any:
+        fresh = name not in self.parts.loaded
+        part = super().part(name)
+        if fresh and name == "vae":  # whoever asks first: another memory format rounds otherwise
+            part.to(memory_format=torch.channels_last)
+        return part
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self.tokenizer(
+        tokenizer = self.part("tokenizer")
+        tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        device = self.text_encoder.device
+        encoder = self.text_encoder
         # As the stock pipeline does: the mask is only used by text encoders that were trained with one.
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(device) if masked else None
-        hidden = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(encoder.device) if masked else None
+        hidden = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         return {"encoder_hidden_states": hidden}
 
-    def latent_shape(self, images: Tensor) -> tuple[int, ...]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return (self.vae.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor)
+    def posterior(self, images: Tensor) -> Tensor:
+        return encode_posterior(self.vae, images)
 
-    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+    def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
         # From here to the denoiser everything is fp32: in bf16 the first steps of the schedule would add no noise.
-        latents = posterior.mean.float() + posterior.std.float() * noise
-        return latents * self.vae.config.scaling_factor
+        return (posterior[:, 0] + posterior[:, 1] * noise) * self.scaling_factor
 
     def timesteps(self, uniform: Tensor) -> Tensor:
         return (uniform * self.noise_scheduler.config.num_train_timesteps).long()
@@ -105,7 +101,7 @@ class StableDiffusion(Backbone):
         pipe: Any = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
+            tokenizer=self.part("tokenizer"),
             unet=self.denoiser,
             scheduler=self.inference_scheduler,
             safety_checker=None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_safety.data.chance import LATENT, NOISE, normal
 from lit_safety.data.sample import PairMetadata, Sides
 from lit_safety.errors import UserError
 
@@ -30,10 +31,10 @@ class PairBatch:
     """Canonical harm categories."""
     orders: list[str]
     """What decided which image is chosen: `safety`, `quality` or `composite`."""
-    chosen: Tensor
-    """float32 (B, 3, H, W) in [-1, 1]."""
-    rejected: Tensor
-    """float32 (B, 3, H, W) in [-1, 1]."""
+    chosen: Tensor | None
+    """float32 (B, 3, H, W) in [-1, 1]; None where `latents` stand for the images."""
+    rejected: Tensor | None
+    """As `chosen`."""
     clean: Tensor
     """float32 (B,): 1 where the prompt is clean, 0 where it is harmful (`prompt_kinds` as numbers)."""
     harmful: Tensor
@@ -53,6 +54,18 @@ class PairBatch:
     """Whose preference it is; None is everyone's."""
     category: str | None = None
     """The category all of them are about, where batches are made so (`one_category`)."""
+    latents: Tensor | None = None
+    """float32 (B, 2, 2, C, h, w) out of a cache: chosen and rejected, mean and standard deviation, unscaled."""
+    conditioning: dict[str, Tensor] | None = None
+    """The text encoders' outputs for `prompts` out of a cache, float32, B rows each."""
+    empty: dict[str, Tensor] | None = None
+    """The same for the empty prompt, 1 row each."""
+    crops: Tensor | None = None
+    """float32 (B, 2, 6), chosen and rejected, in pixels: height and width of the stored image, top and left of the cut
+    in it once it was scaled, height and width of what was cut out."""
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    """Standard normal numbers by purpose, (B, C, h, w), drawn ahead by a worker: `chance.normal(seeds, purpose, ...)`.
+    Purposes that are missing are drawn when they are asked for."""
     skipped: list[str] = field(default_factory=list)
     """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
     each."""
@@ -71,40 +84,57 @@ class PairBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
         moved = copy.copy(self)
         for one in dataclasses.fields(self):
-            if isinstance(value := getattr(self, one.name), Tensor):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
                 setattr(moved, one.name, function(value))
+            elif isinstance(value, dict):
+                setattr(moved, one.name, {name: function(tensor) for name, tensor in value.items()})
         return moved
 
 
 @dataclass
 class Pair:
-    """One decoded sample: `chosen` and `rejected` are float32 (3, H, W) in [-1, 1]."""
+    """One decoded sample."""
 
     key: str
     seed: int
     metadata: PairMetadata
-    chosen: Tensor
-    rejected: Tensor
+    chosen: Tensor | None
+    """float32 (3, H, W) in [-1, 1]; None where latents stand for the images."""
+    rejected: Tensor | None
     where: str
     """Shard and key, for messages."""
+    crops: Tensor | None = None
+    """float32 (2, 6), as `PairBatch.crops`."""
+    latents: Tensor | None = None
+    """float32 (2, 2, C, h, w), as `PairBatch.latents`."""
+    conditioning: dict[str, Tensor] | None = None
+    """The text encoders' outputs for the prompt, without the batch's dimension."""
 
 
-def collate(pairs: Sequence[Pair], category: str | None = None, skipped: Sequence[str] = ()) -> PairBatch:
+def collate(
+    pairs: Sequence[Pair],
+    category: str | None = None,
+    skipped: Sequence[str] = (),
+    empty: dict[str, Tensor] | None = None,
+) -> PairBatch:
     """Put pairs together.
+
+    Args:
+        pairs: all with images, or all with latents and text.
+        category: what they have in common, if they were chosen so.
+        skipped: bad samples that were left out.
+        empty: the text encoders' outputs for the empty prompt, where pairs have those of theirs.
 
     Raises:
         UserError: images of different sizes meet; names one sample of each size and the YAML key that cures
         it.
     """
-    first = pairs[0]
-    for pair in pairs:
-        for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if image.shape != first.chosen.shape:
-                raise UserError(
-                    f"{pair.where}: {side} is {_size(image)} but {first.where} "
-                    f"has {_size(first.chosen)}; images of one batch must be of one size: set "
-                    "data.init_args.resolution"
-                )
+    _check_sizes(pairs)
+    seeds = [pair.seed for pair in pairs]
+    latents = _stack([pair.latents for pair in pairs])
+    # What a step needs by the thousand is drawn here, in the worker, where its count is known.
+    draws = {} if latents is None else {name: normal(seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
     nan = float("nan")
     unknown: Sides[float] = Sides(nan, nan)
     labels = [pair.metadata.harmful for pair in pairs]
@@ -112,13 +142,13 @@ def collate(pairs: Sequence[Pair], category: str | None = None, skipped: Sequenc
     scores = [pair.metadata.score or unknown for pair in pairs]
     return PairBatch(
         keys=[pair.key for pair in pairs],
-        seeds=[pair.seed for pair in pairs],
+        seeds=seeds,
         prompts=[pair.metadata.prompt for pair in pairs],
         prompt_kinds=[pair.metadata.prompt_kind for pair in pairs],
         categories=[pair.metadata.categories for pair in pairs],
         orders=[pair.metadata.order for pair in pairs],
-        chosen=torch.stack([pair.chosen for pair in pairs]),
-        rejected=torch.stack([pair.rejected for pair in pairs]),
+        chosen=_stack([pair.chosen for pair in pairs]),
+        rejected=_stack([pair.rejected for pair in pairs]),
         clean=torch.tensor([float(pair.metadata.prompt_kind == "clean") for pair in pairs]),
         harmful=torch.tensor(
             [[nan if side is None else float(side) for side in (one.chosen, one.rejected)] for one in labels]
@@ -130,8 +160,37 @@ def collate(pairs: Sequence[Pair], category: str | None = None, skipped: Sequenc
         has_harmful=[one.chosen is not None and one.rejected is not None for one in labels],
         user_ids=[pair.metadata.user_id for pair in pairs],
         category=category,
+        latents=latents,
+        conditioning=_rows(pairs),
+        empty=empty,
+        crops=_stack([pair.crops for pair in pairs]),
+        draws=draws,
         skipped=list(skipped),
     )
+
+
+def _stack(found: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [one for one in found if one is not None]
+    return torch.stack(tensors) if len(tensors) == len(found) else None
+
+
+def _rows(pairs: Sequence[Pair]) -> dict[str, Tensor] | None:
+    found = [pair.conditioning for pair in pairs if pair.conditioning is not None]
+    if len(found) != len(pairs):
+        return None
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def _check_sizes(pairs: Sequence[Pair]) -> None:
+    first = pairs[0]
+    for pair in pairs:
+        for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if image is not None and first.chosen is not None and image.shape != first.chosen.shape:
+                raise UserError(
+                    f"{pair.where}: {side} is {_size(image)} but {first.where} "
+                    f"has {_size(first.chosen)}; images of one batch must be of one size: set "
+                    "data.init_args.resolution"
+                )
 
 
 def _size(image: Tensor) -> str:

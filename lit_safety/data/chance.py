@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: The purposes of the numbers that a step needs by the thousand; workers draw them ahead where they know how many.
+NOISE, LATENT = "noise", "latent"
+
 _63_BITS = (1 << 63) - 1
 
 

@@ -11,9 +11,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_safety.data.cache import check_resolution
+from lit_safety.data.cached_source import CachedSource, cached_source
 from lit_safety.data.categories import CATEGORIES
 from lit_safety.data.decode import PairDecoder
 from lit_safety.data.loader import PairLoader
+from lit_safety.data.mix import mixed_batches, shares
 from lit_safety.data.order import Deal
 from lit_safety.data.place import Place
 from lit_safety.data.plan import Group, batches_in
@@ -35,6 +38,9 @@ class PreferenceDataModule(LightningDataModule):
         train: Shards to train on: a folder (with `manifest.json`, or just tar files), the URL of a folder with
             `manifest.json` (http, s3, ...), a tar file, a pattern such as `shards/train-{000000..000031}.tar` or
             `shards/*.tar`, or a list of these.
+        weights: With a list in `train`: in which proportion its entries make up every pass, such as [2, 1]. A pass is
+            as long as all pairs together; an entry goes on in the next pass where it stopped in this one, so a small
+            one is repeated and of a large one nothing is lost. null: every pair once a pass.
         val: Shards to validate on, given likewise. Read in the stored order, every pair once.
         test: Shards to test and predict on, given likewise.
         batch_size: Pairs in a training batch on each rank; one step sees batch_size x ranks x
@@ -46,9 +52,13 @@ class PreferenceDataModule(LightningDataModule):
         resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the
             middle; null: as stored.
         flip: Mirror half of the training pairs, both images of a pair alike.
+        use_cache: Read cached latents and text where shards have them (`shards precompute`), and no images; false:
+            images, for which they must be there beside.
         one_category: Make every training step (on all ranks) of pairs about one category, for experts; the categories
             take turns, each as often as it has pairs. A pair about several categories takes part in the turns of each,
-            one about none in no turn.
+            one about none in no turn. Batches of validation and test are of one category too, one after the other.
+        consecutive: With `one_category`: train one category after the other, each for an equal share of
+            `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
         shuffle_window: How many shards are mixed with each other; more mixes better and keeps more files open.
         categories: Take only pairs that are about at least one of these harm categories; null: all pairs.
         kinds: Take only pairs whose prompt is `harmful` or `clean`; null: all pairs.
@@ -70,7 +80,9 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
         resolution: int | None = None,
         flip: bool = False,
+        use_cache: bool = True,
         one_category: bool = False,
+        consecutive: bool = False,
         shuffle_window: int = 4,
         categories: list[str] | None = None,
         kinds: list[str] | None = None,
@@ -78,6 +90,7 @@ class PreferenceDataModule(LightningDataModule):
         users: list[str] | None = None,
         on_bad_sample: Literal["error", "skip"] = "error",
         bad_sample_limit: int = 100,
+        weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # a key that the module has too would be refused by the loggers
@@ -88,16 +101,22 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = seed
         self.resolution = resolution
         self.flip = flip
+        self.use_cache = use_cache
         self.one_category = one_category
+        self.consecutive = consecutive
         self.shuffle_window = shuffle_window
         self.on_bad_sample = on_bad_sample
         self.bad_sample_limit = bad_sample_limit
+        self.weights = weights
         self.filter = Filter.of(categories, kinds, orders, users, KEY)
         self.place = Place()
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
         self._opened: dict[str, tuple[Source, Selection]] = {}
+        self._caches: dict[str, CachedSource] = {}
+        self.labels_only: frozenset[str] = frozenset()
+        """Of train, val and test, what a module reads no images of: it has kept what it needs of them."""
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -106,11 +125,23 @@ class PreferenceDataModule(LightningDataModule):
             ("val_batch_size", 1),
             ("num_workers", 0),
             ("shuffle_window", 1),
+            ("bad_sample_limit", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{KEY}.{name} must be at least {least}, not {getattr(self, name)}")
         if self.resolution is not None and self.resolution < 1:
             raise UserError(f"{KEY}.resolution must be at least 1 pixel, not {self.resolution}")
+        if self.consecutive and not self.one_category:
+            raise UserError(f"{KEY}.consecutive: true is about batches of one category: set {KEY}.one_category: true")
+        if self.weights is not None:
+            entries = len(self.train) if isinstance(self.train, list) else 0
+            if len(self.weights) != entries or not all(0 < weight < float("inf") for weight in self.weights):
+                raise UserError(
+                    f"{KEY}.weights must hold a number above 0 for each entry of the list {KEY}.train, which has "
+                    f"{entries or 'none: it is no list'}"
+                )
+            if self.one_category:
+                raise UserError(f"{KEY}.weights mixes batches, {KEY}.one_category divides them: leave one of them out")
         if self.on_bad_sample not in ("error", "skip"):
             raise UserError(f"{KEY}.on_bad_sample must be error or skip, not {self.on_bad_sample!r}")
 
@@ -154,7 +185,30 @@ class PreferenceDataModule(LightningDataModule):
             given: str | Sequence[str] = getattr(self, name)
             source = open_source(given, f"{KEY}.{name}")
             self._opened[name] = source, select(source, self.filter)
+            if not self.use_cache:
+                self._check_images(source)
+            cached = cached_source(source) if self.use_cache else None
+            if cached is not None:
+                check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
+                self._caches[name] = cached
         return self._opened[name]
+
+    def _check_images(self, source: Source) -> None:
+        for one in source.caches:
+            if one.cache and one.cache.get("images") is not True:
+                raise UserError(
+                    f"{source.key}: {KEY}.use_cache is false, but {one.given} holds latents and no images; name the "
+                    "shards it was made from, or make it anew with `shards precompute --keep_images true`"
+                )
+
+    def caches(self, stage: str | None = "fit") -> list[CachedSource]:
+        """What a stage reads from caches instead of images, so that a model can be compared with its maker.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        return [self._caches[name] for name in self._needed(stage) if name in self._caches]
 
     # ---- Lightning's hooks
 
@@ -165,7 +219,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         deal, total = self._train_deal(), self._open("train")[1].total
         groups = self._groups("train", deal, warn=True)
-        if batches_in(groups, deal) == 0:
+        if (batches_in(groups, deal) if self.weights is None else mixed_batches(groups, deal)) == 0:
             held = (
                 f"no category with as many pairs as one step takes, of {total}"
                 if self.one_category
@@ -175,7 +229,10 @@ class PreferenceDataModule(LightningDataModule):
                 f"{KEY}.train has {held}: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x "
                 f"{deal.accumulate} (trainer.accumulate_grad_batches)"
             )
-        if dropped := sum(deal.dropped(group.selection.total) for group in groups):
+        steps_each = self._steps_each(len(groups))
+        if self.weights is not None:
+            self._say_mix(groups, deal)
+        elif dropped := sum(deal.dropped(group.selection.total) for group in groups):
             rank_zero_info(f"a pass leaves out {dropped} of {total} training pairs, others each time")
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that goes on where it was
             self.place = Place()
@@ -189,6 +246,50 @@ class PreferenceDataModule(LightningDataModule):
             f"{KEY}.shuffle_window": self.shuffle_window,
             f"{KEY}.one_category": self.one_category,
         }
+        if steps_each is not None:
+            self.place.signature["the steps of one category"] = steps_each
+        if self.weights is not None:
+            sizes = [group.selection.total for group in groups]
+            weights = [float(weight) for weight in self.weights]
+            self.place.signature[f"{KEY}.weights and the pairs of each"] = f"{weights} of {sizes}"
+
+    def _say_mix(self, groups: Sequence[Group], deal: Deal) -> None:
+        """Log what a pass takes of each source.
+
+        Raises:
+            UserError: one is too light to be seen in a pass.
+        """
+        assert self.weights is not None
+        each = shares(self.weights, mixed_batches(groups, deal) * deal.batch_size * deal.world)
+        for number, (share, group, weight) in enumerate(zip(each, groups, self.weights, strict=True)):
+            if not share:
+                raise UserError(f"{KEY}.weights[{number}] is {weight}: not one pair in a pass of {sum(each)}; raise it")
+            rank_zero_info(f"a pass takes {share} pairs of the {group.selection.total} of {KEY}.train[{number}]")
+
+    def training_categories(self) -> list[str]:
+        """The categories that steps are made of, in the order of their turns where they are consecutive.
+
+        Empty without `one_category`.
+
+        Raises:
+            UserError: there are no shards to train on.
+        """
+        if self.train is None:
+            raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
+        groups = self._groups("train", self._train_deal()) if self.one_category else []
+        return [group.category for group in groups if group.category is not None]
+
+    def _steps_each(self, categories: int) -> int | None:
+        """How many steps each category is trained for where they come one after the other."""
+        if not self.consecutive:
+            return None
+        steps = -1 if self.trainer is None else self.trainer.max_steps
+        if steps < 1 or steps % categories:
+            raise UserError(
+                f"{KEY}.consecutive: true divides trainer.max_steps evenly among {categories} categories: set it to a "
+                f"multiple of {categories}, not {steps}"
+            )
+        return steps // categories
 
     def train_dataloader(self) -> PairLoader:
         return self._loader("train", self._train_deal(), self.num_workers, place=self.place)
@@ -226,8 +327,10 @@ class PreferenceDataModule(LightningDataModule):
         return Deal(self.batch_size, *self._ranks(), accumulate=accumulate)
 
     def _groups(self, name: str, deal: Deal, warn: bool = False) -> list[Group]:
-        """The training pairs as one group, or one a category that has pairs enough for a step."""
+        """The pairs as one group, or one a category that has pairs enough for a step."""
         source, selection = self._open(name)
+        if name == "train" and self.weights is not None:
+            return self._sources(source, selection)
         if not self.one_category:
             return [Group(selection)]
         groups = []
@@ -239,25 +342,47 @@ class PreferenceDataModule(LightningDataModule):
                 rank_zero_warn(f"{source.key}: the {found.total} pairs of {category} are too few for a step: left out")
         return groups
 
+    def _sources(self, source: Source, selection: Selection) -> list[Group]:
+        """The training pairs by the entry of the list that they come from."""
+        groups, start = [], 0
+        for number, shards in enumerate(source.parts):
+            groups.append(Group(selection.part(start, start + shards)))
+            start += shards
+            if not groups[-1].selection.total:
+                raise UserError(f"{source.key}[{number}]: no sample is left after the filter, and it has a weight")
+        return groups
+
     def _evaluation_loader(self, name: str) -> PairLoader:
-        source, selection = self._open(name)
+        source, _ = self._open(name)
         deal = Deal(self.val_batch_size, *self._ranks(), ragged=True)
-        if repeated := deal.repeated(selection.total):
+        groups = self._groups(name, deal)
+        if not groups:
+            raise UserError(f"{source.key}: {KEY}.one_category asks for pairs about a category, and there are none")
+        if repeated := sum(deal.repeated(group.selection.total) for group in groups):
             rank_zero_warn(f"{source.key}: {repeated} batches are read twice to keep {deal.world} ranks in step")
         return self._loader(name, deal, min(self.num_workers, len(source.paths)))
+
+    def _decoder(self, name: str, training: bool) -> PairDecoder:
+        cached = self._caches.get(name)
+        cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
+        flip = self.flip and training
+        return PairDecoder(self.seed, self.resolution, flip, cache, prompts, name in self.labels_only)
 
     def _loader(self, name: str, deal: Deal, num_workers: int, place: Place | None = None) -> PairLoader:
         training = place is not None
         overfit = getattr(self.trainer, "overfit_batches", 0)  # then every pass is the same
-        source, selection = self._open(name)
+        source, _ = self._open(name)
+        groups = self._groups(name, deal)
         stream = PairStream(
             source,
-            self._groups(name, deal) if training else [Group(selection)],
+            groups,
             deal,
-            PairDecoder(self.seed, self.resolution, self.flip and training),
+            self._decoder(name, training),
             shuffle=training and not overfit,
             window=self.shuffle_window,
             skip_bad=self.on_bad_sample == "skip",
+            steps_each=self._steps_each(len(groups)) if training else None,
+            weights=self.weights if training else None,
         )
         return PairLoader(
             stream, num_workers, torch.cuda.is_available(), place, self.bad_sample_limit, self.bad_samples

@@ -1,7 +1,8 @@
-"""From a sample's bytes to its tensors: metadata checked, images bounded, resized, perhaps mirrored."""
+"""From a sample's bytes to its tensors: metadata checked, images bounded, resized, perhaps mirrored, or cached."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lit_safety.data.batch import Pair
+from lit_safety.data.cache import Cache
+from lit_safety.data.cached import cached_members, cached_tensors
 from lit_safety.data.chance import sample_seed, uniform
 from lit_safety.data.images import FORMATS, decode_image
+from lit_safety.data.prompt_table import PromptTables
 from lit_safety.data.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.tarindex import BadSample
 from lit_safety.errors import UserError
+
+_IMAGES = re.compile(rf"json|({'|'.join(SIDES)})\.({'|'.join(FORMATS)})")
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,46 @@ class PairDecoder:
     stored."""
     flip: bool = False
     """Mirror half of the pairs, both images alike."""
+    cache: Cache | None = None
+    """What the shards' cached latents are; None: images are decoded."""
+    prompts: PromptTables | None = None
+    """The text encoders' outputs, where latents are cached."""
+    labels_only: bool = False
+    """Read the metadata alone, where a module has kept what it needs of the images."""
+
+    def wants(self, suffix: str) -> bool:
+        """Whether a member of a sample is needed."""
+        if self.labels_only:
+            return suffix == "json"
+        found = _IMAGES.fullmatch(suffix) if self.cache is None else cached_members(self.flip).fullmatch(suffix)
+        return found is not None
+
+    def empty(self) -> dict[str, Tensor] | None:
+        """The text encoders' outputs for the empty prompt, 1 row each, where they are cached."""
+        return None if self.prompts is None else self.prompts.empty()
 
     def __call__(self, key: str, members: dict[str, bytes], epoch: int, where: str) -> Pair:
         """Decode one sample.
 
         Raises:
-            BadSample: an image or the metadata is missing or cannot be used.
+            BadSample: an image, the metadata or what is cached is missing or cannot be used.
         """
-        metadata, *images = pair_images(members, where)
         seed = sample_seed(self.seed, epoch, key)
         mirror = self.flip and uniform(seed, "flip") < 0.5
-        chosen, rejected = (self._tensor(image, mirror) for image in images)
-        return Pair(key, seed, metadata, chosen, rejected, where)
+        if self.labels_only:
+            return Pair(key, seed, pair_metadata(members, where), None, None, where)
+        if self.cache is None:
+            metadata, *images = pair_images(members, where)
+            chosen, rejected = (self._tensor(image, mirror) for image in images)
+            crops = torch.tensor([self._crop(image) for image in images])
+            return Pair(key, seed, metadata, chosen, rejected, where, crops)
+        metadata = pair_metadata(members, where)
+        try:
+            latents, crops = cached_tensors(members, self.cache, mirror, where)
+            conditioning = None if self.prompts is None else self.prompts.get(metadata.prompt, where)
+        except UserError as error:
+            raise BadSample(str(error)) from error
+        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning)
 
     def _tensor(self, image: Image.Image, mirror: bool) -> Tensor:
         if self.resolution is not None and image.size != (self.resolution, self.resolution):
@@ -47,6 +81,30 @@ class PairDecoder:
             image = ImageOps.mirror(image)
         return to_tensor(image)
 
+    def _crop(self, image: Image.Image) -> tuple[float, ...]:
+        """Height and width as stored, top and left of the cut once scaled, height and width of the cut. The cut is
+        from the middle, so mirroring does not change it."""
+        width, height = image.size
+        if self.resolution is None:
+            return (height, width, 0.0, 0.0, height, width)
+        side = self.resolution
+        top, left = (round((size * side / min(width, height) - side) / 2) for size in (height, width))
+        return (height, width, top, left, side, side)
+
+
+def pair_metadata(members: dict[str, bytes], where: str) -> PairMetadata:
+    """The metadata of a sample, checked.
+
+    Raises:
+        BadSample: it is missing or cannot be used.
+    """
+    try:
+        if "json" not in members:
+            raise UserError(f"{where}: has no json")
+        return parse_metadata(members["json"], where)
+    except UserError as error:
+        raise BadSample(str(error)) from error
+
 
 def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Image.Image, Image.Image]:
     """The metadata, the chosen and the rejected image of a sample, checked and as stored.
@@ -54,10 +112,8 @@ def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Im
     Raises:
         BadSample: one of them is missing or cannot be used.
     """
+    metadata = pair_metadata(members, where)
     try:
-        if "json" not in members:
-            raise UserError(f"{where}: has no json")
-        metadata = parse_metadata(members["json"], where)
         chosen, rejected = (decode_image(_image_bytes(members, side, where), f"{where}: {side}") for side in SIDES)
     except UserError as error:
         raise BadSample(str(error)) from error

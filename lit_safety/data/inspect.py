@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
     from PIL import Image
 
     from lit_safety.data.sample import PairMetadata
     from lit_safety.data.source import Source
+
+    #: Key, metadata, and the images, which a cached sample may lack.
+    Row = tuple[str, PairMetadata, Image.Image | None, Image.Image | None]
 
 CELL = 128
 CAPTION = 260
@@ -33,7 +36,8 @@ def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmfu
     rows = []
     for key, metadata, chosen, rejected in _drawn(source, samples):
         print(f"\n{key}: {metadata.prompt}")
-        print(f"  {_words(metadata)}; {chosen.width} x {chosen.height}, {rejected.width} x {rejected.height} pixels")
+        images = [f"{one.width} x {one.height}" for one in (chosen, rejected) if one is not None]
+        print(f"  {_words(metadata)}; {', '.join(images) + ' pixels' if images else 'latents only'}")
         rows.append((key, metadata, chosen, rejected))
     if sheet is not None:
         draw_sheet(rows, sheet, show_harmful)
@@ -52,10 +56,21 @@ def _summary(source: Source) -> list[str]:
         lines.append(f"  {name + ':':<12}{held or 'not known'}")
     per_shard = Counter(shard.nsamples for shard in manifest.shardlist)
     lines.append(f"  {'per shard:':<12}{min(per_shard)} to {max(per_shard)} pairs")
-    for name, held_there in (("provenance", manifest.provenance), ("seeds", manifest.seeds), ("cache", manifest.cache)):
+    for name, held_there in (("provenance", manifest.provenance), ("seeds", manifest.seeds)):
         if held_there:
             lines.append(f"  {name + ':':<12}{held_there}")
-    return lines
+    return lines + [line for one in source.caches if one.cache for line in _cached(one.given, one.cache)]
+
+
+def _cached(given: str, stated: dict[str, Any]) -> list[str]:
+    from lit_safety.data.cache import parse_cache, truncation
+    from lit_safety.data.manifest import FILE_NAME
+
+    cache = parse_cache(stated, f"{given}/{FILE_NAME}: cache")
+    kept = f"{'with' if cache.images else 'without'} images, {'with' if cache.flip else 'without'} mirrored latents"
+    lines = [f"  {'cached:':<12}by {cache}, latents {' x '.join(map(str, cache.latent))} in {cache.dtype}, {kept}"]
+    note = truncation(stated)
+    return lines if note is None else [*lines, f"  {'':<12}{note}"]
 
 
 def _words(metadata: PairMetadata) -> str:
@@ -66,12 +81,13 @@ def _words(metadata: PairMetadata) -> str:
     return f"{metadata.prompt_kind} prompt, {about}{concept}, {chosen} over {rejected} by {metadata.order}{user}"
 
 
-def _drawn(source: Source, samples: int) -> list[tuple[str, PairMetadata, Image.Image, Image.Image]]:
-    from lit_safety.data.decode import pair_images
+def _drawn(source: Source, samples: int) -> list[Row]:
+    from lit_safety.data.cached import has_latents_only
+    from lit_safety.data.decode import pair_images, pair_metadata
     from lit_safety.data.order import EpochOrder
 
     order = EpochOrder([shard.nsamples for shard in source.manifest.shardlist], seed=None, window=1)
-    found = []
+    found: list[Row] = []
     # Drawn, not every n-th: generated data often repeats itself with a period. The same ones each time.
     for position in sorted(random.Random(0).sample(range(order.total), min(max(samples, 0), order.total))):
         window = order.window_at(position)
@@ -80,15 +96,16 @@ def _drawn(source: Source, samples: int) -> list[tuple[str, PairMetadata, Image.
         try:
             number = position - window.start
             key, members = shard.read(number)
-            found.append((key, *pair_images(members, shard.where(number))))
+            if has_latents_only(members):
+                found.append((key, pair_metadata(members, shard.where(number)), None, None))
+            else:
+                found.append((key, *pair_images(members, shard.where(number))))
         finally:
             shard.close()
     return found
 
 
-def draw_sheet(
-    rows: list[tuple[str, PairMetadata, Image.Image, Image.Image]], path: str, show_harmful: bool = False
-) -> None:
+def draw_sheet(rows: list[Row], path: str, show_harmful: bool = False) -> None:
     """Draw one row a sample into a PNG file: chosen, rejected, and what is known of them.
 
     Args:
@@ -110,6 +127,9 @@ def draw_sheet(
         for column, (image, label) in enumerate(
             ((chosen, metadata.harmful.chosen), (rejected, metadata.harmful.rejected))
         ):
+            if image is None:
+                pen.text((column * CELL + 6, row * CELL + 6), "latents only", fill="black")
+                continue
             cell = ImageOps.contain(image, (CELL - 4, CELL - 4), Image.Resampling.NEAREST)
             if label is not False and not show_harmful:
                 cell = cell.filter(ImageFilter.GaussianBlur(CELL / 12))

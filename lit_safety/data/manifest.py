@@ -27,6 +27,8 @@ FILE_NAME = "manifest.json"
 FORMAT = "lit_safety preference shards"
 VERSION = 1
 
+MAX_SAMPLES = 10_000_000
+"""In one shard; memory is taken for so many before it is opened."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
 
 
@@ -163,7 +165,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     manifest = Manifest(
         shardlist=tuple(shards),
         classes=classes,
-        labels=labels if isinstance(labels, dict) else {},
+        labels={n: c for n, c in labels.items() if type(c) is int} if isinstance(labels, dict) else {},
         provenance=_dict(data, "provenance", path),
         seeds=_dict(data, "seeds", path),
         cache=_dict(data, "cache", path) or None,
@@ -212,8 +214,8 @@ def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
     url, nsamples, classes = entry["url"], entry.get("nsamples"), entry.get("classes")
     if not _SAFE_NAME.match(url):
         raise UserError(f"{where}: {url!r} is refused: a manifest names shards by plain relative names only")
-    if isinstance(nsamples, bool) or not isinstance(nsamples, int) or nsamples < 0:
-        raise UserError(f"{where}: 'nsamples' must be a count, not {nsamples!r}")
+    if isinstance(nsamples, bool) or not isinstance(nsamples, int) or not 0 <= nsamples <= MAX_SAMPLES:
+        raise UserError(f"{where}: 'nsamples' must be a count up to {MAX_SAMPLES}, not {repr(nsamples)[:40]}")
     if not isinstance(entry.get("bytes", 0), int) or not isinstance(entry.get("sha256", ""), str):
         raise UserError(f"{where}: 'bytes' must be a number and 'sha256' a text")
     if classes is not None:

@@ -54,14 +54,15 @@ class EpochOrder:
         self.seed = seed
         self.epoch = epoch
         self._words = (seed, epoch) if name is None else (seed, epoch, name)
-        shards = range(len(counts)) if seed is None else permutation(len(counts), "shards", *self._words)
+        shards = [shard for shard, count in enumerate(counts) if count]  # an empty one would make its window smaller
+        if seed is not None:
+            shards = [shards[number] for number in permutation(len(shards), "shards", *self._words)]
         self.windows: list[Window] = []
         start = 0
-        for first in range(0, len(counts), window):
-            members = tuple(int(shard) for shard in shards[first : first + window])
+        for first in range(0, len(shards), window):
+            members = tuple(shards[first : first + window])
             stop = start + sum(counts[shard] for shard in members)
-            if stop > start:
-                self.windows.append(Window(len(self.windows), members, start, stop))
+            self.windows.append(Window(len(self.windows), members, start, stop))
             start = stop
         self.total = start
         self._starts = [one.start for one in self.windows]

@@ -2,7 +2,9 @@
 
 Groups are for training one expert a category: a step (all micro-batches of all ranks) belongs to one group, and which
 group's turn it is is a pure function of (seed, epoch) and the counts, so every rank agrees without a word. Each group
-has its own order and gets as many turns as it has pairs for; the turns are shuffled.
+has its own order and gets as many turns as it has pairs for; the turns are shuffled. Or the groups come one after the
+other, each for the same number of steps and for as many passes over its own pairs as that takes. Either way a group's
+batches are those that it would give alone.
 """
 
 from __future__ import annotations
@@ -33,10 +35,14 @@ class Draw:
     start: int
     """Positions [start, stop) of the group's order."""
     stop: int
+    epoch: int
+    """Which pass over the group's pairs it belongs to."""
 
 
-def batches_in(groups: Sequence[Group], deal: Deal) -> int:
+def batches_in(groups: Sequence[Group], deal: Deal, steps_each: int | None = None) -> int:
     """How many batches each rank gets in a pass; the same in every pass."""
+    if steps_each is not None:
+        return len(groups) * steps_each * deal.accumulate
     return sum(deal.batches(group.selection.total) for group in groups)
 
 
@@ -46,29 +52,65 @@ class Plan:
     Args:
         groups: one, or several that take turns.
         deal: how positions are dealt to this rank.
-        seed: the run's seed; None keeps the stored order (one group only).
+        seed: the run's seed; None keeps the stored order, one group after the other.
         epoch: which pass over the data this is.
         window: how many shards are mixed with each other.
+        steps_each: one group after the other, each for so many steps; None: they take turns.
     """
 
-    def __init__(self, groups: Sequence[Group], deal: Deal, seed: int | None, epoch: int, window: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        deal: Deal,
+        seed: int | None,
+        epoch: int,
+        window: int,
+        steps_each: int | None = None,
+    ) -> None:
         self.groups = groups
         self.deal = deal
-        self.orders = [EpochOrder(one.selection.counts, seed, epoch, window, one.category) for one in groups]
-        self.batches = batches_in(groups, deal)
-        steps = [deal.batches(order.total) // deal.accumulate for order in self.orders]
-        if len(groups) > 1 and seed is not None:
-            turns = np.repeat(np.arange(len(groups)), steps)
-            self._turns = turns[permutation(len(turns), "turns", seed, epoch)]
-            self._nth = np.empty_like(self._turns)
-            """For each step, how many turns its group had before."""
-            for group, number in enumerate(steps):
-                self._nth[self._turns == group] = np.arange(number)
+        self.seed = seed
+        self.epoch = epoch
+        self.window = window
+        self.steps_each = steps_each
+        self.batches = batches_in(groups, deal, steps_each)
+        self._orders: dict[int, tuple[int, EpochOrder]] = {}
+        if steps_each is None:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        steps = [self.deal.batches(one.selection.total) // self.deal.accumulate for one in self.groups]
+        turns = np.repeat(np.arange(len(self.groups)), steps)
+        if self.seed is not None and len(self.groups) > 1:
+            turns = turns[permutation(len(turns), "turns", self.seed, self.epoch)]
+        self._turns = turns
+        self._nth = np.empty_like(turns)
+        """For each step, how many turns its group had before."""
+        for group, number in enumerate(steps):
+            self._nth[turns == group] = np.arange(number)
 
     def draw(self, batch: int) -> Draw:
         """What this rank's `batch`-th batch is made of."""
-        group, local = 0, batch
-        if len(self.groups) > 1:
-            step, micro = divmod(batch, self.deal.accumulate)
-            group, local = int(self._turns[step]), int(self._nth[step]) * self.deal.accumulate + micro
-        return Draw(group, *self.deal.span(local, self.orders[group].total))
+        accumulate = self.deal.accumulate
+        if self.steps_each is None:
+            step, micro = divmod(batch, accumulate)
+            group, local, epoch = int(self._turns[step]), int(self._nth[step]) * accumulate + micro, self.epoch
+        else:
+            group, rest = divmod(batch, self.steps_each * accumulate)
+            a_pass = self.deal.batches(self.groups[group].selection.total)
+            passes, local = divmod(rest, a_pass)
+            epoch = self.epoch * -(-self.steps_each * accumulate // a_pass) + passes
+        return Draw(group, *self.deal.span(local, self.groups[group].selection.total), epoch)
+
+    def draws(self, batch: int) -> list[Draw]:
+        """`draw`, as the one part that the batch is made of."""
+        return [self.draw(batch)]
+
+    def order(self, draw: Draw) -> EpochOrder:
+        """The order that the positions of `draw` are of; the same object as long as the group's pass is the same."""
+        epoch, order = self._orders.get(draw.group, (None, None))
+        if order is None or epoch != draw.epoch:
+            one = self.groups[draw.group]
+            order = EpochOrder(one.selection.counts, self.seed, draw.epoch, self.window, one.category)
+            self._orders[draw.group] = draw.epoch, order
+        return order

@@ -105,10 +105,7 @@ def parse_metadata(raw: bytes | Mapping[str, Any], where: str) -> PairMetadata:
     prompt = data.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: 'prompt' must be a text that is not empty")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: 'prompt' holds a broken character at {error.start}") from error
+    _encodable(prompt, "prompt", where)
     return PairMetadata(
         prompt=prompt,
         prompt_kind=_one_of(data, "prompt_kind", PROMPT_KINDS, where),
@@ -146,7 +143,16 @@ def _text(data: Mapping[str, Any], name: str, where: str) -> str | None:
     value = data.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {name!r} must be a text, not {value!r}")
+    _encodable(value or "", name, where)
     return value
+
+
+def _encodable(text: str, name: str, where: str) -> None:
+    """Half a surrogate pair can stand in JSON, and in no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {name!r} holds a broken character at {error.start}") from error
 
 
 def _integer(value: Any, name: str, where: str) -> int | None:
@@ -185,7 +191,11 @@ def _numbers(value: Any, name: str, where: str) -> Sides[float] | None:
         return None
     pair = []
     for side in _sides(value, name, where):
-        if isinstance(side, bool) or not isinstance(side, int | float) or not math.isfinite(side):
-            raise UserError(f"{where}: {name!r} holds {side!r}, not a finite number")
-        pair.append(float(side))
+        try:
+            number = math.nan if isinstance(side, bool) or not isinstance(side, int | float) else float(side)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
+            raise UserError(f"{where}: {name!r} holds {repr(side)[:40]}, not a finite number")
+        pair.append(number)
     return Sides(pair[0], pair[1])

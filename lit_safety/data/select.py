@@ -80,6 +80,11 @@ class Selection:
     def total(self) -> int:
         return sum(self.counts)
 
+    def part(self, start: int, stop: int) -> Selection:
+        """Of the shards [start, stop) only; shards keep their numbers."""
+        counts = tuple(count if start <= shard < stop else 0 for shard, count in enumerate(self.counts))
+        return Selection(counts, self.numbers)
+
     def number(self, shard: int, index: int) -> int:
         """The number in its shard of the shard's `index`-th sample that takes part."""
         return index if self.numbers is None else int(self.numbers[shard][index])

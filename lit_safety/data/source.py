@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
-from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, load_manifest
+from lit_safety.data.cache import PROMPTS
+from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest
 from lit_safety.data.remote import default_cache, fetch, is_remote
 from lit_safety.data.sample import parse_metadata
 from lit_safety.data.tarindex import OpenShard
@@ -26,6 +28,21 @@ from lit_safety.errors import UserError
 NOTHING = "the list of shards is empty; give a folder of shards or a pattern of tar files"
 # The class of a sample whose metadata cannot be read: no filter finds it, and the reader names it in its turn.
 UNREADABLE = SampleClass("unreadable", "unreadable")
+
+
+@dataclass(frozen=True)
+class FolderCache:
+    """What one folder's manifest says of a cache."""
+
+    given: str
+    """The folder or URL."""
+    cache: dict[str, Any] | None
+    """`cache` of its manifest, unchecked; None: its samples are not cached."""
+
+    @property
+    def prompts(self) -> str:
+        """The file or URL of the text encoders' outputs."""
+        return f"{self.given}/{PROMPTS}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,20 @@ class Source:
     manifest: Manifest
     paths: tuple[str, ...]
     """Each shard's file or URL, in the order of `manifest.shardlist`."""
+    caches: tuple[FolderCache, ...] = ()
+    """What each folder (or pattern) says of a cache."""
+    parts: tuple[int, ...] = ()
+    """Where a list was given: how many shards each entry has."""
+
+    def identity(self) -> list[tuple[int, str]]:
+        """Samples and SHA-256 of each shard: what tells these from others, wherever they lie.
+
+        Shards without a stated hash are read for it; of those elsewhere their URL stands for it.
+        """
+        return [
+            (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path)))
+            for path, listed in zip(self.paths, self.manifest.shardlist, strict=True)
+        ]
 
     def open_shard(self, number: int) -> OpenShard:
         """Open a shard, fetching it if it lies elsewhere and was not fetched yet.
@@ -65,7 +96,7 @@ def open_source(given: str | Sequence[str], key: str) -> Source:
         if os.path.isdir(given) and os.path.exists(os.path.join(given, FILE_NAME)):
             return _with_manifest(Path(given), key)
         paths = tars_named(given, key)
-        return Source(key, given, scan(paths), tuple(paths))
+        return Source(key, given, scan(paths), tuple(paths), (FolderCache(given, None),))
     if not given:
         raise UserError(f"{key}: {NOTHING}")
     return _together([open_source(one, key) for one in given], key)
@@ -82,7 +113,8 @@ def _over_the_network(folder: str, key: str) -> Source:
     manifest = load_manifest(copy.parent)
     if not manifest.shardlist:
         raise UserError(f"{key}: {folder}/{FILE_NAME} lists no shards; write the shards anew or give another folder")
-    return Source(key, folder, manifest, tuple(f"{folder}/{shard.url}" for shard in manifest.shardlist))
+    paths = tuple(f"{folder}/{shard.url}" for shard in manifest.shardlist)
+    return Source(key, folder, manifest, paths, (FolderCache(folder, manifest.cache),))
 
 
 def _together(sources: Sequence[Source], key: str) -> Source:
@@ -102,7 +134,9 @@ def _together(sources: Sequence[Source], key: str) -> Source:
             for one in held.shardlist
         ]
     provenance = {source.given: source.manifest.provenance for source in sources}
-    return Source(key, given, Manifest(tuple(shards), tuple(classes), dict(labels), provenance), tuple(paths))
+    manifest = Manifest(tuple(shards), tuple(classes), dict(labels), provenance)
+    caches = tuple(one for source in sources for one in source.caches)
+    return Source(key, given, manifest, tuple(paths), caches, tuple(len(source.paths) for source in sources))
 
 
 def tars_named(given: str, key: str) -> list[str]:
@@ -142,7 +176,7 @@ def _with_manifest(folder: Path, key: str) -> Source:
                 "copy it again or write the shards anew"
             )
         paths.append(str(path))
-    return Source(key, str(folder), manifest, tuple(paths))
+    return Source(key, str(folder), manifest, tuple(paths), (FolderCache(str(folder), manifest.cache),))
 
 
 def _expand(pattern: str, key: str) -> list[str]:
@@ -178,14 +212,21 @@ def scan(paths: Sequence[str]) -> Manifest:
     """Make a manifest in memory from the tars' headers and JSON members; a tar is scanned once a process.
 
     Raises:
-        UserError: a file is no tar, or ends too early.
+        UserError: a file is no tar, ends too early, or holds no sample.
     """
     classes: dict[SampleClass, int] = {}
     labels: Counter[str] = Counter()
     shards = []
     for path in paths:
+        if is_remote(path):
+            raise UserError(
+                f"{path}: its manifest does not say what its samples are about (`classes`), so a filter cannot be "
+                "applied over the network; copy the shards to this machine"
+            )
         stat = os.stat(path)
         found, counted = _scan_one(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+        if not found:
+            raise UserError(f"{path}: holds no sample; restore it or leave it out of the list")
         labels.update(dict(counted))
         numbers = tuple(classes.setdefault(one, len(classes)) for one in found)
         shards.append(Shard(path, len(found), stat.st_size, None, numbers))

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_safety.data.batch import Pair, PairBatch, collate
 from lit_safety.data.decode import PairDecoder
+from lit_safety.data.mix import MixedPlan, mixed_batches
 from lit_safety.data.order import Deal, EpochOrder, Window
 from lit_safety.data.plan import Draw, Group, Plan, batches_in
 from lit_safety.data.select import Selection
@@ -43,6 +44,8 @@ class PairStream(IterableDataset):
         shuffle: False keeps the stored order, and every pass has the seeds of epoch 0 (validation, test).
         window: how many shards are mixed with each other.
         skip_bad: leave bad samples out instead of stopping.
+        steps_each: the groups come one after the other, each for so many steps; None: they take turns.
+        weights: every batch is made of all groups, in this proportion; None: a batch is made of one.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class PairStream(IterableDataset):
         shuffle: bool = True,
         window: int = 4,
         skip_bad: bool = False,
+        steps_each: int | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.source = source
         self.groups = groups
@@ -62,13 +67,17 @@ class PairStream(IterableDataset):
         self.shuffle = shuffle
         self.window = window
         self.skip_bad = skip_bad
+        self.steps_each = steps_each
+        self.weights = weights
         self.epoch = 0
         self.first = 0
 
     @property
     def batches(self) -> int:
         """Batches in a whole pass, the same in each."""
-        return batches_in(self.groups, self.deal)
+        if self.weights is not None:
+            return mixed_batches(self.groups, self.deal)
+        return batches_in(self.groups, self.deal, self.steps_each)
 
     def at(self, epoch: int, first: int) -> PairStream:
         """The stream set to a place: a copy, so that a place handed to workers never moves under them."""
@@ -80,17 +89,30 @@ class PairStream(IterableDataset):
         worker = get_worker_info()
         start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         seed, window = (self.decoder.seed, self.window) if self.shuffle else (None, 1)
-        plan = Plan(self.groups, self.deal, seed, self.epoch, window)
+        plan: Plan | MixedPlan
+        if self.weights is None:
+            plan = Plan(self.groups, self.deal, seed, self.epoch, window, self.steps_each)
+        else:
+            plan = MixedPlan(self.groups, self.weights, self.deal, seed, self.epoch, window)
         shards = _Shards(self.source, self.skip_bad)
-        readers = [_Reader(self, group, order, shards) for group, order in zip(self.groups, plan.orders, strict=True)]
+        readers = [_Reader(self, group, shards) for group in self.groups]
         try:
             for number in range(self.first + start, plan.batches, step):
-                draw = plan.draw(number)
-                yield readers[draw.group].batch(draw)
+                yield self._batch(readers, plan, number)
         except UserError as error:
             yield Failure(str(error))
         finally:
             shards.close()
+
+    def _batch(self, readers: Sequence[_Reader], plan: Plan | MixedPlan, number: int) -> PairBatch:
+        skipped: list[str] = []
+        pairs: list[Pair] = []
+        draws = plan.draws(number)
+        for draw in draws:
+            pairs += readers[draw.group].read(draw, plan.order(draw), skipped)
+        if not pairs:
+            raise UserError(f"no good sample is left for a batch: {skipped[0]}")
+        return collate(pairs, self.groups[draws[0].group].category, skipped, self.decoder.empty())
 
 
 class _Shards:
@@ -125,22 +147,22 @@ class _Shards:
 class _Reader:
     """Reads one group's samples by their position in its order."""
 
-    def __init__(self, stream: PairStream, group: Group, order: EpochOrder, shards: _Shards) -> None:
+    _order: EpochOrder
+    _epoch: int
+
+    def __init__(self, stream: PairStream, group: Group, shards: _Shards) -> None:
         self._stream = stream
         self._selection: Selection = group.selection
-        self._category = group.category
-        self._order = order
         self._shards = shards
         self._window: Window | None = None
         self._samples: NDArray[np.int64]
 
-    def batch(self, draw: Draw) -> PairBatch:
-        skipped: list[str] = []
+    def read(self, draw: Draw, order: EpochOrder, skipped: list[str]) -> list[Pair]:
+        """The pairs at a draw's positions; bad ones that were left out are added to `skipped`."""
+        if self._window is None or order is not self._order:
+            self._window, self._order, self._epoch = None, order, draw.epoch
         read = [self._pair(position, skipped) for position in range(draw.start, draw.stop)]
-        pairs = [pair for pair in read if pair is not None]
-        if not pairs:
-            raise UserError(f"no good sample is left for a batch: {skipped[0]}")
-        return collate(pairs, self._category, skipped)
+        return [pair for pair in read if pair is not None]
 
     def _pair(self, position: int, skipped: list[str]) -> Pair | None:
         window = self._enter(self._order.window_at(position))
@@ -168,5 +190,5 @@ class _Reader:
             if not self._stream.skip_bad:
                 raise
             raise BadSample(f"sample {number} of {error}") from error
-        key, members = tar.read(number)
-        return self._stream.decoder(key, members, self._stream.epoch, tar.where(number))
+        key, members = tar.read(number, self._stream.decoder.wants)
+        return self._stream.decoder(key, members, self._epoch, tar.where(number))

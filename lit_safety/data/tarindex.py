@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from webdataset.tariterators import base_plus_ext
@@ -20,7 +20,12 @@ from webdataset.tariterators import base_plus_ext
 from lit_safety.errors import UserError
 
 MAX_MEMBER_BYTES = 128 << 20
-_WANTED = re.compile(r"json|(chosen|rejected)\.(png|jpg|jpeg|webp)")
+MAX_PADDING = 1 << 20
+"""Zeros behind the last member. Programs fill up 10 KiB."""
+# What tarfile raises for headers that nobody wrote in good faith.
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, MemoryError)
+# Images, or what a cache has instead of them.
+_WANTED = re.compile(r"json|(chosen|rejected)\.(png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy")
 
 
 class BadSample(UserError):
@@ -44,7 +49,7 @@ class TarIndex:
 
     samples: list[StoredSample]
     problem: str | None = None
-    """Set when the tar ends too early: the samples listed are those before that point."""
+    """Set when the tar ends too early or a header is damaged: the samples listed are those before that point."""
 
 
 def index_tar(path: str | os.PathLike[str]) -> TarIndex:
@@ -56,8 +61,10 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             problem: list[str] = []
-            return TarIndex(_group(_members(tar, problem)), problem[0] if problem else None)
-    except tarfile.ReadError as error:
+            samples = _group(_members(tar, problem))
+            ending = None if problem else _ending(path, tar.offset)
+            return TarIndex(samples, problem[0] if problem else ending)
+    except _DAMAGED as error:
         hint = "; unpack it: shards are plain tar files" if str(path).endswith((".gz", ".bz2", ".xz")) else ""
         raise UserError(f"{path}: is not a readable tar file ({error}){hint}") from error
     except OSError as error:
@@ -70,8 +77,31 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[tuple[str, st
             key, suffix = base_plus_ext(member.name)
             if member.isreg() and not member.issparse() and key is not None:
                 yield key, suffix.lower(), member.offset_data, member.size
+            if member.size < 0:  # tarfile would go back, and round for ever
+                problem.append(f"the tar file is damaged ({member.name!r} has a size below 0)")
+                return
     except tarfile.ReadError as error:
         problem.append(f"the tar file is cut short ({error})")
+    except _DAMAGED as error:
+        problem.append(f"the tar file is damaged ({type(error).__name__}: {error})")
+
+
+def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
+    """Why the tar does not end where tarfile stopped reading; None: it does.
+
+    tarfile takes a damaged header, or the end of the file, for the end of the tar: what follows would be lost in
+    silence.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        rest = file.read(MAX_PADDING + 1)
+    if len(rest) < tarfile.BLOCKSIZE:
+        return "the tar file is cut short (its end is missing)"
+    if any(rest[: tarfile.BLOCKSIZE]):
+        return f"the tar file is damaged (no header at byte {offset})"
+    if any(rest) or len(rest) > MAX_PADDING:
+        return "more follows the end of the tar file: is it two of them in one?"
+    return None
 
 
 def _group(members: Iterator[tuple[str, str, int, int]]) -> list[StoredSample]:
@@ -122,14 +152,19 @@ class OpenShard:
         samples = self.index.samples
         return f"{self.path}: sample {samples[number].key!r}" if number < len(samples) else self.path
 
-    def read(self, number: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, number: int, wanted: Callable[[str], bool] | None = None) -> tuple[str, dict[str, bytes]]:
         """The key and the members (suffix to bytes) of a sample.
+
+        Args:
+            number: which sample.
+            wanted: which suffixes to read; None: all that are known.
 
         Raises:
             BadSample: the shard ends before it, its key is taken, or it cannot be read.
         """
         sample = self._sample(number)
-        return sample.key, {name: self._bytes(number, *spot) for name, spot in sample.members.items()}
+        spots = [(name, spot) for name, spot in sample.members.items() if wanted is None or wanted(name)]
+        return sample.key, {name: self._bytes(number, *spot) for name, spot in spots}
 
     def read_member(self, number: int, suffix: str) -> bytes:
         """One member of a sample.
@@ -159,3 +194,14 @@ class OpenShard:
         if len(data) != size:
             raise BadSample(f"{self.where(number)}: the tar file is cut short")
         return data
+
+
+def refuse_twice(seen: dict[str, str], key: str, shard: OpenShard) -> None:
+    """Note in which shard a key stands.
+
+    Raises:
+        UserError: it stands in another one too: the second pair would be lost, or share its random choices.
+    """
+    if (other := seen.setdefault(key, shard.path)) != shard.path:
+        raise UserError(f"{shard.path}: sample {key!r} stands in {other} too; keys must differ: do one set after the "
+                        "other")  # fmt: skip

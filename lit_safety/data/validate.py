@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from lit_safety.data.cached_check import CachedCheck
     from lit_safety.data.manifest import Manifest, Shard
 
 
 def validate(folder: str, hashes: bool = True) -> None:
     """Read every sample of a folder of shards as training would, and list every problem.
 
-    Checked are the manifest, each shard's presence, size, hash and count, each sample's metadata and images, and
-    that no key stands twice. Exits with status 2 if there is a problem.
+    Checked are the manifest, each shard's presence, size, hash and count, each sample's metadata and images (of a
+    cached set: its latents and its prompt's encoding), that no key stands twice, and that every user has an embedding
+    where there are any. Exits with status 2 if there is a problem.
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
         hashes: Compare each shard's SHA-256 with the manifest's.
     """
+    from lit_safety.data.cache import truncation
     from lit_safety.data.progress import counter
 
     found, samples = 0, 0
@@ -37,6 +40,8 @@ def validate(folder: str, hashes: bool = True) -> None:
     if found:
         raise UserError(f"{folder}: {found} problem{'s' if found > 1 else ''}; {samples} pairs are good")
     print(f"{folder}: all {samples} pairs are good")
+    if note := truncation(_cache_of(folder)):
+        print(f"  {note}")
 
 
 def problems(folder: str, hashes: bool = True) -> list[str]:
@@ -49,6 +54,7 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
     from lit_safety.data.manifest import FILE_NAME, load_manifest
     from lit_safety.data.remote import is_remote
     from lit_safety.data.source import tars_named
+    from lit_safety.data.users import USERS_FILE, Users
 
     if is_remote(folder):
         raise UserError(f"{folder}: only shards on this machine are validated; copy them first")
@@ -58,13 +64,33 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
             yield from _samples(path, None, None, keys)
         return
     manifest = load_manifest(folder)
+    users = None
+    if (Path(folder) / USERS_FILE).exists():
+        try:
+            found = Users(folder)
+            found.embeddings(found.ids)
+            users = frozenset(found.ids)
+        except UserError as error:
+            yield str(error)
+    check = None
+    if manifest.cache is not None:
+        from lit_safety.data.cached_check import CachedCheck
+
+        check = CachedCheck(folder, manifest.cache, hashes)
+        yield from check.problems()
     for shard in manifest.shardlist:
         path = str(Path(folder) / shard.url)
         problem = _file_problem(path, shard, hashes)
         if problem is not None:
             yield problem
         if os.path.exists(path):
-            yield from _samples(path, shard, manifest, keys)
+            yield from _samples(path, shard, manifest, keys, check, users)
+
+
+def _cache_of(folder: str) -> dict[str, Any]:
+    from lit_safety.data.manifest import FILE_NAME, load_manifest
+
+    return (load_manifest(folder).cache or {}) if os.path.exists(os.path.join(folder, FILE_NAME)) else {}
 
 
 def _file_problem(path: str, shard: Shard, hashes: bool) -> str | None:
@@ -80,10 +106,18 @@ def _file_problem(path: str, shard: Shard, hashes: bool) -> str | None:
     return None
 
 
-def _samples(path: str, shard: Shard | None, manifest: Manifest | None, keys: dict[str, str]) -> Iterator[str | None]:
-    from lit_safety.data.decode import pair_images
+def _samples(
+    path: str,
+    shard: Shard | None,
+    manifest: Manifest | None,
+    keys: dict[str, str],
+    check: CachedCheck | None = None,
+    users: frozenset[str] | None = None,
+) -> Iterator[str | None]:
+    from lit_safety.data.decode import pair_images, pair_metadata
     from lit_safety.data.manifest import SampleClass
     from lit_safety.data.tarindex import OpenShard
+    from lit_safety.data.users import USERS_FILE
 
     try:
         tar = OpenShard(path)
@@ -99,12 +133,18 @@ def _samples(path: str, shard: Shard | None, manifest: Manifest | None, keys: di
         for number in range(total):
             try:
                 key, members = tar.read(number)
-                metadata, _, _ = pair_images(members, tar.where(number))
+                metadata = pair_metadata(members, tar.where(number))
+                if check is not None:
+                    check.sample(members, metadata.prompt, tar.where(number))
+                if check is None or check.images:
+                    pair_images(members, tar.where(number))
             except UserError as error:
                 yield str(error)
                 continue
             if (other := keys.setdefault(key, path)) != path:
                 yield f"{tar.where(number)}: its key stands in {other} too, so both would share their chances"
+            elif users is not None and metadata.user_id is not None and metadata.user_id not in users:
+                yield f"{tar.where(number)}: its user {metadata.user_id!r} is not in {USERS_FILE} beside the shards"
             elif (
                 shard is not None
                 and manifest is not None

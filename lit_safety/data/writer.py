@@ -57,6 +57,7 @@ class ShardWriter:
         overwrite: replace the shards that an earlier run left in the folder.
         resume: go on where a run with the same settings was stopped: its finished shards are kept, and `key in writer`
             says which samples they hold. The caller writes the others in the same order as before.
+        cache: for cached latents, what the manifest says of the model that made them.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ShardWriter:
         seeds: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        cache: Mapping[str, Any] | None = None,
     ) -> None:
         if samples_per_shard < 1:
             raise UserError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
@@ -82,6 +84,7 @@ class ShardWriter:
         self.image_format = image_format
         self.provenance = dict(provenance or {})
         self.seeds = dict(seeds or {})
+        self.cache = None if cache is None else dict(cache)
         self._resume = resume
         self.manifest: Manifest | None = None
         """Set when the writer is closed."""
@@ -119,8 +122,10 @@ class ShardWriter:
         self,
         key: str,
         metadata: PairMetadata | Mapping[str, Any],
-        chosen: Image.Image | bytes,
-        rejected: Image.Image | bytes,
+        chosen: Image.Image | bytes | None,
+        rejected: Image.Image | bytes | None,
+        *,
+        cached: Mapping[str, bytes] | None = None,
     ) -> None:
         """Append one pair.
 
@@ -128,8 +133,9 @@ class ShardWriter:
             key: names the sample and seeds its random choices; unique, of letters, digits, dashes,
                 underscores.
             metadata: the pair's metadata, checked here.
-            chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file.
+            chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only where it is cached.
             rejected: the other one.
+            cached: members of a cache by suffix, such as `chosen.latent.npy`.
 
         Raises:
             UserError: the key is taken or not plain, the metadata is not valid, or the bytes are no known
@@ -143,21 +149,25 @@ class ShardWriter:
         pair = parse_metadata(metadata.to_dict() if isinstance(metadata, PairMetadata) else metadata, where)
         members: dict[str, bytes | str] = {"__key__": key, "json": pair.to_json()}
         for side, image in zip(SIDES, (chosen, rejected), strict=True):
+            if image is None:
+                if not cached:
+                    raise UserError(f"{where}: has no {side} image")
+                continue
             data = self._encode(image)
             members[f"{side}.{extension_of(data, f'{where}: {side}')}"] = data
-        self._tar_writer().write(members)
+        self._tar_writer().write({**members, **(cached or {})})
         self._keys.add(key)
         self._labels[pair.label] += 1
         self._in_shard.append(self._classes.setdefault(SampleClass.of(pair), len(self._classes)))
         if len(self._in_shard) >= self.samples_per_shard:
-            self._finish_shard()
+            self.end_shard()
 
     def close(self) -> Manifest:
         """Finish the last shard and write the manifest."""
         if self.manifest is not None:
             return self.manifest
         if self._in_shard:
-            self._finish_shard()
+            self.end_shard()
         if not self._shards:
             (self.folder / JOURNAL).unlink(missing_ok=True)
             raise UserError(f"{self.folder}: no sample was written, so there is no manifest")
@@ -177,6 +187,7 @@ class ShardWriter:
             labels=dict(self._labels),
             provenance=self.provenance,
             seeds=self.seeds,
+            cache=self.cache,
         )
 
     def _take_up(self) -> bool:
@@ -187,7 +198,7 @@ class ShardWriter:
         if not left.shardlist:  # it had finished nothing; what lies there is ours
             self._clear(overwrite=True)
             return False
-        if (left.provenance, left.seeds) != (self.provenance, self.seeds):
+        if (left.provenance, left.seeds, left.cache) != (self.provenance, self.seeds, self.cache):
             raise UserError(
                 f"{self.folder}: holds a run that was stopped and had other settings; give those, name another "
                 "folder or ask to overwrite"
@@ -222,8 +233,10 @@ class ShardWriter:
             self._open.callback(self._tar.close)
         return self._tar
 
-    def _finish_shard(self) -> None:
-        assert self._open is not None
+    def end_shard(self) -> None:
+        """Finish the shard that is being written; the next sample begins another."""
+        if self._open is None:
+            return
         path = self._shard_path()
         self._open.close()
         self._open = self._tar = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,22 @@ def png(number: int, size: int = 8) -> bytes:
     buffer = io.BytesIO()
     picture(number, size).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def jpeg(number: int, size: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    picture(number, size).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png_header(side: int) -> bytes:
+    """The beginning of a PNG of side x side pixels, and then a little of what may follow: a bomb need not be large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000), 9))
 
 
 def sample(number: int, **changes: bytes | None) -> dict[str, bytes]:

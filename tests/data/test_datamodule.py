@@ -43,6 +43,7 @@ def test_what_can_be_known_is_said_before_anything_is_read(
     [
         ({"batch_size": 0}, "data.init_args.batch_size must be at least 1, not 0"),
         ({"val_batch_size": 0}, "data.init_args.val_batch_size must be at least 1"),
+        ({"bad_sample_limit": -1}, "data.init_args.bad_sample_limit must be at least 0"),
         ({"num_workers": -1}, "data.init_args.num_workers must be at least 0"),
         ({"shuffle_window": 0}, "data.init_args.shuffle_window must be at least 1"),
         ({"resolution": 0}, "data.init_args.resolution must be at least 1 pixel"),

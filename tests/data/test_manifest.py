@@ -52,6 +52,7 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
         (("shardlist", 0, "url"), "{a,b}.tar", "is refused"),
         (("shardlist", 0, "url"), "shard-000001.tar", "lists the shard 'shard-000001.tar' 2 times"),
         (("shardlist", 0, "nsamples"), -1, "'nsamples' must be a count"),
+        (("shardlist", 0, "nsamples"), 10**12, "'nsamples' must be a count up to 10000000"),
         (("shardlist", 0, "classes"), [0], "'classes' must hold 3 numbers"),
         (("shardlist", 0, "classes"), [0, 1, 99], "names a class outside"),
         (("classes", 0, "categories"), ["x"], r"classes[0]: unknown category 'x'"),

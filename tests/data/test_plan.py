@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,3 +110,44 @@ def test_categories_too_small_for_a_step_are_named(shards: Path, tmp_path: Path)
         pytest.raises(UserError, match="has no category with as many pairs as one step takes, of 40: 15"),
     ):
         fit(make_trainer(tmp_path, max_steps=1), data(15))
+
+
+def test_one_category_after_the_other_gives_each_what_it_would_get_alone(shards: Path, tmp_path: Path) -> None:
+    """Seven steps of 4 a category are two whole passes of its pairs and a third begun: samples and their chance."""
+    options = {"max_steps": 21, "max_epochs": -1, "accumulate_grad_batches": 2}
+
+    def stream(folder: str, steps: int, resume: Path | None = None, **settings: Any) -> Categories:
+        data = PreferenceDataModule(str(shards), batch_size=2, one_category=True, **settings)
+        module = Categories()
+        trainer = make_trainer(tmp_path / folder, {"every_n_train_steps": 1}, **options | {"max_steps": steps})
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        return module
+
+    whole = stream("whole", 21, consecutive=True)
+    assert whole.turns == [name for name in ("hate", "violence", "sexual") for _ in range(14)]
+    for place, name in enumerate(("hate", "violence", "sexual")):
+        assert stream(name, 7, categories=[name]).stream == whole.stream[place * 28 : (place + 1) * 28]
+    resumed = stream("resumed", 21, tmp_path / "whole" / "010.ckpt", num_workers=2, consecutive=True)
+    assert resumed.stream == whole.stream[40:]
+    with pytest.raises(UserError, match="the steps of one category = 7, but it is 8 now"):
+        stream("longer", 24, tmp_path / "whole" / "010.ckpt", consecutive=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_is_one_category_after_the_other_and_loses_no_pair(shards: Path, world: int) -> None:
+    deals = [Deal(4, rank, world, ragged=True) for rank in range(world)]
+    plans = [Plan(GROUPS, deal, seed=None, epoch=0, window=1) for deal in deals]
+    turns = [[plan.draw(number).group for number in range(plan.batches)] for plan in plans]
+    assert all(turn == sorted(turn) for turn in turns)
+    assert all(turn == turns[0] for turn in turns)
+    draws = {plan.draw(number) for plan in plans for number in range(plan.batches)}
+    for number, total in enumerate((20, 3, 33)):
+        seen = [place for one in draws if one.group == number for place in range(one.start, one.stop)]
+        assert sorted(seen) == list(range(total))
+
+
+def test_validation_batches_are_of_one_category(shards: Path) -> None:
+    data = PreferenceDataModule(str(shards), val=str(shards), val_batch_size=5, one_category=True)
+    batches = list(data.val_dataloader())
+    assert [batch.category for batch in batches] == ["hate"] * 3 + ["violence"] * 3 + ["sexual"] * 3
+    assert len({key for batch in batches for key in batch.keys}) == sum(len(batch) for batch in batches) == 40

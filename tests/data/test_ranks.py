@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from pair_fits import Recorder, make_trainer
-from pair_shards import write_shards
+from pair_shards import sample, write_shards, write_tar
+from torch.multiprocessing import ProcessRaisedException
 
 from lit_safety.data import PairBatch, PreferenceDataModule
 
@@ -96,3 +97,15 @@ def test_uneven_shards_keep_two_ranks_in_step(tmp_path: Path) -> None:
     assert len({key for key, _ in first[:4] + second[:4]}) == 8  # a pass of two steps: eight of the eleven, once
     # Two validations of 6 batches (2, 2, 2, 2, 2, 1), three a rank: every pair once in each.
     assert sorted(found[0]["validated"] + found[1]["validated"]) == sorted([f"{n:05d}" for n in range(11)] * 2)
+
+
+def test_a_bad_sample_on_one_rank_leaves_both_in_step(tmp_path: Path) -> None:
+    """Left out: the other rank waits for nobody. An error: the run ends, and does not hang."""
+    good = [(f"{number}", sample(number)) for number in range(12)]
+    write_tar(tmp_path / "train" / "a.tar", [*good[:5], ("bad", sample(5, rejected_png=None)), *good[6:]])
+    found = run(tmp_path / "skip", tmp_path / "train", 2, 2, max_steps=6, on_bad_sample="skip")
+    streams = [one["stream"] for one in found]
+    assert [len(stream) for stream in streams] == [12, 12]
+    assert "bad" not in {key for stream in streams for key, _ in stream}
+    with pytest.raises(ProcessRaisedException, match="sample 'bad': has no rejected image"):
+        run(tmp_path / "error", tmp_path / "train", 2, 2, max_steps=6)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pair_shards import picture
 
+from lit_safety import commands
 from lit_safety.data.manifest import Manifest, load_manifest
 from lit_safety.data.sample import PairMetadata, parse_metadata
 
@@ -38,3 +41,35 @@ def test_the_writer_is_used_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     names: dict[str, Any] = {"image": picture(1), "other": picture(2)}
     exec(blocks("python")[0], names)
     assert load_manifest("data/mine/train").nsamples == 1
+
+
+COMMANDS = [
+    shlex.split(words, comments=True)
+    for words in re.findall(
+        r"^    python -m lit_safety shards (.*)$",
+        re.sub(r"\\\n\s+", " ", README.read_text(encoding="utf-8")),
+        re.MULTILINE,
+    )
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed as on the command line, with the function replaced by one that notes the call."""
+    called: list[dict[str, Any]] = []
+    function = commands._load(commands.COMMANDS["shards"][words[0]])  # type: ignore[index]
+
+    @functools.wraps(function)
+    def noted(*_: Any, **given: Any) -> None:
+        called.append(given)
+
+    monkeypatch.setattr(commands, "_load", lambda _: noted)
+    commands.run_command(["shards", *words])
+    (given,) = called
+    named = {word[2:].split(".")[0] for word in words if word.startswith("--")}
+    assert all(given[name] is not None for name in named)
+
+
+def test_commands_of_every_kind_are_shown() -> None:
+    shown = {words[0] for words in COMMANDS}
+    assert set(commands.COMMANDS["shards"]) - shown == {"join"}  # which stands in a sentence

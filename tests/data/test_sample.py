@@ -60,6 +60,8 @@ def test_what_is_left_out_is_not_known() -> None:
         ({"harmful": {"chosen": True}}, "'harmful' must be an object with 'chosen' and 'rejected'"),
         ({"harmful": None}, "'harmful' must be an object"),
         ({"cost": {"chosen": float("nan"), "rejected": 1}}, "'cost' holds nan, not a finite number"),
+        ({"cost": {"chosen": 10**400, "rejected": 1}}, "'cost' holds 1000"),
+        ({"concept": "a\ud800"}, "'concept' holds a broken character at 1"),
         ({"score": {"chosen": True, "rejected": 1}}, "'score' holds True"),
         ({"user_id": 1}, "'user_id' must be a text"),
         ({"seed": 1.5}, "'seed' must be a whole number"),

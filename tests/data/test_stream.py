@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pair_shards import picture, png, sample, write_shards, write_tar
+from pair_shards import jpeg, picture, png, png_header, sample, write_shards, write_tar
 
 from lit_safety.data import PairBatch, PreferenceDataModule
 from lit_safety.data.loader import PairLoader
@@ -106,6 +106,15 @@ BAD: dict[str, tuple[list[tuple[str, dict[str, bytes]]], str]] = {
         [("bad", sample(9, chosen_png=png(9)[:50]))],
         "sample 'bad': chosen: the PNG image cannot be decoded",
     ),
+    "cut-jpeg": (
+        [("bad", sample(9, chosen_png=None, chosen_jpg=jpeg(9)[:-40]))],
+        "sample 'bad': chosen: the JPEG image cannot be decoded",
+    ),
+    "gigapixels": (
+        [("bad", sample(9, rejected_png=png_header(60_000)))],
+        "sample 'bad': rejected: the image is over the limit of 16777216 pixels",
+    ),
+    "hostile-json": ([("bad", sample(9, json=b"[" * 100_000))], "sample 'bad': the metadata is not JSON"),
     "not-utf8": ([("bad", sample(9, json=b'{"prompt": "\xff"}'))], "sample 'bad': the metadata is not UTF-8"),
     "empty-prompt": ([("bad", sample(9, json=b'{"prompt": ""}'))], "sample 'bad': 'prompt' must be a text"),
     "key-twice": ([("0", sample(9))], "sample '0': its key stands twice in the shard"),
@@ -169,7 +178,7 @@ def test_a_batch_of_bad_samples_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", ["missing", "cut", "zero", "other"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "zero", "nul", "other"])
 def test_a_shard_that_breaks_while_training(tmp_path: Path, damage: str, workers: int) -> None:
     write_shards(tmp_path, 24, 4)
     whole = loader(tmp_path, num_workers=workers)
@@ -181,12 +190,15 @@ def test_a_shard_that_breaks_while_training(tmp_path: Path, damage: str, workers
         shard.write_bytes(data[:4000])
     elif damage == "zero":
         shard.touch()
+    elif damage == "nul":
+        shard.write_bytes(bytes(len(data)))
     elif damage == "other":
         shard.write_bytes((write_tar(tmp_path / "x", [("a", sample(1))])).read_bytes())
     expected = {
         "missing": "cannot be read (No such file or directory)",
         "cut": "the tar file is cut short",
         "zero": "is not a readable tar file (empty file)",
+        "nul": "holds 0 samples but the manifest says 4",
         "other": "holds 1 samples but the manifest says 4",
     }[damage]
     with pytest.raises(UserError) as caught:

@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pair_shards import sample, write_shards, write_tar
+import torch
+from pair_shards import metadata, picture, sample, write_shards, write_tar
 
+from lit_safety.data.users import write_users
 from lit_safety.data.validate import problems, validate
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
 
 
@@ -64,3 +67,15 @@ def test_what_differs_from_the_manifest_is_listed(tmp_path: Path) -> None:
         "sample '00007': has no json",  # the cut runs through it
         "sample '00009': is SampleClass(kind='harmful', order='quality', categories=('violence',), user=None)",
     ]
+
+
+def test_a_user_without_an_embedding_is_listed(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        for number, user in enumerate(("1", "2", None)):
+            writer.write(str(number), metadata(number, user_id=user), picture(number), picture(9))
+    assert problems(str(tmp_path)) == []
+    write_users(tmp_path, {"1": torch.ones(3)})
+    (problem,) = problems(str(tmp_path))
+    assert "sample '1': its user '2' is not in users.safetensors" in problem
+    (tmp_path / "users.safetensors").write_bytes(b"no users")
+    assert "users.safetensors is no readable safetensors file" in problems(str(tmp_path))[0]

@@ -6,7 +6,6 @@ each; which image is chosen depends on what the user bans, so a chosen image may
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def from_sage(
     from pathlib import Path
 
     from lit_safety.data.converters.run import convert
-    from lit_safety.data.converters.sage_users import banned_by_user, save_embeddings
+    from lit_safety.data.converters.sage_users import banned_by_user, read_embeddings, save_embeddings
     from lit_safety.data.manifest import file_sha256
 
     table = Path(folder) / "metadata.jsonl"
@@ -64,31 +63,27 @@ def from_sage(
         "embeddings": embeddings is not None,
         "samples_per_shard": samples_per_shard,
     }
-    if embeddings is not None:
-        save_embeddings(Path(embeddings), sorted(asked), Path(out))
+    held = None if embeddings is None else read_embeddings(Path(embeddings), sorted(asked))
     convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
+    if held is not None:  # not before: `out` may turn out to hold another set
+        save_embeddings(held, Path(out))
 
 
 def _pairs(table: Path) -> Iterator[FoundPair]:
+    from lit_safety.data.converters.published import JsonLines
     from lit_safety.data.converters.run import FoundPair
+    from lit_safety.data.converters.table import image_path
 
-    try:
-        lines = table.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{table}: cannot be read ({error.strerror})") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"{table}: line {number}"
+    for row in JsonLines(table, ("chosen", "rejected", "caption")).rows():
         try:
-            row = json.loads(line.decode("utf-8"))
-            texts = [row[name] for name in ("file_name", "chosen", "rejected", "caption")]
-            user = row["user_data"]["User_ID"]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is not UTF-8 JSON ({error})") from error
+            texts = [row.values[name] for name in ("file_name", "chosen", "rejected", "caption")]
+            user = row.values["user_data"]["User_ID"]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: lacks the field {error}") from error
+            raise UserError(f"{row.where}: lacks the field {error}") from error
         if not all(isinstance(text, str) for text in (*texts, user)):
-            raise UserError(f"{where}: file_name, chosen, rejected, caption and User_ID must be texts")
-        yield FoundPair(*_parse(texts, user, where), table.parent / texts[1], table.parent / texts[2])
+            raise UserError(f"{row.where}: file_name, chosen, rejected, caption and User_ID must be texts")
+        key, metadata = _parse(texts, user, row.where)
+        yield FoundPair(key, metadata, *(image_path(table.parent, texts[n], row.where) for n in (1, 2)))
 
 
 def _parse(texts: list[str], user: str, where: str) -> tuple[str, Any]:

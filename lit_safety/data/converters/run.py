@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_safety.data.converters.published import StoredImage, read_file
 from lit_safety.data.images import decode_image
 from lit_safety.data.manifest import FILE_NAME, load_manifest
 from lit_safety.data.progress import counter
@@ -24,8 +25,8 @@ class FoundPair:
 
     key: str
     metadata: PairMetadata | dict[str, Any]
-    chosen: Path
-    rejected: Path
+    chosen: Path | StoredImage
+    rejected: Path | StoredImage
 
 
 def plain_key(text: str) -> str:
@@ -56,7 +57,7 @@ def convert(
         samples_per_shard: how many pairs a shard holds.
         overwrite: throw away what an earlier run left in `out`.
         total: how many pairs there are, for the progress line.
-        left_out: reasons counted by the converter itself, and how often.
+        left_out: reasons counted by the converter itself, and how often; it may go on counting while `pairs` is read.
 
     Raises:
         UserError: `out` holds other data, nothing could be converted, or the disk is full.
@@ -68,21 +69,26 @@ def convert(
         print(f"{folder}: is complete already")
         return
     resumed = (folder / JOURNAL).exists() and not overwrite
-    bad: Counter[str] = Counter(left_out or {})
+    bad: Counter[str] = Counter()
+    seen: set[str] = set()
     with ShardWriter(folder, samples_per_shard, provenance=provenance, overwrite=overwrite, resume=True) as writer:
         if resumed:
             print(f"{folder}: going on after {len(writer)} pairs")
         with counter("convert", total) as count:
             for pair in pairs:
                 count()
-                if pair.key not in writer:
+                if pair.key in seen:
+                    bad["whose key stands there twice"] += 1
+                    print(f"left out {pair.key}: a pair of this key was there before")
+                elif pair.key not in writer:
                     _write(writer, pair, bad)
+                seen.add(pair.key)
     manifest = writer.close()
     print(f"{folder}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards")
     for name, held in manifest.counts().items():
         if isinstance(held, dict):
             print(f"  {name}: " + ", ".join(f"{value} {number}" for value, number in held.items()))
-    for reason, times in sorted(bad.items()):
+    for reason, times in sorted((bad + (left_out or Counter())).items()):
         print(f"  left out: {times} {reason}")
 
 
@@ -99,12 +105,7 @@ def _write(writer: ShardWriter, pair: FoundPair, bad: Counter[str]) -> None:
         writer.write(pair.key, pair.metadata, *images)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    decode_image(data, str(path))
+def _read(image: Path | StoredImage) -> bytes:
+    data, name = (image.read(), image.name) if isinstance(image, StoredImage) else (read_file(image), str(image))
+    decode_image(data, name or "the image")
     return data

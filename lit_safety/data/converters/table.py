@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lit_safety.errors import UserError
 
@@ -36,12 +37,16 @@ def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:
-    """The file `name` within `folder`.
+    """The file `name` within `folder`. A link there may lead elsewhere, as those in the hub's cache do.
 
     Raises:
         UserError: the name is empty or leads out of the folder.
     """
-    path = (folder / name).resolve()
-    if not name or not path.is_relative_to(folder.resolve()):
+    path = PurePath(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {name!r} is no name of a file") from error
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: {name!r} is not a file within {folder}; give the images' folder with --images")
-    return path
+    return folder / path

@@ -37,7 +37,7 @@ def published(tmp_path: Path) -> dict[str, str]:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (255, 0, 0) if name.startswith("u") else (0, 255, 0)).save(buffer, "JPEG")
         (tmp_path / "images" / name).write_bytes(buffer.getvalue())
-    return {"table": str(tmp_path / "train.csv"), "images": str(tmp_path / "images"), "out": str(tmp_path / "out")}
+    return {"source": str(tmp_path / "train.csv"), "images": str(tmp_path / "images"), "out": str(tmp_path / "out")}
 
 
 def batch(out: str) -> dict[str, dict[str, Any]]:
@@ -96,7 +96,7 @@ def test_a_missing_image_leaves_its_pair_out(published: dict[str, str], capsys: 
     ],
 )
 def test_a_wrong_row_is_named(published: dict[str, str], old: str, new: str, complaint: str) -> None:
-    table = Path(published["table"])
+    table = Path(published["source"])
     table.write_text(table.read_text().replace(old, new))
     with pytest.raises(UserError) as caught:
         from_coprov2(**published)
@@ -109,3 +109,7 @@ def test_wrong_options_are_named(published: dict[str, str]) -> None:
         from_coprov2(**published, drop_leaks=True)
     with pytest.raises(UserError, match=r"--images: .*nowhere is not a folder"):
         from_coprov2(**{**published, "images": "nowhere"})
+    with pytest.raises(UserError, match="--images is needed with a CSV"):
+        from_coprov2(published["source"], published["out"])
+    with pytest.raises(UserError, match="--table is for the hub's data set"):
+        from_coprov2(**published, table=published["source"])

@@ -93,6 +93,7 @@ def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: unknown category 'fun'"),
         ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
         ([row(0, chosen="/etc/passwd")], {"prompt_kind": "clean"}, "'/etc/passwd' is not a file within"),
+        ([row(0, chosen="a\0.png")], {"prompt_kind": "clean"}, "is not a file within"),
         ([], {}, "has no column 'prompt'"),
     ],
 )  # fmt: skip
@@ -104,6 +105,14 @@ def test_a_wrong_table_is_named_and_nothing_is_written(
         from_folder(str(table), str(tmp_path / "out"), **options)
     assert complaint in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_may_be_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    table = drawn(tmp_path / "in", [row(0)])
+    (tmp_path / "in" / "0.png").rename(tmp_path / "blob")
+    (tmp_path / "in" / "0.png").symlink_to(tmp_path / "blob")
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+    assert len(stored(tmp_path / "out")) == 1
 
 
 def test_keys_become_plain_and_stay_apart() -> None:
@@ -172,3 +181,12 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "is complete already" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds other shards already"):
         from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = drawn(tmp_path / "in", [row(0), row(1)])
+    (tmp_path / "in" / "1.png").unlink()
+    os.mkfifo(tmp_path / "in" / "1.png")
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+    assert "1.png: is no file" in (said := capsys.readouterr().out)
+    assert "left out: 1 with an image that cannot be read" in said

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +126,62 @@ def test_hostile_lists_are_refused(tmp_path: Path, hostile: str, monkeypatch: py
     assert not (tmp_path / "executed").exists()
 
 
-def test_embeddings_must_be_plain_finite_and_there(published: Path) -> None:
+def test_a_users_religion_none_is_a_text_and_bans_nothing_by_itself(tmp_path: Path) -> None:
+    """Read as a missing value, "None" would make the row's lists shift or its user a believer in nan."""
+    (tmp_path / "users.csv").write_text(USERS)
+    assert banned_by_user(str(tmp_path / "users.csv")) == {
+        "0000001": frozenset({"propaganda", "sexual"}),
+        "0000002": frozenset(),
+    }
+
+
+def npy(header: str) -> bytes:
+    text = header.encode() + b" " * (117 - len(header)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(24)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch executed",)
+
+
+def test_embeddings_must_be_plain_finite_and_there(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(published)
     path = published / "user_embedding_0000002.npy"
     for array, complaint in (
-        (np.array([{"a": 1}], dtype=object), "is not a plain array"),
+        (np.array([Evil()], dtype=object), "is not a plain array .it holds pickled objects"),
         (np.full(6, np.nan, np.float32), "is not a vector of finite numbers"),
         (np.ones((2, 3), np.float32), "is not a vector of finite numbers"),
+        (np.ones(6, np.int64), "is not a vector of finite numbers"),
+        (np.ones(0, np.float32), "is not a vector of finite numbers"),
         (np.ones(5, np.float32), "has 5 numbers, the first user's 6"),
+        (np.ones(300_000, np.float32), "is over the limit"),
     ):
         np.save(path, array, allow_pickle=True)
         with pytest.raises(UserError, match=complaint):
             from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
+    for data, complaint in (
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "which is not what it holds"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-6,)}"), "which is not what it holds"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': __import__('os').system('touch executed')}"), "array"),
+        (pickle.dumps(Evil()), "is not a plain array"),
+        (b"", "is not a plain array"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=complaint) as caught:
+            from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
+        assert "\n" not in str(caught.value)
     path.unlink()
     with pytest.raises(UserError, match=r"user_embedding_0000002\.npy: is missing"):
         from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
+    assert not (published / "executed").exists()
+
+
+def test_another_sets_embeddings_are_left_alone(published: Path) -> None:
+    out = published / "out"
+    from_sage(str(published / "val"), str(out), embeddings=str(published))
+    before = (out / "users.safetensors").read_bytes()
+    np.save(published / "user_embedding_0000002.npy", np.full(6, 7, np.float32))
+    with pytest.raises(UserError, match="holds other shards already"):
+        from_sage(str(published / "val"), str(out), embeddings=str(published), samples_per_shard=1)
+    assert (out / "users.safetensors").read_bytes() == before

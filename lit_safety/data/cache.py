@@ -1,0 +1,172 @@
+"""What a cached set of shards says of the model that made it: `cache` in the manifest.
+
+Cached shards hold latents (posterior mean and standard deviation) instead of or beside the images, and
+`prompts.safetensors` beside the manifest holds the text encoders' outputs. They are right for one pair of encoders and
+one resolution only, so both are written down and compared before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lit_safety.errors import UserError
+
+VERSION = 1
+#: The file beside the manifest that holds the text encoders' outputs.
+PROMPTS = "prompts.safetensors"
+TYPES = ("float16", "float32")
+#: The most numbers one side's mean and standard deviation may have: 16 channels of a 4096 x 4096 picture.
+MAX_NUMBERS = 2 * 16 * 512 * 512
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The fingerprint of a cached set."""
+
+    model: str
+    """The pipeline that made it, as it was named there."""
+    weights: dict[str, str]
+    """Hashes of its encoders' weights by component (`Backbone.fingerprint`)."""
+    size: tuple[int, int]
+    """Height and width in pixels of the pictures that were encoded."""
+    latent: tuple[int, int, int]
+    """(C, h, w) of their latents."""
+    flip: bool = False
+    """Whether the latents of mirrored pictures are there too."""
+    dtype: str = "float16"
+    """How latents and text are stored: float16 or float32."""
+    images: bool = False
+    """Whether the images are there too."""
+    truncated: int = 0
+    """How many different prompts are longer than a text encoder reads."""
+    first_truncated: str | None = None
+    """The first of them."""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Size and SHA-256 of `prompts.safetensors`: `{"bytes": ..., "sha256": ...}`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
+
+    def __str__(self) -> str:
+        hashes = ", ".join(f"{name} {found[:8]}" for name, found in self.weights.items())
+        return f"{self.model} ({hashes}) at {pixels(self.size)}"
+
+
+def made_by(weights: Mapping[str, str]) -> str:
+    """Hashes of encoders as they stand in the cache of prompts."""
+    return json.dumps(dict(weights), sort_keys=True)
+
+
+def pixels(size: tuple[int, int]) -> str:
+    """`"512 x 512 pixels"`, width first; size: (height, width)."""
+    return f"{size[1]} x {size[0]} pixels"
+
+
+def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
+    """Check a manifest's `cache`.
+
+    Raises:
+        UserError: names `where` and the field.
+    """
+
+    def numbers(name: str, count: int) -> tuple[int, ...]:
+        value = data.get(name)
+        good = isinstance(value, list) and len(value) == count and all(type(one) is int and one > 0 for one in value)
+        if not good:
+            raise UserError(f"{where}: {name!r} must hold {count} positive whole numbers, not {value!r}")
+        return tuple(value or ())
+
+    def texts(name: str) -> dict[str, str]:
+        value = data.get(name)
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            raise UserError(f"{where}: {name!r} must be an object of texts, not {value!r}")
+        return dict(value)
+
+    if data.get("version") != VERSION:
+        raise UserError(f"{where}: is of version {data.get('version')!r}; this program reads version {VERSION}: "
+                        "make the cache anew with `shards precompute`")  # fmt: skip
+    if data.get("dtype") not in TYPES:
+        raise UserError(f"{where}: 'dtype' must be {' or '.join(TYPES)}, not {data.get('dtype')!r}")
+    latent, size = numbers("latent", 3), numbers("size", 2)
+    if 2 * latent[0] * latent[1] * latent[2] > MAX_NUMBERS:
+        raise UserError(f"{where}: latents of shape {latent} are over the limit of {MAX_NUMBERS} numbers")
+    first = data.get("first_truncated")
+    cut = data.get("truncated", 0)
+    prompts = data.get("prompts")
+    if not texts("weights"):
+        raise UserError(f"{where}: 'weights' names no encoder, so it cannot be told which model made the cache; make "
+                        "it anew with `shards precompute`")  # fmt: skip
+    return Cache(
+        model=str(data.get("model")),
+        weights=texts("weights"),
+        size=(size[0], size[1]),
+        latent=(latent[0], latent[1], latent[2]),
+        flip=data.get("flip") is True,
+        dtype=str(data["dtype"]),
+        images=data.get("images") is True,
+        truncated=cut if type(cut) is int else 0,
+        first_truncated=first if isinstance(first, str) else None,
+        prompts=prompts if isinstance(prompts, dict) else {},
+    )
+
+
+def truncation(cache: Mapping[str, Any]) -> str | None:
+    """In words, how many prompts of a cached set are longer than a text encoder reads; None if there are none."""
+    if not cache.get("truncated"):
+        return None
+    return truncation_words(cache["truncated"], str(cache.get("first_truncated")))
+
+
+def truncation_words(count: int, first: str) -> str:
+    """In words, how many prompts are longer than a text encoder reads."""
+    what = "prompt is" if count == 1 else "prompts are"
+    return f"{count} {what} longer than the text encoder reads: cut, the end token kept; first: {first!r}"
+
+
+def check_resolution(cache: Cache, resolution: int | None, flip: bool, where: str, key: str) -> None:
+    """Whether a cache serves a run with these settings.
+
+    Raises:
+        UserError: naming what the cache was made with and what is asked.
+    """
+    if resolution is not None and cache.size != (resolution, resolution):
+        raise UserError(
+            f"{where}: the cache was made at {pixels(cache.size)} by {cache.model}, but {key}.resolution is "
+            f"{resolution}; make it anew with `shards precompute --resolution {resolution}`, or set "
+            f"{key}.use_cache to false if the images are there"
+        )
+    if flip and not cache.flip:
+        raise UserError(
+            f"{where}: {key}.flip is on, but the cache holds no mirrored latents; make it anew with "
+            "`shards precompute --flip true`, or switch flip off"
+        )
+
+
+def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str) -> list[str]:
+    """Whether a cache was made by the encoders of ``model``; returns components that could not be compared.
+
+    Args:
+        cache: what the manifest says.
+        model: the model of the run, as its YAML names it.
+        weights: hashes of its encoders; those whose files are not there are left out.
+        where: the shards, for messages.
+
+    Raises:
+        UserError: naming the model that made it and the one of the run.
+    """
+    for name, made in cache.weights.items():
+        if name in weights and weights[name] != made:
+            raise UserError(
+                f"{where}: the cache was made by {cache.model} ({name} {made[:8]}), but this run's model is {model} "
+                f"({name} {weights[name][:8]}); make it anew with `shards precompute --model {model}`, or name that "
+                "model"
+            )
+    if more := [name for name in weights if name not in cache.weights]:
+        raise UserError(
+            f"{where}: the cache was made by {cache.model} and holds nothing of the {more[0]} of this run's model "
+            f"{model}; make it anew with `shards precompute --model {model}`, or name that model"
+        )
+    return [name for name in cache.weights if name not in weights]

@@ -1,0 +1,81 @@
+"""The cache behind one YAML key: that of a folder, or of several that the same model made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from lit_safety.data.cache import Cache, made_by, parse_cache
+from lit_safety.data.manifest import FILE_NAME
+from lit_safety.data.prompt_table import PromptTable, PromptTables
+from lit_safety.data.remote import is_remote
+from lit_safety.data.source import Source
+from lit_safety.errors import UserError
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """Where latents and text come from instead of images and encoders."""
+
+    key: str
+    """The YAML key of the shards, for messages."""
+    cache: Cache
+    prompts: PromptTables
+
+
+def cached_source(source: Source) -> CachedSource | None:
+    """The cache of a source; None if its shards hold images.
+
+    Raises:
+        UserError: only some of its folders are cached, two caches were made by different models or at different
+            resolutions, or a cache of prompts is missing or damaged.
+    """
+    found = [(one, parse_cache(one.cache, f"{one.given}/{FILE_NAME}: cache")) for one in source.caches if one.cache]
+    if not found:
+        return None
+    if len(found) < len(source.caches):
+        without = next(one.given for one in source.caches if not one.cache)
+        raise UserError(
+            f"{source.key}: {found[0][0].given} is cached and {without} is not; cache both with `shards precompute`, "
+            "or set data.init_args.use_cache to false if the images are there"
+        )
+    (first, cache), *others = found
+    for other, its in others:
+        if (its.weights, its.size, its.latent) != (cache.weights, cache.size, cache.latent):
+            raise UserError(
+                f"{source.key}: the cache {first.given} was made by {cache}, the cache {other.given} by {its}; "
+                "make one of them anew"
+            )
+    for one, its in found:
+        if not is_remote(one.prompts):  # what is wrong with it is better known before a model is loaded
+            check_prompts(PromptTable(one.prompts), its)
+    together = replace(
+        cache,
+        flip=all(one.flip for _, one in found),
+        images=all(one.images for _, one in found),
+        truncated=sum(one.truncated for _, one in found),
+        first_truncated=next((one.first_truncated for _, one in found if one.first_truncated), None),
+    )
+    tables = {one.prompts: _sha256(its) for one, its in found}
+    return CachedSource(source.key, together, PromptTables(tables))
+
+
+def check_prompts(table: PromptTable, cache: Cache) -> None:
+    """Whether a cache of prompts is the one that its manifest was written with, told without reading all of it.
+
+    Raises:
+        UserError: it lacks the empty prompt, or other encoders made it.
+    """
+    table.empty()
+    stated = table.metadata.get("weights")
+    size = cache.prompts.get("bytes")
+    if (stated is not None and stated != made_by(cache.weights)) or size not in (None, os.path.getsize(table.path)):
+        raise UserError(
+            f"{table.path}: is not the file the manifest was made with (another model or size); restore it or make the "
+            "cache anew with `shards precompute`"
+        )
+
+
+def _sha256(cache: Cache) -> str | None:
+    stated = cache.prompts.get("sha256")
+    return stated if isinstance(stated, str) else None

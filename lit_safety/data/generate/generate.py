@@ -1,0 +1,195 @@
+"""`lit_safety shards generate`: safety pairs drawn by the model that is to be aligned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.data.generate.scorers import Scorer
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lit_safety.data.generate.pairs import PairMaker
+    from lit_safety.data.generate.prompt_pairs import PromptPair
+    from lit_safety.data.writer import ShardWriter
+
+
+def generate(
+    prompts: str,
+    pipeline: str,
+    out: str,
+    judge: str | None = None,
+    cost_model: str | None = None,
+    counterpart: Literal["img2img", "same_seed"] = "img2img",
+    strength: float = 0.8,
+    both_prompts: bool = False,
+    clean_candidates: int = 0,
+    scorer: Scorer | None = None,
+    adapter: str | None = None,
+    steps: int = 30,
+    guidance: float = 7.5,
+    resolution: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    samples_per_shard: int = 256,
+    rank: int | None = None,
+    world: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Draw safety pairs with a text-to-image pipeline and write them as shards.
+
+    For each row of the table the harmful prompt's image is rejected and a safe counterpart is chosen; a judge, a cost
+    model or both look at every image, and a pair is left out and counted when the rejected image is not harmful, the
+    chosen one is, or their costs are in the wrong order. With `clean_candidates`, safe images of the safe prompt are
+    ranked by a scorer and the best and the worst become a pair ordered by quality.
+
+    Several processes share the work: started by `torchrun`, or each with its own --rank and --world. Each writes its
+    own shards into a folder of its own below `out`, and the last to end writes the manifest of all (`shards join` does
+    it too). What is drawn depends on the prompts and seeds, not on the number of processes. A run that was stopped
+    goes on when it is started again with the same settings.
+
+    Args:
+        prompts: CSV with the columns harmful_prompt, safe_prompt, category and, perhaps, concept and seed.
+        pipeline: Folder or hub id of a diffusers text-to-image pipeline: the model to be aligned.
+        out: The folder to write the shards to.
+        judge: Folder of a judge that says which images are harmful.
+        cost_model: Folder of an exported cost model; its costs are stored with the pairs.
+        counterpart: How the safe image is made: `img2img` redraws the harmful image towards the safe prompt with the
+            harmful prompt as negative; `same_seed` draws the safe prompt from the harmful image's seed.
+        strength: With img2img: how much is redrawn, from 0 to 1. 0.75 to 0.8 keeps the scene and loses the harm.
+        both_prompts: Write each such pair twice, under its harmful and under its safe prompt.
+        clean_candidates: Images drawn for each safe prompt to make a pair ordered by quality; 0: no such pairs.
+        scorer: What ranks them, and scores every pair's images; a class such as
+            lit_safety.data.generate.scorers.ClipScorer.
+        adapter: A LoRA to draw with.
+        steps: Denoising steps of an image.
+        guidance: Classifier-free guidance.
+        resolution: Side of the images in pixels; null: the pipeline's own.
+        batch_size: Rows drawn at a time.
+        seed: Decides, with a row's prompts, the seed of rows that have none.
+        device: Where the pipeline runs; null: this process's GPU where there is one.
+        precision: Of the pipeline.
+        samples_per_shard: How many pairs a shard holds.
+        rank: Which of the processes this is, from 0; null: as torchrun says.
+        world: How many processes there are; null: as torchrun says.
+        overwrite: Throw away what an earlier run left in the folder.
+    """
+    from pathlib import Path
+
+    from lit_safety.data.generate.painter import DrawSettings, Painter
+    from lit_safety.data.generate.pairs import PairMaker
+    from lit_safety.data.generate.prompt_pairs import read_prompt_pairs
+    from lit_safety.data.generate.ranks import part_name, this_device, this_rank
+    from lit_safety.data.generate.safety import Assessor
+    from lit_safety.data.join import join_when_done
+    from lit_safety.data.manifest import file_sha256
+    from lit_safety.evaluation.arms import Arm
+    from lit_safety.evaluation.fingerprint import fingerprint
+    from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
+
+    rank, world = this_rank(rank, world)
+    if batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {batch_size}")
+    rows, repeated = read_prompt_pairs(prompts, seed)
+    settings = DrawSettings(steps, guidance, resolution)
+    device = this_device(device)
+    assessor = Assessor(judge, cost_model, device)
+    folder = local_pipeline(pipeline)
+    pipe = load_pipeline(folder, Arm(adapter=adapter), device, precision)
+    maker = PairMaker(
+        Painter(pipe, settings, counterpart == "img2img"),
+        assessor,
+        scorer,
+        counterpart,
+        strength,
+        both_prompts,
+        clean_candidates,
+    )
+    provenance = {
+        "command": "generate",
+        "prompts_sha256": file_sha256(prompts),
+        "pipeline": pipeline,
+        "pipeline_sha256": fingerprint(folder),
+        "adapter_sha256": None if adapter is None else fingerprint(adapter),
+        "scheduler": type(pipe.scheduler).__name__,
+        "counterpart": counterpart,
+        "strength": strength if counterpart == "img2img" else None,
+        "both_prompts": both_prompts,
+        "clean_candidates": clean_candidates,
+        "steps": steps,
+        "guidance": guidance,
+        "resolution": resolution,
+        "precision": precision,
+        "batch_size": batch_size,
+        "samples_per_shard": samples_per_shard,
+        **assessor.settings,
+        "scorer": None if scorer is None else scorer.settings,
+    }
+    target = Path(out) if world == 1 else Path(out) / part_name(rank, world)
+    if repeated and rank == 0:
+        print(f"{prompts}: {repeated} rows repeat the prompts and seed of another and are left out")
+    _write(maker, rows, batch_size, (rank, world), target, provenance, seed, overwrite)
+    if world > 1:
+        join_when_done(Path(out), world, provenance, {"seed": seed})
+
+
+def _write(
+    maker: PairMaker,
+    rows: Sequence[PromptPair],
+    batch_size: int,
+    share: tuple[int, int],
+    folder: Path,
+    provenance: dict[str, Any],
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """This rank's batches into its folder. Batches are the same for any number of ranks, and so is what they draw."""
+    from lit_safety.data.generate.outcomes import Outcomes
+    from lit_safety.data.join import save_empty
+    from lit_safety.data.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.progress import counter
+    from lit_safety.data.writer import ShardWriter
+
+    if (folder / FILE_NAME).exists() and not overwrite:
+        left = load_manifest(folder)
+        if (left.provenance, left.seeds) != (provenance, {"seed": seed}):
+            raise UserError(f"{folder}: holds other shards already; name another folder or give --overwrite true")
+        print(f"{folder}: is complete already")
+        return
+    rank, world = share
+    starts = range(rank * batch_size, len(rows), world * batch_size)
+    options: dict[str, Any] = {"provenance": provenance, "seeds": {"seed": seed}, "overwrite": overwrite}
+    with ShardWriter(folder, provenance["samples_per_shard"], resume=True, **options) as writer:
+        outcomes = Outcomes(folder, provenance, fresh=overwrite)
+        if len(writer):
+            print(f"{folder}: going on after {len(writer)} pairs")
+        with counter("draw", sum(min(batch_size, len(rows) - start) for start in starts)) as count:
+            for start in starts:
+                batch, number = rows[start : start + batch_size], start // batch_size
+                kept = outcomes.kept(number)
+                if kept is None or not all(key in writer for key in kept):
+                    outcomes.note(number, _draw(maker, batch, writer))
+                for _ in batch:
+                    count()
+        for reason, times in sorted(outcomes.counts().items()):
+            print(f"{folder}: left out {times} {reason}")
+        if len(writer) == 0 and world > 1:
+            save_empty(writer)  # other ranks may have found pairs
+    print(f"{folder}: {len(writer)} pairs")
+
+
+def _draw(maker: PairMaker, rows: Sequence[PromptPair], writer: ShardWriter) -> dict[str, str]:
+    """What became of each sample of a batch; those that an earlier run wrote are not written again."""
+    from lit_safety.data.generate.outcomes import KEPT
+    from lit_safety.data.generate.pairs import Made
+
+    noted = {}
+    for made in maker(rows):
+        noted[made.key] = KEPT if isinstance(made, Made) else made.reason
+        if isinstance(made, Made) and made.key not in writer:
+            writer.write(made.key, made.metadata, made.chosen, made.rejected)
+    return noted

@@ -1,0 +1,204 @@
+"""The shards of a cache: each sample's images as latents, shard by shard as they stand in the source.
+
+The shards keep their samples and order, so that training on the cache goes through the same pairs in the same order as
+training on the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_safety.backbones import Backbone
+from lit_safety.data.batch import Pair
+from lit_safety.data.cache import PROMPTS, Cache, pixels
+from lit_safety.data.cached import encode_crops, encode_latents
+from lit_safety.data.decode import PairDecoder, pair_images
+from lit_safety.data.manifest import Manifest, file_sha256
+from lit_safety.data.progress import counter
+from lit_safety.data.sample import SIDES
+from lit_safety.data.source import Source
+from lit_safety.data.tarindex import refuse_twice
+from lit_safety.data.writer import JOURNAL, ShardWriter
+from lit_safety.errors import UserError
+
+#: Threads that decode images while the encoder works.
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the contents of a cache."""
+
+    model: str
+    weights: dict[str, str]
+    size: tuple[int, int]
+    resolution: int | None
+    flip: bool
+    dtype: str
+    images: bool
+
+    def to_dict(self, source: Source) -> dict[str, Any]:
+        """What the manifest says of how the cache was made, and from what."""
+        shards = [sha256 for _, sha256 in source.identity()]
+        return {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
+
+
+def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
+    """Height and width that every picture is encoded at: the resolution, or what the first sample has."""
+    if resolution is not None:
+        return resolution, resolution
+    for number, listed in enumerate(source.manifest.shardlist):
+        if listed.nsamples:
+            shard = source.open_shard(number)
+            try:
+                _, chosen, _ = pair_images(shard.read(0)[1], shard.where(0))
+            finally:
+                shard.close()
+            return chosen.height, chosen.width
+    raise UserError(f"{source.given}: the shards hold no sample")
+
+
+class LatentWriter:
+    """Writes the cached shards and their manifest.
+
+    Args:
+        source: the shards with images.
+        folder: where to; `prompts.safetensors` lies there already.
+        backbone: the encoders.
+        settings: how.
+        truncated: prompts that are longer than a text encoder reads.
+        overwrite: throw away what an earlier run left there.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        backbone: Backbone,
+        settings: Settings,
+        truncated: list[str],
+        overwrite: bool,
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.backbone = backbone
+        self.settings = settings
+        self.truncated = truncated
+        self.overwrite = overwrite
+        self.decoder = PairDecoder(seed=0, resolution=settings.resolution)
+        self._seen: dict[str, str] = {}
+        """Where each key was met."""
+
+    def write(self, batch_size: int) -> Manifest:
+        """Encode everything that an earlier run has not, ``batch_size`` pairs at once.
+
+        Raises:
+            UserError: a sample cannot be read, is of another size than the others, or its latents are not finite.
+        """
+        manifest = self.source.manifest
+        provenance = {**manifest.provenance, "precompute": self.settings.to_dict(self.source)}
+        resumed = (self.folder / JOURNAL).exists() and not self.overwrite
+        with (
+            ShardWriter(
+                self.folder,
+                samples_per_shard=max(manifest.nsamples, 1),
+                provenance=provenance,
+                seeds=manifest.seeds,
+                overwrite=self.overwrite,
+                resume=True,
+                cache=self._cache().to_dict(),
+            ) as writer,
+            counter("latents", manifest.nsamples) as tick,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
+            if resumed:
+                print(f"{self.folder}: going on after {len(writer)} pairs")
+            for number in range(len(self.source.paths)):
+                for pairs in self._batches(number, batch_size, writer, pool, tick):
+                    self._write(writer, pairs)
+                writer.end_shard()
+        return writer.close()
+
+    def _cache(self) -> Cache:
+        height, width = self.settings.size
+        try:
+            with torch.inference_mode():
+                one = self.backbone.posterior(torch.zeros(2, 3, height, width, device=self.backbone.device))
+        except RuntimeError as error:
+            raise UserError(
+                f"the image encoder of {self.settings.model} does not take {pixels(self.settings.size)}: "
+                f"{str(error).splitlines()[0]}; give another --resolution"
+            ) from error
+        prompts = self.folder / PROMPTS
+        return Cache(
+            model=self.settings.model,
+            weights=self.settings.weights,
+            size=self.settings.size,
+            latent=(one.shape[2], one.shape[3], one.shape[4]),
+            flip=self.settings.flip,
+            dtype=self.settings.dtype,
+            images=self.settings.images,
+            truncated=len(self.truncated),
+            first_truncated=self.truncated[0] if self.truncated else None,
+            prompts={"bytes": prompts.stat().st_size, "sha256": file_sha256(prompts)},
+        )
+
+    def _batches(
+        self, number: int, batch_size: int, writer: ShardWriter, pool: ThreadPoolExecutor, tick: Any
+    ) -> Iterator[list[tuple[Pair, dict[str, bytes]]]]:
+        """One shard's samples, decoded a batch ahead of the one that is being encoded."""
+        shard = self.source.open_shard(number)
+        waiting: list[Any] = []
+        try:
+            for sample in range(self.source.manifest.shardlist[number].nsamples):
+                key, members = shard.read(sample, self.decoder.wants)
+                tick()
+                refuse_twice(self._seen, key, shard)
+                if key in writer:  # by the run that this one continues
+                    continue
+                waiting.append((pool.submit(self.decoder, key, members, 0, shard.where(sample)), members))
+                if len(waiting) >= 2 * batch_size:
+                    yield [(future.result(), held) for future, held in waiting[:batch_size]]
+                    waiting = waiting[batch_size:]
+            for start in range(0, len(waiting), batch_size):
+                yield [(future.result(), held) for future, held in waiting[start : start + batch_size]]
+        finally:
+            shard.close()
+
+    def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
+        images = torch.stack([torch.stack(self._sides(pair)) for pair, _ in found]).flatten(0, 1)
+        images = images.to(self.backbone.device)
+        with torch.inference_mode():
+            latents = {False: self.backbone.posterior(images).unflatten(0, (-1, 2))}
+            if self.settings.flip:
+                latents[True] = self.backbone.posterior(images.flip(-1)).unflatten(0, (-1, 2))
+        for row, (pair, members) in enumerate(found):
+            assert pair.crops is not None
+            cached = encode_crops(pair.crops)
+            for mirror, all_latents in latents.items():
+                cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where)
+            kept = [_stored_image(members, side) if self.settings.images else None for side in SIDES]
+            writer.write(pair.key, pair.metadata, *kept, cached=cached)
+
+    def _sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        assert pair.chosen is not None
+        assert pair.rejected is not None
+        for side, image in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+            size = (image.shape[-2], image.shape[-1])
+            if size != self.settings.size:
+                raise UserError(
+                    f"{pair.where}: {side} has {pixels(size)}, the first sample {pixels(self.settings.size)}; one "
+                    "cache holds one size: give --resolution"
+                )
+        return pair.chosen, pair.rejected
+
+
+def _stored_image(members: dict[str, bytes], side: str) -> bytes:
+    return next(data for name, data in members.items() if name.startswith(f"{side}."))

@@ -1,0 +1,133 @@
+"""`lit_safety shards precompute`: run the frozen encoders over a folder of shards once, instead of at every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    from lit_safety.data.source import Source
+
+
+def precompute(
+    folder: str,
+    model: str | None = None,
+    out: str | None = None,
+    resolution: int | None = None,
+    flip: bool = False,
+    batch_size: int = 8,
+    dtype: Literal["float16", "float32"] = "float16",
+    keep_images: bool = False,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write cached shards: latents and text-encoder outputs, so that training loads neither VAE nor text encoder.
+
+    Each image becomes the mean and standard deviation of its latents, so every step still draws its own sample of
+    them. The prompts' encodings stand once in prompts.safetensors. The manifest names the model, a hash of its encoders
+    and the resolution: training refuses a cache that another model made. A run that was stopped goes on when it is
+    started again.
+
+    Args:
+        folder: The shards: a folder, a tar file or a pattern of tar files.
+        model: The model that will be trained on them: a diffusers pipeline folder or a hub id. Needed.
+        out: The folder to write the cached shards to. Needed.
+        resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the middle; null:
+            as stored, and all of one size.
+        flip: Store mirrored images too, for training with `flip`.
+        batch_size: Pairs that are encoded at once.
+        dtype: How latents and text are stored; float16 takes half the room, float32 trains exactly as without a cache.
+        keep_images: Keep the images beside the latents.
+        device: Where to compute, such as cuda or cpu; null: a GPU if there is one.
+        overwrite: Throw away what an earlier run left in the folder.
+    """
+    from pathlib import Path
+
+    from lit_safety.data.latent_writer import LatentWriter, Settings, picture_size
+    from lit_safety.data.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.source import open_source
+    from lit_safety.evaluation.pipelines import quiet_libraries
+
+    if model is None or out is None:
+        raise UserError("give --model (the pipeline that will be trained) and --out (the folder of the cached shards)")
+    if batch_size < 1 or (resolution is not None and resolution < 1):
+        raise UserError("--batch_size and --resolution must be at least 1")
+    source, target = open_source(folder, "folder"), Path(out)
+    if any(one.cache for one in source.caches):
+        raise UserError(f"{folder}: is cached already; give the shards it was made from")
+    if target.exists() and any(Path(path).resolve().parent == target.resolve() for path in source.paths):
+        raise UserError(f"{out}: is the folder of the shards themselves; name another one")
+    quiet_libraries()
+    backbone = _encoders(model, device)
+    settings = Settings(
+        model=model,
+        weights=_fingerprint(backbone),
+        size=picture_size(source, resolution),
+        resolution=resolution,
+        flip=flip,
+        dtype=dtype,
+        images=keep_images,
+    )
+    if (target / FILE_NAME).exists() and not overwrite:
+        if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
+            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
+        print(f"{target}: is complete already")
+        return
+    truncated = _write_text(source, target, backbone, settings, batch_size)
+    writer = LatentWriter(source, target, backbone, settings, truncated, overwrite)
+    manifest = writer.write(batch_size)
+    size = sum(shard.bytes or 0 for shard in manifest.shardlist)
+    print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, {size / 1e6:.1f} MB")
+    if truncated:
+        print(
+            f"  {len(truncated)} prompts are longer than the text encoder reads and were cut; first: {truncated[0]!r}"
+        )
+
+
+def _encoders(model: str, device: str | None) -> Any:
+    import torch
+
+    from lit_safety.backbones import load_backbone
+
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return load_backbone(model, denoiser=False).to(chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _fingerprint(backbone: Any) -> dict[str, str]:
+    """Hashes of the encoders. Of a hub id their files are fetched first: what is not there has no hash."""
+    for name in backbone.ENCODERS:
+        backbone.part(name)
+    found: dict[str, str] = backbone.fingerprint()
+    if missing := [name for name in backbone.ENCODERS if name not in found]:
+        raise UserError(f"{backbone.parts.source}: no weights of its {missing[0]} are found, so a cache could not name "
+                        "its maker; give a folder with safetensors")  # fmt: skip
+    return found
+
+
+def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch_size: int) -> list[str]:
+    """Write `prompts.safetensors`; returns the prompts that are longer than an encoder reads."""
+    import torch
+
+    from lit_safety.backbones.text import encode_alike
+    from lit_safety.data.cache import made_by
+    from lit_safety.data.progress import counter
+    from lit_safety.data.prompt_writer import write_prompts
+    from lit_safety.data.prompts_of import prompts_of
+
+    prompts = prompts_of(source)
+    maker = {"model": settings.model, "weights": made_by(settings.weights)}
+    with counter("text", len(prompts) + ("" not in prompts)) as tick, torch.inference_mode():
+        write_prompts(
+            target,
+            prompts,
+            lambda batch: encode_alike(backbone, batch),
+            maker,
+            settings.dtype,
+            2 * batch_size,
+            tick,
+        )
+    return [prompt for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True) if cut]
