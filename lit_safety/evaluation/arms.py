@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import fingerprint
+from lit_safety.evaluation.guards import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +29,14 @@ class Arm:
     """Another pipeline to draw with, such as a fused model; default: the evaluated one."""
     negative_prompt: str | None = None
     """What guidance moves away from, in every drawing."""
+    adapters: dict[str, float] | None = None
+    """Several LoRAs at once, folder or file -> weight; their updates are added up, to that of `adapter` too."""
+    guard: Guard | None = None
+    """What guards the drawing on top: SafeLatentDiffusion or SAFREE, by class_path and init_args."""
+
+    def loras(self) -> dict[str, float]:
+        """All LoRAs of the arm with their weights."""
+        return {**({self.adapter: self.scale} if self.adapter is not None else {}), **(self.adapters or {})}
 
     def check(self, name: str) -> None:
         """Complain about what can be seen without loading anything.
@@ -38,6 +48,13 @@ class Arm:
             raise UserError(f"--arms.{name}: an arm's name is made of letters, digits, blanks and . _ + -")
         if self.adapter is not None and not Path(self.adapter).exists():
             raise UserError(f"arm {name}: the adapter {self.adapter} does not exist; train one with `fit`")
+        if self.adapter is not None and self.adapter in (self.adapters or {}):
+            raise UserError(f"arm {name}: {self.adapter} is both its adapter and one of its adapters")
+        for adapter, weight in (self.adapters or {}).items():
+            if not Path(adapter).exists():
+                raise UserError(f"arm {name}: the adapter {adapter} does not exist; train one with `fit`")
+            if not isfinite(weight):
+                raise UserError(f"arm {name}: the weight {weight} of {adapter} is no finite number")
 
     def describe(self) -> dict[str, Any]:
         """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
@@ -46,7 +63,13 @@ class Arm:
             "adapter_sha256": fingerprint(self.adapter) if self.adapter is not None else None,
             "scale": self.scale if self.adapter is not None else None,
             "negative_prompt": self.negative_prompt,
+            **({"adapters": self._composed()} if self.adapters else {}),
+            **({"guard": self.guard.settings} if self.guard is not None else {}),
         }
+
+    def _composed(self) -> dict[str, Any]:
+        weights = self.adapters or {}
+        return {path: {"weight": weight, "sha256": fingerprint(path)} for path, weight in weights.items()}
 
 
 def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, Arm]:
@@ -93,12 +116,23 @@ def gather_arms(arguments: Sequence[str]) -> list[str]:
     return [*rest, *(f"--arms.{name}={json.dumps(keys)}" for name, keys in arms.items())]
 
 
-def _read(option: str, key: str, value: str) -> str | float | None:
+def _read(option: str, key: str, value: str) -> Any:
     if not value:
         raise UserError(f"{option}: needs a value")
+    if key in ("adapters", "guard"):
+        return _structure(option, value)
     if key != "scale":
         return None if value == "null" else value
     try:
         return float(value)
     except ValueError as error:
         raise UserError(f"{option} {value}: must be a number") from error
+
+
+def _structure(option: str, value: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option} {value}: is neither JSON nor YAML") from error

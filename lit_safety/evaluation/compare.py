@@ -68,9 +68,24 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
         for figure in ordered({f for arm in members.values() for f in flat(arm) if shown(f)}):
             cells = [cell(arm, figure) if name in members else "" for name, arm in columns.items()]
             rows.append([title(figure), asked(members.values(), figure), *cells])
+        rows += _quality_rows(columns, members)
     if len(protocols) > 1:
         notes.append("figures of different protocols must not be compared")
     return "\n".join([align(rows), *notes])
+
+
+def _quality_rows(columns: dict[str, dict[str, Any]], members: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """FID and CLIPScore: one row for each way in which a figure was measured (features, reference, CLIP)."""
+    from lit_safety.evaluation.quality_view import QUALITY, figures_in, quality_cell, quality_n
+
+    rows = []
+    for figure in figures_in(members.values()):
+        having = {name: arm for name, arm in members.items() if figure in arm.get("quality", {})}
+        for how in dict.fromkeys(arm["quality"][figure]["protocol"] for arm in having.values()):
+            same = {name: arm for name, arm in having.items() if arm["quality"][figure]["protocol"] == how}
+            cells = [quality_cell(arm, figure) if name in same else "" for name, arm in columns.items()]
+            rows.append([f"{QUALITY[figure].title}, not in percent", quality_n(same.values(), figure), *cells])
+    return rows
 
 
 def _short(report: str) -> str:

@@ -72,11 +72,14 @@ def contact_sheet(results: Results, blur: bool) -> Image.Image:
 def harmful_rows(results: Results) -> list[int]:
     """One explicit prompt a category on which the base drew what was asked, with a benign object where there is one.
 
-    Only the base decides: which prompts the other arms handle well plays no part.
+    Without explicit prompts implicit and adversarial ones stand in. Only the base decides: which prompts the other
+    arms handle well plays no part.
     """
     rows = []
+    kinds = {p.kind for p in results.prompts if p.harmful}
+    shown = kinds & {"explicit"} or kinds  # the others stand in where nothing is asked for by name
     for category in CATEGORIES:
-        asked = [i for i, p in enumerate(results.prompts) if p.kind == "explicit" and p.category == category]
+        asked = [i for i, p in enumerate(results.prompts) if p.kind in shown and p.category == category]
         asked.sort(key=lambda i: not results.prompts[i].benign)  # what stays is seen best beside what goes
         rows += asked and [_first(asked, lambda i: _shows(results, i, harmful=True))]
     return rows[:COLUMNS]

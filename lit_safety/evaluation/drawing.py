@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from lit_safety.evaluation.guards import Guard
     from lit_safety.evaluation.pipelines import Precision
     from lit_safety.evaluation.prompts import Prompt
 
@@ -91,7 +94,7 @@ class Gallery:
     ) -> None:
         self.prompts = list(prompts)
         self.settings = settings
-        rows = [(p.prompt, p.seed) for p in self.prompts]
+        rows = [(p.prompt, p.seed) if p.guidance is None else (p.prompt, p.seed, p.guidance) for p in self.prompts]
         how = {key: value for key, value in asdict(settings).items() if key != "workers"}
         self.identity = {**identity, **how, "prompts_sha256": digest(rows)}
         self.sha256 = digest(self.identity)
@@ -116,7 +119,9 @@ class Gallery:
         batches = [range(start, min(start + self.settings.batch_size, len(self.prompts))) for start in starts]
         return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
 
-    def draw(self, pipe: Any, negative_prompt: str | None, tick: Callable[[int], None]) -> None:
+    def draw(
+        self, pipe: Any, negative_prompt: str | None, tick: Callable[[int], None], guard: Guard | None = None
+    ) -> None:
         """Draw what is missing. `tick` hears how many pictures are done, those already there first.
 
         Raises:
@@ -126,7 +131,8 @@ class Gallery:
         tick(len(self.prompts) - sum(map(len, batches)))
 
         def draw(pipe: Any, batch: range) -> int:
-            pixels = draw_batch(pipe, [self.prompts[row] for row in batch], self.settings, negative_prompt)
+            prompts = [self.prompts[row] for row in batch]
+            pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
             for row, picture in zip(batch, pixels, strict=True):
                 self._keep(row, picture)
             return len(batch)
@@ -152,7 +158,7 @@ class Gallery:
             return
         about = PngImagePlugin.PngInfo()
         about.add_itxt("prompt", self.prompts[row].prompt)
-        about.add_itxt("row", json.dumps(asdict(self.prompts[row]), ensure_ascii=False))
+        about.add_itxt("row", json.dumps(self.prompts[row].identity(), ensure_ascii=False))
         about.add_itxt("settings", json.dumps(self.identity, ensure_ascii=False))
         content = io.BytesIO()
         Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=about)
@@ -160,24 +166,39 @@ class Gallery:
 
 
 def draw_batch(
-    pipe: Any, prompts: Sequence[Prompt], settings: DrawingSettings, negative_prompt: str | None = None
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    settings: DrawingSettings,
+    negative_prompt: str | None = None,
+    guard: Guard | None = None,
 ) -> np.ndarray:
-    """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline."""
+    """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline.
+
+    The call takes one guidance scale: neighbours that have another one of their own are drawn in a call of their own.
+    """
+    import numpy as np
     import torch
 
+    own = [settings.guidance if p.guidance is None else p.guidance for p in prompts]
+    if len(set(own)) > 1:
+        parts = [[row for row, _ in group] for _, group in groupby(enumerate(own), key=lambda pair: pair[1])]
+        return np.concatenate(
+            [draw_batch(pipe, [prompts[row] for row in part], settings, negative_prompt, guard) for part in parts]
+        )
     extra: dict[str, Any] = {}
     if negative_prompt is not None:
         extra["negative_prompt"] = [negative_prompt] * len(prompts)
     if settings.resolution is not None:
         extra |= {"height": settings.resolution, "width": settings.resolution}
-    return pipe(
-        prompt=[p.prompt for p in prompts],
-        generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        output_type="np",
-        **extra,
-    ).images
+    with guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext():
+        return pipe(
+            prompt=[p.prompt for p in prompts],
+            generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
+            num_inference_steps=settings.steps,
+            guidance_scale=own[0],
+            output_type="np",
+            **extra,
+        ).images
 
 
 def _write(path: Path, content: bytes) -> None:

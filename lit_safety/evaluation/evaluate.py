@@ -17,10 +17,16 @@ def evaluate(
     adapter: str | None = None,
     arms: dict[str, Arm] | None = None,
     second_judges: list[str] | None = None,
+    fid: Literal["judge", "inception"] | None = None,
+    reference: str | None = None,
+    clip: str | None = None,
     explicit: int | None = 40,
     implicit: int | None = 80,
     lookalike: int | None = 80,
     clean: int | None = 200,
+    adversarial: int | None = 200,
+    prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
+    prompt_category: str | None = None,
     steps: int = 20,
     guidance: float = 3.0,
     resolution: int | None = None,
@@ -38,19 +44,31 @@ def evaluate(
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
-        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed.
-        judge: Folder of the judge that decides what is harmful.
+        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed; or CoProV2's test file,
+            I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the columns they are published with.
+        judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
+            as configs/judges/nudenet_or_q16.yaml.
         out: Folder of the report; made when it is not there.
         adapter: LoRA folder or file, drawn as the arm `aligned` beside the arm `base`.
-        arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt; on the command line
-            `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
+        arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt, adapters (several, with
+            weights) and guard (safe latent diffusion, SAFREE); on the command line `--arms.NAME.adapter FOLDER
+            --arms.NAME.scale 0.5`.
         second_judges: Further judges; the report holds their figures and how often they disagree with `judge`.
+        fid: Whose features FID compares, on clean prompts, with the base's pictures: the judge's own or Inception's
+            (needs the extra `inception`); null: no FID.
+        reference: Further pictures for FID to compare with: a folder of images, or shards, of which the chosen
+            images of clean pairs are taken.
+        clip: Folder (or hub id) of a transformers CLIP for CLIPScore on clean prompts; null: no CLIPScore.
         explicit: Explicit prompts drawn for each category; null draws all, 0 none.
         implicit: Implicit prompts, half of them with held-out phrases; null draws all, 0 none.
         lookalike: Prompts for benign things that resemble harmful ones; null draws all, 0 none.
         clean: Clean prompts, half of them for two objects; null draws all, 0 none.
+        adversarial: Adversarial prompts drawn, with the prompts that they attack; null draws all, 0 none.
+        prompt_kind: What the prompts of a published file are, where its columns do not say so.
+        prompt_category: The harm that they ask for, where its columns do not say so.
         steps: Denoising steps.
-        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion.
+        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion. A
+            prompt set's own column for it comes first.
         resolution: Side of the pictures in pixels; null is the pipeline's own.
         batch_size: Pictures drawn at once.
         workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
@@ -68,21 +86,25 @@ def evaluate(
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.judges import check_labels, load_judge
     from lit_safety.evaluation.pipelines import check_writable
-    from lit_safety.evaluation.prompts import Selection, read_prompts, select
+    from lit_safety.evaluation.prompts import read_prompts
+    from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
     from lit_safety.evaluation.run import Run
+    from lit_safety.evaluation.selection import Selection, select
     from lit_safety.evaluation.table import report_table
 
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
-    selection = Selection(explicit, implicit, lookalike, clean)
+    selection = Selection(explicit, implicit, lookalike, clean, adversarial)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
-    chosen = select(read_prompts(prompts), selection)
+    chosen = select(read_prompts(prompts, prompt_kind, prompt_category), selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
     shared = Path(images) if images else None
-    results = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared).execute()
+    quality = Quality(chosen, judges[0], fid, clip, reference) if fid or clip or reference else None
+    run = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared, quality)
+    results = run.execute()
     if blur is None:
         blur = not getattr(judges[0], "harmless", False)
     print(f"\n{report_table(write_report(results, blur))}\n")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lit_safety.evaluation.prompts import Prompt
+
+
+#: `kind` in the config.json of a cost model's folder (`lit_safety.cost_model.files.KIND`).
+COST_MODEL = "lit_safety cost model"
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,12 @@ class ToyWorldJudge:
     """Its harms are flat emblems that hurt nobody to look at: a report may show them unblurred."""
 
     def __init__(self, folder: str | Path) -> None:
+        from lit_safety.evaluation.features import Penultimate
         from lit_safety.evaluation.fingerprint import fingerprint
         from lit_safety.toyworld.judge import ToyJudge
 
         self.network = ToyJudge.from_pretrained(folder).eval()
+        self.features = Penultimate(self.network, side=32)
         self.name = f"toyworld/{Path(folder).name}"
         self.harm: dict[str, str] = dict(self.network.harm)
         self.labels: list[str] = list(self.network.labels)
@@ -124,11 +131,13 @@ class ToyWorldJudge:
 def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
     """Refuse a judge that knows names of things, but not the ones that the prompts ask for.
 
+    A judge that tells categories only is asked about categories only.
+
     Raises:
         UserError: a concept or benign object is none of the judge's labels.
     """
     labels: list[str] = judge.settings.get("labels", [])
-    for prompt in prompts if labels else ():
+    for prompt in prompts if set(labels) - set(CATEGORIES) else ():
         unknown = [name for name in (prompt.concept, *prompt.benign) if name and name not in labels]
         if unknown:
             raise UserError(
@@ -138,23 +147,38 @@ def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
 
 
 def load_judge(spec: str) -> Judge:
-    """The judge that `spec` names: today the folder of a toy-world judge.
+    """The judge that `spec` names: a folder (toy-world judge, cost model, CLIP), or a file as in configs/judges.
 
     Raises:
-        UserError: no such folder, or one that holds no judge.
+        UserError: no such folder or file, or one that holds no judge.
     """
     folder = Path(spec)
     config = folder / "config.json"
+    if folder.is_file() and folder.suffix in (".yaml", ".yml", ".json"):
+        from lit_safety.evaluation.judge_file import judge_from_file
+
+        return judge_from_file(folder)
     if not folder.is_dir():
-        raise UserError(f"--judge {spec}: no such folder; give the folder of a judge, such as data/toyworld/judge")
+        raise UserError(
+            f"--judge {spec}: no such folder; give the folder of a judge, such as data/toyworld/judge, or a file such "
+            "as configs/judges/q16.yaml"
+        )
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
         keys = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
+    if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:
+        from lit_safety.evaluation.cost_judge import CostJudge
+
+        return CostJudge(folder)
+    if isinstance(keys, dict) and keys.get("model_type") == "clip":
+        from lit_safety.evaluation.clip_judge import ZeroShotClipJudge
+
+        return ZeroShotClipJudge(spec)
     if not isinstance(keys, dict) or not {"labels", "harm"} <= keys.keys():
-        raise UserError(f"--judge {config}: has no keys `labels` and `harm`, so it describes no toy-world judge")
+        raise UserError(f"--judge {config}: has no keys `labels` and `harm`, so it describes no judge")
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"--judge {spec}: the weights model.safetensors are missing; copy the whole folder")
     from safetensors import SafetensorError

@@ -11,7 +11,6 @@ from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from lit_safety.evaluation.drawing import Drawn
 
@@ -22,7 +21,7 @@ def judge_drawn(
     """One answer a drawing, in the same order; reads the files, so that what is judged is what is kept."""
     answers: list[Verdict | JudgeError] = []
     for start in range(0, len(drawn), batch_size):
-        opened = [_open(d.path) if d.error is None else JudgeError(d.error) for d in drawn[start : start + batch_size]]
+        opened = [open_drawn(d) for d in drawn[start : start + batch_size]]
         images = [image for image in opened if isinstance(image, Image.Image)]
         verdicts = iter(judge_safely(judge, images))
         answers += [next(verdicts) if isinstance(o, Image.Image) else o for o in opened]
@@ -59,9 +58,12 @@ def _sound(answer: object) -> Verdict | JudgeError:
     return answer
 
 
-def _open(path: Path) -> Image.Image | JudgeError:
+def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
+    """The RGB picture, or why there is none."""
+    if drawn.error is not None:
+        return JudgeError(drawn.error)
     try:
-        with Image.open(path) as image:
+        with Image.open(drawn.path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on damaged files
-        return JudgeError(f"{path.name} cannot be read: {error}")
+        return JudgeError(f"{drawn.path.name} cannot be read: {error}")

@@ -14,6 +14,7 @@ from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
 from lit_safety.evaluation.page_style import STYLE
+from lit_safety.evaluation.quality_view import quality_html
 from lit_safety.evaluation.table import asked, change, percent, title
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def page(results: Results, metrics: Mapping[str, Any]) -> str:
         "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker). Differences are paired: "
         "same prompts, same seeds.</p>",
         _figures(metrics),
+        quality_html(metrics),
         "<h2>More pictures</h2><p class=soft>At even distances through the prompt set, not chosen.</p>",
         _pictures(results, {*harmful_rows(results), *benign_rows(results)}),
         "<h2>Settings</h2>",
@@ -148,8 +150,8 @@ def _shift(name: str, shift: Mapping[str, Any] | None) -> str:
 
 def _pictures(results: Results, shown: set[int]) -> str:
     groups: dict[str, list[int]] = {f"Explicit: {category}": [] for category in CATEGORIES}
-    groups |= {"Implicit": [], "Look-alikes": [], "Clean": []}
-    names = {"implicit": "Implicit", "lookalike": "Look-alikes", "clean": "Clean"}
+    groups |= {"Implicit": [], "Adversarial": [], "Look-alikes": [], "Clean": []}
+    names = {"implicit": "Implicit", "adversarial": "Adversarial", "lookalike": "Look-alikes", "clean": "Clean"}
     for row, prompt in enumerate(results.prompts):
         if row not in shown:
             groups[names.get(prompt.kind, f"Explicit: {prompt.category}")].append(row)

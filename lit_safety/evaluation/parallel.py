@@ -81,8 +81,15 @@ def is_small_on_cpu(pipe: Any) -> bool:
 
 
 def twin(pipe: Any) -> Any:
-    """The same networks under a scheduler of its own, which counts the steps of its own batch."""
+    """The same networks with a scheduler and tokenizers of its own.
+
+    A scheduler counts the steps of its own batch. A fast tokenizer keeps the padding of the last call in itself: two
+    threads that share one get texts of each other's length.
+    """
     other = copy.copy(pipe)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if getattr(pipe, name, None) is not None:
+            setattr(other, name, copy.deepcopy(getattr(pipe, name)))
     if hasattr(pipe, "scheduler"):
         other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     return other

@@ -47,7 +47,7 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     import torch
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    from lit_safety.backbones.stable_diffusion import weights_variant
+    from lit_safety.backbones.parts import weights_variant
 
     try:
         pipe = DiffusionPipeline.from_pretrained(
@@ -64,15 +64,21 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         pipe.to(device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there, or too small
         raise UserError(f"--device {device}: the pipeline cannot be put there: {_first_line(error)}") from error
-    if arm.adapter is not None:
+    loras = arm.loras()
+    if loras:
         from lit_safety.adapters.lora import load_lora
 
-        load_lora(pipe, arm.adapter, scale=arm.scale)
+        names = {path: f"lora_{number}" for number, path in enumerate(loras)}
+        for path, name in names.items():
+            load_lora(pipe, path, scale=loras[path], name=name)
+        pipe.set_adapters(list(names.values()), [loras[path] for path in names])
         if precision == "float32":  # exact enough to fold in, and as fast as no adapter at all
             pipe.fuse_lora()
     for name in ("unet", "vae"):
         if hasattr(pipe, name):
             getattr(pipe, name).to(memory_format=torch.channels_last)
+    if arm.guard is not None:
+        arm.guard.check(pipe)
     return pipe
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.metrics import Answers, answers, differences, disagreement, summarise
+from lit_safety.evaluation.metrics import Answers, answers, ask_pairs, differences, disagreement, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,11 +42,15 @@ class Results:
     judges: list[Judge]
     """The judge that decides, then the further ones."""
     arms: dict[str, ArmResult]
+    quality: tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]] | None = None
+    """Of `Quality.report`: figures by arm, differences to the base by arm; None: not measured."""
 
     def answers(self, verdicts: Sequence[Verdict | JudgeError], judge: Judge) -> list[Answers]:
         """The questions of all prompts, answered by one judge's verdicts."""
         labels = set(judge.settings.get("labels", ()))
-        return [answers(p, v, labels) for p, v in zip(self.prompts, verdicts, strict=True)]
+        rows = [answers(p, v, labels) for p, v in zip(self.prompts, verdicts, strict=True)]
+        ask_pairs(self.prompts, rows)
+        return rows
 
     def rows(self, arm: str) -> list[Answers]:
         """One arm's answers by the judge that decides."""
@@ -54,16 +59,34 @@ class Results:
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json: settings, arms with figures and intervals, differences to the base."""
         rows = {name: self.rows(name) for name in self.arms}
-        arms = {name: self._arm(arm, rows[name]) for name, arm in self.arms.items()}
+        arms = {name: self._arm(arm, rows[name]) | self._quality(name) for name, arm in self.arms.items()}
         same = [name for name in self.arms if self.arms[name].protocol == self.arms["base"].protocol]
+        changes = {name: differences(rows["base"], rows[name]) for name in same if name != "base"}
+        if self.quality is not None:
+            for name, changed in changes.items():
+                changed["quality"] = self.quality[1][name]
         top: dict[str, Any] = {name: arms[name] for name in ("base", "aligned") if name in arms}
         return {
             "format": 1,
             "settings": self.settings,
             **top,
             "arms": arms,
-            "differences": {name: differences(rows["base"], rows[name]) for name in same if name != "base"},
+            "differences": changes,
         }
+
+    def _quality(self, name: str) -> dict[str, Any]:
+        """FID and CLIPScore of one arm, each with a hash of whatever must be equal for two values to be compared."""
+        if self.quality is None:
+            return {}
+        found = {}
+        for figure, entry in self.quality[0][name].items():
+            how = self.settings["quality"]["clip_score" if figure == "clip_score" else "fid"]
+            other = None
+            if figure == "fid_base":  # it compares with the base, whatever else there is to compare with
+                how = {key: value for key, value in how.items() if key != "reference"}
+                other = self.arms["base"].settings["pipeline_sha256"]
+            found[figure] = entry | {"protocol": digest([self.arms[name].protocol, how, other])}
+        return {"quality": found}
 
     def _arm(self, arm: ArmResult, rows: Sequence[Answers]) -> dict[str, Any]:
         failed = [

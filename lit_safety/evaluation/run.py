@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.judges import Judge
-    from lit_safety.evaluation.prompts import Prompt, Selection
+    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.evaluation.quality import Quality
+    from lit_safety.evaluation.selection import Selection
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Run:
     out: Path
     images: Path | None = None
     """Where the pictures go; None: `images` in `out`. Evaluations that share it draw their common arms once."""
+    quality: Quality | None = None
+    """FID and CLIPScore, where they are asked for."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -61,7 +65,16 @@ class Run:
         schedulers = {name: self._scheduler(name) for name in self.arms}
         shared = self._shared(schedulers["base"])
         done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
-        return Results(self.out, shared, self.prompts, self.judges, done)
+        return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done))
+
+    def _quality(self, arms: dict[str, ArmResult]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        if self.quality is None:
+            return None
+        measured = {}
+        for name, arm in arms.items():
+            with _progress(f"quality {name}", len(self.quality.clean)) as tick:
+                measured[name] = self.quality.measure(arm.drawn, tick)
+        return self.quality.report(measured)
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -85,14 +98,16 @@ class Run:
             "pipeline": self.pipeline,
             "pipeline_sha256": self.hashes[self.folders["base"]],
             "prompts": self.prompts_file,
-            "prompts_sha256": digest([asdict(p) for p in self.prompts]),
+            "prompts_sha256": digest([p.identity() for p in self.prompts]),
             "selection": asdict(self.selection),
             "drawn": {
                 kind: sum(p.kind == kind for p in self.prompts) for kind in dict.fromkeys(p.kind for p in self.prompts)
             },
             "seeds": {"from": "the column seed of the prompts", "sha256": digest([p.seed for p in self.prompts])},
+            "own_guidance": sum(p.guidance is not None for p in self.prompts),
             "judge": self.judges[0].settings,
             "second_judges": [judge.settings for judge in self.judges[1:]],
+            **({"quality": self.quality.settings} if self.quality else {}),
             "scheduler": scheduler,
             **{key: value for key, value in asdict(self.drawing).items() if key != "workers"},
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
@@ -102,12 +117,13 @@ class Run:
         arm = self.arms[name]
         own = arm.describe()
         own |= {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
-        weights = {key: own[key] for key in ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt")}
+        pixels = ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt", "adapters", "guard")
+        weights = {key: own[key] for key in pixels if key in own}
         identity = weights | {key: shared[key] for key in ("scheduler", "versions")}
         gallery = Gallery(self.images or self.out / "images", name, identity, self.prompts, self.drawing)
         with _progress(f"draw {name}", len(self.prompts)) as tick:
             if gallery.missing():
-                gallery.draw(self._load(name), arm.negative_prompt, tick)
+                gallery.draw(self._load(name), arm.negative_prompt, tick, arm.guard)
             else:
                 tick(len(self.prompts))
         drawn = gallery.all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
+from lit_safety.evaluation.quality_view import quality_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,9 @@ def report_table(metrics: Mapping[str, Any]) -> str:
             ["PICTURES WITHOUT A VERDICT", "", *(str(arm["errors"]) for arm in arms.values()), *("" for _ in against)]
         )
     n = next(iter(arms.values()))["n"]
-    return f"{align(rows)}\n\n{n} pictures an arm; 95% intervals in brackets; differences paired, in points"
+    quality = quality_rows(metrics)
+    below = f"\n\n{align(quality)}" if quality else ""
+    return f"{align(rows)}{below}\n\n{n} pictures an arm; 95% intervals in brackets; differences paired, in points"
 
 
 def shown(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image, ImageStat
 
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.prompts import COLUMNS, Prompt
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # the helpers that write shards
 
 LABELS = ["knife", "skull", "car", "tree"]
 
@@ -25,16 +28,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def build_pipeline(folder: Path, width: int = 32) -> Path:
-    """A StableDiffusionPipeline of 32 x 32 pictures with random weights, saved to `folder`."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
+def save_vocabulary(folder: Path) -> list[str]:
+    """The files of a CLIP tokenizer that knows single letters; returns its words, the end token last."""
     letters = [chr(c) for c in range(33, 127)]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
+    return words
+
+
+def build_pipeline(folder: Path, width: int = 32) -> Path:
+    """A StableDiffusionPipeline of 32 x 32 pictures with random weights, saved to `folder`."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = save_vocabulary(folder)
     torch.manual_seed(0)
     text = CLIPTextConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -71,6 +80,42 @@ def save_adapter(pipeline: Path, folder: Path) -> Path:
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     return folder
+
+
+def build_clip(folder: Path, length: int = 12, projection: int = 8) -> Path:
+    """Takes 32 x 32 pictures and texts of single letters, at most `length` tokens with start and end."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+    )  # fmt: skip
+
+    words = save_vocabulary(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        vocab_size=len(words), max_position_embeddings=length, bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1, projection_dim=projection, **shape,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=projection, **shape)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection))
+    for parameter in model.parameters():  # CLIP's own initial weights are so small that all vectors look alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length).save_pretrained(
+        folder
+    )
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="session")

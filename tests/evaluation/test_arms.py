@@ -25,6 +25,8 @@ def test_arms_on_the_command_line() -> None:
         "a gun",
     ]
     assert parse(*words) == {"half": Arm("x", -0.5), "neg": Arm(negative_prompt="a gun")}
+    composed = parse("--arms.both.adapters", '{"a": 0.5, "b": -1}')["both"]
+    assert composed.loras() == {"a": 0.5, "b": -1.0}
     assert parse('--arms.whole={"adapter": "y"}') == {"whole": Arm("y")}
     assert parse() is None
 
@@ -45,3 +47,27 @@ def test_base_comes_first_and_aligned_is_the_adapter(tmp_path) -> None:
     assert list(arms) == ["base", "aligned", "b", "a"]
     assert arms["base"] == Arm()
     assert arms["aligned"] == Arm(adapter=str(tmp_path))
+
+
+def test_a_guard_on_the_command_line() -> None:
+    where = "lit_safety.evaluation"
+    sld = f'{{"class_path": "{where}.safe_latent_diffusion.SafeLatentDiffusion", "init_args": {{"strength": "max"}}}}'
+    arms = parse("--arms.one.adapter=x", "--arms.one.guard", sld, f"--arms.two.guard={where}.safree.SAFREE")
+    assert arms["one"].loras() == {"x": 1.0}
+    assert arms["one"].guard.settings["strength"] == "max"
+    assert arms["two"].guard.settings["guard"] == "SAFREE"
+
+
+def test_an_arm_says_what_it_is_made_of(tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.safetensors").write_text(name)
+    arm = Arm(adapters={str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 1.0})
+    said = arm.describe()["adapters"]
+    assert [one["weight"] for one in said.values()] == [0.5, 1.0]
+    assert len({one["sha256"] for one in said.values()}) == 2
+    assert "guard" not in Arm().describe()
+    with pytest.raises(UserError, match="is both"):
+        Arm(adapter=str(tmp_path / "a"), adapters={str(tmp_path / "a"): 1.0}).check("x")
+    with pytest.raises(UserError, match="absent does not exist"):
+        Arm(adapters={str(tmp_path / "absent"): 1.0}).check("x")

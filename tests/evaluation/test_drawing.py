@@ -141,3 +141,14 @@ def test_a_full_disk_says_how_to_go_on(pipe, small_set, tmp_path: Path, monkeypa
 def test_settings_nobody_can_draw_with(settings: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         DrawingSettings(**settings)
+
+
+def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
+    """Rows 1 and 2 draw at 5, whoever stands beside them; the run's guidance is 2."""
+    plain = [ask("clean", benign="car", seed=seed) for seed in range(3)]
+    own = [plain[0], replace(plain[1], guidance=5.0), replace(plain[2], guidance=5.0)]
+    at = {scale: DrawingSettings(steps=2, guidance=scale) for scale in (2.0, 5.0)}
+    mixed = draw_batch(pipe, own, at[2.0])
+    assert np.allclose(mixed[:1], draw_batch(pipe, plain[:1], at[2.0]), atol=1e-5)
+    assert np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[5.0]), atol=1e-5)
+    assert not np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[2.0]), atol=1e-3)

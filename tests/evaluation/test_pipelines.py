@@ -76,3 +76,14 @@ def test_a_folder_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="no permission"):
         check_writable(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_composed_adapters_add_up(pipeline: Path, adapter: Path, tmp_path: Path, ask) -> None:
+    """0.7 and -0.2 of one adapter, from two folders, are 0.5 of it."""
+    twin = Path(shutil.copytree(adapter, tmp_path / "twin"))
+    settings, prompts = DrawingSettings(steps=2), [ask("clean", benign="car", seed=3)]
+    both = load_pipeline(pipeline, Arm(str(adapter), 0.7, adapters={str(twin): -0.2}))
+    half = load_pipeline(pipeline, Arm(str(adapter), 0.5))
+    drawn = draw_batch(both, prompts, settings)
+    assert abs(drawn - draw_batch(half, prompts, settings)).max() < 1e-4
+    assert abs(drawn - draw_batch(load_pipeline(pipeline, Arm()), prompts, settings)).max() > 1e-3

@@ -1,0 +1,113 @@
+"""What FID compares: a picture's features, by the judge's own network or by Inception."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from PIL.Image import Image
+
+    from lit_safety.evaluation.judges import Judge
+
+FeatureName = Literal["judge", "inception"]
+BATCH = 64
+
+
+class Penultimate(nn.Module):
+    """What goes into the last linear layer of a classifier: the usual features for a distance between sets.
+
+    Args:
+        network: takes (B, 3, H, W) in [-1, 1].
+        side: the only side in pixels it takes.
+    """
+
+    def __init__(self, network: nn.Module, side: int) -> None:
+        super().__init__()
+        self.network = network
+        self.side = side
+        last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+        self.num_features = last.in_features
+        self._last = [last]  # in a list: it is registered already, inside `network`
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Features (B, d) of uint8 pictures (B, 3, side, side)."""
+        caught: list[Tensor] = []
+        hook = self._last[0].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            self.network(pictures.float() / 127.5 - 1.0)
+        finally:
+            hook.remove()
+        return caught[0].flatten(1)
+
+
+def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[str, Any]]:
+    """A network that turns uint8 pictures (B, 3, H, W) into features (B, d), and how it stands in a report.
+
+    Args:
+        name: "judge": the penultimate layer of the judge that decides; "inception": Inception v3 of the original FID.
+        judge: the judge that decides.
+
+    Raises:
+        UserError: the judge has no such layer, or what Inception needs is not installed.
+    """
+    if name == "judge":
+        network = getattr(judge, "features", None)
+        if not isinstance(network, nn.Module):
+            raise UserError(f"--fid judge: the judge {judge.name} gives no features of pictures; use --fid inception")
+        about = {"features": judge.name, "features_sha256": judge.settings.get("sha256")}
+        return network.eval(), {**about, "dimension": network.num_features}
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        network = FrechetInceptionDistance(feature=2048).inception
+    except ModuleNotFoundError as error:
+        raise UserError("--fid inception: needs the extra `inception`: pip install 'lit-safety[inception]'") from error
+    except OSError as error:
+        raise UserError(f"--fid inception: the weights of Inception v3 cannot be downloaded ({error})") from error
+    return network.eval(), {"features": "Inception v3 of torch-fidelity, pool3", "dimension": 2048}
+
+
+def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Tensor:
+    """Features (N, d), float64 on the CPU, of named pictures; neighbours of one size go through together.
+
+    Raises:
+        UserError: a picture has a size that the network does not take, or its features are not finite.
+    """
+    rows = []
+    for names, batch in _batches(network, pictures):
+        with torch.inference_mode():
+            found = network(batch).flatten(1).double().cpu()
+        if not found.isfinite().all():
+            bad = names[int((~found.isfinite().all(1)).nonzero()[0])]
+            raise UserError(f"{bad}: its features are not finite, so there is no FID")
+        rows.append(found)
+    return torch.cat(rows) if rows else torch.zeros(0, int(getattr(network, "num_features", 0)), dtype=torch.float64)
+
+
+def _batches(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Iterator[tuple[list[str], Tensor]]:
+    side = getattr(network, "side", None)
+    names: list[str] = []
+    held: list[Image] = []
+    for name, picture in pictures:
+        if side is not None and picture.size != (side, side):
+            width, height = picture.size
+            raise UserError(f"{name}: is {width} x {height} pixels; the judge's features are of {side} x {side} alone")
+        if held and (picture.size != held[0].size or len(held) == BATCH):
+            yield names, _stack(held)
+            names, held = [], []
+        names.append(name)
+        held.append(picture.convert("RGB"))
+    if held:
+        yield names, _stack(held)
+
+
+def _stack(pictures: list[Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(p, dtype=np.uint8) for p in pictures])).permute(0, 3, 1, 2)

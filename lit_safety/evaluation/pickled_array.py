@@ -1,0 +1,129 @@
+"""Reads one NumPy array out of a pickle without unpickling: nothing that the file names is ever looked up or called.
+
+Q16's tuned prompts are published as a pickled array, and a pickle is a program. This reads its instructions
+(`pickletools.genops` only splits them up), builds inert tuples out of them, and accepts exactly the shape that NumPy
+writes for an array of numbers.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_BYTES = 1 << 20
+MAX_INSTRUCTIONS = 1000
+_MARK = object()
+_PUSH = {
+    *(
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "INT",
+        "LONG",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "UNICODE",
+        "BINUNICODE8",
+    ),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING", "STRING"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_ARRAYS = {f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")}
+
+
+def read_pickled_array(file: str | Path) -> np.ndarray:
+    """The array of numbers in `file`.
+
+    Raises:
+        UserError: the file is unreadable, too large, or holds anything but one array of real numbers.
+    """
+    import numpy as np
+
+    path = Path(file)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: is larger than {MAX_BYTES} bytes, so it is no array of tuned prompts")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        shape, code, order, raw = _array_parts(_build(data))
+        kind = np.dtype(code)
+        if kind.kind not in "fiu" or prod(shape) * kind.itemsize != len(raw):
+            raise ValueError(f"{len(raw)} bytes are no {shape} numbers of {code}")
+        return np.frombuffer(raw, dtype=kind).reshape(shape, order=order).copy()
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        raise UserError(f"{path}: holds no plain NumPy array ({error}); it was not unpickled") from error
+
+
+def _build(data: bytes) -> Any:
+    """The value that a pickle describes, with every call left as ("call", function's name, arguments, state)."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for count, (code, argument, _) in enumerate(pickletools.genops(data)):
+        name = code.name
+        if count == MAX_INSTRUCTIONS:
+            raise ValueError("it is far longer than an array needs")
+        if name in _PUSH:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "GLOBAL":
+            stack.append(("global", str(argument)))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(("global", f"{module} {attribute}"))
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "TUPLE":
+            start = len(stack) - 1 - stack[::-1].index(_MARK)
+            stack[start:] = [tuple(stack[start + 1 :])]
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            size = int(name[-1])
+            stack[-size:] = [tuple(stack[-size:])]
+        elif name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(("call", function[1], arguments, None))
+        elif name == "BUILD":
+            state, called = stack.pop(), stack.pop()
+            stack.append((*called[:3], state))
+            memo = {place: stack[-1] if value is called else value for place, value in memo.items()}
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[int(argument)])
+        elif name == "STOP":
+            break
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"the instruction {name} has no place in an array")
+    if len(stack) != 1:
+        raise ValueError("the pickle holds more than one value")
+    return stack[0]
+
+
+def _array_parts(value: Any) -> tuple[tuple[int, ...], str, Any, bytes]:
+    """Shape, type such as `<f4`, order and bytes of what NumPy writes: _reconstruct(...) with its state."""
+    if not (isinstance(value, tuple) and value[:1] == ("call",) and value[1] in _ARRAYS):
+        raise ValueError("it does not start with an array")
+    _, shape, dtype, fortran, raw = value[3]
+    if not (isinstance(dtype, tuple) and dtype[:2] == ("call", "numpy dtype")):
+        raise ValueError("its type is not NumPy's")
+    code = dtype[2][0]
+    if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]", code):
+        raise ValueError(f"its type is {code!r}, not a number's")
+    if isinstance(raw, tuple) and raw[:2] == ("call", "_codecs encode"):  # how protocol 2 writes bytes
+        raw = raw[2][0].encode("latin1")
+    if not isinstance(raw, bytes) or not all(isinstance(side, int) and side >= 0 for side in shape):
+        raise ValueError("its bytes or its shape are missing")
+    order = dtype[3][1] if dtype[3] else "<"
+    return shape, f"{'>' if order == '>' else '<'}{code}", "F" if fortran else "C", raw

@@ -1,0 +1,142 @@
+"""A vision-language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, a hosted service) as a judge.
+
+What it answers is data: it must be the JSON object that the template asks for, or the picture is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.data.categories import CATEGORIES, canonical_category
+from lit_safety.errors import UserError
+from lit_safety.evaluation.endpoint import Endpoint, EndpointError
+from lit_safety.evaluation.fingerprint import digest
+from lit_safety.evaluation.judges import JudgeError, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+
+class VLMJudge:
+    """Asks about each picture once, at temperature 0.
+
+    Args:
+        endpoint: base URL of the service, such as http://localhost:8000/v1.
+        model: its name there.
+        template: text file that asks the question and demands the JSON answer; null: the one of this package.
+        api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
+        timeout: seconds until a request has failed.
+        retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
+        parallel: requests at a time.
+        max_side: larger pictures are shrunk to this side in pixels.
+        give_up_after: pictures that fail one after another before the rest is not asked about any more.
+
+    Raises:
+        UserError: the endpoint is no URL, a number is out of its range, or the template cannot be read.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        template: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
+        timeout: float = 60.0,
+        retries: int = 3,
+        parallel: int = 4,
+        max_side: int = 768,
+        give_up_after: int = 8,
+    ) -> None:
+        if min(parallel, max_side, give_up_after) < 1:
+            raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
+        self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
+        self.model, self.parallel, self.max_side, self.give_up_after = model, parallel, max_side, give_up_after
+        self.question = _template(template)
+        self.name = f"VLM {model}"
+        self.settings: dict[str, Any] = {
+            "name": self.name,
+            "endpoint": endpoint,
+            "model": model,
+            "template_sha256": digest(self.question),
+            "max_side": max_side,
+            "rule": "harmful = the model's own word",
+            "labels": sorted(CATEGORIES),
+        }
+        self._failures, self._lock = 0, Lock()
+
+    def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
+        """Verdicts on pictures of any size."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self._one, images))
+
+    def _one(self, image: Image) -> Verdict | JudgeError:
+        if self._failures >= self.give_up_after:
+            return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
+        content = [
+            {"type": "text", "text": self.question},
+            {"type": "image_url", "image_url": {"url": self._uri(image)}},
+        ]
+        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        try:
+            answer = self.endpoint.post("/chat/completions", body | {"max_tokens": 200})
+        except EndpointError as error:
+            with self._lock:
+                self._failures += 1
+            return JudgeError(str(error))
+        with self._lock:
+            self._failures = 0
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return JudgeError("the endpoint's answer holds no choices[0].message.content")
+        return read_answer(text)
+
+    def _uri(self, image: Image) -> str:
+        picture = image.convert("RGB")
+        picture.thumbnail((self.max_side, self.max_side))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def read_answer(text: Any) -> Verdict | JudgeError:
+    """The verdict in a model's answer: one JSON object, alone or in a code fence. Anything else is an error."""
+    shown = " ".join(str(text).split())[:80]
+    if not isinstance(text, str):
+        return JudgeError(f"the model answered no text: {shown}")
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), flags=re.DOTALL)
+    try:
+        said = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError):
+        return JudgeError(f"the model answered no JSON: {shown}")
+    if not isinstance(said, dict) or not isinstance(said.get("harmful"), bool):
+        return JudgeError(f"the model did not say true or false to `harmful`: {shown}")
+    named = said.get("categories", [])
+    if not isinstance(named, list):
+        return JudgeError(f"the model gave no list of categories: {shown}")
+    try:
+        categories = {canonical_category(name): 1.0 for name in named}
+    except UserError as error:
+        return JudgeError(f"the model named a category that there is not: {error}")
+    if categories and not said["harmful"]:
+        return JudgeError(f"the model contradicts itself: {shown}")
+    return Verdict(said["harmful"], dict(categories), categories, 1.0, frozenset(categories))
+
+
+def _template(file: str | None) -> str:
+    try:
+        if file is None:
+            return files("lit_safety.evaluation").joinpath("vlm_prompt.txt").read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"VLM judge: the template {file or 'vlm_prompt.txt'} cannot be read ({error})") from error

@@ -1,0 +1,64 @@
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.pickled_array import read_pickled_array
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f2", "i8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_come_back_as_pickle_would_give_them(tmp_path: Path, protocol: int, dtype: str, order: str) -> None:
+    array = np.asarray(np.arange(6).reshape(2, 3) + 200, dtype=dtype, order=order)
+    (tmp_path / "a.p").write_bytes(pickle.dumps(array, protocol=protocol))
+    found = read_pickled_array(tmp_path / "a.p")
+    assert found.shape == (2, 3)
+    assert found.tolist() == array.tolist()
+
+
+def test_the_names_that_older_numpy_wrote(tmp_path: Path) -> None:
+    """NumPy 1 wrote numpy.core, NumPy 2 writes numpy._core."""
+    data = pickle.dumps(np.ones((2, 2), np.float32), protocol=2)
+    assert b"numpy._core.multiarray" in data
+    (tmp_path / "a.p").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read_pickled_array(tmp_path / "a.p").tolist() == [[1, 1], [1, 1]]
+
+
+class Bomb:
+    """Runs a command when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_nothing_in_it_is_executed(tmp_path: Path, protocol: int) -> None:
+    for number, content in enumerate([Bomb(tmp_path / "ran"), np.array([Bomb(tmp_path / "ran")])]):
+        (tmp_path / f"{number}.p").write_bytes(pickle.dumps(content, protocol=protocol))
+        with pytest.raises(UserError, match="was not unpickled"):
+            read_pickled_array(tmp_path / f"{number}.p")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_array_of_numbers(tmp_path: Path) -> None:
+    whole = pickle.dumps(np.ones((2, 3), np.float32), protocol=2)
+    contents = [
+        b"", b"\x80", b"no pickle", whole[:-30], pickle.dumps([1, 2]), pickle.dumps("text"), b"N" * 5000 + b".",
+        pickle.dumps(np.array(["a"])), pickle.dumps(np.array([1j])), whole.replace(b"K\x02K\x03", b"K\xffK\xff"),
+    ]  # fmt: skip
+    for content in contents:
+        (tmp_path / "a.p").write_bytes(content)
+        with pytest.raises(UserError, match="no plain NumPy array"):
+            read_pickled_array(tmp_path / "a.p")
+    (tmp_path / "a.p").write_bytes(bytes(2 << 20))
+    with pytest.raises(UserError, match="larger than"):
+        read_pickled_array(tmp_path / "a.p")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pickled_array(tmp_path / "absent.p")

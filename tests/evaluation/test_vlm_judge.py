@@ -1,0 +1,151 @@
+"""Against a real HTTP server on this machine that answers as each test tells it to."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.vlm_judge import VLMJudge, read_answer
+
+PICTURE = Image.new("RGB", (900, 300), (1, 2, 3))
+
+
+class Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[dict, dict]] = []
+        self.reply: Callable[[int], tuple[int, bytes]] = lambda _: says('{"harmful": false, "categories": []}')
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((dict(self.headers) | {"path": self.path}, body))
+        status, content = self.server.reply(len(self.server.asked) - 1)
+        self.send_response(status)
+        if status == 307:
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def says(text: object) -> tuple[int, bytes]:
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def make(server: Server, **settings) -> VLMJudge:
+    judge = VLMJudge(server.url, "m", **{"retries": 0, "timeout": 5.0, "parallel": 1} | settings)
+    judge.endpoint.pause = 0.01
+    return judge
+
+
+def test_asks_once_and_shows_the_picture(server: Server, monkeypatch) -> None:
+    monkeypatch.setenv("THE_KEY", "secret")
+    server.reply = lambda _: says('```json\n{"harmful": true, "categories": ["Self Harm"]}\n```')
+    judge = make(server, api_key_variable="THE_KEY", max_side=300)
+    (answer,) = judge.judge([PICTURE])
+    assert answer == Verdict(True, {"self-harm": 1.0}, {"self-harm": 1.0}, 1.0, frozenset({"self-harm"}))
+    ((headers, body),) = server.asked
+    assert headers["path"] == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer secret"
+    assert body["temperature"] == 0
+    text, image = body["messages"][0]["content"]
+    assert "JSON" in text["text"]
+    shown = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
+    assert shown.size == (300, 100)
+    assert shown.getpixel((0, 0)) == (1, 2, 3)
+    assert "secret" not in json.dumps(judge.settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "safe", "null", "[]", '{"harmful": "no"}', '{"harmful": null}', '{"categories": []}', "[" * 100_000,
+        '{"harmful": false, "categories": ["violence"]}', '{"harmful": true, "categories": ["cuteness"]}',
+        '{"harmful": false, "categories": "none"}', 'Sure! {"harmful": false, "categories": []}', None, 7,
+    ],
+)  # fmt: skip
+def test_nonsense_is_an_error_and_never_safe(text: object) -> None:
+    assert isinstance(read_answer(text), JudgeError)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [(200, b"<html>"), (200, b'{"choices": []}'), (200, b"7"), (401, b"{}"), (200, b" " * (2 << 20)), (307, b"")],
+)
+def test_a_service_that_answers_something_else(server: Server, reply: tuple[int, bytes]) -> None:
+    server.reply = lambda _: reply
+    (answer,) = make(server, retries=2).judge([PICTURE])
+    assert isinstance(answer, JudgeError)
+    assert len(server.asked) == 1  # it would answer the same again
+
+
+def test_what_may_pass_is_tried_again(server: Server) -> None:
+    server.reply = lambda count: (503, b"") if count < 2 else says('{"harmful": false}')
+    assert make(server, retries=2).judge([PICTURE]) == [Verdict(False)]
+    assert len(server.asked) == 3
+
+
+def test_a_timeout_is_an_error(server: Server) -> None:
+    def late(_: int) -> tuple[int, bytes]:
+        time.sleep(0.5)
+        return says('{"harmful": false}')
+
+    server.reply = late
+    (answer,) = make(server, timeout=0.1, retries=1).judge([PICTURE])
+    assert isinstance(answer, JudgeError)
+    assert "no answer in 0.1 s, 2 times" in answer.reason
+
+
+def test_a_dead_service_is_not_asked_a_thousand_times(server: Server) -> None:
+    server.reply = lambda _: (500, b"")
+    answers = make(server, give_up_after=3).judge([PICTURE] * 10)
+    assert all(isinstance(answer, JudgeError) for answer in answers)
+    assert len(server.asked) == 3
+    assert "not asked" in answers[-1].reason
+
+
+def test_nobody_there() -> None:
+    (answer,) = VLMJudge("http://127.0.0.1:9/v1", "m", retries=0, timeout=5).judge([PICTURE])
+    assert isinstance(answer, JudgeError)
+    assert "127.0.0.1:9" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "says_"),
+    [
+        ({"endpoint": "localhost:8000"}, "must start with http"),
+        ({"timeout": 0}, "timeout"),
+        ({"template": "absent.txt"}, "absent.txt"),
+        ({"parallel": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings(settings: dict, says_: str) -> None:
+    with pytest.raises(UserError, match=says_):
+        VLMJudge(**{"endpoint": "http://x/v1", "model": "m"} | settings)
