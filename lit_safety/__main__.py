@@ -18,6 +18,7 @@ TRAINER_COMMANDS = {
 OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
     "compare": "print several metrics.json in one table",
+    "cost-model": "how right a cost model is, on labelled shards and on drawn pictures",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",

@@ -13,13 +13,20 @@ from jsonargparse import CLI
 COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "lit_safety.evaluation.evaluate:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
+    "cost-model": "lit_safety.cost_model.check:check",
     "merge": "lit_safety.merging.merge:merge",
     "shards": {
         "from-coprov2": "lit_safety.data.converters.from_coprov2:from_coprov2",
         "from-folder": "lit_safety.data.converters.from_folder:from_folder",
+        "from-pickapic": "lit_safety.data.converters.from_pickapic:from_pickapic",
         "from-sage": "lit_safety.data.converters.from_sage:from_sage",
+        "generate": "lit_safety.data.generate.generate:generate",
         "inspect": "lit_safety.data.inspect:inspect",
+        "precompute": "lit_safety.data.precompute:precompute",
+        "join": "lit_safety.data.join:join",
+        "score": "lit_safety.data.score:score",
         "validate": "lit_safety.data.validate:validate",
+        "write-prompts": "lit_safety.data.generate.write_prompts:write_prompts",
     },
     "study": {
         "run": "lit_safety.study.run:run_study",

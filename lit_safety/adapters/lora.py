@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lit_safety.errors import UserError
 
@@ -75,6 +76,20 @@ class LoRA:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return parameters
+
+    def draw(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+        """Fresh fp32 weights of an adapter's parameters by name, A drawn from ``seed`` as `init` says, B 0."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for name, shape in shapes.items():
+            weight = drawn[name] = torch.zeros(tuple(shape))
+            if ".lora_B." in name:
+                continue
+            if self.init == "gaussian":
+                weight.normal_(0, 1 / self.rank, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        return drawn
 
 
 @contextmanager
@@ -153,7 +168,7 @@ def _first_mismatch(unet: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str 
         if layer is None:
             return f"it adapts {name}, which this denoiser does not have"
         weight = layer.weight
-        if not isinstance(weight, torch.Tensor):
+        if not isinstance(weight, Tensor):
             continue
         expected = weight.shape[1] if side == "A" else weight.shape[0]
         found = shape[1] if side == "A" else shape[0]

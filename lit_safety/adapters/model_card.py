@@ -12,6 +12,19 @@ WARNING = """\
 scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
 and is no lock against those who hold the weights."""
 
+_ADAPTER = f"""\
+A LoRA that makes `{{base}}` draw less of what it was trained to refuse. Load it with
+
+    pipe.load_lora_weights("THIS_FOLDER")
+
+{WARNING}"""
+_PIPELINE = """\
+`{base}` with a denoiser trained to draw less of what it should refuse. It is a whole pipeline:
+
+    pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+
+It is no lock: who holds the weights can train the harm back."""
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -22,6 +35,8 @@ class CardFacts:
     method: str
     settings: Mapping[str, Any]
     metrics: Mapping[str, float]
+    adapter: bool = True
+    """Whether a LoRA lies there, or a whole pipeline."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -32,16 +47,12 @@ def model_card(facts: CardFacts) -> str:
     return f"""---
 library_name: diffusers
 base_model: {facts.base_model}
-tags: [lora, text-to-image, safety, preference-optimisation]
+tags: [{"lora, " if facts.adapter else ""}text-to-image, safety, preference-optimisation]
 ---
 
-# Safety adapter
+# {"Safety adapter" if facts.adapter else "Aligned pipeline"}
 
-A LoRA that makes `{facts.base_model}` draw less of what it was trained to refuse. Load it with
-
-    pipe.load_lora_weights("THIS_FOLDER")
-
-{WARNING}
+{(_ADAPTER if facts.adapter else _PIPELINE).format(base=facts.base_model)}
 
 - Base model: `{facts.base_model}`
 - Data: `{facts.data}`
@@ -59,5 +70,6 @@ The whole resolved configuration is in `config.yaml`.
 
 {measured}
 
-Pictures judged before and after are made by `python -m lit_safety evaluate --adapter THIS_FOLDER`.
+Pictures judged before and after are made by `python -m lit_safety evaluate
+--{"adapter" if facts.adapter else "arms.aligned.pipeline"} THIS_FOLDER`.
 """

@@ -3,6 +3,24 @@
 from lit_safety.callbacks.drawings import DrawSamples, WriteDrawings
 from lit_safety.callbacks.evaluate import EvaluateOnTest
 from lit_safety.callbacks.export import ExportAdapter
+from lit_safety.callbacks.export_cost_model import ExportCostModel
+from lit_safety.callbacks.export_user_adapter import ExportUserAdapter
+from lit_safety.callbacks.merge_experts import MergeExperts
+from lit_safety.callbacks.probe_margin import ProbeMargin
 from lit_safety.callbacks.summary import RunSummary
+from lit_safety.callbacks.update_dual import UpdateDual
+from lit_safety.callbacks.write_costs import WriteCosts
 
-__all__ = ["DrawSamples", "EvaluateOnTest", "ExportAdapter", "RunSummary", "WriteDrawings"]
+__all__ = [
+    "DrawSamples",
+    "EvaluateOnTest",
+    "ExportAdapter",
+    "ExportCostModel",
+    "ExportUserAdapter",
+    "MergeExperts",
+    "ProbeMargin",
+    "RunSummary",
+    "UpdateDual",
+    "WriteCosts",
+    "WriteDrawings",
+]

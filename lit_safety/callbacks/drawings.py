@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image, ImageFilter
 
 from lit_safety.errors import UserError
@@ -35,13 +36,15 @@ class DrawSamples(Callback):
         self.blur = blur
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not (trainer.is_global_zero or in_pieces(trainer)):
             return
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        pictures = preference_module(pl_module).draw(self.prompts, seeds)
+        rows = preference_module(pl_module).draw_rows(self.prompts, seeds)
+        if not trainer.is_global_zero:
+            return
         if self.blur:
-            pictures = [picture.filter(ImageFilter.GaussianBlur(picture.width / 8)) for picture in pictures]
-        sheet = side_by_side(pictures)
+            rows = [[one.filter(ImageFilter.GaussianBlur(one.width / 8)) for one in row] for row in rows]
+        sheet = below_each_other([side_by_side(row) for row in rows])
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")
@@ -51,6 +54,12 @@ class DrawSamples(Callback):
                 add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
 
 
+def in_pieces(trainer: Trainer) -> bool:
+    """Whether the network's weights lie in pieces on all ranks, so that all must take part when one draws."""
+    strategy = trainer.strategy
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
+
+
 def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Image:
     """One row of pictures; tiny ones are enlarged to ``least`` pixels without smoothing."""
     factor = max(1, least // pictures[0].width)
@@ -58,6 +67,15 @@ def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Ima
     sheet = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
+    return sheet
+
+
+def below_each_other(rows: Sequence[Image.Image]) -> Image.Image:
+    """Rows of one size as one picture."""
+    width, height = rows[0].size
+    sheet = Image.new("RGB", (width, (height + 4) * len(rows) - 4), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, i * (height + 4)))
     return sheet
 
 

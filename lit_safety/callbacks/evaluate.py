@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_safety.callbacks.drawings import preference_module
-from lit_safety.modules.preference import POLICY
+from lit_safety.errors import UserError
 
 
 class EvaluateOnTest(Callback):
@@ -42,19 +42,28 @@ class EvaluateOnTest(Callback):
         self.clean = clean
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lit_safety.evaluation.arms import Arm
         from lit_safety.evaluation.evaluate import evaluate
 
         if not trainer.is_global_zero:
             return
         module = preference_module(pl_module)
         run = Path(trainer.default_root_dir)
-        module.backbone.save_lora(run / "adapter", POLICY)
+        (export, *others) = module.exports()
+        if others:
+            raise UserError(
+                "`test` judges one adapter, and this module has several experts: merge them, then "
+                "`evaluate --adapter` the merged one"
+            )
+        module.save_export(run / export)
+        whole = export == "pipeline"
         evaluate(
             pipeline=module.pretrained,
             prompts=self.prompts,
             judge=self.judge,
             out=str(run / "report"),
-            adapter=str(run / "adapter"),
+            adapter=None if whole else str(run / export),
+            arms={"aligned": Arm(pipeline=str(run / export))} if whole else None,
             steps=module.drawing.steps,
             guidance=module.drawing.guidance,
             explicit=self.explicit,

@@ -1,9 +1,18 @@
-"""Printed once at the start: the effective batch, the learning rate, what is trained, where it is written."""
+"""Printed once at the start: the effective batch, the learning rate, what is trained, where it is written; and once
+at the end: what was cut or left out."""
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+
+from lit_safety.data.cache import truncation, truncation_words
+from lit_safety.data.cached_source import CachedSource
+
+T = TypeVar("T")
 
 
 class RunSummary(Callback):
@@ -22,3 +31,37 @@ class RunSummary(Callback):
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
         print(f"trained {trained:,} parameters in fp32")
         print(f"folder  {trainer.default_root_dir}")
+        for one in cached_sources(trainer):
+            print(f"cache   {one.key}: latents and text by {one.cache}; no VAE and no text encoder is loaded for them")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        datamodule = getattr(trainer, "datamodule", None)
+        truncated = getattr(pl_module, "truncated", None)
+        mine = (dict.fromkeys(getattr(datamodule, "bad_samples", ())), getattr(truncated, "prompts", {}))
+        everyone = on_all_ranks(mine)
+        if not trainer.is_global_zero:
+            return
+        bad = {name: None for found, _ in everyone for name in found}
+        cut = {name: text for _, found in everyone for name, text in found.items()}
+        if bad:
+            print(f"left out {len(bad)} bad samples; first: {next(iter(bad))}")
+        if cut:
+            print(f"text    {truncation_words(len(cut), next(iter(cut.values())))}")
+        for one in cached_sources(trainer):
+            if note := truncation(one.cache.to_dict()):
+                print(f"text    {one.key}: {note}")
+
+
+def cached_sources(trainer: Trainer) -> list[CachedSource]:
+    """The caches that a fit reads; a datamodule of somebody's own has none."""
+    caches = getattr(getattr(trainer, "datamodule", None), "caches", None)
+    return [] if caches is None else caches("fit")
+
+
+def on_all_ranks(value: T) -> list[T]:
+    """``value`` of every rank, rank 0's first; every rank must ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found

@@ -7,8 +7,11 @@ serves all experts, and no input is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,26 @@ from lit_safety.adapters.lora import adapter_layers, adapters_off
 from lit_safety.adapters.lora_file import LowRank
 from lit_safety.backbones import Backbone
 from lit_safety.data.chance import generator, normal, sample_seed
+from lit_safety.data.progress import counter
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.merging.calibration_prompts import calibration_prompts
 from lit_safety.merging.comerge import Activity
 from lit_safety.merging.expert import Expert, parts_of, united_layers
+
+
+def calibrate(
+    backbone: Backbone, experts: Sequence[Expert], source: str | Sequence[str], options: CalibrationOptions
+) -> tuple[dict[str, Activity], dict[str, Any]]:
+    """The experts' activity on prompts of ``source``, with a progress bar, and what a report says of it.
+
+    Raises:
+        UserError: there are no prompts, or the experts were made for another backbone.
+    """
+    prompts = calibration_prompts(source, options.count, options.categories)
+    with counter("looking at the base model", forwards(prompts, options)) as tick:
+        activity = measure_activity(backbone, experts, prompts, options, tick)
+    return activity, {**asdict(options), "prompts": source, "count": len(prompts)}
 
 
 def forwards(prompts: Sequence[str], options: CalibrationOptions) -> int:
@@ -56,7 +75,7 @@ def measure_activity(
         name: Probe(_module(backbone.denoiser, name, parts), [_moved(part, device) for part in parts])
         for name, parts in ((name, parts_of(experts, name)) for name in united_layers(experts))
     }
-    activity = {name: Activity.empty(len(experts), probe.out) for name, probe in probes.items()}
+    activity = {name: Activity.empty(len(experts), *probe.parts[0].shape) for name, probe in probes.items()}
     with adapters_off(adapter_layers(backbone.denoiser)):
         for start in range(0, len(prompts), options.batch_size):
             batch = list(prompts[start : start + options.batch_size])
@@ -73,7 +92,7 @@ def measure_activity(
             for name, probe in probes.items():
                 seen = probe.take()
                 if seen is not None:  # else no forward passes through the layer: whatever it holds changes nothing
-                    activity[name].add(seen)
+                    activity[name].add(*seen)
     return activity
 
 
@@ -101,19 +120,33 @@ class Probe:
         self.parts = parts
         self.out = parts[0].shape[0]
         self._sum: Tensor | None = None
+        self._inputs: Tensor | None = None
         self._calls = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen = torch.stack([self._magnitude(part, inputs[0].float()) for part in self.parts])
+        x = inputs[0].float()
+        seen = torch.stack([self._magnitude(part, x) for part in self.parts])
+        size = self._size(x)
         self._sum = seen if self._sum is None else self._sum + seen
+        self._inputs = size if self._inputs is None else self._inputs + size
         self._calls += 1
 
-    def take(self) -> Tensor | None:
-        """a[k, i, j] (K, B, out), the mean over tokens and all forwards since the last call; None: there were none."""
-        if self._sum is None:
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """Means over tokens and all forwards since the last call: a[k, i, j] (K, B, out) and |x| (B, in).
+
+        None: there was no forward.
+        """
+        if self._sum is None or self._inputs is None:
             return None
-        mean, self._sum, self._calls = self._sum / self._calls, None, 0
-        return mean
+        means = self._sum / self._calls, self._inputs / self._calls
+        self._sum, self._inputs, self._calls = None, None, 0
+        return means
+
+    def _size(self, x: Tensor) -> Tensor:
+        """|x| (B, in), the mean over tokens or places; of a convolution the channel's for each place of its kernel."""
+        if self.parts[0].kernel:
+            return x.abs().mean(dim=(2, 3)).repeat_interleave(math.prod(self.parts[0].kernel), dim=1)
+        return x.abs().reshape(len(x), -1, x.shape[-1]).mean(dim=1)
 
     def _magnitude(self, part: LowRank, x: Tensor) -> Tensor:
         """|scale * b a x| (B, out), the mean over tokens or places of x, (B, ..., in) or (B, C, H, W)."""

@@ -15,15 +15,16 @@ from lit_safety.data.tarindex import OpenShard
 from lit_safety.errors import UserError
 
 
-def calibration_prompts(source: str, count: int, categories: Sequence[str] | None = None) -> list[str]:
-    """Up to ``count`` different prompts of a CSV file or of shards.
+def calibration_prompts(source: str | Sequence[str], count: int, categories: Sequence[str] | None = None) -> list[str]:
+    """Up to ``count`` different prompts of a CSV file, or of shards in any form that a datamodule takes.
 
     Raises:
         UserError: the source cannot be read, or no prompt is left.
     """
     wanted = None if categories is None else {canonical_category(name) for name in categories}
     by_category: dict[str, set[str]] = {}
-    for prompt, category in _of_csv(Path(source)) if source.endswith(".csv") else _of_shards(source):
+    is_csv = isinstance(source, str) and source.endswith(".csv")
+    for prompt, category in _of_csv(Path(str(source))) if is_csv else _of_shards(source):
         if prompt and (wanted is None or category in wanted):
             by_category.setdefault(category, set()).add(prompt)
     # By a hash: no order of the file shows, and the first 16 are among the first 64.
@@ -53,7 +54,7 @@ def _of_csv(file: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"--calibration.prompts {file}: is no UTF-8 CSV file ({error})") from error
 
 
-def _of_shards(given: str) -> Iterator[tuple[str, str]]:
+def _of_shards(given: str | Sequence[str]) -> Iterator[tuple[str, str]]:
     source = open_source(given, "--calibration.prompts")
     for path, entry in zip(source.paths, source.manifest.shardlist, strict=True):
         shard = OpenShard(path, entry.nsamples)

@@ -56,7 +56,9 @@ residual and the sha256 of every expert are in `report.json`. No picture was jud
 
 def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     recipe = report["recipe"]
-    used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("statistic",)}.get(recipe["method"], ())
+    used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("unit", "statistic", "normalise")}.get(
+        recipe["method"], ()
+    )
     settings = {"method": recipe["method"], **{key: recipe[key] for key in used}, "rank": recipe["rank"] or "as needed"}
     for key, value in (report["calibration"] or {}).items():
         settings[f"calibration {key}"] = value

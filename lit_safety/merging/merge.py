@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration_options import CalibrationOptions
-from lit_safety.merging.recipe import Dtype, Method, Recipe, Statistic
+from lit_safety.merging.recipe import Dtype, Method, Recipe, Statistic, Unit
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
     from lit_safety.merging.comerge import Activity
@@ -28,6 +28,8 @@ def merge(
     drop: float = 0.5,
     seed: int = 0,
     statistic: Statistic = "vote",
+    unit: Unit = "row",
+    normalise: bool = False,
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
     fuse: bool = False,
     dtype: Dtype | None = None,
@@ -51,6 +53,10 @@ def merge(
         drop: dare: share of each update's entries that are dropped.
         seed: dare: seed of what is dropped.
         statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
+        unit: comerge: take whole rows (output units), which is exact, or single weights, which is cut to the experts'
+            summed rank; single weights are compared by their magnitudes and need prompts with `normalise` only.
+        normalise: comerge: count every expert's activity in units of its own mean in the layer, so that the expert with
+            the largest updates does not win everywhere.
         calibration: comerge: the prompts and how they are looked at.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
         dtype: Number format of the merged adapter; null is float32.
@@ -73,16 +79,17 @@ def merge(
         raise UserError(f"--weights: {len(weights)} numbers for {len(experts)} experts; give one for each")
     loaded = read_experts(experts)
     named = {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
-    recipe = Recipe(method, named, rank, density, drop, seed, statistic, dtype)
+    recipe = Recipe(method, named, rank, density, drop, seed, statistic, unit, normalise, dtype)
     check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])
     layers = united_layers(loaded)
-    base = pipeline or _base_of(loaded)
-    needs = [word for word, asked in (("comerge", _must_calibrate(loaded, recipe)), ("--fuse", fuse)) if asked]
+    base = pipeline or base_of(loaded)
+    must_calibrate = recipe.calibrated and len(loaded) > 1  # a single expert owns every row, whatever it does
+    needs = [word for word, asked in (("comerge", must_calibrate), ("--fuse", fuse)) if asked]
     if needs and base is None:
-        raise UserError(f"{needs[0]} needs the base model, and the experts' cards do not agree on one: give --pipeline")
+        raise UserError(f"{needs[0]} needs the base model, and no expert's card names one: give --pipeline")
 
     activity = measured = None
-    if base is not None and _must_calibrate(loaded, recipe):
+    if base is not None and must_calibrate:
         activity, measured = _calibrate(base, loaded, calibration, device)
     with counter("merging layers", len(layers)) as tick:
         merged = merge_experts(loaded, recipe, activity, tick)
@@ -92,15 +99,20 @@ def merge(
         print(f"pipeline  {Path(out) / 'pipeline'}")
 
 
-def _must_calibrate(experts: list[Expert], recipe: Recipe) -> bool:
-    """A single expert owns every row, whatever it does."""
-    return recipe.method == "comerge" and len(experts) > 1
+def base_of(experts: Sequence[Expert]) -> str | None:
+    """The base model that the experts' cards name; None: none of them names one.
 
-
-def _base_of(experts: list[Expert]) -> str | None:
-    """The base model that all experts' cards agree on."""
-    named = {expert.provenance.get("base_model") for expert in experts} - {None}
-    return str(named.pop()) if len(named) == 1 else None
+    Raises:
+        UserError: they name different ones.
+    """
+    named = {str(e.provenance["base_model"]): e.name for e in experts if e.provenance.get("base_model") is not None}
+    if len(named) > 1:
+        told = "; ".join(f"{expert}: {base}" for base, expert in named.items())
+        raise UserError(
+            f"the experts were made for different base models by their cards ({told}); if it is one model under "
+            "several names, give it as --pipeline"
+        )
+    return next(iter(named), None)
 
 
 def _calibrate(
@@ -110,17 +122,13 @@ def _calibrate(
     import torch
 
     from lit_safety.backbones import load_backbone
-    from lit_safety.data.progress import counter
-    from lit_safety.merging.calibration import forwards, measure_activity
-    from lit_safety.merging.calibration_prompts import calibration_prompts
+    from lit_safety.merging.calibration import calibrate
 
     if options.prompts is None:
         raise UserError(
             "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
             "folder of shards), or another --method, such as mean"
         )
-    prompts = calibration_prompts(options.prompts, options.count, options.categories)
     backbone = load_backbone(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with counter("looking at the base model", forwards(prompts, options)) as tick:
-        activity = measure_activity(backbone, experts, prompts, options, tick)
-    return activity, {**asdict(options), "count": len(prompts), "pipeline": base}
+    activity, measured = calibrate(backbone, experts, options.prompts, options)
+    return activity, {**measured, "pipeline": base}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_safety.adapters.lora_file import LowRank
 from lit_safety.errors import UserError
-from lit_safety.merging.comerge import Activity, comerge, owners
+from lit_safety.merging.comerge import Activity, comerge, comerge_weights, owners
 from lit_safety.merging.dare import dare_sum
 from lit_safety.merging.expert import Expert, parts_of, united_layers
 from lit_safety.merging.factors import reduce_rank
@@ -31,7 +31,7 @@ class Fit:
     error: float
     """Frobenius norm of its difference to the update that is written, rounding to the file's numbers included."""
     rows: Mapping[str, int] | None = None
-    """comerge: how many rows come from each expert."""
+    """comerge: how many rows (of unit weight: single weights) come from each expert."""
 
     @property
     def residual(self) -> float:
@@ -71,7 +71,7 @@ def merge_experts(
 
     Raises:
         UserError: the experts do not fit each other, or share a name.
-        ValueError: comerge without ``activity`` of every layer.
+        ValueError: no ``activity`` of a layer where the recipe needs it.
     """
     experts = sorted(experts, key=lambda expert: expert.name)
     if len({expert.name for expert in experts}) < len(experts):
@@ -99,15 +99,28 @@ def _exact(
     if recipe.method in ("mean", "svd"):
         return mean(parts, weights), None
     if recipe.method == "comerge":
-        if activity is None:
-            raise ValueError(f"comerge needs to know how active the experts are in {name}: calibrate first")
-        owner = owners(activity, recipe.statistic)
-        counts = torch.bincount(owner, minlength=len(parts)).tolist()
-        return comerge(parts, owner), dict(zip(names, counts, strict=True))
+        return _comerged(name, parts, names, recipe, activity)
     deltas = [part.delta(torch.float32) for part in parts]
     if recipe.method == "ties":
         return ties(torch.stack(deltas), recipe.density, torch.tensor(weights)), None
     return dare_sum(deltas, weights, recipe.drop, recipe.seed, names, name), None
+
+
+def _comerged(
+    layer: str, parts: Sequence[LowRank], names: Sequence[str], recipe: Recipe, activity: Activity | None
+) -> tuple[LowRank | Tensor, dict[str, int]]:
+    if activity is None and recipe.calibrated:
+        raise ValueError(f"comerge needs to know how active the experts are in {layer}: calibrate first")
+    found: LowRank | Tensor
+    if recipe.unit == "weight":
+        deltas = torch.stack([part.delta(torch.float32) for part in parts])
+        found, owner = comerge_weights(deltas, activity.inputs if activity and recipe.normalise else None)
+    else:
+        assert activity is not None
+        owner = owners(activity, recipe.statistic, recipe.normalise)
+        found = comerge(parts, owner)
+    counts = torch.bincount(owner.flatten(), minlength=len(parts)).tolist()
+    return found, dict(zip(names, counts, strict=True))
 
 
 def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, alone: bool) -> LowRank:

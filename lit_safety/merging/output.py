@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_safety.adapters.lora import WEIGHTS_NAME
 from lit_safety.adapters.lora_file import write_lora
+from lit_safety.data.atomic import atomic_folder
 from lit_safety.errors import UserError
 from lit_safety.evaluation.pipelines import check_writable
 from lit_safety.merging.card import merge_card
@@ -58,33 +57,3 @@ def write_merge(out: Path, merged: Merged, report: Mapping[str, Any], base: str 
         if fuse and base is not None:
             fuse_pipeline(base, folder, folder / "pipeline")
             (folder / "pipeline" / "README.md").write_text(merge_card(report, base, fused=True), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """Give a new folder to write into; it takes the name ``out`` only when the block ends without an exception.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial, old = (out.with_name(f".{out.resolve().name}.{word}") for word in ("partial", "old"))
-    try:
-        for left_over in (partial, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rename(old)
-        try:
-            partial.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

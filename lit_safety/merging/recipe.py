@@ -10,6 +10,7 @@ from lit_safety.errors import UserError
 
 Method = Literal["comerge", "mean", "sum", "svd", "ties", "dare"]
 Statistic = Literal["vote", "magnitude"]
+Unit = Literal["row", "weight"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -33,7 +34,11 @@ class Recipe:
     seed: int = 0
     """Of DARE's draws."""
     statistic: Statistic = "vote"
-    """What comerge decides by."""
+    """What comerge decides by, row by row."""
+    unit: Unit = "row"
+    """What comerge takes from one expert: a whole output unit, or every weight by itself."""
+    normalise: bool = False
+    """comerge: every expert's activity counts in units of its own mean in the layer."""
     dtype: Dtype | None = None
     """Number format of the file; None: fp32, or the expert's own where it is returned unchanged."""
 
@@ -46,6 +51,11 @@ class Recipe:
             raise UserError(f"--drop {self.drop}: must be at least 0 and below 1")
         if self.method == "comerge" and any(weight != 1 for weight in self.weights.values()):
             raise UserError("--weights: comerge takes every row whole from one expert; use --method mean or sum")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the merge depends on how active the experts are on prompts."""
+        return self.method == "comerge" and (self.unit == "row" or self.normalise)
 
     def weight(self, expert: str) -> float:
         """The weight of an expert."""

@@ -56,7 +56,7 @@ def table(merged: Merged) -> str:
     ]
     shares = _shares(merged)
     if shares:
-        lines += ["", "rows taken from  " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())]
+        lines += ["", "taken from  " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())]
     return "\n".join(lines)
 
 
@@ -74,7 +74,7 @@ def _row(name: str, fits: Sequence[Fit]) -> tuple[str, ...]:
 
 
 def _shares(merged: Merged) -> dict[str, float]:
-    """comerge: the share of all rows that each expert gives."""
+    """comerge: the share of all rows (or weights) that each expert gives."""
     counted = [fit.rows for fit in merged.fits.values() if fit.rows is not None]
     total = sum(sum(rows.values()) for rows in counted)
     return {name: sum(rows[name] for rows in counted) / total for name in counted[0]} if counted else {}

@@ -6,23 +6,29 @@ and `configure_policy`; the rest (shared chance, fp32 errors, logging, checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
+from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
 from lit_safety.backbones import Backbone, Conditioning, load_backbone
-from lit_safety.backbones.load import pipeline_class_name
+from lit_safety.backbones.pipeline_index import pipeline_class_name
+from lit_safety.backbones.text import TruncatedPrompts, encode_alike
 from lit_safety.data.batch import PairBatch
-from lit_safety.data.chance import normal, uniform
+from lit_safety.data.chance import LATENT, NOISE, normal, uniform
 from lit_safety.errors import UserError
+from lit_safety.modules.cache_check import check_caches
 from lit_safety.modules.label_checks import check_labels
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 from lit_safety.objectives import (
@@ -88,6 +94,8 @@ class PreferenceModule(LightningModule):
         self.drawing = drawing or Drawing()
         self.validation_errors = TimestepBins(timestep_bins)
         self.finite_loss = FiniteLossGuard()
+        self.truncated = TruncatedPrompts()
+        self._gradient_norm: Tensor | None = None
         # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
         self.strict_loading = False
 
@@ -98,6 +106,7 @@ class PreferenceModule(LightningModule):
     def setup(self, stage: str) -> None:
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
         pipeline_class_name(self.pretrained)
+        check_caches(getattr(self.trainer, "datamodule", None), self.pretrained, stage)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(
                 f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
@@ -107,8 +116,16 @@ class PreferenceModule(LightningModule):
     def configure_model(self) -> None:
         if "backbone" in self._modules:
             return
-        self.backbone = load_backbone(self.pretrained)
-        self.configure_policy()
+        if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.backbone = load_backbone(self.pretrained)
+            self.configure_policy()
+            return
+        with unpartitioned():  # diffusers loads into whole parameters only
+            self.backbone = load_backbone(self.pretrained)
+            # DeepSpeed sends weights as bytes, and those in channels-last cannot be read as such.
+            whole: Any = self.backbone
+            whole.to(memory_format=torch.contiguous_format)
+            self.configure_policy()
 
     def configure_policy(self) -> None:
         """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
@@ -129,15 +146,20 @@ class PreferenceModule(LightningModule):
     # ---- what a researcher overrides -------------------------------------------------------------------------
 
     def conditioning(self, batch: PairBatch) -> Conditioning:
-        """The text encoders' outputs for the batch's prompts, B rows, some prompts dropped in training."""
-        prompts: Sequence[str] = batch.prompts
-        if self.training and self.prompt_dropout > 0:
-            prompts = [
-                "" if uniform(seed, "prompt-dropout") < self.prompt_dropout else prompt
-                for seed, prompt in zip(batch.seeds, batch.prompts, strict=True)
-            ]
-        with torch.no_grad():
-            return self.backbone.encode_text(prompts)
+        """The text encoders' outputs for the batch's prompts, B rows, some prompts dropped in training.
+
+        They come with the batch where a cache holds them; else they are encoded here.
+        """
+        dropped = self.dropped_prompts(batch)
+        if batch.conditioning is None or batch.empty is None:
+            return self.encode_text(["" if no else prompt for no, prompt in zip(dropped, batch.prompts, strict=True)])
+        if not any(dropped):
+            return batch.conditioning
+        without = torch.tensor(dropped).to(self.device, non_blocking=True)
+        return {
+            name: torch.where(without.view(-1, *[1] * (rows.ndim - 1)), batch.empty[name], rows)
+            for name, rows in batch.conditioning.items()
+        }
 
     def errors(self, batch: PairBatch) -> PairErrors:
         """Denoising errors of policy and reference on chosen and rejected, at a shared timestep and noise.
@@ -146,7 +168,7 @@ class PreferenceModule(LightningModule):
         adapters off, run first so that its activations are gone when the policy's are kept for the backward pass.
         """
         noisy, timesteps, target, conditioning = self.noised(batch)
-        with torch.no_grad(), adapters_off(self._layers):
+        with torch.no_grad(), self.reference():
             reference = self.backbone.predict(noisy, timesteps, conditioning)
         policy = self.backbone.predict(noisy, timesteps, conditioning)
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
@@ -161,6 +183,16 @@ class PreferenceModule(LightningModule):
         return self.objective(errors, self.labels(batch))
 
     # ---- the parts of a step ---------------------------------------------------------------------------------
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within, the denoiser is the reference; left before any backward pass."""
+        return adapters_off(self._layers)
+
+    def dropped_prompts(self, batch: PairBatch) -> list[bool]:
+        """Which pairs are trained on the empty prompt, a pure function of the samples' seeds."""
+        if not self.training or self.prompt_dropout == 0:
+            return [False] * len(batch)
+        return [uniform(seed, "prompt-dropout") < self.prompt_dropout for seed in batch.seeds]
 
     def labels(self, batch: PairBatch) -> PairLabels:
         """Clean prompt or not (B,), harmful labels (B, 2), costs (B, 2), scores (B, 2), on the batch's device.
@@ -179,22 +211,39 @@ class PreferenceModule(LightningModule):
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected."""
-        shape = self.backbone.latent_shape(batch.chosen)
-        noise = self.gaussian(batch, "noise", shape).repeat(2, 1, 1, 1)
         with torch.no_grad():
-            latents = self.backbone.encode_images(
-                torch.cat([batch.chosen, batch.rejected]),
-                self.gaussian(batch, "latent", shape).repeat(2, 1, 1, 1),
-            )
+            posterior = self.posterior(batch)
+            shape = tuple(posterior.shape[2:])
+            noise = self.gaussian(batch, NOISE, shape).repeat(2, 1, 1, 1)
+            latents = self.backbone.latents(posterior, self.gaussian(batch, LATENT, shape).repeat(2, 1, 1, 1))
             timesteps = self.timesteps(batch).repeat(2)
             noisy = self.backbone.add_noise(latents, noise, timesteps)
             target = self.backbone.target(latents, noise, timesteps)
         conditioning = {name: torch.cat([rows, rows]) for name, rows in self.conditioning(batch).items()}
+        if batch.crops is not None:
+            conditioning |= self.backbone.crop_conditioning(batch.crops.transpose(0, 1).flatten(0, 1))
         return noisy, timesteps, target, conditioning
+
+    def posterior(self, batch: PairBatch) -> Tensor:
+        """Mean and standard deviation of the images' latents (2B, 2, C, h, w), chosen, then rejected."""
+        if batch.latents is not None:
+            return batch.latents.transpose(0, 1).flatten(0, 1)
+        if batch.chosen is None or batch.rejected is None:
+            raise ValueError(f"samples {', '.join(batch.keys)} have neither images nor latents")
+        return self.backbone.posterior(torch.cat([batch.chosen, batch.rejected]))
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """The text encoders' outputs for B prompts, B rows; those that are too long are counted."""
+        self.truncated.look(self.backbone, prompts)
+        with torch.no_grad():
+            return encode_alike(self.backbone, prompts)
 
     def gaussian(self, batch: PairBatch, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape), each row a pure function of its sample's seed and ``purpose``."""
-        return normal(batch.seeds, purpose, shape).to(self.device)
+        drawn = batch.draws.get(purpose)
+        if drawn is not None and tuple(drawn.shape[1:]) == shape:
+            return drawn
+        return normal(batch.seeds, purpose, shape).to(self.device, non_blocking=True)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """One picture a prompt by the policy, each from the initial noise of its own seed."""
@@ -205,6 +254,29 @@ class PreferenceModule(LightningModule):
             guidance_scale=self.drawing.guidance,
         )
         return list(drawn.images)
+
+    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
+        """What a run shows of itself: the prompts as rows of pictures, one row for each thing that is trained."""
+        return [self.draw(prompts, seeds)]
+
+    def exports(self) -> list[str]:
+        """The folders, below the run's, of the adapters that a fit leaves."""
+        return ["adapter"]
+
+    @contextmanager
+    def exporting(self, export: str) -> Iterator[None]:
+        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
+        trained = dict(self.trainable_parameters())
+        with replaced(trained, master_weights(trained)):
+            yield
+
+    def save_export(self, folder: Path) -> None:
+        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
+        self.backbone.save_lora(folder, POLICY)
+
+    def export_settings(self, export: str) -> dict[str, Any]:
+        """What the card of ``export`` says of what was trained."""
+        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------
 
@@ -246,11 +318,25 @@ class PreferenceModule(LightningModule):
         self.validation_errors.reset()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._gradient_norm = None
         if gradients:  # DeepSpeed keeps gradients to itself
-            norm = torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norm = norm = torch.nn.utils.get_total_norm(gradients)
             self.finite_loss.watch_gradient(norm)
             self.log("grad_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
+        if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
 
     def on_train_end(self) -> None:
         self.finite_loss.check()
@@ -266,6 +352,8 @@ class PreferenceModule(LightningModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
+        if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
+            return
         trained = {name: parameter.shape for name, parameter in self.trainable_parameters()}
         loaded = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         differing = sorted(name for name in trained.keys() | loaded.keys() if trained.get(name) != loaded.get(name))

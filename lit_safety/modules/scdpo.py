@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
 
-from lit_safety.adapters.lora import LoRA
-from lit_safety.modules.preference import Drawing, PreferenceModule
-from lit_safety.objectives import Objective, SafetyConstrainedDPO
+from lit_safety.adapters.lora import adapter_layers
+from lit_safety.cost_model import CostScorer, fill_costs, load_cost_model
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.modules.full_finetune import FrozenCopy, check_strategy, make_all_trainable
+from lit_safety.modules.preference import PreferenceModule
+from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
 
 
 class SCDPO(PreferenceModule):
     """SC-DPO, as reconstructed from the abstract of arXiv 2504.14290 (see `objectives/safety_constrained.py`).
 
-    Costs come with the pairs (`cost` in a shard's metadata).
+    Costs come with the pairs (`cost` in a shard's metadata); pairs without them are scored by `cost_model`, each once.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; SC-DPO's own by default.
-        lora: the adapter that is trained.
-        optimizer: made from the trainable parameters.
-        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
-        prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
-        timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
-        drawing: how pictures are drawn at validation and by `predict`.
+        policy: `lora` trains an adapter, and the reference is the network without it; `full` trains every weight of the
+            denoiser and holds a frozen copy as the reference. `full` leaves a whole pipeline instead of an adapter.
+        cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
     """
 
     def __init__(
         self,
         pretrained: str,
         objective: Objective | None = None,
-        lora: LoRA | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        prompt_dropout: float = 0.0,
-        timestep_bins: int = 4,
-        drawing: Drawing | None = None,
+        policy: Literal["lora", "full"] = "lora",
+        cost_model: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            pretrained,
-            objective or SafetyConstrainedDPO(),
-            lora,
-            optimizer,
-            lr_scheduler,
-            prompt_dropout,
-            timestep_bins,
-            drawing,
-        )
+        super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
+        self.policy = policy
+        self.cost_model = cost_model
+        self._frozen: FrozenCopy | None = None
+        self._scorer: CostScorer | None = None
+        self._costs: dict[str, tuple[float, float]] = {}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.policy == "full":
+            check_strategy(self.trainer)
+        # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
+        if self.cost_model is not None and self._scorer is None:
+            self._scorer = load_cost_model(self.cost_model)
+
+    # ---- what is trained
+
+    def configure_policy(self) -> None:
+        if self.policy == "lora":
+            super().configure_policy()
+            return
+        self._frozen = FrozenCopy(self.backbone)
+        make_all_trainable(self.backbone.denoiser)
+        self._layers = adapter_layers(self.backbone.denoiser)
+
+    def reference(self) -> AbstractContextManager[None]:
+        return super().reference() if self._frozen is None else self._frozen.in_place()
+
+    def exports(self) -> list[str]:
+        """`pipeline` when the whole denoiser is trained."""
+        return super().exports() if self.policy == "lora" else ["pipeline"]
+
+    def save_export(self, folder: Path) -> None:
+        if self.policy == "lora":
+            super().save_export(folder)
+        else:
+            self.backbone.pipeline().save_pretrained(folder)
+
+    def export_settings(self, export: str) -> dict[str, Any]:
+        return super().export_settings(export) if self.policy == "lora" else {"policy": "full"}
+
+    # ---- costs
+
+    def labels(self, batch: PairBatch) -> PairLabels:
+        """As every module's, with the costs that the pairs lack filled in.
+
+        Raises:
+            UserError: if mirrored pairs lack costs: they would depend on which way round a pair was met first.
+        """
+        if self._scorer is not None and not all(batch.has_cost):
+            if getattr(getattr(self._trainer, "datamodule", None), "flip", False):
+                raise UserError(
+                    f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, and `data.init_args.flip` mirrors "
+                    "pairs: write costs first, `shards score`"
+                )
+            batch = fill_costs(batch, self._scorer.to(self.device), self._costs)
+        return super().labels(batch)

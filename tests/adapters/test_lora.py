@@ -83,9 +83,9 @@ def test_scale_zero_is_the_base_and_scale_is_linear_in_the_update(tiny_pipeline:
     for scale, same in ((0.0, True), (0.5, False), (-1.0, False)):
         pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
         load_lora(pipe, tmp_path, scale)
-        from lit_safety.backbones.stable_diffusion import StableDiffusion
-
-        found = predict(StableDiffusion(pipe))
+        backbone = load_backbone(str(tiny_pipeline))
+        backbone.denoiser = pipe.unet
+        found = predict(backbone)
         assert torch.allclose(found, base, rtol=1e-5, atol=1e-6) == same
         layer = adapter_layers(pipe.unet)[0]
         assert layer.scaling["lit_safety"] == pytest.approx(2.0 * scale)  # alpha / rank = 8 / 4

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_safety.__main__ import main
+from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.study.plan import jobs_of, load_study
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "evaluate.yaml")
 
 
@@ -39,9 +43,27 @@ def test_every_key_is_explained(config: Path):
     lines = config.read_text().splitlines()
     for number, line in enumerate(lines):
         text = line.strip()
+        if config in STUDIES and line.startswith(" "):  # names of rows, and options of commands that explain them
+            continue
         opens = text.endswith(":") and not line.startswith(" ")
         if not text or text.startswith(("#", "- ")) or text.startswith(structural) or opens:
             continue
         before = [other.strip() for other in lines[:number] if other.strip()]
         above = next(other for other in reversed(before) if not other.startswith(structural))
         assert above.startswith("#"), f"{config.name}:{number + 1}: {text} has no comment"
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_every_option_of_a_study_is_one_of_its_command(study: Path):
+    """Each `evaluate` of a study goes through the command's own parser, and the first `fit` through the trainer's."""
+    jobs = jobs_of(load_study(str(study)))
+    assert jobs
+    known = set(inspect.signature(evaluate).parameters)
+    for words in (words for job in jobs for words in job.commands if words[0] == "evaluate"):
+        names = {word.removeprefix("--").partition("=")[0].partition(".")[0] for word in words[1:]}
+        assert names <= known | {"config"}, f"{study.name}: {sorted(names - known)}"
+    fits = [words for job in jobs for words in job.commands if words[0] == "fit"]
+    for words in fits[:1] + fits[-1:]:
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--print_config"])
+        assert ended.value.code == 0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lit_safety.__main__ import main
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
+from lit_safety.data.tarindex import index_tar
 from lit_safety.errors import UserError
 from lit_safety.modules import PreferenceModule
 from lit_safety.objectives import DiffusionDPO, PairLabels
@@ -194,3 +195,41 @@ def test_validate_and_predict_a_checkpoint(command_line: Arguments, tmp_path: Pa
     (drawings,) = (tmp_path / "runs" / "scdpo" / "predict").glob("*/drawings")
     assert len(list(drawings.glob("*.png"))) == 8
     assert len((drawings / "prompts-0.jsonl").read_text().splitlines()) == 8
+
+
+def test_bad_samples_are_named_at_the_end_of_a_run(
+    command_line: Arguments, pair_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One rejected image of 8 pairs is cut short: left out, in the log and in the run's summary."""
+    shards = tmp_path / "bad"
+    shards.mkdir()
+    data = bytearray((pair_shards / "shard-000000.tar").read_bytes())
+    offset, size = index_tar(pair_shards / "shard-000000.tar").samples[3].members["rejected.png"]
+    data[offset + size // 2 : offset + size] = bytes(size - size // 2)
+    (shards / "a.tar").write_bytes(bytes(data))
+    common = ["--data.init_args.train", str(shards), "--trainer.limit_val_batches", "0", "--trainer.max_steps", "2"]
+    assert main(command_line("fit", *common)) == 2
+    assert "a.tar: sample '00003': rejected: the PNG image cannot be decoded" in capsys.readouterr().err
+    assert main(command_line("fit", *common, "--data.init_args.on_bad_sample", "skip")) == 0
+    said = capsys.readouterr()
+    assert f"left out 1 bad samples; first: {shards}/a.tar: sample '00003': rejected: the PNG image" in said.out
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_to_the_bit(command_line: Arguments, latest: Path):
+    """6 steps of two ranks in one run, or 3 of them, then to 6; 4 steps are a pass."""
+    common = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.limit_val_batches", "0"]
+    common += ["--trainer.accelerator", "cpu", "--data.init_args.num_workers", "1"]
+
+    def run(*more: str) -> None:
+        command = [sys.executable, "-m", "lit_safety", *command_line("fit", *common, *more)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    run("--trainer.max_steps", "6")
+    uninterrupted = weights(latest)
+    every = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
+    every += ["--trainer.callbacks.every_n_train_steps", "3", "--trainer.callbacks.save_last", "true"]
+    run(*every, "--trainer.max_steps", "3")
+    run("--trainer.max_steps", "6", "--ckpt_path", "last")
+    assert largest_difference(weights(latest), uninterrupted) == 0.0

@@ -38,8 +38,8 @@ def experts() -> list[Expert]:
 
 
 @torch.no_grad()
-def by_the_definition(backbone: Backbone, expert: Expert, layer: str, prompt: str) -> torch.Tensor:
-    """mean over tokens and timesteps of |delta x|, with the whole update, one prompt at a time: (out,)."""
+def inputs_of(backbone: Backbone, layer: str, prompt: str) -> list[torch.Tensor]:
+    """What the base feeds into a layer at both noise levels, one prompt at a time."""
     inputs: list[torch.Tensor] = []
     module = backbone.denoiser.get_submodule(layer)
     seeds = [sample_seed(OPTIONS.seed, 0, prompt)]
@@ -50,8 +50,14 @@ def by_the_definition(backbone: Backbone, expert: Expert, layer: str, prompt: st
         noise = normal(seeds, f"calibration noise {level}", latents.shape[1:])
         backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, backbone.encode_text([prompt]))
     handle.remove()
+    assert len(inputs) == 2
+    return inputs
+
+
+def by_the_definition(backbone: Backbone, expert: Expert, layer: str, prompt: str) -> torch.Tensor:
+    """mean over tokens and timesteps of |delta x|, with the whole update: (out,)."""
     found = []
-    for x in inputs:
+    for x in inputs_of(backbone, layer, prompt):
         part = expert.layers[f"unet.{layer}"]
         delta = part.delta(torch.float32)
         if part.kernel:
@@ -59,8 +65,16 @@ def by_the_definition(backbone: Backbone, expert: Expert, layer: str, prompt: st
         else:
             y = x @ delta.T
         found.append(y[0].abs().mean(dim=0))
-    assert len(found) == 2
     return torch.stack(found).mean(dim=0).double()
+
+
+def size_by_the_definition(backbone: Backbone, layer: str) -> torch.Tensor:
+    """mean over tokens (or places) and timesteps of |x|: (prompts, in)."""
+    found = []
+    for prompt in PROMPTS:
+        sizes = [x[0].flatten(1).T if x.ndim == 4 else x[0] for x in inputs_of(backbone, layer, prompt)]
+        found.append(torch.stack([size.abs().mean(dim=0) for size in sizes]).mean(dim=0))
+    return torch.stack(found)
 
 
 def test_activity_is_what_the_definition_says(backbone: Backbone, experts: list[Expert]):
@@ -70,8 +84,11 @@ def test_activity_is_what_the_definition_says(backbone: Backbone, experts: list[
     conv = torch.stack(
         [torch.stack([by_the_definition(backbone, expert, CONV, p) for p in PROMPTS]) for expert in experts]
     )
-    expected = Activity.empty(2, 32)
-    expected.add(conv)
+    expected = Activity.empty(2, 32, 32 * 9)
+    expected.add(conv, size_by_the_definition(backbone, CONV).repeat_interleave(9, dim=1))
+    torch.testing.assert_close(found[f"unet.{CONV}"].inputs, expected.inputs, rtol=1e-4, atol=1e-5)
+    sizes = size_by_the_definition(backbone, LINEAR).sum(0).double()
+    torch.testing.assert_close(found[f"unet.{LINEAR}"].inputs, sizes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[f"unet.{CONV}"].total, expected.total, rtol=1e-4, atol=1e-5)
     assert torch.equal(found[f"unet.{CONV}"].votes, expected.votes)
     linear = torch.stack([by_the_definition(backbone, experts[0], LINEAR, p) for p in PROMPTS]).sum(0)

@@ -1,7 +1,7 @@
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.merging.comerge import Activity, comerge, owners
+from lit_safety.merging.comerge import Activity, comerge, comerge_weights, owners
 
 
 def measured(a: list) -> Activity:
@@ -60,3 +60,51 @@ def test_rows_by_hand():
     alone = comerge([one, two], torch.tensor([0, 0, 0]))
     assert alone.a is one.a
     assert alone.b is one.b
+
+
+def test_normalised_activity_by_hand():
+    """One prompt, two units. Expert 0: 8 4, mean 6, relative 4/3 2/3; expert 1: 1 3, mean 2, relative 1/2 3/2.
+
+    Raw, the larger expert owns both units; relative to its own mean each owns the one it is made for. An expert that
+    does nothing (0 0) stays at 0 and owns nothing.
+    """
+    activity = measured([[[8, 4]], [[1, 3]], [[0, 0]]])
+    for statistic in ("vote", "magnitude"):
+        assert owners(activity, statistic).tolist() == [0, 0]
+        assert owners(activity, statistic, normalise=True).tolist() == [0, 1]
+    torch.testing.assert_close(activity.relative_total, torch.tensor([[4 / 3, 2 / 3], [0.5, 1.5], [0, 0]]).double())
+
+
+def test_an_experts_size_does_not_matter_when_normalised():
+    """All of expert 1 a hundred times as active: the owners are the same ones."""
+    drawn = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    larger = drawn * torch.tensor([1.0, 100.0]).double()[:, None, None]
+    one, other = measured(drawn.tolist()), measured(larger.tolist())
+    assert owners(other, "vote").tolist() == [1] * 5
+    for statistic in ("vote", "magnitude"):
+        found = owners(other, statistic, normalise=True)
+        assert torch.equal(found, owners(one, statistic, normalise=True))
+        assert 0 < int(found.sum()) < 5
+
+
+def test_single_weights_by_hand():
+    """|delta_1| = 4 1; 0 2 and |delta_2| = 3 3; 0 1, so that the larger are 4 3; 0 2, a tie going to the first.
+
+    With E|x| = 1 3 the products are 4 3; 0 6 (mean 13/4) and 3 9; 0 3 (mean 15/4), in units of their means
+    1.23 .92; 0 1.85 and .8 2.4; 0 .8: the same picks. With E|x| = 3 0 they are 12 0; 0 0 (mean 3) and 9 0; 0 0 (mean
+    9/4), in units of their means 4 and 4: a tie, which goes to the first, as do the zeros.
+    """
+    deltas = torch.tensor([[[4.0, 1.0], [0.0, -2.0]], [[-3.0, 3.0], [0.0, 1.0]]])
+    merged, owner = comerge_weights(deltas, None)
+    assert merged.tolist() == [[4.0, 3.0], [0.0, -2.0]]
+    assert owner.tolist() == [[0, 1], [0, 0]]
+    assert comerge_weights(deltas, torch.tensor([1.0, 3.0]))[0].tolist() == merged.tolist()
+    assert comerge_weights(deltas, torch.tensor([3.0, 0.0]))[0].tolist() == [[4.0, 1.0], [0.0, -2.0]]
+
+
+def test_single_weights_of_a_larger_expert_when_normalised():
+    """delta_2 = 10 delta_1 turned round: 1 2 and 20 10. Plainly all are the second's; in units of the means 1.5 and 15
+    they are 2/3 4/3 and 4/3 2/3: one each."""
+    deltas = torch.tensor([[[1.0, 2.0]], [[20.0, 10.0]]])
+    assert comerge_weights(deltas, None)[0].tolist() == [[20.0, 10.0]]
+    assert comerge_weights(deltas, torch.ones(2))[0].tolist() == [[20.0, 2.0]]

@@ -135,3 +135,13 @@ def test_a_failed_merge_leaves_the_earlier_one(tmp_path: Path, experts: list[str
         merge(experts, str(out), method="sum", fuse=True, pipeline=str(wide_pipeline))
     assert (out / "report.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_cards_of_different_base_models_are_refused(tmp_path: Path, tiny_pipeline: Path, experts: list[str]):
+    """Layers of one size tell nothing: it is the cards that differ. Whoever knows better names the pipeline."""
+    card = Path(experts[1]) / "README.md"
+    card.write_text(card.read_text().replace(str(tiny_pipeline), "someone/another-base"))
+    with pytest.raises(UserError, match=r"different base models by their cards .*violence: someone/another-base"):
+        merge(experts, str(tmp_path / "out"), method="mean")
+    merge(experts, str(tmp_path / "out"), method="mean", pipeline=str(tiny_pipeline))
+    assert read_lora(tmp_path / "out")

@@ -25,8 +25,8 @@ def activity_of(experts: list[Expert], prompts: int = 9) -> dict[str, Activity]:
         out, inputs = next(part for part in known if part is not None).shape
         x = torch.randn(prompts, inputs, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         outputs = [x.new_zeros(prompts, out) if part is None else (x @ part.delta().T).abs() for part in known]
-        found[layer] = Activity.empty(len(experts), out)
-        found[layer].add(torch.stack(outputs))
+        found[layer] = Activity.empty(len(experts), out, inputs)
+        found[layer].add(torch.stack(outputs), x.abs())
     return found
 
 
@@ -136,3 +136,43 @@ def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[
 def test_impossible_settings_are_named(settings: dict, named: str):
     with pytest.raises(UserError, match=named):
         Recipe(**settings)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_single_weights_are_cut_to_the_summed_rank(make_expert: Callable[..., Expert], normalise: bool):
+    """Every entry is one expert's before the cut, and the report counts them and says what the cut loses."""
+    experts = [make_expert("a", 0), make_expert("b", 1, scale=5.0)]
+    found = merged(experts, "comerge", unit="weight", normalise=normalise)
+    for name, layer in found.layers.items():
+        deltas = torch.stack([expert.layers[name].delta() for expert in experts])
+        score = deltas.abs()
+        if normalise:
+            score = score * activity_of(experts)[name].inputs
+            score = score / score.mean(dim=(1, 2), keepdim=True)
+        whole = torch.where(score[0] >= score[1], deltas[0], deltas[1])
+        values = torch.linalg.svdvals(whole)
+        assert layer.rank == min(4, *layer.shape)
+        assert found.fits[name].residual == pytest.approx(float(values[4:].norm() / values.norm()), abs=1e-5)
+        taken = found.fits[name].rows
+        assert sum(taken.values()) == whole.numel()
+        assert (taken["a"] < 0.3 * whole.numel()) != normalise
+    if not normalise:  # magnitudes alone: no prompts are needed
+        assert merge_experts(experts, Recipe(unit="weight")).layers.keys() == found.layers.keys()
+
+
+def test_a_new_expert_is_added_without_touching_the_others(make_expert: Callable[..., Expert]):
+    """The sum of three is the sum of two and the third; comerge gives the new one rows and leaves the others."""
+    experts = [make_expert("a", 0), make_expert("b", 1), make_expert("c", 2)]
+    two, three = merged(experts[:2], "sum"), merged(experts, "sum")
+    owned = [merged(experts[:2], "comerge", statistic="magnitude"), merged(experts, "comerge", statistic="magnitude")]
+    for name, third in experts[2].layers.items():
+        torch.testing.assert_close(
+            three.layers[name].delta() - two.layers[name].delta(), third.delta(), atol=1e-5, rtol=0
+        )
+        before, after = (one.layers[name].delta() for one in owned)
+        kept = (before - after).abs().amax(dim=1) < 1e-5
+        new = (after - third.delta()).abs().amax(dim=1) < 1e-5
+        assert (kept | new).all()
+        assert int(new.sum()) == owned[1].fits[name].rows["c"]
+    with pytest.raises(ValueError, match="calibrate first"):
+        merge_experts(experts, Recipe())

@@ -1,39 +1,13 @@
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from batches import batch_of
 
 from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, DiffusionSDPO, SafetyConstrainedDPO
-
-
-def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: str = "safety") -> PairBatch:
-    """Pairs whose pictures and seeds depend on their number alone."""
-    generators = [torch.Generator().manual_seed(100 + row) for row in rows]
-    chosen = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])
-    rejected = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])
-    size = len(rows)
-    return PairBatch(
-        keys=[f"{row:04d}" for row in rows],
-        seeds=[1000 + row for row in rows],
-        prompts=["a red cat" if row % 2 else "a gun and a house" for row in rows],
-        prompt_kinds=["clean" if row % 2 else "harmful" for row in rows],
-        categories=[() if row % 2 else ("violence",) for row in rows],
-        orders=[order] * size,
-        chosen=chosen,
-        rejected=rejected,
-        clean=torch.tensor([float(row % 2) for row in rows]),
-        harmful=torch.tensor([[0.0, 1.0]] * size),
-        cost=torch.tensor([costs] * size),
-        has_cost=[not any(math.isnan(cost) for cost in costs)] * size,
-        score=torch.tensor([[0.8, 0.2]] * size),
-        has_score=[True] * size,
-        has_harmful=[True] * size,
-        user_ids=[None] * size,
-    )
 
 
 def module_of(folder: Path, objective=None, **settings) -> PreferenceModule:

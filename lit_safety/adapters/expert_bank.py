@@ -1,0 +1,156 @@
+"""Experts that take turns in one adapter of the network.
+
+The network holds a single adapter, and the optimizer knows its parameters only. In them lies the expert whose turn it
+is; the others rest here, weights and optimizer state, where no optimizer, no ZeRO and no all-reduce reaches them: an
+idle expert does not move by a bit whatever the strategy does with parameters that got no gradient, and neither a step
+nor what ranks send each other grows with the number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_safety.adapters.lora import LoRA
+from lit_safety.adapters.zero import gathered, master_weights
+from lit_safety.data.chance import sample_seed
+from lit_safety.errors import UserError
+
+
+@dataclass
+class Resting:
+    """An expert whose turn it is not; tensors by the parameter's name."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The optimizer's state of each parameter; empty before its first step."""
+    from_file: bool = False
+    """Its state comes from a checkpoint and may lie on another device."""
+
+
+class ExpertBank:
+    """The experts of one adapter, of which one at a time is in the network.
+
+    A fresh expert's weights are a pure function of ``seed`` and its name: they do not depend on the others.
+
+    Args:
+        names: the experts; the first one is put into the network.
+        parameters: the adapter's parameters by name.
+        lora: how a fresh expert is drawn.
+        seed: the same on every rank.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Mapping[str, nn.Parameter], lora: LoRA, seed: int = 0) -> None:
+        self.names = list(names)
+        self.parameters = dict(parameters)
+        self.lora = lora
+        self.seed = seed
+        self.batches = dict.fromkeys(self.names, 0)
+        """How many (micro-)batches each expert was trained on, on each rank."""
+        self._shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
+        self._resting: dict[str, Resting] = {}
+        self.active = self.names[0]
+        """Whose weights are in the network."""
+        self._write(self._fresh(self.active))
+
+    def activate(self, name: str, optimizer: Optimizer | None = None) -> None:
+        """Give the turn to ``name``: its weights go into the network, its state into ``optimizer``.
+
+        Args:
+            name: whose turn it is; nothing happens where it has it already.
+            optimizer: of the adapter's parameters; None: nothing of it is kept.
+        """
+        if name == self.active:
+            return
+        resting = self._resting.pop(name, None) or Resting(self._fresh(name))
+        self._resting[self.active] = Resting(master_weights(self.parameters), self._take_state(optimizer))
+        self._write(resting.weights)
+        if optimizer is not None:
+            self._give_state(optimizer, resting)
+        self.active = name
+
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Within, the network computes with expert ``name``: to evaluate, draw or export, not to train."""
+        if name == self.active:
+            yield
+            return
+        kept = self.read()
+        self._write(self.weights(name))
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Expert ``name`` in fp32; on all ranks."""
+        if name == self.active:
+            return master_weights(self.parameters)
+        return self._resting[name].weights if name in self._resting else self._fresh(name)
+
+    def read(self) -> dict[str, Tensor]:
+        """A copy of the weights that are in the network."""
+        with gathered(self.parameters.values()):
+            return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        with gathered(self.parameters.values(), write=True), torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+
+    def _fresh(self, name: str) -> dict[str, Tensor]:
+        return self.lora.draw(self._shapes, sample_seed(self.seed, 0, f"expert {name}"))
+
+    def _take_state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
+        if optimizer is None:
+            return {}
+        states = {name: optimizer.state.pop(p, None) for name, p in self.parameters.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def _give_state(self, optimizer: Optimizer, resting: Resting) -> None:
+        for name, state in resting.optimizer.items():
+            optimizer.state[self.parameters[name]] = state
+        if resting.from_file:
+            optimizer.load_state_dict(optimizer.state_dict())  # torch knows what belongs on which device
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint of the network and the optimizer does not hold."""
+        return {
+            "active": self.active,
+            "names": list(self.names),
+            "batches": dict(self.batches),
+            "seed": self.seed,
+            "resting": {
+                name: {"weights": dict(one.weights), "optimizer": dict(one.optimizer)}
+                for name, one in self._resting.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; the network's and the optimizer's own come from the checkpoint's other parts.
+
+        Raises:
+            UserError: they are other experts.
+        """
+        if set(state["names"]) != set(self.names):
+            raise UserError(
+                f"the checkpoint holds the experts {', '.join(state['names'])}, and here are {', '.join(self.names)}: "
+                "resume with its run's config.yaml; experts of different runs are put together by `merge`"
+            )
+        for name, one in state["resting"].items():
+            if {k: v.shape for k, v in one["weights"].items()} != self._shapes:
+                raise UserError(
+                    f"the checkpoint's expert {name} has another rank or target_modules than asked for here"
+                )
+        self.active, self.seed, self.batches = state["active"], state["seed"], dict(state["batches"])
+        self._resting = {
+            name: Resting(one["weights"], one["optimizer"], from_file=True) for name, one in state["resting"].items()
+        }

@@ -1,0 +1,119 @@
+"""Before the first step: how large the learned margin gets by itself, beside the margin that lambda adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_safety.callbacks.drawings import preference_module
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.modules.preference import PreferenceModule
+from lit_safety.objectives import SafetyConstrainedDPO
+
+
+class ProbeMargin(Callback):
+    """Trains a few steps with lambda = 0, prints the scale of the margin m, and puts every weight back.
+
+    SC-DPO adds lambda (C_w - C_l) to m, and m carries beta while the costs do not: whether lambda is a nudge or drowns
+    the data shows only beside the size that m reaches. The probe runs on validation pairs; weights, optimizer, order of
+    the training pairs and every random choice are afterwards as if it had not been.
+
+    Args:
+        steps: optimizer steps of the probe.
+
+    Raises:
+        UserError: if ``steps`` is less than 1.
+    """
+
+    def __init__(self, steps: int = 8) -> None:
+        if steps < 1:
+            raise UserError(f"`ProbeMargin.steps` must be at least 1, not {steps}: leave the callback out")
+        self.steps = steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > 0:  # a run that goes on was probed when it began
+            return
+        module = preference_module(pl_module)
+        if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
+            rank_zero_info("the margin is not probed: the weights are spread over the ranks; probe on one process")
+            return
+        data = getattr(trainer, "datamodule", None)
+        if data is None or data.val is None:
+            rank_zero_info("the margin is not probed: `data.init_args.val` is not given")
+            return
+        batches = [batch.to(module.device) for batch in islice(data.val_dataloader(), self.steps)]
+        with trainer.precision_plugin.forward_context(), restored(module), without_cost(module):
+            train(module, islice(cycle(batches), self.steps))
+            m, offset = measure(module, batches)
+        self._tell(module, m, offset)
+
+    def _tell(self, module: PreferenceModule, m: torch.Tensor, offset: torch.Tensor) -> None:
+        size = f"a mean of {m.mean():.2f} and an RMS of {rms(m):.2f} logits"
+        text = f"margin  after {self.steps} steps with lambda 0, m has {size}"
+        if isinstance(module.objective, SafetyConstrainedDPO) and not offset.isnan().all():
+            weight = module.objective.cost_weight
+            mean = weight * offset.nanmean()
+            text += f"; lambda {weight:g} x E[C_l - C_w] {offset.nanmean():.2f} asks for {mean:.2f} more"
+        module.print(text)  # past the progress bar, on rank 0 only
+
+
+def rms(values: torch.Tensor) -> torch.Tensor:
+    """Root of the mean square."""
+    return values.square().mean().sqrt()
+
+
+@contextmanager
+def restored(module: PreferenceModule) -> Iterator[None]:
+    """Puts the trained weights back, to the bit."""
+    parameters = [p for _, p in module.trainable_parameters()]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def without_cost(module: PreferenceModule) -> Iterator[None]:
+    """SC-DPO with lambda = 0; other objectives as they are."""
+    objective = module.objective
+    if not isinstance(objective, SafetyConstrainedDPO):
+        yield
+        return
+    weight, objective.cost_weight = objective.cost_weight, 0.0
+    try:
+        yield
+    finally:
+        objective.cost_weight = weight
+
+
+def train(module: PreferenceModule, batches: Iterable[PairBatch]) -> None:
+    """A step of the module's own optimizer on each batch, at its constant learning rate."""
+    parameters = [p for _, p in module.trainable_parameters()]
+    optimizer = module.make_optimizer(parameters)
+    for batch in batches:
+        loss = module.loss(module.errors(batch), batch).loss.mean()
+        # Not `backward`: hooks that wait for every rank's gradient must not hear of this.
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def measure(module: PreferenceModule, batches: Iterable[PairBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and C_l - C_w of every pair, (N,) each; nan where a cost is unknown."""
+    found = [(module.loss(module.errors(b), b).logs["rewards/margins"], b.cost[:, 1] - b.cost[:, 0]) for b in batches]
+    return torch.cat([m for m, _ in found]), torch.cat([offset for _, offset in found])

@@ -1,0 +1,98 @@
+"""The outer step of Constrained DPO: draw with the current policy, score the pictures, move the dual variable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_safety.callbacks.drawings import preference_module
+from lit_safety.cost_model import CostScorer, load_cost_model
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+from lit_safety.objectives import ConstrainedDPO
+
+
+class UpdateDual(Callback):
+    """Every few steps, estimates the policy's expected cost and moves lambda (Liu et al., arXiv 2403.02475).
+
+    The estimate is the mean cost of pictures of the current batch's prompts, drawn with the current policy; a mean over
+    the shards would not depend on the policy. All ranks move lambda by the same number.
+
+    Args:
+        cost_model: folder of the cost model that scores the pictures.
+        every_n_steps: optimizer steps between two updates.
+        images: pictures drawn for an update on each rank, at most a batch.
+        patience: warn when the expected cost stayed above the limit for so many updates in a row and is not falling.
+
+    Raises:
+        UserError: at the start of a fit, if the objective is not `ConstrainedDPO` or the cost model does not load.
+    """
+
+    def __init__(self, cost_model: str, every_n_steps: int = 25, images: int = 16, patience: int = 8) -> None:
+        if min(every_n_steps, images, patience) < 1:
+            raise UserError("`UpdateDual`: every_n_steps, images and patience must be at least 1")
+        self.cost_model = cost_model
+        self.every_n_steps = every_n_steps
+        self.images = images
+        self.patience = patience
+        self._scorer: CostScorer | None = None
+        self._above: list[float] = []
+        self._updated_at = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        objective = preference_module(pl_module).objective
+        if not isinstance(objective, ConstrainedDPO):
+            raise UserError(
+                f"`UpdateDual` moves the dual variable of ConstrainedDPO, and the objective is "
+                f"{type(objective).__name__}: leave the callback out"
+            )
+        self._scorer = load_cost_model(self.cost_model)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        # While gradients are accumulated the step stays the same: once is enough.
+        if step == 0 or step % self.every_n_steps or step == self._updated_at:
+            return
+        self._updated_at = step
+        module = preference_module(pl_module)
+        objective = module.objective
+        assert isinstance(objective, ConstrainedDPO)
+        assert self._scorer is not None
+        pictures = module.draw(batch.prompts[: self.images], batch.seeds[: self.images])
+        costs = self._scorer.to(module.device).costs(pictures)
+        expected = float(trainer.strategy.reduce(costs.mean(), reduce_op="mean"))
+        try:
+            dual = objective.update(expected)
+        except ValueError as error:
+            raise UserError(f"the cost model {self.cost_model} cannot score what the policy draws: {error}") from error
+        module.log_dict({"constrained/expected_cost": torch.tensor(expected), "constrained/dual": torch.tensor(dual)})
+        self._watch(expected, objective)
+
+    def _watch(self, expected: float, objective: ConstrainedDPO) -> None:
+        """Say so when the limit seems out of reach: above it all the time, and no lower than at first."""
+        self._above = [*self._above, expected] if expected > objective.limit else []
+        if len(self._above) < self.patience:
+            return
+        half = len(self._above) // 2
+        before, after = (sum(part) / len(part) for part in (self._above[:half], self._above[half:]))
+        if after >= before:
+            rank_zero_warn(
+                f"the expected cost stayed above `objective.init_args.limit` {objective.limit:g} for "
+                f"{len(self._above)} updates and does not fall ({before:.2f}, then {after:.2f}); lambda is "
+                f"{objective.dual:.2f}: the limit may be out of reach; raise it or dual_rate, or train on more pairs"
+            )
+        self._above = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"above": self._above, "updated_at": self._updated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._above, self._updated_at = list(state_dict["above"]), int(state_dict["updated_at"])

@@ -1,0 +1,127 @@
+"""CLIP features of a set of shards, computed once: the tower is frozen, so nothing of them ever changes.
+
+One safetensors file a set, named by what decides the features (CLIP, output, views, resolution, shards and filters):
+another CLIP or other shards never find it. With it a training step costs a small MLP and neither decodes an image nor
+touches CLIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lit_safety.cost_model.degrade import Degradation
+from lit_safety.cost_model.tower import ClipTower
+from lit_safety.data.atomic import write_atomic
+from lit_safety.data.batch import PairBatch
+from lit_safety.errors import UserError
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Features of every pair of a set, by the sample's key."""
+
+    rows: dict[str, int]
+    """Key -> row."""
+    features: Tensor
+    """float32 (N, 2 sides, V views, D), on the CPU; view 0 is the image itself."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def get(self, keys: Sequence[str], views: Sequence[int]) -> Tensor:
+        """Features (B, 2, D) of these samples, a view each.
+
+        Raises:
+            UserError: one is not among them, because its images could not be read.
+        """
+        try:
+            rows = torch.tensor([self.rows[key] for key in keys])
+        except KeyError as error:
+            raise UserError(f"sample {error.args[0]}: its images could not be read, so it has no features; take it out "
+                            "of the shards, or train without `feature_cache`") from error  # fmt: skip
+        return self.features[rows, :, torch.tensor(list(views))]
+
+    def save(self, file: Path) -> None:
+        """Write the file whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        keys = json.dumps(sorted(self.rows, key=self.rows.__getitem__))
+        write_atomic(file, save({"features": self.features.contiguous()}, {"keys": keys}))
+
+    @classmethod
+    def load(cls, file: Path) -> FeatureCache | None:
+        """What `save` wrote; None if nothing usable is there, and the features are to be computed."""
+        try:
+            with safe_open(file, framework="pt") as handle:
+                keys = json.loads((handle.metadata() or {})["keys"])
+                features = handle.get_tensor("features")
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return cls({key: row for row, key in enumerate(keys)}, features) if len(keys) == len(features) else None
+
+    @classmethod
+    def join(cls, parts: Sequence[FeatureCache]) -> FeatureCache:
+        """The parts that several ranks computed, as one; a key that stands in two parts is taken once."""
+        kept: dict[str, tuple[int, int]] = {}
+        for number, part in enumerate(parts):
+            for key, row in part.rows.items():
+                kept.setdefault(key, (number, row))
+        features = torch.stack([parts[number].features[row] for number, row in kept.values()])
+        return cls({key: row for row, key in enumerate(kept)}, features)
+
+
+def compute_features(batches: Iterable[PairBatch], tower: ClipTower, degradation: Degradation) -> FeatureCache:
+    """Features of both images of every pair, in all views.
+
+    Raises:
+        UserError: a pair has no images, or two pairs of different images share a key.
+    """
+    rows: dict[str, int] = {}
+    found: list[Tensor] = []
+    for batch in batches:
+        images = images_of(batch)
+        worn = [degradation(images.flatten(0, 1), doubled(batch.keys), [v] * 2 * len(batch)) for v in degradation.all]
+        features = torch.stack([tower(view).view(len(batch), 2, -1).cpu() for view in worn], dim=2)
+        for key, one in zip(batch.keys, features, strict=True):
+            if key not in rows:
+                rows[key] = len(found)
+                found.append(one)
+            elif not torch.allclose(found[rows[key]], one, atol=1e-3, rtol=1e-3):
+                raise UserError(f"sample {key}: two pairs of different images have this key; give each its own, or "
+                                "train without `feature_cache`")  # fmt: skip
+    return FeatureCache(rows, torch.stack(found))
+
+
+def images_of(batch: PairBatch) -> Tensor:
+    """Both images of each pair: (B, 2, 3, H, W).
+
+    Raises:
+        UserError: the shards hold cached latents and no images.
+    """
+    if batch.chosen is None or batch.rejected is None:
+        raise UserError(f"sample {batch.keys[0]} has no images: the cost model is trained on shards that hold them")
+    return torch.stack([batch.chosen, batch.rejected], dim=1)
+
+
+def doubled(values: Sequence) -> list:
+    """[a, b] -> [a, a, b, b]: what both images of a pair share."""
+    return [value for value in values for _ in range(2)]
+
+
+def cache_name(parts: Sequence[object]) -> str:
+    """A file name that differs where any of what decides the features does."""
+    return f"features-{hashlib.blake2b(repr(tuple(parts)).encode(), digest_size=12).hexdigest()}.safetensors"

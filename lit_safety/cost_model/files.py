@@ -1,0 +1,153 @@
+"""A cost model's folder: config.json, model.safetensors and a model card. The frozen CLIP is named, not copied."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lit_safety.cost_model.adapter import CostAdapter
+from lit_safety.cost_model.card import cost_model_card
+from lit_safety.cost_model.scorer import CostScorer
+from lit_safety.cost_model.tower import ClipTower, Features
+from lit_safety.errors import UserError
+from lit_safety.evaluation.judges import COST_MODEL
+
+#: How a folder is told from a judge's and from any other model's.
+KIND = COST_MODEL
+VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_cost_model(
+    folder: str | Path, scorer: CostScorer, metrics: Mapping[str, float], settings: Mapping[str, Any]
+) -> Path:
+    """Write a cost model's folder, whole or not at all.
+
+    Args:
+        folder: replaced where it is there.
+        scorer: the model.
+        metrics: figures of the last validation, for whoever opens the folder.
+        settings: how it was trained, likewise.
+    """
+    folder = Path(folder)
+    source = scorer.tower.source
+    config = {
+        "kind": KIND,
+        "version": VERSION,
+        "clip": source,
+        # Found from any working directory as long as both folders keep their places; null for a hub id.
+        "clip_from_here": os.path.relpath(source, folder) if Path(source).is_dir() else None,
+        "clip_fingerprint": scorer.tower.fingerprint,
+        "features": scorer.tower.features,
+        "width": scorer.adapter.mlp[0].out_features,
+        "threshold": 0.0,
+        "metrics": {name: round(value, 6) for name, value in metrics.items()},
+        "settings": dict(settings),
+    }
+    tensors = {f"adapter.{k}": v.detach().float().cpu().contiguous() for k, v in scorer.adapter.state_dict().items()}
+    tensors |= {"temperature": torch.tensor(scorer.temperature), "bias": torch.tensor(scorer.bias)}
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+        save_file(tensors, unfinished / WEIGHTS)
+        (unfinished / WEIGHTS).chmod(0o644)
+        (unfinished / "README.md").write_text(cost_model_card(config), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the cost model cannot be written ({error.strerror or error})") from error
+    return folder
+
+
+def is_cost_model(config: object) -> bool:
+    """Whether the content of a folder's config.json is a cost model's."""
+    return isinstance(config, dict) and config.get("kind") == KIND
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked config.json of a cost model's folder.
+
+    Raises:
+        UserError: the folder or a file of it is missing, or it is no cost model's.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder}: has no {name}, so it is no cost model; give the folder that `fit --config "
+                "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
+    if not is_cost_model(config):
+        raise UserError(f"{folder / CONFIG}: its `kind` is not {KIND!r}, so it describes no cost model")
+    if config.get("version") != VERSION:
+        raise UserError(f"{folder / CONFIG}: is of version {config.get('version')!r}; this program reads {VERSION}")
+    wanted = {"clip": str, "clip_fingerprint": str, "features": str, "width": int, "threshold": float | int}
+    for name, kind in wanted.items():
+        if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
+            raise UserError(f"{folder / CONFIG}: `{name}` is {config.get(name)!r}; copy the folder again")
+    if config["features"] not in get_args(Features) or not 0 < config["width"] <= 65536:
+        raise UserError(f"{folder / CONFIG}: has features {config['features']!r} of width {config['width']}: damaged")
+    return config
+
+
+def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> CostScorer:
+    """The cost model in ``folder``, ready to score.
+
+    Raises:
+        UserError: a file is missing or damaged, the CLIP it stands on is not found, or is another one than it was
+            trained on.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: is damaged ({error}); copy the folder again") from error
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite; train this model again")
+    tower = ClipTower(_clip(folder, config), config["features"])
+    if tower.fingerprint != config["clip_fingerprint"]:
+        raise UserError(
+            f"{folder} was trained on the CLIP {config['clip']} (fingerprint {config['clip_fingerprint'][:12]}), and "
+            f"{tower.source} is another one (fingerprint {tower.fingerprint[:12]}): its costs would mean nothing; "
+            "restore that CLIP, or train the cost model again"
+        )
+    adapter = CostAdapter(tower.width, config["width"])
+    try:
+        temperature, bias = (float(tensors.pop(name)) for name in ("temperature", "bias"))
+        adapter.load_state_dict({name.removeprefix("adapter."): value for name, value in tensors.items()})
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / WEIGHTS}: does not fit {CONFIG} ({reason}); copy the folder again") from error
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise UserError(f"{folder / WEIGHTS}: its temperature is {temperature}, which must be above 0")
+    return CostScorer(tower, adapter, temperature, bias).to(device)
+
+
+def _clip(folder: Path, config: dict[str, Any]) -> str:
+    """Where the CLIP lies: as it was named in training, or seen from the cost model's own folder."""
+    named, beside = config["clip"], config.get("clip_from_here")
+    if Path(named).is_dir() or not isinstance(beside, str):
+        return named
+    if (folder / beside).is_dir():
+        return str(folder / beside)
+    raise UserError(
+        f"{folder / CONFIG}: the CLIP it stands on is neither at {named} nor at {folder / beside}; set `clip` there to "
+        "the folder that holds it"
+    )

@@ -1,0 +1,65 @@
+"""Costs for pairs whose shard has none, from a cost model, once a pair."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_safety.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.cost_model.scorer import CostScorer
+    from lit_safety.data.batch import PairBatch
+
+
+def fill_costs(batch: PairBatch, scorer: CostScorer, memory: dict[str, tuple[float, float]]) -> PairBatch:
+    """The batch with the costs that it lacks; known ones stay, and the batch given is not changed.
+
+    Costs do not depend on what is trained, so each pair goes through the cost model once and is remembered. A mirrored
+    pair keeps the costs of its first showing.
+
+    Args:
+        batch: pairs, some of them perhaps without costs.
+        scorer: gives the costs; on the batch's device is fastest.
+        memory: key -> costs of chosen and rejected; give the same one for every batch of a set of shards, and
+            another for another set, where a key may name another pair.
+
+    Raises:
+        UserError: a pair without costs has no images either, or the cost model's answer is no finite number.
+    """
+    lacking = [row for row, known in enumerate(batch.has_cost) if not known]
+    if not lacking:
+        return batch
+    new = [row for row in lacking if batch.keys[row] not in memory]
+    if new:
+        costs = _scored(batch, new, scorer).tolist()
+        for row, (chosen, rejected) in zip(new, costs, strict=True):
+            memory[batch.keys[row]] = (chosen, rejected)
+    filled = copy.copy(batch)
+    found = torch.tensor([memory[batch.keys[row]] for row in lacking])
+    rows = torch.tensor(lacking)
+    filled.cost = batch.cost.clone()
+    filled.cost[rows.to(batch.cost.device)] = found.to(batch.cost)
+    filled.has_cost = [True] * len(batch)
+    return filled
+
+
+def _scored(batch: PairBatch, rows: list[int], scorer: CostScorer) -> Tensor:
+    """Costs (R, 2) of chosen and rejected of these rows, on the CPU."""
+    if batch.chosen is None or batch.rejected is None:
+        raise UserError(
+            f"sample {batch.keys[rows[0]]} has neither costs nor images to score: run `shards score` before its "
+            "latents are cached"
+        )
+    # A pair by itself, whatever batch it came in: the last digits depend on what goes through a network together, and a
+    # run that was resumed meets a pair in another batch first.
+    costs = (
+        torch.stack([scorer.costs(torch.stack([batch.chosen[row], batch.rejected[row]])) for row in rows]).float().cpu()
+    )
+    for row, finite in zip(rows, costs.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise UserError(f"sample {batch.keys[row]}: its cost is not finite; look at it with `shards inspect`")
+    return costs

@@ -1,0 +1,56 @@
+"""The losses of the safety cost model, as pure functions of costs and labels.
+
+SC-DPO (arXiv 2504.14290) trains its cost model by a contrastive and a cost anchoring objective and published neither;
+the form here is the pairwise cost loss of Safe RLHF (Dai et al., arXiv 2310.12773, equation 8), with C > 0 harmful.
+Labels are 1 harmful, 0 safe, nan unknown; what is unknown contributes nothing, neither value nor gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(costs: Tensor, harmful: Tensor) -> Tensor:
+    """-log sigmoid(C(h) - C(s)), h the harmful and s the safe image of a pair: costs, labels (B, 2) -> loss (B,).
+
+    0 for pairs whose labels are equal or not both known.
+    """
+    order = harmful[:, 0] - harmful[:, 1]  # 1, -1, 0, or nan
+    differ = order.abs() == 1
+    gap = torch.where(differ, order, 0.0) * (costs[:, 0] - costs[:, 1])
+    return torch.where(differ, -F.logsigmoid(gap), 0.0)
+
+
+def anchoring_loss(costs: Tensor, harmful: Tensor) -> Tensor:
+    """-log sigmoid(C) of a harmful image, -log sigmoid(-C) of a safe one, summed over a pair: (B, 2) -> (B,)."""
+    known = ~harmful.isnan()
+    sign = torch.where(known, 2.0 * harmful - 1.0, 0.0)
+    return torch.where(known, -F.logsigmoid(sign * costs), 0.0).sum(1)
+
+
+def cost_norm(costs: Tensor) -> Tensor:
+    """Mean of C^2 over the two images of a pair: (B, 2) -> (B,). Keeps costs from growing without end."""
+    return costs.square().mean(1)
+
+
+def info_nce_loss(features: Tensor, harmful: Tensor, temperature: float) -> Tensor:
+    """Supervised InfoNCE (Khosla et al., arXiv 2004.11362, equation 2) over a batch: (N, D), labels (N,) -> loss (N,).
+
+    Images of one label attract each other, those of the other push away; similarity is the cosine / temperature. 0 for
+    an image of unknown label or alone with its label; unknown images are no one's negatives either. Unlike the other
+    losses it depends on what else is in the batch.
+    """
+    known = ~harmful.isnan()
+    unit = F.normalize(features, dim=1)
+    others = known[None, :] & ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+    similarity = (unit @ unit.T / temperature).masked_fill(~others, -torch.inf)
+    positive = others & (harmful[:, None] == harmful[None, :])
+    count = positive.sum(1)
+    # Rows without a positive are zeroed before the softmax: a row of only -inf would have nan gradients.
+    counts = (count > 0) & known
+    similarity = torch.where(counts[:, None], similarity, torch.zeros_like(similarity))
+    log_share = similarity.log_softmax(1)
+    summed = torch.where(positive & counts[:, None], log_share, torch.zeros_like(log_share)).sum(1)
+    return torch.where(counts, -summed / count.clamp(min=1), 0.0)

@@ -1,0 +1,234 @@
+"""The safety cost model: how harmful an image is, as one number, trained from labelled preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_safety.cost_model.adapter import CostAdapter
+from lit_safety.cost_model.cache_pass import cached_features
+from lit_safety.cost_model.calibration import fit_calibration
+from lit_safety.cost_model.degrade import Degradation
+from lit_safety.cost_model.feature_cache import FeatureCache, doubled, images_of
+from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
+from lit_safety.cost_model.objective import CostLoss, PairwiseCostLoss
+from lit_safety.cost_model.scorer import CostScorer
+from lit_safety.cost_model.tower import ClipTower, Features
+from lit_safety.data.batch import PairBatch
+from lit_safety.data.chance import integers
+from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.errors import UserError
+from lit_safety.modules.monitoring import FiniteLossGuard
+
+
+class CostModel(LightningModule):
+    """C(x) = adapter(CLIP(x)): above 0 harmful, below 0 safe; the form of SC-DPO's cost model (arXiv 2504.14290),
+    reconstructed, since its code and weights are not public.
+
+    The CLIP vision tower is frozen, the adapter is trained on pairs whose images are labelled harmful or safe. After
+    every validation a temperature and a bias are fitted to its images, so that sigmoid(C) is a probability.
+
+    Args:
+        clip: the frozen CLIP: a folder in transformers' layout, or a hub id.
+        features: what the adapter sees: `embedding`, the projected image embedding; `pooled`, the class token before
+            the projection; `patches`, that and the mean of the patch tokens.
+        width: hidden units of the adapter.
+        dropout: share of them left out in training, in [0, 1).
+        loss: the loss on a batch of costs.
+        degradation: how training images are worn, so that costs hold for what a generator draws.
+        feature_cache: folder in which CLIP features are kept by what decides them, computed once before the first
+            step; null: computed in every step.
+        optimizer: made from the adapter's parameters.
+        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
+    """
+
+    def __init__(
+        self,
+        clip: str,
+        features: Features = "pooled",
+        width: int = 256,
+        dropout: float = 0.0,
+        loss: CostLoss | None = None,
+        degradation: Degradation | None = None,
+        feature_cache: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 1 or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"width must be at least 1 and dropout lie in [0, 1), got {width} and {dropout}")
+        self.clip = clip
+        self.features: Features = features
+        self.width = width
+        self.dropout = dropout
+        self.loss = loss or PairwiseCostLoss()
+        self.degradation = degradation or Degradation()
+        self.feature_cache = feature_cache
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.collected = CollectedCosts()
+        self.finite_loss = FiniteLossGuard()
+        self.figures: dict[str, float] = {}
+        """What the last validation or test found."""
+        self._caches: list[FeatureCache] = []
+        self._calibrated_at: int | None = None
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    temperature: Tensor
+    bias: Tensor
+    adapter: CostAdapter
+    tower: ClipTower
+
+    # ---- the model -------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if "adapter" in self._modules:
+            return
+        self.tower = ClipTower(self.clip, self.features)
+        self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.adapter.parameters())
+        if self.make_lr_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if self.feature_cache is None:
+            return
+        if not isinstance(data, PreferenceDataModule):
+            raise UserError("model.init_args.feature_cache needs `data` to be lit_safety.data.PreferenceDataModule")
+        self.tower.to(self.device)
+        whole, clean = self.degradation, Degradation(views=0)
+        wanted = [("train", whole)] if data.val is None else [("train", whole), ("val", clean)]
+        self._caches = [
+            cached_features(Path(self.feature_cache), data, part, self.tower, views, self.trainer)
+            for part, views in wanted
+        ]
+        data.labels_only = frozenset(part for part, _ in wanted)  # from here on nothing decodes an image
+
+    def scorer(self) -> CostScorer:
+        """The model as it stands, calibration included; its adapter is a copy, the tower is shared."""
+        adapter = CostAdapter(self.tower.width, self.width)
+        adapter.load_state_dict({name: value.detach().cpu() for name, value in self.adapter.state_dict().items()})
+        return CostScorer(self.tower, adapter, float(self.temperature), float(self.bias)).to(self.tower.device)
+
+    # ---- the parts of a step ---------------------------------------------------------------------------------
+
+    def clip_features(self, batch: PairBatch, views: Sequence[int], cache: FeatureCache | None) -> Tensor:
+        """CLIP features (B, 2, D) of both images, in a view of each pair."""
+        if cache is not None:
+            return cache.get(batch.keys, views).to(self.device, non_blocking=True)
+        self.tower.to(self.device)
+        images = images_of(batch).flatten(0, 1)
+        worn = self.degradation(images, doubled(batch.keys), doubled(views)) if any(views) else images
+        return self.tower(worn).unflatten(0, (len(batch), 2))
+
+    def raw_costs(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 2, D) -> costs (B, 2), not calibrated, and adapted features (B, 2, D), both fp32."""
+        adapted = self.adapter.adapted(features.flatten(0, 1))
+        costs = self.adapter.cost(adapted)
+        return costs.float().unflatten(0, features.shape[:2]), adapted.float().unflatten(0, features.shape[:2])
+
+    def calibrated(self, costs: Tensor) -> Tensor:
+        """C = (raw + bias) / temperature, of any shape."""
+        return (costs + self.bias) / self.temperature
+
+    # ---- Lightning's hooks -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        self.finite_loss.check()
+        views = integers(batch.seeds, "view", len(self.degradation.all)).tolist()
+        features = self.clip_features(batch, views, self._caches[0] if self._caches else None)
+        losses, parts = self.loss(*self.raw_costs(features), batch.harmful)
+        loss = losses.mean()
+        self.finite_loss.watch(loss, batch.keys)
+        logs = {f"train/{name}": value.detach().mean() for name, value in parts.items()}
+        self.log_dict(logs | {"train/loss": loss.detach()}, batch_size=len(batch))
+        return loss
+
+    def on_train_end(self) -> None:
+        self.finite_loss.check()
+        if self._calibrated_at == self.trainer.global_step:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or getattr(data, "val", None) is None:
+            rank_zero_warn("no validation pairs are given: costs are not calibrated, only their sign and order count")
+            return
+        self.eval()
+        with torch.no_grad():  # the last steps came after the last validation
+            for batch in data.val_dataloader():
+                self._collect(batch.to(self.device), self._caches[1] if self._caches else None)
+        self._calibrate()
+        self.collected.reset()
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        self._collect(batch, self._caches[1] if len(self._caches) > 1 else None)
+
+    def on_validation_epoch_end(self) -> None:
+        self._calibrate()
+        self._report("val")
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        self._collect(batch, None)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Calibrated costs (B, 2) of chosen and rejected."""
+        return self.calibrated(self._costs(batch, None))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finite_loss.check()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        mine = {name: value.shape for name, value in self.state_dict().items()}
+        theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if mine != theirs:
+            raise UserError(
+                "the checkpoint's weights are not those of this cost model: it was written by a run with another CLIP, "
+                "features or width; use that run's config.yaml"
+            )
+
+    # ---- evaluation ------------------------------------------------------------------------------------------
+
+    def _costs(self, batch: PairBatch, cache: FeatureCache | None) -> Tensor:
+        """Raw costs (B, 2) of the images themselves.
+
+        Raises:
+            UserError: one is not finite; names the sample.
+        """
+        costs, _ = self.raw_costs(self.clip_features(batch, [0] * len(batch), cache))
+        finite = costs.isfinite().all(1)
+        if not finite.all():
+            key = batch.keys[int((~finite).nonzero()[0])]
+            raise UserError(f"sample {key}: its cost is not finite; look at it with `shards inspect`")
+        return costs
+
+    def _collect(self, batch: PairBatch, cache: FeatureCache | None) -> None:
+        self.collected.update(self._costs(batch, cache), batch.harmful, batch.categories)
+
+    def _calibrate(self) -> None:
+        costs, harmful, _ = self.collected.compute()
+        temperature, bias = fit_calibration(costs.flatten(), harmful.flatten())
+        self.temperature.fill_(temperature)
+        self.bias.fill_(bias)
+        self._calibrated_at = self.trainer.global_step
+
+    def _report(self, stage: str) -> None:
+        costs, harmful, about = self.collected.compute()
+        self.collected.reset()
+        found = cost_figures(self.calibrated(costs), harmful, about)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in found.items()}, sync_dist=True)
+        self.figures = {name: float(value) for name, value in found.items()} | {"pairs": float(len(costs))}

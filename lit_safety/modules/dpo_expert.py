@@ -1,0 +1,220 @@
+"""DPOExpert: one LoRA for each category of harm, trained in one fit and merged after (SafetyDPO, arXiv 2412.10493)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from PIL.Image import Image
+
+from lit_safety.adapters.expert_bank import ExpertBank
+from lit_safety.adapters.zero import replaced
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.batch import PairBatch
+from lit_safety.data.categories import CATEGORIES, canonical_category
+from lit_safety.errors import UserError
+from lit_safety.modules.phases import begin_phase, under_deepspeed
+from lit_safety.modules.preference import POLICY, PreferenceModule
+from lit_safety.objectives import DiffusionDPO, Objective, ObjectiveOutput, PairErrors
+
+#: What is logged for every expert by itself, `loss/<category>` and so on.
+BY_CATEGORY = ("rewards/margins", "rewards/accuracies")
+
+
+class DPOExpert(PreferenceModule):
+    """Trains an expert, a LoRA of its own, on the pairs of each category; the reference is the base without any.
+
+    The experts take turns: every step is about one category (`data.init_args.one_category`), the same on all ranks, and
+    moves that category's expert only. The others rest outside the network and the optimizer (`ExpertBank`). The
+    learning rate's schedule is the fit's: turns are spread evenly over it, so every expert sees its warm-up and its
+    decay. With `data.init_args.consecutive` one expert is trained after the other, each with a fresh optimizer, and the
+    whole schedule is run through for each.
+
+    Args:
+        pretrained: the model to align: a diffusers pipeline folder or a hub id.
+        objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
+        categories: all: an expert for every category that the training pairs are about; or a list of them, which must
+            be those that `data.init_args.categories` takes.
+    """
+
+    bank: ExpertBank
+
+    def __init__(
+        self,
+        pretrained: str,
+        objective: Objective | None = None,
+        categories: Literal["all"] | list[str] = "all",
+        **settings: Any,
+    ) -> None:
+        super().__init__(pretrained, objective or DiffusionDPO(), **settings)
+        self.categories: list[str] | None = None
+        if categories != "all":
+            try:
+                self.categories = [canonical_category(name) for name in categories]
+            except UserError as error:
+                raise UserError(f"`model.init_args.categories`: {error}") from error
+            if not self.categories or len(set(self.categories)) < len(self.categories):
+                raise UserError(f"`model.init_args.categories` {list(categories)}: name every category once, or all")
+
+    # ---- the experts -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Raises `UserError` where the experts would not be trained as they should."""
+        names = self._experts()
+        if len(names) == 1:
+            return
+        if under_deepspeed(self.trainer) and not self._consecutive:
+            raise UserError(
+                f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
+                "weights: set `data.init_args.consecutive: true`, or train with ddp"
+            )
+        for callback in getattr(self.trainer, "callbacks", []):
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise UserError(
+                    f"{type(callback).__name__} would average {len(names)} experts with each other: leave it out, or "
+                    "train one category at a time"
+                )
+
+    def _experts(self) -> list[str]:
+        """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not self._fitting or not isinstance(data, PreferenceDataModule):
+            return self.categories or list(CATEGORIES)
+        found = data.training_categories()
+        if not found:
+            raise UserError("DPOExpert needs steps of one category each: set `data.init_args.one_category: true`")
+        asked = self.categories or found
+        if missing := sorted(set(asked) - set(found)):
+            raise UserError(
+                f"`model.init_args.categories`: there are not pairs enough for a step about {', '.join(missing)}; "
+                f"the training pairs give steps about {', '.join(found)}"
+            )
+        if set(found) - set(asked):
+            raise UserError(
+                f"`model.init_args.categories` is {asked}, but steps would also be about "
+                f"{', '.join(sorted(set(found) - set(asked)))}: set `data.init_args.categories` to {asked} too"
+            )
+        return found
+
+    @property
+    def _fitting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _consecutive(self) -> bool:
+        return bool(getattr(getattr(self.trainer, "datamodule", None), "consecutive", False))
+
+    def configure_policy(self) -> None:
+        super().configure_policy()
+        seed = torch.initial_seed()
+        if self._trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)
+        # Names that no wrapper changes: those of the denoiser's own parameters.
+        parameters = {n: p for n, p in self.backbone.denoiser.named_parameters() if f".{POLICY}." in n}
+        self.bank = ExpertBank(self._experts(), parameters, self.lora, seed)
+
+    def category_of(self, batch: PairBatch) -> str:
+        """Whose turn a batch is.
+
+        Raises:
+            UserError: it says nothing, or there is no such expert.
+        """
+        if batch.category is None and len(self.bank.names) == 1:
+            return self.bank.names[0]
+        if batch.category not in self.bank.names:
+            raise UserError(
+                f"a batch of category {batch.category} and experts of {', '.join(self.bank.names)}: set "
+                "`data.init_args.one_category: true`, and the same categories for model and data"
+            )
+        return batch.category
+
+    # ---- steps -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        names = self.bank.names
+        how = "one after the other" if self._consecutive else "in turns"
+        rank_zero_info(f"experts {', '.join(names)}" + (f" ({how})" if len(names) > 1 else ""))
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        category = self.category_of(batch)
+        if category != self.bank.active:
+            if self._consecutive:
+                begin_phase(self.trainer, self, self.bank, category)
+            else:
+                self.bank.activate(category, self.trainer.optimizers[0])
+        self.bank.batches[category] += 1
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        # An expert that has its steps in a row gets through the whole schedule in them, as it does in turns.
+        for _ in range(len(self.bank.names) if self._consecutive else 1):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
+        output = super().loss(errors, batch)
+        category = self.category_of(batch)
+        own = {f"{name}/{category}": output.logs[name] for name in BY_CATEGORY if name in output.logs}
+        output.logs |= own | {f"loss/{category}": output.loss.detach()}
+        return output
+
+    def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
+        category = self.category_of(batch)
+        if self._fitting and under_deepspeed(self.trainer) and category != self.bank.active:
+            return  # its weights are not in the engine
+        with self.bank.shown(category):
+            super()._evaluation_step(batch, stage)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Image]:
+        with self.bank.shown(self.category_of(batch)):
+            return super().predict_step(batch, batch_idx)
+
+    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
+        """One row an expert, in the order of their names in the config; under DeepSpeed the one that is trained."""
+        names = [self.bank.active] if under_deepspeed(self.trainer) else self.bank.names
+        rows = []
+        for name in names:
+            with self.bank.shown(name):
+                rows.append(self.draw(prompts, seeds))
+        return rows
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def exports(self) -> list[str]:
+        """`adapter` for a single expert, else `experts/<category>` for each."""
+        if len(self.bank.names) == 1:
+            return ["adapter"]
+        return [f"experts/{name}" for name in self.bank.names]
+
+    def _exported(self, export: str) -> str:
+        return self.bank.names[0] if export == "adapter" else export.rsplit("/", 1)[-1]
+
+    @contextmanager
+    def exporting(self, export: str) -> Iterator[None]:
+        with replaced(self.bank.parameters, self.bank.weights(self._exported(export))):
+            yield
+
+    def export_settings(self, export: str) -> dict[str, Any]:
+        category = self._exported(export)
+        steps = self.bank.batches[category] // self.trainer.accumulate_grad_batches
+        return super().export_settings(export) | {"category": category, "steps": steps}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["experts"] = self.bank.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "experts" not in checkpoint:
+            raise UserError("the checkpoint holds no experts: it was not written by DPOExpert")
+        if self.categories is None and not self._fitting:
+            self.bank.names = list(checkpoint["experts"]["names"])
+        self.bank.load_state_dict(checkpoint["experts"])

@@ -1,0 +1,57 @@
+"""Training the whole denoiser instead of an adapter: then the reference is a frozen copy, not the same network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+from lit_safety.backbones import Backbone
+from lit_safety.errors import UserError
+
+
+class FrozenCopy:
+    """A copy of the denoiser as it is now; no module of anything, so that no checkpoint or strategy takes hold of it.
+
+    Args:
+        backbone: whose denoiser is copied, before anything was trained.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._denoiser = copy.deepcopy(backbone.denoiser).requires_grad_(False).eval()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the backbone computes with the copy, by its own arithmetic."""
+        modules: dict[str, Any] = self._backbone._modules
+        trained = modules["denoiser"]
+        modules["denoiser"] = self._denoiser.to(self._backbone.device)
+        try:
+            yield
+        finally:
+            modules["denoiser"] = trained
+
+
+def make_all_trainable(denoiser: nn.Module) -> None:
+    """Every weight in fp32 and with a gradient."""
+    denoiser.float().requires_grad_(True)
+
+
+def check_strategy(trainer: Trainer | None) -> None:
+    """Refuse what a full fine-tune cannot be trained with.
+
+    Raises:
+        UserError: under ZeRO 3, which cuts every network that is alive when it begins into pieces.
+    """
+    strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise UserError(
+            "`model.init_args.policy: full` holds a frozen copy of the denoiser as its reference, and ZeRO 3 cannot "
+            "leave it whole: use ZeRO 1 or 2, or `policy: lora`"
+        )

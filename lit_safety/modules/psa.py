@@ -1,0 +1,196 @@
+"""PSA: each user's own bounds (Personalized Safety Alignment, arXiv 2508.01151)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from PIL.Image import Image
+from torch import Tensor
+
+from lit_safety.adapters.psa_pipeline import UserId, draw_for_users
+from lit_safety.adapters.user_adapter import UserAdapter, user_arguments
+from lit_safety.backbones import Conditioning
+from lit_safety.data.batch import PairBatch
+from lit_safety.data.chance import uniform
+from lit_safety.data.users import USERS_FILE, Users, UserTable
+from lit_safety.errors import UserError
+from lit_safety.modules.preference import Drawing, PreferenceModule
+from lit_safety.modules.turn_round import turned_round
+from lit_safety.objectives import DiffusionDPO, Objective, PairLabels
+
+
+class PSA(PreferenceModule):
+    """Trains user attention; the user is part of the condition, and the reference is the same network without it.
+
+    The null user stands for users nobody knows and is the unconditional half of guidance, so it is trained: a pair
+    whose user is dropped, or that belongs to no user, is turned round where needed, so that the safe image is the
+    chosen one by the pair's `harmful` labels. Both safe, both harmful or unknown: the order stays. The null user thus
+    becomes the strictest policy that the pairs know, while a user's own pairs may prefer what that user allows.
+
+    Args:
+        pretrained: the model to align: a diffusers pipeline folder or a hub id.
+        objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
+        users: files `users.safetensors`, or their folders, the training users' first: embeddings are standardised over
+            its users. null: those beside the shards of data.train, data.val and data.test.
+        user_tokens: tokens a user becomes, attended to together; 1 is the published form, without attention.
+        user_dropout: probability with which a pair is trained for the null user, its prompt kept.
+        joint_dropout: probability with which prompt and user are dropped together, as guidance uses them.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
+        prompt_dropout: probability with which the prompt is dropped for itself, in [0, 1).
+        timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
+        drawing: how pictures are drawn at validation and by `predict`.
+    """
+
+    adapter: UserAdapter
+
+    def __init__(
+        self,
+        pretrained: str,
+        objective: Objective | None = None,
+        users: str | list[str] | None = None,
+        user_tokens: int = 4,
+        user_dropout: float = 0.1,
+        joint_dropout: float = 0.1,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        prompt_dropout: float = 0.0,
+        timestep_bins: int = 4,
+        drawing: Drawing | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            objective or DiffusionDPO(),
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            prompt_dropout=prompt_dropout,
+            timestep_bins=timestep_bins,
+            drawing=drawing,
+        )
+        if user_tokens < 1:
+            raise ValueError(f"user_tokens must be at least 1, got {user_tokens}")
+        if user_dropout < 0 or joint_dropout < 0 or user_dropout + joint_dropout >= 1:
+            raise ValueError(
+                f"user_dropout and joint_dropout must not be negative and add up to less than 1, got {user_dropout} "
+                f"and {joint_dropout}"
+            )
+        self.users = [users] if isinstance(users, str) else users
+        self.user_tokens = user_tokens
+        self.user_dropout = user_dropout
+        self.joint_dropout = joint_dropout
+
+    # ---- users -----------------------------------------------------------------------------------------------
+
+    def configure_policy(self) -> None:
+        files = self._user_files()
+        self.table = UserTable(files)
+        self.adapter = UserAdapter.attach(self.backbone.denoiser, self.table.dimension, self.user_tokens)
+        # Where this is not a fit, the checkpoint's statistics replace these.
+        if len(files[0].ids) > 1:
+            self.adapter.projection.standardise_by(files[0].embeddings(files[0].ids))
+
+    def _user_files(self) -> list[Users]:
+        if self.users is not None:
+            if not self.users:
+                raise UserError("`model.init_args.users` is empty: name a users.safetensors, or leave it null")
+            return [Users(path) for path in self.users]
+        data = getattr(self._trainer, "datamodule", None)
+        folders: dict[Path, None] = {}
+        for name in ("train", "val", "test"):
+            given = getattr(data, name, None)
+            for shards in [given] if isinstance(given, str) else given or []:
+                folders[Path(shards) if Path(shards).is_dir() else Path(shards).parent] = None
+        found = [Users(folder) for folder in folders if (folder / USERS_FILE).is_file()]
+        if not found:
+            raise UserError(
+                f"PSA needs its users' embeddings: there is no {USERS_FILE} beside the shards, so name one in "
+                "`model.init_args.users`"
+            )
+        return found
+
+    def chosen_users(self, batch: PairBatch) -> list[UserId]:
+        """Whom each pair is trained for, None being the null user; a pure function of the samples' seeds."""
+        if not self.training:
+            return list(batch.user_ids)
+        dropped = self.joint_dropout + self.user_dropout
+        return [
+            None if _dropout(seed) < dropped else user for seed, user in zip(batch.seeds, batch.user_ids, strict=True)
+        ]
+
+    def dropped_prompts(self, batch: PairBatch) -> list[bool]:
+        dropped = super().dropped_prompts(batch)
+        if not self.training:
+            return dropped
+        return [no or _dropout(seed) < self.joint_dropout for no, seed in zip(dropped, batch.seeds, strict=True)]
+
+    def tokens(self, users: Sequence[UserId]) -> Tensor:
+        """User tokens (B, N, d_ctx).
+
+        Raises:
+            UserError: a user has no embedding; names the user.
+        """
+        known = torch.tensor([user is not None for user in users], dtype=torch.bool)
+        embeddings = torch.zeros(len(users), self.table.dimension)
+        embeddings[known] = self.table.embeddings([user for user in users if user is not None])
+        return self.adapter.projection(
+            embeddings.to(self.device, non_blocking=True), known.to(self.device, non_blocking=True)
+        )
+
+    def ordered(self, batch: PairBatch) -> PairBatch:
+        """The batch with the safe image chosen wherever a pair is trained for the null user."""
+        null = torch.tensor([user is None for user in self.chosen_users(batch)]).to(batch.harmful.device)
+        # nan, unknown, compares as false.
+        return turned_round(batch, null & (batch.harmful[:, 0] > batch.harmful[:, 1]))
+
+    # ---- a step ----------------------------------------------------------------------------------------------
+
+    def reference(self) -> AbstractContextManager[None]:
+        return self.adapter.off()
+
+    def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+        noisy, timesteps, target, conditioning = super().noised(self.ordered(batch))
+        tokens = self.tokens(self.chosen_users(batch)).repeat(2, 1, 1)
+        return noisy, timesteps, target, conditioning | user_arguments(tokens)
+
+    def labels(self, batch: PairBatch) -> PairLabels:
+        return super().labels(self.ordered(batch))
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], users: Sequence[UserId] | None = None) -> list[Image]:
+        """One picture a prompt, each for its user; None: for the null user."""
+        pipe = self.backbone.pipeline()
+        draw_for_users(pipe, self.table)
+        drawn = pipe(
+            prompt=list(prompts),
+            user=None if users is None else list(users),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.drawing.steps,
+            guidance_scale=self.drawing.guidance,
+        )
+        return list(drawn.images)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Image]:
+        return self.draw(batch.prompts, batch.seeds, batch.user_ids)
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        projection = self.adapter.projection
+        checkpoint["user_statistics"] = {"mean": projection.mean.cpu(), "std": projection.std.cpu()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "user_statistics" not in checkpoint:
+            raise UserError("the checkpoint holds no statistics of users: it was not written by PSA")
+        for name, values in checkpoint["user_statistics"].items():
+            getattr(self.adapter.projection, name).copy_(values)
+
+
+def _dropout(seed: int) -> float:
+    """One number decides, so that dropping the user and dropping user and prompt exclude each other."""
+    return uniform(seed, "user-dropout")

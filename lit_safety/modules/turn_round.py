@@ -1,0 +1,31 @@
+"""Pairs whose order is turned round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_safety.data.batch import PairBatch
+
+
+def turned_round(batch: PairBatch, swap: Tensor) -> PairBatch:
+    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
+
+    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
+    """
+
+    def columns(values: Tensor) -> Tensor:
+        return torch.where(swap.view(-1, *[1] * (values.ndim - 1)), values.flip(1), values)
+
+    changed: dict[str, Any] = {name: columns(getattr(batch, name)) for name in ("harmful", "cost", "score")}
+    for name in ("latents", "crops"):
+        if (values := getattr(batch, name)) is not None:
+            changed[name] = columns(values)
+    if batch.chosen is not None and batch.rejected is not None:
+        where = swap.view(-1, 1, 1, 1)
+        changed["chosen"] = torch.where(where, batch.rejected, batch.chosen)
+        changed["rejected"] = torch.where(where, batch.chosen, batch.rejected)
+    return replace(batch, **changed)

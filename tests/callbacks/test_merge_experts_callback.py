@@ -1,0 +1,52 @@
+"""What `MergeExperts` refuses before the training; what it writes is tested through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lit_safety.callbacks import MergeExperts
+from lit_safety.data import PreferenceDataModule
+from lit_safety.errors import UserError
+from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.modules import DPOExpert
+
+
+@pytest.fixture
+def module(tiny_pipeline: Path) -> DPOExpert:
+    module = DPOExpert(str(tiny_pipeline), categories=["hate", "violence"])
+    module.configure_model()
+    return module
+
+
+def trainer_of(train: str | None) -> Trainer:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.datamodule = PreferenceDataModule(train=train)
+    return trainer
+
+
+def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
+    callback = MergeExperts("sum", weights={"Hate": 0.5})
+    assert callback.recipe.weight("hate") == 0.5
+    callback.on_fit_start(trainer_of(None), module)
+    with pytest.raises(UserError, match="names sexual; the experts are hate, violence"):
+        MergeExperts("sum", weights={"nudity": 0.5}).on_fit_start(trainer_of(None), module)
+
+
+def test_comerge_needs_prompts_from_somewhere(module: DPOExpert):
+    with pytest.raises(UserError, match=r"calibration\.prompts"):
+        MergeExperts().on_fit_start(trainer_of(None), module)
+    for callback, train in (
+        (MergeExperts(), "shards"),
+        (MergeExperts(calibration=CalibrationOptions(prompts="prompts.csv")), None),
+        (MergeExperts(unit="weight"), None),
+    ):
+        callback.on_fit_start(trainer_of(train), module)
+
+
+def test_impossible_options_are_named():
+    for options, named in (({"rank": 0}, "--rank"), ({"weights": {"hate": 2.0}}, "--weights")):
+        with pytest.raises(UserError, match=named):
+            MergeExperts(**options)

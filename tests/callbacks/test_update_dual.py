@@ -1,0 +1,126 @@
+"""The dual variable of Constrained DPO under training: drawn pictures, scored, lambda moved and kept."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL.Image import Image
+
+from lit_safety.callbacks import UpdateDual
+from lit_safety.data import PreferenceDataModule
+from lit_safety.errors import UserError
+from lit_safety.modules import PreferenceModule
+from lit_safety.modules.preference import Drawing
+from lit_safety.objectives import ConstrainedDPO, DiffusionDPO
+
+
+class Scorer:
+    """Calls every picture `cost`, and remembers how many it was given."""
+
+    def __init__(self, cost: float) -> None:
+        self.cost = cost
+        self.given: list[int] = []
+
+    def to(self, device: torch.device) -> Scorer:
+        return self
+
+    def costs(self, images: list[Image]) -> torch.Tensor:
+        self.given.append(len(images))
+        return torch.full((len(images),), self.cost)
+
+
+def shards(folder: Path) -> Path:
+    from PIL import Image as Pillow
+
+    from lit_safety.data.writer import ShardWriter
+
+    with ShardWriter(folder) as writer:
+        for i in range(8):
+            about = {
+                "prompt": "a gun", "prompt_kind": "harmful", "categories": ["violence"], "order": "quality",
+                "harmful": {"chosen": False, "rejected": True}, "cost": {"chosen": -1.0, "rejected": 1.0},
+                "score": {"chosen": 0.5, "rejected": 0.9},
+            }  # fmt: skip
+            writer.write(f"{i:03d}", about, *(Pillow.new("RGB", (32, 32), (i * 30, 0, c)) for c in (0, 255)))
+    return folder
+
+
+@pytest.fixture
+def fit(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lightning.pytorch import Trainer
+
+    data = shards(tmp_path / "shards")
+
+    def fit(
+        scorer: Scorer, steps: int = 4, objective=None, checkpoint=None, **settings
+    ) -> tuple[ConstrainedDPO, Trainer]:
+        monkeypatch.setattr("lit_safety.callbacks.update_dual.load_cost_model", lambda _: scorer)
+        objective = objective or ConstrainedDPO(beta=100.0, limit=0.0, dual=1.0, dual_rate=0.5)
+        module = PreferenceModule(str(tiny_pipeline), objective, drawing=Drawing(steps=1))
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, callbacks=[UpdateDual("cost", **settings)], enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=PreferenceDataModule(str(data), batch_size=4), ckpt_path=checkpoint)
+        return objective, trainer
+
+    return fit
+
+
+def test_lambda_follows_the_cost_of_what_the_policy_draws(fit):
+    """4 steps, an update every 2: lambda = 1 + 2 x 0.5 x (0.4 - 0) = 1.4; 3 pictures an update."""
+    scorer = Scorer(0.4)
+    objective, trainer = fit(scorer, every_n_steps=2, images=3)
+    assert objective.dual == pytest.approx(1.4)
+    assert scorer.given == [3, 3]
+    assert trainer.callback_metrics["constrained/expected_cost"] == pytest.approx(0.4)
+    assert trainer.callback_metrics["constrained/dual"] == pytest.approx(1.4)
+
+
+def test_a_safe_policy_lowers_lambda_and_never_below_0(fit):
+    """1 - 0.5 x 1 = 0.5, then 0, then max(0, -0.5) = 0."""
+    assert fit(Scorer(-1.0), steps=3, every_n_steps=1)[0].dual == 0.0
+
+
+def test_it_goes_on_where_it_was_after_a_resume(fit, tmp_path: Path):
+    """2 updates, a checkpoint, 2 more: 1 + 4 x 0.5 x 0.4 = 1.8, and no update is made twice."""
+    objective, trainer = fit(Scorer(0.4), every_n_steps=1, steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    scorer = Scorer(0.4)
+    objective, _ = fit(scorer, every_n_steps=1, steps=4, checkpoint=tmp_path / "half.ckpt")
+    assert len(scorer.given) == 2
+    assert objective.dual == pytest.approx(1.8)
+
+
+def test_a_limit_out_of_reach_is_said_after_a_while(fit):
+    with pytest.warns(UserWarning, match="stayed above `objective.init_args.limit` 0 for 3 updates"):
+        fit(Scorer(0.4), steps=3, every_n_steps=1, patience=3)
+
+
+def test_a_cost_that_falls_is_no_reason_to_warn(fit):
+    class Falling(Scorer):
+        def costs(self, images: list[Image]) -> torch.Tensor:
+            self.cost *= 0.8
+            return super().costs(images)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stayed above.*")
+        fit(Falling(0.4), steps=4, every_n_steps=1, patience=4)
+
+
+def test_it_is_refused_beside_another_objective(fit):
+    with pytest.raises(UserError, match="the objective is DiffusionDPO"):
+        fit(Scorer(0.1), objective=DiffusionDPO())
+
+
+def test_a_cost_that_is_no_number_stops_the_run(fit):
+    with pytest.raises(UserError, match="cannot score what the policy draws"):
+        fit(Scorer(float("nan")), every_n_steps=1)
+
+
+def test_numbers_below_1_are_refused():
+    with pytest.raises(UserError, match="every_n_steps"):
+        UpdateDual("cost", every_n_steps=0)

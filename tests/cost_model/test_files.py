@@ -1,0 +1,132 @@
+"""Export and reload, the scorer, and folders that must be refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lit_safety.cost_model import CostScorer, load_cost_model, save_cost_model
+from lit_safety.cost_model.adapter import CostAdapter
+from lit_safety.cost_model.tower import ClipTower
+from lit_safety.data.decode import to_tensor
+from lit_safety.errors import UserError
+
+PICTURES = [Image.new("RGB", (16, 16), (200, 30, 90)), Image.new("RGB", (40, 24), (5, 250, 90)),
+            Image.new("L", (16, 16), 77)]  # fmt: skip
+
+
+def random_scorer(clip: Path) -> CostScorer:
+    torch.manual_seed(3)
+    tower = ClipTower(str(clip), "pooled")
+    adapter = CostAdapter(tower.width, 12)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    return CostScorer(tower, adapter, temperature=2.5, bias=-0.75)
+
+
+@pytest.fixture
+def folder(tiny_clip: Path, tmp_path: Path) -> Path:
+    return save_cost_model(
+        tmp_path / "model", random_scorer(tiny_clip), {"auroc": 0.99, "auroc/hate": 0.9}, {"steps": 3}
+    )
+
+
+def test_a_reloaded_model_gives_the_same_costs(tiny_clip: Path, folder: Path):
+    before, after = random_scorer(tiny_clip), load_cost_model(folder)
+    assert torch.equal(before.costs(PICTURES), after.costs(PICTURES))
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "| auroc | 0.99 |" in (folder / "README.md").read_text()
+
+
+def test_an_adapter_starts_as_a_linear_probe_of_cost_0():
+    adapter = CostAdapter(6, 4)
+    features = torch.randn(5, 6)
+    assert (adapter(features) == 0).all()
+    assert torch.equal(adapter.adapted(features), adapter.norm(features))
+
+
+def test_costs_are_raw_costs_shifted_and_scaled(tiny_clip: Path):
+    """C = (raw - .75) / 2.5."""
+    scorer = random_scorer(tiny_clip)
+    raw = scorer.adapter(scorer.tower(torch.stack([to_tensor(PICTURES[0])])))
+    assert scorer.costs(PICTURES[:1]).item() == pytest.approx((raw.item() - 0.75) / 2.5)
+
+
+def test_pictures_and_tensors_agree_in_any_mixture_of_sizes(tiny_clip: Path):
+    scorer = random_scorer(tiny_clip)
+    together = scorer.costs([*PICTURES, PICTURES[0]])
+    assert together[3] == together[0]
+    for picture, cost in zip(PICTURES, together, strict=False):
+        assert scorer.costs(to_tensor(picture.convert("RGB"))[None]).item() == pytest.approx(cost.item(), abs=1e-5)
+    assert scorer.costs([]).shape == (0,)
+
+
+def test_another_clip_is_refused_by_fingerprint(folder: Path, make_clip: Callable[..., Path], tmp_path: Path):
+    other = make_clip(tmp_path / "other", seed=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"clip": str(other)}))
+    with pytest.raises(UserError, match="is another one") as error:
+        load_cost_model(folder)
+    assert str(folder) in str(error.value)
+    assert str(other) in str(error.value)
+    assert config["clip_fingerprint"][:12] in str(error.value)
+
+
+def test_the_clip_is_found_from_another_working_directory(
+    make_clip: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_clip(Path("clip"))
+    save_cost_model("models/mine", random_scorer(Path("clip")), {}, {})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_cost_model("../models/mine").costs(PICTURES).isfinite().all()
+    (tmp_path / "clip").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="neither at clip nor at"):
+        load_cost_model("../models/mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("folder", "has no config.json"),
+        ("weights", "has no model.safetensors"),
+        ("json", "cannot be read as JSON"),
+        ("kind", "`kind`"),
+        ("version", "version 2"),
+        ("features", "features"),
+        ("width", "does not fit config.json"),
+        ("cut", "is damaged"),
+        ("nan", "not finite"),
+        ("temperature", "temperature is -1"),
+        ("no temperature", "does not fit"),
+    ],
+)
+def test_a_folder_that_is_damaged_is_named(folder: Path, damage: str, says: str):
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    changes = {"kind": {"kind": "judge"}, "version": {"version": 2}, "features": {"features": "texts"},
+               "width": {"width": 5}}  # fmt: skip
+    if damage in changes:
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes[damage]))
+    elif damage == "json":
+        config.write_text("{")
+    elif damage == "weights":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage != "folder":
+        tensors = load_file(weights)
+        if damage == "nan":
+            tensors["adapter.head.weight"][0, 0] = float("nan")
+        elif damage == "temperature":
+            tensors["temperature"] = torch.tensor(-1.0)
+        else:
+            del tensors["temperature"]
+        save_file(tensors, weights)
+    with pytest.raises(UserError, match=says) as error:
+        load_cost_model(folder / "absent" if damage == "folder" else folder)
+    assert str(folder) in str(error.value)

@@ -1,0 +1,73 @@
+"""The tensor path against `CLIPImageProcessorPil`, the processor that transformers uses without torchvision."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_safety.cost_model.preprocess import ClipPreprocess
+from lit_safety.data.decode import to_tensor
+from lit_safety.errors import UserError
+
+CLIP_STD = 0.26862954
+
+
+def image(width: int, height: int) -> Image.Image:
+    """Smooth shapes with some noise, as pictures are."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 90 * np.sin(x / (3 + c) + y / 7) + random.normal(0, 10, (height, width)) for c in range(3)]
+    return Image.fromarray(np.stack(waves, -1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (300, 200), (97, 411), (640, 480)], ids=str)
+@pytest.mark.parametrize("shortest", [32, 224])
+def test_it_equals_the_processor_of_transformers(size: tuple[int, int], shortest: int, tmp_path: Path):
+    """Rounding to 8 bits after each of PIL's two passes against once: at most 2 of 255, half of a level on average."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": shortest}, crop_size={"height": shortest, "width": shortest}
+    )
+    processor.save_pretrained(tmp_path)
+    picture = image(*size)
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(picture)[None])
+    assert found.shape == expected.shape == (1, 3, shortest, shortest)
+    level = 1 / 255 / CLIP_STD
+    assert (found - expected).abs().max() <= 2.01 * level
+    assert (found - expected).abs().mean() <= 0.3 * level
+
+
+def test_pictures_of_the_right_size_are_only_normalised(tmp_path: Path):
+    """White in [-1, 1] is 1: (1 - .5) / .25 = 2 with mean .5 and std .25; nothing is resampled."""
+    from transformers import CLIPImageProcessorPil
+
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4}, **settings
+    ).save_pretrained(tmp_path)  # fmt: skip
+    preprocess = ClipPreprocess.read(tmp_path / "preprocessor_config.json")
+    assert preprocess(torch.ones(1, 3, 4, 4)).flatten().tolist() == [2.0] * 48
+
+
+def test_an_image_smaller_than_the_crop_gets_a_black_border_as_transformers_gives_it(tmp_path: Path):
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 9, "width": 6})
+    processor.save_pretrained(tmp_path)
+    picture = image(8, 6)
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(picture)[None])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"resample": 99}', '{"size": {"height": 2, "width": 3}}',
+                                     '{"do_normalize": false}'])  # fmt: skip
+def test_settings_it_does_not_know_are_refused_by_file(content: str, tmp_path: Path):
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: holds no CLIP preprocessing"):
+        ClipPreprocess.read(file)

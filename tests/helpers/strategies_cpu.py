@@ -1,0 +1,43 @@
+"""Strategies that Lightning offers on GPUs only, made to run on CPUs over gloo so that they are tested for real.
+
+YAML and command lines name them by class path, `strategies_cpu.DeepSpeedCPU`: the folder is on the path of every test
+and of the processes that tests start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+
+class DeepSpeedCPU(DeepSpeedStrategy):
+    """DeepSpeed without Lightning's check for CUDA; ZeRO 1, 2 and 3 themselves run on CPUs.
+
+    Args:
+        stage: of ZeRO.
+        config: DeepSpeed's own settings beside it.
+    """
+
+    def __init__(self, stage: int = 2, config: dict[str, Any] | None = None) -> None:
+        # torch's AdamW is none of DeepSpeed's own optimizers.
+        given = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, **(config or {})}
+        super().__init__(config=given, process_group_backend="gloo", exclude_frozen_parameters=True)
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        import deepspeed
+
+        # A faster all-reduce in shared memory, which would be compiled first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)

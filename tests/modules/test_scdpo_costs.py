@@ -1,0 +1,75 @@
+"""SC-DPO's costs: the shard's, else the cost model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import batch_of
+
+from lit_safety.errors import UserError
+from lit_safety.modules import SCDPO
+from lit_safety.objectives import SafetyConstrainedDPO
+
+NAN = float("nan")
+
+
+class Scorer:
+    """The mean brightness of a picture as its cost."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def to(self, device: torch.device) -> Scorer:
+        return self
+
+    def costs(self, images: torch.Tensor) -> torch.Tensor:
+        self.given += len(images)
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def module(tiny_pipeline: Path) -> SCDPO:
+    module = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(beta=100.0, cost_weight=1.0))
+    module.configure_model()
+    module._scorer = Scorer()
+    return module
+
+
+def test_pairs_without_costs_are_scored_once_each(module: SCDPO):
+    batch = batch_of([0, 1], costs=(NAN, NAN))
+    labels = module.labels(batch)
+    expected = torch.stack([batch.chosen.mean((1, 2, 3)), batch.rejected.mean((1, 2, 3))], dim=1)
+    torch.testing.assert_close(labels.cost, expected)
+    assert batch.cost.isnan().all()
+    module.labels(batch)
+    module.labels(batch_of([1, 2], costs=(NAN, NAN)))
+    assert module._scorer.given == 6  # three pairs, two pictures each
+
+
+def test_a_pairs_cost_does_not_depend_on_its_batch(module: SCDPO, tiny_pipeline: Path):
+    """Scored in a batch of 3 or alone: to the bit, so that a resumed run has the same costs."""
+    together = module.labels(batch_of([0, 1, 2], costs=(NAN, NAN))).cost
+    module._costs.clear()
+    alone = torch.cat([module.labels(batch_of([row], costs=(NAN, NAN))).cost for row in range(3)])
+    assert torch.equal(together, alone)
+
+
+def test_known_costs_stay(module: SCDPO):
+    assert module.labels(batch_of([0], costs=(-0.5, 0.25))).cost.tolist() == [[-0.5, 0.25]]
+    assert module._scorer.given == 0
+
+
+def test_mirrored_pairs_without_costs_are_refused(module: SCDPO):
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(flip=True))
+    with pytest.raises(UserError, match=r"sample 0000 has no cost, and `data.init_args.flip`.*shards score"):
+        module.labels(batch_of([0], costs=(NAN, NAN)))
+
+
+def test_without_a_cost_model_they_are_refused_by_name(tiny_pipeline: Path):
+    module = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(cost_weight=1.0))
+    module.configure_model()
+    with pytest.raises(UserError, match="sample 0000 has no cost"):
+        module.labels(batch_of([0], costs=(NAN, NAN)))
