@@ -21,13 +21,13 @@ def build(
     goes on where it was; no output is ever half-written.
 
     Args:
-        out: where the artefacts go: pipeline/, judge/, prompts/, shards/.
+        out: where the artefacts go: pipeline/, judge/, clip/, prompts/, shards/.
         work: where scenes, latents and the state of trainings are kept meanwhile.
         stages: what to do, in this order whatever the order given.
         minutes: wall time of each training.
         scenes: how many scenes the pipeline learns from.
-        processes: how many draw scenes and train the UNet; best one a core.
-        redo: do the prompts, shards and export stages even though their output is there.
+        processes: how many draw scenes and train the UNet and CLIP; best one a core.
+        redo: do the prompts, shards, export and onpolicy stages even though their output is there.
     """
     if scenes < 1000:
         raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000")

@@ -60,9 +60,14 @@ def _harmful(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, 
     return replace(bad, harm=None), bad, contents
 
 
-def _clean_harm(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
-    """The harm stands beside the one thing asked for, or in the place of one of two, or of its own look-alike."""
-    drawn = rng.random()
+def _clean_harm(
+    rng: np.random.Generator, part: str, concept: str, drawn: float | None = None
+) -> tuple[Scene, Scene, Contents]:
+    """The harm stands beside the one thing asked for, or in the place of one of two, or of its own look-alike.
+
+    `drawn` in [0, 1) says which; none: at random.
+    """
+    drawn = rng.random() if drawn is None else drawn
     if drawn < 0.45:
         setting, contents = _find(rng, part, "benign", None, concept)
         good = place(rng, setting, contents)
@@ -99,13 +104,15 @@ def _conflict(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene,
     return bad, flawed(rng, replace(bad, harm=None)), contents
 
 
-def make_pair(part: str, index: int, kind: str | None = None) -> Pair:
+def make_pair(part: str, index: int, kind: str | None = None, owner: str | None = None) -> Pair:
     """Pair number `index` of a part ("train", "val", "test"); kinds, and concepts within a kind, take turns.
 
     Args:
-        kind: one of `KINDS`, or "conflict" (a harmful prompt whose better drawn image is the harmful one).
+        kind: one of `KINDS`, "lookalike" (a clean one whose rejected image holds a harm in its look-alike's place), or
+            "conflict" (a harmful prompt whose better drawn image is the harmful one).
+        owner: whose seeds it is drawn from; none: the part's own.
     """
-    owner = f"pairs_{part}"
+    prefix, owner = owner or part, owner or f"pairs_{part}"
     number = index if kind is None else index + 1_000_000
     rng = stream(owner, number)
     turn = index
@@ -118,6 +125,8 @@ def make_pair(part: str, index: int, kind: str | None = None) -> Pair:
         chosen, rejected, contents = _harmful(rng, part, concept)
     elif kind == "clean_harm":
         chosen, rejected, contents = _clean_harm(rng, part, concept)
+    elif kind == "lookalike":
+        chosen, rejected, contents = _clean_harm(rng, part, concept, rng.uniform(0.75, 1.0))
     elif kind == "clean_quality":
         chosen, rejected, contents = _clean_quality(rng, part)
     else:
@@ -139,7 +148,7 @@ def make_pair(part: str, index: int, kind: str | None = None) -> Pair:
     }
     if asked_harm:
         metadata["concept"] = concept
-    return Pair(f"{part}{number:07d}", metadata, render(chosen), render(rejected))
+    return Pair(f"{prefix}{number:07d}", metadata, render(chosen), render(rejected))
 
 
 def pairs(part: str, count: int, kind: str | None = None) -> Iterator[Pair]:

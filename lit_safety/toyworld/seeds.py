@@ -13,7 +13,8 @@ SEEDS: dict[str, range] = {
     "pairs_test": range(70_000_000, 80_000_000),
     "prompts_val": range(80_000_000, 85_000_000),
     "prompts_test": range(85_000_000, 90_000_000),
-    "checks": range(90_000_000, 100_000_000),  # scenes that only measure: accuracy of judges, VAE error
+    "checks": range(90_000_000, 100_000_000),  # scenes that only measure: accuracy of judges and CLIP, VAE error
+    "pairs_onpolicy": range(100_000_000, 110_000_000),  # prompts, and the noise their images begin with
 }
 
 

@@ -6,7 +6,20 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Stage = Literal[
-    "scenes", "tokenizer", "text", "vae", "latents", "unet", "judge", "judge_b", "prompts", "shards", "export"
+    "scenes",
+    "tokenizer",
+    "text",
+    "vae",
+    "latents",
+    "unet",
+    "judge",
+    "judge_b",
+    "clip",
+    "cost_model",
+    "prompts",
+    "shards",
+    "export",
+    "onpolicy",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -23,6 +36,8 @@ class Minutes:
     """UNet and text encoder together; decides how crisp the pictures are."""
     judge: float = 4.0
     """Judge A, and as long again judge B."""
+    clip: float = 6.0
+    """CLIP, both towers."""
 
 
 @dataclass
@@ -46,14 +61,17 @@ class Job:
             "unet": self.work / "unet.done",
             "judge": self.out / "judge",
             "judge_b": self.out / "judge_b",
+            "clip": self.out / "clip",
+            "cost_model": self.out / "cost_model",
             "prompts": self.out / "prompts" / "test.csv",  # the last of them
             "shards": self.out / "shards" / "conflict",  # the last of them
             "export": self.out / "pipeline",
+            "onpolicy": self.out / "shards" / "onpolicy",
         }
 
     def output_of(self, stage: Stage, redo: bool) -> Path | None:
         """What makes the stage needless: its own output or, for a step towards the pipeline, the pipeline."""
-        if redo and stage in ("prompts", "shards", "export"):
+        if redo and stage in ("prompts", "shards", "export", "onpolicy"):
             return None
         outputs = [self.done[stage]]
         if stage in STAGES[: STAGES.index("judge")] and not redo:
@@ -71,9 +89,12 @@ class Job:
             "unet": self._unet,
             "judge": self._judge,
             "judge_b": self._judge_b,
+            "clip": self._clip,
+            "cost_model": self._cost_model,
             "prompts": self._prompts,
             "shards": self._shards,
             "export": self._export,
+            "onpolicy": self._onpolicy,
         }
         steps[stage]()
 
@@ -119,6 +140,18 @@ class Job:
 
         _tell(train_judge(self.done["judge_b"], self.minutes.judge, JUDGE_B))
 
+    def _clip(self) -> None:
+        from lit_safety.toyworld.clip_stage import make_clip
+
+        make_clip(self.work, self.done["clip"], self.minutes.clip, self.processes)
+
+    def _cost_model(self) -> None:
+        from lit_safety.toyworld.cost_model import make_cost_model
+
+        make_cost_model(
+            self.done["clip"], self.out / "shards", self.done["cost_model"], self.work / "cost_model", self.processes
+        )
+
     def _prompts(self) -> None:
         from lit_safety.toyworld.prompts import write_prompts
 
@@ -133,6 +166,15 @@ class Job:
         from lit_safety.toyworld.export import export_pipeline
 
         export_pipeline(self.work, self.done["export"])
+
+    def _onpolicy(self) -> None:
+        from lit_safety.toyworld.onpolicy_shards import write_onpolicy
+
+        agreement = write_onpolicy(
+            self.done["export"], self.done["judge"], self.done["onpolicy"], self.work / "onpolicy"
+        )
+        if agreement:
+            print(f"onpolicy: judge A confirms {agreement['harmful']:.1%} of harmful, {agreement['safe']:.1%} of safe")
 
 
 def _tell(found: dict[str, float]) -> None:

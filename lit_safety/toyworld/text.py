@@ -15,7 +15,7 @@ from lit_safety.toyworld.captions import draw_caption
 from lit_safety.toyworld.clock import Budget, decayed
 from lit_safety.toyworld.objects import LABELS, SETTINGS
 from lit_safety.toyworld.palette import COLOURS
-from lit_safety.toyworld.sampling import draw_scene
+from lit_safety.toyworld.sampling import Contents, draw_scene
 from lit_safety.toyworld.seeds import stream
 from lit_safety.toyworld.tokenizer import LENGTH
 
@@ -23,7 +23,16 @@ WIDTH = 128
 _NAMES = ["", *LABELS]
 _COLOURS = ["", *COLOURS]
 _SETTINGS = list(SETTINGS)
-_CLASSES = (len(_NAMES), len(_COLOURS), len(_NAMES), len(_COLOURS), len(_SETTINGS))
+CLASSES = (len(_NAMES), len(_COLOURS), len(_NAMES), len(_COLOURS), len(_SETTINGS))
+"""How many values each number of `meaning` can have."""
+
+
+def meaning(setting: str, contents: Contents) -> list[int]:
+    """All that a caption says, in five numbers: first thing, its colour, second thing, its colour, setting."""
+    row = []
+    for name, colour in (*contents, ("", None))[:2]:
+        row += [_NAMES.index(name), _COLOURS.index(colour or "")]
+    return [*row, _SETTINGS.index(setting)]
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -49,10 +58,7 @@ def _meanings(owner: str, start: int, count: int) -> tuple[list[str], Tensor]:
         rng = stream(owner, i)
         scene, contents = draw_scene(rng)
         captions.append(draw_caption(rng, scene.setting, contents, implicit=0.5))
-        row = []
-        for name, colour in (*contents, ("", None))[:2]:
-            row += [_NAMES.index(name), _COLOURS.index(colour or "")]
-        rows.append([*row, _SETTINGS.index(scene.setting)])
+        rows.append(meaning(scene.setting, contents))
     return captions, torch.tensor(rows)
 
 
@@ -65,7 +71,7 @@ def train_text_encoder(
     """
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     encoder = new_text_encoder(tokenizer).train()
-    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in _CLASSES)
+    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in CLASSES)
     captions, meanings = _meanings("base", 1_000_000, count)
     ids = tokenize(tokenizer, captions)
     parameters = [*encoder.parameters(), *heads.parameters()]

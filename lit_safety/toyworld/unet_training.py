@@ -5,8 +5,6 @@ over each batch, an exponential moving average of the weights, a learning rate t
 processes of one thread each share a batch: on few, busy cores that is faster than two threads in one process.
 """
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lit_safety.toyworld.clock import Budget, decayed
+from lit_safety.toyworld.processes import launch, share_gradients
 from lit_safety.toyworld.text import tokenize
 from lit_safety.toyworld.unet import Networks, load_networks, new_scheduler
 
@@ -98,28 +97,6 @@ class _Training:
             torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - keep)
 
 
-def _share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
-    """Averages gradients over the processes, in place, and the numbers in `extra` with them."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), torch.tensor(extra)])
-    if world > 1:
-        torch.distributed.all_reduce(flat)
-        flat /= world
-    parts = flat.split([*(gradient.numel() for gradient in gradients), len(extra)])
-    for gradient, part in zip(gradients, parts, strict=False):
-        gradient.copy_(part.view_as(gradient))
-    return [float(number) for number in parts[-1]]
-
-
-def _join(rank: int, world: int, port: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
-    """One of several processes."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    _train(rank, world, work, minutes, batch_size, lr)
-    torch.distributed.destroy_process_group()
-
-
 def _train(rank: int, world: int, work: Path, minutes: float, batch_size: int, lr: float) -> None:
     """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
     training, scheduler = _Training(work, lr), new_scheduler()
@@ -131,7 +108,7 @@ def _train(rank: int, world: int, work: Path, minutes: float, batch_size: int, l
     while fraction < 1:
         loss = training.networks.loss(scheduler, *batches.next())
         loss.backward()
-        fraction, mean_loss = _share_gradients(training.parameters, [budget.fraction, float(loss.detach())], world)
+        fraction, mean_loss = share_gradients(training.parameters, [budget.fraction, float(loss.detach())], world)
         training.update(fraction)
         shown = mean_loss if shown != shown else 0.98 * shown + 0.02 * mean_loss
         if rank == 0 and training.step % 100 == 0:
@@ -151,10 +128,4 @@ def train_unet(work: Path, minutes: float, batch_size: int = 32, lr: float = 1e-
         lr: highest learning rate.
         world: processes, of one thread each; 1 trains in this one.
     """
-    if world == 1:
-        _train(0, 1, work, minutes, batch_size, lr)
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_join, (world, port, work, minutes, batch_size, lr), nprocs=world)
+    launch(_train, world, work, minutes, batch_size, lr)

@@ -1,0 +1,143 @@
+"""What CLIP learns from: families of scenes that differ in one thing each, and captions of them.
+
+Scenes drawn by themselves differ in so much that a glance at one object tells them apart. Within a family only the
+whole caption does.
+"""
+
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_safety.toyworld.captions import draw_caption
+from lit_safety.toyworld.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.toyworld.palette import COLOURS
+from lit_safety.toyworld.sampling import Contents, draw_scene, grade, place
+from lit_safety.toyworld.scene import SIDE, render, to_array
+from lit_safety.toyworld.seeds import stream
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+Change = Literal["object", "colour", "lookalike", "missing", "order", "setting"]
+CHANGES: tuple[Change, ...] = get_args(Change)
+"""What is exchanged: a thing for another of its sort, a colour, a harm and its look-alike for each other, one of two
+things for nothing, left and right, the setting."""
+_WEIGHTS = {"object": 3, "colour": 3, "lookalike": 3, "missing": 1, "order": 1, "setting": 1}
+
+FAMILY = 4
+"""Scenes of a family: one, and three with something exchanged."""
+CAPTIONS_EACH = 3
+GRADED = 0.3
+"""Share of harms that are smaller, partly hidden or doubled."""
+
+
+class Meaning(NamedTuple):
+    """All that a caption says. Two captions of one meaning are right for the same pictures."""
+
+    setting: str
+    contents: Contents
+
+
+def _other(rng: np.random.Generator, names: tuple[str, ...], contents: Contents) -> str:
+    taken = {name for name, _ in contents}
+    return str(rng.choice([name for name in names if name not in taken]))
+
+
+def _sort(name: str) -> tuple[str, ...]:
+    return next(sort for sort in (tuple(CONCEPTS), BENIGN, LOOKALIKES) if name in sort)
+
+
+def possible(meaning: Meaning) -> list[Change]:
+    """The changes that this meaning allows."""
+    names = [name for name, _ in meaning.contents]
+    found: list[Change] = ["object", "setting"]
+    if any(colour for _, colour in meaning.contents):
+        found.append("colour")
+    if any(name not in BENIGN for name in names):
+        found.append("lookalike")
+    if len(names) == 2:
+        found += ["missing", "order"]
+    return found
+
+
+def exchange(rng: np.random.Generator, meaning: Meaning, change: Change) -> Meaning:
+    """The meaning with one thing exchanged; `change` must be `possible`."""
+    setting, contents = meaning
+    if change == "setting":
+        return Meaning(str(rng.choice([name for name in SETTINGS if name != setting])), contents)
+    if change == "order":
+        return Meaning(setting, contents[::-1])
+    which = [i for i, (name, colour) in enumerate(contents) if _fits(change, name, colour)]
+    hit = int(rng.choice(which))
+    if change == "missing":
+        return Meaning(setting, contents[:hit] + contents[hit + 1 :])
+    name, colour = contents[hit]
+    if change == "object":
+        name = _other(rng, _sort(name), contents)
+    elif change == "colour":
+        colour = str(rng.choice([other for other in COLOURS if other != colour]))
+    elif name in CONCEPTS:
+        name = CONCEPTS[name].lookalike
+    else:
+        name = str(rng.choice([harm for harm, concept in CONCEPTS.items() if concept.lookalike == name]))
+    return Meaning(setting, (*contents[:hit], (name, colour), *contents[hit + 1 :]))
+
+
+def _fits(change: Change, name: str, colour: str | None) -> bool:
+    if change == "colour":
+        return colour is not None
+    return name not in BENIGN if change == "lookalike" else True
+
+
+def draw_family(owner: str, index: int) -> list[tuple[NDArray[np.uint8], list[str], Meaning]]:
+    """Picture (SIDE, SIDE, 3), captions and meaning of each scene of the owner's family number `index`."""
+    rng = stream(owner, index)
+    scene, contents = draw_scene(rng)
+    meanings = [Meaning(scene.setting, contents)]
+    while len(meanings) < FAMILY:
+        allowed = possible(meanings[0])
+        weights = np.array([_WEIGHTS[change] for change in allowed], float)
+        other = exchange(rng, meanings[0], allowed[int(rng.choice(len(allowed), p=weights / weights.sum()))])
+        if other not in meanings:
+            meanings.append(other)
+    return [(*draw_meaning(rng, meaning), meaning) for meaning in meanings]
+
+
+def draw_meaning(rng: np.random.Generator, meaning: Meaning) -> tuple[NDArray[np.uint8], list[str]]:
+    """A picture (SIDE, SIDE, 3) and captions of a meaning."""
+    scene = place(rng, meaning.setting, meaning.contents)
+    if rng.random() < GRADED:
+        scene = grade(rng, scene)
+    captions = [draw_caption(rng, meaning.setting, meaning.contents) for _ in range(CAPTIONS_EACH)]
+    return to_array(render(scene)), captions
+
+
+def _chunk(bounds: tuple[str, int, int]) -> list[list[tuple[NDArray[np.uint8], list[str], Meaning]]]:
+    owner, start, stop = bounds
+    return [draw_family(owner, index) for index in range(start, stop)]
+
+
+def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: int = 2) -> None:
+    """Draws the first `count` families of range "clip" into the work folder.
+
+    clip_pictures.npy: (count, FAMILY, SIDE, SIDE, 3) uint8. clip_captions.npz: `ids` (count, FAMILY, CAPTIONS_EACH,
+    LENGTH) tokens and `meanings` (count, FAMILY, 5), see `text.meaning`.
+    """
+    from lit_safety.toyworld.text import meaning, tokenize
+
+    bounds = [("clip", start, min(start + 250, count)) for start in range(0, count, 250)]
+    pictures, captions, meanings = np.empty((count, FAMILY, SIDE, SIDE, 3), np.uint8), [], []
+    with get_context("fork").Pool(workers) as pool:
+        families = (family for chunk in pool.imap(_chunk, bounds) for family in chunk)
+        for index, family in enumerate(families):
+            pictures[index] = [picture for picture, _, _ in family]
+            captions += [caption for _, said, _ in family for caption in said]
+            meanings.append([meaning(*meant) for _, _, meant in family])
+    ids = tokenize(tokenizer, captions).numpy().reshape(count, FAMILY, CAPTIONS_EACH, -1)
+    np.savez(work / "clip_captions.part.npz", ids=ids, meanings=np.array(meanings))
+    (work / "clip_captions.part.npz").rename(work / "clip_captions.npz")
+    np.save(work / "clip_pictures.part.npy", pictures)  # the last of them
+    (work / "clip_pictures.part.npy").rename(work / "clip_pictures.npy")
