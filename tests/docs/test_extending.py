@@ -1,0 +1,76 @@
+"""docs/extending.md, run as it stands: its files are written out, and its two commands are called."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_safety.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
+COMMANDS = re.findall(r"^    python -m lit_safety (.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_train(command: str, example: Path, tiny_pipeline: Path, pair_shards: Path):
+    small = {
+        "model.init_args.pretrained": tiny_pipeline,
+        "model.init_args.drawing.steps": 2,
+        "data.init_args.train": pair_shards,
+        "data.init_args.val": pair_shards,
+        "data.init_args.batch_size": 4,
+        "data.init_args.num_workers": 0,
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.accelerator": "cpu",
+    }
+    assert main([*command.split(), *(f"--{key}={value}" for key, value in small.items())]) == 0
+    run = example / "runs" / "scdpo" / "latest"
+    assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    overlay = yaml.safe_load(FILES[command.split()[-1]])["model"]
+    resolved = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert resolved["class_path"] == overlay.get("class_path", "lit_safety.modules.SCDPO")
+    if "init_args" in overlay:
+        assert resolved["init_args"]["objective"]["class_path"] == overlay["init_args"]["objective"]["class_path"]
+
+
+def test_each_class_takes_less_than_twenty_lines():
+    modules = {name: text for name, text in FILES.items() if name.endswith(".py")}
+    assert len(modules) == len(COMMANDS) == 2
+    for text in modules.values():
+        (definition,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+        assert definition.end_lineno is not None
+        assert len(text.splitlines()) < 20
+
+
+def test_late_timesteps_are_late(example: Path, tiny_pipeline: Path):
+    """Fractions lie in [0.4, 1): of 1,000 timesteps none is below 400."""
+    from types import SimpleNamespace
+
+    from late_timesteps import LateTimesteps
+
+    module = LateTimesteps(str(tiny_pipeline))
+    module.configure_model()
+    steps = module.timesteps(SimpleNamespace(seeds=list(range(64))))
+    assert 400 <= steps.min() < 500
+    assert steps.max() < 1000
