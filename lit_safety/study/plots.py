@@ -39,15 +39,17 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     }
     points = {row: (statistics.fmean(x), statistics.fmean(y)) for row, (x, y) in spread.items()}
     best = front(points)
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for row, (x, y) in points.items():
+    for number, (row, (x, y)) in enumerate(points.items(), 1):
         colour = "tab:blue" if row in best else "tab:gray"
         xs, ys = spread[row]
         reach = ([[x - min(xs)], [max(xs) - x]], [[y - min(ys)], [max(ys) - y]])
-        axes.errorbar(x, y, xerr=reach[0], yerr=reach[1], fmt="o", color=colour, capsize=2, linewidth=0.8)
-        axes.annotate(row, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour)
+        # Names beside the marks would cover each other wherever rows are alike: numbers, and the names in a list.
+        axes.errorbar(x, y, *reach[::-1], fmt="o", color=colour, capsize=2, linewidth=0.8, label=f"{number} {row}")
+        axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(3, 4), fontsize=8, color=colour)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False, title="the front is blue", title_fontsize=8)
     axes.plot(*zip(*(points[row] for row in best), strict=True), color="tab:blue", linewidth=0.8, linestyle="--")
     unit = {column: f"{column} (%)" if column in study.percent else column for column in study.pareto}
     axes.set_xlabel(f"{unit[low]}, lower is better")

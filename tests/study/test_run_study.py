@@ -143,7 +143,7 @@ def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert table in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "pareto.png") as picture:
-        assert picture.size == (990, 660)
+        assert picture.size == (1320, 660)
 
 
 def test_many_figures_stand_below_each_other(make, tmp_path: Path):
