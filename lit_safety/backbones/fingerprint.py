@@ -42,9 +42,21 @@ def _part_hash(folder: Path) -> str | None:
     digest = hashlib.blake2b(digest_size=8)
     for line in sorted(entry for file in weights for entry in _tensors(file)):
         digest.update(line)
-    for file in words:  # of a tokenizer
+    if words:  # of a tokenizer, which also says where prompts are cut
+        digest.update(f"{_longest(folder / 'tokenizer_config.json')}".encode())
+    for file in words:
         digest.update(file.name.encode() + hashlib.blake2b(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _longest(file: Path) -> object:
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no readable JSON: {error}") from error
+    return stated.get("model_max_length") if isinstance(stated, dict) else None
 
 
 def _tensors(path: Path) -> list[bytes]:

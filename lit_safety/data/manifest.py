@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,14 @@ class Shard:
     nsamples: int
     bytes: int | None = None
     sha256: str | None = None
-    classes: tuple[int, ...] | None = None
-    """For each sample in the tar's order, an index into `Manifest.classes`."""
+    classes: Sequence[int] | None = None
+    """For each sample in the tar's order, an index into `Manifest.classes`; kept in two bytes each (eight where there
+    are more classes than that holds), for there may be many millions."""
+
+    def __post_init__(self) -> None:
+        if self.classes is not None:
+            small = max(self.classes, default=0) < 1 << 16
+            object.__setattr__(self, "classes", array("H" if small else "Q", self.classes))
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"url": self.url, "nsamples": self.nsamples}
@@ -223,7 +230,6 @@ def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
             raise UserError(f"{where}: 'classes' must hold {nsamples} numbers, one a sample")
         if classes and not 0 <= min(classes) <= max(classes) < nclasses:
             raise UserError(f"{where}: 'classes' names a class outside the {nclasses} listed")
-        classes = tuple(classes)
     return Shard(url, nsamples, entry.get("bytes"), entry.get("sha256"), classes)
 
 

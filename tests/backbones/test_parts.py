@@ -75,4 +75,7 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     with pytest.raises(UserError, match=r"model-00001\.safetensors is no readable safetensors file"):
         fingerprint(str(tmp_path / "pipe"), PARTS)
     shutil.rmtree(tmp_path / "pipe" / "vae")
+    settings = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 12}))
+    assert fingerprint(str(tmp_path / "pipe"), ["tokenizer"])["tokenizer"] != first["tokenizer"]  # cuts elsewhere
     assert set(fingerprint(str(tmp_path / "pipe"), PARTS)) == {"text_encoder", "tokenizer"}

@@ -183,12 +183,11 @@ def test_shards_of_equal_size_without_a_manifest_are_told_apart(tiny_pipeline: P
     assert "is complete already" in capsys.readouterr().out
 
 
-def test_a_cache_of_prompts_that_another_model_made_is_refused(cached: Path, pairs: Path, tmp_path: Path):
+def test_a_cache_of_prompts_that_another_model_made_is_refused(
+    cached: Path, pairs: Path, wide_pipeline: Path, tmp_path: Path
+):
     """The same prompts, as many rows, as many bytes: only what the file says of its maker differs."""
-    from conftest import save_tiny_pipeline
-
-    other = save_tiny_pipeline(tmp_path / "other", seed=1)
-    precompute(str(pairs), str(other), str(tmp_path / "its"), flip=True, dtype="float32")
+    precompute(str(pairs), str(wide_pipeline), str(tmp_path / "its"), flip=True, dtype="float32")
     mixed = shutil.copytree(cached, tmp_path / "mixed")
     shutil.copy(tmp_path / "its" / "prompts.safetensors", mixed)
     with pytest.raises(UserError, match=r"mixed/prompts\.safetensors: is not the file the manifest was made with"):

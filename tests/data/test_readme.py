@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         called.append(given)
 
     monkeypatch.setattr(commands, "_load", lambda _: noted)
+    monkeypatch.setattr("lit_safety.evaluation.clip.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
     commands.run_command(["shards", *words])
     (given,) = called
     named = {word[2:].split(".")[0] for word in words if word.startswith("--")}

@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = drawn(tmp_path / "in", [row(0), row(1)])
+    table = drawn(tmp_path / "in", [row(0), row(3)])
     (tmp_path / "in" / "1.png").unlink()
     os.mkfifo(tmp_path / "in" / "1.png")
     from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
