@@ -22,9 +22,9 @@ KINDS = ("harmful", "clean_harm", "lookalike", "harmful", "clean_quality")
 each kind meets all 24 concepts."""
 PARTS = {"train": 0, "val": 500_000}
 """Fold of things, colours and settings -> its first pair."""
-SHIPPED = {"cost_model": ("train", 960), "cost_model_val": ("val", 192)}
+SHIPPED = {"cost_model": ("train", 360), "cost_model_val": ("val", 120)}
 """Folder -> part, number of pairs."""
-PAIRS, STEPS, BATCH, RATE = 20_000, 3000, 128, 2e-3
+PAIRS, WIDTH, STEPS, BATCH, RATE = 20_000, 384, 6000, 128, 3e-3
 """Of the shipped model."""
 
 
@@ -90,6 +90,7 @@ def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path)
     seed_everything(0, verbose=False)
     model = CostModel(
         str(clip),
+        width=WIDTH,
         degradation=Degradation(views=1),  # with so many pairs, one worn view of each is enough
         feature_cache=str(work / "features"),
         optimizer=lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05),

@@ -206,9 +206,3 @@ def test_phases_on_two_ranks_of_deepspeed_and_their_resume(command_line: Argumen
     for name, weights in experts_of(latest).items():
         assert difference(weights, whole[name]) == 0.0
         assert all(value.numel() > 0 for value in weights.values())
-
-
-def test_interleaving_is_refused_under_deepspeed(command_line: Arguments):
-    done = run_apart(command_line("fit", *zero(2)))
-    assert done.returncode == 2
-    assert "interleaved training of 2 experts is refused under DeepSpeed" in done.stderr

@@ -158,6 +158,15 @@ def test_what_cannot_be_trained_is_named(
         fit(module_of(tiny_pipeline, **model), data_of(category_shards, **data), 3)
 
 
+def test_interleaving_is_refused_under_deepspeed(
+    tiny_pipeline: Path, category_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before a model is loaded; what is not refused runs under the real DeepSpeed in the tests of the command line."""
+    monkeypatch.setattr("lit_safety.modules.dpo_expert.under_deepspeed", lambda trainer: True)
+    with pytest.raises(UserError, match="interleaved training of 2 experts is refused under DeepSpeed"):
+        fit(module_of(tiny_pipeline), data_of(category_shards), 2)
+
+
 def test_averages_over_steps_are_refused_for_several_experts(tiny_pipeline: Path, category_shards: Path):
     with pytest.raises(UserError, match="StochasticWeightAveraging would average 2 experts"):
         fit(module_of(tiny_pipeline), data_of(category_shards), 2, StochasticWeightAveraging(1e-3))
