@@ -22,11 +22,11 @@ def cost_margin(m: Tensor, cost_chosen: Tensor, cost_rejected: Tensor, cost_weig
     return m + cost_weight * (cost_chosen - cost_rejected)
 
 
-def scdpo_loss(m_sc: Tensor, gamma: float, detach_focus: bool = True) -> Tensor:
+def scdpo_loss(m_sc: Tensor, gamma: float, dfm_detach: bool = True) -> Tensor:
     """(1 - p)^gamma (-log p) with p = sigmoid(m_SC): (B,) -> (B,).
 
     The weight is computed as exp(gamma log sigmoid(-m_SC)), because the plain power has nan gradients in fp32 for
-    gamma < 1 once p rounds to 1. With ``detach_focus`` the weight carries no gradient and |dL/dm| is
+    gamma < 1 once p rounds to 1. With ``dfm_detach`` the weight carries no gradient and |dL/dm| is
     (1 - p)^(gamma + 1); attached, |dL/dm| peaks near m_SC = -3 and falls again for pairs that are further wrong.
     gamma = 0 returns Diffusion-DPO's value to the last bit.
     """
@@ -34,7 +34,7 @@ def scdpo_loss(m_sc: Tensor, gamma: float, detach_focus: bool = True) -> Tensor:
     if gamma == 0.0:
         return loss
     focus = torch.exp(gamma * F.logsigmoid(-m_sc))
-    return (focus.detach() if detach_focus else focus) * loss
+    return (focus.detach() if dfm_detach else focus) * loss
 
 
 class SafetyConstrainedDPO(Objective):
@@ -44,7 +44,7 @@ class SafetyConstrainedDPO(Objective):
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
         cost_weight: lambda, logits of margin per unit of cost difference; 0 turns the margin off.
         gamma: exponent of the dynamic focusing weight (1 - p)^gamma; 0 turns focusing off.
-        detach_focus: whether the focusing weight is a constant for the gradient.
+        dfm_detach: whether the focusing weight is a constant for the gradient.
         cost_clip: costs are clipped to [-cost_clip, cost_clip] before their difference is taken; null: not clipped.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
@@ -58,7 +58,7 @@ class SafetyConstrainedDPO(Objective):
         beta: float = 5000.0,
         cost_weight: float = 1.0,
         gamma: float = 1.0,
-        detach_focus: bool = True,
+        dfm_detach: bool = True,
         cost_clip: float | None = None,
         sft_weight: float = 0.0,
         anchor_weight: float = 0.0,
@@ -70,7 +70,7 @@ class SafetyConstrainedDPO(Objective):
             raise ValueError(f"cost_clip must be above 0 or null, got {cost_clip}")
         self.cost_weight = cost_weight
         self.gamma = gamma
-        self.detach_focus = detach_focus
+        self.dfm_detach = dfm_detach
         self.cost_clip = cost_clip
 
     opt_out = "cost_weight: 0"
@@ -88,4 +88,4 @@ class SafetyConstrainedDPO(Objective):
         if self.cost_clip is not None:
             cost = cost.clamp(-self.cost_clip, self.cost_clip)
         m_sc = cost_margin(m, cost[:, 0], cost[:, 1], self.cost_weight)
-        return scdpo_loss(m_sc, self.gamma, self.detach_focus)
+        return scdpo_loss(m_sc, self.gamma, self.dfm_detach)

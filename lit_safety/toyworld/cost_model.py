@@ -20,11 +20,11 @@ OWNER = "cost_model"
 KINDS = ("harmful", "clean_harm", "lookalike", "harmful", "clean_quality")
 """In turn. More look-alikes than alignment pairs have: they are what a cost model takes for harm first. Five, so that
 each kind meets all 24 concepts."""
-PARTS = {"train": 0, "val": 500_000}
-"""Fold of things, colours and settings -> its first pair."""
+PARTS = {"train": 0, "val": 500_000, "test": 600_000}
+"""Fold of things, colours and settings -> its first pair. The last is only ever measured on."""
 SHIPPED = {"cost_model": ("train", 360), "cost_model_val": ("val", 120)}
 """Folder -> part, number of pairs."""
-PAIRS, WIDTH, STEPS, BATCH, RATE = 20_000, 384, 6000, 128, 3e-3
+PAIRS, WIDTH, STEPS, BATCH, RATE = 40_000, 384, 6000, 128, 3e-3
 """Of the shipped model."""
 
 

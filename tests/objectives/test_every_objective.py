@@ -26,7 +26,7 @@ SMOOTH: list[Objective] = [
     BFPO(2.0),
     RePO(2.0, penalty_weight=0.5),
     ConstrainedDPO(2.0, label_smoothing=0.1),
-    SafetyConstrainedDPO(2.0, gamma=0.5, detach_focus=False),
+    SafetyConstrainedDPO(2.0, gamma=0.5, dfm_detach=False),
     FocalInverse(2.0, gamma=0.5, detach_focus=False),
     FocalInverse(2.0, gamma=1.4, detach_focus=False),
 ]
@@ -39,7 +39,8 @@ DETACHED: list[Objective] = [
 
 
 def name(objective: Objective) -> str:
-    settings = {"gamma": getattr(objective, "gamma", None), "detach": getattr(objective, "detach_focus", None)}
+    detach = getattr(objective, "dfm_detach", getattr(objective, "detach_focus", None))
+    settings = {"gamma": getattr(objective, "gamma", None), "detach": detach}
     return "-".join([type(objective).__name__, *(f"{k}{v}" for k, v in settings.items() if v is not None)])
 
 

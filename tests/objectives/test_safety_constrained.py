@@ -78,7 +78,7 @@ def test_attached_gradient_peaks_and_falls_again(gamma: float):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_attached_gradient_in_float64(gamma: float):
     m = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: scdpo_loss(x, gamma, detach_focus=False), (m,))
+    assert torch.autograd.gradcheck(lambda x: scdpo_loss(x, gamma, dfm_detach=False), (m,))
 
 
 def test_costs_are_clipped_before_their_difference():
