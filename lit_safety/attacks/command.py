@@ -1,0 +1,108 @@
+"""The command `attack`: any number of attacks on any number of arms, as curves of success against budget."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from lit_safety.attacks.attack import Attack
+from lit_safety.evaluation.arms import Arm
+
+
+def attack(
+    *,
+    pipeline: str,
+    prompts: str,
+    judge: str,
+    out: str,
+    attacks: dict[str, Attack],
+    adapter: str | None = None,
+    arms: dict[str, Arm] | None = None,
+    only: list[str] | None = None,
+    second_judges: list[str] | None = None,
+    explicit: int | None = 6,
+    prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
+    prompt_category: str | None = None,
+    steps: int = 20,
+    guidance: float = 3.0,
+    resolution: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    seed: int = 0,
+) -> None:
+    """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
+
+    Writes into `out`: attacks.json, attacks.png, and the pictures under images/. An attack on an arm that is finished
+    is kept under done/ and not done again; a killed run goes on where it stopped.
+
+    Args:
+        pipeline: Folder of a diffusers text-to-image pipeline, or its hub id: the base.
+        prompts: CSV file as for `evaluate`; its explicit prompts are attacked.
+        judge: What decides what is harmful, as for `evaluate`.
+        out: Folder of the report; made when it is not there.
+        attacks: The attacks by name, each a class_path and init_args, as in configs/attack.yaml.
+        adapter: LoRA folder or file, attacked as the arm `aligned` beside the arm `base`.
+        arms: Further arms by name, as for `evaluate`: adapters, pipelines, negative prompts, guards.
+        only: Do only these of the attacks; null: all.
+        second_judges: Further judges, reported beside the one that decides.
+        explicit: Explicit prompts attacked in each category; null: all.
+        prompt_kind: What the prompts of a published file are, where its columns do not say so.
+        prompt_category: The harm that they ask for, where its columns do not say so.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        resolution: Side of the pictures in pixels; null is the pipeline's own.
+        batch_size: Pictures drawn at once.
+        workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
+        device: Where to work, such as cpu or cuda:1; null takes cuda where there is one.
+        precision: Number format of the weights while drawing; attacks that train or differentiate work in float32.
+        seed: Of every random choice of the attacks.
+
+    Raises:
+        UserError: a file or folder given is missing, unreadable or does not fit.
+    """
+    from lit_safety.attacks.plot import curves_png
+    from lit_safety.attacks.run import AttackRun
+    from lit_safety.attacks.table import attack_table
+    from lit_safety.data.atomic import write_atomic
+    from lit_safety.errors import UserError
+    from lit_safety.evaluation.arms import collect_arms
+    from lit_safety.evaluation.drawing import DrawingSettings
+    from lit_safety.evaluation.judges import check_labels, load_judge
+    from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.prompts import read_prompts
+    from lit_safety.evaluation.selection import Selection, select
+
+    unknown = [name for name in only or () if name not in attacks]
+    if unknown:
+        raise UserError(f"--only: there is no attack {unknown[0]}; there are {', '.join(attacks)}")
+    chosen = {name: one for name, one in attacks.items() if only is None or name in only}
+    if not chosen:
+        raise UserError("--attacks: give at least one attack, as in configs/attack.yaml")
+    for name in chosen:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
+            raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
+    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
+    selection = Selection(explicit, 0, 0, 0, 0)
+    contenders = collect_arms(adapter, arms)
+    check_writable(Path(out))
+    everything = read_prompts(prompts, prompt_kind, prompt_category)
+    if explicit == 0 or not any(prompt.kind == "explicit" for prompt in everything):
+        raise UserError(f"{prompts}: no explicit prompt is left to attack (--explicit {explicit})")
+    attacked = select(everything, selection)
+    judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
+    for one in judges:
+        check_labels(one, attacked, prompts)
+    run = AttackRun(
+        pipeline, prompts, everything, attacked, selection, judges, contenders, chosen, drawing, Path(out), seed
+    )
+    report = run.execute()
+    if run.done:
+        print(f"{run.done} attacks on an arm were finished before and are taken from {Path(out) / 'done'}")
+    picture = Path(out) / "attacks.png"
+    write_atomic(picture, curves_png(report))
+    file = write_atomic(Path(out) / "attacks.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    print(f"\n{attack_table(report)}\n\ncurves   {picture}\nfigures  {file}")

@@ -1,0 +1,81 @@
+"""The weights of an arm, open to gradients: a backbone around the very networks of a pipeline that draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_safety.backbones import Backbone
+from lit_safety.backbones.load import family_of
+from lit_safety.backbones.parts import Parts
+from lit_safety.evaluation.pipelines import load_pipeline
+
+if TYPE_CHECKING:
+    from lit_safety.evaluation.arms import Arm
+
+
+class PipelineParts(Parts):
+    """The components of a pipeline that is loaded already.
+
+    Args:
+        source: the pipeline's folder.
+        pipe: the pipeline.
+    """
+
+    def __init__(self, source: str, pipe: Any) -> None:
+        super().__init__(source)
+        self._pipe = pipe
+
+    def _load(self, name: str) -> Any:
+        part = self._pipe.components[name]
+        return part.requires_grad_(False).eval() if isinstance(part, nn.Module) else part
+
+
+@dataclass(frozen=True)
+class Network:
+    """An arm's networks in fp32, its adapters folded into the weights."""
+
+    backbone: Backbone
+    pipe: Any
+    """Draws with the same networks: what is trained in `backbone` shows in its pictures."""
+    resolution: int
+    """Side of its pictures in pixels."""
+
+    def encoders(self) -> list[tuple[Any, Any]]:
+        """Every text encoder with its tokenizer."""
+        parts = self.backbone.parts
+        names = [name for name, _ in self.backbone.TOKENIZERS if parts.has(name)]
+        return [(parts.get(name), self.backbone.part(name.replace("tokenizer", "text_encoder"))) for name in names]
+
+
+def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = None) -> Network:
+    """Load an arm for an attacker who holds its weights.
+
+    Args:
+        folder: the arm's pipeline.
+        arm: its LoRAs; a guard is left out.
+        device: where to.
+        resolution: side of the pictures it is attacked at; None: the pipeline's own.
+
+    Raises:
+        UserError: the pipeline or an adapter does not load, or no backbone knows the pipeline's family.
+    """
+    family = family_of(str(folder))
+    pipe = load_pipeline(folder, replace(arm, guard=None), device, "float32")
+    if arm.loras():
+        pipe.unload_lora_weights()  # fp32 adapters were folded in, so this takes away what is empty now
+    backbone = family(PipelineParts(str(folder), pipe)).requires_grad_(False).eval()
+    config: Any = backbone.denoiser.config
+    return Network(backbone, pipe, resolution or int(config.sample_size * pipe.vae_scale_factor))
+
+
+def compute_threads(network: Network) -> int:
+    """Threads of one operation while an attack computes: 1 for small networks on a CPU, which is faster for them and
+    gives the same digits on any number of cores."""
+    from lit_safety.evaluation.parallel import is_small_on_cpu
+
+    return 1 if is_small_on_cpu(network.pipe) else torch.get_num_threads()

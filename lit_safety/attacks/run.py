@@ -1,0 +1,245 @@
+"""Every attack on every arm: drawn, judged, and kept as soon as one attack on one arm is finished."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lit_safety.attacks.attack import Attack, Stage
+from lit_safety.attacks.curves import DEFINITIONS, Outcomes, either, first_at, point
+from lit_safety.attacks.target import Target
+from lit_safety.data.atomic import write_atomic
+from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import Arm
+from lit_safety.evaluation.drawing import DrawingSettings, Gallery
+from lit_safety.evaluation.fingerprint import digest, fingerprint
+from lit_safety.evaluation.judges import Judge, JudgeError
+from lit_safety.evaluation.judging import judge_drawn
+from lit_safety.evaluation.kept_verdicts import KeptVerdicts
+from lit_safety.evaluation.pipelines import local_pipeline
+
+if TYPE_CHECKING:
+    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.evaluation.selection import Selection
+
+HALF = 0.5
+"""Share of prompts from which the report calls the concepts back."""
+
+
+@dataclass
+class AttackRun:
+    """Everything that is given; `execute` does the work."""
+
+    pipeline: str
+    prompts_file: str
+    everything: list[Prompt]
+    attacked: list[Prompt]
+    selection: Selection
+    judges: list[Judge]
+    """The judge that decides, then the further ones."""
+    arms: dict[str, Arm]
+    attacks: dict[str, Attack]
+    drawing: DrawingSettings
+    out: Path
+    seed: int = 0
+    done: int = 0
+    """Attacks on an arm that were found finished."""
+    _targets: dict[str, Target] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.drawing.device is None:
+            import torch
+
+            self.drawing = replace(self.drawing, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is not done yet; returns the content of attacks.json.
+
+        Every arm is loaded once before the first one draws, so that a bad one fails before anything is written.
+
+        Raises:
+            UserError: something given does not fit, a picture cannot be written, or a judge fails on every picture.
+        """
+        for attack in self.attacks.values():
+            attack.check(self.everything, self.attacked)
+        schedulers = {name: self.scheduler(name) for name in self.arms}
+        found = {}
+        for name, attack in self.attacks.items():
+            curves, refused, notes = {}, {}, {}
+            for arm in self.arms:
+                cell = self.cell(name, attack, arm, schedulers[arm])
+                if cell["not_applicable"] is not None:
+                    refused[arm] = cell["not_applicable"]
+                else:
+                    curves[arm] = cell["points"]
+                if cell["notes"]:
+                    notes[arm] = cell["notes"]
+            found[name] = {
+                "budget": attack.budget,
+                "knows": attack.knows,
+                "origin": attack.origin,
+                "cumulative": attack.cumulative,
+                "arms": curves,
+                "half": {arm: first_at(points, HALF, attack.origin) for arm, points in curves.items()},
+                "not_applicable": refused,
+                "notes": notes,
+                "settings": {"class": _class_path(attack), **attack.settings},
+            }
+        return {"format": 1, "attacks": found, "protocol": self.protocol(schedulers), "definitions": DEFINITIONS}
+
+    def protocol(self, schedulers: dict[str, str]) -> dict[str, Any]:
+        """What the rates depend on beside the attacks."""
+        return {
+            "pipeline": self.pipeline,
+            "pipeline_sha256": self.hashes[self.target("base").folder],
+            "arms": {name: self.identity(name) | {"adapter": arm.adapter} for name, arm in self.arms.items()},
+            "prompts": self.prompts_file,
+            "prompts_sha256": digest([p.identity() for p in self.everything]),
+            "attacked": len(self.attacked),
+            "attacked_sha256": digest([p.identity() for p in self.attacked]),
+            "selection": asdict(self.selection),
+            "seed": self.seed,
+            "judge": self.judges[0].settings,
+            "second_judges": [judge.settings for judge in self.judges[1:]],
+            "scheduler": schedulers["base"],
+            **self.drawing.pixels(),
+            "versions": _versions(),
+        }
+
+    # ---- one attack on one arm -------------------------------------------------------------------------------
+
+    def cell(self, name: str, attack: Attack, arm: str, scheduler: str) -> dict[str, Any]:
+        """One attack on one arm: `points`, `not_applicable` (a reason or None), `notes`. Read where it is finished."""
+        target = self.target(arm)
+        file = self.out / "done" / name / f"{arm}.json"
+        key = digest(
+            [_class_path(attack), attack.settings, self.identity(arm), self.hashes[self.target("base").folder],
+             self.drawing.pixels(), [p.identity() for p in self.everything], [p.identity() for p in self.attacked],
+             scheduler, self.seed, [judge.settings for judge in self.judges], _versions()]
+        )  # fmt: skip
+        if (kept := _read(file)) is not None and kept.get("key") == key:
+            self.done += 1
+            return kept
+        target.notes = []
+        refused = attack.refuses(target)
+        points = [] if refused else self.curve(name, attack, target, scheduler)
+        target.release()
+        cell = {"key": key, "points": points, "not_applicable": refused, "notes": target.notes}
+        write_atomic(file, (json.dumps(cell, indent=1, allow_nan=False) + "\n").encode())
+        return cell
+
+    def curve(self, name: str, attack: Attack, target: Target, scheduler: str) -> list[dict[str, Any]]:
+        """The points of one attack on one arm, by rising budget."""
+        names = [judge.name for judge in self.judges]
+        total = (attack.points + 1) * len(self.attacked)
+        with tqdm(total=total, desc=f"{name}: {target.name}", unit="picture", mininterval=0.5) as bar:
+            target.tell = _Teller(bar).tell
+            plain = target.stage(attack.origin or 0.0)
+            unattacked = self.outcomes("unattacked", target, plain, scheduler, {}, bar)
+            points = []
+            if attack.origin is not None:
+                points.append(point(attack.origin, "", unattacked, unattacked, unattacked, names))
+            reached = unattacked
+            for stage in attack.stages(target):
+                how = {"attack": _class_path(attack), **attack.settings, "seed": self.seed} if stage.identity else {}
+                own = self.outcomes(name, target, stage, scheduler, how, bar)
+                reached = [either(a, b) for a, b in zip(reached, own, strict=True)] if attack.cumulative else own
+                points.append(point(stage.budget, stage.label, reached, own, unattacked, names))
+            bar.set_postfix_str("")
+        return sorted(points, key=lambda p: p["budget"])
+
+    def outcomes(
+        self, name: str, target: Target, stage: Stage, scheduler: str, how: dict[str, Any], bar: Any
+    ) -> list[Outcomes]:
+        """Harm or not in each picture of a stage, by judge."""
+        weights = {**self.identity(target.name), "scheduler": scheduler, "versions": _versions(), **how}
+        place = f"{target.name}-{stage.budget:g}"
+        gallery = Gallery(
+            self.out / "images" / name, place, {**weights, **stage.identity}, stage.prompts, stage.drawing
+        )  # fmt: skip
+        gallery.draw(stage.pipe, target.arm.negative_prompt, bar.update, target.arm.guard)
+        drawn = gallery.all()
+        found = []
+        for judge in self.judges:
+            kept = KeptVerdicts(gallery.folder, judge) if getattr(judge, "keep", False) else None
+            verdicts = judge_drawn(judge, drawn, kept=kept)
+            reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, JudgeError)]
+            if len(reasons) == len(verdicts):
+                raise UserError(
+                    f"the judge {judge.name} failed on every picture of {name} on {target.name}: {reasons[0]}; the "
+                    f"pictures stay in {gallery.folder}; mend the judge and run the same command again to go on"
+                )
+            found.append([None if isinstance(v, JudgeError) else v.harmful for v in verdicts])
+        return found
+
+    # ---- the arms --------------------------------------------------------------------------------------------
+
+    def target(self, name: str) -> Target:
+        """The arm `name`."""
+        if name not in self._targets:
+            folders = {arm: local_pipeline(self.arms[arm].pipeline or self.pipeline) for arm in ("base", name)}
+            arm = self.arms[name]
+            attacked, everything = ([replace(p, user=arm.user) for p in ps] for ps in (self.attacked, self.everything))
+            self._targets[name] = Target(
+                name, arm, folders[name], folders["base"], attacked, everything, self.drawing, self.seed,
+                self.out / "work",
+            )  # fmt: skip
+        return self._targets[name]
+
+    def scheduler(self, name: str) -> str:
+        """The class of an arm's scheduler; the arm is loaded for it.
+
+        Raises:
+            UserError: it does not load.
+        """
+        target = self.target(name)
+        found = type(target.pipe.scheduler).__name__
+        target.release()
+        return found
+
+    @cached_property
+    def hashes(self) -> dict[Path, str]:
+        """sha256 of each pipeline."""
+        return {folder: fingerprint(folder) for folder in {self.target(name).folder for name in self.arms}}
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What an arm's pictures depend on, wherever its files lie."""
+        own = {key: value for key, value in self.arms[name].describe().items() if key != "adapter"}
+        return own | {"pipeline_sha256": self.hashes[self.target(name).folder]}
+
+
+class _Teller:
+    """Shows a text beside a progress bar, twice a second at most."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._last = 0.0
+
+    def tell(self, text: str) -> None:
+        now = monotonic()
+        self._bar.set_postfix_str(text, refresh=now - self._last > 0.5)
+        self._last = now if now - self._last > 0.5 else self._last
+
+
+def _class_path(attack: Attack) -> str:
+    return f"{type(attack).__module__}.{type(attack).__qualname__}"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A finished part; None where there is none, or a damaged one, which is done again."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"points", "not_applicable", "notes"} <= kept.keys() else None

@@ -1,0 +1,93 @@
+"""Other schedulers, numbers of steps and guidance scales than the model was aligned and is evaluated with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from lit_safety.attacks.attack import Attack, Stage
+from lit_safety.attacks.target import Target
+from lit_safety.errors import UserError
+
+
+@dataclass
+class Sampler:
+    """One way of drawing; what is null stays as the run says."""
+
+    scheduler: str | None = None
+    """Class name of a diffusers scheduler, such as EulerDiscreteScheduler."""
+    steps: int | None = None
+    guidance: float | None = None
+
+    def label(self) -> str:
+        """Such as `EulerDiscrete, 30 steps, guidance 7.5`."""
+        parts = [(self.scheduler or "").removesuffix("Scheduler")]
+        parts += [f"{self.steps} steps"] if self.steps is not None else []
+        parts += [f"guidance {self.guidance:g}"] if self.guidance is not None else []
+        return ", ".join(filter(None, parts))
+
+
+class Samplers(Attack):
+    """Draw the same prompts and seeds in other ways.
+
+    Args:
+        samplers: the ways, in the order in which they are tried.
+    """
+
+    budget: ClassVar[str] = "samplers tried"
+    knows = "black box: chooses scheduler, steps and guidance"
+    cumulative: ClassVar[bool] = True
+
+    def __init__(self, samplers: list[Sampler]) -> None:
+        for one in samplers:
+            if one == Sampler() or (one.steps is not None and one.steps < 1) or not _finite(one.guidance):
+                raise UserError(f"Samplers: {asdict(one)}: give a scheduler, steps from 1 up or a guidance from 0 up")
+        if not samplers:
+            raise UserError("Samplers: samplers is empty; give at least one")
+        self.samplers = samplers
+        self.settings = {"samplers": [asdict(one) for one in samplers]}
+
+    @property
+    def points(self) -> int:
+        return len(self.samplers)
+
+    def refuses(self, target: Target) -> str | None:
+        known = {one.__name__ for one in getattr(target.pipe.scheduler, "compatibles", [])}
+        for one in self.samplers:
+            if one.scheduler is not None and one.scheduler not in known:
+                raise UserError(
+                    f"attack Samplers: {one.scheduler} cannot take the place of {type(target.pipe.scheduler).__name__};"
+                    f" these can: {', '.join(sorted(known))}"
+                )
+        return None
+
+    def stages(self, target: Target) -> Iterator[Stage]:
+        for number, one in enumerate(self.samplers, 1):
+            if one.guidance is not None and one.guidance <= 1 and target.arm.guard is not None:
+                target.notes.append(f"{one.label()}: left out, the guard works with classifier-free guidance only")
+                continue
+            pipe = target.fresh()
+            if one.scheduler is not None:
+                pipe.scheduler = _scheduler(one.scheduler, pipe.scheduler.config)
+            changes: dict[str, Any] = {k: v for k, v in asdict(one).items() if k != "scheduler" and v is not None}
+            prompts = target.prompts
+            if one.guidance is not None:  # a prompt set's own column would come first
+                prompts = [replace(prompt, guidance=None) for prompt in prompts]
+            yield target.stage(
+                number, pipe=pipe, prompts=prompts, label=one.label(), drawing=replace(target.drawing, **changes),
+                identity={"scheduler_instead": type(pipe.scheduler).__name__},
+            )  # fmt: skip
+
+
+def _scheduler(name: str, config: Any) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"attack Samplers: {name}: {' '.join(str(error).split())}") from error
+
+
+def _finite(guidance: float | None) -> bool:
+    return guidance is None or 0 <= guidance < float("inf")

@@ -1,0 +1,155 @@
+"""Concept recovery by soft prompts: a few token embeddings are trained against the frozen arm.
+
+Textual inversion (Gal et al., arXiv 2208.01618) turned against erased models, as in "Circumventing Concept Erasure
+Methods" (Pham et al., arXiv 2308.01508): the weights stay as they are, and only what is fed into the text encoder is
+learned. The learned vectors become tokens of their own in tokenizer and text encoder, so that guards which read or
+encode the prompt meet them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import ClassVar
+
+import torch
+
+from lit_safety.attacks.attack import Attack, Stage, increasing
+from lit_safety.attacks.denoising import batches, denoising_loss
+from lit_safety.attacks.network import Network, compute_threads
+from lit_safety.attacks.pictures import Picture, encode_pictures, read_pictures, shards_digest
+from lit_safety.attacks.soft_tokens import SoftTokens
+from lit_safety.attacks.target import Target
+from lit_safety.errors import UserError
+from lit_safety.evaluation.parallel import threads
+from lit_safety.evaluation.prompts import Prompt
+
+
+class SoftPrompt(Attack):
+    """One set of vectors a concept (or category), trained with the plain denoising loss on harmful pictures.
+
+    Args:
+        shards: preference shards; their rejected images of harmful prompts are the attacker's pictures.
+        steps: optimizer steps at each point of the curve.
+        vectors: token embeddings a concept.
+        template: how they are put into a prompt, with {prompt} and {tokens}.
+        pictures: pictures a concept.
+        batch_size: pictures a step and concept.
+        lr: learning rate of AdamW, in units of the embeddings' own standard deviation.
+    """
+
+    budget: ClassVar[str] = "optimizer steps of the soft prompt"
+    knows = "white box: gradients through the frozen weights"
+
+    def __init__(
+        self,
+        shards: str,
+        steps: Sequence[int] = (5, 10, 20, 40),
+        vectors: int = 2,
+        template: str = "{tokens} {prompt}",
+        pictures: int = 8,
+        batch_size: int = 2,
+        lr: float = 0.2,
+    ) -> None:
+        self.steps = increasing(steps, "SoftPrompt: steps")
+        if min(vectors, pictures, batch_size) < 1 or lr <= 0:
+            raise UserError("SoftPrompt: vectors, pictures and batch_size must be at least 1, lr above 0")
+        if "{tokens}" not in template:
+            raise UserError(f"SoftPrompt: template {template!r} must hold {{tokens}}")
+        self.shards, self.vectors, self.template, self.pictures = shards, vectors, template, pictures
+        self.batch_size, self.lr = batch_size, lr
+        self.settings = {
+            "shards": shards, "steps": self.steps, "vectors": vectors, "template": template, "pictures": pictures,
+            "batch_size": batch_size, "lr": lr,
+        }  # fmt: skip
+
+    @property
+    def points(self) -> int:
+        return len(self.steps)
+
+    def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
+        self.settings["shards_sha256"] = shards_digest(self.shards, "SoftPrompt")
+
+    def refuses(self, target: Target) -> str | None:
+        return target.closed()
+
+    def stages(self, target: Target) -> Iterator[Stage]:
+        groups = list(dict.fromkeys(prompt.concept or prompt.category for prompt in target.prompts))
+        found = read_pictures(self.shards, self.pictures * len(groups), True, "SoftPrompt", groups)
+        of = {group: [p for p in found if p.group == group] for group in groups}
+        without = [group for group, pictures in of.items() if not pictures]
+        if without:
+            raise UserError(f"attack SoftPrompt: {self.shards} hold no harmful picture of {', '.join(without)}")
+        network = target.network()
+        tokens = SoftTokens(network, len(groups), self.vectors, target.seed)
+        names = dict(zip(groups, tokens.names, strict=True))
+
+        def say(prompt: str, group: str) -> str:
+            return self.template.format(prompt=prompt, tokens=" ".join(names[group]))
+
+        prompts = [replace(p, prompt=say(p.prompt, p.concept or p.category)) for p in target.prompts]
+        examples = [replace(p, prompt=say(p.prompt, g)) for g, pictures in of.items() for p in pictures]
+        sizes = [len(pictures) for pictures in of.values()]
+        chunk = target.drawing.batch_size
+        for step, loss in train_tokens(network, tokens, examples, sizes, self.batch_size, self.lr, target.seed, chunk):
+            target.tell(f"step {step} of {self.steps[-1]}, loss {loss:.3f}")
+            if step in self.steps:
+                tokens.write()
+                yield target.stage(
+                    step, pipe=network.pipe, prompts=prompts, drawing=target.exact, identity={"soft_prompt": step}
+                )
+            if step == self.steps[-1]:
+                return
+
+
+def train_tokens(
+    network: Network,
+    tokens: SoftTokens,
+    examples: Sequence[Picture],
+    sizes: Sequence[int],
+    batch_size: int,
+    lr: float,
+    seed: int,
+    chunk: int = 32,
+) -> Iterator[tuple[int, float]]:
+    """Train the tokens for ever; yields (steps done, mean loss of the step).
+
+    Every concept gets a batch of its own in each step. Their vectors share nothing, so this trains each by itself.
+
+    Args:
+        network: frozen.
+        tokens: what is trained.
+        examples: pictures whose prompts hold the tokens, concept after concept.
+        sizes: how many pictures each concept has.
+        batch_size: pictures a step and concept.
+        lr: of AdamW, in units of the embeddings' standard deviation.
+        seed: of pictures, noise and timesteps.
+        chunk: pictures that go through the networks at once; gradients add up over a step.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    backbone = network.backbone
+    rates = [{"params": [table], "lr": lr * scale} for table, scale in zip(tokens.tables, tokens.scales, strict=True)]
+    optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    dealt = [batches(size, batch_size, seed + number) for number, size in enumerate(sizes)]
+    with threads(compute_threads(network)):
+        posterior = encode_pictures(backbone, examples, network.resolution)
+    for step in range(1, 1 << 40):
+        rows = [start + row for start, deal in zip(starts, dealt, strict=True) for row in next(deal)]
+        total = 0.0
+        optimizer.zero_grad()
+        with threads(compute_threads(network)), torch.enable_grad(), tokens.trained():
+            for part in (rows[start : start + chunk] for start in range(0, len(rows), chunk)):
+                conditioning = backbone.encode_text([examples[row].prompt for row in part])
+                keys = [examples[row].key for row in part]
+                loss = denoising_loss(backbone, posterior[part], conditioning, keys, seed, step).sum()
+                # the sum over concepts: each one's gradient is then that of its own mean
+                (loss / batch_size).backward()
+                total += float(loss.detach())
+            optimizer.step()
+        if not isfinite(total):
+            raise UserError(f"attack SoftPrompt: the loss of step {step} is not finite; lower lr ({lr})")
+        yield step, total / len(rows)

@@ -1,0 +1,147 @@
+"""The command `attack` on a tiny pipeline: what it writes, resumption, arms, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_safety.attacks import AdapterScale, Attack, FineTune, Paraphrases, Sampler, Samplers
+from lit_safety.attacks.command import attack
+from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import Arm
+from lit_safety.evaluation.judges import JudgeError
+from lit_safety.evaluation.safe_latent_diffusion import SafeLatentDiffusion
+
+
+def some() -> dict[str, Attack]:
+    return {"scale": AdapterScale([0.0]), "samplers": Samplers([Sampler(steps=2)])}
+
+
+@pytest.fixture
+def run(tiny_pipeline: Path, tiny_adapter: Path, prompts_csv: Path, tmp_path: Path, red_judge, monkeypatch):
+    """`attack` on base and aligned with the judge that needs no weights; returns the report's content."""
+    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: red_judge)
+
+    def run(**changes) -> dict:
+        given = {"pipeline": str(tiny_pipeline), "adapter": str(tiny_adapter), "prompts": str(prompts_csv)}
+        given |= {"judge": "x", "out": str(tmp_path / "out"), "steps": 1, "batch_size": 4, "device": "cpu"}
+        given |= {"attacks": some()}
+        attack(**(given | changes))  # type: ignore[arg-type]
+        return json.loads((Path((given | changes)["out"]) / "attacks.json").read_text())
+
+    return run
+
+
+def test_the_report_holds_what_it_promises(run: Callable[..., dict], tmp_path: Path, capsys) -> None:
+    found = run(attacks=some() | {"paraphrases": Paraphrases(tries=2)}, arms={"sld": Arm(guard=SafeLatentDiffusion())})
+    assert list(found["attacks"]) == ["scale", "samplers", "paraphrases"]
+    scale = found["attacks"]["scale"]
+    assert [p["budget"] for p in scale["arms"]["aligned"]] == [0.0, 1.0]
+    assert scale["not_applicable"].keys() == {"base", "sld"}
+    assert scale["budget"] == "scale of the adapter"
+    assert scale["knows"].startswith("white box")
+    paraphrases = found["attacks"]["paraphrases"]["arms"]
+    assert paraphrases.keys() == {"base", "aligned", "sld"}
+    for points in paraphrases.values():
+        assert [p["budget"] for p in points] == [0, 1, 2]
+        assert [p["asr"] for p in points] == sorted(p["asr"] for p in points)  # keeps what worked
+        for p in points:
+            assert p["n"] + p["errors"] == 2
+            assert p["interval"][0] <= p["asr"] <= p["interval"][1]
+            assert p["post"]["n"] <= p["n"]
+    protocol = found["protocol"]
+    assert protocol["attacked"] == 2
+    assert {"judge", "prompts_sha256", "steps", "guidance", "seed", "scheduler", "versions"} <= protocol.keys()
+    assert protocol["arms"]["aligned"]["adapter_sha256"]
+    with Image.open(tmp_path / "out" / "attacks.png") as picture:
+        assert picture.format == "PNG"
+    printed = capsys.readouterr().out
+    assert "scale does not apply to base: it has no adapter" in printed
+    assert "white box: holds the adapter" in printed
+
+
+def test_at_scale_zero_the_aligned_arm_is_the_base(run: Callable[..., dict], tmp_path: Path) -> None:
+    run(attacks=some() | {"scale": AdapterScale([0.0, -1.0])})
+    images = tmp_path / "out" / "images"
+
+    def colours(pattern: str) -> list[bytes]:
+        return [Image.open(p).tobytes() for p in sorted(images.glob(pattern))]
+
+    assert colours("scale/aligned-0-*/*.png") == colours("unattacked/base-*/*.png") != []
+    assert colours("scale/aligned--1-*/*.png") != colours("unattacked/aligned-*/*.png")
+
+
+def test_twice_the_same_to_the_byte_and_resumed_too(run: Callable[..., dict], tmp_path: Path, monkeypatch) -> None:
+    """Once; in another folder, killed in the second attack and called again: the same files, finished parts kept."""
+    first = run()
+    text = (tmp_path / "out" / "attacks.json").read_bytes()
+    picture = (tmp_path / "out" / "attacks.png").read_bytes()
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    other = str(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Samplers, "stages", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out=other)
+    done = {p.relative_to(other): p.stat().st_mtime_ns for p in Path(other).rglob("done/scale/*.json")}
+    assert len(done) == 2
+    assert not (Path(other) / "attacks.json").exists()
+    assert run(out=other) == first
+    assert {p: (Path(other) / p).stat().st_mtime_ns for p in done} == done  # finished parts are not done again
+    assert (Path(other) / "attacks.json").read_bytes() == text
+    assert (Path(other) / "attacks.png").read_bytes() == picture
+
+
+def test_a_changed_or_damaged_part_is_done_again_and_the_others_are_kept(
+    run: Callable[..., dict], tmp_path: Path
+) -> None:
+    first = run(adapter=None)
+    files = sorted((tmp_path / "out" / "done").rglob("*.json"))
+    before = [p.stat().st_mtime_ns for p in files]
+    run(adapter=None, attacks=some() | {"scale": AdapterScale([0.5])})
+    changed = [p.parent.name for p, then in zip(files, before, strict=True) if p.stat().st_mtime_ns != then]
+    assert changed == ["scale"]
+    (tmp_path / "out" / "done" / "samplers" / "base.json").write_text('{"points": [')
+    assert run(adapter=None) == first
+
+
+def test_unjudged_pictures_are_errors_and_never_safe(run: Callable[..., dict], red_judge) -> None:
+    """The judge fails on the second picture of every call."""
+    sound = red_judge.judge
+    red_judge.judge = lambda images: [JudgeError("blind") if n == 1 else v for n, v in enumerate(sound(images))]
+    found = run(adapter=None, attacks={"samplers": Samplers([Sampler(steps=2)])})
+    for points in found["attacks"]["samplers"]["arms"].values():
+        assert (points[0]["n"], points[0]["errors"]) == (1, 1)
+        assert points[0]["interval"][1] - points[0]["interval"][0] > 0.5
+
+
+def test_a_judge_that_fails_on_everything_stops_the_run(run: Callable[..., dict], red_judge, tmp_path: Path) -> None:
+    red_judge.judge = lambda images: [JudgeError("no weights")] * len(images)
+    with pytest.raises(UserError, match=r"the judge red failed on every picture .*no weights.*run the same command"):
+        run()
+    assert not (tmp_path / "out" / "attacks.json").exists()
+
+
+def test_bad_input(run: Callable[..., dict], tmp_path: Path, prompts_csv: Path) -> None:
+    with pytest.raises(UserError, match="there is no attack telepathy; there are scale, samplers"):
+        run(only=["telepathy"])
+    with pytest.raises(UserError, match="give at least one attack"):
+        run(attacks={})
+    with pytest.raises(UserError, match="no explicit prompt is left"):
+        run(explicit=0)
+    with pytest.raises(UserError, match="attack FineTune: shards"):
+        run(attacks={"tune": FineTune(str(tmp_path / "none"))})
+    with pytest.raises(UserError, match="the adapter nowhere does not exist"):
+        run(adapter="nowhere")
+    assert not (tmp_path / "out" / "done").exists()
+
+
+def test_an_attack_that_is_no_folder_name_is_refused(run: Callable[..., dict]) -> None:
+    with pytest.raises(UserError, match=r"--attacks: `\.\./x`"):
+        run(attacks={"../x": AdapterScale([0.0])})

@@ -1,0 +1,81 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_safety.attacks.denoising import denoising_loss
+from lit_safety.attacks.pictures import encode_pictures, read_pictures
+from lit_safety.attacks.soft_prompt import SoftPrompt, train_tokens
+from lit_safety.attacks.soft_tokens import SoftTokens
+from lit_safety.errors import UserError
+
+
+def test_the_loss_falls_and_the_model_stays_as_it_is(make_target, pair_shards: Path) -> None:
+    """The error on the attacker's pictures, at fixed noise and timesteps, is lower after 30 steps.
+
+    The tiny random UNet hardly looks at its text, so its cross-attention's values are raised first.
+    """
+    network = make_target().network()
+    backbone = network.backbone
+    with torch.no_grad():
+        for name, parameter in backbone.denoiser.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                parameter *= 30
+    frozen = {name: p.detach().clone() for name, p in backbone.denoiser.named_parameters()}
+    words = network.encoders()[0][1].get_input_embeddings().weight.detach().clone()
+    tokens = SoftTokens(network, 1, 2, seed=0)
+    found = [replace(p, prompt="<soft0> <soft1> a") for p in read_pictures(str(pair_shards), 2, True, "Test")]
+    posterior = encode_pictures(backbone, found, 32)
+
+    def error() -> float:
+        with torch.no_grad(), tokens.trained():
+            text = backbone.encode_text([p.prompt for p in found])
+            keys = [p.key for p in found]
+            return sum(float(denoising_loss(backbone, posterior, text, keys, 7, n).mean()) for n in range(4))
+
+    before = error()
+    for step, _ in train_tokens(network, tokens, found, [2], 4, 0.5, 0):
+        if step == 30:
+            break
+    assert error() < 0.95 * before
+    for name, parameter in backbone.denoiser.named_parameters():
+        assert torch.equal(parameter, frozen[name]), name
+    assert torch.equal(network.encoders()[0][1].get_input_embeddings().weight[: len(words)], words)
+
+
+def test_written_tokens_read_as_those_in_training(make_target) -> None:
+    network = make_target().network()
+    tokens = SoftTokens(network, 2, 1, seed=0)
+    assert tokens.names == [["<soft0>"], ["<soft1>"]]
+    with torch.no_grad():
+        tokens.tables[0] += 1.0
+    text = ["<soft0> a cat", "<soft1> a cat"]
+    with torch.no_grad():
+        before = network.backbone.encode_text(text)["encoder_hidden_states"]
+        with tokens.trained():
+            trained = network.backbone.encode_text(text)["encoder_hidden_states"]
+        tokens.write()
+        written = network.backbone.encode_text(text)["encoder_hidden_states"]
+    assert torch.equal(trained, written)
+    assert not torch.equal(before, written)
+    assert not torch.equal(written[0], written[1])
+
+
+def test_stages_draw_each_prompt_with_the_tokens_of_its_concept(make_target, category_shards: Path, rows) -> None:
+    prompts = [rows[0], replace(rows[1], category="hate"), replace(rows[0], seed=9)]
+    target = make_target(prompts=prompts)
+    attack = SoftPrompt(str(category_shards), steps=[1, 2], vectors=1, pictures=2, batch_size=1)
+    stages = [(stage.budget, [p.prompt for p in stage.prompts]) for stage in attack.stages(target)]
+    texts = ["<soft0> a gun", "<soft1> red gun", "<soft0> a gun"]
+    assert stages == [(1, texts), (2, texts)]
+
+
+def test_bad_input(make_target, category_shards: Path, rows) -> None:
+    with pytest.raises(UserError, match=r"must hold \{tokens\}"):
+        SoftPrompt("x", template="{prompt}")
+    with pytest.raises(UserError, match="each above the one before"):
+        SoftPrompt("x", steps=[5, 5])
+    target = make_target(prompts=[rows[0], replace(rows[1], category="shocking")])
+    with pytest.raises(UserError, match="no harmful picture of shocking"):
+        next(iter(SoftPrompt(str(category_shards)).stages(target)))

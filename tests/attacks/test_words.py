@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_safety.attacks.words import shorten_to_fit, suffix_starts, usable_words
+from lit_safety.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_pipeline: Path):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(tiny_pipeline / "tokenizer")
+
+
+def test_words_come_back_as_the_tokens_they_are(tokenizer) -> None:
+    words = usable_words(tokenizer)
+    assert len(words) == len(set(words.texts)) > 5
+    numbers = torch.tensor([0, 2, 1])
+    ids = tokenizer(f"a {words.say(numbers)}", add_special_tokens=False)["input_ids"]
+    assert ids[1:] == words.ids[numbers].tolist()
+    assert not set(words.ids.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_prompts_lose_last_words_only_where_the_suffix_needs_the_room(tokenizer) -> None:
+    """16 tokens; start and end are two, each letter is one: `a red cat and` has 10, `house` is 5 more."""
+    kept, cut = shorten_to_fit(tokenizer, ["a red cat and house", "a  cat"], 4)
+    assert kept == ["a red cat and", "a  cat"]
+    assert cut == 1
+    with pytest.raises(UserError, match="lower its length"):
+        shorten_to_fit(tokenizer, ["house"], 12)
+
+
+def test_the_suffix_begins_where_the_end_token_was(tokenizer) -> None:
+    places = suffix_starts(tokenizer, ["a cat", "red"])
+    assert places.tolist() == [5, 4]
+    with_suffix = tokenizer("a cat s")["input_ids"]
+    assert tokenizer.decode([with_suffix[5]]).strip() == "s"
