@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from lit_safety.adapters.lora import adapter_metadata
 from lit_safety.backbones.fingerprint import fingerprint
 from lit_safety.backbones.parts import NoDenoiser, Parts
 from lit_safety.backbones.text import too_long
@@ -29,9 +31,11 @@ class Backbone(nn.Module, ABC):
         denoiser: False leaves the denoiser out, for work that needs the encoders only.
     """
 
+    #: The stock pipeline that draws with the family.
+    PIPELINE: ClassVar[Any]
     #: The component that is aligned.
     DENOISER: ClassVar[str] = "unet"
-    #: Components whose weights decide what a cache of latents and text holds.
+    #: Components whose weights decide what a cache of latents and text holds; the pipeline may ship without some.
     ENCODERS: ClassVar[tuple[str, ...]] = ()
     #: (tokenizer, most tokens it gives its encoder; None: as the tokenizer says) of every text encoder.
     TOKENIZERS: ClassVar[tuple[tuple[str, int | None], ...]] = ()
@@ -42,6 +46,7 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.parts = parts
         self.denoiser = parts.get(self.DENOISER) if denoiser else NoDenoiser()
+        self.inference_scheduler = parts.get("scheduler")
 
     @classmethod
     def from_pretrained(cls, source: str, denoiser: bool = True) -> Backbone:
@@ -61,16 +66,30 @@ class Backbone(nn.Module, ABC):
         Raises:
             UserError: if it is not there or does not load.
         """
-        return self.parts.get(name, self.device)
+        fresh = name not in self.parts.loaded
+        part = self.parts.get(name, self.device)
+        if fresh and name == "vae":  # faster; and whoever asks first, for another memory format rounds otherwise
+            part.to(memory_format=torch.channels_last)
+        return part
 
-    def fingerprint(self) -> dict[str, str]:
-        """Hashes of the encoders' weights by component: what decides a cache of latents and text."""
-        return fingerprint(self.parts.source, self.ENCODERS)
+    def encoders(self) -> list[str]:
+        """Those of `ENCODERS` that the pipeline ships."""
+        return [name for name in self.ENCODERS if self.parts.has(name)]
+
+    @classmethod
+    def fingerprint(cls, source: str) -> dict[str, str]:
+        """What decides a cache of latents and text made by the pipeline at ``source``, told from its files.
+
+        Hashes of the encoders by component; an encoder whose files are not there is left out.
+        """
+        return fingerprint(source, cls.ENCODERS)
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether some text encoder does not read all of it."""
         found = [False] * len(prompts)
         for name, limit in self.TOKENIZERS:
+            if not self.parts.has(name):
+                continue
             tokenizer = self.parts.get(name)
             cut = too_long(tokenizer, prompts, limit or tokenizer.model_max_length)
             found = [one or other for one, other in zip(found, cut, strict=True)]
@@ -136,11 +155,24 @@ class Backbone(nn.Module, ABC):
 
     # ---- out
 
-    @abstractmethod
     def pipeline(self) -> Any:
         """A stock diffusers pipeline around these very weights (shared, not copied), for drawing; it loads the parts
         that were not used yet."""
+        parts = {name: self.part(name) if self.parts.has(name) else None for name in self.ENCODERS}
+        networks = {self.DENOISER: self.denoiser, "scheduler": self.inference_scheduler}
+        pipe = self.PIPELINE(**parts, **networks, **self.pipeline_options())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-    @abstractmethod
+    def pipeline_options(self) -> dict[str, Any]:
+        """What else the stock pipeline is made with."""
+        return {}
+
     def save_lora(self, folder: Path, adapter: str) -> None:
         """Write one LoRA adapter of the denoiser as the file that stock ``load_lora_weights`` reads."""
+        denoiser: Any = self.denoiser
+        layers = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+        # Without the metadata alpha is lost and the reader assumes alpha = rank.
+        metadata = adapter_metadata(denoiser, adapter)
+        named = {f"{self.DENOISER}_lora_layers": layers, f"{self.DENOISER}_lora_adapter_metadata": metadata}
+        self.PIPELINE.save_lora_weights(folder, **named)

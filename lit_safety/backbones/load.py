@@ -5,10 +5,16 @@ from __future__ import annotations
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.backbones.stable_diffusion import StableDiffusion
+from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
+from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
 from lit_safety.errors import UserError
 
 #: diffusers' pipeline class name -> the class that knows the family.
-FAMILIES: dict[str, type[Backbone]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[Backbone]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+}
 
 
 def family_of(source: str) -> type[Backbone]:

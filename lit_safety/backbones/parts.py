@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import nn
 
+from lit_safety.backbones.hub import hub_file, hub_part
 from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
 from lit_safety.errors import UserError
 
@@ -44,6 +44,10 @@ class Parts:
         """Names of the components that have been used so far."""
         return tuple(self._loaded)
 
+    def has(self, name: str) -> bool:
+        """Whether the pipeline ships the component ``name``."""
+        return name in self.index.components
+
     def get(self, name: str, device: torch.device | None = None) -> Any:
         """The component ``name``, loaded if it was not yet, networks moved to ``device`` if one is given.
 
@@ -57,6 +61,17 @@ class Parts:
             part.to(device)
         return part
 
+    def fetch(self) -> Path:
+        """The folder with all components in it; those of a hub id are fetched where they were not yet.
+
+        Raises:
+            UserError: the hub does not give them.
+        """
+        if not self.index.is_local:
+            for name in self.index.components:
+                hub_part(self.source, name, self.index.folder)
+        return self.index.folder
+
     def config(self, name: str) -> dict[str, Any]:
         """The `config.json` of the network ``name``, without its weights.
 
@@ -67,7 +82,7 @@ class Parts:
             if self.index.is_local:
                 file = self.index.folder / name / "config.json"
             else:
-                file = Path(hf_hub_download(self.source, f"{name}/config.json"))
+                file = hub_file(self.source, f"{name}/config.json", self.index.folder.name)
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"the pipeline {self.source} does not load: {name}/config.json: {error}") from error
@@ -95,15 +110,13 @@ class Parts:
             raise UserError(f"the pipeline {self.source} does not load: its {name}: {reason}") from error
 
     def _from_pretrained(self, found: Any, name: str) -> Any:
-        local = self.index.is_local
-        where = {"pretrained_model_name_or_path": str(self.index.folder / name) if local else self.source}
-        if not local:
-            where["subfolder"] = name
+        index = self.index
+        folder = index.folder / name if index.is_local else hub_part(self.source, name, index.folder)
         if not issubclass(found, nn.Module):
-            return found.from_pretrained(**where)
-        network = found.from_pretrained(
-            **where, dtype=torch.float32, variant=weights_variant(self.source), use_safetensors=True
-        )
+            return found.from_pretrained(folder)
+        weights = [file.name for file in folder.glob("*.safetensors")]
+        variant = "fp16" if weights and all(".fp16." in file for file in weights) else None
+        network = found.from_pretrained(folder, dtype=torch.float32, variant=variant, use_safetensors=True)
         return network.requires_grad_(False).eval()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lit_safety.backbones.hub import hub_file
 from lit_safety.errors import UserError
 
 #: Where components' classes may come from. The index is data: it must not choose what else is imported.
@@ -23,6 +25,11 @@ class PipelineIndex:
     class_name: str
     components: dict[str, tuple[str, str]]
     """Name -> (library, class name); components that the pipeline ships without are left out."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the pipeline says of itself beside its components, such as `force_zeros_for_empty_prompt`."""
+
+    absent_text: tuple[str, ...] = ()
+    """Text encoders and tokenizers that it says it ships without; stock `from_pretrained` wants each told as None."""
 
     @property
     def is_local(self) -> bool:
@@ -33,7 +40,7 @@ def pipeline_index(source: str) -> PipelineIndex:
     """Read `model_index.json` of a folder or a hub id.
 
     Raises:
-        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id.
+        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id; says how to log in.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -42,7 +49,7 @@ def pipeline_index(source: str) -> PipelineIndex:
             raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that "
                             "`save_pretrained` wrote, or a hub id")  # fmt: skip
     else:
-        index = _index_from_hub(source)
+        index = hub_file(source, "model_index.json")
     try:
         stated = json.loads(index.read_text(encoding="utf-8"))
         name = str(stated["_class_name"])
@@ -53,7 +60,10 @@ def pipeline_index(source: str) -> PipelineIndex:
         for key, value in stated.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
-    return PipelineIndex(source, index.parent, name, components)
+    settings = {key: value for key, value in stated.items() if not isinstance(value, list) and not key.startswith("_")}
+    absent = [key for key, value in stated.items() if value == [None, None]]
+    absent_text = tuple(key for key in absent if key.startswith(("text_encoder", "tokenizer")))
+    return PipelineIndex(source, index.parent, name, components, settings, absent_text)
 
 
 def pipeline_class_name(source: str) -> str:
@@ -63,18 +73,3 @@ def pipeline_class_name(source: str) -> str:
         UserError: if ``source`` is neither a pipeline folder nor a reachable hub id.
     """
     return pipeline_index(source).class_name
-
-
-def _index_from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, "model_index.json"))
-    except HFValidationError as error:
-        raise UserError(f"no folder {source!r}, and it is no hub id either: check `model.pretrained`") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no folder {source!r}, and the hub did not give it ({type(error).__name__}): check the path; for a gated "
-            "model accept its licence and run `hf auth login`; offline, point at a local folder"
-        ) from error

@@ -79,3 +79,19 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 12}))
     assert fingerprint(str(tmp_path / "pipe"), ["tokenizer"])["tokenizer"] != first["tokenizer"]  # cuts elsewhere
     assert set(fingerprint(str(tmp_path / "pipe"), PARTS)) == {"text_encoder", "tokenizer"}
+
+
+def test_a_fingerprint_follows_a_text_encoders_settings(tiny_pipeline: Path, tmp_path: Path):
+    """Another activation gives other text with the same weights; a default that is stated is none that is left out."""
+    first = fingerprint(str(tiny_pipeline), PARTS)["text_encoder"]
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    file = tmp_path / "pipe" / "text_encoder" / "config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in stated.items() if name != "layer_norm_eps"}))
+    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
+    file.write_text(
+        json.dumps(stated | {"_name_or_path": "elsewhere", "transformers_version": "0", "dtype": "float16"})
+    )
+    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
+    file.write_text(json.dumps(stated | {"hidden_act": "gelu"}))
+    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] != first

@@ -1,0 +1,149 @@
+"""Files of a pipeline on the Hugging Face hub: only what is needed, in bounded time, with one clear line if it fails.
+
+The libraries' own retries take a minute and a half a file where a firewall swallows packets. So the hub is asked once
+whether it is there; where it is not, only what an earlier run has fetched is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from lit_safety.errors import UserError
+
+#: Where the hub is (HF_ENDPOINT).
+ENDPOINT = constants.ENDPOINT
+#: Seconds in which the hub must answer, and in which the answer must be here (a name server can hang by itself).
+PATIENCE, MOST = 10, 20
+#: A way out that always works.
+FOLDER = "or point at a local folder"
+
+
+def hub_file(source: str, name: str, revision: str | None = None) -> Path:
+    """One file of the hub model ``source``, fetched if it was not yet.
+
+    Raises:
+        UserError: the model is missing, gated or out of reach, has no such file, or the disk is full.
+    """
+    with _told(source, name):
+        validate_repo_id(source)
+        return Path(
+            hf_hub_download(source, name, revision=revision, endpoint=ENDPOINT, local_files_only=not hub_answers())
+        )
+
+
+def hub_part(source: str, name: str, snapshot: Path) -> Path:
+    """The folder of the component ``name`` with its files in it, weights as safetensors only.
+
+    Args:
+        source: the hub id.
+        name: the component's folder in the repository.
+        snapshot: where its `model_index.json` lies; its name is the commit that everything comes from.
+
+    Raises:
+        UserError: as `hub_file`.
+    """
+    if hub_answers():
+        for file in _needed(_listing(source, snapshot.name), name):
+            hub_file(source, file, snapshot.name)
+    elif not (snapshot / name).is_dir():
+        raise UserError(f"{source}: its {name} was not fetched yet, and the hub does not answer: go online, {FOLDER}")
+    return snapshot / name
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be asked; never takes longer than 20 seconds, and is found out once a process."""
+    return not constants.HF_HUB_OFFLINE and _answers(ENDPOINT)
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub.utils import get_session
+
+    found = []
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=PATIENCE)
+            found.append(True)
+        except Exception:  # of whatever HTTP library is below; any answer would do, and there was none
+            found.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(MOST)
+    return found == [True]
+
+
+@functools.cache
+def _listing(source: str, revision: str) -> tuple[str, ...]:
+    with _told(source, "its list of files"):
+        return tuple(HfApi(endpoint=ENDPOINT).list_repo_files(source, revision=revision))
+
+
+def _needed(files: tuple[str, ...], name: str) -> list[str]:
+    """The files of a component: everything small, and its safetensors; half precision only where there is no other."""
+    own = [file for file in files if file.startswith(f"{name}/") and file.count("/") == 1]
+    weights = [file for file in own if file.endswith((".safetensors", ".safetensors.index.json"))]
+    whole = [file for file in weights if ".fp16" not in file and ".non_ema" not in file]
+    half = [file for file in weights if ".fp16" in file]
+    small = [file for file in own if file.endswith((".json", ".txt", ".model")) and file not in weights]
+    small = [file for file in small if not file.endswith(".index.json")]  # of weights in another format
+    return small + (whole or half)
+
+
+@contextmanager
+def _told(source: str, what: str) -> Iterator[None]:
+    """Whatever the hub's client raises, as one line that says the way out."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"no folder {source!r}, and it is no hub id either: check `model.pretrained`") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{source} is gated: accept its licence at {ENDPOINT}/{source}, then `hf auth login` (or set "
+            f"HF_TOKEN), {FOLDER}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"no folder {source!r}, and the hub has no such model: check the name; if it is private, `hf auth login` "
+            f"(or set HF_TOKEN), {FOLDER}"
+        ) from error
+    except RemoteEntryNotFoundError as error:
+        raise UserError(
+            f"{source} has no {what} on the hub: is it a diffusers pipeline? Name another, {FOLDER}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"no folder {source!r}, and the hub does not answer or HF_HUB_OFFLINE is set; its {what} was not fetched "
+            f"before: check the path, go online, {FOLDER}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{source}: the hub did not give {what}: {_first_line(error)}; try again, {FOLDER}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{source}: no space left for {what} in {constants.HF_HUB_CACHE}: make room, set HF_HOME to a folder "
+                f"on a larger disk, {FOLDER}"
+            ) from error
+        raise UserError(f"{source}: {what} cannot be fetched: {_first_line(error)}; try again, {FOLDER}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,80 @@
+"""SDXL (arXiv 2307.01952): two text encoders, a pooled embedding, and the sizes and the cut of each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from lit_safety.backbones.backbone import Conditioning
+from lit_safety.backbones.clip_text import penultimate
+from lit_safety.backbones.parts import Parts
+from lit_safety.backbones.pipeline_index import pipeline_index
+from lit_safety.backbones.unet_diffusion import UNetDiffusion
+from lit_safety.errors import UserError
+
+#: What the pipeline's index says of how it treats an empty prompt; diffusers' default is true.
+ZEROS = "force_zeros_for_empty_prompt"
+
+
+class StableDiffusionXL(UNetDiffusion):
+    """A `StableDiffusionXLPipeline`.
+
+    An empty prompt is what the pipeline draws with when no negative prompt is given: zeros, unless its index says
+    otherwise. So dropped prompts are trained on the very numbers that guidance uses.
+
+    Raises:
+        UserError: if its UNet does not take sizes and a pooled embedding.
+    """
+
+    PIPELINE = StableDiffusionXLPipeline
+    ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    TOKENIZERS = (("tokenizer", None), ("tokenizer_2", None))
+
+    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
+        super().__init__(parts, denoiser)
+        kind = parts.config("unet").get("addition_embed_type")
+        if kind != "text_time":
+            raise UserError(f"{parts.source}: the UNet of an SDXL takes text and sizes, and this one's says {kind!r}")
+        self.zero_empty = _zeros(parts.index.settings)
+        self.pixels_a_latent = 2 ** (len(parts.config("vae").get("block_out_channels", (0,) * 4)) - 1)
+
+    @classmethod
+    def fingerprint(cls, source: str) -> dict[str, str]:
+        found = super().fingerprint(source)
+        return found | {"empty prompt": "zeros" if _zeros(pipeline_index(source).settings) else "encoded"}
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        first, _ = penultimate(self.part("tokenizer"), self.part("text_encoder"), prompts)
+        second, pooled = penultimate(self.part("tokenizer_2"), self.part("text_encoder_2"), prompts)
+        hidden = torch.cat([first, second], dim=-1)
+        if self.zero_empty:
+            stated = torch.tensor([prompt != "" for prompt in prompts]).to(hidden.device)
+            hidden = torch.where(stated[:, None, None], hidden, torch.zeros_like(hidden))
+            pooled = torch.where(stated[:, None], pooled, torch.zeros_like(pooled))
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def crop_conditioning(self, crops: Tensor) -> Conditioning:
+        # In the order of the pipeline: original size, top left of the cut, target size.
+        return {"time_ids": crops}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's prediction; without `time_ids` that of a whole picture, as inference asks for."""
+        rest = dict(conditioning)
+        added = {"text_embeds": rest.pop("text_embeds"), "time_ids": rest.pop("time_ids", None)}
+        if added["time_ids"] is None:
+            size = [side * self.pixels_a_latent for side in noisy.shape[-2:]]
+            added["time_ids"] = (
+                torch.tensor([[*size, 0, 0, *size]], dtype=noisy.dtype).to(noisy.device).repeat(len(noisy), 1)
+            )
+        return self.denoiser(noisy, timesteps, **rest, added_cond_kwargs=added, return_dict=False)[0]
+
+    def pipeline_options(self) -> dict[str, Any]:
+        return {ZEROS: self.zero_empty}
+
+
+def _zeros(settings: dict[str, Any]) -> bool:
+    return bool(settings.get(ZEROS, True))

@@ -1,0 +1,135 @@
+"""SD3 against the stock pipeline and diffusers' flow-matching scheduler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from tiny_pipelines import save_sd3
+
+from lit_safety.backbones import load_backbone
+from lit_safety.errors import UserError
+
+PROMPTS = ["a red cat", "a gun"]
+
+
+def without(folder: Path, out: Path, *endings: str) -> Path:
+    """The same weights, its index without some text encoders and their tokenizers."""
+    shutil.copytree(folder, out)
+    index = out / "model_index.json"
+    gone = {f"{name}{ending}": [None, None] for ending in endings for name in ("text_encoder", "tokenizer")}
+    index.write_text(json.dumps(json.loads(index.read_text()) | gone))
+    return out
+
+
+@pytest.mark.parametrize("endings", [(), ("_3",)], ids=["all", "no T5"])
+def test_text_is_encoded_as_the_stock_pipeline_does(tiny_sd3: Path, tmp_path: Path, endings: tuple[str, ...]):
+    folder = without(tiny_sd3, tmp_path / "pipe", *endings)
+    gone = [f"{name}{ending}" for ending in endings for name in ("text_encoder", "tokenizer")]
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, **dict.fromkeys(gone))
+    backbone = load_backbone(str(folder), denoiser=False)
+    with torch.no_grad():
+        hidden, none, pooled, pooled_none = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
+        found = backbone.encode_text([*PROMPTS, "", ""])
+    assert torch.equal(found["encoder_hidden_states"], torch.cat([hidden, none]))
+    assert torch.equal(found["pooled_projections"], torch.cat([pooled, pooled_none]))
+    assert hidden[:, 16:].any() == (endings == ())  # T5's part follows CLIP's 16 tokens
+
+
+def test_zeros_stand_where_a_clip_encoder_is_missing(tiny_sd3: Path, tmp_path: Path):
+    """Of CLIP's 48 numbers a token the first 32 are the first encoder's; of the pooled ones likewise."""
+    whole = load_backbone(str(tiny_sd3), denoiser=False)
+    first = load_backbone(str(without(tiny_sd3, tmp_path / "second", "_2")), denoiser=False)
+    second = load_backbone(str(without(tiny_sd3, tmp_path / "first", "")), denoiser=False)
+    t5 = load_backbone(str(without(tiny_sd3, tmp_path / "t5", "", "_2")), denoiser=False)
+    with torch.no_grad():
+        rows, of_first, of_second, of_t5 = (one.encode_text(PROMPTS) for one in (whole, first, second, t5))
+    hidden, pooled = rows["encoder_hidden_states"], rows["pooled_projections"]
+    expected = hidden.clone()
+    expected[:, :16, 32:48] = 0
+    assert torch.equal(of_first["encoder_hidden_states"], expected)
+    assert torch.equal(of_first["pooled_projections"], torch.cat([pooled[:, :32], torch.zeros(2, 16)], dim=1))
+    expected = hidden.clone()
+    expected[:, :16, :32] = 0
+    assert torch.equal(of_second["encoder_hidden_states"], expected)
+    assert torch.equal(of_second["pooled_projections"], torch.cat([torch.zeros(2, 32), pooled[:, 32:]], dim=1))
+    assert torch.equal(of_t5["encoder_hidden_states"][:, -256:], hidden[:, 16:])
+    assert not of_t5["encoder_hidden_states"][:, :-256].any()
+    assert not of_t5["pooled_projections"].any()
+    assert second.fingerprint(second.parts.source)["text_encoder"] == "absent"
+    assert first.too_long(["a " * 17, "a " * 13]) == [True, False]
+
+
+def test_a_pipeline_without_a_clip_encoder_draws(tiny_sd3: Path, tmp_path: Path):
+    """The stock pipeline cannot encode text then; the backbone does, and no prompt is none."""
+    backbone = load_backbone(str(without(tiny_sd3, tmp_path / "pipe", "")))
+    pipe = backbone.pipeline()
+
+    def draw(**more: object) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(row) for row in range(2)]
+        return torch.from_numpy(pipe(generator=seeds, num_inference_steps=2, output_type="np", **more).images)
+
+    drawn = draw(prompt=PROMPTS, guidance_scale=4.0)
+    assert drawn.shape == (2, 32, 32, 3)
+    assert not torch.equal(drawn, draw(prompt=["a cat", "a cat"], guidance_scale=4.0))
+    with torch.no_grad():
+        text, none = backbone.encode_text(PROMPTS), backbone.encode_text(["", ""])
+    given = {
+        "prompt_embeds": text["encoder_hidden_states"], "pooled_prompt_embeds": text["pooled_projections"],
+        "negative_prompt_embeds": none["encoder_hidden_states"],
+        "negative_pooled_prompt_embeds": none["pooled_projections"],
+    }  # fmt: skip
+    del pipe.encode_prompt  # the stock one again
+    assert torch.equal(drawn, draw(guidance_scale=4.0, **given))
+
+
+def test_noise_and_target_are_those_of_the_flow_matching_scheduler(tiny_sd3: Path):
+    """x_t = sigma noise + (1 - sigma) x0, and one Euler step from sigma to 0 along the target gives x0 back."""
+    backbone = load_backbone(str(tiny_sd3))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_sd3, subfolder="scheduler")
+    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    t = scheduler.timesteps[[0, 500, 999]]
+    sigma = scheduler.sigmas[[0, 500, 999]].view(3, 1, 1, 1)
+    noisy = backbone.add_noise(latents, noise, t)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(latents, t, noise))
+    torch.testing.assert_close(noisy, sigma * noise + (1 - sigma) * latents)
+    target = backbone.target(latents, noise, t)
+    assert torch.equal(target, noise - latents)
+    torch.testing.assert_close(noisy - sigma * target, latents, rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_golden(tiny_sd3: Path):
+    """Half of z ~ N(0, 1) lie below 0 and a share of .8413447 below 1. sigmoid(0) = .5, sigmoid(1) = .7310586; with
+    shift 3, sigma = 3 u / (1 + 2 u): 1.5 / 2 = .75 and 2.1931758 / 2.4621172 = .8907683."""
+    backbone = load_backbone(str(tiny_sd3), denoiser=False)
+    found = backbone.timesteps(torch.tensor([0.5, 0.8413447460685429], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([750.0, 890.7683]))
+    torch.testing.assert_close(backbone.timestep_fraction(found), torch.tensor([0.75, 0.8907683]))
+    # The ends of the uniform numbers stay within the schedule, whose lowest sigma is 3 / 1000 / (1 + 2 / 1000).
+    ends = backbone.timesteps(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    torch.testing.assert_close(ends[0], torch.tensor(2.9940))
+    assert 990 < ends[1] <= 1000
+
+
+def test_timesteps_are_distributed_as_in_diffusers_own_training(tiny_sd3: Path):
+    """20,000 draws by its script's functions, index into the scheduler's timesteps: the deciles agree within 10."""
+    backbone = load_backbone(str(tiny_sd3), denoiser=False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_sd3, subfolder="scheduler")
+    generator = torch.Generator().manual_seed(0)
+    u = compute_density_for_timestep_sampling("logit_normal", 20_000, 0.0, 1.0, generator=generator)
+    drawn = scheduler.timesteps[(u * 1000).long()]
+    deciles = torch.arange(1, 10) / 10
+    assert (torch.quantile(drawn, deciles) - backbone.timesteps(deciles)).abs().max() < 10
+
+
+def test_a_shift_that_depends_on_the_picture_is_refused(tmp_path: Path):
+    folder = save_sd3(tmp_path / "pipe", without=("_3",))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    with pytest.raises(UserError, match="use_dynamic_shifting True"):
+        load_backbone(str(folder))
