@@ -69,6 +69,35 @@ def test_the_margin_is_exactly_zero_at_the_start_and_only_user_attention_is_trai
     assert all(p.grad is not None for _, p in module.trainable_parameters())
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_users_keys_learn_from_the_second_step_on(tiny_pipeline: Path, users: Path, tokens: int):
+    """W'v is 0 at first, so nothing that is attended to matters: W'k's gradient is exactly 0, and so is that of the
+    tokens. One step moves W'v. From then on W'k learns, but for one token, over which softmax is always 1."""
+    torch.manual_seed(0)
+    module = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users), user_tokens=tokens)
+    module.configure_model()
+    optimizer = torch.optim.AdamW([p for _, p in module.trainable_parameters()], lr=1e-3)
+    layers = list(module.adapter.layers.values())
+    for step in range(2):
+        optimizer.zero_grad()
+        batch = batch_of()
+        module.loss(module.errors(batch), batch).loss.mean().backward()
+        for layer in layers:
+            assert layer.to_v_user.weight.grad is not None
+            assert layer.to_v_user.weight.grad.abs().sum() > 0
+            keys = layer.to_k_user.weight.grad
+            if tokens == 1:
+                assert keys is None
+                assert not layer.to_k_user.weight.requires_grad
+            else:
+                assert keys is not None
+                assert bool(keys.any()) == (step == 1)
+        projected = module.adapter.projection.linear.weight.grad
+        assert projected is not None
+        assert bool(projected.any()) == (step == 1)
+        optimizer.step()
+
+
 def test_each_pair_sees_its_own_user(module: PSA):
     """A batch's errors are those of its pairs one by one, and another user gives other errors."""
     moved(module)
@@ -177,6 +206,29 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.write(f"{i:05d}", metadata, *pictures)
     write_users(folder, USERS)
     return folder
+
+
+def test_a_fit_with_a_user_who_has_no_embedding_stops_before_its_first_step(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+):
+    write_users(tmp_path, {user: USERS[user] for user in ("u0", "u1", "u3")})
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = PreferenceDataModule(train=str(shards), batch_size=4)
+    with pytest.raises(UserError, match=r"train: holds pairs of user 'u2', who is not in .*users embed"):
+        trainer.fit(PSA(str(tiny_pipeline), users=str(tmp_path)), datamodule=data)
+    assert data.users("fit") == {"data.init_args.train": frozenset(USERS)}
+    without = PreferenceDataModule(train=str(shards), users=["u0", "u1"], batch_size=4)
+    assert without.users("fit") == {"data.init_args.train": frozenset({"u0", "u1"})}
+
+
+def test_pairs_that_are_not_there_are_named_with_the_command_that_makes_them(tiny_pipeline: Path, tmp_path: Path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False)
+    data = PreferenceDataModule(train=str(tmp_path / "users" / "train"), batch_size=4)
+    with pytest.raises(UserError, match=r"users/train does not exist.*`python -m lit_safety toyworld users`"):
+        trainer.fit(PSA(str(tiny_pipeline)), datamodule=data)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

@@ -1,11 +1,10 @@
 """Sage's users: what each bans, and their embeddings.
 
-Both come from somewhere else: lists are parsed as literals, never evaluated, and arrays are never unpickled.
+Both come from somewhere else: arrays are never unpickled.
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import math
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_safety.data.atomic import write_atomic
-from lit_safety.data.categories import canonical_category
-from lit_safety.data.converters.table import read_csv
 from lit_safety.errors import UserError
+from lit_safety.users.profiles import read_profiles
 
 USERS_FILE = "users.safetensors"
 MAX_EMBEDDING_BYTES = 1 << 20
@@ -30,24 +28,7 @@ def banned_by_user(table: str) -> dict[str, frozenset[str]]:
     Raises:
         UserError: the table cannot be read, or a list in it is not a list of categories.
     """
-    rows = read_csv(table, ("Banned_Categories", "Allowed_Categories"))
-    return {
-        f"{number:07d}": _categories(row["Banned_Categories"], f"{table}: row {number + 1}")
-        for number, row in enumerate(rows, start=1)
-    }
-
-
-def _categories(text: str, where: str) -> frozenset[str]:
-    try:
-        found = ast.literal_eval(text) if len(text) < 1000 else None
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise UserError(f"{where}: {text[:60]!r} is not a list of categories") from error
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{where}: {text[:60]!r} is not a list of categories")
-    try:
-        return frozenset(canonical_category(name) for name in found)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    return {user: frozenset(profile.banned) for user, profile in read_profiles(table).items()}
 
 
 def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.float32]]:

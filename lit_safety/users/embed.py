@@ -1,0 +1,57 @@
+"""`lit_safety users embed`: profiles to embeddings."""
+
+from __future__ import annotations
+
+
+def embed(
+    profiles: str,
+    out: str | None = None,
+    model: str | None = None,
+    template: str | None = None,
+    dimension: int = 64,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> None:
+    """Write users.safetensors: an embedding for every user of a table.
+
+    With `--model Qwen/Qwen2.5-7B-Instruct` as published: the mean of the model's last hidden state over the text of the
+    profile. Without a model: a fixed random projection of the profile's traits and bans, the toy world's default. All
+    users of a training, and all who are to be drawn for later, must be embedded in the same way.
+
+    Args:
+        profiles: users.csv, or the folder that holds it; the published table fits as it is.
+        out: The folder to write users.safetensors to; null: the table's own.
+        model: A text model: a folder or a hub id, loaded by transformers; null: no model.
+        template: A text with the fields <<AGE>>, <<AGE_GROUP>>, <<GENDER>>, <<RELIGION>>, <<PHYSICAL>>, <<MENTAL>>,
+            <<BANNED>>, <<ALLOWED>>; null: the package's own. Only read with a model.
+        dimension: Length of an embedding without a model; a model decides for itself.
+        batch_size: Profiles that a model reads at once.
+        device: Where a model computes, such as cuda; null: a GPU if there is one.
+    """
+    from pathlib import Path
+
+    from lit_safety.data.progress import counter
+    from lit_safety.data.users import write_users
+    from lit_safety.errors import UserError
+    from lit_safety.users.multi_hot import project
+    from lit_safety.users.profiles import PROFILES_FILE, read_profiles
+    from lit_safety.users.template import fill, read_template
+
+    users = read_profiles(profiles)
+    if batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {batch_size}")
+    table = Path(profiles) / PROFILES_FILE if Path(profiles).is_dir() else Path(profiles)
+    if model is None:
+        if template is not None:
+            raise UserError("--template is what a text model reads: give --model too")
+        embeddings = project(users.values(), dimension)
+    else:
+        from lit_safety.users.text_model import TextModel
+
+        text = read_template(template)
+        with counter("embed", len(users)) as tick:
+            embeddings = TextModel(model, device).embed(
+                {user: fill(text, profile) for user, profile in users.items()}, batch_size, tick
+            )
+    path = write_users(Path(out) if out is not None else table.parent, embeddings)
+    print(f"{path}: {len(embeddings)} users, {len(next(iter(embeddings.values())))} numbers each")

@@ -1,0 +1,55 @@
+"""A profile as a text that a language model reads. Fields are named as in the published template, which fits too."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from lit_safety.errors import UserError
+from lit_safety.users.profiles import Profile
+
+_FIELD = re.compile(r"<<([A-Z_]+)>>")
+_MAX_BYTES = 1 << 16
+#: What a template may name. A list that is empty says so: an empty line would say nothing.
+FIELDS = ("AGE", "AGE_GROUP", "GENDER", "RELIGION", "PHYSICAL", "MENTAL", "BANNED", "ALLOWED")
+
+
+def read_template(path: str | Path | None = None) -> str:
+    """A template's text; None: the one of this package.
+
+    Raises:
+        UserError: it cannot be read, names an unknown field, or says neither what is banned nor who the user is.
+    """
+    if path is None:
+        return (resources.files("lit_safety.users") / "templates" / "profile.txt").read_text("utf-8")
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES + 1).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from error
+    named = _FIELD.findall(text)
+    known = ", ".join(f"<<{name}>>" for name in FIELDS)
+    if unknown := [name for name in named if name not in FIELDS]:
+        raise UserError(f"{path}: unknown field <<{unknown[0]}>>; known are {known}")
+    if not named or len(text) > _MAX_BYTES:
+        raise UserError(f"{path}: is no template of a profile: it names no field of {known}, or is over 64 KiB")
+    return text
+
+
+def fill(template: str, profile: Profile) -> str:
+    """The template's text with this profile's values."""
+    values = {
+        "AGE": str(profile.age),
+        "AGE_GROUP": profile.age_group,
+        "GENDER": profile.gender,
+        "RELIGION": profile.religion,
+        "PHYSICAL": profile.physical_condition,
+        "MENTAL": profile.mental_condition,
+        "BANNED": ", ".join(profile.banned) or "nothing",
+        "ALLOWED": ", ".join(profile.allowed) or "nothing",
+    }
+    # In one pass: a value that looks like a field is not filled in again.
+    return _FIELD.sub(lambda match: values[match[1]], template)

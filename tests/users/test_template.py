@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.users.profiles import Profile
+from lit_safety.users.template import FIELDS, fill, read_template
+
+PROFILE = Profile("anna", 18, "adolescents", "male", "None", "healthy", "<<AGE>>", ("violence", "sexual"), ())
+
+
+def test_the_packages_template_says_everything() -> None:
+    text = read_template()
+    assert all(f"<<{name}>>" in text for name in FIELDS)
+    filled = fill(text, PROFILE)
+    assert "Age: 18 years (adolescents)" in filled
+    assert "Religion: None" in filled
+    assert "Never show this user: violence, sexual" in filled
+    assert "May be shown to this user: nothing" in filled
+
+
+def test_a_value_that_looks_like_a_field_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("<<MENTAL>> at <<AGE>>")
+    assert fill(read_template(path), PROFILE) == "<<AGE>> at 18"
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"Age: <<YEARS>>", "unknown field <<YEARS>>; known are <<AGE>>"),
+        (b"nothing", "is no template of a profile"),
+        (b"\xff", "is not UTF-8"),
+        (b"<<AGE>>" + b" " * 70_000, "64 KiB"),
+    ],
+)
+def test_a_wrong_template_is_named(tmp_path: Path, data: bytes, complaint: str) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"own\.txt: .*{complaint}"):
+        read_template(path)
+
+
+def test_a_missing_template_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
+        read_template(tmp_path / "gone.txt")
