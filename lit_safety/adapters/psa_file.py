@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_safety.adapters.lora import WEIGHTS_NAME as LORA_NAME
 from lit_safety.adapters.psa_published import from_published, is_published
 from lit_safety.adapters.psa_tensors import read_tensors
 from lit_safety.adapters.user_adapter import UserAdapter, cross_attentions
@@ -65,6 +67,29 @@ def find_user_adapter(path: str | Path) -> Path:
     raise UserError(f"no user adapter at {path}: expected a folder with one of {', '.join(FILE_NAMES)}, or such a file")
 
 
+def is_user_adapter(path: str | Path) -> bool:
+    """Whether a folder or file holds user attention, of our format or a published one; False where there is nothing.
+
+    Raises:
+        UserError: a folder holds a LoRA beside it, so that nobody can tell which is meant.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [name for name in FILE_NAMES if (path / name).is_file()]
+        if found and (path / LORA_NAME).is_file():
+            raise UserError(f"{path} holds both {found[0]} and {LORA_NAME}: name the file that is meant")
+        return bool(found)
+    if path.name in FILE_NAMES:
+        return path.is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return METADATA_KEY in (handle.metadata() or {}) or is_published(dict.fromkeys(handle.keys()))
+    except (SafetensorError, OSError, ValueError):
+        return False  # whoever loads it says what is wrong with it
+
+
 def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
     """Attach user attention to `unet` with the weights of a folder or file, of our format or a published one.
 
@@ -72,6 +97,36 @@ def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
         UserError: the file is missing, damaged or hostile; a layer is missing, superfluous or of another shape; it was
             made for another backbone.
     """
+    tensors, embedding_dim, tokens = _read(unet, path)
+    adapter = UserAdapter.attach(unet, embedding_dim, tokens)
+    _copy(adapter, tensors)
+    return adapter
+
+
+def fill_user_adapter(adapter: UserAdapter, path: str | Path) -> None:
+    """Put the weights of a folder or file, statistics of users included, into user attention that is there.
+
+    Raises:
+        UserError: as `load_user_adapter`, or it has other tokens, or is for other embeddings.
+    """
+    tensors, embedding_dim, tokens = _read(adapter.unet, path)
+    projection = adapter.projection
+    if (embedding_dim, tokens) != (projection.embedding_dim, projection.tokens):
+        raise UserError(
+            f"{path} has {tokens} user tokens for embeddings of {embedding_dim} numbers, and here are "
+            f"{projection.tokens} for {projection.embedding_dim}"
+        )
+    _copy(adapter, tensors)
+
+
+def _copy(adapter: UserAdapter, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _state(adapter).items():
+            tensor.copy_(tensors[name])
+
+
+def _read(unet: Any, path: str | Path) -> tuple[dict[str, Tensor], int, int]:
+    """Checked tensors by our names, the embedding's width and the number of tokens."""
     file = find_user_adapter(path)
     layers = {name: tuple(attn.to_k.weight.shape) for name, attn in cross_attentions(unet).items()}
     tensors, metadata = read_tensors(file, layers)
@@ -81,11 +136,7 @@ def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
         tokens = _read_about(metadata, layers, file)["tokens"]
     embedding_dim = _embedding_dim(tensors, file)
     _check(tensors, _expected(layers, embedding_dim, tokens), file)
-    adapter = UserAdapter.attach(unet, embedding_dim, tokens)
-    with torch.no_grad():
-        for name, tensor in _state(adapter).items():
-            tensor.copy_(tensors[name])
-    return adapter
+    return tensors, embedding_dim, tokens
 
 
 def _state(adapter: UserAdapter) -> dict[str, Tensor]:

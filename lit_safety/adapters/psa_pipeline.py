@@ -162,6 +162,11 @@ class DrawsForUsers:
         raise UserError("a pipeline with a user adapter cannot be saved as one: unload_psa(pipe) first, and keep both")
 
 
+def draws_for_users(pipe: Any) -> bool:
+    """Whether `load_psa` has prepared a pipeline, so that its call takes `user`."""
+    return isinstance(pipe, DrawsForUsers)
+
+
 @cache
 def _with_users(base: type) -> type:
     # The same name: diffusers writes it down and looks it up.

@@ -35,7 +35,7 @@ _PROJECTION = {
 }
 
 
-def is_published(tensors: Mapping[str, Tensor]) -> bool:
+def is_published(tensors: Mapping[str, object]) -> bool:
     """Whether names are those of the published layout."""
     return any(name.startswith((*_LAYERS, "user_proj.")) for name in tensors)
 

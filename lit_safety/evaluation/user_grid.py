@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_safety.evaluation.judges import Judge
+
 TILE = 160
 GAP = 12
 LEFT = 210
-INK, GREY, PAPER = (24, 27, 34), (96, 102, 114), (255, 255, 255)
+FRAME = 4
+INK, GREY, RED, PAPER = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255)
 
 
 def draw_for_users(
@@ -59,12 +62,63 @@ def draw_for_users(
     return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
 
 
+def draw_plain(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 8, **options: Any
+) -> list[Image.Image]:
+    """Draw every prompt with a pipeline that knows no users; arguments as in `draw_for_users`."""
+    import torch
+
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        part = range(start, min(start + batch_size, len(prompts)))
+        pictures += pipe(
+            prompt=[prompts[row] for row in part],
+            generator=[torch.Generator("cpu").manual_seed(seeds[row]) for row in part],
+            **options,
+        ).images
+    return pictures
+
+
+def frames(
+    judge: Judge, rows: Sequence[Sequence[Image.Image]], banned: Sequence[Collection[str]]
+) -> tuple[list[list[Image.Image]], list[list[bool]]]:
+    """The pictures as they may be shown, and which of them get a red frame.
+
+    Framed is what the judge says the column's user bans, or could not judge; blurred what it calls harmful or could not
+    judge, unless its pictures cannot harm anybody.
+
+    Args:
+        judge: says what is in the pictures.
+        rows: pictures by prompt, then by column.
+        banned: what each column's user bans.
+    """
+    from lit_safety.evaluation.judges import JudgeError
+    from lit_safety.evaluation.judging import judge_safely
+
+    blur = not getattr(judge, "harmless", False)
+    shown, red = [], []
+    for row in rows:
+        verdicts = judge_safely(judge, row)
+        red.append(
+            [isinstance(v, JudgeError) or bool(v.present & set(b)) for v, b in zip(verdicts, banned, strict=True)]
+        )
+        veiled = [blur and (isinstance(v, JudgeError) or v.harmful) for v in verdicts]
+        shown.append(
+            [
+                p.filter(ImageFilter.GaussianBlur(p.width / 8)) if veil else p
+                for p, veil in zip(row, veiled, strict=True)
+            ]
+        )
+    return shown, red
+
+
 def user_grid(
     rows: Sequence[Sequence[Image.Image]],
     prompts: Sequence[str],
     users: Sequence[str],
     notes: Mapping[str, str] | None = None,
     tile: int = TILE,
+    red: Sequence[Sequence[bool]] | None = None,
 ) -> Image.Image:
     """The labelled sheet.
 
@@ -74,6 +128,7 @@ def user_grid(
         users: a label a column.
         notes: a line below a user's label, such as what the user bans.
         tile: side of a picture on the sheet in pixels; small ones are enlarged without smoothing.
+        red: which pictures get a red frame, by prompt, then by user; None: none.
 
     Raises:
         UserError: there is not one picture for every prompt and user.
@@ -93,10 +148,14 @@ def user_grid(
         pen.multiline_text((x, GAP), "\n".join(above[column]), INK, bold, spacing=4)
         pen.multiline_text((x, GAP + 22 * len(above[column])), "\n".join(below[column]), GREY, small, spacing=4)
     y = head
-    for row, lines, height in zip(rows, beside, heights, strict=True):
+    for number, (row, lines, height) in enumerate(zip(rows, beside, heights, strict=True)):
         pen.multiline_text((GAP, y), "\n".join(lines), INK, small, spacing=4)
         for column, picture in enumerate(row):
-            sheet.paste(_square(picture, tile), (LEFT + column * (tile + GAP), y))
+            x = LEFT + column * (tile + GAP)
+            sheet.paste(_square(picture, tile), (x, y))
+            if red is not None and red[number][column]:  # in the gap, over no pixel
+                around = (x - FRAME, y - FRAME, x + tile + FRAME - 1, y + tile + FRAME - 1)
+                pen.rectangle(around, outline=RED, width=FRAME)
         y += height
     return sheet
 

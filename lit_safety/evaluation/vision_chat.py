@@ -1,0 +1,112 @@
+"""Asking a vision-language model behind an OpenAI-compatible endpoint about pictures; a failure is an answer too."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.endpoint import Endpoint, EndpointError
+from lit_safety.evaluation.judges import JudgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class VisionChat:
+    """Asks each question once, at temperature 0; may be used by several threads.
+
+    Args:
+        endpoint: base URL of the service, such as http://localhost:8000/v1.
+        model: its name there.
+        api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
+        timeout: seconds until a request has failed.
+        retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
+        max_side: larger pictures are shrunk to this side in pixels.
+        give_up_after: questions that fail one after another before the rest is not asked any more.
+
+    Raises:
+        UserError: the endpoint is no URL, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        api_key_variable: str,
+        timeout: float,
+        retries: int,
+        max_side: int,
+        give_up_after: int,
+    ) -> None:
+        if min(max_side, give_up_after) < 1:
+            raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
+        self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
+        self.model, self.max_side, self.give_up_after = model, max_side, give_up_after
+        self._failures, self._lock = 0, Lock()
+
+    def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
+        """The text that the model answers to texts and pictures in this order."""
+        if self._failures >= self.give_up_after:
+            return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
+        content = [self._part(part) for part in question]
+        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        try:
+            answer = self.endpoint.post("/chat/completions", body | {"max_tokens": max_tokens})
+        except EndpointError as error:
+            with self._lock:
+                self._failures += 1
+            return JudgeError(str(error))
+        with self._lock:
+            self._failures = 0
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return JudgeError("the endpoint's answer holds no choices[0].message.content")
+        return text if isinstance(text, str) else JudgeError(f"the model answered no text: {_short(text)}")
+
+    def _part(self, part: str | Image.Image) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        picture = part.convert("RGB")
+        picture.thumbnail((self.max_side, self.max_side))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        uri = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return {"type": "image_url", "image_url": {"url": uri}}
+
+
+def read_object(text: str) -> dict[str, Any] | JudgeError:
+    """The JSON object in a model's answer, alone or in a code fence. Anything else is an error."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), flags=re.DOTALL)
+    try:
+        said = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError):
+        return JudgeError(f"the model answered no JSON: {_short(text)}")
+    return said if isinstance(said, dict) else JudgeError(f"the model answered no JSON object: {_short(text)}")
+
+
+def read_template(file: str | None, default: str) -> str:
+    """A question's text; None: the file `default` of this package.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if file is None:
+            return files("lit_safety.evaluation").joinpath(default).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"VLM judge: the template {file or default} cannot be read ({error})") from error
+
+
+def _short(text: object) -> str:
+    return " ".join(str(text).split())[:80]
