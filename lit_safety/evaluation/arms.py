@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import fingerprint
+from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.guards import Guard
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Arm:
     """What is put on top of the pipeline; nothing at all is the base."""
 
     adapter: str | None = None
-    """Folder or file of a LoRA."""
+    """Folder or file of a LoRA, or of a user adapter (PSA)."""
     scale: float = 1.0
     """Strength of the adapter: 1 as trained, 0 the base, below 0 the opposite of what it learned."""
     pipeline: str | None = None
@@ -30,12 +30,24 @@ class Arm:
     negative_prompt: str | None = None
     """What guidance moves away from, in every drawing."""
     adapters: dict[str, float] | None = None
-    """Several LoRAs at once, folder or file -> weight; their updates are added up, to that of `adapter` too."""
+    """Several at once, folder or file -> weight; updates of LoRAs are added up, to that of `adapter` too, and one of
+    them may be a user adapter."""
     guard: Guard | None = None
     """What guards the drawing on top: SafeLatentDiffusion or SAFREE, by class_path and init_args."""
+    user: str | None = None
+    """Whom a user adapter draws for; default: the null user, in `users evaluate` each prompt's own user."""
+    users: str | None = None
+    """users.safetensors with that user's embedding, or its folder; default: the one beside the user adapter."""
 
     def loras(self) -> dict[str, float]:
         """All LoRAs of the arm with their weights."""
+        return {path: weight for path, weight in self._adapters().items() if not _is_for_users(path)}
+
+    def user_adapter(self) -> tuple[str, float] | None:
+        """The arm's user adapter and its scale; None: it has none."""
+        return next(((path, weight) for path, weight in self._adapters().items() if _is_for_users(path)), None)
+
+    def _adapters(self) -> dict[str, float]:
         return {**({self.adapter: self.scale} if self.adapter is not None else {}), **(self.adapters or {})}
 
     def check(self, name: str) -> None:
@@ -55,6 +67,13 @@ class Arm:
                 raise UserError(f"arm {name}: the adapter {adapter} does not exist; train one with `fit`")
             if not isfinite(weight):
                 raise UserError(f"arm {name}: the weight {weight} of {adapter} is no finite number")
+        several = [path for path in self._adapters() if _is_for_users(path)]
+        if len(several) > 1:
+            raise UserError(f"arm {name}: {' and '.join(several)} are both user adapters; an arm takes one")
+        if not several and (self.user or self.users):
+            raise UserError(f"arm {name}: draws for a user and has no user adapter; name one in its adapter")
+        if self.user is not None:
+            self._embedding()
 
     def describe(self) -> dict[str, Any]:
         """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
@@ -65,15 +84,36 @@ class Arm:
             "negative_prompt": self.negative_prompt,
             **({"adapters": self._composed()} if self.adapters else {}),
             **({"guard": self.guard.settings} if self.guard is not None else {}),
+            **({"user": self._whom()} if self.user_adapter() is not None else {}),
         }
+
+    def _whom(self) -> dict[str, Any]:
+        return {"id": self.user, "sha256": None if self.user is None else digest(self._embedding())}
+
+    def _embedding(self) -> list[float]:
+        from lit_safety.adapters.psa_file import find_user_adapter
+        from lit_safety.data.users import Users
+
+        adapter = self.user_adapter()
+        assert adapter is not None
+        assert self.user is not None
+        return Users(self.users or find_user_adapter(adapter[0]).parent).embeddings([self.user])[0].tolist()
 
     def _composed(self) -> dict[str, Any]:
         weights = self.adapters or {}
         return {path: {"weight": weight, "sha256": fingerprint(path)} for path, weight in weights.items()}
 
 
+def _is_for_users(path: str) -> bool:
+    from lit_safety.adapters.psa_file import is_user_adapter
+
+    return is_user_adapter(path)
+
+
 def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, Arm]:
     """`base`, then `aligned` when an adapter is given, then the named ones, checked.
+
+    Where the adapter is one for users, `aligned` draws for the null user.
 
     Raises:
         UserError: a name is taken or bad, or an adapter is missing.

@@ -21,12 +21,13 @@ class Clip:
         source: folder in the layout of `CLIPModel.save_pretrained` with its tokenizer and preprocessor, or a hub id.
         key: the option it was given by, for messages.
         device: where it runs.
+        processor: folder or hub id of the tokenizer and preprocessor; None: those beside the weights.
 
     Raises:
         UserError: nothing is there, or it does not load as a CLIP.
     """
 
-    def __init__(self, source: str, key: str, device: str | None = None) -> None:
+    def __init__(self, source: str, key: str, device: str | None = None, processor: str | None = None) -> None:
         from lit_safety.evaluation.fingerprint import fingerprint
         from lit_safety.evaluation.pipelines import quiet_libraries
 
@@ -43,8 +44,8 @@ class Clip:
         try:
             # safetensors only: other weight files can run code when loaded
             self.model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype="float32").eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source)
+            self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source)
         except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error

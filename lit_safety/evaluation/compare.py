@@ -76,7 +76,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _quality_rows(columns: dict[str, dict[str, Any]], members: dict[str, dict[str, Any]]) -> list[list[str]]:
     """FID and CLIPScore: one row for each way in which a figure was measured (features, reference, CLIP)."""
-    from lit_safety.evaluation.quality_view import QUALITY, figures_in, quality_cell, quality_n
+    from lit_safety.evaluation.quality_view import about, figures_in, quality_cell, quality_n
 
     rows = []
     for figure in figures_in(members.values()):
@@ -84,7 +84,7 @@ def _quality_rows(columns: dict[str, dict[str, Any]], members: dict[str, dict[st
         for how in dict.fromkeys(arm["quality"][figure]["protocol"] for arm in having.values()):
             same = {name: arm for name, arm in having.items() if arm["quality"][figure]["protocol"] == how}
             cells = [quality_cell(arm, figure) if name in same else "" for name, arm in columns.items()]
-            rows.append([f"{QUALITY[figure].title}, not in percent", quality_n(same.values(), figure), *cells])
+            rows.append([f"{about(figure).title}, not in percent", quality_n(same.values(), figure), *cells])
     return rows
 
 
@@ -95,9 +95,10 @@ def _short(report: str) -> str:
 
 def _describe(arm: dict[str, Any]) -> str:
     settings = arm["settings"]
-    judge = settings["judge"]
+    judge, edit = settings["judge"], settings.get("edit")
+    task = "" if edit is None else f", {edit['task'].replace('_', ' ')} at strength {edit['strength']}"
     return (
-        f"judge {judge['name']} {judge.get('sha256', '')[:8]}, prompts {settings['prompts']} "
+        f"judge {judge['name']} {(judge.get('sha256') or '')[:8]}, prompts {settings['prompts']} "
         f"{settings['prompts_sha256'][:8]}, {settings['scheduler']} {settings['steps']} steps, "
-        f"guidance {settings['guidance']}"
+        f"guidance {settings['guidance']}{task}"
     )

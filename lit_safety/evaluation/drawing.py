@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
+from lit_safety.data.generate.painter import DrawSettings
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.parallel import each_batch
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from lit_safety.evaluation.edits import Edit
     from lit_safety.evaluation.guards import Guard
     from lit_safety.evaluation.pipelines import Precision
     from lit_safety.evaluation.prompts import Prompt
 
 
 @dataclass(frozen=True)
-class DrawingSettings:
+class DrawingSettings(DrawSettings):
     """How every arm draws.
 
     Raises:
@@ -42,30 +44,31 @@ class DrawingSettings:
 
     steps: int = 20
     guidance: float = 3.0
-    resolution: int | None = None
-    """Side in pixels; None is the pipeline's own."""
     batch_size: int = 32
     device: str | None = None
     """None takes cuda where there is one."""
     precision: Precision = "float32"
     workers: int | None = None
-    """Batches drawn at the same time; None: see `parallel.each_batch`."""
+    """Batches drawn at the same time by one process; None: see `parallel.each_batch`."""
+    edit: Edit | None = None
+    """Pictures are redrawn instead of drawn."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: at least 1 step is needed to draw")
-        if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"--guidance {self.guidance}: must be a number from 0 up")
-        if self.resolution is not None and self.resolution < 8:
-            raise UserError(f"--resolution {self.resolution}: must be at least 8 pixels")
+        super().__post_init__()
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers {self.workers}: must be at least 1")
 
+    def pixels(self) -> dict[str, Any]:
+        """All that pixels depend on, as it stands in the report: the number of workers is not among it."""
+        about = {key: value for key, value in asdict(self).items() if key not in ("workers", "edit")}
+        return about | ({"edit": self.edit.describe()} if self.edit is not None else {})
+
     def protocol(self) -> dict[str, Any]:
         """What must be equal for two sets of pictures to be compared; not how fast they were drawn."""
-        return {"steps": self.steps, "guidance": self.guidance, "resolution": self.resolution}
+        compared = ("steps", "guidance", "resolution", "edit")
+        return {key: value for key, value in self.pixels().items() if key in compared}
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,8 @@ class Gallery:
     ) -> None:
         self.prompts = list(prompts)
         self.settings = settings
-        rows = [(p.prompt, p.seed) if p.guidance is None else (p.prompt, p.seed, p.guidance) for p in self.prompts]
-        how = {key: value for key, value in asdict(settings).items() if key != "workers"}
-        self.identity = {**identity, **how, "prompts_sha256": digest(rows)}
+        rows = [_row(p) for p in self.prompts]
+        self.identity = {**identity, **settings.pixels(), "prompts_sha256": digest(rows)}
         self.sha256 = digest(self.identity)
         self.folder = parent / f"{name}-{self.sha256[:12]}"
 
@@ -120,15 +122,24 @@ class Gallery:
         return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
 
     def draw(
-        self, pipe: Any, negative_prompt: str | None, tick: Callable[[int], None], guard: Guard | None = None
+        self,
+        pipe: Any,
+        negative_prompt: str | None,
+        tick: Callable[[int], None],
+        guard: Guard | None = None,
+        batches: Sequence[range] | None = None,
     ) -> None:
         """Draw what is missing. `tick` hears how many pictures are done, those already there first.
+
+        Args:
+            batches: some of `missing()`, where other processes draw the others; None: all.
 
         Raises:
             UserError: a picture cannot be written; those drawn so far stay.
         """
-        batches = self.missing()
-        tick(len(self.prompts) - sum(map(len, batches)))
+        if batches is None:
+            batches = self.missing()
+            tick(len(self.prompts) - sum(map(len, batches)))
 
         def draw(pipe: Any, batch: range) -> int:
             prompts = [self.prompts[row] for row in batch]
@@ -139,6 +150,13 @@ class Gallery:
 
         for count in each_batch(pipe, batches, draw, self.settings.workers):
             tick(count)
+
+    def forget_partial(self) -> None:
+        """Remove what a process that is gone had begun to write."""
+        for partial in self.folder.glob(".*.partial"):
+            process = partial.suffixes[-2].lstrip(".")
+            if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
+                partial.unlink(missing_ok=True)
 
     def all(self) -> list[Drawn]:
         """Every row's picture or error, in order."""
@@ -175,9 +193,14 @@ def draw_batch(
     """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline.
 
     The call takes one guidance scale: neighbours that have another one of their own are drawn in a call of their own.
+
+    Raises:
+        UserError: the pipeline does not take these settings.
     """
     import numpy as np
     import torch
+
+    from lit_safety.adapters.psa_pipeline import draws_for_users
 
     own = [settings.guidance if p.guidance is None else p.guidance for p in prompts]
     if len(set(own)) > 1:
@@ -186,19 +209,33 @@ def draw_batch(
             [draw_batch(pipe, [prompts[row] for row in part], settings, negative_prompt, guard) for part in parts]
         )
     extra: dict[str, Any] = {}
+    if draws_for_users(pipe):
+        extra["user"] = [p.user for p in prompts]
     if negative_prompt is not None:
         extra["negative_prompt"] = [negative_prompt] * len(prompts)
-    if settings.resolution is not None:
+    if settings.edit is not None:
+        extra |= settings.edit.inputs(pipe, prompts, settings.resolution)
+    elif settings.resolution is not None:
         extra |= {"height": settings.resolution, "width": settings.resolution}
-    with guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext():
-        return pipe(
-            prompt=[p.prompt for p in prompts],
-            generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
-            num_inference_steps=settings.steps,
-            guidance_scale=own[0],
-            output_type="np",
-            **extra,
-        ).images
+    try:
+        with guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext():
+            return pipe(
+                prompt=[p.prompt for p in prompts],
+                generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
+                num_inference_steps=settings.steps,
+                guidance_scale=own[0],
+                output_type="np",
+                **extra,
+            ).images
+    except ValueError as error:  # a size, a number of steps or a UNet that this family does not take
+        raise UserError(f"{type(pipe).__name__} does not draw so: {str(error).splitlines()[0]}") from error
+
+
+def _row(prompt: Prompt) -> tuple[Any, ...]:
+    """What the pixels of a row depend on."""
+    guidance = () if prompt.guidance is None else (prompt.guidance,)
+    user = () if prompt.user is None else ({"user": prompt.user},)
+    return prompt.prompt, prompt.seed, *guidance, *user
 
 
 def _write(path: Path, content: bytes) -> None:

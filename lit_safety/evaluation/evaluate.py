@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
 
 
@@ -20,11 +21,13 @@ def evaluate(
     fid: Literal["judge", "inception"] | None = None,
     reference: str | None = None,
     clip: str | None = None,
+    preference: list[str] | None = None,
     explicit: int | None = 40,
     implicit: int | None = 80,
     lookalike: int | None = 80,
     clean: int | None = 200,
     adversarial: int | None = 200,
+    categories: list[str] | None = None,
     prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
     prompt_category: str | None = None,
     steps: int = 20,
@@ -32,15 +35,21 @@ def evaluate(
     resolution: int | None = None,
     batch_size: int = 32,
     workers: int | None = None,
+    processes: int = 1,
     device: str | None = None,
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    edit: Literal["image_to_image", "inpainting"] | None = None,
+    edit_images: str | None = None,
+    edit_strength: float = 0.7,
+    edit_part: Literal["left", "right", "middle", "all"] = "middle",
     blur: bool | None = None,
     images: str | None = None,
+    attacks: str | None = None,
 ) -> None:
     """Draw the same prompts and seeds with every arm, judge the pictures, and write a report.
 
-    Writes into `out`: metrics.json, before_after.png, index.html, verdicts.csv, and the pictures under images/, which
-    a second call with the same weights and settings uses again. A killed run goes on where it stopped.
+    Writes into `out`: metrics.json, table.md, before_after.png, index.html, verdicts.csv, and the pictures under
+    images/, which a second call with the same weights and settings uses again. A killed run goes on where it stopped.
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
@@ -49,21 +58,24 @@ def evaluate(
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
             as configs/judges/nudenet_or_q16.yaml.
         out: Folder of the report; made when it is not there.
-        adapter: LoRA folder or file, drawn as the arm `aligned` beside the arm `base`.
+        adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
+            `aligned` beside the arm `base`.
         arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt, adapters (several, with
-            weights) and guard (safe latent diffusion, SAFREE); on the command line `--arms.NAME.adapter FOLDER
-            --arms.NAME.scale 0.5`.
+            weights), guard (safe latent diffusion, SAFREE), and for a user adapter user and users (whom it draws for,
+            and the file with the embedding); on the command line `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
         second_judges: Further judges; the report holds their figures and how often they disagree with `judge`.
         fid: Whose features FID compares, on clean prompts, with the base's pictures: the judge's own or Inception's
             (needs the extra `inception`); null: no FID.
         reference: Further pictures for FID to compare with: a folder of images, or shards, of which the chosen
             images of clean pairs are taken.
         clip: Folder (or hub id) of a transformers CLIP for CLIPScore on clean prompts; null: no CLIPScore.
+        preference: Preference scorers for pictures of clean prompts, files such as configs/scorers/pickscore.yaml.
         explicit: Explicit prompts drawn for each category; null draws all, 0 none.
         implicit: Implicit prompts, half of them with held-out phrases; null draws all, 0 none.
         lookalike: Prompts for benign things that resemble harmful ones; null draws all, 0 none.
         clean: Clean prompts, half of them for two objects; null draws all, 0 none.
         adversarial: Adversarial prompts drawn, with the prompts that they attack; null draws all, 0 none.
+        categories: Draw prompts for harms of these categories only, and the clean and look-alike ones; null: of all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
         prompt_category: The harm that they ask for, where its columns do not say so.
         steps: Denoising steps.
@@ -71,21 +83,35 @@ def evaluate(
             prompt set's own column for it comes first.
         resolution: Side of the pictures in pixels; null is the pipeline's own.
         batch_size: Pictures drawn at once.
-        workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
+        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
+            else 1.
+        processes: Processes that draw, each with the model; with the device cuda process i takes GPU i. The pixels
+            are those that one process draws.
         device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing.
+        edit: Redraw pictures instead of drawing: the whole picture, or a part of it; null draws from text alone.
+        edit_images: What is redrawn, the same picture for a prompt in every arm: a folder of images, or shards, of
+            which the chosen images of clean pairs are taken.
+        edit_strength: Share of the noise schedule that is drawn anew; 1 keeps nothing but what a mask keeps.
+        edit_part: The part that inpainting draws anew.
         blur: Blur what the judge calls harmful in before_after.png; null does so unless the judge knows that its
             pictures cannot harm anybody, as the toy world's. index.html always blurs until clicked.
         images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
             they have in common, such as the base's pictures, only once.
+        attacks: An attacks.json, as `attack` writes it, or its folder, whose curves the page shows; null takes the
+            one in `out`, if there is one.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
+    from lit_safety.data.categories import canonical_category
     from lit_safety.evaluation.arms import collect_arms
+    from lit_safety.evaluation.attack_curves import find_attacks
     from lit_safety.evaluation.drawing import DrawingSettings
+    from lit_safety.evaluation.edits import Edit
     from lit_safety.evaluation.judges import check_labels, load_judge
     from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.preference import load_scorer
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
@@ -93,19 +119,30 @@ def evaluate(
     from lit_safety.evaluation.selection import Selection, select
     from lit_safety.evaluation.table import report_table
 
-    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
-    selection = Selection(explicit, implicit, lookalike, clean, adversarial)
+    if processes < 1:
+        raise UserError(f"--processes {processes}: must be at least 1")
+    if (edit is None) is not (edit_images is None):
+        raise UserError("--edit and --edit_images: give both or neither")
+    change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
+    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers, change)
+    named = tuple(canonical_category(name) for name in categories) if categories is not None else None
+    selection = Selection(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
+    curves = find_attacks(attacks, Path(out))
+    if change is not None:
+        change.describe()  # reads the pictures: what is wrong with them is said before anything is drawn
     chosen = select(read_prompts(prompts, prompt_kind, prompt_category), selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
     shared = Path(images) if images else None
-    quality = Quality(chosen, judges[0], fid, clip, reference) if fid or clip or reference else None
-    run = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared, quality)
+    scorers = [load_scorer(spec) for spec in preference or ()]
+    asked = fid or clip or reference or scorers
+    quality = Quality(chosen, judges[0], fid, clip, reference, scorers) if asked else None
+    run = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared, quality, processes)
     results = run.execute()
     if blur is None:
         blur = not getattr(judges[0], "harmless", False)
-    print(f"\n{report_table(write_report(results, blur))}\n")
+    print(f"\n{report_table(write_report(results, blur, curves))}\n")
     print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")

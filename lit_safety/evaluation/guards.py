@@ -64,6 +64,7 @@ def denoiser_replaced(pipe: Any, step: Step, batch: int) -> Iterator[Any]:
     private, shell = private_copy(original), copy.copy(original)
 
     def denoise(noisy: Tensor, timestep: Any, text: Tensor, keywords: dict[str, Any]) -> Tensor:
+        keywords = _users_of_all_rows(keywords, len(noisy), batch)
         return private.forward(noisy, timestep, encoder_hidden_states=text, **{**keywords, "return_dict": False})[0]
 
     def forward(noisy: Tensor, timestep: Any, encoder_hidden_states: Tensor, **keywords: Any) -> tuple[Tensor]:
@@ -77,6 +78,18 @@ def denoiser_replaced(pipe: Any, step: Step, batch: int) -> Iterator[Any]:
         yield private
     finally:
         pipe.unet = original
+
+
+def _users_of_all_rows(keywords: dict[str, Any], rows: int, batch: int) -> dict[str, Any]:
+    """User tokens (2B, N, d) of an adapter's users for a guard's `rows`; the further ones have the prompts' users."""
+    own = keywords.get("cross_attention_kwargs") or {}
+    tokens = own.get("user_tokens")
+    if tokens is None or len(tokens) == rows:
+        return keywords
+    import torch
+
+    tokens = torch.cat([tokens, *[tokens[batch : 2 * batch]] * (rows // batch - 2)])
+    return {**keywords, "cross_attention_kwargs": {**own, "user_tokens": tokens}}
 
 
 def private_copy(unet: Any) -> Any:

@@ -18,7 +18,7 @@ Z = 1.959963984540054
 """97.5% point of the normal distribution."""
 
 
-def wilson(hits: int, n: int, errors: int = 0) -> tuple[float, float]:
+def wilson(hits: float, n: float, errors: float = 0) -> tuple[float, float]:
     """Wilson score interval of a share, `hits` of `n` answered pictures, with `errors` more unanswered.
 
     Centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). The lower bound counts
@@ -30,7 +30,7 @@ def wilson(hits: int, n: int, errors: int = 0) -> tuple[float, float]:
     return _wilson(hits, total)[0], _wilson(hits + errors, total)[1]
 
 
-def _wilson(hits: int, n: int) -> tuple[float, float]:
+def _wilson(hits: float, n: float) -> tuple[float, float]:
     p, spread = hits / n, Z * Z / n
     centre = (p + spread / 2) / (1 + spread)
     half = Z * sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
@@ -57,12 +57,13 @@ def paired_difference(
     n, errors = len(pairs), len(before) - len(pairs)
     gained = sum(y and not x for x, y in pairs)
     lost = sum(x and not y for x, y in pairs)
-    low = _bonett_price(gained, lost + errors, n + errors)[0]
-    high = _bonett_price(gained + errors, lost, n + errors)[1]
+    low = bonett_price(gained, lost + errors, n + errors)[0]
+    high = bonett_price(gained + errors, lost, n + errors)[1]
     return ((gained - lost) / n if n else None), (low, high), n
 
 
-def _bonett_price(gained: int, lost: int, n: int) -> tuple[float, float]:
+def bonett_price(gained: float, lost: float, n: float) -> tuple[float, float]:
+    """The interval of `paired_difference`, from the counts of pairs that turned true and false."""
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z * sqrt((p + q - (p - q) ** 2) / (n + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)

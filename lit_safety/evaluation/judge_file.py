@@ -1,4 +1,4 @@
-"""A judge described by a small YAML or JSON file: class_path and init_args, as everywhere in jsonargparse."""
+"""A judge or a scorer described by a small YAML or JSON file: class_path and init_args, as in jsonargparse."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ def judge_from_file(file: Path) -> Judge:
     Raises:
         UserError: the file is unreadable, describes no judge, or the judge's weights are missing.
     """
+    return object_from_file(file, Judge, "--judge", "configs/judges/*")
+
+
+def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> Any:
+    """What `file` describes by `class_path` and `init_args`.
+
+    Args:
+        file: YAML or JSON.
+        protocol: what its class must be like.
+        option: the option it was given by, for messages.
+        examples: files that show how it is done, for messages.
+
+    Raises:
+        UserError: the file is unreadable or describes no such thing, or making it failed.
+    """
     import yaml
 
     from lit_safety.parsing import SingleLineErrorParser, shorten
@@ -22,18 +37,19 @@ def judge_from_file(file: Path) -> Judge:
     try:
         keys: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--judge {file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--judge {file}: is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{option} {file}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict) or "class_path" not in keys or keys.keys() - {"class_path", "init_args"}:
-        raise UserError(f"--judge {file}: must hold `class_path` and `init_args` and nothing else, as configs/judges/*")
+        raise UserError(f"{option} {file}: must hold `class_path` and `init_args` and nothing else, as {examples}")
     parser = SingleLineErrorParser(exit_on_error=False)
-    parser.add_argument("--judge", type=Judge)
+    parser.add_argument(option, type=protocol)
+    name = option.removeprefix("--")
     try:
-        parsed = parser.parse_object({"judge": keys})
+        parsed = parser.parse_object({name: keys})
     except UserError as error:
-        raise UserError(f"--judge {file}: {shorten(str(error))}") from error
+        raise UserError(f"{option} {file}: {shorten(str(error))}") from error
     try:
-        return parser.instantiate(parsed).judge
+        return parser.instantiate(parsed)[name]
     except UserError as error:
-        raise UserError(f"--judge {file}: {error}") from error
+        raise UserError(f"{option} {file}: {error}") from error

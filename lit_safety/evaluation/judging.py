@@ -13,18 +13,36 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lit_safety.evaluation.drawing import Drawn
+    from lit_safety.evaluation.kept_verdicts import KeptVerdicts
 
 
 def judge_drawn(
-    judge: Judge, drawn: Sequence[Drawn], batch_size: int = 64, tick: Callable[[int], None] = lambda _: None
+    judge: Judge,
+    drawn: Sequence[Drawn],
+    batch_size: int = 64,
+    tick: Callable[[int], None] = lambda _: None,
+    kept: KeptVerdicts | None = None,
 ) -> list[Verdict | JudgeError]:
-    """One answer a drawing, in the same order; reads the files, so that what is judged is what is kept."""
+    """One answer a drawing, in the same order; reads the files, so that what is judged is what is kept.
+
+    Args:
+        judge: who is asked.
+        drawn: the pictures.
+        batch_size: pictures that it is given at once.
+        tick: hears how many were just judged.
+        kept: its earlier verdicts, which are not asked for again, and to which the new ones are added.
+    """
     answers: list[Verdict | JudgeError] = []
     for start in range(0, len(drawn), batch_size):
-        opened = [open_drawn(d) for d in drawn[start : start + batch_size]]
+        part = drawn[start : start + batch_size]
+        known = [kept.of(one) if kept is not None else None for one in part]
+        opened = [given or open_drawn(one) for given, one in zip(known, part, strict=True)]
         images = [image for image in opened if isinstance(image, Image.Image)]
         verdicts = iter(judge_safely(judge, images))
-        answers += [next(verdicts) if isinstance(o, Image.Image) else o for o in opened]
+        said = [next(verdicts) if isinstance(o, Image.Image) else o for o in opened]
+        if kept is not None:
+            kept.add([(one, v) for one, v, old in zip(part, said, known, strict=True) if old is None])
+        answers += said
         tick(len(opened))
     return answers
 
@@ -65,5 +83,5 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
     try:
         with Image.open(drawn.path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on damaged files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or far too large
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")

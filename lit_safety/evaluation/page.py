@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.evaluation.arm_table import arm_html
+from lit_safety.evaluation.attack_curves import attacks_html
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
 from lit_safety.evaluation.page_style import STYLE
+from lit_safety.evaluation.pareto import pareto_html
 from lit_safety.evaluation.quality_view import quality_html
+from lit_safety.evaluation.svg import COLOURS
 from lit_safety.evaluation.table import asked, change, percent, title
 
 if TYPE_CHECKING:
@@ -28,12 +32,13 @@ LARGEST = 320
 """Side in pixels above which a picture is shrunk for the page."""
 
 
-def page(results: Results, metrics: Mapping[str, Any]) -> str:
+def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any] | None = None) -> str:
     """The page of a finished evaluation.
 
     Args:
         results: prompts, pictures and verdicts.
         metrics: the content of metrics.json.
+        attacks: the content of an attacks.json, whose curves are shown too.
     """
     body = [
         _head(results, metrics),
@@ -45,6 +50,10 @@ def page(results: Results, metrics: Mapping[str, Any]) -> str:
         _cards(results, harmful_rows(results)),
         "<h3>Harmless prompts</h3>",
         _cards(results, benign_rows(results)),
+        arm_html(metrics),
+        pareto_html(metrics),
+        attacks_html(attacks, list(results.arms)),
+        _protocol(attacks),
         "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker). Differences are paired: "
         "same prompts, same seeds.</p>",
         _figures(metrics),
@@ -127,7 +136,7 @@ def _bars(metrics: Mapping[str, Any], name: str, part: str) -> str:
         shift = flat(metrics["differences"].get(arm_name, {})).get(name)
         rows.append(
             f"<tr><th scope=row>{escape(arm_name)}</th><td><div class=bar aria-hidden=true>"
-            f'<i style="width:{100 * (value or 0):.2f}%;background:var(--c{place % 6})"></i>'
+            f'<i style="width:{100 * (value or 0):.2f}%;background:var(--c{place % COLOURS})"></i>'
             f'<u style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></u></div></td>'
             f"<td class=num><b>{percent(value)}%</b> <span>[{percent(low)}, {percent(high)}]</span></td>"
             f"<td class=diff>{_shift(name, shift)}</td></tr>"
@@ -216,6 +225,12 @@ def _data_uri(arm: ArmResult, row: int) -> tuple[str, bool]:
         image.save(content, "JPEG", quality=85)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", small
+
+
+def _protocol(attacks: Mapping[str, Any] | None) -> str:
+    if not attacks or not isinstance(attacks.get("protocol"), dict):
+        return ""
+    return f"<details><summary>How the attacks were done</summary>{_list(attacks['protocol'])}</details>"
 
 
 def _settings(metrics: Mapping[str, Any]) -> str:

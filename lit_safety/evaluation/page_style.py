@@ -2,13 +2,15 @@
 
 STYLE = """
 :root{--ink:#181b22;--soft:#5b6270;--line:#dfe2e8;--paper:#fff;--card:#f6f7f9;--bad:#c81e2c;--good:#11795b;
---c0:#6b7280;--c1:#1f6feb;--c2:#b45309;--c3:#7c3aed;--c4:#0f766e;--c5:#be185d}
+--c0:#6b7280;--c1:#1f6feb;--c2:#b45309;--c3:#7c3aed;--c4:#0f766e;--c5:#be185d;
+--c6:#15803d;--c7:#7f1d1d;--c8:#0369a1;--c9:#a16207}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaef;--soft:#a3aab8;--line:#333844;--paper:#14161b;--card:#1d2027;
---bad:#ff6b74;--good:#4cc79c;--c0:#9aa1ae;--c1:#6ea8ff;--c2:#f0a44b;--c3:#b794ff;--c4:#4fd1c5;--c5:#f78fb3}}
+--bad:#ff6b74;--good:#4cc79c;--c0:#9aa1ae;--c1:#6ea8ff;--c2:#f0a44b;--c3:#b794ff;--c4:#4fd1c5;--c5:#f78fb3;
+--c6:#86d993;--c7:#f2a0a0;--c8:#7dc8f0;--c9:#e0c060}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:72rem;padding:1.2rem 1rem 4rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);
 background:var(--paper)}
-h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h2{margin:2.4rem 0 .6rem;font-size:1.3rem}
+h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0;overflow-wrap:anywhere}h2{margin:2.4rem 0 .6rem;font-size:1.3rem}
 h3{margin:1.4rem 0 .4rem;font-size:1.05rem}
 .soft{color:var(--soft)}.lead{font-size:1.1rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin:1rem 0}
@@ -28,6 +30,19 @@ caption{text-align:left;font-size:.85rem;color:var(--soft);padding-top:.4rem}
 .bar u{position:absolute;top:50%;height:2px;background:var(--ink);transform:translateY(-50%)}
 .bar u::before,.bar u::after{content:"";position:absolute;width:2px;height:.55rem;top:-.21rem;background:var(--ink)}
 .bar u::before{left:0}.bar u::after{right:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+figure.wide{max-width:none;min-width:0}.chart{width:100%;max-width:38rem;height:auto;display:block;
+font-size:15px}
+.chart text{fill:var(--ink);paint-order:stroke;stroke:var(--paper);stroke-width:3px}
+.chart .axis{fill:var(--soft)}.chart .grid{stroke:var(--line)}
+.chart .lead{stroke:var(--soft)}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.3rem 0}
+.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;margin-right:.35rem;vertical-align:-.05rem}
+.scroll{overflow-x:auto}.scroll td,.scroll th{white-space:nowrap;font-variant-numeric:tabular-nums}
+.arms th[scope=col]{vertical-align:bottom;white-space:normal;min-width:6rem;font-size:.85rem;color:var(--soft)}
+.arms th[scope=row]{font-weight:600;position:sticky;left:0;background:var(--paper)}
+.arms td span{color:var(--soft);font-size:.8rem}
+.arms tr+tr{border-top:1px solid var(--line)}
 .up{color:var(--good)}.down{color:var(--bad)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(var(--arms)*7rem + 1.5rem)),
 1fr));gap:1rem}

@@ -18,20 +18,12 @@ def local_pipeline(source: str) -> Path:
     """The folder of a pipeline; one from the hub is downloaded first.
 
     Raises:
-        UserError: it is no pipeline.
+        UserError: it is no pipeline, or the hub does not give it; says how to log in.
     """
     quiet_libraries()
-    from lit_safety.backbones.load import pipeline_class_name
+    from lit_safety.backbones.parts import Parts
 
-    pipeline_class_name(source)
-    if Path(source).is_dir():
-        return Path(source)
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(source))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: the pipeline cannot be downloaded: {_first_line(error)}") from error
+    return Parts(source).fetch()
 
 
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
@@ -48,10 +40,17 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from lit_safety.backbones.parts import weights_variant
+    from lit_safety.backbones.pipeline_index import pipeline_index
+    from lit_safety.hardware import check_precision
 
+    check_precision(precision, device, "--precision")
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=getattr(torch, precision), variant=weights_variant(folder), local_files_only=True
+            folder,
+            dtype=getattr(torch, precision),
+            variant=weights_variant(folder),
+            local_files_only=True,
+            **dict.fromkeys(pipeline_index(str(folder)).absent_text),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         raise UserError(f"the pipeline {folder} does not load: {_first_line(error)}") from error
@@ -74,6 +73,11 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         pipe.set_adapters(list(names.values()), [loras[path] for path in names])
         if precision == "float32":  # exact enough to fold in, and as fast as no adapter at all
             pipe.fuse_lora()
+    for_users = arm.user_adapter()
+    if for_users is not None:
+        from lit_safety.adapters.psa_pipeline import load_psa
+
+        load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
     for name in ("unet", "vae"):
         if hasattr(pipe, name):
             getattr(pipe, name).to(memory_format=torch.channels_last)

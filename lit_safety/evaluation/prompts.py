@@ -40,6 +40,8 @@ class Prompt:
     """Further categories of a harmful prompt."""
     pair: str = ""
     """The same for an attacked prompt and its adversarial text; empty: no such pair."""
+    user: str | None = None
+    """Whom a pipeline with a user adapter draws it for; None: the null user."""
 
     def identity(self) -> dict[str, Any]:
         """All that the row says, without what it leaves open."""

@@ -1,4 +1,4 @@
-"""What alignment must not cost: FID and CLIPScore of each arm's pictures of clean prompts.
+"""What alignment must not cost: FID, CLIPScore and preference scores of each arm's pictures of clean prompts.
 
 Beside the shares of `metrics` because these are no shares: an arm's `quality` holds {figure: {value, interval, n,
 errors, ...}}, and `differences` hold the same against the base. Pictures that are not there are in no value and are
@@ -8,6 +8,7 @@ counted as errors; the interval covers them, or is not given at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite, isinf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,14 @@ from lit_safety.evaluation.judging import open_drawn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from lit_safety.evaluation.clip import Clip
     from lit_safety.evaluation.drawing import Drawn
     from lit_safety.evaluation.features import FeatureName
     from lit_safety.evaluation.judges import Judge
+    from lit_safety.evaluation.preference import PreferenceScorer
     from lit_safety.evaluation.prompts import Prompt
 
 
@@ -41,6 +44,8 @@ class Measured:
     """(len(rows), d), float64; None where no FID was asked for."""
     scores: list[float | None]
     """CLIPScore of every clean prompt's picture; None: none asked for, or no picture."""
+    liked: list[list[float | None]]
+    """Each preference scorer's scores of every clean prompt's picture; None: no picture, or no finite score."""
 
 
 class Quality:
@@ -52,6 +57,7 @@ class Quality:
         fid_features: whose features FID compares; None: no FID.
         clip: the CLIP of CLIPScore; None: no CLIPScore.
         reference: pictures that FID compares with beside the base's, see `reference.Reference`.
+        scorers: preference scorers.
 
     Raises:
         UserError: there are too few clean prompts, or something named does not load.
@@ -64,15 +70,23 @@ class Quality:
         fid_features: FeatureName | None = None,
         clip: str | None = None,
         reference: str | None = None,
+        scorers: Sequence[PreferenceScorer] = (),
     ) -> None:
+        self.prompts = [p.prompt for p in prompts if p.kind == "clean"]
+        self.scorers = list(scorers)
+        self._reason = "no finite number"
         self.clean = [i for i, p in enumerate(prompts) if p.kind == "clean"]
         if reference is not None and fid_features is None:
             raise UserError("--reference: is what FID compares with; give --fid judge or --fid inception too")
-        if len(self.clean) < 2 and (fid_features or clip):
+        if len(self.clean) < 2 and (fid_features or clip or scorers):
             raise UserError(
-                "--fid and --clip look at pictures of clean prompts, and fewer than 2 are drawn; raise --clean"
+                "--fid, --clip and --preference look at pictures of clean prompts, and fewer than 2 are drawn; raise "
+                "--clean"
             )
-        self.settings: dict[str, Any] = {}
+        names = [scorer.name for scorer in self.scorers]
+        if len(names) > len(set(names)):
+            raise UserError(f"--preference: two scorers of one name among {', '.join(names)}; give each its own `name`")
+        self.settings: dict[str, Any] = {f"preference/{one.name}": one.settings for one in self.scorers}
         self.network: nn.Module | None = None
         self.reference: Tensor | None = None
         if fid_features is not None:
@@ -97,6 +111,7 @@ class Quality:
         rows: list[int] = []
         features: list[Tensor] = []
         scores: list[float | None] = [None] * len(self.clean)
+        liked: list[list[float | None]] = [[None] * len(self.clean) for _ in self.scorers]
         for start in range(0, len(self.clean), BATCH):
             part = range(start, min(start + BATCH, len(self.clean)))
             opened = {row: open_drawn(drawn[self.clean[row]]) for row in part}
@@ -108,9 +123,33 @@ class Quality:
                 texts = self._texts[list(there)]
                 for row, score in zip(there, clip_scores(self.clip, list(there.values()), texts), strict=True):
                     scores[row] = score
+            for own, scorer in zip(liked, self.scorers, strict=True):
+                for row, one in self._score(scorer, there).items():
+                    own[row] = one
             rows += there
             tick(len(part))
-        return Measured(rows, torch.cat(features) if features else None, scores)
+        for own, scorer in zip(liked, self.scorers, strict=True):
+            if rows and own.count(None) == len(own):
+                raise UserError(
+                    f"--preference: {scorer.name} failed on every picture: {self._reason}; the pictures stay, leave it "
+                    "out to get the report"
+                )
+        return Measured(rows, torch.cat(features) if features else None, scores, liked)
+
+    def _score(self, scorer: PreferenceScorer, pictures: Mapping[int, Image]) -> dict[int, float | None]:
+        """A scorer's answers; None where it fails or gives no finite number."""
+        if not pictures:
+            return {}
+        try:
+            found = scorer.score(list(pictures.values()), [self.prompts[row] for row in pictures])
+            if len(found) != len(pictures):
+                raise ValueError(f"{len(found)} scores of {len(pictures)} pictures")
+        except Exception as error:  # a scorer is somebody else's code: its failure on these pictures
+            if len(pictures) > 1:
+                return {row: one for part in pictures.items() for row, one in self._score(scorer, dict([part])).items()}
+            self._reason = f"{type(error).__name__}: {error}"
+            return dict.fromkeys(pictures)
+        return {row: one if isfinite(one) else None for row, one in zip(pictures, found, strict=True)}
 
     def report(self, arms: Mapping[str, Measured]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """The figures of every arm, and those of their differences to the base, each by arm and figure."""
@@ -135,6 +174,11 @@ class Quality:
                 pairs = list(zip(base.scores, arm.scores, strict=True))
                 shift = [None if x is None or y is None else y - x for x, y in pairs]
                 changed["clip_score"] = self._mean(shift, -100.0, 100.0)
+            for scorer, own_scores, before_scores in zip(self.scorers, arm.liked, base.liked, strict=True):
+                own[f"preference/{scorer.name}"] = self._mean(own_scores)
+                both_scores = zip(before_scores, own_scores, strict=True)
+                shift = [None if x is None or y is None else y - x for x, y in both_scores]
+                changed[f"preference/{scorer.name}"] = self._mean(shift)
         del differences["base"]
         return figures, differences
 
@@ -152,7 +196,9 @@ class Quality:
         return entry, parts
 
     @staticmethod
-    def _mean(values: list[float | None], lowest: float, highest: float) -> dict[str, Any]:
+    def _mean(values: list[float | None], lowest: float = -inf, highest: float = inf) -> dict[str, Any]:
         value, interval = mean_interval(values, lowest, highest)
         errors = values.count(None)
+        if errors and isinf(highest):  # nothing bounds what a missing picture would do to it
+            interval = None
         return {"value": value, "interval": interval, "n": len(values) - errors, "errors": errors}

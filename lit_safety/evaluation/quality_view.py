@@ -1,4 +1,4 @@
-"""FID and CLIPScore as text and as HTML: a row a figure, a column or line an arm."""
+"""FID, CLIPScore and preference scores as text and as HTML: a row a figure, a column or line an arm."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ QUALITY: dict[str, Figure] = {
 """What `quality.Quality` measures; FIDs of unequal n, or of other features, must not be compared."""
 
 
+def about(figure: str) -> Figure:
+    """How a quality figure is shown; `preference/NAME` is a scorer's."""
+    if figure in QUALITY:
+        return QUALITY[figure]
+    name = figure.partition("/")[2]
+    return Figure(name, f"{name}'s score of a picture of a clean prompt, on average", "higher")
+
+
 def quality_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     """The rows of one metrics.json, the heading first; none where quality was not measured."""
     arms = metrics["arms"]
@@ -35,14 +43,14 @@ def quality_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
         cells = [quality_cell(arm, figure) for arm in arms.values()]
         changes = [metrics["differences"][name].get("quality", {}).get(figure) for name in against]
         shifts = ["-" if change is None else _number(change, sign="+") for change in changes]
-        rows.append([QUALITY[figure].title, quality_n(arms.values(), figure), *cells, *shifts])
+        rows.append([about(figure).title, quality_n(arms.values(), figure), *cells, *shifts])
     return rows if len(rows) > 1 else []
 
 
 def figures_in(arms: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The quality figures that any of the arms has, in the order of `QUALITY`."""
+    """The quality figures that any of the arms has, in the order of `QUALITY`, preference scores after them."""
     found = {figure for arm in arms for figure in arm.get("quality", {})}
-    return [figure for figure in QUALITY if figure in found]
+    return [figure for figure in QUALITY if figure in found] + sorted(found - QUALITY.keys())
 
 
 def quality_cell(arm: Mapping[str, Any], figure: str) -> str:
@@ -64,7 +72,7 @@ def quality_html(metrics: Mapping[str, Any]) -> str:
     arms = metrics["arms"]
     html = []
     for figure in figures_in(arms.values()):
-        about = QUALITY[figure]
+        shown = about(figure)
         lines = []
         for name, arm in arms.items():
             if figure not in arm.get("quality", {}):
@@ -72,11 +80,11 @@ def quality_html(metrics: Mapping[str, Any]) -> str:
             shift = metrics["differences"].get(name, {}).get("quality", {}).get(figure)
             lines.append(
                 f"<tr><th scope=row>{escape(name)}</th><td class=num>{escape(quality_cell(arm, figure))}</td>"
-                f"<td class=diff>{_coloured(shift, about.better) if shift else ''}</td></tr>"
+                f"<td class=diff>{_coloured(shift, shown.better) if shift else ''}</td></tr>"
             )
         html.append(
-            f"<section class=figure><h3>{escape(about.title)}</h3><p>{escape(about.meaning[0].upper())}"
-            f"{escape(about.meaning[1:])}. {about.better.capitalize()} is better.</p><table><caption>"
+            f"<section class=figure><h3>{escape(shown.title)}</h3><p>{escape(shown.meaning[0].upper())}"
+            f"{escape(shown.meaning[1:])}. {shown.better.capitalize()} is better.</p><table><caption>"
             f"{quality_n(arms.values(), figure)} pictures an arm</caption>{''.join(lines)}</table></section>"
         )
     note = "<p class=soft>FID is biased upwards in small sets: compare it at equal n only.</p>"

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """The pictures behind `--reference`, in a fixed order. `sha256` and `count` are known once all are read.
+    """The pictures of a set, in a fixed order. `sha256` and `count` are known once all are read.
 
     Args:
         given: a folder of png, jpg or webp files (its subfolders too), a folder of shards, or a pattern of tar files.
+        option: the option it was given by, for messages.
     """
 
-    def __init__(self, given: str) -> None:
+    def __init__(self, given: str, option: str = "--reference") -> None:
         self.given = given
+        self.option = option
         self.count = 0
         self._hash = hashlib.sha256()
 
@@ -46,7 +48,7 @@ class Reference:
             yield name, decode_image(content, name)
         if self.count < 2:
             what = "chosen images of clean pairs" if shards else "png, jpg or webp pictures"
-            raise UserError(f"--reference {self.given}: holds {self.count} {what}; FID needs many")
+            raise UserError(f"{self.option} {self.given}: holds {self.count} {what}; many are needed")
 
     def _from_files(self, folder: Path) -> Iterator[tuple[str, bytes]]:
         files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower().lstrip(".") in FORMATS]
@@ -61,7 +63,7 @@ class Reference:
         from lit_safety.data.sample import parse_metadata
         from lit_safety.data.source import open_source
 
-        source = open_source(self.given, "--reference")
+        source = open_source(self.given, self.option)
         for number in range(len(source.paths)):
             shard = source.open_shard(number)
             try:

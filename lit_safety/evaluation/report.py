@@ -1,4 +1,4 @@
-"""Writing a report down: metrics.json, verdicts.csv, before_after.png, index.html, each whole or not at all."""
+"""Writing a report down: metrics.json, tables, before_after.png, index.html, each file whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import write_atomic
+from lit_safety.evaluation.arm_table import arm_markdown
 from lit_safety.evaluation.contact_sheet import contact_sheet
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.page import page
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lit_safety.evaluation.results import Results
 
 COLUMNS = (
@@ -23,8 +26,13 @@ COLUMNS = (
 """Of verdicts.csv: what was asked, then what one judge said."""
 
 
-def write_report(results: Results, blur: bool) -> dict[str, Any]:
+def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write all files of a report into `results.out` and return the content of metrics.json.
+
+    Args:
+        results: what was found.
+        blur: blur what the judge calls harmful in before_after.png.
+        attacks: the content of an attacks.json for the page.
 
     metrics.json comes last: where it stands, the rest stands too.
 
@@ -36,7 +44,8 @@ def write_report(results: Results, blur: bool) -> dict[str, Any]:
     contact_sheet(results, blur).save(picture, "PNG", optimize=True)
     write_atomic(results.out / "verdicts.csv", verdicts_csv(results).encode())
     write_atomic(results.out / "before_after.png", picture.getvalue())
-    write_atomic(results.out / "index.html", page(results, metrics).encode())
+    write_atomic(results.out / "index.html", page(results, metrics, attacks).encode())
+    write_atomic(results.out / "table.md", arm_markdown(metrics).encode())
     write_atomic(results.out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     return metrics
 

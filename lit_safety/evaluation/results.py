@@ -80,7 +80,7 @@ class Results:
             return {}
         found = {}
         for figure, entry in self.quality[0][name].items():
-            how = self.settings["quality"]["clip_score" if figure == "clip_score" else "fid"]
+            how = self.settings["quality"]["fid" if figure.startswith("fid_") else figure]
             other = None
             if figure == "fid_base":  # it compares with the base, whatever else there is to compare with
                 how = {key: value for key, value in how.items() if key != "reference"}

@@ -16,15 +16,18 @@ from lit_safety.evaluation.drawing import DrawingSettings, Gallery
 from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.judging import judge_drawn
-from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
+from lit_safety.evaluation.kept_verdicts import KeptVerdicts
+from lit_safety.evaluation.pipelines import local_pipeline
+from lit_safety.evaluation.processes import Load, draw_missing
 from lit_safety.evaluation.results import ArmResult, Results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from lit_safety.evaluation.arms import Arm
-    from lit_safety.evaluation.judges import Judge
+    from lit_safety.evaluation.drawing import Drawn
+    from lit_safety.evaluation.judges import Judge, Verdict
     from lit_safety.evaluation.prompts import Prompt
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.selection import Selection
@@ -46,7 +49,9 @@ class Run:
     images: Path | None = None
     """Where the pictures go; None: `images` in `out`. Evaluations that share it draw their common arms once."""
     quality: Quality | None = None
-    """FID and CLIPScore, where they are asked for."""
+    """FID, CLIPScore and preference scores, where they are asked for."""
+    processes: int = 1
+    """How many processes draw."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -62,7 +67,7 @@ class Run:
         Raises:
             UserError: an arm does not load, a picture cannot be written, or a judge fails on every picture.
         """
-        schedulers = {name: self._scheduler(name) for name in self.arms}
+        schedulers = {name: self.scheduler(name) for name in self.arms}
         shared = self._shared(schedulers["base"])
         done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
         return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done))
@@ -72,7 +77,7 @@ class Run:
             return None
         measured = {}
         for name, arm in arms.items():
-            with _progress(f"quality {name}", len(self.quality.clean)) as tick:
+            with progress(f"quality {name}", len(self.quality.clean)) as tick:
                 measured[name] = self.quality.measure(arm.drawn, tick)
         return self.quality.report(measured)
 
@@ -86,11 +91,16 @@ class Run:
         """sha256 of each pipeline."""
         return {folder: fingerprint(folder) for folder in set(self.folders.values())}
 
-    def _load(self, name: str) -> Any:
-        return load_pipeline(self.folders[name], self.arms[name], str(self.drawing.device), self.drawing.precision)
+    def _load(self, name: str) -> Load:
+        return Load(self.folders[name], self.arms[name], self.drawing)
 
-    def _scheduler(self, name: str) -> str:
-        return type(self._load(name).scheduler).__name__
+    def scheduler(self, name: str) -> str:
+        """The class of an arm's scheduler; the arm is loaded for it.
+
+        Raises:
+            UserError: it does not load.
+        """
+        return type(self._load(name)().scheduler).__name__
 
     def _shared(self, scheduler: str) -> dict[str, Any]:
         """The settings that all arms share, as they stand in the report."""
@@ -109,39 +119,61 @@ class Run:
             "second_judges": [judge.settings for judge in self.judges[1:]],
             **({"quality": self.quality.settings} if self.quality else {}),
             "scheduler": scheduler,
-            **{key: value for key, value in asdict(self.drawing).items() if key != "workers"},
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+            **self.drawing.pixels(),
+            "versions": self.versions(),
         }
 
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """Of the libraries that pixels depend on."""
+        return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
     def _arm(self, name: str, shared: dict[str, Any]) -> ArmResult:
-        arm = self.arms[name]
-        own = arm.describe()
-        own |= {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
-        pixels = ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt", "adapters", "guard")
-        weights = {key: own[key] for key in pixels if key in own}
-        identity = weights | {key: shared[key] for key in ("scheduler", "versions")}
-        gallery = Gallery(self.images or self.out / "images", name, identity, self.prompts, self.drawing)
-        with _progress(f"draw {name}", len(self.prompts)) as tick:
-            if gallery.missing():
-                gallery.draw(self._load(name), arm.negative_prompt, tick, arm.guard)
-            else:
-                tick(len(self.prompts))
-        drawn = gallery.all()
-        answers = []
-        for judge in self.judges:
-            with _progress(f"judge {name}", len(drawn)) as tick:
-                answers.append(judge_drawn(judge, drawn, tick=tick))
-            reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
-            if len(reasons) == len(drawn):
-                raise UserError(f"the judge {judge.name} failed on every picture of {name}: {reasons[0]}; the pictures "
-                                f"stay in {gallery.folder}, no report was written")  # fmt: skip
+        own = self.describe(name)
+        prompts = [replace(p, user=self.arms[name].user) for p in self.prompts]
+        drawn, answers = self.pictures(name, prompts, self.identity(own, shared))
         keys = ("judge", "prompts_sha256", "scheduler")
         protocol = digest({key: shared[key] for key in keys} | self.drawing.protocol())
         return ArmResult(shared | own, protocol, drawn, answers[0], answers[1:])
 
+    def describe(self, name: str) -> dict[str, Any]:
+        """An arm as it stands in the report, its pipeline included."""
+        arm = self.arms[name]
+        pipeline = {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
+        return arm.describe() | pipeline
+
+    def identity(self, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+        """What an arm's pixels depend on beside prompts and settings."""
+        pixels = ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt", "adapters", "guard", "user")
+        weights = {key: own[key] for key in pixels if key in own}
+        return weights | {key: shared[key] for key in ("scheduler", "versions")}
+
+    def pictures(
+        self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
+    ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
+        """Draw prompts with one arm; the pictures, and what each judge says of them.
+
+        Raises:
+            UserError: a picture cannot be written, or a judge fails on every picture.
+        """
+        gallery = Gallery(self.images or self.out / "images", name, identity, prompts, self.drawing)
+        with progress(f"draw {name}", len(prompts)) as tick:
+            draw_missing(self._load(name), gallery, tick, self.processes)
+        drawn = gallery.all()
+        answers = []
+        for judge in self.judges:
+            with progress(f"judge {name}", len(drawn)) as tick:
+                kept = KeptVerdicts(gallery.folder, judge) if getattr(judge, "keep", False) else None
+                answers.append(judge_drawn(judge, drawn, tick=tick, kept=kept))
+            reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
+            if len(reasons) == len(drawn):
+                raise UserError(f"the judge {judge.name} failed on every picture of {name}: {reasons[0]}; the pictures "
+                                f"stay in {gallery.folder}, no report was written")  # fmt: skip
+        return drawn, answers
+
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr with the remaining time; yields what to call with the number of pictures just done."""
     columns = (TextColumn(f"{what:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

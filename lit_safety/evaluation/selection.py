@@ -28,10 +28,12 @@ class Selection:
     """Prompts for one and for two objects in equal parts."""
     adversarial: int | None = 200
     """Over all categories; the attacked prompts that they belong to come along."""
+    categories: tuple[str, ...] | None = None
+    """Of these categories are prompts for something harmful; None: of all."""
 
     def __post_init__(self) -> None:
         for kind, count in asdict(self).items():
-            if count is not None and count < 0:
+            if isinstance(count, int) and count < 0:
                 raise UserError(f"--{kind} {count}: the number of {kind} prompts cannot be negative")
 
 
@@ -44,28 +46,30 @@ def select(prompts: Iterable[Prompt], selection: Selection) -> list[Prompt]:
     Raises:
         UserError: nothing is left.
     """
-    rows = list(prompts)
+    wanted = selection.categories
+    rows = [row for row in prompts if wanted is None or not row.harmful or {row.category, *row.also} & {*wanted}]
     attacked = {row.pair: row for row in rows if row.pair and row.kind != "adversarial"}
     free = [row for row in rows if not row.pair or row.kind == "adversarial"]
     of = {kind: [row for row in free if row.kind == kind] for kind in KINDS}
-    chosen = _deal(of["adversarial"], selection.adversarial, lambda row: row.category)
+    chosen = deal(of["adversarial"], selection.adversarial, lambda row: row.category)
     chosen += [attacked[row.pair] for row in chosen if row.pair in attacked]
     for category in dict.fromkeys(row.category for row in of["explicit"]):
         members = [row for row in of["explicit"] if row.category == category]
-        chosen += _deal(members, selection.explicit, lambda row: row.concept)
+        chosen += deal(members, selection.explicit, lambda row: row.concept)
     halves = [[row for row in of["implicit"] if row.held_out is held_out] for held_out in (False, True)]
-    shuffled = [_deal(half, None, lambda row: (row.category, row.concept)) for half in halves]
+    shuffled = [deal(half, None, lambda row: (row.category, row.concept)) for half in halves]
     chosen += _round_robin(shuffled)[: selection.implicit]
-    chosen += _deal(of["lookalike"], selection.lookalike, lambda row: row.benign)
+    chosen += deal(of["lookalike"], selection.lookalike, lambda row: row.benign)
     lengths = [[r for r in of["clean"] if len(r.benign) == n] for n in sorted({len(r.benign) for r in of["clean"]})]
-    chosen += _round_robin([_deal(part, None, lambda row: row.benign) for part in lengths])[: selection.clean]
+    chosen += _round_robin([deal(part, None, lambda row: row.benign) for part in lengths])[: selection.clean]
     if not chosen:
         raise UserError("the prompt set holds no row of a kind that was asked for: raise --explicit, --clean, ...")
     place = {id(row): i for i, row in enumerate(rows)}
     return sorted(chosen, key=lambda row: (KINDS.index(row.kind), place[id(row)]))
 
 
-def _deal(rows: list[Prompt], count: int | None, stratum: Callable[[Prompt], Hashable]) -> list[Prompt]:
+def deal(rows: list[Prompt], count: int | None, stratum: Callable[[Prompt], Hashable]) -> list[Prompt]:
+    """The first `count` rows in the order of their hashes, dealt round robin over their strata; None: all of them."""
     strata: dict[Hashable, list[Prompt]] = {}
     for row in sorted(rows, key=_rank):
         strata.setdefault(stratum(row), []).append(row)

@@ -30,6 +30,7 @@ class UnionJudge:
         if len(judges) < 2:
             raise UserError("a union of judges needs two or more of them")
         self.judges = judges
+        self.keep = any(getattr(judge, "keep", False) for judge in judges)
         self.name = " or ".join(judge.name for judge in judges)
         self.settings: dict[str, Any] = {
             "name": self.name,

@@ -5,21 +5,14 @@ What it answers is data: it must be the JSON object that the template asks for, 
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
-from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import CATEGORIES, canonical_category
 from lit_safety.errors import UserError
-from lit_safety.evaluation.endpoint import Endpoint, EndpointError
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.vision_chat import VisionChat, read_object, read_template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +38,9 @@ class VLMJudge:
         UserError: the endpoint is no URL, a number is out of its range, or the template cannot be read.
     """
 
+    keep = True
+    """Each answer costs: `kept_verdicts` keeps them."""
+
     def __init__(
         self,
         endpoint: str,
@@ -57,11 +53,11 @@ class VLMJudge:
         max_side: int = 768,
         give_up_after: int = 8,
     ) -> None:
-        if min(parallel, max_side, give_up_after) < 1:
+        if parallel < 1:
             raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
-        self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
-        self.model, self.parallel, self.max_side, self.give_up_after = model, parallel, max_side, give_up_after
-        self.question = _template(template)
+        self.chat = VisionChat(endpoint, model, api_key_variable, timeout, retries, max_side, give_up_after)
+        self.endpoint, self.parallel = self.chat.endpoint, parallel
+        self.question = read_template(template, "vlm_prompt.txt")
         self.name = f"VLM {model}"
         self.settings: dict[str, Any] = {
             "name": self.name,
@@ -72,7 +68,6 @@ class VLMJudge:
             "rule": "harmful = the model's own word",
             "labels": sorted(CATEGORIES),
         }
-        self._failures, self._lock = 0, Lock()
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on pictures of any size."""
@@ -80,46 +75,18 @@ class VLMJudge:
             return list(pool.map(self._one, images))
 
     def _one(self, image: Image) -> Verdict | JudgeError:
-        if self._failures >= self.give_up_after:
-            return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
-        content = [
-            {"type": "text", "text": self.question},
-            {"type": "image_url", "image_url": {"url": self._uri(image)}},
-        ]
-        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-        try:
-            answer = self.endpoint.post("/chat/completions", body | {"max_tokens": 200})
-        except EndpointError as error:
-            with self._lock:
-                self._failures += 1
-            return JudgeError(str(error))
-        with self._lock:
-            self._failures = 0
-        try:
-            text = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            return JudgeError("the endpoint's answer holds no choices[0].message.content")
-        return read_answer(text)
-
-    def _uri(self, image: Image) -> str:
-        picture = image.convert("RGB")
-        picture.thumbnail((self.max_side, self.max_side))
-        content = io.BytesIO()
-        picture.save(content, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        text = self.chat.ask([self.question, image])
+        return text if isinstance(text, JudgeError) else read_answer(text)
 
 
 def read_answer(text: Any) -> Verdict | JudgeError:
     """The verdict in a model's answer: one JSON object, alone or in a code fence. Anything else is an error."""
-    shown = " ".join(str(text).split())[:80]
     if not isinstance(text, str):
-        return JudgeError(f"the model answered no text: {shown}")
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), flags=re.DOTALL)
-    try:
-        said = json.loads(fenced.group(1) if fenced else text)
-    except (ValueError, RecursionError):
-        return JudgeError(f"the model answered no JSON: {shown}")
-    if not isinstance(said, dict) or not isinstance(said.get("harmful"), bool):
+        return JudgeError(f"the model answered no text: {str(text)[:80]}")
+    said, shown = read_object(text), " ".join(text.split())[:80]
+    if isinstance(said, JudgeError):
+        return said
+    if not isinstance(said.get("harmful"), bool):
         return JudgeError(f"the model did not say true or false to `harmful`: {shown}")
     named = said.get("categories", [])
     if not isinstance(named, list):
@@ -131,12 +98,3 @@ def read_answer(text: Any) -> Verdict | JudgeError:
     if categories and not said["harmful"]:
         return JudgeError(f"the model contradicts itself: {shown}")
     return Verdict(said["harmful"], dict(categories), categories, 1.0, frozenset(categories))
-
-
-def _template(file: str | None) -> str:
-    try:
-        if file is None:
-            return files("lit_safety.evaluation").joinpath("vlm_prompt.txt").read_text(encoding="utf-8")
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"VLM judge: the template {file or 'vlm_prompt.txt'} cannot be read ({error})") from error

@@ -62,6 +62,17 @@ def test_other_protocols_stand_in_other_rows(report: dict) -> None:
     assert "must not be compared" in table
 
 
+def test_an_edit_is_a_protocol_of_its_own_and_a_judge_from_the_hub_has_no_hash(report: dict) -> None:
+    other = copy.deepcopy(report)
+    for arm in other["arms"].values():
+        arm["protocol"] = "two"
+        arm["settings"] |= {"judge": {"name": "B", "sha256": None}}
+        arm["settings"]["edit"] = {"task": "image_to_image", "strength": 0.7}
+    table = compare_table([("a", report), ("b", other)])
+    assert "judge B , prompts" in table
+    assert "image to image at strength 0.7" in table
+
+
 def test_prints_the_table_of_files_and_folders(report: dict, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     for file in (tmp_path / "run" / "metrics.json", tmp_path / "old.json"):

@@ -143,6 +143,11 @@ def test_settings_nobody_can_draw_with(settings: dict, says: str) -> None:
         DrawingSettings(**settings)
 
 
+def test_what_a_pipeline_does_not_take_is_one_line(pipe, small_set) -> None:
+    with pytest.raises(UserError, match=r"StableDiffusionPipeline does not draw so: .* divisible by 8"):
+        draw_batch(pipe, small_set[:1], DrawingSettings(steps=1, resolution=33))
+
+
 def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
     """Rows 1 and 2 draw at 5, whoever stands beside them; the run's guidance is 2."""
     plain = [ask("clean", benign="car", seed=seed) for seed in range(3)]

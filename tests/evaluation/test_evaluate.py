@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
@@ -28,6 +30,7 @@ def run(pipeline: Path, adapter: Path, prompts_csv: Path, tmp_path: Path, judge,
         evaluate(**(given | changes))
         return Path((given | changes)["out"])
 
+    run.judge = judge
     return run
 
 
@@ -51,7 +54,7 @@ def test_the_report_holds_what_it_promises(run, capsys) -> None:
     assert found["differences"].keys() == {"aligned", "half"}
     assert found["aligned"]["settings"]["adapter_sha256"] != found["base"]["settings"]["adapter_sha256"]
     assert {p.name for p in out.iterdir()} == {
-        "metrics.json", "before_after.png", "index.html", "verdicts.csv", "images",
+        "metrics.json", "before_after.png", "index.html", "verdicts.csv", "table.md", "images",
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert "IP, explicit prompts" in printed
@@ -141,6 +144,24 @@ def test_a_judge_that_fails_on_all_writes_no_report(run, judge, tmp_path: Path) 
     assert len(list((tmp_path / "report").rglob("*.png"))) == 6
 
 
+def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_it(run, tmp_path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_safety.data.atomic.os.fsync", full)
+    with pytest.raises(UserError, match=r"verdicts\.csv: cannot be written \(No space left"):
+        run(adapter=None)
+    out = tmp_path / "report"
+    assert [path.name for path in out.iterdir()] == ["images"]
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert len(kept) == 6
+    monkeypatch.undo()
+    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: run.judge)
+    run(adapter=None)
+    assert (out / "metrics.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
 def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> None:
     """The second judge calls everything harmful: it disagrees wherever the first one said safe."""
     other = type(judge)()
@@ -198,3 +219,19 @@ def test_the_command_imports_no_torch_and_documents_every_argument() -> None:
     documented = inspect.getdoc(evaluate) or ""
     for name in inspect.signature(evaluate).parameters:
         assert f"\n    {name}: " in documented
+
+
+def test_a_merged_adapter_and_a_fused_pipeline_are_arms_that_draw_the_same(run, pipeline, adapter, tmp_path) -> None:
+    """Two experts merged: as an adapter on the base, and as a pipeline of its own."""
+    from lit_safety.merging.merge import merge
+
+    second = shutil.copytree(adapter, tmp_path / "second")
+    merged = tmp_path / "merged"
+    merge([f"a={adapter}", f"b={second}"], str(merged), method="sum", pipeline=str(pipeline), fuse=True)
+    found = metrics(run(adapter=str(merged), arms={"fused": Arm(pipeline=str(merged / "pipeline"))}))
+    assert found["arms"]["fused"]["settings"]["pipeline_sha256"] != found["base"]["settings"]["pipeline_sha256"]
+    drawn = [sorted((tmp_path / "report" / "images").glob(f"{name}-*/*.png")) for name in ("base", "aligned", "fused")]
+    base, aligned, fused = ([np.asarray(Image.open(file), dtype=float) for file in files] for files in drawn)
+    assert len(aligned) == len(fused) == 6
+    assert max(abs(one - other).max() for one, other in zip(aligned, fused, strict=True)) <= 2  # of 255, by rounding
+    assert max(abs(one - other).max() for one, other in zip(base, aligned, strict=True)) > 10

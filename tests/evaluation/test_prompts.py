@@ -93,6 +93,16 @@ def test_a_smaller_selection_is_part_of_a_larger_one(many) -> None:
     assert set(small) < set(large)
 
 
+def test_categories_leave_out_other_harms_and_nothing_else(many) -> None:
+    """They are those that a selection of all categories holds too."""
+    chosen = select(many, Selection(explicit=6, implicit=0, lookalike=None, clean=6, categories=("violence",)))
+    every = select(many, Selection(explicit=6, implicit=0, lookalike=None, clean=6))
+    assert Counter((p.kind, p.category) for p in chosen) == {
+        ("explicit", "violence"): 6, ("lookalike", ""): 10, ("clean", ""): 6,
+    }  # fmt: skip
+    assert set(chosen) == {p for p in every if p.category != "shocking"}
+
+
 def test_none_takes_all_and_zero_takes_none(many) -> None:
     chosen = select(many, Selection(explicit=None, implicit=0, lookalike=0, clean=0))
     assert Counter(p.kind for p in chosen) == {"explicit": 60}

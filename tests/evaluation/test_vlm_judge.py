@@ -3,13 +3,12 @@
 import base64
 import io
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 
 import pytest
 from PIL import Image
+from vlm_server import Server, says, serving
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import JudgeError, Verdict
@@ -18,45 +17,10 @@ from lit_safety.evaluation.vlm_judge import VLMJudge, read_answer
 PICTURE = Image.new("RGB", (900, 300), (1, 2, 3))
 
 
-class Server(ThreadingHTTPServer):
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[tuple[dict, dict]] = []
-        self.reply: Callable[[int], tuple[int, bytes]] = lambda _: says('{"harmful": false, "categories": []}')
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((dict(self.headers) | {"path": self.path}, body))
-        status, content = self.server.reply(len(self.server.asked) - 1)
-        self.send_response(status)
-        if status == 307:
-            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def says(text: object) -> tuple[int, bytes]:
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def make(server: Server, **settings) -> VLMJudge:

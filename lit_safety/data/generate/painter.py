@@ -28,11 +28,11 @@ class DrawSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"--steps must be at least 1, not {self.steps}")
+            raise UserError(f"--steps {self.steps}: at least 1 step is needed to draw")
         if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"--guidance must be a number from 0 up, not {self.guidance}")
+            raise UserError(f"--guidance {self.guidance}: must be a number from 0 up")
         if self.resolution is not None and self.resolution < 8:
-            raise UserError(f"--resolution must be at least 8 pixels, not {self.resolution}")
+            raise UserError(f"--resolution {self.resolution}: must be at least 8 pixels")
 
 
 class Painter:

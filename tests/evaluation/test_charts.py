@@ -1,0 +1,177 @@
+import json
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.arm_table import arm_html, arm_markdown
+from lit_safety.evaluation.attack_curves import attacks_html, find_attacks, read_attacks
+from lit_safety.evaluation.judges import Verdict
+from lit_safety.evaluation.metrics import answers, summarise
+from lit_safety.evaluation.pareto import front, pareto_html
+from lit_safety.evaluation.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, share_range
+
+
+def test_the_front_is_what_no_other_beats_in_both() -> None:
+    """b is beaten by a (less harm, as much kept), d by c; e equals c and stays beside it."""
+    points = {"a": (0.1, 0.8), "b": (0.2, 0.8), "c": (0.5, 0.9), "d": (0.6, 0.7), "e": (0.5, 0.9)}
+    assert front(points) == ["a", "c", "e"]
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "labels"),
+    [
+        ([0.0, 1.0], (0.0, 1.0), ["0%", "20%", "40%", "60%", "80%", "100%"]),
+        ([0.93, 1.0], (0.92, 1.0), ["92%", "94%", "96%", "98%", "100%"]),
+        ([0.0, 0.0], (0.0, 0.01), ["0%", "1%"]),
+    ],
+)
+def test_axes_end_on_round_shares(values: list[float], ends: tuple[float, float], labels: list[str]) -> None:
+    low, high, marks = share_range(values)
+    assert (low, high) == pytest.approx(ends)
+    assert [text for _, text in marks] == labels
+
+
+def test_places_in_a_chart() -> None:
+    """The middle of both axes is the middle of the area that is left to the data."""
+    chart = Chart("c", "t", "d", ("x", 0.0, 2.0), ("y", 10.0, 20.0))
+    assert chart.place(0, 10) == (LEFT, HEIGHT - BOTTOM)
+    assert chart.place(1, 15) == ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)
+
+
+def test_names_do_not_stand_on_each_other() -> None:
+    chart = Chart("c", "t", "d", ("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    for number in range(9):
+        chart.label(0.0, 1.0, f"arm number {number}", number)
+    rows = sorted(row for _, row, _, _ in chart._labels)
+    assert all(after - before >= 18 for before, after in pairwise(rows))
+    assert rows[-1] < HEIGHT - BOTTOM
+
+
+@pytest.fixture
+def metrics(ask) -> dict:
+    """Three arms: harm in 8, 1 and 2 of 10 pictures; the car drawn in 10, 10 and 7 of 10."""
+    harmful, clean = ask("explicit", "violence", "knife"), ask("clean", benign="car")
+
+    def arm(harm: int, cars: int) -> dict:
+        rows = [answers(harmful, Verdict(i < harm), {"car"}) for i in range(10)]
+        rows += [
+            answers(clean, Verdict(False, present=frozenset({"car"} if i < cars else ())), {"car"}) for i in range(10)
+        ]
+        return {"n": 20, "errors": 0, **summarise(rows), "protocol": "p"}
+
+    settings = {"judge": {"name": "A", "sha256": "abcdef0123456789", "threshold": 0.5}, "prompts": "p.csv"}
+    settings |= {"prompts_sha256": "0123456789", "drawn": {"explicit": 10, "clean": 10}, "scheduler": "DDIM"}
+    settings |= {"steps": 12, "guidance": 3.0}
+    arms = {"base": arm(8, 10), "aligned": arm(1, 10), "neg|prompt <b>": arm(2, 7)}
+    return {"settings": settings, "arms": arms, "differences": {}}
+
+
+def svgs(html: str) -> list[ET.Element]:
+    parts = ["<svg" + part.partition("</svg>")[0] + "</svg>" for part in html.split("<svg")[1:]]
+    quoted = [part.replace("class=chart", "").replace("role=img", 'role="img"') for part in parts]
+    for bare in ("class=grid", "class=lead", "class=axis", "text-anchor=middle", "text-anchor=end", "stroke-width=2"):
+        name, _, value = bare.partition("=")
+        quoted = [part.replace(bare, f'{name}="{value}"') for part in quoted]
+    return [ET.fromstring(part) for part in quoted]
+
+
+def test_the_pareto_chart_shows_every_arm_and_says_so_in_words(metrics: dict) -> None:
+    html = pareto_html(metrics)
+    (chart,) = svgs(html)
+    assert len(chart.findall("circle")) == 3
+    said = chart.findtext("desc")
+    assert "aligned: IP, explicit prompts 10.0%, benign recall 100.0%" in said
+    assert said.endswith("Not beaten in both by another: aligned.")
+    assert chart.get("aria-labelledby").split() == [chart.find("title").get("id"), chart.find("desc").get("id")]
+    assert "<b>" not in html.replace("&lt;b&gt;", "")
+    across = [float(circle.get("cx")) for circle in chart.findall("circle")]
+    assert across[1] < across[2] < across[0], "less harm stands further left"
+
+
+def test_no_chart_of_a_single_arm_or_without_figures(metrics: dict) -> None:
+    assert pareto_html(metrics | {"arms": {"base": metrics["arms"]["base"]}}) == ""
+    bare = {name: {"counts": {}, "intervals": {}} for name in ("base", "other")}
+    assert pareto_html(metrics | {"arms": bare}) == ""
+
+
+def test_clip_score_stands_in_where_no_object_is_known(metrics: dict) -> None:
+    for score, arm in enumerate(metrics["arms"].values()):
+        del arm["benign_recall"]
+        arm["quality"] = {"clip_score": {"value": 20.0 + score, "interval": None, "n": 10, "errors": 0}}
+    (chart,) = svgs(pareto_html(metrics))
+    assert "CLIPScore 22.0" in chart.findtext("desc")
+
+
+def test_the_table_has_a_row_an_arm_and_the_protocol(metrics: dict) -> None:
+    lines = arm_markdown(metrics).splitlines()
+    assert lines[0].startswith("| arm | IP, explicit prompts | harm on clean prompts | benign recall |")
+    assert lines[3].startswith("| aligned | 10.0 [1.8, 40.4] |")
+    assert lines[4].startswith(r"| neg\|prompt <b> | 20.0 ")
+    assert "Judge A (abcdef0123, threshold 0.5); prompts p.csv (01234567): 10 explicit, 10 clean; DDIM, 12" in lines[-1]
+    html = arm_html(metrics)
+    assert html.count("<tr>") == 4
+    assert "<b>" not in html
+    assert arm_html(metrics | {"arms": {"base": metrics["arms"]["base"]}}) == ""
+
+
+def point(budget: object, asr: float | None, **more: object) -> dict:
+    return {"budget": budget, "asr": asr, "n": 40, "interval": [0.0, 1.0] if asr is None else [asr / 2, asr], **more}
+
+
+@pytest.fixture
+def attacks() -> dict:
+    curves = {"base": [point(0, 0.9), point(16, 1.0), point(4, 0.95)], "aligned": [point(0, 0.0), point(16, 0.2)]}
+    scale = {"aligned": [point(-1, None), point(0, 0.9, label="adapter off"), point(1, 0.0)], "none": []}
+    return {
+        "attacks": {
+            "random_suffix": {"budget": "candidates <b>", "arms": curves, "knows": "black box"},
+            "scale": {"budget": "scale", "arms": scale, "not_applicable": {"base": "has no adapter"}},
+        },
+        "protocol": {"judge": {"name": "A"}, "seed": 0},
+    }
+
+
+def test_curves_rise_with_the_budget_and_stand_as_tables_too(attacks: dict) -> None:
+    html = attacks_html(attacks, ["base", "aligned"])
+    first, second = svgs(html)
+    assert len(first.findall("circle")) == 5
+    assert len(second.findall("circle")) == 2, "a point without a judged picture is not drawn"
+    lines = first.findall("polyline")
+    starts = [[float(pair.split(",")[0]) for pair in line.get("points").split()] for line in lines]
+    assert all(row == sorted(row) for row in starts)
+    assert "base: from 90.0% to 100.0%" in first.findtext("desc")
+    assert "20.0% [10.0, 20.0] of 40" in html
+    assert "0: adapter off" in html
+    assert "base: has no adapter." in html
+    assert "Attacker: black box." in html
+    assert "<b>" not in html.replace("<b>random suffix</b>", "").replace("<b>scale</b>", "")
+
+
+def test_attacks_are_found_beside_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:
+    assert find_attacks(None, tmp_path) is None
+    (tmp_path / "attacks.json").write_text(json.dumps(attacks))
+    assert find_attacks(None, tmp_path) == find_attacks(str(tmp_path), tmp_path / "x") == attacks
+    assert find_attacks(str(tmp_path / "attacks.json"), tmp_path / "x") == attacks
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "is no JSON"),
+        ("[]", "is no attacks.json"),
+        ('{"attacks": {"a": {"arms": {"b": [{"budget": 1}]}}}}', "is no attacks.json"),
+        ('{"attacks": {"a": {"budget": "x", "arms": {"b": [{"budget": 1, "asr": 2, "n": 1, "interval": [0, 1]}]}}}}',
+         "a, b: a point is no budget"),
+        ('{"attacks": {"a": {"budget": 3, "arms": {}}}}', "must say in words"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_attacks(tmp_path: Path, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "attacks.json").write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        read_attacks(tmp_path / "attacks.json")
+    assert "\n" not in str(error.value)

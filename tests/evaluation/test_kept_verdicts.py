@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_safety.errors import UserError
+from lit_safety.evaluation.drawing import Drawn
+from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.judging import judge_drawn
+from lit_safety.evaluation.kept_verdicts import KeptVerdicts
+
+
+class Counting:
+    """Calls red pictures harmful and notes what it was asked; fails where it is told."""
+
+    name = "counting"
+    keep = True
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self.settings = {"name": self.name, "threshold": threshold}
+        self.asked: list[int] = []
+        self.fails: set[int] = set()
+
+    def judge(self, images):
+        reds = [image.getpixel((0, 0))[0] for image in images]
+        self.asked += reds
+        return [
+            JudgeError("busy") if red in self.fails
+            else Verdict(red > 2, {"x": red / 9}, {"violence": red / 9}, 0.75, frozenset({"x"}))
+            for red in reds
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> list[Drawn]:
+    """Pictures whose first number is 0, 1, 2, 3, 4; the last one was never drawn."""
+    pictures = [Drawn(tmp_path / f"{i:05d}.png") for i in range(5)]
+    for red, one in enumerate(pictures):
+        Image.new("RGB", (4, 4), (red, 0, 0)).save(one.path)
+    return [*pictures, Drawn(tmp_path / "00005.png", error="not finite")]
+
+
+def ask(judge: Counting, drawn: list[Drawn], **options):
+    return judge_drawn(judge, drawn, kept=KeptVerdicts(drawn[0].path.parent, judge), **options)
+
+
+def test_nothing_is_asked_twice_and_the_answers_are_the_same(drawn: list[Drawn]) -> None:
+    first, again = Counting(), Counting()
+    before = ask(first, drawn, batch_size=2)
+    assert ask(again, drawn) == before
+    assert (first.asked, again.asked) == ([0, 1, 2, 3, 4], [])
+
+
+def test_an_error_is_asked_again(drawn: list[Drawn]) -> None:
+    first, again = Counting(), Counting()
+    first.fails = {1, 3}
+    assert isinstance(ask(first, drawn)[1], JudgeError)
+    assert not isinstance(ask(again, drawn)[1], JudgeError)
+    assert again.asked == [1, 3]
+
+
+def test_a_line_cut_short_costs_one_picture(drawn: list[Drawn]) -> None:
+    """The kill falls into the third line; what is noted after it stands on lines of its own."""
+    first, again, third = Counting(), Counting(), Counting()
+    answers = ask(first, drawn)
+    file = KeptVerdicts(drawn[0].path.parent, first).file
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])
+    assert ask(again, drawn) == answers
+    assert again.asked == [2, 3, 4]
+    assert ask(third, drawn) == answers
+    assert third.asked == []
+
+
+def test_other_settings_or_another_picture_are_judged_anew(drawn: list[Drawn]) -> None:
+    ask(Counting(), drawn)
+    other, again = Counting(threshold=0.7), Counting()
+    ask(other, drawn)
+    assert len(other.asked) == 5
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(drawn[0].path)
+    ask(again, drawn)
+    assert again.asked == [9]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_noted(drawn: list[Drawn], monkeypatch) -> None:
+    judge = Counting()
+    ask(judge, drawn[:2])
+
+    def full(*_: object, **__: object):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_safety.data.atomic.open", full, raising=False)
+    with pytest.raises(UserError, match="No space left"):
+        ask(judge, drawn)
+    monkeypatch.undo()
+    again = Counting()
+    ask(again, drawn)
+    assert again.asked == [2, 3, 4]
