@@ -21,78 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from networks import SCALES, TOY, random_pairs, random_pipeline
 
 from lit_safety.adapters import LoRA
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
 from lit_safety.data.precompute import precompute
-from lit_safety.data.writer import ShardWriter
 from lit_safety.evaluation.pipelines import quiet_libraries
 from lit_safety.modules import SCDPO
-
-TOY = Path(__file__).parents[1] / "data" / "toyworld"
-#: Widths of UNet, VAE and text encoder, attention heads' dimension, text layers. `full` is Stable Diffusion 1.5's.
-SCALES: dict[str, dict[str, Any]] = {
-    "small": {"unet": (32, 64, 128, 128), "vae": (16, 32, 64, 64), "text": 96, "layers": 2},
-    "full": {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512), "text": 768, "layers": 12},
-}
-
-
-def random_pipeline(folder: Path, scale: str) -> Path:
-    """A pipeline of Stable Diffusion 1.5's shape with random weights; the toy world's words."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    size = SCALES[scale]
-    tokenizer = CLIPTokenizer.from_pretrained(TOY / "pipeline" / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=size["text"],
-        intermediate_size=4 * size["text"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["text"] // 32 if scale == "small" else 12,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    groups = 16 if scale == "small" else 32
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=size["unet"], layers_per_block=2, cross_attention_dim=size["text"],
-        attention_head_dim=8, norm_num_groups=groups,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=size["vae"], layers_per_block=2, latent_channels=4, norm_num_groups=groups,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    pipe: Any = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def random_pairs(folder: Path, count: int, resolution: int) -> Path:
-    """Noise for pictures: what is in them costs no time."""
-    random = np.random.default_rng(0)
-
-    def picture() -> Image.Image:
-        return Image.fromarray(random.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8))
-
-    known = {"prompt_kind": "harmful", "order": "safety", "harmful": {"chosen": False, "rejected": True}}
-    with ShardWriter(folder, samples_per_shard=max(count // 4, 1), image_format="jpg") as writer:
-        for number in range(count):
-            cost = {"chosen": -1.0, "rejected": 1.0}
-            writer.write(
-                f"{number:05d}", {**known, "prompt": f"a red cat {number}", "cost": cost}, picture(), picture()
-            )
-    return folder
 
 
 class Arm:

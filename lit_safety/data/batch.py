@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_safety.data.chance import LATENT, NOISE, normal
+from lit_safety.data.reference_cache import FixedDraw
 from lit_safety.data.sample import PairMetadata, Sides
 from lit_safety.errors import UserError
 
@@ -63,6 +64,15 @@ class PairBatch:
     crops: Tensor | None = None
     """float32 (B, 2, 6), chosen and rejected, in pixels: height and width of the stored image, top and left of the cut
     in it once it was scaled, height and width of what was cut out."""
+    fixed_seeds: list[int] | None = None
+    """Out of a reference cache: each pair's seed of timestep, noise and latent sample, instead of those of `seeds`."""
+    fixed_timesteps: list[float] | None = None
+    """The timesteps that those seeds gave when the cache was made, in the backbone's own unit."""
+    reference: Tensor | None = None
+    """float32 (B, 2, 1 or 2): the reference's errors there, of chosen and rejected, with the prompt and without."""
+    reference_prediction: Tensor | None = None
+    """float32 (B, 1 or 2, C, h, w): its predictions on the chosen image, with the prompt and without; zeros for harmful
+    prompts."""
     draws: dict[str, Tensor] = field(default_factory=dict)
     """Standard normal numbers by purpose, (B, C, h, w), drawn ahead by a worker: `chance.normal(seeds, purpose, ...)`.
     Purposes that are missing are drawn when they are asked for."""
@@ -72,6 +82,26 @@ class PairBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def noise_seeds(self) -> list[int]:
+        """Each pair's seed of timestep, noise and latent sample."""
+        return self.seeds if self.fixed_seeds is None else self.fixed_seeds
+
+    def take(self, rows: Sequence[int]) -> PairBatch:
+        """The batch of the pairs at `rows` only."""
+        taken = copy.copy(self)
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("empty", "skipped"):
+                continue
+            if isinstance(value, list):
+                setattr(taken, one.name, [value[row] for row in rows])
+            elif isinstance(value, Tensor):
+                setattr(taken, one.name, value[list(rows)])
+            elif isinstance(value, dict):
+                setattr(taken, one.name, {name: tensor[list(rows)] for name, tensor in value.items()})
+        return taken
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The batch with its tensors on `device`."""
@@ -110,6 +140,8 @@ class Pair:
     """float32 (2, 2, C, h, w), as `PairBatch.latents`."""
     conditioning: dict[str, Tensor] | None = None
     """The text encoders' outputs for the prompt, without the batch's dimension."""
+    draw: FixedDraw | None = None
+    """Out of a reference cache: timestep, noise and the reference's errors there."""
 
 
 def collate(
@@ -132,9 +164,13 @@ def collate(
     """
     _check_sizes(pairs)
     seeds = [pair.seed for pair in pairs]
+    fixed = [pair.draw for pair in pairs if pair.draw is not None]
+    if len(fixed) < len(pairs):
+        fixed = []
+    noise_seeds = [one.seed for one in fixed] or seeds
     latents = _stack([pair.latents for pair in pairs])
     # What a step needs by the thousand is drawn here, in the worker, where its count is known.
-    draws = {} if latents is None else {name: normal(seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
+    draws = {} if latents is None else {name: normal(noise_seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
     nan = float("nan")
     unknown: Sides[float] = Sides(nan, nan)
     labels = [pair.metadata.harmful for pair in pairs]
@@ -164,6 +200,10 @@ def collate(
         conditioning=_rows(pairs),
         empty=empty,
         crops=_stack([pair.crops for pair in pairs]),
+        fixed_seeds=noise_seeds if fixed else None,
+        fixed_timesteps=[one.timestep for one in fixed] or None,
+        reference=_stack([one.errors for one in fixed]) if fixed else None,
+        reference_prediction=_stack([one.prediction for one in fixed]) if fixed else None,
         draws=draws,
         skipped=list(skipped),
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lit_safety.data.reference_cache import ReferenceCache, parse_reference
 from lit_safety.errors import UserError
 
 VERSION = 1
@@ -46,9 +47,14 @@ class Cache:
     """The first of them."""
     prompts: dict[str, Any] = field(default_factory=dict)
     """Size and SHA-256 of `prompts.safetensors`: `{"bytes": ..., "sha256": ...}`."""
+    reference: ReferenceCache | None = None
+    """What is stored of the reference's errors; None: nothing."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
+        stated = {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
+        if self.reference is None:
+            del stated["reference"]
+        return stated
 
     def __str__(self) -> str:
         hashes = ", ".join(f"{name} {found[:8]}" for name, found in self.weights.items())
@@ -110,6 +116,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
         truncated=cut if type(cut) is int else 0,
         first_truncated=first if isinstance(first, str) else None,
         prompts=prompts if isinstance(prompts, dict) else {},
+        reference=parse_reference(data.get("reference"), f"{where}: reference"),
     )
 
 

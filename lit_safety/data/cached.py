@@ -2,7 +2,7 @@
 
 `K.chosen.latent.npy`, `K.rejected.latent.npy` (2, C, h, w): mean and standard deviation of the image's latents,
 unscaled; `.latent.flip.npy` the same of the mirrored image; `K.crops.npy` int32 (2, 6): how each image was cut.
-A reference cache (`K.reference.npy`) has its place here when there is one.
+What a reference cache adds stands in `reference_cache.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_safety.data.cache import TYPES, Cache
 from lit_safety.data.npy import read_npy, write_npy
+from lit_safety.data.reference_cache import reference_name
 from lit_safety.data.sample import SIDES
 from lit_safety.errors import UserError
 
@@ -30,9 +31,12 @@ def latent_name(side: str, mirror: bool) -> str:
 
 
 @functools.cache
-def cached_members(flip: bool) -> re.Pattern[str]:
+def cached_members(flip: bool, reference: bool = False, predictions: bool = False) -> re.Pattern[str]:
     """The members of a cached sample that are read."""
-    names = ["json", CROPS, *(latent_name(side, mirror) for side in SIDES for mirror in {False, flip})]
+    mirrors = {False, flip}
+    names = ["json", CROPS, *(latent_name(side, mirror) for side in SIDES for mirror in mirrors)]
+    names += [reference_name(mirror) for mirror in mirrors if reference]
+    names += [reference_name(mirror, prediction=True) for mirror in mirrors if reference and predictions]
     return re.compile("|".join(map(re.escape, names)))
 
 

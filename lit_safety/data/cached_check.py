@@ -11,6 +11,7 @@ from lit_safety.data.cached import cached_tensors
 from lit_safety.data.cached_source import check_prompts
 from lit_safety.data.manifest import FILE_NAME, file_sha256
 from lit_safety.data.prompt_table import PromptTable
+from lit_safety.data.reference_cache import read_reference
 from lit_safety.errors import UserError
 
 
@@ -57,5 +58,9 @@ class CachedCheck:
         """
         for mirror in (False, True) if self.cache.flip else (False,):
             cached_tensors(members, self.cache, mirror, where)
+            if (reference := self.cache.reference) is not None:
+                latent = self.cache.latent if reference.predictions else None
+                for number in range(reference.draws):
+                    read_reference(members, reference, latent, mirror, number, where)
         if self._table is not None and self._table.get(prompt) is None:
             raise UserError(f"{where}: its prompt {prompt!r} is missing in {self.path}")

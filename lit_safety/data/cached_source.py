@@ -23,8 +23,12 @@ class CachedSource:
     prompts: PromptTables
 
 
-def cached_source(source: Source) -> CachedSource | None:
+def cached_source(source: Source, reference: bool = True) -> CachedSource | None:
     """The cache of a source; None if its shards hold images.
+
+    Args:
+        source: the shards.
+        reference: read what is cached of the reference too.
 
     Raises:
         UserError: only some of its folders are cached, two caches were made by different models or at different
@@ -46,6 +50,11 @@ def cached_source(source: Source) -> CachedSource | None:
                 f"{source.key}: the cache {first.given} was made by {cache}, the cache {other.given} by {its}; "
                 "make one of them anew"
             )
+        if reference and its.reference != cache.reference:
+            raise UserError(
+                f"{source.key}: the reference caches of {first.given} and {other.given} differ (draws, denoiser, "
+                "precision, or only one has one); make one of them anew, or set data.init_args.use_reference to false"
+            )
     for one, its in found:
         if not is_remote(one.prompts):  # what is wrong with it is better known before a model is loaded
             check_prompts(PromptTable(one.prompts), its)
@@ -55,6 +64,7 @@ def cached_source(source: Source) -> CachedSource | None:
         images=all(one.images for _, one in found),
         truncated=sum(one.truncated for _, one in found),
         first_truncated=next((one.first_truncated for _, one in found if one.first_truncated), None),
+        reference=cache.reference if reference else None,
     )
     tables = {one.prompts: _sha256(its) for one, its in found}
     return CachedSource(source.key, together, PromptTables(tables))

@@ -9,6 +9,7 @@ purposes never share their numbers.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 #: The purposes of the numbers that a step needs by the thousand; workers draw them ahead where they know how many.
 NOISE, LATENT = "noise", "latent"
+TIMESTEP = "timestep"
 
 _63_BITS = (1 << 63) - 1
+_53_BITS = (1 << 53) - 1
 
 
 def _hash(*parts: str | int) -> int:
@@ -37,6 +40,23 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 def derive(sample_seed: int, purpose: str) -> int:
     """The 63-bit seed for one purpose of one sample."""
     return _hash("purpose", sample_seed, purpose)
+
+
+def fixed_seed(key: str, number: int, count: int) -> int:
+    """The seed of the `number`-th of a sample's `count` fixed draws of timestep and noise, exact in float64.
+
+    Its timestep lies in the `number`-th of `count` equal parts of the schedule, so that together they cover it.
+    """
+    return next(
+        seed
+        for attempt in itertools.count()
+        if int(uniform(seed := _hash("fixed", key, number, count, attempt) & _53_BITS, TIMESTEP) * count) == number
+    )
+
+
+def turn(seed: int, epoch: int, key: str, count: int) -> int:
+    """Which of its `count` fixed draws the sample `key` has in a pass; in `count` passes each of them once."""
+    return (_hash("turn", seed, key) + epoch) % count
 
 
 def generator(sample_seed: int, purpose: str) -> torch.Generator:

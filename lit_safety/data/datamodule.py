@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 
+from lit_safety.data.buckets import bucket_groups
 from lit_safety.data.cache import check_resolution
 from lit_safety.data.cached_source import CachedSource, cached_source
 from lit_safety.data.categories import CATEGORIES
@@ -18,6 +21,7 @@ from lit_safety.data.decode import PairDecoder
 from lit_safety.data.loader import PairLoader
 from lit_safety.data.mix import mixed_batches, shares
 from lit_safety.data.order import Deal
+from lit_safety.data.picture_sizes import chosen_sizes
 from lit_safety.data.place import Place
 from lit_safety.data.plan import Group, batches_in
 from lit_safety.data.select import Filter, Selection, select, take
@@ -51,12 +55,20 @@ class PreferenceDataModule(LightningDataModule):
         seed: Fixes the order of the pairs and every random choice made for one (timestep, noise, flip ...).
         resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the
             middle; null: as stored.
+        aspect_buckets: Cut pictures to one of a list of shapes instead of a square, each with about as many pixels as
+            the square of `resolution` and sides that are multiples of 64 (of 8 or more for resolutions below 512): the
+            one most like the chosen picture's own. Every step (on all ranks) is of one shape; a shape that has not
+            pairs enough for a step goes into its neighbour. Needs pictures on this machine, no cache.
         flip: Mirror half of the training pairs, both images of a pair alike.
         use_cache: Read cached latents and text where shards have them (`shards precompute`), and no images; false:
             images, for which they must be there beside.
+        use_reference: Take timestep and noise from the fixed draws of a reference cache, and the reference's errors
+            with them (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
         one_category: Make every training step (on all ranks) of pairs about one category, for experts; the categories
             take turns, each as often as it has pairs. A pair about several categories takes part in the turns of each,
             one about none in no turn. Batches of validation and test are of one category too, one after the other.
+        uncategorised: With `categories`, take pairs about no category too. With `one_category` they take part in the
+            turns of every category in training, so that each expert learns what it is to leave alone.
         consecutive: With `one_category`: train one category after the other, each for an equal share of
             `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
         shuffle_window: How many shards are mixed with each other; more mixes better and keeps more files open.
@@ -91,6 +103,9 @@ class PreferenceDataModule(LightningDataModule):
         on_bad_sample: Literal["error", "skip"] = "error",
         bad_sample_limit: int = 100,
         weights: list[float] | None = None,
+        use_reference: bool = True,
+        aspect_buckets: bool = False,
+        uncategorised: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # a key that the module has too would be refused by the loggers
@@ -102,19 +117,25 @@ class PreferenceDataModule(LightningDataModule):
         self.resolution = resolution
         self.flip = flip
         self.use_cache = use_cache
+        self.use_reference = use_reference
+        self.reference_predictions = False
+        """Whether a module reads the reference's predictions too."""
         self.one_category = one_category
+        self.uncategorised = uncategorised
         self.consecutive = consecutive
         self.shuffle_window = shuffle_window
         self.on_bad_sample = on_bad_sample
         self.bad_sample_limit = bad_sample_limit
         self.weights = weights
-        self.filter = Filter.of(categories, kinds, orders, users, KEY)
+        self.aspect_buckets = aspect_buckets
+        self.filter = replace(Filter.of(categories, kinds, orders, users, KEY), uncategorised=uncategorised)
         self.place = Place()
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
         self._opened: dict[str, tuple[Source, Selection]] = {}
         self._caches: dict[str, CachedSource] = {}
+        self._sizes: dict[str, list[NDArray[np.int64]]] = {}
         self.labels_only: frozenset[str] = frozenset()
         """Of train, val and test, what a module reads no images of: it has kept what it needs of them."""
         self._check_numbers()
@@ -133,6 +154,14 @@ class PreferenceDataModule(LightningDataModule):
             raise UserError(f"{KEY}.resolution must be at least 1 pixel, not {self.resolution}")
         if self.consecutive and not self.one_category:
             raise UserError(f"{KEY}.consecutive: true is about batches of one category: set {KEY}.one_category: true")
+        if self.aspect_buckets:
+            if self.resolution is None:
+                raise UserError(
+                    f"{KEY}.aspect_buckets: true cuts pictures to about resolution^2 pixels: set {KEY}.resolution"
+                )
+            if self.one_category or self.weights is not None:
+                other = "one_category" if self.one_category else "weights"
+                raise UserError(f"{KEY}.aspect_buckets divides batches, {KEY}.{other} too: leave one of them out")
         if self.weights is not None:
             entries = len(self.train) if isinstance(self.train, list) else 0
             if len(self.weights) != entries or not all(0 < weight < float("inf") for weight in self.weights):
@@ -187,7 +216,12 @@ class PreferenceDataModule(LightningDataModule):
             self._opened[name] = source, select(source, self.filter)
             if not self.use_cache:
                 self._check_images(source)
-            cached = cached_source(source) if self.use_cache else None
+            cached = cached_source(source, self.use_reference) if self.use_cache else None
+            if cached is not None and self.aspect_buckets:
+                raise UserError(
+                    f"{source.key}: is a cache, which holds pictures of one size, and {KEY}.aspect_buckets is on: name "
+                    f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
+                )
             if cached is not None:
                 check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
                 self._caches[name] = cached
@@ -209,6 +243,22 @@ class PreferenceDataModule(LightningDataModule):
         """
         self.check_sources(stage)
         return [self._caches[name] for name in self._needed(stage) if name in self._caches]
+
+    def users(self, stage: str | None = "fit") -> dict[str, frozenset[str]]:
+        """Ids of the users whose pairs a stage reads, by YAML key, as far as the manifests say.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        return {
+            f"{KEY}.{name}": frozenset(
+                one.user
+                for one in self._opened[name][0].manifest.classes
+                if one.user is not None and self.filter.takes(one)
+            )
+            for name in self._needed(stage)
+        }
 
     # ---- Lightning's hooks
 
@@ -245,7 +295,12 @@ class PreferenceDataModule(LightningDataModule):
             f"{KEY}.seed": self.seed,
             f"{KEY}.shuffle_window": self.shuffle_window,
             f"{KEY}.one_category": self.one_category,
+            f"{KEY}.uncategorised": self.uncategorised,
         }
+        if self.aspect_buckets:
+            shapes = ", ".join(f"{group.name} ({group.selection.total})" for group in groups)
+            rank_zero_info(f"pairs by shape: {shapes}")
+            self.place.signature[f"{KEY}.resolution with {KEY}.aspect_buckets"] = str(self.resolution)
         if steps_each is not None:
             self.place.signature["the steps of one category"] = steps_each
         if self.weights is not None:
@@ -318,9 +373,10 @@ class PreferenceDataModule(LightningDataModule):
         return sharded.get("rank", 0), sharded.get("num_replicas", 1)
 
     def _fingerprint(self) -> str:
-        """Differs when other pairs take part; the same for a copy of the shards elsewhere."""
+        """Differs when other pairs take part, or others together; the same for a copy of the shards elsewhere."""
         listed = [(one.nsamples, one.bytes, one.sha256) for one in self._open("train")[0].manifest.shardlist]
-        return hashlib.blake2b(repr((listed, self.filter)).encode(), digest_size=6).hexdigest()
+        parts = (listed, self.filter, "shapes") if self.aspect_buckets else (listed, self.filter)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
     def _train_deal(self) -> Deal:
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
@@ -331,11 +387,19 @@ class PreferenceDataModule(LightningDataModule):
         source, selection = self._open(name)
         if name == "train" and self.weights is not None:
             return self._sources(source, selection)
+        if self.aspect_buckets and self.resolution is not None:
+            if name not in self._sizes:
+                self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")
+            least = 1 if deal.ragged else deal.batch_size * deal.world * deal.accumulate
+            return bucket_groups(selection, self._sizes[name], self.resolution, least)
         if not self.one_category:
             return [Group(selection)]
         groups = []
         for category in self.filter.categories or CATEGORIES:
-            found = take(source, replace(self.filter, categories=(category,)))
+            own = replace(self.filter, categories=(category,), uncategorised=False)
+            found = take(source, own)
+            if found.total and name == "train" and self.uncategorised:
+                found = take(source, replace(own, uncategorised=True))
             if deal.batches(found.total):
                 groups.append(Group(found, category))
             elif found.total and warn:
@@ -366,7 +430,9 @@ class PreferenceDataModule(LightningDataModule):
         cached = self._caches.get(name)
         cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
         flip = self.flip and training
-        return PairDecoder(self.seed, self.resolution, flip, cache, prompts, name in self.labels_only)
+        return PairDecoder(
+            self.seed, self.resolution, flip, cache, prompts, self.reference_predictions, name in self.labels_only
+        )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, place: Place | None = None) -> PairLoader:
         training = place is not None

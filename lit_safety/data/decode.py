@@ -13,9 +13,10 @@ from torch import Tensor
 from lit_safety.data.batch import Pair
 from lit_safety.data.cache import Cache
 from lit_safety.data.cached import cached_members, cached_tensors
-from lit_safety.data.chance import sample_seed, uniform
+from lit_safety.data.chance import sample_seed, turn, uniform
 from lit_safety.data.images import FORMATS, decode_image
 from lit_safety.data.prompt_table import PromptTables
+from lit_safety.data.reference_cache import FixedDraw, read_reference
 from lit_safety.data.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.tarindex import BadSample
 from lit_safety.errors import UserError
@@ -37,6 +38,8 @@ class PairDecoder:
     """What the shards' cached latents are; None: images are decoded."""
     prompts: PromptTables | None = None
     """The text encoders' outputs, where latents are cached."""
+    predictions: bool = False
+    """Read the reference's predictions too, where its errors are cached."""
     labels_only: bool = False
     """Read the metadata alone, where a module has kept what it needs of the images."""
 
@@ -44,15 +47,26 @@ class PairDecoder:
         """Whether a member of a sample is needed."""
         if self.labels_only:
             return suffix == "json"
-        found = _IMAGES.fullmatch(suffix) if self.cache is None else cached_members(self.flip).fullmatch(suffix)
-        return found is not None
+        if self.cache is None:
+            return _IMAGES.fullmatch(suffix) is not None
+        pattern = cached_members(self.flip, self.cache.reference is not None, self.predictions)
+        return pattern.fullmatch(suffix) is not None
 
     def empty(self) -> dict[str, Tensor] | None:
         """The text encoders' outputs for the empty prompt, 1 row each, where they are cached."""
         return None if self.prompts is None else self.prompts.empty()
 
-    def __call__(self, key: str, members: dict[str, bytes], epoch: int, where: str) -> Pair:
+    def __call__(
+        self, key: str, members: dict[str, bytes], epoch: int, where: str, size: tuple[int, int] | None = None
+    ) -> Pair:
         """Decode one sample.
+
+        Args:
+            key: its key.
+            members: its bytes by suffix.
+            epoch: which pass over the data this is.
+            where: shard and key, for messages.
+            size: height and width that both images are scaled and cut to; None: the square of `resolution`.
 
         Raises:
             BadSample: an image, the metadata or what is cached is missing or cannot be used.
@@ -62,34 +76,57 @@ class PairDecoder:
         if self.labels_only:
             return Pair(key, seed, pair_metadata(members, where), None, None, where)
         if self.cache is None:
+            if size is None and self.resolution is not None:
+                size = (self.resolution, self.resolution)
             metadata, *images = pair_images(members, where)
-            chosen, rejected = (self._tensor(image, mirror) for image in images)
-            crops = torch.tensor([self._crop(image) for image in images])
+            chosen, rejected = (_tensor(image, mirror, size) for image in images)
+            crops = torch.tensor([crop_of((image.height, image.width), size) for image in images])
             return Pair(key, seed, metadata, chosen, rejected, where, crops)
         metadata = pair_metadata(members, where)
         try:
             latents, crops = cached_tensors(members, self.cache, mirror, where)
             conditioning = None if self.prompts is None else self.prompts.get(metadata.prompt, where)
+            draw = self._draw(self.cache, key, members, epoch, mirror, where)
         except UserError as error:
             raise BadSample(str(error)) from error
-        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning)
+        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning, draw)
 
-    def _tensor(self, image: Image.Image, mirror: bool) -> Tensor:
-        if self.resolution is not None and image.size != (self.resolution, self.resolution):
-            image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        if mirror:
-            image = ImageOps.mirror(image)
-        return to_tensor(image)
+    def _draw(
+        self, cache: Cache, key: str, members: dict[str, bytes], epoch: int, mirror: bool, where: str
+    ) -> FixedDraw | None:
+        """Which of the fixed draws a pass has, and the reference's part of it; None: the reference is not cached."""
+        if cache.reference is None:
+            return None
+        number = turn(self.seed, epoch, key, cache.reference.draws)
+        latent = cache.latent if self.predictions else None
+        return read_reference(members, cache.reference, latent, mirror, number, where)
 
-    def _crop(self, image: Image.Image) -> tuple[float, ...]:
-        """Height and width as stored, top and left of the cut once scaled, height and width of the cut. The cut is
-        from the middle, so mirroring does not change it."""
-        width, height = image.size
-        if self.resolution is None:
-            return (height, width, 0.0, 0.0, height, width)
-        side = self.resolution
-        top, left = (round((size * side / min(width, height) - side) / 2) for size in (height, width))
-        return (height, width, top, left, side, side)
+
+def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> Tensor:
+    if size is not None and image.size != size[::-1]:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    if mirror:
+        image = ImageOps.mirror(image)
+    return to_tensor(image)
+
+
+def crop_of(stored: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, ...]:
+    """Height and width as stored, top and left of the cut once scaled, height and width of the cut.
+
+    The picture is scaled until it just covers the cut, and cut from the middle, so mirroring does not change it.
+
+    Args:
+        stored: height and width of the picture.
+        size: height and width of the cut; None: the whole picture.
+    """
+    height, width = stored
+    if size is None:
+        return (height, width, 0.0, 0.0, height, width)
+    if size[1] * height >= size[0] * width:  # its width just fits, and it is too high
+        scaled = height * size[1] / width, float(size[1])
+    else:
+        scaled = float(size[0]), width * size[0] / height
+    return (height, width, round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2), *size)
 
 
 def pair_metadata(members: dict[str, bytes], where: str) -> PairMetadata:

@@ -69,6 +69,9 @@ def _cached(given: str, stated: dict[str, Any]) -> list[str]:
     cache = parse_cache(stated, f"{given}/{FILE_NAME}: cache")
     kept = f"{'with' if cache.images else 'without'} images, {'with' if cache.flip else 'without'} mirrored latents"
     lines = [f"  {'cached:':<12}by {cache}, latents {' x '.join(map(str, cache.latent))} in {cache.dtype}, {kept}"]
+    if (reference := cache.reference) is not None:
+        more = ", and without the prompt" * reference.empty + ", and predictions for the anchor" * reference.predictions
+        lines.append(f"  {'':<12}reference: {reference.draws} draws a pair in {reference.precision}{more}")
     note = truncation(stated)
     return lines if note is None else [*lines, f"  {'':<12}{note}"]
 

@@ -22,6 +22,8 @@ from lit_safety.data.cached import encode_crops, encode_latents
 from lit_safety.data.decode import PairDecoder, pair_images
 from lit_safety.data.manifest import Manifest, file_sha256
 from lit_safety.data.progress import counter
+from lit_safety.data.reference_cache import ReferenceCache
+from lit_safety.data.reference_writer import ReferenceWriter
 from lit_safety.data.sample import SIDES
 from lit_safety.data.source import Source
 from lit_safety.data.tarindex import refuse_twice
@@ -43,11 +45,15 @@ class Settings:
     flip: bool
     dtype: str
     images: bool
+    reference: ReferenceCache | None = None
 
     def to_dict(self, source: Source) -> dict[str, Any]:
         """What the manifest says of how the cache was made, and from what."""
         shards = [sha256 for _, sha256 in source.identity()]
-        return {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
+        stated = {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
+        if self.reference is None:
+            del stated["reference"]
+        return stated
 
 
 def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
@@ -75,6 +81,7 @@ class LatentWriter:
         settings: how.
         truncated: prompts that are longer than a text encoder reads.
         overwrite: throw away what an earlier run left there.
+        reference: writes the reference cache; None: there is none.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class LatentWriter:
         settings: Settings,
         truncated: list[str],
         overwrite: bool,
+        reference: ReferenceWriter | None = None,
     ) -> None:
         self.source = source
         self.folder = folder
@@ -92,6 +100,7 @@ class LatentWriter:
         self.settings = settings
         self.truncated = truncated
         self.overwrite = overwrite
+        self.reference = reference
         self.decoder = PairDecoder(seed=0, resolution=settings.resolution)
         self._seen: dict[str, str] = {}
         """Where each key was met."""
@@ -148,6 +157,7 @@ class LatentWriter:
             truncated=len(self.truncated),
             first_truncated=self.truncated[0] if self.truncated else None,
             prompts={"bytes": prompts.stat().st_size, "sha256": file_sha256(prompts)},
+            reference=self.settings.reference,
         )
 
     def _batches(
@@ -179,11 +189,16 @@ class LatentWriter:
             latents = {False: self.backbone.posterior(images).unflatten(0, (-1, 2))}
             if self.settings.flip:
                 latents[True] = self.backbone.posterior(images.flip(-1)).unflatten(0, (-1, 2))
+        pairs = [pair for pair, _ in found]
+        references = {} if self.reference is None else {
+            mirror: self.reference.members(pairs, all_latents, mirror) for mirror, all_latents in latents.items()
+        }  # fmt: skip
         for row, (pair, members) in enumerate(found):
             assert pair.crops is not None
             cached = encode_crops(pair.crops)
             for mirror, all_latents in latents.items():
                 cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where)
+                cached |= references[mirror][row] if references else {}
             kept = [_stored_image(members, side) if self.settings.images else None for side in SIDES]
             writer.write(pair.key, pair.metadata, *kept, cached=cached)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lit_safety.data.ahead import ReadAhead
 from lit_safety.data.batch import PairBatch
 from lit_safety.data.place import Place
 from lit_safety.data.stream import Failure, PairStream
@@ -63,12 +64,18 @@ class PairLoader:
             num_workers=min(self.num_workers, max(left, 0)),
             pin_memory=self.pin_memory,
         )
-        for batch in workers:
-            if isinstance(batch, Failure):
-                raise UserError(batch.message)
-            self._note(batch.skipped)
-            place.hand_out()
-            yield batch
+        # Workers are started here and not in the thread. Without any, the thread would read where the step computes.
+        ahead = ReadAhead(iter(workers)) if workers.num_workers else None
+        try:
+            for batch in ahead or workers:
+                if isinstance(batch, Failure):
+                    raise UserError(batch.message)
+                self._note(batch.skipped)
+                place.hand_out()
+                yield batch
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     def _note(self, skipped: list[str]) -> None:
         for message in skipped:

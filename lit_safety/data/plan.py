@@ -1,10 +1,10 @@
 """What each batch of a pass is made of: the pairs as one group, or groups that take turns.
 
-Groups are for training one expert a category: a step (all micro-batches of all ranks) belongs to one group, and which
-group's turn it is is a pure function of (seed, epoch) and the counts, so every rank agrees without a word. Each group
-has its own order and gets as many turns as it has pairs for; the turns are shuffled. Or the groups come one after the
-other, each for the same number of steps and for as many passes over its own pairs as that takes. Either way a group's
-batches are those that it would give alone.
+Groups are for training one expert a category, or on pictures of one shape a batch: a step (all micro-batches of all
+ranks) belongs to one group, and which group's turn it is is a pure function of (seed, epoch) and the counts, so every
+rank agrees without a word. Each group has its own order and gets as many turns as it has pairs for; the turns are
+shuffled. Or the groups come one after the other, each for the same number of steps and for as many passes over its own
+pairs as that takes. Either way a group's batches are those that it would give alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ class Group:
     selection: Selection
     category: str | None = None
     """What they have in common; None: nothing is asked of them."""
+    size: tuple[int, int] | None = None
+    """Height and width that their pictures are cut to; None: as the decoder has it."""
+
+    @property
+    def name(self) -> str | None:
+        """Tells its order from those of the other groups; None: there is only one."""
+        return self.category if self.size is None else f"{self.size[1]} x {self.size[0]}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,6 @@ class Plan:
         epoch, order = self._orders.get(draw.group, (None, None))
         if order is None or epoch != draw.epoch:
             one = self.groups[draw.group]
-            order = EpochOrder(one.selection.counts, self.seed, draw.epoch, self.window, one.category)
+            order = EpochOrder(one.selection.counts, self.seed, draw.epoch, self.window, one.name)
             self._orders[draw.group] = draw.epoch, order
         return order

@@ -8,7 +8,6 @@ from lit_safety.errors import UserError
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
     from collections.abc import Iterator
-    from pathlib import Path
 
     from lit_safety.cost_model.scorer import CostScorer
     from lit_safety.data.sample import PairMetadata
@@ -55,6 +54,7 @@ def score(
     from lit_safety.data.manifest import FILE_NAME, load_manifest
     from lit_safety.data.progress import counter
     from lit_safety.data.source import open_source
+    from lit_safety.data.users_beside import copy_users
     from lit_safety.data.writer import JOURNAL, ShardWriter
     from lit_safety.evaluation.fingerprint import fingerprint
 
@@ -89,7 +89,7 @@ def score(
                     _write(writer, fresh, scorer, keep=existing == "keep")
                 for _ in stored:
                     count()
-    _copy_users(source, target)
+    copy_users(source.given, target)
     manifest = writer.close()
     print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, scored by {cost_model}")
 
@@ -170,14 +170,3 @@ def _write(writer: ShardWriter, stored: list[Stored], scorer: CostScorer, keep: 
                 raise UserError(f"{where}: costs {chosen} and {rejected} are not finite; check the model")
             metadata = replace(metadata, cost=Sides(round(chosen, 5), round(rejected, 5)))
         writer.write(key, metadata, *both)
-
-
-def _copy_users(source: Source, target: Path) -> None:
-    """What many samples share and stands once beside the shards goes along."""
-    from pathlib import Path
-
-    from lit_safety.data.atomic import write_atomic
-
-    beside = Path(source.given) / "users.safetensors"
-    if beside.is_file():
-        write_atomic(target / beside.name, beside.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ class Filter:
     orders: tuple[str, ...] | None = None
     users: tuple[str, ...] | None = None
     """Ids of users; pairs that are everyone's are left out."""
+    uncategorised: bool = field(default=False, repr=False)  # a run's fingerprint is a repr
+    """Beside `categories`, pairs without one too."""
 
     @classmethod
     def of(
@@ -52,15 +54,19 @@ class Filter:
             chosen = None if categories is None else tuple(canonical_category(name) for name in categories)
         except UserError as error:
             raise UserError(f"{key}.categories: {error}") from error
-        rest = (None if given is None else tuple(given) for given in (kinds, orders, users))
-        return cls(chosen, *rest)
+        rest = [None if given is None else tuple(given) for given in (kinds, orders, users)]
+        return cls(chosen, rest[0], rest[1], rest[2])
 
     def __bool__(self) -> bool:
         return any(one is not None for one in (self.categories, self.kinds, self.orders, self.users))
 
     def takes(self, one: SampleClass) -> bool:
         return (
-            (self.categories is None or any(name in self.categories for name in one.categories))
+            (
+                self.categories is None
+                or any(name in self.categories for name in one.categories)
+                or (self.uncategorised and not one.categories)
+            )
             and (self.kinds is None or one.kind in self.kinds)
             and (self.orders is None or one.order in self.orders)
             and (self.users is None or one.user in self.users)

@@ -153,6 +153,7 @@ class _Reader:
     def __init__(self, stream: PairStream, group: Group, shards: _Shards) -> None:
         self._stream = stream
         self._selection: Selection = group.selection
+        self._size = group.size
         self._shards = shards
         self._window: Window | None = None
         self._samples: NDArray[np.int64]
@@ -191,4 +192,4 @@ class _Reader:
                 raise
             raise BadSample(f"sample {number} of {error}") from error
         key, members = tar.read(number, self._stream.decoder.wants)
-        return self._stream.decoder(key, members, self._epoch, tar.where(number))
+        return self._stream.decoder(key, members, self._epoch, tar.where(number), self._size)

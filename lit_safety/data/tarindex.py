@@ -25,7 +25,10 @@ MAX_PADDING = 1 << 20
 # What tarfile raises for headers that nobody wrote in good faith.
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, MemoryError)
 # Images, or what a cache has instead of them.
-_WANTED = re.compile(r"json|(chosen|rejected)\.(png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy")
+_WANTED = re.compile(
+    r"json|(chosen|rejected)\.(png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
+    r"|reference(\.prediction)?(\.flip)?\.npy"
+)
 
 
 class BadSample(UserError):

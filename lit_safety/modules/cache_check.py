@@ -1,4 +1,4 @@
-"""Before weights are loaded: were the data's caches made by the model that is trained?"""
+"""Before weights are loaded: were the data's caches made by the model that is trained, do they hold what it needs?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_safety.backbones.fingerprint import fingerprint
 from lit_safety.backbones.load import family_of
 from lit_safety.data.cache import check_model
+from lit_safety.data.cached_source import CachedSource
+from lit_safety.errors import UserError
+from lit_safety.objectives import Objective
 
 
 def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
@@ -19,14 +22,68 @@ def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
     Raises:
         UserError: a cache was made by another model; names both.
     """
-    caches = getattr(datamodule, "caches", None)
-    if caches is None:  # a datamodule of somebody's own
-        return
-    found = caches(stage)
-    weights = fingerprint(pretrained, family_of(pretrained).ENCODERS) if found else {}
+    found = _caches(datamodule, stage)
+    weights = family_of(pretrained).fingerprint(pretrained) if found else {}
     for one in found:
         if unknown := check_model(one.cache, pretrained, weights, one.key):
             rank_zero_info(
                 f"{one.key}: {', '.join(unknown)} of {pretrained} is not there to be compared with the cache's, "
                 f"which {one.cache.model} made"
             )
+
+
+def check_references(datamodule: Any, pretrained: str, stage: str, objective: Objective, drops: bool) -> None:
+    """Whether the reference caches that are read were made by the denoiser of ``pretrained`` and hold what is needed;
+    tells ``datamodule`` whether predictions are to be read.
+
+    Args:
+        datamodule: any; one of somebody's own has no caches.
+        pretrained: the model that is trained.
+        stage: `fit`, `validate`, `test` or `predict`.
+        objective: what is computed on errors.
+        drops: whether prompts are dropped in training.
+
+    Raises:
+        UserError: naming the cache and what it lacks.
+    """
+    for one in _caches(datamodule, stage):
+        if (reference := one.cache.reference) is None:
+            continue
+        own = fingerprint(pretrained, list(reference.weights))
+        for name, made in reference.weights.items():
+            if own.get(name) != made:
+                raise UserError(
+                    f"{one.key}: the reference cache was made by {one.cache.model} ({name} {made[:8]}), but this run's "
+                    f"model is {pretrained} ({name} {own.get(name, 'not found')[:9]}); make it anew with `shards "
+                    f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
+                )
+        kind = type(objective).__name__
+        if objective.needs_drift and not reference.predictions:
+            what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
+            raise UserError(
+                f"{one.key}: {kind} needs the reference's predictions for {what}, and the reference cache holds its "
+                "errors alone: make it anew with `shards precompute --reference_predictions true`, set "
+                "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
+            )
+        if drops and stage == "fit" and not reference.empty:
+            raise UserError(
+                f"{one.key}: prompts are dropped in training, and the reference cache holds no errors without the "
+                "prompt: make it anew with `shards precompute --reference_dropout true`, or set every dropout of a "
+                "prompt to 0"
+            )
+        datamodule.reference_predictions = objective.needs_drift
+
+
+def reference_cached(datamodule: Any, stage: str) -> bool:
+    """Whether all that ``datamodule`` reads in ``stage`` comes with the reference's errors, so that it never runs."""
+    found = _caches(datamodule, stage)
+    if not found or any(one.cache.reference is None for one in found):
+        return False
+    needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+    given = [name for name in needed if getattr(datamodule, name, None) is not None]
+    return len(found) == len(given)
+
+
+def _caches(datamodule: Any, stage: str) -> list[CachedSource]:
+    caches = getattr(datamodule, "caches", None)
+    return [] if caches is None else caches(stage)

@@ -99,6 +99,35 @@ def test_a_pair_of_two_categories_takes_both_turns(tmp_path: Path) -> None:
     assert found == {"hate": {"both", "hate"}, "violence": {"both", "violence"}}
 
 
+def test_pairs_of_no_category_take_every_turn_where_they_are_asked_for(tmp_path: Path) -> None:
+    """In training only, and without making an expert of a category that has no pair of its own."""
+    free = sample(1)["json"].replace(b'["sexual"]', b"[]")
+    write_tar(tmp_path / "a.tar", [("free", sample(1, json=free)), ("hate", sample(2)), ("violence", sample(3))])
+
+    def data(**settings: Any) -> PreferenceDataModule:
+        given = {"train": str(tmp_path), "val": str(tmp_path), "val_batch_size": 1, "one_category": True}
+        return PreferenceDataModule(**{**given, **settings})
+
+    shared = data(batch_size=2, uncategorised=True)
+    assert shared.training_categories() == ["hate", "violence"]
+    shared.setup()
+    found = {batch.category: set(batch.keys) for batch in shared.train_dataloader()}
+    assert found == {"hate": {"free", "hate"}, "violence": {"free", "violence"}}
+    assert {batch.category: batch.keys for batch in shared.val_dataloader()} == {
+        "hate": ["hate"], "violence": ["violence"],
+    }  # fmt: skip
+    alone = data(batch_size=2, uncategorised=True, categories=["hate"])
+    alone.setup()
+    assert {batch.category: set(batch.keys) for batch in alone.train_dataloader()} == {"hate": {"free", "hate"}}
+    own = data(batch_size=1)
+    own.setup()
+    assert {key for batch in own.train_dataloader() for key in batch.keys} == {"hate", "violence"}
+    mixed = data(batch_size=2, one_category=False, categories=["hate"], uncategorised=True)
+    mixed.setup()
+    (batch,) = mixed.train_dataloader()
+    assert (batch.category, set(batch.keys)) == (None, {"free", "hate"})
+
+
 def test_categories_too_small_for_a_step_are_named(shards: Path, tmp_path: Path) -> None:
     def data(size: int) -> PreferenceDataModule:
         return PreferenceDataModule(str(shards), batch_size=size, one_category=True)

@@ -1,0 +1,236 @@
+"""What is compared: the published recipe's step, and ours on cached inputs and on a reference cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from networks import TOY, backbone_of, parts_of
+from torch import Tensor
+
+from lit_safety.adapters.lora import LoRA
+from lit_safety.data.batch import PairBatch
+from lit_safety.modules import PreferenceModule
+from lit_safety.objectives import DiffusionDPO
+
+#: As published: rank 4 on the attention projections, AdamW, gradient clipped at 1.
+RANK = 4
+BETA = 5000.0
+
+
+class Clock:
+    """Seconds by part of a step, measured only while it is on: waiting for a device costs time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on = False
+        self.seconds: dict[str, float] = {}
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        self.wait()
+        began = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as the part `name`."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            with self.part(name):
+                return function(*arguments, **named)
+
+        return call
+
+
+def half_of(device: torch.device) -> torch.dtype | None:
+    """Both sides in fp32 on a CPU, in bf16 on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" else None
+
+
+def autocast(device: torch.device) -> Any:
+    half = half_of(device)
+    return nullcontext() if half is None else torch.autocast(device.type, half)
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: list[Any]) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Published:
+    """SafetyDPO's trainer (arXiv 2412.10493): pictures and words through their encoders at every step, the policy, then
+    a second whole UNet as the reference.
+
+    Args:
+        model, scale, device: which networks, and where.
+        batch: pairs a step.
+        resolution: of the pictures.
+        checkpointing: activations computed a second time, as it forces on SDXL.
+    """
+
+    def __init__(
+        self, model: str, scale: str, device: torch.device, batch: int, resolution: int, checkpointing: bool
+    ) -> None:
+        self.device, self.clock = device, Clock(device)
+        frozen = half_of(device) or torch.float32
+        parts = parts_of(model, scale, device)
+        self.vae, self.policy = (parts.get(name).to(device, frozen) for name in ("vae", "unet"))
+        self.texts = [
+            parts.get(name).to(device, frozen)
+            for name in ("text_encoder", "text_encoder_2")
+            if name in parts.index.components
+        ]
+        self.reference = parts_of(model, scale, device).get("unet").to(device, frozen)
+        self.parameters = LoRA(rank=RANK).attach(self.policy, "policy")
+        if checkpointing:
+            self.policy.enable_gradient_checkpointing()
+            self.policy.train()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2)
+        self.scheduler = parts.get("scheduler")
+        self.images = torch.rand(2 * batch, 3, resolution, resolution, device=device) * 2 - 1
+        longest = self.texts[0].config.max_position_embeddings
+        self.tokens = torch.zeros(batch, longest, dtype=torch.long, device=device)
+        self.extra: dict[str, Any] = {}
+        self.size = [float(resolution)] * 2
+
+    def condition(self) -> dict[str, Any]:
+        """Words through the text encoders, for chosen and rejected."""
+        outputs = [text(self.tokens, output_hidden_states=True) for text in self.texts]
+        if len(outputs) == 1:
+            return {"encoder_hidden_states": outputs[0][0].repeat(2, 1, 1)}
+        hidden = torch.cat([one.hidden_states[-2] for one in outputs], dim=-1).repeat(2, 1, 1)
+        ids = torch.tensor([[*self.size, 0.0, 0.0, *self.size]], device=self.device).repeat(len(hidden), 1)
+        added = {"text_embeds": outputs[1][0].repeat(2, 1), "time_ids": ids.to(hidden.dtype)}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+    def step(self) -> None:
+        pairs = len(self.images) // 2
+        with autocast(self.device):
+            with torch.no_grad():
+                with self.clock.part("VAE"):
+                    posterior = self.vae.encode(self.images.to(self.vae.dtype)).latent_dist
+                    latents = posterior.sample() * self.vae.config.scaling_factor
+                with self.clock.part("text"):
+                    condition = self.condition()
+                noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
+                timesteps = torch.randint(0, 1000, (pairs,), device=self.device).repeat(2)
+                noisy = self.scheduler.add_noise(latents, noise, timesteps)
+            with self.clock.part("policy"):
+                policy = self.error(self.policy(noisy, timesteps, **condition).sample, noise)
+            with torch.no_grad(), self.clock.part("reference"):
+                reference = self.error(self.reference(noisy, timesteps, **condition).sample, noise)
+            difference = (policy - reference).chunk(2)
+            loss = -torch.nn.functional.logsigmoid(-0.5 * BETA * (difference[0] - difference[1])).mean()
+        if self.device.type != "meta":
+            loss.item()  # as it does
+        with self.clock.part("backward"):
+            loss.backward()
+        with self.clock.part("optimizer"):
+            update(self.optimizer, self.parameters)
+
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+class Ours:
+    """The step of `PreferenceModule.training_step` on batches out of a cache.
+
+    Args:
+        model, scale, device, batch, resolution: as the other side's.
+        compile: backend of the regional compilation; None: eager.
+        blocks: which blocks are adapted; None: all.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        scale: str,
+        device: torch.device,
+        batch: int,
+        resolution: int,
+        compile: str | None = None,
+        blocks: list[str] | None = None,
+    ) -> None:
+        from lit_safety.modules.speed import Speed
+
+        self.device, self.clock = device, Clock(device)
+        module = PreferenceModule(
+            str(TOY / "pipeline"), DiffusionDPO(BETA), LoRA(rank=RANK, blocks=blocks), speed=Speed(compile=compile)
+        )
+        module.backbone = backbone_of(model, scale, device)
+        module.configure_policy()
+        module.speed.apply(module.backbone.denoiser)
+        self.module = module.to(device).train()
+        self.parameters = [p for _, p in module.trainable_parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2, fused=device.type != "meta")
+        self.batch = cached_batch(module, batch, resolution).to(device)
+        module.noised = self.clock.timed("noise", module.noised)  # type: ignore[method-assign]
+        module.reference_pass = self.clock.timed("reference", module.reference_pass)  # type: ignore[method-assign]
+
+    def step(self, reference_cached: bool) -> None:
+        module, clock = self.module, self.clock
+        batch = self.batch
+        if not reference_cached:
+            batch = batch.take(range(len(batch)))
+            batch.reference = None
+        inside = sum(clock.seconds.get(name, 0.0) for name in ("noise", "reference"))
+        with autocast(self.device), clock.part("policy"):
+            loss = module.loss(module.errors(batch), batch).loss.mean()
+        if clock.on:  # what was measured within
+            clock.seconds["policy"] -= sum(clock.seconds.get(n, 0.0) for n in ("noise", "reference")) - inside
+        with clock.part("backward"):
+            loss.backward()
+        with clock.part("optimizer"):
+            update(self.optimizer, self.parameters)
+
+
+def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairBatch:
+    """Random latents, text and reference errors as a cache gives them."""
+    unet: Any = module.backbone.denoiser
+    config = unet.config
+    vae = module.backbone.parts.config("vae")
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    length = 77
+    if isinstance(module.backbone.parts.index.components.get("text_encoder"), tuple):
+        length = module.backbone.parts.config("text_encoder")["max_position_embeddings"]
+    conditioning = {"encoder_hidden_states": torch.randn(pairs, length, config.cross_attention_dim)}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        conditioning["text_embeds"] = torch.randn(pairs, pooled)
+    unknown = torch.full((pairs, 2), float("nan"))
+    latents = torch.rand(pairs, 2, 2, config.in_channels, side, side)
+    return PairBatch(
+        keys=[f"{row}" for row in range(pairs)],
+        seeds=list(range(pairs)),
+        prompts=["a red cat"] * pairs,
+        prompt_kinds=["harmful"] * pairs,
+        categories=[()] * pairs,
+        orders=["safety"] * pairs,
+        chosen=None,
+        rejected=None,
+        clean=torch.zeros(pairs),
+        harmful=unknown,
+        cost=unknown,
+        has_cost=[False] * pairs,
+        score=unknown,
+        has_score=[False] * pairs,
+        has_harmful=[False] * pairs,
+        user_ids=[None] * pairs,
+        latents=latents,
+        conditioning=conditioning,
+        empty={name: rows[:1] for name, rows in conditioning.items()},
+        reference=torch.rand(pairs, 2, 1),
+    )
