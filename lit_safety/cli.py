@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,12 +17,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_safety.callbacks.stop_on_signal import StopOnSignal
 from lit_safety.errors import UserError
+from lit_safety.hardware import check_trainer
+from lit_safety.modules.strategy_checks import cannot_offload, lost_rank, prepare_strategy
 from lit_safety.parsing import SingleLineErrors
 from lit_safety.run_folder import (
     ENVIRONMENT,
     RunOptions,
+    is_launched,
     is_main_process,
     last_checkpoint,
     new_folder,
@@ -59,6 +65,7 @@ class LitSafetyCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_trainer(config.trainer)
         self.folder = self._choose_folder(config)
         # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
         self.asked = copy.deepcopy(config)
@@ -66,6 +73,7 @@ class LitSafetyCLI(LightningCLI):
             self.asked.ckpt_path = None
         write_into(config, self.folder)
         self.point_latest = PointLatest(self.folder)
+        self.stop_on_signal = StopOnSignal()
 
     def _choose_folder(self, config: Namespace) -> Path:
         name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
@@ -103,8 +111,10 @@ class LitSafetyCLI(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfigCallback):
                 callback.config = self.asked
+        prepare_strategy(trainer)
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, self.point_latest)
+            trainer.callbacks.append(self.stop_on_signal)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -113,8 +123,20 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new and not self.point_latest.begun:
                 remove_if_barren(self.folder)
+            if isinstance(error, SIGTERMException):
+                saved = self.stop_on_signal.saved
+                if is_main_process():
+                    print(f"stopped by SIGTERM; saved {saved}" if saved else "stopped by SIGTERM; nothing was saved")
+                sys.exit(0 if is_launched() else 128 + signal.SIGTERM)
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
+            if (reason := cannot_offload(error)) is not None:
+                raise UserError(reason) from error
+            if lost_rank(error):
+                raise UserError(
+                    "another rank is gone, or has not answered within `timeout` of the strategy; what it said, if "
+                    f"anything, stands above: go on with `--ckpt_path last` ({str(error).strip().splitlines()[0]})"
+                ) from error
             raise
 
 

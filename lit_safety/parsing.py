@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import NoReturn
 
@@ -26,8 +27,44 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
+    if keys:
+        keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []
     return " ".join(" ".join([*where, *reasons]).split())
+
+
+def _below(message: str) -> list[str]:
+    """Keys below the last one that jsonargparse names, on the way to an option that is not accepted.
+
+    It names no key whose value is a class that is made later (an optimizer, a scheduler): only the whole value that it
+    was given shows where the option stood.
+    """
+    option = re.search(r"Option '([^']+)' is not accepted", message)
+    if option is None:
+        return []
+    dotted = re.search(rf"NestedArg\(key='([^']+)\.{re.escape(option[1])}'", message)
+    if dotted is not None:
+        return [key for key in dotted[1].split(".") if key != "init_args"]
+    for given in re.findall(r"Given value: (\{.*\})", message):
+        try:
+            way = _way(ast.literal_eval(given), option[1])
+        except (ValueError, SyntaxError):
+            continue
+        if way is not None:
+            return [key for key in way if key != "init_args"]
+    return []
+
+
+def _way(value: object, option: str) -> list[str] | None:
+    """The keys that lead to the mapping in which ``option`` stands."""
+    if not isinstance(value, dict):
+        return None
+    if option in value:
+        return []
+    for key, inner in value.items():
+        if (way := _way(inner, option)) is not None:
+            return [str(key), *way]
+    return None
 
 
 class SingleLineErrors:

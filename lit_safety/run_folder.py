@@ -40,6 +40,11 @@ def is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
+def is_launched() -> bool:
+    """Whether another process of this command line, rank 0's, started this one and waits for it."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def new_folder(parent: Path) -> Path:
     """Make a folder named by the time; a run that starts in the same second gets a number behind it.
 
@@ -64,13 +69,22 @@ def new_folder(parent: Path) -> Path:
 def last_checkpoint(parent: Path) -> Path:
     """`checkpoints/last.ckpt` of the newest run under ``parent`` that has one.
 
+    A run that was killed while it renamed one has the numbered checkpoint beside it.
+
     Raises:
         UserError: if no run has one.
     """
-    found = [path for path in parent.glob(f"*/{LAST_CHECKPOINT}") if not path.parents[1].is_symlink()]
+    runs = [run for run in parent.glob("*") if (run / LAST_CHECKPOINT.parent).is_dir() and not run.is_symlink()]
+    found = [path for run in runs for path in [_newest(run / LAST_CHECKPOINT)] if path is not None]
     if not found:
         raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _newest(last: Path) -> Path | None:
+    if last.exists():
+        return last
+    return max(last.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def point_latest(folder: Path) -> None:

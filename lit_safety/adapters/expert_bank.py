@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_safety.adapters.lora import LoRA
+from lit_safety.adapters.pieces import like, whole
 from lit_safety.adapters.zero import gathered, master_weights
 from lit_safety.data.chance import sample_seed
 from lit_safety.errors import UserError
@@ -55,6 +56,7 @@ class ExpertBank:
         """How many (micro-)batches each expert was trained on, on each rank."""
         self._shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
         self._resting: dict[str, Resting] = {}
+        self._begin: dict[str, dict[str, Tensor]] = {}
         self.active = self.names[0]
         """Whose weights are in the network."""
         self._write(self._fresh(self.active))
@@ -102,9 +104,16 @@ class ExpertBank:
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         with gathered(self.parameters.values(), write=True), torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
+
+    def begin_with(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Let every expert begin with these weights instead of fresh ones, before anything is trained."""
+        self._begin = {name: dict(one) for name, one in weights.items()}
+        self._write(self._fresh(self.active))
 
     def _fresh(self, name: str) -> dict[str, Tensor]:
+        if name in self._begin:
+            return self._begin[name]
         return self.lora.draw(self._shapes, sample_seed(self.seed, 0, f"expert {name}"))
 
     def _take_state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
@@ -115,22 +124,28 @@ class ExpertBank:
 
     def _give_state(self, optimizer: Optimizer, resting: Resting) -> None:
         for name, state in resting.optimizer.items():
-            optimizer.state[self.parameters[name]] = state
+            parameter = self.parameters[name]
+            optimizer.state[parameter] = {
+                key: like(value, parameter) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
         if resting.from_file:
             optimizer.load_state_dict(optimizer.state_dict())  # torch knows what belongs on which device
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint of the network and the optimizer does not hold."""
+        """All that a checkpoint of the network and the optimizer does not hold; all ranks must ask."""
         return {
             "active": self.active,
             "names": list(self.names),
             "batches": dict(self.batches),
             "seed": self.seed,
             "resting": {
-                name: {"weights": dict(one.weights), "optimizer": dict(one.optimizer)}
-                for name, one in self._resting.items()
+                name: {
+                    "weights": dict(one.weights),
+                    "optimizer": {key: _whole_state(state) for key, state in one.optimizer.items()},
+                }
+                for name, one in sorted(self._resting.items())
             },
         }
 
@@ -154,3 +169,7 @@ class ExpertBank:
         self._resting = {
             name: Resting(one["weights"], one["optimizer"], from_file=True) for name, one in state["resting"].items()
         }
+
+
+def _whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: whole(value) if isinstance(value, Tensor) else value for key, value in state.items()}

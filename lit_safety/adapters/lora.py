@@ -30,11 +30,13 @@ class LoRA:
         rank: rank r of every adapter.
         alpha: the update is scaled by alpha / rank; null means alpha = rank.
         target_modules: endings of the names of the layers that get an adapter.
+        blocks: beginnings of the names of the blocks that are adapted; null: all. With [mid_block, up_blocks] the
+            backward pass of a UNet ends at its middle: less time and memory a step.
         init: "gaussian" draws A from N(0, 1/r), "kaiming" as PEFT's default; B is 0 in both, so that policy and
             reference are the same function at the start.
 
     Raises:
-        ValueError: if ``rank`` or ``alpha`` is not positive.
+        ValueError: if ``rank`` or ``alpha`` is not positive, or a text encoder is to be adapted.
     """
 
     def __init__(
@@ -43,32 +45,40 @@ class LoRA:
         alpha: float | None = None,
         target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
         init: Literal["gaussian", "kaiming"] = "gaussian",
+        blocks: Sequence[str] | None = None,
     ) -> None:
         if rank < 1 or (alpha is not None and alpha <= 0):
             raise ValueError(f"rank must be at least 1 and alpha above 0, got rank {rank}, alpha {alpha}")
+        if encoders := [name for name in target_modules if "text_encoder" in name]:
+            raise ValueError(
+                f"`lora.target_modules` names {encoders[0]}: the text encoders are frozen, and caches hold what they "
+                "give; adapt layers of the denoiser"
+            )
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.target_modules = list(target_modules)
         self.init = init
+        self.blocks = None if blocks is None else list(blocks)
 
     def attach(self, denoiser: nn.Module, adapter: str) -> list[nn.Parameter]:
         """Put the adapter called ``adapter`` on ``denoiser`` and make it trainable; returns its parameters.
 
         Raises:
-            UserError: if no layer's name ends in one of ``target_modules``.
+            UserError: if no layer's name ends in one of ``target_modules`` and begins with one of ``blocks``.
         """
         model: Any = denoiser
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides by it; an integer is not needed
-            target_modules=self.target_modules,
+            target_modules=self._targets(),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
         try:
             model.add_adapter(config, adapter_name=adapter)
         except ValueError as error:
+            within = "" if self.blocks is None else f" within `lora.blocks` {self.blocks}"
             raise UserError(
-                f"`lora.target_modules` {self.target_modules} match no layer of {type(denoiser).__name__}; "
+                f"`lora.target_modules` {self.target_modules} match no layer of {type(denoiser).__name__}{within}; "
                 f"for diffusion models the attention projections are {list(ATTENTION_PROJECTIONS)}"
             ) from error
         parameters = [p for name, p in denoiser.named_parameters() if f".{adapter}." in name]
@@ -76,6 +86,13 @@ class LoRA:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return parameters
+
+    def _targets(self) -> list[str] | str:
+        """What PEFT takes: endings of names, or a pattern for whole names."""
+        if self.blocks is None:
+            return self.target_modules
+        blocks, endings = ("|".join(map(re.escape, names)) for names in (self.blocks, self.target_modules))
+        return rf"({blocks})\.(.*\.)?({endings})"
 
     def draw(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
         """Fresh fp32 weights of an adapter's parameters by name, A drawn from ``seed`` as `init` says, B 0."""
@@ -106,6 +123,16 @@ def adapters_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def adapter_metadata(denoiser: nn.Module, adapter: str) -> dict[str, Any]:
+    """PEFT's settings of an adapter as its file keeps them, alpha and rank among them.
+
+    PEFT holds sets, whose order changes from process to process: sorted, so that equal weights make equal files.
+    """
+    model: Any = denoiser
+    settings = model.peft_config[adapter].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 
 def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:

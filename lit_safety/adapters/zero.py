@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed's ZeRO keeps in pieces or rounded, as whole fp32 tensors."""
+"""Parameters that DeepSpeed's ZeRO or FSDP2 keeps in pieces or rounded, as whole fp32 tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lit_safety.adapters.pieces import assembled, whole
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:
@@ -26,31 +29,35 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
 def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The fp32 weights that are stepped on, whole, as copies. All ranks must call it.
 
-    ZeRO of every stage keeps its own; the network's may be rounded to half precision. Of parameters that no ZeRO
-    optimizer has, the weights themselves.
+    ZeRO of every stage keeps its own; the network's may be rounded to half precision. FSDP2's are in pieces. Of other
+    parameters, the weights themselves.
     """
     found = {}
     for name, parameter in parameters.items():
-        whole = None
+        master = None
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_fp32_param
 
-            whole = safe_get_full_fp32_param(parameter)
-        found[name] = (parameter if whole is None else whole).detach().clone()
+            master = safe_get_full_fp32_param(parameter)
+        found[name] = whole(parameter if master is None else master).clone()
     return found
 
 
 @contextmanager
-def replaced(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, the parameters are ``weights``, in their precision, whatever ZeRO has made of them; not to train with."""
-    kept = {name: parameter.data for name, parameter in parameters.items()}
+def replaced(
+    network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within, ``parameters`` of ``network`` are ``weights``, in their precision, whatever ZeRO or FSDP2 has made of
+    them; not to train with."""
+    kept = {name: parameter.data for name, parameter in parameters.items() if not isinstance(parameter, DTensor)}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = weights[name].to(parameter.device)
-        yield
+        for name in kept:
+            parameters[name].data = weights[name].to(parameters[name].device)
+        with assembled(network, parameters, weights):
+            yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = kept[name]
+        for name, values in kept.items():
+            parameters[name].data = values
 
 
 @contextmanager

@@ -45,8 +45,6 @@ class EvaluateOnTest(Callback):
         from lit_safety.evaluation.arms import Arm
         from lit_safety.evaluation.evaluate import evaluate
 
-        if not trainer.is_global_zero:
-            return
         module = preference_module(pl_module)
         run = Path(trainer.default_root_dir)
         (export, *others) = module.exports()
@@ -55,7 +53,11 @@ class EvaluateOnTest(Callback):
                 "`test` judges one adapter, and this module has several experts: merge them, then "
                 "`evaluate --adapter` the merged one"
             )
-        module.save_export(run / export)
+        with module.exporting(export):  # on every rank: a parameter may lie in pieces on all of them
+            if trainer.is_global_zero:
+                module.save_export(run / export)
+        if not trainer.is_global_zero:
+            return
         whole = export == "pipeline"
         evaluate(
             pipeline=module.pretrained,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from lit_safety.adapters.lora import WEIGHTS_NAME
 from lit_safety.backbones import load_backbone
@@ -22,7 +23,7 @@ from lit_safety.merging.comerge import Activity
 from lit_safety.merging.expert import Expert, united_layers
 from lit_safety.merging.merge_experts import merge_experts
 from lit_safety.merging.output import REPORT_NAME, write_merge
-from lit_safety.merging.recipe import Dtype, Method, Recipe, Statistic, Unit
+from lit_safety.merging.recipe import Recipe
 from lit_safety.merging.report import report, table
 from lit_safety.merging.sources import read_experts
 from lit_safety.modules.preference import PreferenceModule
@@ -35,38 +36,21 @@ class MergeExperts(ExportAdapter):
     A fit of one category leaves its expert as `adapter/`.
 
     Args:
-        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
-            mean truncated to the experts' own rank; ties and dare are the published methods.
         weights: a weight for each category; null weighs all 1. Not for comerge.
-        rank: truncate every layer to this rank by SVD; null keeps as much as the method needs.
-        density: ties: share of each update's entries that are kept.
-        drop: dare: share of each update's entries that are dropped.
-        seed: dare: seed of what is dropped.
-        statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
-        unit: comerge: take whole rows, which is exact, or single weights, cut to the experts' summed rank.
-        normalise: comerge: count every expert's activity in units of its own mean in the layer.
-        dtype: number format of the merged adapter; null is float32.
         calibration: comerge: the prompts and how they are looked at; `prompts: null` takes those of the training
             shards, `categories: null` the experts' own.
+        **settings: how they are merged, see `Recipe`.
     """
 
     def __init__(
         self,
-        method: Method = "comerge",
         weights: dict[str, float] | None = None,
-        rank: int | None = None,
-        density: float = 0.2,
-        drop: float = 0.5,
-        seed: int = 0,
-        statistic: Statistic = "vote",
-        unit: Unit = "row",
-        normalise: bool = False,
-        dtype: Dtype | None = None,
         calibration: CalibrationOptions | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         named = {canonical_category(name): weight for name, weight in (weights or {}).items()}
-        self.recipe = Recipe(method, named, rank, density, drop, seed, statistic, unit, normalise, dtype)
+        self.recipe = Recipe(weights=named, **settings)
         self.calibration = calibration or CalibrationOptions()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,12 +72,15 @@ class MergeExperts(ExportAdapter):
     def _merge(self, folders: list[Path], trainer: Trainer, module: PreferenceModule) -> None:
         experts = read_experts([f"{folder.name}={folder}" for folder in folders])
         activity = measured = None
+        begun = time.monotonic()
         if self.recipe.calibrated and len(experts) > 1:
             activity, measured = self._calibrated(experts, trainer, module)
+        calibrated = time.monotonic()
         with counter("merging layers", len(united_layers(experts))) as tick:
             merged = merge_experts(experts, self.recipe, activity, tick)
+        seconds = {"calibration": calibrated - begun, "merging": time.monotonic() - calibrated}
         out = Path(trainer.default_root_dir) / "adapter"
-        write_merge(out, merged, report(merged, experts, self.recipe, measured), module.pretrained)
+        write_merge(out, merged, report(merged, experts, self.recipe, measured, seconds), module.pretrained)
         config = Path(trainer.default_root_dir) / "config.yaml"
         if config.is_file():
             shutil.copyfile(config, out / "config.yaml")
@@ -107,7 +94,8 @@ class MergeExperts(ExportAdapter):
         if options.categories is None:
             options = replace(options, categories=[expert.name for expert in experts])
         backbone = module.backbone  # with its adapter switched off
-        if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose engine may hold it in pieces, or rounded
+        # Whose engine may hold it in pieces, or rounded.
+        if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
             backbone = load_backbone(module.pretrained).to(module.device)
         activity, measured = calibrate(backbone, experts, self._prompts(trainer), options)
         return activity, {**measured, "pipeline": module.pretrained}

@@ -23,7 +23,8 @@ class RunSummary(Callback):
             return
         per_rank = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
         accumulation, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        # ZeRO 3 keeps a piece of each and knows how many numbers it has in all.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters() if p.requires_grad)
         rates = sorted({f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups})
         if per_rank is not None:
             print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
@@ -33,6 +34,10 @@ class RunSummary(Callback):
         print(f"folder  {trainer.default_root_dir}")
         for one in cached_sources(trainer):
             print(f"cache   {one.key}: latents and text by {one.cache}; no VAE and no text encoder is loaded for them")
+            if (reference := one.cache.reference) is not None:
+                print(
+                    f"cache   {one.key}: the reference's errors at {reference.draws} fixed draws a pair; it is not run"
+                )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         datamodule = getattr(trainer, "datamodule", None)

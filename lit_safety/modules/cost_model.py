@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -92,6 +93,12 @@ class CostModel(LightningModule):
     def configure_model(self) -> None:
         if "adapter" in self._modules:
             return
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"`trainer.strategy` is {type(strategy).__name__}: a cost model trains a small adapter, which nothing "
+                "here cuts into pieces; use ddp"
+            )
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 
 from lit_safety.adapters.expert_bank import ExpertBank
+from lit_safety.adapters.start_from import read_experts
 from lit_safety.adapters.zero import replaced
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
@@ -20,6 +22,7 @@ from lit_safety.data.categories import CATEGORIES, canonical_category
 from lit_safety.errors import UserError
 from lit_safety.modules.phases import begin_phase, under_deepspeed
 from lit_safety.modules.preference import POLICY, PreferenceModule
+from lit_safety.modules.strategy_checks import check_weights
 from lit_safety.objectives import DiffusionDPO, Objective, ObjectiveOutput, PairErrors
 
 #: What is logged for every expert by itself, `loss/<category>` and so on.
@@ -119,9 +122,22 @@ class DPOExpert(PreferenceModule):
         seed = torch.initial_seed()
         if self._trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)
-        # Names that no wrapper changes: those of the denoiser's own parameters.
-        parameters = {n: p for n, p in self.backbone.denoiser.named_parameters() if f".{POLICY}." in n}
-        self.bank = ExpertBank(self._experts(), parameters, self.lora, seed)
+        self.bank = ExpertBank(self._experts(), self._adapter_parameters(), self.lora, seed)
+
+    def begin_from(self, path: Path) -> None:
+        """`start_from` names `experts` of another run, with a folder for each category, or a checkpoint."""
+        held = read_experts(path, self.lora, POLICY, self.bank.names)
+        for name, weights in held.items():
+            check_weights(self.bank.parameters, weights, f"`model.init_args.start_from` {path}: expert {name}")
+        self.bank.begin_with(held)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.bank.parameters = self._adapter_parameters()  # others, where FSDP2 has cut them
+
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """By names that no wrapper changes: those of the denoiser's own parameters."""
+        return {n: p for n, p in self.backbone.denoiser.named_parameters() if f".{POLICY}." in n}
 
     def category_of(self, batch: PairBatch) -> str:
         """Whose turn a batch is.
@@ -199,7 +215,7 @@ class DPOExpert(PreferenceModule):
 
     @contextmanager
     def exporting(self, export: str) -> Iterator[None]:
-        with replaced(self.bank.parameters, self.bank.weights(self._exported(export))):
+        with replaced(self, self.bank.parameters, self.bank.weights(self._exported(export))):
             yield
 
     def export_settings(self, export: str) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class FrozenCopy:
         self._backbone = backbone
         self._denoiser = copy.deepcopy(backbone.denoiser).requires_grad_(False).eval()
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self._denoiser
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the backbone computes with the copy, by its own arithmetic."""
@@ -43,15 +47,20 @@ def make_all_trainable(denoiser: nn.Module) -> None:
     denoiser.float().requires_grad_(True)
 
 
-def check_strategy(trainer: Trainer | None) -> None:
+def check_strategy(trainer: Trainer | None, reference_cached: bool = False) -> None:
     """Refuse what a full fine-tune cannot be trained with.
 
+    Args:
+        trainer: with its strategy.
+        reference_cached: all pairs come with the reference's errors, so that no frozen copy is held.
+
     Raises:
-        UserError: under ZeRO 3, which cuts every network that is alive when it begins into pieces.
+        UserError: a frozen copy under ZeRO 3, which cuts every network that is alive when it begins into pieces.
     """
     strategy = None if trainer is None else trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and not reference_cached:
         raise UserError(
             "`model.init_args.policy: full` holds a frozen copy of the denoiser as its reference, and ZeRO 3 cannot "
-            "leave it whole: use ZeRO 1 or 2, or `policy: lora`"
+            "leave it whole: use ZeRO 1 or 2, `policy: lora`, or shards with a reference cache for training and "
+            "validation (`shards precompute --reference_draws`)"
         )

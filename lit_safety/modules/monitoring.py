@@ -59,9 +59,10 @@ class FiniteLossGuard:
         self._keys: list[str] = []
 
     def watch(self, loss: Tensor, keys: list[str]) -> None:
-        """Remember whether ``loss`` () of the samples ``keys`` is finite."""
-        self._finite = torch.isfinite(loss.detach())
-        self._keys = keys
+        """Remember whether ``loss`` () of the samples ``keys`` is finite, beside what was not checked yet."""
+        finite = torch.isfinite(loss.detach())
+        self._keys = keys if self._finite is None else [*self._keys, *keys]
+        self._finite = finite if self._finite is None else self._finite & finite
 
     def watch_gradient(self, norm: Tensor) -> None:
         """Remember whether the gradient's norm () is finite; it is the same number on every rank."""

@@ -21,16 +21,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
+from lit_safety.adapters.pieces import whole
+from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, read_checkpoint, read_file
 from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
 from lit_safety.backbones import Backbone, Conditioning, load_backbone
 from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.backbones.text import TruncatedPrompts, encode_alike
 from lit_safety.data.batch import PairBatch
-from lit_safety.data.chance import LATENT, NOISE, normal, uniform
+from lit_safety.data.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.errors import UserError
-from lit_safety.modules.cache_check import check_caches
+from lit_safety.modules.cache_check import check_caches, check_references
 from lit_safety.modules.label_checks import check_labels
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
+from lit_safety.modules.reference import ReferencePass, cached_pass
+from lit_safety.modules.sharding import as_on_rank_0, drop_frozen, shard, under_fsdp
+from lit_safety.modules.speed import Speed
+from lit_safety.modules.start_margin import check_start
+from lit_safety.modules.strategy_checks import check_resume, check_weights, family
 from lit_safety.objectives import (
     Objective,
     ObjectiveOutput,
@@ -69,6 +76,9 @@ class PreferenceModule(LightningModule):
         prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
         drawing: how pictures are drawn at validation and by `predict`.
+        speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
+        start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
+            another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
     """
 
     def __init__(
@@ -81,6 +91,8 @@ class PreferenceModule(LightningModule):
         prompt_dropout: float = 0.0,
         timestep_bins: int = 4,
         drawing: Drawing | None = None,
+        speed: Speed | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -92,6 +104,8 @@ class PreferenceModule(LightningModule):
         self.make_lr_scheduler = lr_scheduler
         self.prompt_dropout = prompt_dropout
         self.drawing = drawing or Drawing()
+        self.speed = speed or Speed()
+        self.start_from = start_from
         self.validation_errors = TimestepBins(timestep_bins)
         self.finite_loss = FiniteLossGuard()
         self.truncated = TruncatedPrompts()
@@ -106,7 +120,10 @@ class PreferenceModule(LightningModule):
     def setup(self, stage: str) -> None:
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
         pipeline_class_name(self.pretrained)
-        check_caches(getattr(self.trainer, "datamodule", None), self.pretrained, stage)
+        data = getattr(self.trainer, "datamodule", None)
+        check_caches(data, self.pretrained, stage)
+        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
+        check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(
                 f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
@@ -119,6 +136,10 @@ class PreferenceModule(LightningModule):
         if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.backbone = load_backbone(self.pretrained)
             self.configure_policy()
+            self._start()
+            self.speed.apply(self.backbone.denoiser)
+            if under_fsdp(self._trainer):
+                self._shard()
             return
         with unpartitioned():  # diffusers loads into whole parameters only
             self.backbone = load_backbone(self.pretrained)
@@ -126,6 +147,46 @@ class PreferenceModule(LightningModule):
             whole: Any = self.backbone
             whole.to(memory_format=torch.contiguous_format)
             self.configure_policy()
+            self._start()
+            self.speed.apply(self.backbone.denoiser)
+
+    def _start(self) -> None:
+        if self.start_from is None:
+            return
+        path = Path(self.start_from)
+        if not path.exists():
+            raise UserError(f"`model.init_args.start_from` {path} does not exist; name an adapter or a checkpoint")
+        self.begin_from(path)
+
+    def begin_from(self, path: Path) -> None:
+        """Begin with the weights that an export or a checkpoint holds, before anything is trained.
+
+        Raises:
+            UserError: they are not those of what is trained here.
+        """
+        trained = dict(self.trainable_parameters())
+        weights = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else self.read_export(path)
+        check_weights(trained, weights, f"`model.init_args.start_from` {path}")
+        fill(trained, weights)
+
+    def read_export(self, path: Path) -> dict[str, Tensor]:
+        """What `save_export` has written, by the names of `trainable_parameters`."""
+        weights = read_adapter(path, self.lora, POLICY)
+        return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
+
+    def _shard(self) -> None:
+        """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""
+        as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
+        for network in self.networks():
+            shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
+        self.register_state_dict_post_hook(drop_frozen)
+        if self.trainer.ckpt_path is not None and Path(str(self.trainer.ckpt_path)).is_file():
+            held = read_file(Path(str(self.trainer.ckpt_path)))["state_dict"]
+            check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The networks that FSDP2 cuts into pieces."""
+        return [self.backbone.denoiser]
 
     def configure_policy(self) -> None:
         """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
@@ -165,18 +226,20 @@ class PreferenceModule(LightningModule):
         """Denoising errors of policy and reference on chosen and rejected, at a shared timestep and noise.
 
         Chosen and rejected go through the network in one pass of 2B. The reference is the same network with its
-        adapters off, run first so that its activations are gone when the policy's are kept for the backward pass.
+        adapters off, run first so that its activations are gone when the policy's are kept for the backward pass; or
+        its errors come with the batch out of a reference cache.
         """
+        batch = self.ordered(batch)
         noisy, timesteps, target, conditioning = self.noised(batch)
-        with torch.no_grad(), self.reference():
-            reference = self.backbone.predict(noisy, timesteps, conditioning)
+        reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
         policy = self.backbone.predict(noisy, timesteps, conditioning)
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
-        reference_chosen, reference_rejected = prediction_error(reference, target).chunk(2)
-        size = len(batch)
-        drift = prediction_error(policy[:size], reference[:size]) if self.objective.needs_drift else None
+        drift = None
+        if self.objective.needs_drift and reference.prediction is not None:
+            drift = prediction_error(policy[: len(batch)], reference.prediction)
+            drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
         overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
-        return PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected, drift, overlap)
+        return PairErrors(policy_chosen, policy_rejected, reference.chosen, reference.rejected, drift, overlap)
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
         """Loss of each pair (B,) and what to log."""
@@ -184,9 +247,34 @@ class PreferenceModule(LightningModule):
 
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
+    def ordered(self, batch: PairBatch) -> PairBatch:
+        """The batch with its pairs in the order they are trained in; doing it twice changes nothing more."""
+        return batch
+
+    def reference_pass(
+        self, batch: PairBatch, noisy: Tensor, timesteps: Tensor, target: Tensor, conditioning: Conditioning
+    ) -> ReferencePass:
+        """The reference's errors on the batch, out of its cache or by a pass of what `noised` gave."""
+        if batch.reference is not None:
+            return cached_pass(batch, self.dropped_prompts(batch))
+        with torch.no_grad(), self.reference():
+            prediction = self.backbone.predict(noisy, timesteps, conditioning)
+        chosen, rejected = prediction_error(prediction, target).chunk(2)
+        return ReferencePass(chosen, rejected, prediction[: len(batch)])
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` can be run, beside what caches hold of it."""
+        return True
+
     def reference(self) -> AbstractContextManager[None]:
         """Within, the denoiser is the reference; left before any backward pass."""
         return adapters_off(self._layers)
+
+    @property
+    def drops_prompts(self) -> bool:
+        """Whether `dropped_prompts` may name any in training."""
+        return self.prompt_dropout > 0
 
     def dropped_prompts(self, batch: PairBatch) -> list[bool]:
         """Which pairs are trained on the empty prompt, a pure function of the samples' seeds."""
@@ -206,7 +294,7 @@ class PreferenceModule(LightningModule):
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
         # In double precision: rounded to single, a number just below 1 would be 1 and lie outside the schedule.
-        fractions = torch.tensor([uniform(seed, "timestep") for seed in batch.seeds], dtype=torch.float64)
+        fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.noise_seeds], dtype=torch.float64)
         return self.backbone.timesteps(fractions).to(self.device)
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
@@ -239,11 +327,11 @@ class PreferenceModule(LightningModule):
             return encode_alike(self.backbone, prompts)
 
     def gaussian(self, batch: PairBatch, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers (B, *shape), each row a pure function of its sample's seed and ``purpose``."""
+        """Standard normal numbers (B, *shape), each row a pure function of its noise seed and ``purpose``."""
         drawn = batch.draws.get(purpose)
         if drawn is not None and tuple(drawn.shape[1:]) == shape:
             return drawn
-        return normal(batch.seeds, purpose, shape).to(self.device, non_blocking=True)
+        return normal(batch.noise_seeds, purpose, shape).to(self.device, non_blocking=True)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """One picture a prompt by the policy, each from the initial noise of its own seed."""
@@ -267,7 +355,7 @@ class PreferenceModule(LightningModule):
     def exporting(self, export: str) -> Iterator[None]:
         """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
         trained = dict(self.trainable_parameters())
-        with replaced(trained, master_weights(trained)):
+        with replaced(self, trained, master_weights(trained)):
             yield
 
     def save_export(self, folder: Path) -> None:
@@ -281,13 +369,20 @@ class PreferenceModule(LightningModule):
     # ---- Lightning's hooks -----------------------------------------------------------------------------------
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        self.finite_loss.check()
-        output = self.loss(self.errors(batch), batch)
-        loss = output.loss.mean()
+        if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.finite_loss.check()  # where ranks have shared a gradient since, so that all of them stop
+        if self.speed.selective is not None:
+            loss, output, errors = self.speed.selective.step(self, batch)
+        else:
+            errors = self.errors(batch)
+            output = self.loss(errors, batch)
+            loss = output.loss.mean()
+        if self._trainer is not None and self.global_step == 0 and batch_idx == 0:
+            check_start(self, batch, errors)
         self.finite_loss.watch(loss, batch.keys)
         logs = {name: values.mean() for name, values in output.logs.items()}
         self.log_dict(logs, batch_size=len(batch))
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("loss", output.loss.detach().mean(), prog_bar=True, batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -321,7 +416,16 @@ class PreferenceModule(LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._gradient_norm = None
         if gradients:  # DeepSpeed keeps gradients to itself
-            self._gradient_norm = norm = torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self.finite_loss.watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
+        # DeepSpeed has it only now.
+        if engine is not None and (found := engine.get_global_grad_norm()) is not None:
+            norm = torch.as_tensor(found).to(self.device, torch.float32)
             self.finite_loss.watch_gradient(norm)
             self.log("grad_norm", norm)
 
@@ -346,6 +450,8 @@ class PreferenceModule(LightningModule):
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
+        if self._trainer is not None:
+            checkpoint["strategy"] = family(self.trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -354,12 +460,4 @@ class PreferenceModule(LightningModule):
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
-        trained = {name: parameter.shape for name, parameter in self.trainable_parameters()}
-        loaded = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        differing = sorted(name for name in trained.keys() | loaded.keys() if trained.get(name) != loaded.get(name))
-        if differing:
-            raise UserError(
-                f"the checkpoint's weights are not those trained here: {len(differing)} differ (first: "
-                f"{differing[0]}); it was written by a run with another model, rank or target_modules: resume with "
-                "that run's config.yaml"
-            )
+        check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")

@@ -12,7 +12,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from PIL.Image import Image
 from torch import Tensor
 
+from lit_safety.adapters.psa_file import fill_user_adapter, save_user_adapter
 from lit_safety.adapters.psa_pipeline import UserId, draw_for_users
+from lit_safety.adapters.start_from import is_checkpoint, read_checkpoint
 from lit_safety.adapters.user_adapter import UserAdapter, user_arguments
 from lit_safety.backbones import Conditioning
 from lit_safety.data.batch import PairBatch
@@ -20,8 +22,13 @@ from lit_safety.data.chance import uniform
 from lit_safety.data.users import USERS_FILE, Users, UserTable
 from lit_safety.errors import UserError
 from lit_safety.modules.preference import Drawing, PreferenceModule
+from lit_safety.modules.speed import Speed
 from lit_safety.modules.turn_round import turned_round
+from lit_safety.modules.user_check import check_folders, check_users
 from lit_safety.objectives import DiffusionDPO, Objective, PairLabels
+
+#: Users for whom a run draws its samples, beside the null user.
+SHOWN = 3
 
 
 class PSA(PreferenceModule):
@@ -45,6 +52,8 @@ class PSA(PreferenceModule):
         prompt_dropout: probability with which the prompt is dropped for itself, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
         drawing: how pictures are drawn at validation and by `predict`.
+        speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
+        start_from: an adapter of another run, or a checkpoint: training begins with its weights.
     """
 
     adapter: UserAdapter
@@ -62,6 +71,8 @@ class PSA(PreferenceModule):
         prompt_dropout: float = 0.0,
         timestep_bins: int = 4,
         drawing: Drawing | None = None,
+        speed: Speed | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -71,6 +82,8 @@ class PSA(PreferenceModule):
             prompt_dropout=prompt_dropout,
             timestep_bins=timestep_bins,
             drawing=drawing,
+            speed=speed,
+            start_from=start_from,
         )
         if user_tokens < 1:
             raise ValueError(f"user_tokens must be at least 1, got {user_tokens}")
@@ -86,6 +99,9 @@ class PSA(PreferenceModule):
 
     # ---- users -----------------------------------------------------------------------------------------------
 
+    def prepare_data(self) -> None:
+        check_folders(getattr(self.trainer, "datamodule", None))
+
     def configure_policy(self) -> None:
         files = self._user_files()
         self.table = UserTable(files)
@@ -93,6 +109,17 @@ class PSA(PreferenceModule):
         # Where this is not a fit, the checkpoint's statistics replace these.
         if len(files[0].ids) > 1:
             self.adapter.projection.standardise_by(files[0].embeddings(files[0].ids))
+        if self._trainer is not None:
+            stage = self.trainer.state.fn
+            check_users(getattr(self.trainer, "datamodule", None), stage.value if stage else None, self.table)
+
+    def begin_from(self, path: Path) -> None:
+        if not is_checkpoint(path):
+            fill_user_adapter(self.adapter, path)
+            return
+        super().begin_from(path)
+        for name, values in read_checkpoint(path).get("user_statistics", {}).items():
+            getattr(self.adapter.projection, name).copy_(values)
 
     def _user_files(self) -> list[Users]:
         if self.users is not None:
@@ -112,6 +139,10 @@ class PSA(PreferenceModule):
                 "`model.init_args.users`"
             )
         return found
+
+    @property
+    def drops_prompts(self) -> bool:
+        return super().drops_prompts or self.joint_dropout > 0
 
     def chosen_users(self, batch: PairBatch) -> list[UserId]:
         """Whom each pair is trained for, None being the null user; a pure function of the samples' seeds."""
@@ -173,10 +204,17 @@ class PSA(PreferenceModule):
         )
         return list(drawn.images)
 
+    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
+        """A row for the null user, then one for each of the first users."""
+        return [self.draw(prompts, seeds, [user] * len(prompts)) for user in (None, *self.table.ids[:SHOWN])]
+
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Image]:
         return self.draw(batch.prompts, batch.seeds, batch.user_ids)
 
     # ---- files -----------------------------------------------------------------------------------------------
+
+    def save_export(self, folder: Path) -> None:
+        save_user_adapter(self.adapter, folder, self.pretrained)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -6,10 +6,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor, nn
+
 from lit_safety.adapters.lora import adapter_layers
+from lit_safety.adapters.start_from import read_denoiser
 from lit_safety.cost_model import CostScorer, fill_costs, load_cost_model
 from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
+from lit_safety.modules.cache_check import reference_cached
 from lit_safety.modules.full_finetune import FrozenCopy, check_strategy, make_all_trainable
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
@@ -24,7 +28,8 @@ class SCDPO(PreferenceModule):
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; SC-DPO's own by default.
         policy: `lora` trains an adapter, and the reference is the network without it; `full` trains every weight of the
-            denoiser and holds a frozen copy as the reference. `full` leaves a whole pipeline instead of an adapter.
+            denoiser and holds a frozen copy as the reference, or none where a reference cache stands for it. `full`
+            leaves a whole pipeline instead of an adapter.
         cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
     """
 
@@ -40,13 +45,15 @@ class SCDPO(PreferenceModule):
         self.policy = policy
         self.cost_model = cost_model
         self._frozen: FrozenCopy | None = None
+        self._reference_cached = False
         self._scorer: CostScorer | None = None
         self._costs: dict[str, tuple[float, float]] = {}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._reference_cached = reference_cached(getattr(self.trainer, "datamodule", None), stage)
         if self.policy == "full":
-            check_strategy(self.trainer)
+            check_strategy(self.trainer, self._reference_cached)
         # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
         if self.cost_model is not None and self._scorer is None:
             self._scorer = load_cost_model(self.cost_model)
@@ -57,12 +64,32 @@ class SCDPO(PreferenceModule):
         if self.policy == "lora":
             super().configure_policy()
             return
-        self._frozen = FrozenCopy(self.backbone)
+        if not self._reference_cached:
+            self._frozen = FrozenCopy(self.backbone)
         make_all_trainable(self.backbone.denoiser)
         self._layers = adapter_layers(self.backbone.denoiser)
 
+    def read_export(self, path: Path) -> dict[str, Tensor]:
+        if self.policy == "lora":
+            return super().read_export(path)
+        weights = read_denoiser(path, self.backbone.DENOISER)
+        return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
+
+    def networks(self) -> list[nn.Module]:
+        return super().networks() + ([] if self._frozen is None else [self._frozen.denoiser])
+
+    @property
+    def has_reference(self) -> bool:
+        """Without a frozen copy, the whole denoiser is its own reference until something has moved it."""
+        fresh = self.global_step == 0 and self.start_from is None
+        return self.policy == "lora" or self._frozen is not None or fresh
+
     def reference(self) -> AbstractContextManager[None]:
-        return super().reference() if self._frozen is None else self._frozen.in_place()
+        if self._frozen is not None:
+            return self._frozen.in_place()
+        if not self.has_reference:
+            raise UserError("pairs without a reference cache, and no frozen copy is held: cache all that is read")
+        return super().reference()
 
     def exports(self) -> list[str]:
         """`pipeline` when the whole denoiser is trained."""

@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
 from lit_safety.adapters import LoRA, load_lora
 from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers, adapters_off
@@ -75,6 +77,17 @@ def test_round_trip_through_stock_diffusers(tiny_pipeline: Path, tmp_path: Path,
         text = backbone.encode_text(["a red cat", "a house"])["encoder_hidden_states"]
         found = pipe.unet(noisy, torch.tensor([100, 700]), text).sample
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_weights_make_equal_files(tiny_pipeline: Path, tmp_path: Path):
+    """PEFT keeps the layers' names in a set, whose order changes from process to process."""
+    backbone = load_backbone(str(tiny_pipeline))
+    targets = ["to_v", "to_q", "to_out.0", "to_k", "proj_out", "proj_in", "ff.net.2", "conv1"]
+    LoRA(rank=2, target_modules=targets).attach(backbone.denoiser, "policy")
+    backbone.save_lora(tmp_path, "policy")
+    with safe_open(tmp_path / WEIGHTS_NAME, framework="pt") as file:
+        kept = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert kept["unet.target_modules"] == sorted(targets)
 
 
 def test_scale_zero_is_the_base_and_scale_is_linear_in_the_update(tiny_pipeline: Path, tmp_path: Path):

@@ -16,8 +16,9 @@ def test_weights_that_no_zero_holds_are_copied():
 
 def test_replaced_weights_keep_their_precision_and_go_away_again():
     """What bf16 would round: 1 + 2^-10."""
-    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    with replaced({"x": parameter}, {"x": torch.tensor([1 + 2**-10])}):
+    network = nn.Module()
+    network.x = parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    with replaced(network, {"x": parameter}, {"x": torch.tensor([1 + 2**-10])}):
         assert float(parameter.detach()) == 1 + 2**-10
     assert parameter.dtype == torch.bfloat16
     assert float(parameter.detach()) == 0

@@ -28,11 +28,11 @@ def trainer_of(train: str | None) -> Trainer:
 
 
 def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
-    callback = MergeExperts("sum", weights={"Hate": 0.5})
+    callback = MergeExperts(method="sum", weights={"Hate": 0.5})
     assert callback.recipe.weight("hate") == 0.5
     callback.on_fit_start(trainer_of(None), module)
     with pytest.raises(UserError, match="names sexual; the experts are hate, violence"):
-        MergeExperts("sum", weights={"nudity": 0.5}).on_fit_start(trainer_of(None), module)
+        MergeExperts(method="sum", weights={"nudity": 0.5}).on_fit_start(trainer_of(None), module)
 
 
 def test_comerge_needs_prompts_from_somewhere(module: DPOExpert):

@@ -18,13 +18,31 @@ class DeepSpeedCPU(DeepSpeedStrategy):
 
     Args:
         stage: of ZeRO.
-        config: DeepSpeed's own settings beside it.
+        exclude_frozen_parameters: from checkpoints.
+        overlap_comm: streams are for GPUs.
+        reduce_bucket_size: numbers in a buffer.
+        allgather_bucket_size: the same.
+        settings: Lightning's.
     """
 
-    def __init__(self, stage: int = 2, config: dict[str, Any] | None = None) -> None:
-        # torch's AdamW is none of DeepSpeed's own optimizers.
-        given = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, **(config or {})}
-        super().__init__(config=given, process_group_backend="gloo", exclude_frozen_parameters=True)
+    def __init__(
+        self,
+        stage: int = 2,
+        exclude_frozen_parameters: bool = True,
+        overlap_comm: bool = False,
+        reduce_bucket_size: int = 1_000_000,
+        allgather_bucket_size: int = 1_000_000,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            stage=stage,
+            process_group_backend="gloo",
+            exclude_frozen_parameters=exclude_frozen_parameters,
+            overlap_comm=overlap_comm,
+            reduce_bucket_size=reduce_bucket_size,
+            allgather_bucket_size=allgather_bucket_size,
+            **settings,
+        )
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)

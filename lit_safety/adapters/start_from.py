@@ -1,0 +1,121 @@
+"""Weights to begin a new run from: an exported adapter or pipeline, or a checkpoint of any strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lit_safety.adapters.lora import LoRA
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.errors import UserError
+
+KEY = "model.init_args.start_from"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint, a file or a folder of DeepSpeed, and no export."""
+    return path.suffix == ".ckpt" or (path / "checkpoint").is_dir()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint with the fp32 weights of what was trained, whole, as `state_dict`, by any strategy's file or folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if path.is_dir():
+        return _read_deepspeed(path)
+    return read_file(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint file holds; tensors stay on the disk until they are used.
+
+    Raises:
+        UserError: it is damaged, or not written by a trainer.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise UserError(f"{path} is no readable checkpoint: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise UserError(f"{path} is no checkpoint of this trainer: it has no state_dict")
+    return found
+
+
+def _read_deepspeed(path: Path) -> dict[str, Any]:
+    if not (path / "checkpoint").is_dir():
+        raise UserError(f"`{KEY}` {path} is a folder, but no checkpoint of DeepSpeed")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint", exclude_frozen_parameters=True)
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"`{KEY}` {path} is no readable checkpoint of DeepSpeed: {error}") from error
+    return {"state_dict": {name: weights[name] for name in sorted(weights)}}
+
+
+def read_adapter(path: Path, lora: LoRA, adapter: str) -> dict[str, Tensor]:
+    """A LoRA file's weights by the names that PEFT gives the denoiser's parameters, `{layer}.lora_A.{adapter}.weight`.
+
+    Raises:
+        UserError: it is missing or damaged, or its alpha is another than that of ``lora``.
+    """
+    found = {}
+    for name, layer in read_lora(path).items():
+        if abs(layer.scale - lora.alpha / lora.rank) > 1e-6 and layer.rank == lora.rank:
+            raise UserError(
+                f"`{KEY}` {path}: its alpha / rank is {layer.scale:g}, and that of `lora` {lora.alpha / lora.rank:g}: "
+                "set lora.alpha to the file's"
+            )
+        inner = name.split(".", 1)[1]
+        ones = (1,) * len(layer.kernel)
+        channels = layer.a.shape[1] // max(1, torch.Size(layer.kernel).numel())
+        found[f"{inner}.lora_A.{adapter}.weight"] = layer.a.reshape(layer.rank, channels, *layer.kernel)
+        found[f"{inner}.lora_B.{adapter}.weight"] = layer.b.reshape(layer.b.shape[0], layer.rank, *ones)
+    return found
+
+
+def read_experts(path: Path, lora: LoRA, adapter: str, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Each expert's weights by name, out of a folder with a LoRA folder for each, or a checkpoint.
+
+    Raises:
+        UserError: one is missing, or they lie in a checkpoint of DeepSpeed, which holds one of them at a time.
+    """
+    if is_checkpoint(path):
+        held = read_checkpoint(path)
+        if "experts" not in held:
+            raise UserError(f"`{KEY}` {path}: experts are read from exports, or files of one process, DDP or FSDP2")
+        found = {name: dict(one["weights"]) for name, one in held["experts"]["resting"].items()}
+        own = {name.removeprefix("backbone.denoiser."): value for name, value in held["state_dict"].items()}
+        found[held["experts"]["active"]] = own
+    else:
+        found = {name: read_adapter(path / name, lora, adapter) for name in names if (path / name).is_dir()}
+    if missing := sorted(set(names) - set(found)):
+        raise UserError(f"`{KEY}` {path} holds no expert {', '.join(missing)}; it has {', '.join(found) or 'none'}")
+    return {name: found[name] for name in names}
+
+
+def read_denoiser(path: Path, name: str) -> dict[str, Tensor]:
+    """All weights of the network ``name`` (such as unet) of a pipeline folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted((path / name).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"`{KEY}` {path} holds neither an adapter, nor a pipeline with {name}, nor a checkpoint")
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+@torch.no_grad()
+def fill(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    """Copy ``weights`` into the parameters of the same names; whoever calls has compared names and shapes."""
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
