@@ -17,12 +17,14 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
+    "attack": "attack models in several ways, and plot how often that works against what it costs",
     "compare": "print several metrics.json in one table",
     "cost-model": "how right a cost model is, on labelled shards and on drawn pictures",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",
+    "users": "embed users' profiles, draw for users, and measure whose bounds are kept",
 }
 
 
@@ -63,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lit_safety.parsing import shorten
 
         print(f"error: {shorten(str(error))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        from lit_safety.hardware import out_of_memory
+
+        if (message := out_of_memory(error, command)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`... | head`): end quietly, as other tools do.

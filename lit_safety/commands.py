@@ -11,6 +11,7 @@ from jsonargparse import CLI
 
 #: command -> where its function is, or subcommand -> function. Imported only when called.
 COMMANDS: dict[str, str | dict[str, str]] = {
+    "attack": "lit_safety.attacks.command:attack",
     "evaluate": "lit_safety.evaluation.evaluate:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
     "cost-model": "lit_safety.cost_model.check:check",
@@ -35,6 +36,13 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "toyworld": {
         "build": "lit_safety.toyworld.build:build",
         "sheet": "lit_safety.toyworld.build:sheet",
+        "users": "lit_safety.toyworld.users:write_users_world",
+    },
+    "users": {
+        "embed": "lit_safety.users.embed:embed",
+        "evaluate": "lit_safety.evaluation.user_evaluate:evaluate_users",
+        "grid": "lit_safety.evaluation.user_grid_command:grid",
+        "sample": "lit_safety.users.sample:sample",
     },
 }
 
@@ -55,7 +63,7 @@ def run_command(arguments: Sequence[str]) -> None:
     command, rest = arguments[0], list(arguments[1:])
     if command in LISTS_FIRST:
         rest = gather_list(rest)
-    if command == "evaluate":
+    if command in ("attack", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
         from lit_safety.evaluation.arms import gather_arms
 
         rest = gather_arms(rest)

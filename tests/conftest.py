@@ -82,6 +82,22 @@ def wide_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "wide", channels=64)
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random SDXL."""
+    from tiny_pipelines import save_sdxl
+
+    return save_sdxl(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random SD3 with all three text encoders."""
+    from tiny_pipelines import save_sd3
+
+    return save_sd3(tmp_path_factory.mktemp("pipelines") / "tiny-sd3")
+
+
 def write_pairs(
     folder: Path, count: int, samples_per_shard: int = 8, seed: int = 0, categories: Sequence[str] = ()
 ) -> Path:

@@ -59,7 +59,8 @@ def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("unit", "statistic", "normalise")}.get(
         recipe["method"], ()
     )
-    settings = {"method": recipe["method"], **{key: recipe[key] for key in used}, "rank": recipe["rank"] or "as needed"}
+    settings = {"method": recipe["method"], **{key: recipe[key] for key in used}, "scale": recipe["scale"]}
+    settings["rank"] = recipe["rank"] or "as needed"
     for key, value in (report["calibration"] or {}).items():
         settings[f"calibration {key}"] = value
     return settings

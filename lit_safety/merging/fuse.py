@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_safety.adapters.lora import load_lora
+from lit_safety.backbones.pipeline_index import pipeline_index
 from lit_safety.errors import UserError
 from lit_safety.evaluation.pipelines import local_pipeline
 
@@ -21,7 +22,8 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
 
     folder = local_pipeline(pipeline)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        without = dict.fromkeys(pipeline_index(str(folder)).absent_text)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **without)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the pipeline {pipeline} does not load: {first_line}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration_options import CalibrationOptions
-from lit_safety.merging.recipe import Dtype, Method, Recipe, Statistic, Unit
+from lit_safety.merging.recipe import Recipe
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
     from lit_safety.merging.comerge import Activity
@@ -20,20 +21,12 @@ DEFAULT_CALIBRATION = CalibrationOptions()
 def merge(
     experts: list[str],
     out: str = "merged",
-    method: Method = "comerge",
     pipeline: str | None = None,
     weights: list[float] | None = None,
-    rank: int | None = None,
-    density: float = 0.2,
-    drop: float = 0.5,
-    seed: int = 0,
-    statistic: Statistic = "vote",
-    unit: Unit = "row",
-    normalise: bool = False,
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
     fuse: bool = False,
-    dtype: Dtype | None = None,
     device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Merge LoRA experts in delta space into one that stock diffusers loads.
 
@@ -43,24 +36,13 @@ def merge(
     Args:
         experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
         out: Folder of the merged adapter; an earlier merge there is replaced.
-        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
-            mean truncated to the experts' own rank; ties and dare are the published methods.
         pipeline: Folder or hub id of the base model, for comerge and fuse; null takes the one that the experts' model
             cards name.
         weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
-        rank: Truncate every layer to this rank by SVD; null keeps as much as the method needs.
-        density: ties: share of each update's entries that are kept.
-        drop: dare: share of each update's entries that are dropped.
-        seed: dare: seed of what is dropped.
-        statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
-        unit: comerge: take whole rows (output units), which is exact, or single weights, which is cut to the experts'
-            summed rank; single weights are compared by their magnitudes and need prompts with `normalise` only.
-        normalise: comerge: count every expert's activity in units of its own mean in the layer, so that the expert with
-            the largest updates does not win everywhere.
         calibration: comerge: the prompts and how they are looked at.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
-        dtype: Number format of the merged adapter; null is float32.
         device: Where comerge looks at the base model, such as cpu or cuda:1; null takes cuda where there is one.
+        **settings: How they are merged, see `Recipe`.
 
     Raises:
         UserError: an expert cannot be read or merged, they were made for different backbones, or an option is missing.
@@ -79,7 +61,7 @@ def merge(
         raise UserError(f"--weights: {len(weights)} numbers for {len(experts)} experts; give one for each")
     loaded = read_experts(experts)
     named = {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
-    recipe = Recipe(method, named, rank, density, drop, seed, statistic, unit, normalise, dtype)
+    recipe = Recipe(weights=named, **settings)
     check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])
     layers = united_layers(loaded)
     base = pipeline or base_of(loaded)
@@ -89,11 +71,14 @@ def merge(
         raise UserError(f"{needs[0]} needs the base model, and no expert's card names one: give --pipeline")
 
     activity = measured = None
+    begun = time.monotonic()
     if base is not None and must_calibrate:
         activity, measured = _calibrate(base, loaded, calibration, device)
+    calibrated = time.monotonic()
     with counter("merging layers", len(layers)) as tick:
         merged = merge_experts(loaded, recipe, activity, tick)
-    write_merge(Path(out), merged, report(merged, loaded, recipe, measured), base, fuse)
+    seconds = {"calibration": calibrated - begun, "merging": time.monotonic() - calibrated}
+    write_merge(Path(out), merged, report(merged, loaded, recipe, measured, seconds), base, fuse)
     print(f"{table(merged)}\n\nadapter   {Path(out) / WEIGHTS_NAME}\nreport    {Path(out) / REPORT_NAME}")
     if fuse:
         print(f"pipeline  {Path(out) / 'pipeline'}")

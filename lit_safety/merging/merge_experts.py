@@ -61,7 +61,7 @@ def merge_experts(
 ) -> Merged:
     """Merge experts in delta space.
 
-    A single expert of weight 1 is returned as it is by every method, unless a lower rank is asked for.
+    A single expert of weight 1 is returned as it is by every method, unless a lower rank or a scale is asked for.
 
     Args:
         experts: in any order, each under its own name.
@@ -80,6 +80,7 @@ def merge_experts(
     for name in united_layers(experts):
         parts = parts_of(experts, name)
         exact, rows = _exact(name, parts, experts, recipe, None if activity is None else activity.get(name))
+        exact = _scaled(exact, recipe.scale)
         written = _written(exact, parts, recipe, alone=len(experts) == 1)
         if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
             raise UserError(f"{name}: the merged update does not fit into {recipe.dtype}; use --dtype float32")
@@ -104,6 +105,12 @@ def _exact(
     if recipe.method == "ties":
         return ties(torch.stack(deltas), recipe.density, torch.tensor(weights)), None
     return dare_sum(deltas, weights, recipe.drop, recipe.seed, names, name), None
+
+
+def _scaled(exact: LowRank | Tensor, scale: float) -> LowRank | Tensor:
+    if isinstance(exact, Tensor):
+        return exact * scale
+    return LowRank(exact.a, exact.b, exact.scale * scale, exact.kernel)
 
 
 def _comerged(

@@ -51,7 +51,8 @@ def write_merge(out: Path, merged: Merged, report: Mapping[str, Any], base: str 
     if fuse and base is None:
         raise ValueError("there is no pipeline to fuse the adapter into")
     with atomic_folder(out) as folder:
-        write_lora(folder / WEIGHTS_NAME, merged.layers)
+        size = write_lora(folder / WEIGHTS_NAME, merged.layers).stat().st_size
+        report = {**report, "megabytes": size / 1e6}
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(merge_card(report, base or "unknown"), encoding="utf-8")
         if fuse and base is not None:

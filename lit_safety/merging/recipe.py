@@ -16,7 +16,24 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How experts are merged.
+    """How experts are merged: the options that the command `merge` and the callback `MergeExperts` share.
+
+    Args:
+        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
+            mean truncated to the experts' own rank; ties and dare are the published methods.
+        weights: By expert; one that is not named weighs 1. Of all methods but comerge, which takes rows as they are.
+        scale: Multiply the merged update by this, whatever the method. comerge leaves each expert a part of its rows,
+            mean a part of its update, and sum all that the others add to it: more or less than 1 makes up for that.
+        rank: Truncate every layer to this rank by SVD; null keeps as much as the method needs.
+        density: ties: share of each update's entries that are kept.
+        drop: dare: share of each update's entries that are dropped.
+        seed: dare: seed of what is dropped.
+        statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
+        unit: comerge: take whole rows (output units), which is exact, or single weights, which is cut to the experts'
+            summed rank; single weights are compared by their magnitudes and need prompts with `normalise` only.
+        normalise: comerge: count every expert's activity in units of its own mean in the layer, so that the expert with
+            the largest updates does not win everywhere.
+        dtype: Number format of the merged adapter; null is float32, or the expert's own where it is left unchanged.
 
     Raises:
         UserError: a number that no method can work with.
@@ -24,27 +41,21 @@ class Recipe:
 
     method: Method = "comerge"
     weights: Mapping[str, float] = field(default_factory=dict)
-    """By expert; one that is not named weighs 1. Of all methods but comerge, which takes rows as they are."""
+    scale: float = 1.0
     rank: int | None = None
-    """Truncate every layer's update to this rank by SVD; None: as exact as the method allows."""
     density: float = 0.2
-    """Share of entries that TIES keeps."""
     drop: float = 0.5
-    """Share of entries that DARE drops."""
     seed: int = 0
-    """Of DARE's draws."""
     statistic: Statistic = "vote"
-    """What comerge decides by, row by row."""
     unit: Unit = "row"
-    """What comerge takes from one expert: a whole output unit, or every weight by itself."""
     normalise: bool = False
-    """comerge: every expert's activity counts in units of its own mean in the layer."""
     dtype: Dtype | None = None
-    """Number format of the file; None: fp32, or the expert's own where it is returned unchanged."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"--rank {self.rank}: must be at least 1")
+        if not 0 < self.scale < float("inf"):
+            raise UserError(f"--scale {self.scale}: must be above 0; a negative one would push towards harm")
         if not 0 < self.density <= 1:
             raise UserError(f"--density {self.density}: must be above 0 and at most 1")
         if not 0 <= self.drop < 1:

@@ -15,9 +15,21 @@ FORMAT = "lit_safety merge 1"
 
 
 def report(
-    merged: Merged, experts: Sequence[Expert], recipe: Recipe, calibration: Mapping[str, Any] | None
+    merged: Merged,
+    experts: Sequence[Expert],
+    recipe: Recipe,
+    calibration: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that `report.json` says; ``calibration`` is what comerge measured on."""
+    """Everything that `report.json` says but the file's size.
+
+    Args:
+        merged: what came out.
+        experts: what went in.
+        recipe: how.
+        calibration: what comerge measured on.
+        seconds: how long each part took, reading and writing left out.
+    """
     return {
         "format": FORMAT,
         "recipe": {**asdict(recipe), "weights": {e.name: recipe.weight(e.name) for e in experts}},
@@ -31,6 +43,7 @@ def report(
         },
         "calibration": dict(calibration) if calibration is not None else None,
         "residual": merged.residual,
+        "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "parameters": sum(layer.a.numel() + layer.b.numel() for layer in merged.layers.values()),
         "layers": {name: _layer(fit) for name, fit in merged.fits.items()},
     }

@@ -13,10 +13,13 @@ from jsonargparse import ArgumentError, Namespace
 
 from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrorParser
+from lit_safety.study.pictures import Growth, HeatMap, check_pictures
 
 Options = dict[str, Any]
 _FOLDER_OF = re.compile(r"\{folder:([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\Z")
+#: [FILE#][max:|mean:|each:]a.b.0
+_PLACE = re.compile(r"([^#]+#)?((max|mean|each):)?[^:#]+\Z")
 #: The option whose values are written without a name, one word each: `merge A B`.
 WORDS = "words"
 
@@ -25,8 +28,8 @@ WORDS = "words"
 class Study:
     """A study file.
 
-    In every text of `rows`, `{folder}` is the folder of the job itself, `{seed}` its seed, and `{folder:NAME}` the
-    folder of the row NAME at the same seed, which is then done first.
+    In every text of `rows`, `{folder}` is the folder of the job itself, `{seed}` its seed, `{folder:NAME}` the folder
+    of the row NAME at the same seed, which is then done first, and `{NAME}` what `texts` says for NAME at that seed.
     """
 
     out: str
@@ -36,7 +39,9 @@ class Study:
     command evaluate under a name of its own, for a row that calls it twice."""
     figures: dict[str, str]
     """Column of the table -> where its number stands in the row's `metrics`, such as `aligned.ip`,
-    `differences.aligned.ip.interval.0` or `max:aligned.ip_by_category`."""
+    `differences.aligned.ip.interval.0` or `max:aligned.ip_by_category`. With `{arm}` in it (`arms.{arm}.ip`) the job
+    gives a row of the table for each arm of its metrics but the base. `FILE#place` looks into another JSON file, and
+    `each:place` takes all numbers there by their names, for the heat map."""
     metrics: str = "{folder}/report/metrics.json"
     """The JSON file that a job leaves."""
     defaults: dict[str, Options] = field(default_factory=dict)
@@ -45,12 +50,20 @@ class Study:
     """Every row is done once for each."""
     row_seeds: dict[str, list[int]] = field(default_factory=dict)
     """Rows with seeds of their own."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> what `{name}` stands for at each of `seeds`, in their order."""
+    prepare: list[str] = field(default_factory=list)
+    """Rows that others need and that have no figures: what they leave is not looked at."""
     baseline: dict[str, str] = field(default_factory=dict)
     """Column -> where the same figure of the base stands, shown in the table's first row."""
     percent: list[str] = field(default_factory=list)
     """Columns that are shares, shown in percent."""
     pareto: list[str] = field(default_factory=list)
     """Two columns, drawn against each other: the lower the better, then the higher the better."""
+    heatmaps: dict[str, HeatMap] = field(default_factory=dict)
+    """Name -> what `heatmap-NAME.png` shows."""
+    growth: Growth | None = None
+    """`growth.png`."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,12 @@ class Job:
     folder: Path
     commands: tuple[tuple[str, ...], ...]
     """Argument lists for `python -m lit_safety`, in order."""
-    metrics: Path
+    metrics: Path | None
+    """None: it has no figures."""
     needs: tuple[str, ...]
     """Rows that must be done first, at the same seed."""
+    above: tuple[str, ...] = ()
+    """Digests of these rows' jobs."""
 
     @property
     def name(self) -> str:
@@ -72,12 +88,13 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Differs when the commands or their config files do, so that a changed row is done again."""
+        """Differs when the commands or their config files do, or those of a needed row: then it is done again."""
         files = [
             word.partition("=")[2] for command in self.commands for word in command if word.startswith("--config=")
         ]
         contents = [Path(file).read_text(encoding="utf-8") for file in files if Path(file).is_file()]
-        return hashlib.sha256(json.dumps([self.commands, contents]).encode()).hexdigest()[:12]
+        parts = [self.commands, contents, *([self.above] if self.above else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def load_study(path: str) -> Study:
@@ -91,15 +108,25 @@ def load_study(path: str) -> Study:
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        study = Study(**{key: _plain(value) for key, value in vars(parser.parse_path(path)).items()})
+        given = {key: _plain(value) for key, value in vars(parser.parse_path(path)).items()}
+        given["heatmaps"] = {name: HeatMap(**one) for name, one in given["heatmaps"].items()}
+        given["growth"] = Growth(**given["growth"]) if given["growth"] else None
+        study = Study(**given)
+        check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     for name in study.rows:
         if not _NAME.match(name):
             raise UserError(f"{path}: the row {name!r} may hold only letters, digits and ._+-: it names a folder")
-    for name in (*study.row_seeds, *(n for row in study.rows.values() for n in _needed(row))):
+    for name in (*study.row_seeds, *study.prepare, *(need for row in study.rows for need in _needed(study, row))):
         if name not in study.rows:
             raise UserError(f"{path}: speaks of a row {name!r} that it does not have")
+    for column, place in (*study.figures.items(), *study.baseline.items()):
+        if not _PLACE.match(place):
+            raise UserError(f"{path}: the figure {column!r} stands at {place!r}, which is no [FILE#][max:]key.key")
+    for name, texts in study.texts.items():
+        if len(texts) != len(study.seeds):
+            raise UserError(f"{path}: `texts` has {len(texts)} values of {name} for {len(study.seeds)} seeds")
     if study.pareto and (len(study.pareto) != 2 or set(study.pareto) - set(study.figures)):
         raise UserError(f"{path}: pareto must name two of the columns {', '.join(study.figures)}")
     return study
@@ -122,9 +149,13 @@ def jobs_of(study: Study) -> list[Job]:
     """
     rows = _in_order(study)
     seeds = sorted({seed for name in rows for seed in study.row_seeds.get(name, study.seeds)})
-    return [
-        _job(study, name, seed) for seed in seeds for name in rows if seed in study.row_seeds.get(name, study.seeds)
-    ]
+    jobs: dict[tuple[str, int], Job] = {}
+    for seed in seeds:
+        for name in rows:
+            if seed in study.row_seeds.get(name, study.seeds):
+                above = tuple(jobs[need, seed].digest for need in _needed(study, name) if (need, seed) in jobs)
+                jobs[name, seed] = _job(study, name, seed, above)
+    return list(jobs.values())
 
 
 def _in_order(study: Study) -> list[str]:
@@ -134,7 +165,7 @@ def _in_order(study: Study) -> list[str]:
         if name in waiting:
             raise UserError(f"the rows {' -> '.join((*waiting, name))} need each other")
         if name not in order:
-            for needed in _needed(study.rows[name]):
+            for needed in _needed(study, name):
                 visit(needed, (*waiting, name))
             order.append(name)
 
@@ -143,31 +174,51 @@ def _in_order(study: Study) -> list[str]:
     return order
 
 
-def _needed(row: dict[str, Options]) -> list[str]:
-    return list(dict.fromkeys(_FOLDER_OF.findall(json.dumps(row))))
+def _calls(study: Study, row: str) -> list[tuple[str, Options]]:
+    """A row's commands with all their options, the defaults included."""
+    found = []
+    for called, options in study.rows[row].items():
+        command = called.split("@")[0]
+        merged = {**study.defaults.get(command, {}), **study.defaults.get(called, {}), **(options or {})}
+        found.append((command, merged))
+    return found
 
 
-def _job(study: Study, row: str, seed: int) -> Job:
+def _needed(study: Study, row: str) -> list[str]:
+    return list(dict.fromkeys(_FOLDER_OF.findall(json.dumps(_calls(study, row)))))
+
+
+def _job(study: Study, row: str, seed: int, above: tuple[str, ...]) -> Job:
     def folder_of(name: str) -> Path:
         return Path(study.out) / name / f"seed{seed}"
 
     def fill(text: str) -> str:
         text = _FOLDER_OF.sub(lambda found: str(folder_of(found[1])), text)
-        return text.replace("{folder}", str(folder_of(row))).replace("{seed}", str(seed))
+        text = text.replace("{folder}", str(folder_of(row))).replace("{seed}", str(seed))
+        for name, texts in study.texts.items():
+            if "{" + name + "}" in text:
+                text = text.replace("{" + name + "}", _text_at(study, name, texts, row, seed))
+        return text
 
-    commands = []
-    for called, options in study.rows[row].items():
-        command = called.split("@")[0]
-        merged = {**study.defaults.get(command, {}), **study.defaults.get(called, {}), **(options or {})}
-        commands.append(tuple(fill(word) for word in [*command.split(), *_arguments(merged)]))
-    needs = tuple(_needed(study.rows[row]))
-    return Job(row, seed, folder_of(row), tuple(commands), Path(fill(study.metrics)), needs)
+    commands = tuple(
+        tuple(fill(word) for word in [*command.split(), *_arguments(options)])
+        for command, options in _calls(study, row)
+    )
+    needs = tuple(_needed(study, row))
+    metrics = None if row in study.prepare else Path(fill(study.metrics))
+    return Job(row, seed, folder_of(row), commands, metrics, needs, above)
+
+
+def _text_at(study: Study, name: str, texts: list[str], row: str, seed: int) -> str:
+    if seed not in study.seeds:
+        raise UserError(f"the row {row} uses {{{name}}} at seed {seed}, for which `texts` says nothing")
+    return texts[study.seeds.index(seed)]
 
 
 def _arguments(options: Options) -> list[str]:
-    """Options as words of a command line; a list under `config` is several `--config`."""
+    """Options as words of a command line; a list under `config` is several `--config`, which come before the rest."""
     words: list[str] = [str(word) for word in options.get(WORDS, ())]
-    for name, value in options.items():
+    for name, value in sorted(options.items(), key=lambda option: option[0] != "config"):
         if name == WORDS:
             continue
         several = value if name == "config" and isinstance(value, list) else [value]

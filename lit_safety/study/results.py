@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from lit_safety.errors import UserError
 from lit_safety.study.plan import Job, Study
 
 FILE_NAME = "results.jsonl"
+Figure = float | dict[str, float] | None
+"""A number, or for an `each:` column several by their names."""
+ARM = "{arm}"
+SUMMARIES: dict[str, Callable[[Iterable[float]], float]] = {"max": max, "mean": statistics.fmean}
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,20 @@ class Result:
     """Of the commands; a result whose row was changed since then no longer counts."""
     seconds: float
     """Wall time of all its commands."""
-    figures: dict[str, float | None]
+    figures: dict[str, Figure]
     """By column; None where the job has no such figure."""
     base: dict[str, float | None]
     """The same of the base, where the study asks for it."""
     commands: list[list[str]]
+    arms: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    """The figures of each arm, where the study asks for them by arm."""
+
+    def by_arm(self) -> dict[str, Result]:
+        """This result as one for each row of the table: `row: arm`, or the row itself where no arms are told apart."""
+        if not self.arms:
+            return {self.row: self}
+        own = {name: replace(self, figures={**self.figures, **found}, arms={}) for name, found in self.arms.items()}
+        return {f"{self.row}: {name}": result for name, result in own.items()}
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -78,33 +93,63 @@ def collect(study: Study, job: Job, seconds: float) -> Result:
     """Read the figures that a finished job left.
 
     Raises:
-        UserError: its metrics file is missing or no JSON.
+        UserError: its metrics file is missing or no JSON, or it holds no figure.
     """
-    try:
-        metrics = json.loads(job.metrics.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{job.name}: {job.metrics} cannot be read ({error}), though its commands succeeded") from error
-    figures = {column: _look_up(metrics, place) for column, place in study.figures.items()}
-    if not any(value is not None for value in figures.values()):
+    commands = [list(words) for words in job.commands]
+    if job.metrics is None:
+        return Result(job.row, job.seed, job.digest, round(seconds, 1), {}, {}, commands)
+    metrics = _read(job, job.metrics)
+
+    def read(places: dict[str, str], arm: str = "") -> dict[str, Figure]:
+        found: dict[str, Figure] = {}
+        for column, place in places.items():
+            file, _, within = place.replace(ARM, arm).rpartition("#")
+            other = job.folder / file if file else None
+            source = metrics if other is None else _read(job, other) if other.is_file() else {}
+            found[column] = _look_up(source, within)
+        return found
+
+    by_arm = {column: place for column, place in study.figures.items() if ARM in place}
+    figures = read({column: place for column, place in study.figures.items() if ARM not in place})
+    names = [name for name in metrics.get("arms", {}) if name != "base"] if by_arm else []
+    arms = {name: read(by_arm, name) for name in names}
+    if not any(value is not None for one in (figures, *arms.values()) for value in one.values()):
         raise UserError(f"{job.name}: {job.metrics} holds none of the figures {', '.join(study.figures.values())}")
-    base = {column: _look_up(metrics, place) for column, place in study.baseline.items()}
-    return Result(job.row, job.seed, job.digest, round(seconds, 1), figures, base, [list(c) for c in job.commands])
+    base = {column: _number(value) for column, value in read(study.baseline).items()}
+    return Result(job.row, job.seed, job.digest, round(seconds, 1), figures, base, commands, arms)
 
 
-def _look_up(metrics: Any, place: str) -> float | None:
-    """The number at `a.b.0` (keys, and positions in a list); `max:a.b` is the largest of the numbers in b."""
-    if place.startswith("max:"):
-        place, largest = place.removeprefix("max:"), True
-    else:
-        largest = False
-    for part in place.split("."):
+def _read(job: Job, file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{job.name}: {file} cannot be read ({error}), though its commands succeeded") from error
+
+
+def _look_up(metrics: Any, place: str) -> Figure:
+    """The number at `a.b.0` (keys, and positions in a list); `max:a.b` is the largest of the numbers in b, `mean:a.b`
+    their mean, and `each:a.b` all of them by their names."""
+    how, _, where = place.rpartition(":")
+    for part in where.split("."):
         if isinstance(metrics, list) and part.isdigit() and int(part) < len(metrics):
             metrics = metrics[int(part)]
         elif isinstance(metrics, dict) and part in metrics:
             metrics = metrics[part]
         else:
             return None
-    if largest:
-        numbers = [value for value in metrics.values() if value is not None] if isinstance(metrics, dict) else []
-        return float(max(numbers)) if numbers else None
-    return float(metrics) if isinstance(metrics, int | float) and not isinstance(metrics, bool) else None
+    if not how:
+        return _number(metrics)
+    each = (
+        {name: n for name, value in metrics.items() if (n := _number(value)) is not None}
+        if isinstance(metrics, dict)
+        else {}
+    )
+    if how == "each":
+        return each or None
+    if how not in SUMMARIES:
+        raise UserError(f"figure {place}: {how!r} is none of each, {', '.join(SUMMARIES)}")
+    return SUMMARIES[how](each.values()) if each else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -102,9 +102,10 @@ def _blocker(job: Job, failed: dict[str, str]) -> str | None:
 
 def _tell(job: Job, result: Result, took: list[float], left: int, processes: int, spent: float) -> None:
     minutes = left * sum(took) / len(took) / processes / 60
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items() if value is not None)
-    print(f"{job.name}: {figures} ({result.seconds:.0f} s; {spent / 60:.0f} min so far, {left} jobs left, about "
-          f"{minutes:.0f} min)", flush=True)  # fmt: skip
+    told = [f"{name} {value:.3f}" for name, value in result.figures.items() if isinstance(value, float)]
+    told += [f"{len(result.arms)} arms"] if result.arms else []
+    time_left = f"{spent / 60:.0f} min so far, {left} jobs left, about {minutes:.0f} min"
+    print(f"{job.name}: {', '.join(told) or 'done'} ({result.seconds:.0f} s; {time_left})", flush=True)
 
 
 def _call(study: Study, job: Job, threads: int, stop: Event) -> Result:

@@ -36,22 +36,42 @@ def tabulate(study: str, out: str | None = None) -> None:
         from lit_safety.study.plots import pareto
 
         print(f"plot: {pareto(plan, results, folder / 'pareto.png')}")
+    for name, asked in plan.heatmaps.items():
+        from lit_safety.study.arm_plots import heatmap
+
+        if asked.row in newest_by_row(plan):
+            print(f"plot: {heatmap(asked, plan, newest_by_row(plan), folder / f'heatmap-{name}.png')}")
+    if plan.growth:
+        from lit_safety.study.arm_plots import growth
+
+        print(f"plot: {growth(plan.growth, plan, newest_by_row(plan), folder / 'growth.png')}")
 
 
-def newest(study: Study) -> dict[str, list[Result]]:
+def newest_by_row(study: Study) -> dict[str, list[Result]]:
     """Row -> its results by seed, of the commands as they are now; rows without one are left out."""
     jobs = jobs_of(study)
     done = latest(read_results(Path(study.out)), jobs)
-    return {
-        row: [done[job.name] for job in jobs if job.row == row and job.name in done]
-        for row in study.rows
-        if any(job.row == row and job.name in done for job in jobs)
-    }
+    found: dict[str, list[Result]] = {row: [] for row in study.rows if row not in study.prepare}
+    for job in jobs:
+        if job.row in found and job.name in done:
+            found[job.row].append(done[job.name])
+    return {row: results for row, results in found.items() if results}
+
+
+def newest(study: Study) -> dict[str, list[Result]]:
+    """The same by row of the table: where arms are told apart, each has its own."""
+    found: dict[str, list[Result]] = {}
+    for results in newest_by_row(study).values():
+        for result in results:
+            for name, one in result.by_arm().items():
+                found.setdefault(name, []).append(one)
+    return found
 
 
 def values(results: list[Result], column: str) -> list[float]:
     """One column's numbers, one a seed that has it."""
-    return [value for result in results if (value := result.figures.get(column)) is not None]
+    found = [result.figures.get(column) for result in results]
+    return [value for value in found if isinstance(value, float)]
 
 
 def markdown(study: Study, results: dict[str, list[Result]]) -> str:
@@ -59,7 +79,7 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
 
     A line a row of the study; a line a figure where there are more figures than fit beside each other.
     """
-    columns = list(study.figures)
+    columns = [name for name, place in study.figures.items() if not place.rpartition("#")[2].startswith("each:")]
     base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
     cells = {"base": [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]} if base else {}
     for row, found in results.items():

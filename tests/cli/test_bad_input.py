@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_safety.__main__ import main
+from lit_safety.modules import PreferenceModule
 
 Arguments = Callable[..., list[str]]
 
@@ -24,6 +26,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("more", "names"),
     [
         (["--model.init_args.objective.init_args.bta", "3"], ["model.init_args.objective", "'bta'"]),
+        (["--model.init_args.optimizer.init_args.lrr", "3"], ["`model.init_args.optimizer`", "'lrr'"]),
         (["--model.init_args.lora.init_args.rank", "x"], ["model.init_args.lora.init_args.rank", "int"]),
         (["--model.init_args.objective.init_args.beta", "0"], ["beta must be above 0"]),
         (["--model.class_path", "lit_safety.modules.Nope"], ["`model`", "Nope"]),
@@ -35,6 +38,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--ckpt_path", "last"], ["--ckpt_path last", "train first"]),
         (["--model.init_args.lora.init_args.target_modules", "[to_nowhere]"], ["target_modules", "to_nowhere"]),
         (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
+        (["--trainer.precision", "16-mixed"], ["trainer.precision: 16-mixed", "CPU", "bf16-mixed"]),
         (["--trainer.precision", "bf16-true"], ["trainer.precision", "bf16-mixed"]),
         (["--seed_everything", "true"], ["seed_everything", "number"]),
     ],
@@ -65,6 +69,15 @@ def test_an_unknown_key_is_reported_before_anything_is_read(
     assert "'objectiv'" in refused(command_line("fit", *wrong, "--config", str(overlay)), capsys)
 
 
+def test_an_unknown_key_of_the_optimizer_is_reported_with_its_path(
+    command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lrr: 3}}}}\n")
+    complaint = refused(command_line("fit", "--config", str(overlay)), capsys)
+    assert "`model.init_args.optimizer`: Option 'lrr' is not accepted" in complaint
+
+
 def test_no_write_permission(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A file where the folder should go stands for every reason that a folder cannot be made (root may write all)."""
     (tmp_path / "occupied").write_text("")
@@ -84,3 +97,13 @@ def test_a_checkpoint_of_another_adapter(command_line: Arguments, tmp_path: Path
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]):
     assert "'fitt'" in refused(["fitt"], capsys)
+
+
+def test_out_of_memory_is_one_line(
+    command_line: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """An allocator really refuses, in the middle of a step: 4 PiB are more than any processor can address."""
+    monkeypatch.setattr(PreferenceModule, "errors", lambda self, batch: torch.empty(1 << 50, dtype=torch.float32))
+    complaint = refused(command_line("fit", "--trainer.callbacks", "[]", "--trainer.logger", "false"), capsys)
+    for name in ("out of memory", "data.init_args.batch_size", "trainer.accumulate_grad_batches"):
+        assert name in complaint

@@ -14,7 +14,8 @@ from lit_safety.study.plan import jobs_of, load_study
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
-METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "evaluate.yaml")
+METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if "\ntrainer:" in path.read_text())
+EVALUATIONS = [CONFIGS / f"{name}.yaml" for name in ("evaluate", "baselines", "guards")]
 
 
 def keys(node: object, prefix: str = "") -> list[str]:
@@ -34,6 +35,34 @@ def test_it_parses(config: Path, capsys: pytest.CaptureFixture[str]):
     printed = yaml.safe_load(capsys.readouterr().out)
     missing = set(keys(yaml.safe_load(config.read_text()))) - set(keys(printed))
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "method",
+    [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem in ("dpo_expert", "psa")],
+    ids=lambda path: path.name,
+)
+def test_a_models_overlay_suits_every_method(method: Path, capsys: pytest.CaptureFixture[str]):
+    """SDXL's names most keys; each overlay's own run over scdpo.yaml is in test_fit_backbones.py."""
+    overlay = CONFIGS / "models" / "sdxl.yaml"
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(method), "--config", str(overlay), "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    missing = set(keys(yaml.safe_load(overlay.read_text()))) - set(keys(printed))
+    assert not missing
+    assert printed["model"]["init_args"]["pretrained"] == "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize("config", EVALUATIONS, ids=lambda path: path.name)
+def test_an_evaluation_parses(config: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--config", str(config), "--out", "x", "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(config.read_text())
+    assert set(given) <= set(printed)
+    assert set(given.get("arms", {})) == set(printed["arms"] or {})
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)

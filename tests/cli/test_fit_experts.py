@@ -95,13 +95,16 @@ def test_a_fit_leaves_experts_and_their_merge(command_line: Arguments, latest: P
     assert main(command_line("fit")) == 0
     experts = {name: read_lora(latest / "experts" / name) for name in CATEGORIES}
     merged = read_lora(latest / "adapter")
+    report = json.loads((latest / "adapter" / "report.json").read_text())
+    scale = report["recipe"]["scale"]
+    assert f"scale: {scale}" in CONFIG.read_text()
     for name, layer in merged.items():  # every row is that of one expert
-        rows = torch.stack([(layer.delta() - expert[name].delta()).abs().amax(dim=1) for expert in experts.values()])
+        whole = [scale * expert[name].delta() for expert in experts.values()]
+        rows = torch.stack([(layer.delta() - delta).abs().amax(dim=1) for delta in whole])
         assert float(rows.min(dim=0).values.max()) < 1e-6
         assert float(layer.delta().abs().max()) > 0
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipe.load_lora_weights(latest / "adapter")
-    report = json.loads((latest / "adapter" / "report.json").read_text())
     assert list(report["experts"]) == list(CATEGORIES)
     assert report["calibration"]["categories"] == list(CATEGORIES)
     steps = 0

@@ -84,6 +84,8 @@ def test_comerge_end_to_end(tmp_path: Path, tiny_pipeline: Path, experts: list[s
     assert report["calibration"]["count"] == 2
     assert report["residual"] < 1e-6
     assert report["experts"]["violence"]["ranks"] == [3]
+    assert report["megabytes"] == (tmp_path / "0" / "pytorch_lora_weights.safetensors").stat().st_size / 1e6
+    assert report["seconds"]["calibration"] > 0 < report["seconds"]["merging"]
     card = (tmp_path / "0" / "README.md").read_text()
     assert f"base_model: {tiny_pipeline}" in card
     assert "Do not negate it" in card
@@ -95,6 +97,28 @@ def test_every_method_writes_a_file_of_the_asked_rank(tmp_path: Path, experts: l
     CLI(merge, args=[json.dumps(experts), "--out", str(tmp_path / "out"), "--method", method, "--rank", "2"])
     assert {layer.rank for layer in read_lora(tmp_path / "out").values()} == {2}
     assert json.loads((tmp_path / "out" / "report.json").read_text())["residual"] > 0
+
+
+def test_an_expert_is_added_later(tmp_path: Path, tiny_pipeline: Path, experts: list[str], prompts: str,
+                                  save_expert: Callable[..., Path]):  # fmt: skip
+    """Merged again with a third one: the files of the two stay what they are, every row is one of the three's, and
+    those that the new one did not win stand as before."""
+    options = CalibrationOptions(prompts=prompts, timesteps=1, steps=1)
+    files = [Path(folder) / "pytorch_lora_weights.safetensors" for folder in experts]
+    before = [file.read_bytes() for file in files]
+    merge(experts, str(tmp_path / "two"), statistic="magnitude", calibration=options)
+    new = str(save_expert(tmp_path / "sexual" / "adapter", 3))
+    merge([*experts, new], str(tmp_path / "three"), statistic="magnitude", calibration=options)
+    assert [file.read_bytes() for file in files] == before
+    two, three, third = (read_lora(folder) for folder in (tmp_path / "two", tmp_path / "three", new))
+    won = 0
+    for name, layer in three.items():
+        kept = (layer.delta() - two[name].delta()).abs().amax(dim=1) < 1e-5
+        taken = (layer.delta() - third[name].delta()).abs().amax(dim=1) < 1e-5
+        assert (kept | taken).all()
+        won += int(taken.sum())
+    assert won > 0
+    StableDiffusionPipeline.from_pretrained(tiny_pipeline).load_lora_weights(tmp_path / "three")
 
 
 def test_missing_options_are_named(tmp_path: Path, experts: list[str], prompts: str):

@@ -58,6 +58,18 @@ def test_the_order_of_the_experts_does_not_matter(make_expert: Callable[..., Exp
             assert torch.equal(found.layers[name].delta(), first.layers[name].delta())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scale_multiplies_the_merged_update(make_expert: Callable[..., Expert], method: str):
+    experts = [make_expert("a", 0), make_expert("b", 1, rank=1, scale=2.0)]
+    plain, larger = merged(experts, method), merged(experts, method, scale=1.5)
+    for name in plain.layers:
+        expected = 1.5 * plain.layers[name].delta()
+        torch.testing.assert_close(larger.layers[name].delta(), expected, rtol=1e-4, atol=1e-5)
+    alone = merge_experts(experts[:1], Recipe(method=method, scale=0.5)).layers
+    for name, layer in experts[0].layers.items():
+        torch.testing.assert_close(alone[name].delta(), 0.5 * layer.delta(), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", EXACT)
 def test_the_block_form_is_the_merge_of_the_whole_updates(make_expert: Callable[..., Expert], method: str):
     """Ranks 2 + 1 + 2 on sides of 4 to 7, so that some layers need the exact reduction."""
@@ -131,7 +143,7 @@ def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"rank": 0}, "--rank"), ({"density": 0.0}, "--density"), ({"drop": 1.0}, "--drop"),
-     ({"weights": {"a": 2.0}}, "--weights")],
+     ({"weights": {"a": 2.0}}, "--weights"), ({"scale": 0.0}, "--scale")],
 )  # fmt: skip
 def test_impossible_settings_are_named(settings: dict, named: str):
     with pytest.raises(UserError, match=named):

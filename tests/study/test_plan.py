@@ -55,6 +55,13 @@ def test_a_row_that_names_anothers_folder_comes_after_it_at_every_seed():
     assert jobs[5].commands == (("merge", "runs/s/left/seed1", "runs/s/right/seed1"),)
 
 
+def test_what_the_defaults_need_is_needed_too():
+    plan = study(
+        rows={"one": {"fit": {}}, "cache": {"precompute": {}}}, defaults={"fit": {"train": "{folder:cache}/shards"}}
+    )
+    assert [(job.name, job.needs) for job in jobs_of(plan)] == [("cache/seed0", ()), ("one/seed0", ("cache",))]
+
+
 def test_one_command_may_be_called_twice_under_two_names():
     plan = study(
         defaults={"evaluate": {"steps": 12}, "evaluate@curve": {"steps": 4}},
@@ -66,6 +73,33 @@ def test_one_command_may_be_called_twice_under_two_names():
 def test_rows_may_have_seeds_of_their_own():
     plan = study(rows={"one": {"fit": {}}, "two": {"fit": {}}}, seeds=[0], row_seeds={"two": [0, 1, 2]})
     assert [job.name for job in jobs_of(plan)] == ["one/seed0", "two/seed0", "two/seed1", "two/seed2"]
+
+
+def test_texts_differ_from_seed_to_seed():
+    plan = study(
+        rows={"one": {"merge": {"words": ["x/{first}", "y/{second}"], "out": "{folder}/{first}"}}},
+        texts={"first": ["hate", "sexual"], "second": ["sexual", "hate"]},
+        seeds=[0, 5],
+    )
+    assert [job.commands[0] for job in jobs_of(plan)] == [
+        ("merge", "x/hate", "y/sexual", "--out=runs/s/one/seed0/hate"),
+        ("merge", "x/sexual", "y/hate", "--out=runs/s/one/seed5/sexual"),
+    ]
+    with pytest.raises(UserError, match=r"\{first\} at seed 3"):
+        jobs_of(study(rows=plan.rows, texts=plan.texts, seeds=[0, 5], row_seeds={"one": [3]}))
+
+
+def test_a_row_is_another_job_when_one_that_it_needs_changed():
+    def digests(x: int) -> dict[str, str]:
+        rows = {"low": {"fit": {"x": x}}, "high": {"merge": {"words": ["{folder:low}"]}}, "other": {"fit": {"x": 0}}}
+        return {job.row: job.digest for job in jobs_of(study(rows=rows))}
+
+    assert {row for row, digest in digests(1).items() if digest != digests(2)[row]} == {"low", "high"}
+
+
+def test_a_row_that_prepares_has_no_metrics():
+    plan = study(rows={"one": {"fit": {}}, "two": {"fit": {}}}, prepare=["one"])
+    assert [job.metrics for job in jobs_of(plan)] == [None, Path("runs/s/two/seed0/report/metrics.json")]
 
 
 def test_a_changed_row_is_another_job():
@@ -83,6 +117,12 @@ def test_a_changed_row_is_another_job():
         ({"pareto": ["ip", "speed"]}, "pareto"),
         ({"rowz": 5}, "rowz"),
         ({"seeds": "many"}, "seeds"),
+        ({"prepare": ["nobody"]}, "'nobody'"),
+        ({"texts": {"c": ["a", "b"]}}, "2 values of c for 1 seeds"),
+        ({"figures": {"ip": "most:aligned.ip"}}, "most:aligned.ip"),
+        ({"heatmaps": {"a": {"row": "nobody", "figure": "ip"}}}, "heatmaps.a.row: 'nobody' is no row; rows are one"),
+        ({"growth": {"figure": "x", "label": "n", "rows": {"one": 1}}}, "growth.figure: 'x' is no column"),
+        ({"growth": {"figure": "ip", "label": "n", "rows": {"one": "many"}}}, "growth"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, changes: dict[str, object], names: str):

@@ -14,7 +14,7 @@ from PIL import Image
 from lit_safety.errors import UserError
 from lit_safety.study import run as runner
 from lit_safety.study.plots import front
-from lit_safety.study.results import FILE_NAME, _look_up, read_results
+from lit_safety.study.results import FILE_NAME, Figure, _look_up, read_results
 from lit_safety.study.run import run_study
 from lit_safety.study.table import tabulate
 
@@ -185,9 +185,13 @@ def test_results_are_json_lines(make, tmp_path: Path):
         ("a.b.c", None),
         ("max:a.empty", None),
         ("a.each", None),
+        ("mean:a.each", 2.0),
+        ("each:a.each", {"x": 1.0, "y": 3.0}),
+        ("each:a.b", None),
+        ("each:a.empty", None),
         ("a.yes", None),
     ],
 )
-def test_figures_are_looked_up_by_their_place(place: str, number: float | None):
+def test_figures_are_looked_up_by_their_place(place: str, number: Figure):
     metrics = {"a": {"b": 0.5, "list": [1, 7], "each": {"x": 1, "y": 3, "z": None}, "empty": {}, "yes": True}}
     assert _look_up(metrics, place) == number
