@@ -1,9 +1,11 @@
-"""docs/extending.md, run as it stands: its files are written out, and its two commands are called."""
+"""docs/extending.md, run as it stands: its files are written out, and its commands are called."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from lit_safety.__main__ import main
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
-COMMANDS = re.findall(r"^    python -m lit_safety (.*)$", PAGE, re.MULTILINE)
+FITS = re.findall(r"^    python -m lit_safety (fit .*)$", PAGE, re.MULTILINE)
+(ATTACK,) = re.findall(r"^    python -m lit_safety (attack .*)$", PAGE, re.MULTILINE)
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sys.modules.pop(Path(name).stem, None)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", FITS)
 def test_the_commands_train(command: str, example: Path, tiny_pipeline: Path, pair_shards: Path):
     small = {
         "model.init_args.pretrained": tiny_pipeline,
@@ -54,9 +57,10 @@ def test_the_commands_train(command: str, example: Path, tiny_pipeline: Path, pa
         assert resolved["init_args"]["objective"]["class_path"] == overlay["init_args"]["objective"]["class_path"]
 
 
-def test_each_class_takes_less_than_twenty_lines():
-    modules = {name: text for name, text in FILES.items() if name.endswith(".py")}
-    assert len(modules) == len(COMMANDS) == 2
+def test_the_objective_and_the_module_take_less_than_twenty_lines():
+    trained = {Path(command.split()[-1]).with_suffix(".py").name for command in FITS}
+    modules = {name: text for name, text in FILES.items() if name in trained}
+    assert len(modules) == 2
     for text in modules.values():
         (definition,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         assert definition.end_lineno is not None
@@ -74,3 +78,10 @@ def test_late_timesteps_are_late(example: Path, tiny_pipeline: Path):
     steps = module.timesteps(SimpleNamespace(seeds=list(range(64))))
     assert 400 <= steps.min() < 500
     assert steps.max() < 1000
+
+
+def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
+    small = {"pipeline": tiny_pipeline, "explicit": 1, "steps": 1, "second_judges": "null", "device": "cpu"}
+    assert main([*shlex.split(ATTACK), *(f"--{key}={value}" for key, value in small.items())]) == 0
+    found = json.loads((example / "runs" / "shouting" / "attacks.json").read_text())["attacks"]["shouting"]
+    assert [point["budget"] for point in found["arms"]["base"]] == [0, 2, 3]
