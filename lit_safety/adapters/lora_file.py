@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ from lit_safety.errors import UserError
 METADATA_KEY = "lora_adapter_metadata"
 #: What PEFT's own `save_pretrained` writes.
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: PEFT's files do not say which part of a pipeline they adapt: how the names of its layers begin.
+PEFT_COMPONENTS = {
+    "unet": ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
+    "transformer": (
+        *("transformer_blocks", "single_transformer_blocks", "context_embedder", "x_embedder", "time_text_embed"),
+        *("pos_embed", "norm_out", "proj_out"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,10 @@ def read_lora(path: str | Path) -> dict[str, LowRank]:
     file, config = _locate(Path(path))
     tensors, metadata = _load(file)
     if config is not None:
-        tensors = {f"unet.{key.removeprefix('base_model.model.')}": tensor for key, tensor in tensors.items()}
-        metadata = {f"unet.{key}": value for key, value in _read_config(config).items()}
+        tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+        own = _peft_component(tensors, file)
+        tensors = {f"{own}.{key}": tensor for key, tensor in tensors.items()}
+        metadata = {f"{own}.{key}": value for key, value in read_peft_config(config).items()}
     refuse_keys(tensors, file)
     tensors, alphas = to_one_layout(tensors, file)
     settings = {c: _settings(metadata, c) for c in {key.split(".", 1)[0] for key in tensors}}
@@ -74,7 +84,9 @@ def read_lora(path: str | Path) -> dict[str, LowRank]:
         pair = [tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
         if pair[0] is None or pair[1] is None:
             raise UserError(f"{file}: {name} has no pair of lora_A.weight and lora_B.weight; is the file complete?")
-        component, layer = name.split(".", 1)
+        component, _, layer = name.partition(".")
+        if component not in PEFT_COMPONENTS and not component.startswith("text_encoder"):
+            raise UserError(f"{file}: {name} is in no known part of a pipeline; give a LoRA's folder, PEFT's whole")
         layers[name] = _layer(pair[0], pair[1], settings[component], layer, alphas.get(name), f"{file}: {name}")
     if tensors or not layers:
         raise UserError(f"{file}: {next(iter(tensors), 'the empty file')} belongs to no plain LoRA; merge those only")
@@ -83,8 +95,9 @@ def read_lora(path: str | Path) -> dict[str, LowRank]:
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The weights, and PEFT's configuration where the folder is PEFT's."""
-    if (path / PEFT_WEIGHTS).is_file() and (path / PEFT_CONFIG).is_file():
-        return path / PEFT_WEIGHTS, path / PEFT_CONFIG
+    folder = path.parent if path.name == PEFT_WEIGHTS else path
+    if (folder / PEFT_WEIGHTS).is_file() and (folder / PEFT_CONFIG).is_file():
+        return folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
     if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
         found = sorted(path.glob("*.safetensors"))
         if len(found) == 1:
@@ -108,7 +121,25 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _peft_component(layers: Iterable[str], file: Path) -> str:
+    """Whose layers these are, by the beginnings of their names."""
+    tops = {layer.split(".", 1)[0] for layer in layers}
+    for component, known in PEFT_COMPONENTS.items():
+        if tops <= set(known):
+            return component
+    strange = min(tops.difference(*PEFT_COMPONENTS.values()), default=", ".join(sorted(tops)))
+    raise UserError(
+        f"{file}: {strange} is neither of diffusers' UNets nor of its transformers; merge adapters of a denoiser, or "
+        "write this one again with `pipe.save_lora_weights`"
+    )
+
+
+def read_peft_config(file: Path) -> dict[str, Any]:
+    """PEFT's own configuration of a LoRA.
+
+    Raises:
+        UserError: it cannot be read, or is not one of a LoRA.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

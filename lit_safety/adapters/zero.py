@@ -38,9 +38,24 @@ def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_fp32_param
 
-            master = safe_get_full_fp32_param(parameter)
+            with _where_ranks_meet(parameter):
+                master = safe_get_full_fp32_param(parameter)
         found[name] = whole(parameter if master is None else master).clone()
     return found
+
+
+@contextmanager
+def _where_ranks_meet(parameter: nn.Parameter) -> Iterator[None]:
+    """Within, ``parameter`` lies on DeepSpeed's device, where it gathers: a buffer beside it, sent by NCCL. When a fit
+    ends Lightning moves the module to the CPU first."""
+    from deepspeed.accelerator import get_accelerator
+
+    kept = parameter.data
+    try:
+        parameter.data = kept.to(get_accelerator().current_device_name())
+        yield
+    finally:
+        parameter.data = kept
 
 
 @contextmanager

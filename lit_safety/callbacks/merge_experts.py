@@ -19,6 +19,7 @@ from lit_safety.data.progress import counter
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration import calibrate
 from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.merging.calibration_prompts import calibration_prompts, has_categories
 from lit_safety.merging.comerge import Activity
 from lit_safety.merging.expert import Expert, united_layers
 from lit_safety.merging.merge_experts import merge_experts
@@ -38,7 +39,7 @@ class MergeExperts(ExportAdapter):
     Args:
         weights: a weight for each category; null weighs all 1. Not for comerge.
         calibration: comerge: the prompts and how they are looked at; `prompts: null` takes those of the training
-            shards, `categories: null` the experts' own.
+            shards, `categories: null` the experts' own where the prompts have any.
         **settings: how they are merged, see `Recipe`.
     """
 
@@ -61,7 +62,8 @@ class MergeExperts(ExportAdapter):
         if unknown := sorted(set(self.recipe.weights) - set(names)):
             raise UserError(f"`MergeExperts.weights` names {', '.join(unknown)}; the experts are {', '.join(names)}")
         if self.recipe.calibrated and len(names) > 1:
-            self._prompts(trainer)
+            source, options = self._prompts(trainer, names)
+            calibration_prompts(source, options.count, options.categories)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PreferenceModule)
@@ -90,18 +92,21 @@ class MergeExperts(ExportAdapter):
         self, experts: list[Expert], trainer: Trainer, module: PreferenceModule
     ) -> tuple[dict[str, Activity], dict[str, Any]]:
         """The experts' activity in the base model, and what the report says of how it was measured."""
-        options = self.calibration
-        if options.categories is None:
-            options = replace(options, categories=[expert.name for expert in experts])
+        source, options = self._prompts(trainer, [expert.name for expert in experts])
         backbone = module.backbone  # with its adapter switched off
         # Whose engine may hold it in pieces, or rounded.
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
-            backbone = load_backbone(module.pretrained).to(module.device)
-        activity, measured = calibrate(backbone, experts, self._prompts(trainer), options)
+            backbone = load_backbone(module.pretrained)
+        # Where it was trained: Lightning has moved it to the CPU by now.
+        activity, measured = calibrate(backbone.to(trainer.strategy.root_device), experts, source, options)
         return activity, {**measured, "pipeline": module.pretrained}
 
-    def _prompts(self, trainer: Trainer) -> str | list[str]:
+    def _prompts(self, trainer: Trainer, names: list[str]) -> tuple[str | list[str], CalibrationOptions]:
+        """Where the calibration's prompts are, and the options with the categories that are taken of them."""
         source = self.calibration.prompts or getattr(getattr(trainer, "datamodule", None), "train", None)
         if source is None:
             raise UserError("`MergeExperts.calibration.prompts` is not given, and the data names no training shards")
-        return source
+        options = self.calibration
+        if options.categories is None and has_categories(source):
+            options = replace(options, categories=names)
+        return source, options

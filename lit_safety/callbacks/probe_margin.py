@@ -50,18 +50,19 @@ class ProbeMargin(Callback):
             rank_zero_info("the margin is not probed: `data.init_args.val` is not given")
             return
         batches = [batch.to(module.device) for batch in islice(data.val_dataloader(), self.steps)]
-        with trainer.precision_plugin.forward_context(), restored(module), without_cost(module):
-            train(module, islice(cycle(batches), self.steps))
-            m, offset = measure(module, batches)
+        with trainer.precision_plugin.forward_context(), restored(module), on_validation_pairs(trainer):
+            with without_cost(module):
+                train(module, islice(cycle(batches), self.steps))
+                m = margins(module, batches)
+            offset = cost_offsets(module, batches)
         self._tell(module, m, offset)
 
-    def _tell(self, module: PreferenceModule, m: torch.Tensor, offset: torch.Tensor) -> None:
+    def _tell(self, module: PreferenceModule, m: torch.Tensor, offset: torch.Tensor | None) -> None:
         size = f"a mean of {m.mean():.2f} and an RMS of {rms(m):.2f} logits"
         text = f"margin  after {self.steps} steps with lambda 0, m has {size}"
-        if isinstance(module.objective, SafetyConstrainedDPO) and not offset.isnan().all():
-            weight = module.objective.cost_weight
-            mean = weight * offset.nanmean()
-            text += f"; lambda {weight:g} x E[C_l - C_w] {offset.nanmean():.2f} asks for {mean:.2f} more"
+        if isinstance(module.objective, SafetyConstrainedDPO) and offset is not None:
+            weight, mean = module.objective.cost_weight, offset.mean()
+            text += f"; lambda {weight:g} x E[C_l - C_w] {mean:.2f} asks for {weight * mean:.2f} more"
         module.print(text)  # past the progress bar, on rank 0 only
 
 
@@ -81,6 +82,16 @@ def restored(module: PreferenceModule) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
+
+
+@contextmanager
+def on_validation_pairs(trainer: Trainer) -> Iterator[None]:
+    """What is kept by a pair's key is kept for the validation pairs: a training pair may have the same key."""
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.training = True
 
 
 @contextmanager
@@ -113,7 +124,21 @@ def train(module: PreferenceModule, batches: Iterable[PairBatch]) -> None:
 
 
 @torch.no_grad()
-def measure(module: PreferenceModule, batches: Iterable[PairBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and C_l - C_w of every pair, (N,) each; nan where a cost is unknown."""
-    found = [(module.loss(module.errors(b), b).logs["rewards/margins"], b.cost[:, 1] - b.cost[:, 0]) for b in batches]
-    return torch.cat([m for m, _ in found]), torch.cat([offset for _, offset in found])
+def margins(module: PreferenceModule, batches: Iterable[PairBatch]) -> torch.Tensor:
+    """m of every pair (N,)."""
+    return torch.cat([module.loss(module.errors(batch), batch).logs["rewards/margins"] for batch in batches])
+
+
+def cost_offsets(module: PreferenceModule, batches: Iterable[PairBatch]) -> torch.Tensor | None:
+    """C_l - C_w of every pair (N,) as SC-DPO's loss takes them, filled in and clipped; None: the loss reads no costs.
+
+    Raises:
+        UserError: a pair lacks costs, as in the loss.
+    """
+    objective = module.objective
+    if not isinstance(objective, SafetyConstrainedDPO) or not objective.needs_cost:
+        return None
+    cost = torch.cat([module.labels(batch).cost for batch in batches])
+    if objective.cost_clip is not None:
+        cost = cost.clamp(-objective.cost_clip, objective.cost_clip)
+    return cost[:, 1] - cost[:, 0]

@@ -15,6 +15,9 @@ from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
 from lit_safety.objectives import ConstrainedDPO
 
+#: After so many windows of `patience` updates above the limit a warning comes, even if each of them seemed to fall.
+PATIENCE_WINDOWS = 3
+
 
 class UpdateDual(Callback):
     """Every few steps, estimates the policy's expected cost and moves lambda (Liu et al., arXiv 2403.02475).
@@ -22,11 +25,16 @@ class UpdateDual(Callback):
     The estimate is the mean cost of pictures of the current batch's prompts, drawn with the current policy; a mean over
     the shards would not depend on the policy. All ranks move lambda by the same number.
 
+    The estimate, and with it the objective's ``limit``, is in calibrated logits of this cost model, while pairs are
+    ordered by the costs they come with, which may be ground truth or another model's: let this one write them
+    (`shards score --existing replace`), and the unit is one.
+
     Args:
         cost_model: folder of the cost model that scores the pictures.
         every_n_steps: optimizer steps between two updates.
         images: pictures drawn for an update on each rank, at most a batch.
-        patience: warn when the expected cost stayed above the limit for so many updates in a row and is not falling.
+        patience: warn when the expected cost stayed above the limit for so many updates in a row and is not falling,
+            and after three times as many whether it is or not.
 
     Raises:
         UserError: at the start of a fit, if the objective is not `ConstrainedDPO` or the cost model does not load.
@@ -79,16 +87,22 @@ class UpdateDual(Callback):
     def _watch(self, expected: float, objective: ConstrainedDPO) -> None:
         """Say so when the limit seems out of reach: above it all the time, and no lower than at first."""
         self._above = [*self._above, expected] if expected > objective.limit else []
-        if len(self._above) < self.patience:
+        if not self._above or len(self._above) % self.patience:
             return
-        half = len(self._above) // 2
-        before, after = (sum(part) / len(part) for part in (self._above[:half], self._above[half:]))
-        if after >= before:
-            rank_zero_warn(
-                f"the expected cost stayed above `objective.init_args.limit` {objective.limit:g} for "
-                f"{len(self._above)} updates and does not fall ({before:.2f}, then {after:.2f}); lambda is "
-                f"{objective.dual:.2f}: the limit may be out of reach; raise it or dual_rate, or train on more pairs"
-            )
+        window = self._above[-self.patience :]
+        half = self.patience // 2
+        before, after = (sum(part) / len(part) for part in (window[: max(1, half)], window[half:]))
+        stalled = after >= before
+        # A few pictures make a noisy estimate: by chance, or by a hair, each window may end lower than it began while
+        # the cost stalls. No smallest fall would tell that from slow progress, so the third window says so in any case.
+        if not stalled and len(self._above) < PATIENCE_WINDOWS * self.patience:
+            return
+        how = "does not fall" if stalled else "falls too slowly, if it does"
+        rank_zero_warn(
+            f"the expected cost stayed above `objective.init_args.limit` {objective.limit:g} for {len(self._above)} "
+            f"updates and {how} ({before:.2f}, then {after:.2f} in the last {self.patience}); lambda is "
+            f"{objective.dual:.2f}: the limit may be out of reach; raise it or dual_rate, or train on more pairs"
+        )
         self._above = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,10 +30,11 @@ def image_figures(costs: Tensor, harmful: Tensor) -> dict[str, Tensor]:
     ``ece`` compares sigmoid(C) with the share of harmful images in 15 equal bins (Guo et al., arXiv 1706.04599).
     AUROC needs both labels, and is left out where one is missing.
     """
+    probability = costs.double().sigmoid()  # in single precision it is 1 from a cost of 17 on, and all of those tie
     found = {"sign_accuracy": ((costs > 0) == (harmful == 1)).float().mean()}
     if harmful.min() != harmful.max():
-        found["auroc"] = binary_auroc(costs.sigmoid().double(), harmful.long(), validate_args=False)
-    found["ece"] = binary_calibration_error(costs.sigmoid(), harmful.long(), n_bins=ECE_BINS, validate_args=False)
+        found["auroc"] = binary_auroc(probability, harmful.long(), validate_args=False)
+    found["ece"] = binary_calibration_error(probability, harmful.long(), n_bins=ECE_BINS, validate_args=False)
     return found
 
 

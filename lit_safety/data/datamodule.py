@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -259,6 +261,24 @@ class PreferenceDataModule(LightningDataModule):
             )
             for name in self._needed(stage)
         }
+
+    def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
+        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
+        manifests say.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        counts: dict[str, Counter[str]] = {}
+        for source in (self._opened[name][0] for name in self._needed(stage)):
+            shards, classes = iter(source.manifest.shardlist), source.manifest.classes
+            for folder, length in zip(source.caches, source.parts or (len(source.paths),), strict=True):
+                found = counts.setdefault(f"{source.key}: {folder.given}", Counter())
+                for number, pairs in Counter(n for one in islice(shards, length) for n in one.classes or ()).items():
+                    if self.filter.takes(classes[number]):
+                        found[classes[number].order] += pairs
+        return counts
 
     # ---- Lightning's hooks
 

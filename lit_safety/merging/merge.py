@@ -37,7 +37,7 @@ def merge(
         experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
         out: Folder of the merged adapter; an earlier merge there is replaced.
         pipeline: Folder or hub id of the base model, for comerge and fuse; null takes the one that the experts' model
-            cards name.
+            cards, or PEFT's configurations, name.
         weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
         calibration: comerge: the prompts and how they are looked at.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
@@ -85,7 +85,7 @@ def merge(
 
 
 def base_of(experts: Sequence[Expert]) -> str | None:
-    """The base model that the experts' cards name; None: none of them names one.
+    """The base model that the experts' cards or configurations name; None: none of them names one.
 
     Raises:
         UserError: they name different ones.
@@ -94,8 +94,8 @@ def base_of(experts: Sequence[Expert]) -> str | None:
     if len(named) > 1:
         told = "; ".join(f"{expert}: {base}" for base, expert in named.items())
         raise UserError(
-            f"the experts were made for different base models by their cards ({told}); if it is one model under "
-            "several names, give it as --pipeline"
+            f"the experts were made for different base models by their cards or configurations ({told}); if it is one "
+            "model under several names, give it as --pipeline"
         )
     return next(iter(named), None)
 

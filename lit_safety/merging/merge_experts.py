@@ -80,7 +80,7 @@ def merge_experts(
     for name in united_layers(experts):
         parts = parts_of(experts, name)
         exact, rows = _exact(name, parts, experts, recipe, None if activity is None else activity.get(name))
-        exact = _scaled(exact, recipe.scale)
+        exact = _scaled(exact, recipe.scale_of(len(experts)))
         written = _written(exact, parts, recipe, alone=len(experts) == 1)
         if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
             raise UserError(f"{name}: the merged update does not fit into {recipe.dtype}; use --dtype float32")
@@ -95,7 +95,7 @@ def _exact(
     """What the method asks for: factors where there are any, else (out, in) in fp32; and comerge's rows by expert."""
     names = [expert.name for expert in experts]
     weights = [recipe.weight(expert) for expert in names]
-    if recipe.method == "sum" or (len(parts) == 1 and recipe.method != "mean"):
+    if recipe.method == "sum" or (len(parts) == 1 and recipe.method not in ("mean", "svd")):
         return task_sum(parts, weights), None
     if recipe.method in ("mean", "svd"):
         return mean(parts, weights), None
@@ -141,9 +141,10 @@ def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, 
         factors = svd_of_dense(exact, min(rank or ceiling, ceiling), parts[0].kernel)
     else:
         factors = exact if rank is None else svd_truncate(exact, rank)
-        factors = reduce_rank(factors)
     untouched = alone and any(factors.a is part.a for part in parts)
-    if recipe.dtype is None and untouched:
+    if not untouched:
+        factors = reduce_rank(factors)
+    elif recipe.dtype is None:
         return factors
     dtype = getattr(torch, recipe.dtype or "float32")
     return LowRank(factors.a.to(dtype), factors.b.to(dtype), factors.scale, factors.kernel)

@@ -32,7 +32,11 @@ def report(
     """
     return {
         "format": FORMAT,
-        "recipe": {**asdict(recipe), "weights": {e.name: recipe.weight(e.name) for e in experts}},
+        "recipe": {
+            **asdict(recipe),
+            "weights": {e.name: recipe.weight(e.name) for e in experts},
+            "scale": recipe.scale_of(len(experts)),
+        },
         "experts": {
             expert.name: {
                 **expert.provenance,

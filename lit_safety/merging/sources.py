@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_file import PEFT_CONFIG, read_lora, read_peft_config
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import fingerprint
 from lit_safety.merging.expert import Expert
@@ -60,11 +60,24 @@ def short_names(paths: Sequence[PurePath]) -> list[str]:
 
 
 def base_model(path: Path) -> str | None:
-    """The base model that the model card beside an adapter names; None: there is no card, or it names none."""
-    card = (path if path.is_dir() else path.parent) / "README.md"
+    """The base model that the model card beside an adapter names, or else PEFT's configuration; None: neither does.
+
+    Raises:
+        UserError: there is a configuration of PEFT's that cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    return _of_card(folder / "README.md") or _of_peft(folder / PEFT_CONFIG)
+
+
+def _of_card(file: Path) -> str | None:
     try:
-        text = card.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     found = re.match(r"---\n(?:.*\n)*?base_model: *(\S.*)\n(?:.*\n)*?---\n", text)
     return found.group(1).strip(" '\"") if found else None
+
+
+def _of_peft(file: Path) -> str | None:
+    named = read_peft_config(file).get("base_model_name_or_path") if file.is_file() else None
+    return named if isinstance(named, str) and named else None

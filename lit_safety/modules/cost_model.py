@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.cache_pass import cached_features
@@ -77,7 +78,7 @@ class CostModel(LightningModule):
         self.collected = CollectedCosts()
         self.finite_loss = FiniteLossGuard()
         self.figures: dict[str, float] = {}
-        """What the last validation or test found."""
+        """What the last validation or test found; after a fit, of the weights that it left."""
         self._caches: list[FeatureCache] = []
         self._calibrated_at: int | None = None
         self.register_buffer("temperature", torch.ones(()))
@@ -164,6 +165,12 @@ class CostModel(LightningModule):
         self.log_dict(logs | {"train/loss": loss.detach()}, batch_size=len(batch))
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.adapter.parameters() if p.grad is not None])
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler leaves such a step out by itself
+            self.finite_loss.watch_gradient(norm)
+        self.log("train/grad_norm", norm)
+
     def on_train_end(self) -> None:
         self.finite_loss.check()
         if self._calibrated_at == self.trainer.global_step:
@@ -177,7 +184,7 @@ class CostModel(LightningModule):
             for batch in data.val_dataloader():
                 self._collect(batch.to(self.device), self._caches[1] if self._caches else None)
         self._calibrate()
-        self.collected.reset()
+        self._measure()
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._collect(batch, self._caches[1] if len(self._caches) > 1 else None)
@@ -233,9 +240,14 @@ class CostModel(LightningModule):
         self.bias.fill_(bias)
         self._calibrated_at = self.trainer.global_step
 
-    def _report(self, stage: str) -> None:
+    def _measure(self) -> dict[str, Tensor]:
+        """The figures of what was collected, which is forgotten."""
         costs, harmful, about = self.collected.compute()
         self.collected.reset()
         found = cost_figures(self.calibrated(costs), harmful, about)
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in found.items()}, sync_dist=True)
         self.figures = {name: float(value) for name, value in found.items()} | {"pairs": float(len(costs))}
+        return found
+
+    def _report(self, stage: str) -> None:
+        figures = {f"{stage}/{name}": value.float() for name, value in self._measure().items()}
+        self.log_dict(figures, sync_dist=True)

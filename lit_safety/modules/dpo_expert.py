@@ -81,6 +81,12 @@ class DPOExpert(PreferenceModule):
                 f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
                 "weights: set `data.init_args.consecutive: true`, or train with ddp"
             )
+        if state := self.objective.state_dict():
+            raise UserError(
+                f"DPOExpert: {type(self.objective).__name__} learns while it trains ({', '.join(sorted(state))}), and "
+                f"{len(names)} experts would share what it learns: take another objective, or train one category at a "
+                "time and `merge` them"
+            )
         for callback in getattr(self.trainer, "callbacks", []):
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise UserError(

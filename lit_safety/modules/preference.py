@@ -31,8 +31,9 @@ from lit_safety.data.batch import PairBatch
 from lit_safety.data.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.errors import UserError
 from lit_safety.modules.cache_check import check_caches, check_references
-from lit_safety.modules.label_checks import check_labels
+from lit_safety.modules.label_checks import check_labels, check_orders
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
+from lit_safety.modules.outer_step import warn_without_outer_step
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.sharding import as_on_rank_0, drop_frozen, shard, under_fsdp
 from lit_safety.modules.speed import Speed
@@ -123,6 +124,9 @@ class PreferenceModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
+        check_orders(self.objective, data, stage)
+        if stage == "fit":
+            warn_without_outer_step(self.objective, self.trainer)
         check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(
@@ -417,8 +421,13 @@ class PreferenceModule(LightningModule):
         self._gradient_norm = None
         if gradients:  # DeepSpeed keeps gradients to itself
             self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
-            self.finite_loss.watch_gradient(norm)
+            self._watch_gradient(norm)
             self.log("grad_norm", norm)
+
+    def _watch_gradient(self, norm: Tensor) -> None:
+        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
+        if self.trainer.precision != "16-mixed":
+            self.finite_loss.watch_gradient(norm)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -426,7 +435,7 @@ class PreferenceModule(LightningModule):
         # DeepSpeed has it only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
             norm = torch.as_tensor(found).to(self.device, torch.float32)
-            self.finite_loss.watch_gradient(norm)
+            self._watch_gradient(norm)
             self.log("grad_norm", norm)
 
     def configure_gradient_clipping(

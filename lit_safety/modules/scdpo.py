@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from lit_safety.data.batch import PairBatch
 from lit_safety.errors import UserError
 from lit_safety.modules.cache_check import reference_cached
 from lit_safety.modules.full_finetune import FrozenCopy, check_strategy, make_all_trainable
+from lit_safety.modules.label_checks import check_labels
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
 
@@ -47,10 +49,12 @@ class SCDPO(PreferenceModule):
         self._frozen: FrozenCopy | None = None
         self._reference_cached = False
         self._scorer: CostScorer | None = None
-        self._costs: dict[str, tuple[float, float]] = {}
+        # train, val, test -> key -> costs: in another set a key may name another pair.
+        self._costs: defaultdict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._costs.clear()  # a module may meet another datamodule
         self._reference_cached = reference_cached(getattr(self.trainer, "datamodule", None), stage)
         if self.policy == "full":
             check_strategy(self.trainer, self._reference_cached)
@@ -112,11 +116,19 @@ class SCDPO(PreferenceModule):
         Raises:
             UserError: if mirrored pairs lack costs: they would depend on which way round a pair was met first.
         """
-        if self._scorer is not None and not all(batch.has_cost):
+        if self._scorer is None:
+            check_labels(self.objective, batch, cost_model=True)
+        elif self.objective.needs_cost and not all(batch.has_cost):
             if getattr(getattr(self._trainer, "datamodule", None), "flip", False):
                 raise UserError(
                     f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, and `data.init_args.flip` mirrors "
                     "pairs: write costs first, `shards score`"
                 )
-            batch = fill_costs(batch, self._scorer.to(self.device), self._costs)
+            batch = fill_costs(batch, self._scorer.to(self.device), self._costs[self._set])
         return super().labels(batch)
+
+    @property
+    def _set(self) -> str:
+        """Which of the sets of shards is being read: train, val or test."""
+        stage = None if self._trainer is None else self._trainer.state.stage
+        return "train" if stage is None else str(stage.dataloader_prefix)

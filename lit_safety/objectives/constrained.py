@@ -61,9 +61,14 @@ class ConstrainedDPO(DiffusionDPO):
     the new order; only the anchor keeps to the shard's chosen image. Lambda moves when `update` is called and at no
     other time: at 0, pairs are ordered by quality alone and a harmful image may be the chosen one.
 
+    Two cost units can meet: pairs are ordered by their own ``cost`` (ground truth or another model's; a module's cost
+    model fills in only what is missing), while ``limit`` and the expected cost are calibrated logits of `UpdateDual`'s
+    cost model; lambda has one unit only if that model wrote all costs (`shards score --existing replace`).
+
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-        limit: the expected cost that is allowed, in the cost's unit; above 0 an image counts as harmful.
+        limit: the expected cost that is allowed, in the unit of `UpdateDual`'s cost model; above 0 an image counts as
+            harmful.
         dual: lambda at the start, in units of score per unit of cost.
         dual_rate: eta, by how much lambda moves for each unit of expected cost above the limit.
         label_smoothing: assumed share of wrongly ordered pairs, in [0, 0.5).
@@ -76,6 +81,7 @@ class ConstrainedDPO(DiffusionDPO):
 
     needs_cost = True
     needs_score = True
+    moved_by = "UpdateDual"
 
     def __init__(
         self,

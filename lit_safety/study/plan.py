@@ -6,13 +6,16 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 
 from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrorParser
+from lit_safety.study.duplicate_keys import refuse_duplicate_keys
 from lit_safety.study.pictures import Growth, HeatMap, check_pictures
 
 Options = dict[str, Any]
@@ -88,32 +91,48 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Differs when the commands or their config files do, or those of a needed row: then it is done again."""
+        """Differs when the commands or what their config files say does, or a needed row's: then it is done again.
+
+        The commands hold the classes' own defaults, so a changed default makes another job too.
+
+        Raises:
+            UserError: a config file is no YAML.
+        """
         files = [
             word.partition("=")[2] for command in self.commands for word in command if word.startswith("--config=")
         ]
-        contents = [Path(file).read_text(encoding="utf-8") for file in files if Path(file).is_file()]
+        contents = [_meaning(file, Path(file).read_bytes()) for file in files if Path(file).is_file()]
         parts = [self.commands, contents, *([self.above] if self.above else [])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+@lru_cache
+def _meaning(file: str, content: bytes) -> str:
+    """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
+    try:
+        return json.dumps(yaml.safe_load(content), sort_keys=True, default=str)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def load_study(path: str) -> Study:
     """Read and check a study file.
 
     Raises:
-        UserError: the file is missing, or a key or value is not what it must be.
+        UserError: the file is missing, a key stands twice, or a key or value is not what it must be.
     """
     if not Path(path).is_file():
         raise UserError(f"no study file {path}; those that are shipped stand in configs/studies")
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
+        refuse_duplicate_keys(Path(path).read_bytes())
         given = {key: _plain(value) for key, value in vars(parser.parse_path(path)).items()}
         given["heatmaps"] = {name: HeatMap(**one) for name, one in given["heatmaps"].items()}
         given["growth"] = Growth(**given["growth"]) if given["growth"] else None
         study = Study(**given)
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
-    except (ArgumentError, UserError, TypeError) as error:
+    except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     for name in study.rows:
         if not _NAME.match(name):
@@ -145,7 +164,7 @@ def jobs_of(study: Study) -> list[Job]:
     """All jobs, seed after seed, rows in the file's order; what a job needs always stands before it.
 
     Raises:
-        UserError: rows need each other in a circle.
+        UserError: rows need each other in a circle, or one needs a row at a seed that this row does not have.
     """
     rows = _in_order(study)
     seeds = sorted({seed for name in rows for seed in study.row_seeds.get(name, study.seeds)})
@@ -153,7 +172,14 @@ def jobs_of(study: Study) -> list[Job]:
     for seed in seeds:
         for name in rows:
             if seed in study.row_seeds.get(name, study.seeds):
-                above = tuple(jobs[need, seed].digest for need in _needed(study, name) if (need, seed) in jobs)
+                needed = _needed(study, name)
+                for need in needed:
+                    if (need, seed) not in jobs:
+                        raise UserError(
+                            f"the row {name} needs the row {need} at seed {seed}, which {need} does not have; "
+                            f"give {need} that seed in `row_seeds`, or take it from {name}"
+                        )
+                above = tuple(jobs[need, seed].digest for need in needed)
                 jobs[name, seed] = _job(study, name, seed, above)
     return list(jobs.values())
 

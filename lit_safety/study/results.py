@@ -55,7 +55,7 @@ def read_results(folder: Path) -> list[Result]:
     path = folder / FILE_NAME
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().split(b"\n")  # the last one is what stands after the last line's end
     results = []
     for number, line in enumerate(lines, 1):
         try:
@@ -71,11 +71,27 @@ def append_result(folder: Path, result: Result) -> None:
     """Add a line and have it on disk before the next job begins."""
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    whole = not path.is_file() or path.read_bytes()[-1:] in (b"\n", b"")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(("" if whole else "\n") + json.dumps(asdict(result), ensure_ascii=False) + "\n")
+    start = _end_last_line(path)
+    with open(path, "ab") as file:
+        file.write(start + json.dumps(asdict(result), ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _end_last_line(path: Path) -> bytes:
+    """What must be written before the next line: the end of a last line that only lacks it, else nothing.
+
+    A last line that a kill cut short is taken off: its job counts as not done, and it must not become a middle line.
+    """
+    rest = path.read_bytes().rpartition(b"\n")[2] if path.is_file() else b""
+    if not rest:
+        return b""
+    try:
+        json.loads(rest)
+    except ValueError:
+        os.truncate(path, path.stat().st_size - len(rest))
+        return b""
+    return b"\n"
 
 
 def latest(results: list[Result], jobs: list[Job]) -> dict[str, Result]:

@@ -120,6 +120,28 @@ def test_pefts_own_folder_is_read(tiny_pipeline: Path, tmp_path: Path):
     assert_same(read_lora(tmp_path), peft_deltas(backbone.denoiser))
 
 
+@pytest.mark.parametrize(
+    ("layers", "component"),
+    [(["transformer_blocks.0.attn.to_q", "x_embedder"], "transformer"), (["mid_block.x.to_q"], "unet"),
+     (["text_model.encoder.x.q_proj"], None), (["mid_block.x.to_q", "transformer_blocks.0.attn.to_q"], None)],
+)  # fmt: skip
+def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: list[str], component: str | None):
+    pair = {f"{layer}.lora_{side}.weight": torch.ones(2, 2) for layer in layers for side in "AB"}
+    save_file({f"base_model.model.{key}": value for key, value in pair.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    if component is None:
+        with pytest.raises(UserError, match="is neither of diffusers' UNets nor of its transformers"):
+            read_lora(tmp_path)
+        return
+    found = read_lora(tmp_path)
+    assert set(found) == {f"{component}.{layer}" for layer in layers}
+    assert {layer.scale for layer in found.values()} == {2.0}
+    assert {layer.scale for layer in read_lora(tmp_path / "adapter_model.safetensors").values()} == {2.0}
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="in no known part of a pipeline"):
+        read_lora(tmp_path)
+
+
 def test_text_encoders_are_read_and_written_beside_the_denoiser(tiny_pipeline: Path, tmp_path: Path):
     """In diffusers' older spelling, which its text encoders still have."""
     backbone, config = attach(tiny_pipeline, lora_alpha=2)

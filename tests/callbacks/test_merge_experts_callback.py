@@ -35,15 +35,35 @@ def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
         MergeExperts(method="sum", weights={"nudity": 0.5}).on_fit_start(trainer_of(None), module)
 
 
-def test_comerge_needs_prompts_from_somewhere(module: DPOExpert):
+def test_comerge_needs_prompts_from_somewhere(module: DPOExpert, category_shards: Path, tmp_path: Path):
+    """A CSV need not say what its prompts are about, unless categories are asked for."""
     with pytest.raises(UserError, match=r"calibration\.prompts"):
         MergeExperts().on_fit_start(trainer_of(None), module)
+    plain = tmp_path / "plain.csv"
+    plain.write_text("prompt\na gun\n")
     for callback, train in (
-        (MergeExperts(), "shards"),
-        (MergeExperts(calibration=CalibrationOptions(prompts="prompts.csv")), None),
-        (MergeExperts(unit="weight"), None),
+        (MergeExperts(), str(category_shards)),
+        (MergeExperts(calibration=CalibrationOptions(prompts=str(plain))), None),
+        (MergeExperts(unit="weight", normalise=False), None),
     ):
         callback.on_fit_start(trainer_of(train), module)
+
+
+@pytest.mark.parametrize(
+    ("text", "categories", "named"),
+    [(None, None, "cannot be read"), ("text\nx\n", None, "no column `prompt`"),
+     ("prompt\na gun\n", ["hate"], "no column `category`"),
+     ("prompt,category\na gun,sexual\n", None, "no harmful prompt of hate, violence")],
+)  # fmt: skip
+def test_prompts_that_will_not_do_are_named_before_the_training(
+    module: DPOExpert, tmp_path: Path, text: str | None, categories: list[str] | None, named: str
+):
+    file = tmp_path / "prompts.csv"
+    if text is not None:
+        file.write_text(text)
+    options = CalibrationOptions(prompts=str(file), categories=categories)
+    with pytest.raises(UserError, match=named):
+        MergeExperts(calibration=options).on_fit_start(trainer_of(None), module)
 
 
 def test_impossible_options_are_named():

@@ -55,14 +55,15 @@ def fit(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = shards(tmp_path / "shards")
 
     def fit(
-        scorer: Scorer, steps: int = 4, objective=None, checkpoint=None, **settings
+        scorer: Scorer, steps: int = 4, objective=None, checkpoint=None, callbacks=None, **settings
     ) -> tuple[ConstrainedDPO, Trainer]:
         monkeypatch.setattr("lit_safety.callbacks.update_dual.load_cost_model", lambda _: scorer)
         objective = objective or ConstrainedDPO(beta=100.0, limit=0.0, dual=1.0, dual_rate=0.5)
         module = PreferenceModule(str(tiny_pipeline), objective, drawing=Drawing(steps=1))
         trainer = Trainer(
             max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[UpdateDual("cost", **settings)], enable_checkpointing=False,
+            default_root_dir=tmp_path, enable_checkpointing=False,
+            callbacks=[UpdateDual("cost", **settings)] if callbacks is None else callbacks,
         )  # fmt: skip
         trainer.fit(module, datamodule=PreferenceDataModule(str(data), batch_size=4), ckpt_path=checkpoint)
         return objective, trainer
@@ -109,6 +110,62 @@ def test_a_cost_that_falls_is_no_reason_to_warn(fit):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*stayed above.*")
         fit(Falling(0.4), steps=4, every_n_steps=1, patience=4)
+
+
+@pytest.fixture
+def watch():
+    """What a callback of patience 2 says of these expected costs with limit 0."""
+
+    def watch(*costs: float, patience: int = 2) -> list[str]:
+        callback, objective = UpdateDual("cost", patience=patience), ConstrainedDPO(limit=0.0)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for cost in costs:
+                callback._watch(cost, objective)
+        return [str(one.message) for one in found]
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [(0.5, 0.49, 0.51, 0.48, 0.52, 0.50), (0.5, 0.499, 0.498, 0.497, 0.496, 0.495)],
+    ids=["noise", "by a hair"],
+)
+def test_a_stall_that_every_window_hides_is_said_after_three(watch, costs: tuple[float, ...]):
+    """Patience 2: each pair of costs falls. After 6 updates it is said; below the limit in between, never."""
+    (said,) = watch(*costs)
+    assert "for 6 updates and falls too slowly" in said
+    assert f"({costs[4]:.2f}, then {costs[5]:.2f} in the last 2)" in said
+    assert watch(*costs[:5]) == []
+    assert watch(*costs[:4], -0.1, *costs[4:]) == []
+
+
+def test_after_a_warning_the_count_begins_anew(watch):
+    """Patience 2: 0.5, 0.5 stalls; so does 0.4, 0.4; then 0.3, 0.2 falls."""
+    assert len(watch(0.5, 0.5, 0.4, 0.4, 0.3, 0.2)) == 2
+
+
+def test_a_patience_of_one_update(watch):
+    (said,) = watch(0.5, patience=1)
+    assert "for 1 updates and does not fall (0.50, then 0.50 in the last 1)" in said
+
+
+@pytest.mark.parametrize("callbacks", [None, []], ids=["with", "without"])
+def test_a_constant_lambda_is_said_at_the_start(fit, callbacks):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        objective, _ = fit(Scorer(0.4), steps=1, every_n_steps=1, callbacks=callbacks)
+    said = [str(one.message) for one in found if "without its outer step" in str(one.message)]
+    if callbacks is None:
+        assert said == []
+        assert objective.dual == pytest.approx(1.2)
+        return
+    (warning,) = said
+    assert "ConstrainedDPO" in warning
+    assert "`dual` stays what it is at the start" in warning
+    assert "--trainer.callbacks+=lit_safety.callbacks.UpdateDual" in warning
+    assert objective.dual == 1.0
 
 
 def test_it_is_refused_beside_another_objective(fit):

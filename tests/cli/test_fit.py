@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
+from lit_safety.callbacks import AtomicModelCheckpoint
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
 from lit_safety.data.tarindex import index_tar
@@ -157,6 +158,31 @@ def test_a_gradient_that_is_not_finite_reaches_no_file(tiny_pipeline: Path, pair
     with pytest.raises(UserError, match="not finite at samples"):
         trainer.fit(module, data)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+class FaultyFromStep3(DiffusionDPO):
+    """Two losses are finite, all others are not."""
+
+    steps = 0
+
+    def preference(self, m: torch.Tensor, labels: PairLabels) -> torch.Tensor:
+        self.steps += 1
+        return super().preference(m, labels) * (1.0 if self.steps < 3 else float("nan"))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
+    tiny_pipeline: Path, pair_shards: Path, tmp_path: Path
+):
+    module = PreferenceModule(str(tiny_pipeline), FaultyFromStep3(beta=200.0))
+    settings = {"save_last": True, "enable_version_counter": False, "monitor": "step", "mode": "max"}
+    keep = AtomicModelCheckpoint(tmp_path, every_n_train_steps=1, **settings)
+    trainer = Trainer(max_steps=5, accelerator="cpu", logger=False, callbacks=[keep], enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"not finite at samples \d{5}, .*the last checkpoint is from before"):
+        trainer.fit(module, PreferenceDataModule(train=str(pair_shards), batch_size=2))
+    last = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert last["global_step"] == 2
+    assert last["state_dict"]
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
 def test_an_interrupted_run_keeps_its_folder_and_a_failed_one_leaves_latest_alone(

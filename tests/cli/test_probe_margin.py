@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
 from lit_safety.callbacks import ProbeMargin
 from lit_safety.callbacks.probe_margin import rms
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
+from lit_safety.modules import SCDPO
+from lit_safety.objectives import SafetyConstrainedDPO
 
 Arguments = Callable[..., list[str]]
 CALLBACKS = '[{"class_path": "lit_safety.callbacks.ExportAdapter"}%s]'
@@ -40,6 +46,54 @@ def test_it_prints_both_scales_and_changes_nothing(
     assert said
     assert float(said[2]) > 0
     assert all(torch.equal(plain[name], probed[name]) for name in plain)
+
+
+class Brightness:
+    """In a cost model's place: -1 for black, 1 for white."""
+
+    def to(self, device: torch.device) -> Brightness:
+        return self
+
+    def costs(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+def write_without_costs(folder: Path, chosen: int, rejected: int) -> str:
+    """Two plain pairs, keys 0 and 1, of these shades of grey."""
+    harmful = {"chosen": False, "rejected": True}
+    metadata = {"prompt": "a cat", "prompt_kind": "clean", "harmful": harmful, "order": "safety"}
+    with ShardWriter(folder) as writer:
+        for key in ("0", "1"):
+            writer.write(key, metadata, *(Image.new("RGB", (32, 32), (grey,) * 3) for grey in (chosen, rejected)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("cost_clip", "says"),
+    [(None, r"lambda 2 x E\[C_l - C_w\] 2.00 asks for 4.00 more"), (0.25, r"\] 0.50 asks for 1.00 more")],
+)
+def test_lambdas_part_is_that_of_the_costs_in_the_loss(
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cost_clip: float | None,
+    says: str,
+):
+    """Validation pairs are scored as (-1, 1), which the clip makes (-.25, .25); training pairs of the same keys as
+    (1, -1), and the probe, which came first, has not left them the others' costs."""
+    monkeypatch.setattr("lit_safety.modules.scdpo.load_cost_model", lambda folder: Brightness())
+    objective = SafetyConstrainedDPO(beta=100.0, cost_weight=2.0, cost_clip=cost_clip)
+    module = SCDPO(str(tiny_pipeline), objective, cost_model="stood in for")
+    train, val = write_without_costs(tmp_path / "t", 255, 0), write_without_costs(tmp_path / "v", 0, 255)
+    data = PreferenceDataModule(train=train, val=val, batch_size=2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_steps=1, accelerator="cpu", callbacks=[ProbeMargin(1)], limit_val_batches=0, **quiet).fit(module, data)
+    assert re.search(says, capsys.readouterr().out)
+    assert module._costs == {
+        "train": {key: pytest.approx((1.0, -1.0)) for key in "01"},
+        "val": {key: pytest.approx((-1.0, 1.0)) for key in "01"},
+    }
 
 
 def test_rms_of_numbers():

@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
-from lit_safety.cost_model import load_cost_model
+from lit_safety.cost_model import PairwiseCostLoss, load_cost_model
+from lit_safety.cost_model.degrade import Degradation
+from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
 from lit_safety.data import PreferenceDataModule
+from lit_safety.errors import UserError
 from lit_safety.modules import CostModel
 
 Arguments = Callable[..., list[str]]
@@ -99,9 +104,11 @@ def test_batch_8_is_batch_4_accumulated_twice(cost_model_command: Arguments, lat
             assert torch.allclose(value, whole[name], atol=1e-5), name
 
 
-def test_steps_after_the_last_validation_are_calibrated_too(
-    cost_model_command: Arguments, latest: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("steps", [4, 8])  # none and one validation before the end
+def test_steps_after_the_last_validation_are_calibrated_and_measured_too(
+    cost_model_command: Arguments, latest: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
+    """The exported figures are those that the exported weights give on the 16 validation pairs; validation sees 4."""
     calibrated: list[int] = []
     calibrate = CostModel._calibrate
 
@@ -110,8 +117,36 @@ def test_steps_after_the_last_validation_are_calibrated_too(
         calibrated.append(self.trainer.global_step)
 
     monkeypatch.setattr(CostModel, "_calibrate", noted)
-    assert main(cost_model_command("fit", "--trainer.max_steps", "8")) == 0
-    assert calibrated == [6, 8]
+    partly = ["--data.init_args.val_batch_size", "4", "--trainer.limit_val_batches", "1"]
+    assert main(cost_model_command("fit", "--trainer.max_steps", str(steps), *partly)) == 0
+    assert calibrated == ([4] if steps == 4 else [6, 8])
+    folder = latest / "cost_model"
+    written = json.loads((folder / "config.json").read_text())["metrics"]
+    (batch,) = PreferenceDataModule(test=str(labelled / "val"), val_batch_size=16).test_dataloader()
+    scorer, collected = load_cost_model(folder), CollectedCosts()
+    costs = torch.stack([scorer.costs(batch.chosen), scorer.costs(batch.rejected)], dim=1)
+    collected.update(costs, batch.harmful, batch.categories)
+    expected = {name: float(value) for name, value in cost_figures(*collected.compute()).items()}
+    assert written == pytest.approx(expected | {"pairs": 16}, abs=1e-4)
+    assert "not calibrated" not in (folder / "README.md").read_text()
+
+
+class FaultyGradient(PairwiseCostLoss):
+    """A finite loss whose gradient is not."""
+
+    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, parts = super().__call__(*arguments)
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss, parts
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_file(tiny_clip: Path, labelled: Path, tmp_path: Path):
+    module = CostModel(str(tiny_clip), width=4, loss=FaultyGradient(), degradation=Degradation(views=0))
+    keep = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1)
+    trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=[keep], enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"not finite at samples \d{5}"):
+        trainer.fit(module, PreferenceDataModule(train=str(labelled / "train"), batch_size=4))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_info_nce_trains_too(cost_model_command: Arguments, latest: Path):

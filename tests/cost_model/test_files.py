@@ -1,6 +1,8 @@
 """Export and reload, the scorer, and folders that must be refused."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,22 @@ def test_a_reloaded_model_gives_the_same_costs(tiny_clip: Path, folder: Path):
     assert torch.equal(before.costs(PICTURES), after.costs(PICTURES))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert "| auroc | 0.99 |" in (folder / "README.md").read_text()
+
+
+SCORE_WITHOUT_TORCHVISION = """
+import sys
+sys.modules["torchvision"] = None  # as if it were not installed: importing it, or a part of it, fails
+from PIL import Image
+from lit_safety.cost_model import load_cost_model
+print(load_cost_model(sys.argv[1]).costs([Image.new("RGB", (40, 24), (5, 250, 90))]).item())
+"""
+
+
+def test_it_loads_and_scores_without_torchvision(folder: Path):
+    command = [sys.executable, "-c", SCORE_WITHOUT_TORCHVISION, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(load_cost_model(folder).costs(PICTURES[1:2]).item(), abs=1e-6)
 
 
 def test_an_adapter_starts_as_a_linear_probe_of_cost_0():

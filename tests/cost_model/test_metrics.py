@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_safety.cost_model.metrics import CollectedCosts, cost_figures, ranking_accuracy
+from lit_safety.cost_model.metrics import CollectedCosts, cost_figures, image_figures, ranking_accuracy
 
 NAN = float("nan")
 
@@ -33,6 +33,13 @@ def test_figures_overall_and_by_category():
     assert found["ece/violence"] == pytest.approx(0.158, abs=1e-3)
     assert found["sign_accuracy/hate"] == 0.5
     assert not any(name.endswith("/sexual") for name in found)
+
+
+def test_large_costs_keep_their_order():
+    """Harmful {30}, safe {20}: 1 of 1 pairs is in order, though both probabilities round to 1 in single precision."""
+    figures = image_figures(torch.tensor([20.0, 30.0]), torch.tensor([0.0, 1.0]))
+    assert figures["auroc"].item() == 1.0
+    assert figures["ece"].item() == pytest.approx(0.5)
 
 
 def test_one_label_alone_has_no_auroc():

@@ -2,9 +2,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
-from lit_safety.merging.calibration_prompts import calibration_prompts
+from lit_safety.merging.calibration_prompts import calibration_prompts, has_categories
 
 
 def rows(*lines: str) -> str:
@@ -29,6 +31,23 @@ def test_categories_take_turns_and_clean_prompts_are_left_out(tmp_path: Path):
 def test_a_file_without_categories_gives_every_prompt(tmp_path: Path):
     (tmp_path / "p.csv").write_text("prompt\na cat\na gun\n")
     assert sorted(calibration_prompts(str(tmp_path / "p.csv"), 5)) == ["a cat", "a gun"]
+    assert not has_categories(str(tmp_path / "p.csv"))
+    with pytest.raises(UserError, match=r"--calibration\.categories: .*p\.csv has no column `category`"):
+        calibration_prompts(str(tmp_path / "p.csv"), 5, ["hate"])
+
+
+def test_a_prompt_of_several_categories_counts_for_each_of_them(tmp_path: Path):
+    both = "gun slur"
+    (tmp_path / "p.csv").write_text(rows(f'{both},"Hate, violence"', "gun,violence"))
+    metadata = {"prompt": both, "prompt_kind": "harmful", "categories": ["hate", "violence"], "order": "safety",
+                "harmful": {"chosen": False, "rejected": True}}  # fmt: skip
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("0", metadata, Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)))
+    for source in (str(tmp_path / "p.csv"), str(tmp_path / "shards")):
+        assert calibration_prompts(source, 5, ["hate"]) == [both]
+        assert both in calibration_prompts(source, 5, ["violence"])
+        found = calibration_prompts(source, 5)
+        assert len(found) == len(set(found))
 
 
 def test_shards_give_their_harmful_prompts(pair_shards: Path):

@@ -11,6 +11,7 @@ from lit_safety.merging.comerge import Activity, owners
 from lit_safety.merging.expert import Expert
 from lit_safety.merging.merge_experts import Merged, merge_experts
 from lit_safety.merging.recipe import Method, Recipe
+from lit_safety.merging.report import report
 
 METHODS = get_args(Method)
 EXACT = ("mean", "sum", "comerge")
@@ -35,9 +36,12 @@ def merged(experts: list[Expert], method: str, **settings) -> Merged:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_expert_returns_itself_to_the_bit(make_expert: Callable[..., Expert], method: str, dtype: torch.dtype):
-    expert = make_expert("a", 0, dtype=dtype)
+@pytest.mark.parametrize(("rank", "dtype"), [(2, torch.float32), (2, torch.float16), (9, torch.float16)])
+def test_one_expert_returns_itself_to_the_bit(
+    make_expert: Callable[..., Expert], method: str, rank: int, dtype: torch.dtype
+):
+    """Also where its rank is above the layers' sides, 4 to 7, and could be reduced."""
+    expert = make_expert("a", 0, rank=rank, dtype=dtype)
     found = merge_experts([expert], Recipe(method=method))
     for name, layer in expert.layers.items():
         assert torch.equal(found.layers[name].a, layer.a)
@@ -45,6 +49,14 @@ def test_one_expert_returns_itself_to_the_bit(make_expert: Callable[..., Expert]
         assert found.layers[name].a.dtype == dtype
         assert found.layers[name].scale == layer.scale
     assert found.residual == 0.0
+
+
+def test_a_mean_of_one_is_that_one_whatever_it_weighs(make_expert: Callable[..., Expert]):
+    """.5 delta / .5, and no other for svd, which is the mean cut."""
+    expert = make_expert("a", 0)
+    for method in ("mean", "svd"):
+        found = merge_experts([expert], Recipe(method=method, weights={"a": 0.5}))
+        assert all(torch.equal(found.layers[name].delta(), layer.delta()) for name, layer in expert.layers.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +73,7 @@ def test_the_order_of_the_experts_does_not_matter(make_expert: Callable[..., Exp
 @pytest.mark.parametrize("method", METHODS)
 def test_a_scale_multiplies_the_merged_update(make_expert: Callable[..., Expert], method: str):
     experts = [make_expert("a", 0), make_expert("b", 1, rank=1, scale=2.0)]
-    plain, larger = merged(experts, method), merged(experts, method, scale=1.5)
+    plain, larger = merged(experts, method, scale=1.0), merged(experts, method, scale=1.5)
     for name in plain.layers:
         expected = 1.5 * plain.layers[name].delta()
         torch.testing.assert_close(larger.layers[name].delta(), expected, rtol=1e-4, atol=1e-5)
@@ -70,17 +82,31 @@ def test_a_scale_multiplies_the_merged_update(make_expert: Callable[..., Expert]
         torch.testing.assert_close(alone[name].delta(), 0.5 * layer.delta(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_scale(make_expert: Callable[..., Expert], method: str):
+    """comerge of four: 1.06 sqrt(4) = 2.12; of one, and every other method: 1."""
+    experts = [make_expert(name, seed) for seed, name in enumerate("abcd")]
+    found, plain = merged(experts, method), merged(experts, method, scale=1.0)
+    scale = 2.12 if method == "comerge" else 1.0
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(found.layers[name].delta(), scale * layer.delta(), rtol=1e-4, atol=1e-5)
+    recipe = Recipe(method=method)
+    assert report(found, experts, recipe, None, {})["recipe"]["scale"] == pytest.approx(scale)
+    assert recipe.scale_of(1) == 1.0
+    assert Recipe(method=method, scale=3.0).scale_of(4) == 3.0
+
+
 @pytest.mark.parametrize("method", EXACT)
 def test_the_block_form_is_the_merge_of_the_whole_updates(make_expert: Callable[..., Expert], method: str):
     """Ranks 2 + 1 + 2 on sides of 4 to 7, so that some layers need the exact reduction."""
     experts = [make_expert("a", 0), make_expert("b", 1, rank=1), make_expert("c", 2, scale=-1.5)]
     activity = activity_of(experts)
-    found = merged(experts, method)
+    found = merged(experts, method, scale=1.0)
     for name, layer in found.layers.items():
         deltas = torch.stack([expert.layers[name].delta() for expert in experts])
         expected = deltas.sum(0) if method == "sum" else deltas.mean(0)
         if method == "comerge":
-            expected = torch.stack([deltas[k, j] for j, k in enumerate(owners(activity[name], "vote").tolist())])
+            expected = torch.stack([deltas[k, j] for j, k in enumerate(owners(activity[name], "vote", True).tolist())])
             assert sum(found.fits[name].rows.values()) == layer.shape[0]
         torch.testing.assert_close(layer.delta(), expected, rtol=1e-5, atol=1e-6)
         assert layer.rank <= min(5, *layer.shape)
@@ -116,7 +142,7 @@ def test_different_layers_are_united(make_expert: Callable[..., Expert], method:
     """A layer that an expert does not adapt counts as a zero update."""
     one = make_expert("a", 0, sizes={"unet.x": (4, 4), "unet.y": (4, 4)})
     two = make_expert("b", 1, sizes={"unet.x": (4, 4)})
-    found = merged([one, two], method, density=1.0, drop=0.0)
+    found = merged([one, two], method, density=1.0, drop=0.0, scale=1.0)
     assert set(found.layers) == {"unet.x", "unet.y"}
     share = 0.5 if method in ("mean", "svd") else 1.0
     torch.testing.assert_close(
@@ -169,14 +195,15 @@ def test_single_weights_are_cut_to_the_summed_rank(make_expert: Callable[..., Ex
         assert sum(taken.values()) == whole.numel()
         assert (taken["a"] < 0.3 * whole.numel()) != normalise
     if not normalise:  # magnitudes alone: no prompts are needed
-        assert merge_experts(experts, Recipe(unit="weight")).layers.keys() == found.layers.keys()
+        recipe = Recipe(unit="weight", normalise=False)
+        assert merge_experts(experts, recipe).layers.keys() == found.layers.keys()
 
 
 def test_a_new_expert_is_added_without_touching_the_others(make_expert: Callable[..., Expert]):
     """The sum of three is the sum of two and the third; comerge gives the new one rows and leaves the others."""
     experts = [make_expert("a", 0), make_expert("b", 1), make_expert("c", 2)]
     two, three = merged(experts[:2], "sum"), merged(experts, "sum")
-    owned = [merged(experts[:2], "comerge", statistic="magnitude"), merged(experts, "comerge", statistic="magnitude")]
+    owned = [merged(some, "comerge", statistic="magnitude", scale=1.0) for some in (experts[:2], experts)]
     for name, third in experts[2].layers.items():
         torch.testing.assert_close(
             three.layers[name].delta() - two.layers[name].delta(), third.delta(), atol=1e-5, rtol=0

@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from lit_safety.errors import UserError
+from lit_safety.merging.merge import base_of
 from lit_safety.merging.sources import base_model, read_experts, short_names
 
 
@@ -31,6 +32,19 @@ def test_experts_are_read_with_their_names_and_where_they_come_from(tmp_path: Pa
     assert found[0].provenance["base_model"] == base_model(one) != None  # noqa: E711
     assert base_model(tmp_path) is None
     assert [expert.name for expert in read_experts([str(one), str(two)])] == ["hate", "violence"]
+
+
+def test_without_a_card_pefts_configuration_names_the_base(tmp_path: Path, save_expert: Callable[..., Path]):
+    """And experts of different ones are refused by it."""
+    folders = [save_expert(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    for folder, base in zip(folders, ("someone/one", "someone/other"), strict=True):
+        (folder / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
+    assert base_model(folders[0]) not in (None, "someone/one")  # the card goes first
+    for folder in folders:
+        (folder / "README.md").unlink()
+    assert base_model(folders[0]) == "someone/one"
+    with pytest.raises(UserError, match="a: someone/one; b: someone/other"):
+        base_of(read_experts([str(folder) for folder in folders]))
 
 
 def test_ambiguous_lists_are_refused(tmp_path: Path, save_expert: Callable[..., Path]):

@@ -15,16 +15,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_safety.data import PreferenceDataModule
 from lit_safety.errors import UserError
 from lit_safety.modules import DPOExpert
-from lit_safety.objectives import DiffusionDPO
+from lit_safety.objectives import (
+    BFPO,
+    IPO,
+    ConstrainedDPO,
+    DiffusionDPO,
+    DiffusionSDPO,
+    FocalInverse,
+    Hinge,
+    Objective,
+    RePO,
+    SafetyConstrainedDPO,
+)
 
 
 def data_of(shards: Path, **settings: Any) -> PreferenceDataModule:
     return PreferenceDataModule(train=str(shards), batch_size=4, **{"one_category": True} | settings)
 
 
-def module_of(pipeline: Path, **settings: Any) -> DPOExpert:
+def module_of(pipeline: Path, objective: Objective | None = None, **settings: Any) -> DPOExpert:
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings
-    return DPOExpert(str(pipeline), DiffusionDPO(beta=200.0), **settings)
+    return DPOExpert(str(pipeline), objective or DiffusionDPO(beta=200.0), **settings)
 
 
 def fit(module: DPOExpert, data: PreferenceDataModule, steps: int, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -170,6 +181,27 @@ def test_interleaving_is_refused_under_deepspeed(
 def test_averages_over_steps_are_refused_for_several_experts(tiny_pipeline: Path, category_shards: Path):
     with pytest.raises(UserError, match="StochasticWeightAveraging would average 2 experts"):
         fit(module_of(tiny_pipeline), data_of(category_shards), 2, StochasticWeightAveraging(1e-3))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [BFPO, IPO, DiffusionSDPO, FocalInverse, Hinge, RePO, SafetyConstrainedDPO],
+    ids=lambda one: one.__name__,
+)
+def test_experts_learn_by_every_other_objective(tiny_pipeline: Path, category_shards: Path, objective: type[Objective]):
+    """One step: the expert whose turn it is has moved, the other has not."""
+    module = module_of(tiny_pipeline, objective(beta=200.0))
+    fit(module, data_of(category_shards), 1)
+    moved = {
+        name: any(bool(value.count_nonzero()) for key, value in weights(module, name).items() if "lora_B" in key)
+        for name in module.bank.names
+    }
+    assert moved == {name: name == module.bank.active for name in ("hate", "violence")}
+
+
+def test_what_an_objective_learns_is_not_shared_by_experts(tiny_pipeline: Path, category_shards: Path):
+    with pytest.raises(UserError, match=r"ConstrainedDPO learns while it trains \(dual\), and 2 experts would share"):
+        fit(module_of(tiny_pipeline, ConstrainedDPO(beta=200.0)), data_of(category_shards), 1)
 
 
 def test_a_batch_of_no_category_is_refused(tiny_pipeline: Path, category_shards: Path):

@@ -1,9 +1,15 @@
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
+from PIL import Image
 
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
-from lit_safety.modules.label_checks import check_labels
+from lit_safety.modules import SCDPO
+from lit_safety.modules.label_checks import check_labels, check_orders
 from lit_safety.objectives import (
     BFPO,
     IPO,
@@ -44,8 +50,9 @@ MISSING = [True, False]
     ids=["scdpo-cost", "repo-cost", "constrained-cost", "constrained-score", "bfpo-label", "scdpo-composite"],
 )
 def test_what_is_missing_is_named_with_the_way_out(objective, batch, message: str):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         check_labels(objective, batch)
+    assert "init_args.cost_model" not in str(refused.value)  # few modules have that option
     check_labels(objective, HostLists())
 
 
@@ -65,3 +72,43 @@ def test_what_is_missing_is_named_with_the_way_out(objective, batch, message: st
 )
 def test_an_objective_that_reads_no_labels_takes_any_pair(objective):
     check_labels(objective, HostLists(["a"], ["composite"], [False], [False], [False]))
+
+
+def shards(folder: Path, orders: list[str]) -> str:
+    black = Image.new("RGB", (32, 32))
+    with ShardWriter(folder, samples_per_shard=2) as writer:
+        for i, order in enumerate(orders):
+            about = {
+                "prompt": "a gun", "prompt_kind": "harmful", "categories": ["violence"], "order": order,
+                "harmful": {"chosen": False, "rejected": True}, "cost": {"chosen": -1.0, "rejected": 1.0},
+            }  # fmt: skip
+            writer.write(f"{folder.name}{i}", about, black, black)
+    return str(folder)
+
+
+def test_orders_that_hold_the_cost_are_refused_before_anything_is_loaded(tiny_pipeline: Path, tmp_path: Path):
+    """Of two folders the second has 3 pairs of 5, over three shards."""
+    plain = shards(tmp_path / "plain", ["safety"] * 3)
+    mixed = shards(tmp_path / "mixed", ["composite", "safety", "quality", "composite", "composite"])
+    module = SCDPO(str(tiny_pipeline))
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        trainer.fit(module, datamodule=PreferenceDataModule([plain, mixed], batch_size=2))
+    assert f"data.init_args.train: {mixed}: 3 of 5 pairs are ordered by quality minus cost" in str(caught.value)
+    assert "cost_weight: 0`, or leave these pairs out with `data.init_args.orders:" in str(caught.value)
+    assert "backbone" not in module._modules
+
+
+def test_orders_are_looked_at_only_where_they_are_read(tmp_path: Path):
+    mixed, plain = shards(tmp_path / "mixed", ["composite", "safety"]), shards(tmp_path / "plain", ["safety"] * 2)
+    objective = SafetyConstrainedDPO()
+    with pytest.raises(UserError, match=r"data\.init_args\.val: .*mixed: 1 of 2 pairs"):
+        check_orders(objective, PreferenceDataModule(plain, val=mixed), "fit")
+    check_orders(objective, PreferenceDataModule(plain, test=mixed), "fit")
+    check_orders(objective, PreferenceDataModule(mixed, orders=["safety", "quality"]), "fit")
+    check_orders(objective, PreferenceDataModule(plain, test=mixed), "predict")
+    check_orders(SafetyConstrainedDPO(cost_weight=0.0), PreferenceDataModule(mixed), "fit")
+    check_orders(objective, object(), "fit")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from batches import batch_of
+from lightning.pytorch.trainer.states import RunningStage
 
 from lit_safety.errors import UserError
 from lit_safety.modules import SCDPO
@@ -57,6 +59,26 @@ def test_a_pairs_cost_does_not_depend_on_its_batch(module: SCDPO, tiny_pipeline:
     assert torch.equal(together, alone)
 
 
+def test_a_key_in_another_set_is_another_pair(module: SCDPO):
+    """Pair 0 of each set has pictures of its own; the sanity check reads validation pairs."""
+    stages = [RunningStage.TRAINING, RunningStage.VALIDATING, RunningStage.TESTING]
+    for row, stage in enumerate(stages):
+        module._trainer = SimpleNamespace(state=SimpleNamespace(stage=stage))
+        batch = replace(batch_of([row], costs=(NAN, NAN)), keys=["0000"])
+        expected = [batch.chosen.mean().item(), batch.rejected.mean().item()]
+        assert module.labels(batch).cost[0].tolist() == pytest.approx(expected)
+    module._trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.SANITY_CHECKING))
+    module.labels(replace(batch_of([1], costs=(NAN, NAN)), keys=["0000"]))
+    assert module._scorer.given == 6  # three pairs, two pictures each
+
+
+def test_nothing_is_scored_for_an_objective_that_reads_no_costs(module: SCDPO):
+    """Not even asked for: pairs out of a cache have no pictures to score."""
+    module.objective.cost_weight = 0.0
+    module.labels(replace(batch_of([0], costs=(NAN, NAN)), chosen=None, rejected=None))
+    assert module._scorer.given == 0
+
+
 def test_known_costs_stay(module: SCDPO):
     assert module.labels(batch_of([0], costs=(-0.5, 0.25))).cost.tolist() == [[-0.5, 0.25]]
     assert module._scorer.given == 0
@@ -71,5 +93,6 @@ def test_mirrored_pairs_without_costs_are_refused(module: SCDPO):
 def test_without_a_cost_model_they_are_refused_by_name(tiny_pipeline: Path):
     module = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(cost_weight=1.0))
     module.configure_model()
-    with pytest.raises(UserError, match="sample 0000 has no cost"):
+    says = "sample 0000 has no cost.*, or name one in `model.init_args.cost_model`, or set .*cost_weight: 0`"
+    with pytest.raises(UserError, match=says):
         module.labels(batch_of([0], costs=(NAN, NAN)))

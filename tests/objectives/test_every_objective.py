@@ -1,8 +1,11 @@
 """What holds for every objective: finite far out, gradients that are the loss's, the right direction at the start."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+import lit_safety.objectives
 from lit_safety.objectives import (
     BFPO,
     IPO,
@@ -80,6 +83,45 @@ def test_gradient_in_float64(objective: Objective):
         return objective(pair, labels(7, torch.float64)).loss
 
     assert torch.autograd.gradcheck(loss, (chosen, rejected))
+
+
+def frozen(objective: Objective, e_w: torch.Tensor, e_l: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The loss of a detached objective in plain words, its focus or kappa the number that it is at (e_w, e_l)."""
+
+    def margin(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return -objective.beta / 2 * ((chosen - 300) - (rejected - 300))
+
+    if isinstance(objective, DiffusionSDPO):  # kappa = (1 - mu) e_w / overlap, below 1 everywhere in `batch`
+        kappa, constant = (1 - objective.mu) * e_w.detach() / 350, e_l.detach()
+        return lambda chosen, rejected: torch.log1p((-margin(chosen, constant + kappa * (rejected - constant))).exp())
+    # labels(): C_w - C_l = -2, and cost_weight is 1
+    offset = -2.0 if isinstance(objective, SafetyConstrainedDPO) else 0.0
+    p = torch.sigmoid(margin(e_w.detach(), e_l.detach()) + offset)
+    focus = (1 - p if isinstance(objective, SafetyConstrainedDPO) else p) ** objective.gamma
+    return lambda chosen, rejected: focus * torch.log1p((-margin(chosen, rejected) - offset).exp())
+
+
+@pytest.mark.parametrize("objective", DETACHED, ids=name)
+def test_gradient_of_what_is_detached_in_float64(objective: Objective):
+    """Against central differences of the frozen loss; its value is the objective's own."""
+    errors, chosen, rejected = batch(torch.tensor([-4.3, -1.2, 0.0, 0.3, 0.7, 1.4, 5.1], dtype=torch.float64))
+    loss, constant = objective(errors, labels(7, torch.float64)).loss, frozen(objective, chosen, rejected)
+    torch.testing.assert_close(loss, constant(chosen, rejected))
+    step = 1e-4
+    with torch.no_grad():
+        slopes = [
+            (constant(chosen + step, rejected) - constant(chosen - step, rejected)) / (2 * step),
+            (constant(chosen, rejected + step) - constant(chosen, rejected - step)) / (2 * step),
+        ]
+    for gradient, slope in zip(torch.autograd.grad(loss.sum(), (chosen, rejected)), slopes, strict=True):
+        assert (slope != 0).all()
+        torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-9)
+
+
+def test_no_objective_is_left_out():
+    known = [getattr(lit_safety.objectives, exported) for exported in lit_safety.objectives.__all__]
+    every = {one for one in known if isinstance(one, type) and issubclass(one, Objective)} - {Objective}
+    assert every == {type(objective) for objective in SMOOTH + DETACHED}
 
 
 @pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)

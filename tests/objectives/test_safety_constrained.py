@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from lit_safety.objectives import PairErrors, PairLabels, SafetyConstrainedDPO, cost_margin, dpo_loss, scdpo_loss
+from lit_safety.objectives import (
+    DiffusionDPO,
+    PairErrors,
+    PairLabels,
+    SafetyConstrainedDPO,
+    cost_margin,
+    dpo_loss,
+    scdpo_loss,
+)
 
 
 def gradient(m: torch.Tensor, gamma: float, detach: bool) -> torch.Tensor:
@@ -29,6 +37,30 @@ def test_without_margin_and_focus_it_is_dpo_to_the_bit(detach: bool):
     m = torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 20
     costs = torch.randn(2, 4096, generator=torch.Generator().manual_seed(2))
     assert torch.equal(scdpo_loss(cost_margin(m, costs[0], costs[1], 0.0), 0.0, detach), dpo_loss(m))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_objective_without_margin_and_focus_is_dpo_to_the_bit(detach: bool):
+    """Values, gradients and logs, with both regularisers on; the costs are unknown, and a clip must not read them."""
+    generator = torch.Generator().manual_seed(3)
+    values, clean = torch.rand(5, 500, generator=generator), (torch.rand(500, generator=generator) < 0.5).float()
+    unknown = torch.full((500, 2), float("nan"))
+    found = []
+    for objective in (
+        SafetyConstrainedDPO(40.0, 0.0, 0.0, detach, cost_clip=1.0, sft_weight=0.5, anchor_weight=2.0),
+        DiffusionDPO(40.0, sft_weight=0.5, anchor_weight=2.0),
+    ):
+        leaves = values.clone().requires_grad_(True)
+        output = objective(PairErrors(*leaves), PairLabels(clean, unknown, unknown, unknown))
+        (gradient_,) = torch.autograd.grad(output.loss.sum(), leaves)
+        found.append({"loss": output.loss, "gradient": gradient_, **output.logs})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, theirs[name]), name
+    assert (ours["gradient"][[0, 1]] != 0).all()
+    assert (ours["gradient"][4] != 0).equal(clean.bool())
 
 
 def test_equal_costs_leave_the_margin_alone():

@@ -143,6 +143,40 @@ def test_a_row_is_another_job_when_its_config_file_changed(tmp_path: Path):
     assert job.digest != before
 
 
+def test_comments_and_the_order_of_keys_in_a_config_file_do_not_matter(tmp_path: Path):
+    config = tmp_path / "fit.yaml"
+    config.write_text("a: 1\nb: {c: 2, d: [3, 4]}\n")
+    (job,) = jobs_of(study(defaults={"fit": {"config": str(config)}}))
+    before = job.digest
+    config.write_text("# Why.\nb:\n  d: [3, 4]\n  c: 2\na: 1\n")
+    assert job.digest == before
+    config.write_text("a: 1\nb: {c: 2, d: [4, 3]}\n")
+    assert job.digest != before
+    config.write_text("a: [1")
+    with pytest.raises(UserError, match=r"fit\.yaml cannot be read as YAML"):
+        job.digest  # noqa: B018
+
+
+def test_a_row_that_is_needed_at_a_seed_that_it_lacks_is_refused():
+    rows = {"prep": {"fit": {}}, "one": {"merge": {"words": ["{folder:prep}"]}}}
+    plan = study(rows=rows, seeds=[0, 1], row_seeds={"prep": [0]})
+    with pytest.raises(UserError, match="the row one needs the row prep at seed 1, which prep does not have"):
+        jobs_of(plan)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    file = tmp_path / "study.yaml"
+    file.write_text("out: x\nrows:\n  one: &one\n    fit: {}\n  two: *one\n  one:\n    merge: {}\nfigures: {}\n")
+    with pytest.raises(UserError, match=r"study\.yaml: the key `one` stands twice, in lines 3 and 6; keep one"):
+        load_study(str(file))
+    file.write_text("rows: [{a: 1, b: {c: 1, c: 2}}]")
+    with pytest.raises(UserError, match="the key `c` stands twice, in lines 1 and 1"):
+        load_study(str(file))
+    file.write_text("rows: [")
+    with pytest.raises(UserError, match=r"study\.yaml: .*line 1"):
+        load_study(str(file))
+
+
 def test_rows_that_need_each_other_are_refused():
     plan = study(rows={"a": {"merge": {"words": ["{folder:b}"]}}, "b": {"merge": {"words": ["{folder:a}"]}}})
     with pytest.raises(UserError, match="a -> b -> a"):

@@ -14,7 +14,7 @@ from PIL import Image
 from lit_safety.errors import UserError
 from lit_safety.study import run as runner
 from lit_safety.study.plots import front
-from lit_safety.study.results import FILE_NAME, Figure, _look_up, read_results
+from lit_safety.study.results import FILE_NAME, Figure, Result, _look_up, append_result, read_results
 from lit_safety.study.run import run_study
 from lit_safety.study.table import tabulate
 
@@ -118,8 +118,33 @@ def test_a_line_cut_short_by_a_kill_is_done_again_and_the_file_stays_whole(make,
     results.write_text(results.read_text()[:-40])
     run_study(file)
     assert calls(tmp_path) == ["a", "b", "b"]
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        read_results(tmp_path / "out")
+    run_study(file)
+    assert calls(tmp_path) == ["a", "b", "b"]
+    assert [result.row for result in read_results(tmp_path / "out")] == ["a", "b"]
+    tabulate(file)
+    assert "| b (1 seed) | 25.0 | 100.0 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path: Path):
+    for row in ("é", "b", "c"):
+        append_result(tmp_path, Result(row, 0, "", 1.0, {}, {}, []))
+        file = tmp_path / FILE_NAME
+        file.write_bytes(file.read_bytes().removesuffix(b"\n"))
+    assert [result.row for result in read_results(tmp_path)] == ["é", "b", "c"]
+
+
+def test_a_line_cut_within_a_letter_is_left_out(tmp_path: Path):
+    file = tmp_path / FILE_NAME
+    file.write_bytes('{"row": "é'.encode()[:-1])
+    assert read_results(tmp_path) == []
+    append_result(tmp_path, Result("b", 0, "", 1.0, {}, {}, []))
+    assert [result.row for result in read_results(tmp_path)] == ["b"]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path):
+    (tmp_path / FILE_NAME).write_text('{"row": \n{"row": "b"}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_results(tmp_path)
 
 
 def test_a_job_without_its_metrics_is_an_error(make, tmp_path: Path):
