@@ -130,7 +130,8 @@ def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: i
 
     bounds = [("clip", start, min(start + 250, count)) for start in range(0, count, 250)]
     pictures, captions, meanings = np.empty((count, FAMILY, SIDE, SIDE, 3), np.uint8), [], []
-    with get_context("fork").Pool(workers) as pool:
+    # Not a fork: one of a process that runs threads may hang.
+    with get_context("spawn").Pool(workers) as pool:
         families = (family for chunk in pool.imap(_chunk, bounds) for family in chunk)
         for index, family in enumerate(families):
             pictures[index] = [picture for picture, _, _ in family]

@@ -40,7 +40,8 @@ def _chunk(bounds: tuple[str, int, int]) -> list[Pair]:
 
 def _pairs(part: str, count: int, processes: int) -> Iterator[Pair]:
     bounds = [(part, start, min(start + 100, count)) for start in range(0, count, 100)]
-    with get_context("fork").Pool(processes) as pool:
+    # Not a fork: one of a process that runs threads may hang.
+    with get_context("spawn").Pool(processes) as pool:
         for drawn in pool.imap(_chunk, bounds):
             yield from drawn
 

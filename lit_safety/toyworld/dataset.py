@@ -37,7 +37,8 @@ def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], l
     bounds = [(start, min(start + 500, count)) for start in range(0, count, 500)]
     pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[list[str]] = []
-    with get_context("fork").Pool(workers) as pool:
+    # Not a fork: one of a process that runs threads may hang.
+    with get_context("spawn").Pool(workers) as pool:
         for (start, stop), (drawn, said) in zip(bounds, pool.imap(_chunk, bounds), strict=True):
             pictures[start:stop] = drawn
             captions += said
