@@ -426,7 +426,7 @@ class PreferenceModule(LightningModule):
 
     def _watch_gradient(self, norm: Tensor) -> None:
         # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
-        if self.trainer.precision != "16-mixed":
+        if self._trainer is None or self._trainer.precision != "16-mixed":
             self.finite_loss.watch_gradient(norm)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:

@@ -28,6 +28,7 @@ def test_it_parses(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(printed["arms"]) == set(given["arms"])
 
 
+@pytest.mark.slow
 def test_every_attack_does_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped file with one prompt of each category, the shortest budgets, and the base alone."""
     monkeypatch.chdir(CONFIG.parents[1])

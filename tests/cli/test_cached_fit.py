@@ -121,7 +121,7 @@ def test_prompts_that_are_too_long_are_counted_in_the_summary(
     assert "2 prompts are longer" in shown
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_resumed_from_a_cache_is_uninterrupted_to_the_bit(
     command_line: Arguments, cached: Path, tmp_path: Path, workers: str
 ):

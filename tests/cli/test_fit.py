@@ -99,7 +99,7 @@ def test_batch_8_is_batch_4_accumulated_twice_is_two_ranks_of_4(command_line: Ar
     assert len(list((tmp_path / "runs" / "scdpo").glob("20*"))) == 3  # one folder a run, whatever its ranks
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_resumed_is_uninterrupted_to_the_bit(command_line: Arguments, latest: Path, workers: str):
     """12 steps in one run, or 5, then to 12: mid-epoch (8 batches an epoch) and across an epoch's end."""
     common = ["--data.init_args.num_workers", workers, "--trainer.val_check_interval", "3"]

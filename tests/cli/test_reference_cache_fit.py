@@ -141,6 +141,7 @@ def test_the_whole_denoiser_is_trained_without_a_frozen_copy(
     assert "before the first update (limit 0.05)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_and_selective_on_the_cache(
     command_line: Arguments, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
