@@ -6,8 +6,10 @@ puts there. `main` is the function behind `python -m lit_safety`.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -80,6 +82,9 @@ def run(arguments: Sequence[str], logs: Path, ranks: int = 2, timeout: float = 4
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """Below the range from which outgoing connections get theirs: one of those may take a port before rank 0 does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("", port))
+            return port
