@@ -60,10 +60,11 @@ def start(arguments: Sequence[str], logs: Path, ranks: int = 2) -> Ranks:
     """Begin ``arguments`` on so many ranks, with their outputs in ``logs``; one rank is a plain single process."""
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank{rank}.txt" for rank in range(ranks)]
-    shared = {"OMP_NUM_THREADS": "1"}
+    # One rank alone asks for a port too, where its strategy makes a process group.
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     if ranks > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
-        shared |= {"LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0", "GROUP_RANK": "0"}
+        shared["TORCHELASTIC_RUN_ID"] = "tests"
     processes: list[BaseProcess] = []
     for rank, file in enumerate(files):
         own = {"LOCAL_RANK": str(rank), "RANK": str(rank)} if ranks > 1 else {}
