@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread, main_thread
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lit_safety.errors import UserError
 from lit_safety.study.plan import Job, Study, jobs_of, load_study
@@ -23,16 +28,17 @@ PROGRAM = (sys.executable, "-m", "lit_safety")
 
 
 def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = False) -> None:
-    """Do all jobs of a study that are not done yet. Interrupt it at any time; the same call goes on.
+    """Do all jobs of a study that are not done yet. The same call goes on after Ctrl-C or SIGTERM.
 
     Args:
         study: the study file.
         only: do only rows whose name matches this pattern, and what they need.
-        processes: jobs at a time; the processor's cores are shared out among them.
+        processes: jobs at a time; the processor's cores are shared out among them, unless OMP_NUM_THREADS is set.
         dry_run: print what would be called, and call nothing.
 
     Raises:
-        UserError: the study file is wrong, or jobs failed; those that succeeded are noted.
+        UserError: the study file is wrong; another call is doing this study; or jobs failed: those that succeeded are
+            noted.
     """
     if processes < 1:
         raise UserError(f"--processes must be at least 1, not {processes}")
@@ -48,9 +54,38 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         for job in left:
             print(f"{job.name}:", *(f"  python -m lit_safety {' '.join(words)}" for words in job.commands), sep="\n")
         return
-    failed = _do(plan, left, done, processes)
+    with _alone(Path(plan.out)), _ended_by_sigterm():
+        failed = _do(plan, left, done, processes)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the others are noted")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two calls on one study would do the same jobs in the same folders."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another `study run` works in {out}: wait for it, or give --processes to that one") from None
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM ends the running commands as Ctrl-C does; by itself it would leave them behind."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wanted(jobs: Sequence[Job], only: str) -> list[Job]:
@@ -113,7 +148,7 @@ def _call(study: Study, job: Job, threads: int, stop: Event) -> Result:
     begun = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(log, "ab") as file:
         for words in job.commands:
             file.write(f"$ python -m lit_safety {' '.join(words)}\n".encode())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from lit_safety.errors import UserError
@@ -220,3 +223,29 @@ def test_results_are_json_lines(make, tmp_path: Path):
 def test_figures_are_looked_up_by_their_place(place: str, number: Figure):
     metrics = {"a": {"b": 0.5, "list": [1, 7], "each": {"x": 1, "y": 3, "z": None}, "empty": {}, "yes": True}}
     assert _look_up(metrics, place) == number
+
+
+def test_two_calls_do_not_do_one_study_at_once(make, tmp_path: Path):
+    study = make({"a": {"ip": 0.5}})
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another `study run` works in"):
+        run_study(study)
+    run_study(study)
+    assert calls(tmp_path) == ["a"]
+
+
+def test_sigterm_ends_the_running_command_too(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program, pid = tmp_path / "endless.py", tmp_path / "pid.txt"
+    program.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), 15)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(program), str(pid)))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(make({"a": {"ip": 0.5}}))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
