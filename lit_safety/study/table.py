@@ -10,7 +10,7 @@ from lit_safety.errors import UserError
 from lit_safety.study.plan import Study, jobs_of, load_study
 from lit_safety.study.results import Result, latest, read_results
 
-#: More columns than these are shown as lines.
+#: More figures than these are shown below each other, where rows are fewer.
 WIDEST = 9
 
 
@@ -77,7 +77,7 @@ def values(results: list[Result], column: str) -> list[float]:
 def markdown(study: Study, results: dict[str, list[Result]]) -> str:
     """Mean over the seeds and, where there are several, the lowest and highest of them.
 
-    A line a row of the study; a line a figure where there are more figures than fit beside each other.
+    A line a row of the study; a line a figure where these are more than fit beside each other and more than the rows.
     """
     columns = [name for name, place in study.figures.items() if not place.rpartition("#")[2].startswith("each:")]
     base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
@@ -86,7 +86,7 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
         seeds = f" ({len(found)} seed{'s' if len(found) > 1 else ''})"
         cells[row + seeds] = [_cell(values(found, column), column in study.percent) for column in columns]
     heads = [f"{column} (%)" if column in study.percent else column for column in columns]
-    if len(columns) > WIDEST:
+    if len(columns) > max(WIDEST, len(cells)):
         lines = [["", *cells], *([head, *(cells[row][i] for row in cells)] for i, head in enumerate(heads))]
     else:
         lines = [["", *heads], *([row, *own] for row, own in cells.items())]

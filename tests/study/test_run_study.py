@@ -190,6 +190,17 @@ def test_many_figures_stand_below_each_other(make, tmp_path: Path):
     assert len(lines) == 12
 
 
+def test_more_rows_than_figures_stand_below_each_other(make, tmp_path: Path):
+    """Ten figures of eleven rows and the base: a line a row."""
+    figures = {f"figure {i}": "aligned.ip" for i in range(10)}
+    file = make({f"r{i}": {"ip": i / 16} for i in range(11)}, figures=figures, percent=[], pareto=[])
+    run_study(file)
+    tabulate(file)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) == 14
+    assert lines[-1] == "| r10 (1 seed) |" + " 0.625 |" * 10
+
+
 def test_front_keeps_what_nothing_beats():
     """a (0, .9) and b (.1, 1) are each best in one; c (.1, .9) is beaten by both; d equals b and beats nothing."""
     points = {"c": (0.1, 0.9), "b": (0.1, 1.0), "a": (0.0, 0.9), "d": (0.1, 1.0)}
