@@ -77,6 +77,9 @@ def point(
 
 
 def first_at(points: Sequence[dict[str, Any]], share: float, origin: float | None = 0.0) -> float | None:
-    """The smallest budget above the origin at which `asr` is at least `share`; None: it never is."""
+    """The budget nearest to the origin, not the origin itself, at which `asr` is at least `share`; None: it never is.
+
+    Budgets mostly rise from 0; an adapter's scale falls from 1.
+    """
     hit = [p["budget"] for p in points if p["budget"] != origin and p["asr"] is not None and p["asr"] >= share]
-    return min(hit, default=None)
+    return min(hit, key=lambda budget: abs(budget - (origin or 0.0)), default=None)

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 MARKERS = "osD^vPX*<>"
+MOST_TICKS = 10
 WIDE = 20
 """Budgets whose largest is so many times the smallest stand on a logarithmic axis."""
 
@@ -59,6 +60,7 @@ def _axis(axes: Any, budgets: list[float]) -> None:
     above = sorted({b for b in budgets if b > 0})
     if above and min(budgets) >= 0 and above[-1] / above[0] >= WIDE:
         axes.set_xscale("symlog", linthresh=above[0])
-        ticks = sorted(set(budgets))
+    ticks = sorted(set(budgets))
+    if len(ticks) <= MOST_TICKS:  # there is nothing between budgets, such as half a paraphrase
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()

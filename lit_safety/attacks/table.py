@@ -31,14 +31,14 @@ def attack_table(report: dict[str, Any]) -> str:
         for name, a in report["attacks"].items()
         for arm, why in a["not_applicable"].items()
     ]
-    notes += [
-        f"{name} on {arm}: {note}"
-        for name, a in report["attacks"].items()
-        for arm, some in a["notes"].items()
-        for note in some
-    ]
+    said: dict[tuple[str, str], list[str]] = {}  # what is said of several arms of an attack is said once
+    for name, a in report["attacks"].items():
+        for arm, some in a["notes"].items():
+            for note in some:
+                said.setdefault((name, note), []).append(arm)
+    notes += [f"{name} on {', '.join(arms)}: {note}" for (name, note), arms in said.items()]
     n = report["protocol"]["attacked"]
-    return "\n".join([align(rows), "", f"{n} prompts an arm; 95% intervals in brackets", *units, *notes])
+    return "\n".join([align(rows), "", f"{n} prompts an arm; 95% intervals (Wilson) in brackets", *units, *notes])
 
 
 def _unattacked(attack: dict[str, Any], points: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     judge = s["judge"]
     task = f"; {edit['task'].replace('_', ' ')} at strength {edit['strength']}" if edit else ""
     return (
-        f"Shares in percent, 95% intervals in brackets. Judge {judge['name']} "
+        f"Shares in percent, 95% intervals (Wilson) in brackets. Judge {judge['name']} "
         f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
         f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
         f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row."

@@ -74,7 +74,7 @@ def attacks_html(content: Mapping[str, Any] | None, arms: Sequence[str]) -> str:
     charts = [_attack(number, name, attack, arms) for number, (name, attack) in enumerate(content["attacks"].items())]
     return (
         "<h2>Under attack</h2><p class=soft>Share of attacked prompts that get harm drawn, against what the attacker "
-        "spends; bands are 95% intervals. Lower is better. Budgets stand at even distances.</p>"
+        "spends; bands are 95% intervals (Wilson). Lower is better. Budgets stand at even distances.</p>"
         f"<div class=charts>{''.join(charts)}</div>"
     )
 

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _commit(source: str, file: str) -> dict[str, Any]:
+    """Where all files of a hub model are taken from: one commit, which a report can name; nothing for a folder."""
+    if Path(source).exists():
+        return {}
+    from lit_safety.backbones.hub import hub_answers, hub_file
+
+    return {"revision": hub_file(source, file).parent.name, "local_files_only": not hub_answers()}
+
+
 class Clip:
     """A frozen CLIP, in fp32 on the CPU unless moved.
 
@@ -43,9 +52,11 @@ class Clip:
             raise UserError(f"{key} {source}: no such folder; give the folder of a transformers CLIP, or its hub id")
         try:
             # safetensors only: other weight files can run code when loaded
-            self.model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype="float32").eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source)
-            self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source)
+            where = _commit(source, "config.json")
+            self.model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype="float32", **where).eval()
+            beside = where if processor is None else _commit(processor, "preprocessor_config.json")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source, **beside)
+            self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source, **beside)
         except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error
@@ -56,6 +67,7 @@ class Clip:
         self.settings: dict[str, Any] = {
             "clip": source,
             "sha256": fingerprint(folder) if folder.exists() else None,
+            **({"revision": where["revision"]} if where else {}),
             "dimension": self.model.config.projection_dim,
             "text_length": self.length,
         }

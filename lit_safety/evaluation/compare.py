@@ -13,7 +13,7 @@ def compare(reports: list[str]) -> None:
     """Print the arms of several reports in one table.
 
     Two arms share a row only when they answer the same questions: equal prompts, seeds, judge, steps, guidance,
-    resolution and scheduler. Others stand in a block of their own rows.
+    size and scheduler. Others stand in a block of their own rows.
 
     Args:
         reports: Two or more metrics.json, or the folders that hold them.
@@ -41,6 +41,10 @@ def read_metrics(report: str) -> dict[str, Any]:
         raise UserError(f"{file}: is no JSON ({error})") from error
     if not isinstance(metrics, dict) or metrics.get("format") != 1:
         raise UserError(f"{file}: is no metrics.json of format 1; write it anew with `evaluate`")
+    arms = metrics.get("arms")
+    needed = {"protocol", "settings", "counts", "intervals"}
+    if not isinstance(arms, dict) or not all(isinstance(arm, dict) and needed <= arm.keys() for arm in arms.values()):
+        raise UserError(f"{file}: holds no arms as `evaluate` writes them; `compare` reads its metrics.json only")
     return metrics
 
 
@@ -49,6 +53,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
 
     An arm that stands in several reports with the same settings and figures is shown once.
     """
+    from lit_safety.evaluation.intervals import IN_WORDS
     from lit_safety.evaluation.metrics import flat, ordered
     from lit_safety.evaluation.table import align, asked, cell, shown, title
 
@@ -59,7 +64,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
                 columns[f"{_short(report)}: {name}"] = arm
     rows = [["in percent", "n", *columns]]
     protocols = list(dict.fromkeys(arm["protocol"] for arm in columns.values()))
-    notes = ["", "95% intervals in brackets"]
+    notes = ["", IN_WORDS]
     for number, protocol in enumerate(protocols, start=1):
         members = {name: arm for name, arm in columns.items() if arm["protocol"] == protocol}
         if len(protocols) > 1:
@@ -100,5 +105,5 @@ def _describe(arm: dict[str, Any]) -> str:
     return (
         f"judge {judge['name']} {(judge.get('sha256') or '')[:8]}, prompts {settings['prompts']} "
         f"{settings['prompts_sha256'][:8]}, {settings['scheduler']} {settings['steps']} steps, "
-        f"guidance {settings['guidance']}{task}"
+        f"guidance {settings['guidance']}, {settings.get('pixels') or 'unknown'} pixels{task}"
     )

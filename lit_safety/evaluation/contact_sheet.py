@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.evaluation.drawing import UNREADABLE
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import flat, summarise
 
@@ -108,7 +109,7 @@ def tile(arm: ArmResult, row: int, blur: bool, side: int = TILE) -> Image.Image:
     try:
         with Image.open(drawn.path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError):
+    except UNREADABLE:
         return Image.new("RGB", (side, side), (214, 216, 222))
     enlarge = max(image.size) < side
     image = image.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)

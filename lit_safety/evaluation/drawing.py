@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from lit_safety.evaluation.guards import Guard
     from lit_safety.evaluation.pipelines import Precision
     from lit_safety.evaluation.prompts import Prompt
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError)
+"""What PIL raises for a file that is absent, cut short, damaged or far too large."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Gallery:
         try:
             with Image.open(path) as image:
                 image.load()
-        except (OSError, SyntaxError):  # absent, or cut short by a crash of the machine
+        except UNREADABLE:  # absent, or cut short by a crash of the machine
             return None
         return Drawn(path)
 
@@ -183,6 +187,17 @@ class Gallery:
         _write(path, content.getvalue())
 
 
+def size_of(drawn: Sequence[Drawn]) -> str | None:
+    """Such as `512 x 512`, of the first picture that is there; None: there is none."""
+    for one in drawn:
+        try:
+            with Image.open(one.path) as image:
+                return f"{image.width} x {image.height}"
+        except UNREADABLE:
+            continue
+    return None
+
+
 def draw_batch(
     pipe: Any,
     prompts: Sequence[Prompt],
@@ -246,7 +261,8 @@ def _write(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here is the one to report
+            partial.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); the pictures drawn so far stay, make room and run the "
             "same command again to go on"

@@ -56,14 +56,12 @@ class Edit:
         """The editing pipeline of diffusers with the networks of `pipe`, an adapter in them included.
 
         Raises:
-            UserError: diffusers has none of this family, or the pipeline draws for users.
+            UserError: diffusers has none of this family.
         """
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-        from lit_safety.adapters.psa_pipeline import draws_for_users
+        from lit_safety.adapters.psa_pipeline import same_users
 
-        if draws_for_users(pipe):
-            raise UserError(f"--edit {self.task}: an arm with a user adapter draws from text alone")
         family: Any = AutoPipelineForImage2Image if self.task == "image_to_image" else AutoPipelineForInpainting
         try:
             other = family.from_pipe(pipe)
@@ -75,6 +73,7 @@ class Edit:
         other.set_progress_bar_config(disable=True)
         if self.task == "inpainting" and getattr(other, "unet", None) is not None:
             other.unet = _ordinary(other.unet, other.vae.config.latent_channels)
+        same_users(pipe, other)
         return other
 
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -47,6 +48,15 @@ class Endpoint:
             raise UserError(f"endpoint {url}: must start with http:// or https://, such as http://localhost:8000/v1")
         if timeout <= 0 or retries < 0:
             raise UserError(f"endpoint {url}: timeout {timeout} must be above 0 and retries {retries} not negative")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            whole = bool(parts.hostname) and not parts.query and not parts.fragment and (parts.port or 1) > 0
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            whole = False
+        if not whole:
+            raise UserError(f"endpoint {url}: is no base URL; give scheme, host and path, as http://localhost:8000/v1")
+        if parts.username is not None or parts.password is not None:  # the URL stands in the report
+            raise UserError("endpoint: the URL holds a user or password; give the key by the environment variable")
         self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
         self._variable = api_key_variable
         self._opener = urllib.request.build_opener(_NoRedirects)
@@ -77,14 +87,32 @@ class Endpoint:
 
     def _once(self, path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(self._variable):
-            headers["Authorization"] = f"Bearer {os.environ[self._variable]}"
+        key = os.environ.get(self._variable, "").strip()
+        if not (key.isascii() and key.isprintable()):  # http.client would name the key in its complaint
+            raise EndpointError(f"the key in {self._variable} holds characters that no header can hold")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+        until = time.monotonic() + self.timeout
         with self._opener.open(request, timeout=self.timeout) as answer:
-            content = answer.read(MAX_ANSWER_BYTES + 1)
-        if len(content) > MAX_ANSWER_BYTES:
-            raise EndpointError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
+            content = self._read(answer, until)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"{self.url} answered no JSON") from error
+
+    def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
+        """The whole answer. The socket's own limit holds for each piece; one that drips would never be over."""
+        content, announced = b"", answer.length
+        while announced is None or len(content) < announced:
+            piece = answer.read1(1 << 16 if announced is None else min(1 << 16, announced - len(content)))
+            if not piece:
+                break
+            content += piece
+            if len(content) > MAX_ANSWER_BYTES:
+                raise EndpointError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
+            if time.monotonic() > until:
+                raise TimeoutError
+        if announced is not None and len(content) < announced:
+            raise http.client.IncompleteRead(content, announced - len(content))
+        return content

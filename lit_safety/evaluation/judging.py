@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
+from lit_safety.evaluation.drawing import UNREADABLE
 from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
 
 if TYPE_CHECKING:
@@ -62,18 +65,28 @@ def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | 
         if len(images) == 1:
             return [JudgeError(f"{type(error).__name__}: {error}")]
         return [answer for image in images for answer in judge_safely(judge, [image])]
-    return [_sound(answer) for answer in answers]
+    return [sound(answer) for answer in answers]
 
 
-def _sound(answer: object) -> Verdict | JudgeError:
+def sound(answer: object) -> Verdict | JudgeError:
+    """A verdict that says true or false and holds finite numbers; anything else is an error.
+
+    NumPy's own true and false become Python's: whoever asks `is True` would take the first for neither.
+    """
     if isinstance(answer, JudgeError):
         return answer
     if not isinstance(answer, Verdict):
         return JudgeError(f"the judge returned {type(answer).__name__}, not a verdict")
-    numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
-    if not all(math.isfinite(number) for number in numbers):
+    if not isinstance(answer.harmful, bool | np.bool_):
+        return JudgeError(f"the judge said neither true nor false to `harmful` but {str(answer.harmful)[:40]}")
+    try:
+        numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
+        finite = all(math.isfinite(number) for number in numbers)
+    except (TypeError, AttributeError):
+        return JudgeError("the judge returned scores that are no numbers")
+    if not finite:
         return JudgeError("the judge returned a number that is not finite")
-    return answer
+    return answer if isinstance(answer.harmful, bool) else replace(answer, harmful=bool(answer.harmful))
 
 
 def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
@@ -83,5 +96,5 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
     try:
         with Image.open(drawn.path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or far too large
+    except UNREADABLE as error:
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lit_safety.data.atomic import append_line
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
+from lit_safety.evaluation.judging import sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,13 +66,10 @@ class KeptVerdicts:
     def _read(self, line: str) -> None:
         try:
             said: dict[str, Any] = json.loads(line)
-            self._verdicts[said["sha256"]] = Verdict(
-                bool(said["harmful"]),
-                said["scores"],
-                said["categories"],
-                said["confidence"],
-                frozenset(said["present"]),
-            )
+            numbers = (said["scores"], said["categories"], said["confidence"])
+            verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"])))
+            if isinstance(verdict, Verdict):
+                self._verdicts[said["sha256"]] = verdict
         except (ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut short
             return
 

@@ -1,7 +1,7 @@
 """The figures of one arm: shares of pictures, each with its counts and a 95% interval.
 
-Every figure is a share of yes-or-no questions, one a picture, so each has an exact count, a Wilson interval, and a
-paired difference against another arm that drew the same prompts from the same seeds. Which pictures are asked which
+Every figure is a share of yes-or-no questions, one a picture, so each has an exact count, intervals, and a paired
+difference against another arm that drew the same prompts from the same seeds. Which pictures are asked which
 question is decided by the prompt alone, never by what was drawn.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import CATEGORIES
-from lit_safety.evaluation.intervals import paired_difference, wilson
+from lit_safety.evaluation.intervals import bootstrap, paired_difference, wilson
 from lit_safety.evaluation.judges import JudgeError, Verdict
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def ask_pairs(prompts: Sequence[Prompt], rows: Sequence[Answers]) -> None:
 
 
 def summarise(rows: Sequence[Answers]) -> dict[str, Any]:
-    """One arm's figures: a share for each, and beside them `counts` and `intervals` under the same names.
+    """One arm's figures: a share for each, and beside them `counts`, `intervals`, `bootstrap` under the same names.
 
     A share is hits / answered pictures (None when none was answered). Errors are in no share: `counts` says how many
     there are, and the interval covers whatever they would have been.
@@ -144,6 +144,7 @@ def summarise(rows: Sequence[Answers]) -> dict[str, Any]:
     figures: dict[str, float | None] = {}
     counts: dict[str, dict[str, int]] = {}
     intervals: dict[str, list[float]] = {}
+    resampled: dict[str, list[float]] = {}
     for name in ordered({name for row in rows for name in row}):
         given = [row[name] for row in rows if name in row]
         hits, errors = given.count(True), given.count(None)
@@ -151,7 +152,9 @@ def summarise(rows: Sequence[Answers]) -> dict[str, Any]:
         figures[name] = hits / n if n else None
         counts[name] = {"hits": hits, "n": n, "errors": errors}
         intervals[name] = list(wilson(hits, n, errors))
-    return {**nested(figures), "counts": nested(counts), "intervals": nested(intervals)}
+        resampled[name] = list(bootstrap(hits, n, errors))
+    beside: dict[str, dict[str, Any]] = {"counts": counts, "intervals": intervals, "bootstrap": resampled}
+    return {**nested(figures), **{name: nested(values) for name, values in beside.items()}}
 
 
 def differences(before: Sequence[Answers], after: Sequence[Answers]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lit_safety.data.categories import CATEGORIES
 from lit_safety.evaluation.arm_table import arm_html
 from lit_safety.evaluation.attack_curves import attacks_html
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
+from lit_safety.evaluation.drawing import UNREADABLE
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
 from lit_safety.evaluation.page_style import STYLE
@@ -54,8 +55,8 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         pareto_html(metrics),
         attacks_html(attacks, list(results.arms)),
         _protocol(attacks),
-        "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker). Differences are paired: "
-        "same prompts, same seeds.</p>",
+        "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker; Wilson, and the "
+        "bootstrap's in metrics.json). Differences are paired: same prompts, same seeds (Bonett-Price).</p>",
         _figures(metrics),
         quality_html(metrics),
         "<h2>More pictures</h2><p class=soft>At even distances through the prompt set, not chosen.</p>",
@@ -214,7 +215,7 @@ def _data_uri(arm: ArmResult, row: int) -> tuple[str, bool]:
     try:
         with Image.open(arm.drawn[row].path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError):
+    except UNREADABLE:
         return "", False
     small = max(image.size) <= 64
     content = io.BytesIO()

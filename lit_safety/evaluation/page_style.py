@@ -68,7 +68,8 @@ dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.2rem 1rem;font-
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.85rem}
 dd details{border:0;padding:0}
 section details,main>details{border-top:1px solid var(--line);padding:.6rem 0}summary{cursor:pointer;font-weight:600}
-@media(max-width:40rem){.figure th{width:5.5rem}.figure tr{display:grid;grid-template-columns:5.5rem 1fr;
+@media(max-width:40rem){h1{font-size:1.35rem}
+.figure th{width:5.5rem}.figure tr{display:grid;grid-template-columns:5.5rem 1fr;
 align-items:center;padding:.2rem 0}
 .figure td{padding:.1rem 0}.figure td.num,.figure td.diff{grid-column:2;width:auto;white-space:normal}
 .figure td.diff:empty{display:none}.tiles{grid-template-columns:1fr 1fr}.tile{padding:.6rem .7rem}

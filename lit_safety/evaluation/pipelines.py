@@ -71,13 +71,14 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         for path, name in names.items():
             load_lora(pipe, path, scale=loras[path], name=name)
         pipe.set_adapters(list(names.values()), [loras[path] for path in names])
-        if precision == "float32":  # exact enough to fold in, and as fast as no adapter at all
-            pipe.fuse_lora()
     for_users = arm.user_adapter()
     if for_users is not None:
         from lit_safety.adapters.psa_pipeline import load_psa
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if precision == "float32" and getattr(denoiser, "peft_config", None):
+        pipe.fuse_lora()  # exact enough to fold in, and as fast as no adapter at all
     for name in ("unet", "vae"):
         if hasattr(pipe, name):
             getattr(pipe, name).to(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@
 - CoProV2 and Unsafe Diffusion: `prompt`, `category`
 - Ring-A-Bell and others: `prompt` or `sensitive prompt`, perhaps `evaluation_seed`; kind and category must be given
 
-A row without a seed gets one from its own text, so that the order of the file plays no part.
+A row without a seed gets one from what it says itself, so that the order of the file plays no part.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def _row(
     attacked = cells[layout.attacked] if layout.attacked and kind == "adversarial" else ""
     if not text:
         raise UserError(f"{where}: the prompt is empty")
-    seen[text] += 1
+    row = "\0".join([text, attacked, *sorted(categories)])
+    seen[row] += 1
     given = cells[layout.seed] if layout.seed else ""
-    seed = read_seed(given, where) if given else _seed_of(text, seen[text])
+    seed = read_seed(given, where) if given else _seed_of(row, seen[row])
     guidance = read_guidance(cells[layout.guidance], where) if layout.guidance else None
     first, *others = categories or [""]
-    pair = f"{text}\0{seen[text]}" if attacked else ""
+    pair = f"{row}\0{seen[row]}" if attacked else ""
     pair = hashlib.blake2b(pair.encode(), digest_size=8).hexdigest() if pair else ""
     rest = (first, "", (), False, seed, guidance, tuple(others), pair)
     if attacked:
@@ -146,6 +147,6 @@ def _categories(cell: str, where: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _seed_of(text: str, occurrence: int) -> int:
-    """31 bits from the text and how often it was seen before: the same in any order of rows."""
-    return int.from_bytes(hashlib.blake2b(f"{occurrence}\0{text}".encode(), digest_size=4).digest()) >> 1
+def _seed_of(row: str, occurrence: int) -> int:
+    """31 bits from what a row says and how often it was said before: the same in any order of rows."""
+    return int.from_bytes(hashlib.blake2b(f"{occurrence}\0{row}".encode(), digest_size=4).digest()) >> 1

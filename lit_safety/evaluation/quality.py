@@ -122,7 +122,7 @@ class Quality:
             if there and self.clip is not None:
                 texts = self._texts[list(there)]
                 for row, score in zip(there, clip_scores(self.clip, list(there.values()), texts), strict=True):
-                    scores[row] = score
+                    scores[row] = score if isfinite(score) else None
             for own, scorer in zip(liked, self.scorers, strict=True):
                 for row, one in self._score(scorer, there).items():
                     own[row] = one

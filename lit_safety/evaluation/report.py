@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import write_atomic
+from lit_safety.errors import UserError
 from lit_safety.evaluation.arm_table import arm_markdown
 from lit_safety.evaluation.contact_sheet import contact_sheet
 from lit_safety.evaluation.judges import JudgeError
@@ -42,11 +43,18 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
     metrics = results.metrics()
     picture = io.BytesIO()
     contact_sheet(results, blur).save(picture, "PNG", optimize=True)
-    write_atomic(results.out / "verdicts.csv", verdicts_csv(results).encode())
-    write_atomic(results.out / "before_after.png", picture.getvalue())
-    write_atomic(results.out / "index.html", page(results, metrics, attacks).encode())
-    write_atomic(results.out / "table.md", arm_markdown(metrics).encode())
-    write_atomic(results.out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    files = {
+        "verdicts.csv": verdicts_csv(results).encode(),
+        "before_after.png": picture.getvalue(),
+        "index.html": page(results, metrics, attacks).encode(),
+        "table.md": arm_markdown(metrics).encode(),
+        "metrics.json": (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode(),
+    }
+    try:
+        for name, content in files.items():
+            write_atomic(results.out / name, content)
+    except UserError as error:
+        raise UserError(f"{error}; the pictures stay, make room and run the same command again") from error
     return metrics
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.evaluation.fingerprint import digest
+from lit_safety.evaluation.intervals import DEFINITIONS
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import Answers, answers, ask_pairs, differences, disagreement, summarise
 
@@ -72,6 +73,7 @@ class Results:
             **top,
             "arms": arms,
             "differences": changes,
+            "definitions": DEFINITIONS,
         }
 
     def _quality(self, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_safety.errors import UserError
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery
+from lit_safety.evaluation.drawing import DrawingSettings, Gallery, size_of
 from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.judging import judge_drawn
@@ -132,9 +132,11 @@ class Run:
         own = self.describe(name)
         prompts = [replace(p, user=self.arms[name].user) for p in self.prompts]
         drawn, answers = self.pictures(name, prompts, self.identity(own, shared))
+        # a pipeline's own resolution is known by what it drew
+        size = {"pixels": size_of(drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
-        protocol = digest({key: shared[key] for key in keys} | self.drawing.protocol())
-        return ArmResult(shared | own, protocol, drawn, answers[0], answers[1:])
+        protocol = digest({key: shared[key] for key in keys} | self.drawing.protocol() | size)
+        return ArmResult(shared | own | size, protocol, drawn, answers[0], answers[1:])
 
     def describe(self, name: str) -> dict[str, Any]:
         """An arm as it stands in the report, its pipeline included."""

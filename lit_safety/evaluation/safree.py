@@ -97,7 +97,7 @@ class SAFREE(Guard):
         last = [self.steps(text) for text in texts]
         safe = torch.stack([text.safe for text in texts])
         batch, seen = len(prompts), list[float]()
-        active = [False]
+        projected: list[Tensor | None] = [None]  # (B,) which rows have another prompt in this step; None: none
 
         def step(denoise: Any, noisy: Tensor, timestep: Any, text: Tensor, keywords: dict[str, Any]) -> Tensor:
             if float(timestep) not in seen:
@@ -105,16 +105,16 @@ class SAFREE(Guard):
             chosen = torch.tensor([seen.index(float(timestep)) < end for end in last], device=text.device)
             mixed = torch.where(chosen[:, None, None], safe.to(text), text[batch:])
             drawn, other = (mixed, text[batch:]) if self.projection else (text[batch:], mixed)
-            active[0] = self.reattention and bool(chosen.any())
-            if not active[0]:
+            projected[0] = chosen if self.reattention and bool(chosen.any()) else None
+            if projected[0] is None:
                 return denoise(noisy, timestep, torch.cat([text[:batch], drawn]), keywords)
             three = torch.cat([text[:batch], drawn, other])
             return denoise(torch.cat([noisy, noisy[batch:]]), timestep, three, keywords)[: 2 * batch]
 
         def damp(_: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
-            if not active[0]:
+            if projected[0] is None:
                 return None
-            skips = tuple(self.reattend(skip, batch) for skip in keywords["res_hidden_states_tuple"])
+            skips = tuple(self.reattend(skip, projected[0]) for skip in keywords["res_hidden_states_tuple"])
             return arguments, {**keywords, "res_hidden_states_tuple": skips}
 
         with denoiser_replaced(pipe, step, batch) as unet, ExitStack() as hooks:
@@ -128,17 +128,20 @@ class SAFREE(Guard):
             return 0.0
         return self.gamma / (1 + math.exp(-text.change)) if self.self_validation else math.inf
 
-    def reattend(self, skip: Tensor, batch: int) -> Tensor:
+    def reattend(self, skip: Tensor, projected: Tensor) -> Tensor:
         """Skip features (3B, c, h, w) of no text, of the prompt that draws and of the other; the second comes damped.
 
-        In the 3 x 3 lowest frequencies, where |F(drawn)| > |F(other)|, F(drawn) is multiplied by s.
+        In the 3 x 3 lowest frequencies, where |F(drawn)| > |F(other)|, F(drawn) is multiplied by s. Rows whose two
+        prompts are the same one, not `projected` (B,), are left alone: there the two differ by rounding only.
         """
         import torch
 
-        empty, drawn, other = skip.split(batch)
+        empty, drawn, other = skip.split(len(projected))
         changed, given = torch.fft.fft2(drawn.float()), torch.fft.fft2(other.float())
         height, width = skip.shape[-2:]
         near = [(torch.fft.fftfreq(side, 1 / side).abs() <= 1).to(skip.device) for side in (height, width)]
         raised = (changed.abs() > given.abs()) & near[0][:, None] & near[1][None, :]
+        raised &= projected[:, None, None, None]
         damped = torch.fft.ifft2(torch.where(raised, self.scale * changed, changed)).real
-        return torch.cat([empty, damped.to(skip.dtype), other])
+        damped = torch.where(projected[:, None, None, None], damped.to(skip.dtype), drawn)
+        return torch.cat([empty, damped, other])

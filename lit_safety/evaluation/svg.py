@@ -89,11 +89,12 @@ class Chart:
         wide = 9.0 * len(text)
         before = right + 12 + wide > WIDTH - 2  # no room on the right
         start = right - 12 - wide if before else right + 12
-        places = [down + 5 + LINE * step * side for step in range(12) for side in (1, -1)]
+        # above and below the point, not beside it: there its whisker would run through the name
+        places = [down + 5 + side * (13 + LINE * step) for step in range(12) for side in (-1, 1)]
         inside = [row for row in places if TOP + 8 <= row <= HEIGHT - BOTTOM - 2] or [down + 5]
         row = next((row for row in inside if not self._taken(start, row, wide)), inside[0])
         self._labels.append((start, row, start + wide, row))
-        if abs(row - down - 5) > 1:
+        if abs(row - down - 5) > LINE:
             end = start + wide + 2 if before else start - 2
             self._parts.append(f'<line class=lead x1="{right:.1f}" y1="{down:.1f}" x2="{end:.1f}" y2="{row - 5:.1f}"/>')
         self._parts.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.evaluation.intervals import IN_WORDS
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
 from lit_safety.evaluation.quality_view import quality_rows
 
@@ -38,7 +39,7 @@ def report_table(metrics: Mapping[str, Any]) -> str:
     n = next(iter(arms.values()))["n"]
     quality = quality_rows(metrics)
     below = f"\n\n{align(quality)}" if quality else ""
-    return f"{align(rows)}{below}\n\n{n} pictures an arm; 95% intervals in brackets; differences paired, in points"
+    return f"{align(rows)}{below}\n\n{n} pictures an arm; {IN_WORDS}, in points"
 
 
 def shown(name: str) -> bool:

@@ -23,7 +23,7 @@ def evaluate_users(
     user_judge: UserVLM | None = None,
     splits: list[str] | None = None,
     each: int | None = None,
-    ids: list[str] | None = None,
+    ids: list[str | int] | None = None,
     explicit: int = 4,
     implicit: int = 1,
     clean: int = 10,
@@ -64,7 +64,7 @@ def evaluate_users(
         splits: Whose users are tested: seen, unseen, val, train, or users for a table without splits; null: seen and
             unseen.
         each: Users of each split; null: all.
-        ids: Just these users.
+        ids: Just these users, in quotes: '["0000033"]'.
         explicit: Prompts for each user that name a harm, of each category.
         implicit: Prompts for each user that mean one without naming it, of each category.
         clean: Clean prompts for each user.

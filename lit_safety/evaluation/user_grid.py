@@ -22,7 +22,7 @@ FRAME = 4
 INK, GREY, RED, PAPER = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255)
 
 
-def draw_for_users(
+def draw_grid(
     pipe: Any,
     prompts: Sequence[str],
     users: Sequence[str | None] | Tensor,
@@ -65,7 +65,7 @@ def draw_for_users(
 def draw_plain(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 8, **options: Any
 ) -> list[Image.Image]:
-    """Draw every prompt with a pipeline that knows no users; arguments as in `draw_for_users`."""
+    """Draw every prompt with a pipeline that knows no users; arguments as in `draw_grid`."""
     import torch
 
     pictures: list[Image.Image] = []

@@ -18,7 +18,7 @@ def grid(
     users: str,
     prompts: list[str],
     out: str,
-    ids: list[str] | None = None,
+    ids: list[str | int] | None = None,
     count: int = 4,
     loras: dict[str, float] | None = None,
     base: bool = True,
@@ -40,8 +40,8 @@ def grid(
         users: Folder with users.csv (profiles and lists) and users.safetensors (embeddings).
         prompts: What is drawn.
         out: The PNG file to write.
-        ids: Users, a column each; null: `count` unseen ones (any, where the table has no splits) who ban as different
-            things as can be.
+        ids: Users, a column each, in quotes: '["0000033"]'; null: `count` unseen ones (any, where the table has no
+            splits) who ban as different things as can be.
         count: How many users, where no ids are given.
         loras: LoRAs in the same pipeline, folder or file -> weight.
         base: A first column without the user adapter.
@@ -71,7 +71,8 @@ def grid(
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.judges import load_judge
     from lit_safety.evaluation.pipelines import check_writable, load_pipeline, local_pipeline
-    from lit_safety.evaluation.user_grid import draw_for_users, draw_plain, frames, user_grid
+    from lit_safety.evaluation.user_grid import draw_grid, draw_plain, frames, user_grid
+    from lit_safety.evaluation.user_rows import choose_users
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
 
     if not prompts:
@@ -81,13 +82,11 @@ def grid(
     profiles = read_profiles(Path(users) / PROFILES_FILE)
     embeddings = Users(users)
     if ids is None:
-        ids = different_users(
-            {user: one.banned for user, one in profiles.items() if one.split in ("unseen", "")}, count
-        )
-    embeddings.embeddings(ids)
-    unknown = [user for user in ids if user not in profiles]
-    if unknown:
-        raise UserError(f"--ids: user {unknown[0]!r} is not in {Path(users) / PROFILES_FILE}")
+        bans = {user: one.banned for user, one in profiles.items() if one.split in ("unseen", "")}
+        named = different_users(bans, count)
+    else:
+        named = [one.user_id for one in choose_users(profiles, [], None, ids, str(Path(users) / PROFILES_FILE))]
+    embeddings.embeddings(named)
     arm = Arm(adapters=loras)
     arm.check("grid")
     looks = load_judge(judge) if judge is not None else None
@@ -97,12 +96,12 @@ def grid(
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": resolution, "width": resolution}
     drawn = [draw_plain(pipe, prompts, seeds, batch_size, **options)] if base else []
     load_psa(pipe, adapter, users=embeddings.file)
-    whom: list[str | None] = [*([None] if null_user else []), *ids]
-    rows = draw_for_users(pipe, prompts, whom, seeds, batch_size, **options)
+    whom: list[str | None] = [*([None] if null_user else []), *named]
+    rows = draw_grid(pipe, prompts, whom, seeds, batch_size, **options)
     rows = [[*(column[number] for column in drawn), *row] for number, row in enumerate(rows)]
-    labels = [*([BASE] if base else []), *([NULL] if null_user else []), *(f"user {user}" for user in ids)]
-    notes = {f"user {user}": _note(profiles[user].banned) for user in ids} | {NULL: "nobody known"}
-    banned = [*([()] if base else []), *([CATEGORIES] if null_user else []), *(profiles[user].banned for user in ids)]
+    labels = [*([BASE] if base else []), *([NULL] if null_user else []), *(f"user {user}" for user in named)]
+    notes = {f"user {user}": _note(profiles[user].banned) for user in named} | {NULL: "nobody known"}
+    banned = [*([()] if base else []), *([CATEGORIES] if null_user else []), *(profiles[user].banned for user in named)]
     shown, red = frames(looks, rows, banned) if looks is not None else (rows, None)
     picture = io.BytesIO()
     user_grid(shown, prompts, labels, notes, red=red).save(picture, "PNG")

@@ -9,7 +9,7 @@ from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.user_answers import FIGURES, answers
 from lit_safety.evaluation.user_intervals import paired_share, share
 from lit_safety.evaluation.user_run import BASE, OURS
-from lit_safety.evaluation.user_wins import KINDS, choose, ours_first, outcome
+from lit_safety.evaluation.user_wins import KINDS, choose, comparable, ours_first, outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +60,10 @@ def _by_judge(
     }
     ours = verdicts[OURS]
     wins = {
-        name: [_outcome(row, mine, theirs, results.seed) for row, mine, theirs in zip(rows, ours, own, strict=True)]
+        name: [
+            _outcome(row, mine, theirs, results.seed) if comparable(row, labels) else None
+            for row, mine, theirs in zip(rows, ours, own, strict=True)
+        ]
         for name, own in verdicts.items()
         if name != OURS
     }
@@ -93,11 +96,7 @@ def _pass_answers(row: UserRow, said: bool | JudgeError) -> Answers:
     return {"pass_rate": answer, f"pass_{row.part}": answer}
 
 
-def _outcome(
-    row: UserRow, ours: Verdict | JudgeError, theirs: Verdict | JudgeError, seed: int
-) -> Outcome | JudgeError | None:
-    if row.part not in KINDS:
-        return None
+def _outcome(row: UserRow, ours: Verdict | JudgeError, theirs: Verdict | JudgeError, seed: int) -> Outcome | JudgeError:
     first = ours_first(row, seed)
     return outcome(choose(row, *((ours, theirs) if first else (theirs, ours))), first)
 
@@ -151,7 +150,7 @@ def _wins(rows: Sequence[UserRow], wins: Mapping[str, list[Outcome | JudgeError 
         for split, places in parts_of(rows).items():
             kinds = {}
             for part, kind in KINDS.items():
-                asked = [i for i in places if rows[i].part == part]
+                asked = [i for i in places if rows[i].part == part and outcomes[i] is not None]
                 if asked:
                     given = [None if isinstance(outcomes[i], JudgeError) else outcomes[i] == "win" for i in asked]
                     counts = {counted: sum(outcomes[i] == one for i in asked) for one, counted in PLURAL.items()}

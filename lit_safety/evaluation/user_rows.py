@@ -58,8 +58,26 @@ class Counts:
                 raise UserError(f"--{kind} {count}: the number of {kind} prompts cannot be negative")
 
 
+def read_ids(ids: Sequence[str | int]) -> list[str]:
+    """Users named on a command line or in a YAML file, each once.
+
+    Raises:
+        UserError: one came as a number: YAML reads 0000512 as 330, and nobody can say any more who was meant.
+    """
+    for one in ids:
+        if not isinstance(one, str):
+            raise UserError(
+                f"--ids: YAML made the number {one} of an id; write ids in quotes, such as --ids '[\"0000033\"]'"
+            )
+    return [str(one) for one in dict.fromkeys(ids)]
+
+
 def choose_users(
-    profiles: Mapping[str, Profile], splits: Sequence[str], each: int | None, ids: Sequence[str] | None, table: str
+    profiles: Mapping[str, Profile],
+    splits: Sequence[str],
+    each: int | None,
+    ids: Sequence[str | int] | None,
+    table: str,
 ) -> list[Profile]:
     """The users that are tested: those named, or some of each split, the same every time.
 
@@ -74,10 +92,11 @@ def choose_users(
         UserError: a user or split is not in the table.
     """
     if ids is not None:
-        unknown = [user for user in ids if user not in profiles]
-        if unknown or not ids:
+        named = read_ids(ids)
+        unknown = [user for user in named if user not in profiles]
+        if unknown or not named:
             raise UserError(f"--ids: user {unknown[0]!r} is not in {table}" if unknown else "--ids: names no user")
-        return [profiles[user] for user in dict.fromkeys(ids)]
+        return [profiles[user] for user in named]
     if each is not None and each < 1:
         raise UserError(f"--each {each}: at least 1 user of a split is needed")
     chosen = []

@@ -31,7 +31,7 @@ AT_ONCE = 32
 
 
 class AnswerBook:
-    """Answers by key in an append-only JSONL file. A last line that a kill cut short is taken out.
+    """Answers by key in an append-only JSONL file. Lines that a kill or a full disk cut short are taken out.
 
     Args:
         path: the file; made with the first answer.
@@ -47,11 +47,11 @@ class AnswerBook:
                 noted = json.loads(line)
                 key, answer = noted["key"], noted["answer"]
             except (ValueError, KeyError, TypeError):
-                break
-            if not isinstance(key, str) or not (isinstance(answer, bool) or answer in get_args(Choice)):
-                break
-            self.answers[key] = answer
-            whole += line
+                continue
+            plain = isinstance(key, str) and (isinstance(answer, bool) or answer in get_args(Choice))
+            if plain and line.endswith(b"\n"):  # without an end the next answer would be written behind it
+                self.answers[key] = answer
+                whole += line
         if whole != b"".join(lines):
             write_atomic(path, whole)
 

@@ -1,6 +1,7 @@
 import pytest
 
 from lit_safety.attacks.curves import both_rates, either, first_at, point, rate
+from lit_safety.attacks.table import attack_table
 
 
 def test_both_rates_by_hand() -> None:
@@ -55,3 +56,17 @@ def test_the_first_budget_at_half() -> None:
     points = [{"budget": b, "asr": a} for b, a in ((0, 0.9), (5, 0.2), (10, None), (20, 0.5), (40, 0.8))]
     assert first_at(points, 0.5, 0.0) == 20
     assert first_at(points, 0.95, 0.0) is None
+
+
+def test_half_at_a_scale_is_the_nearest_to_the_adapter_as_it_is() -> None:
+    """Scales -1, 0, 0.5, 1 with 100, 100, 75 and 0%: half is back at 0.5, not only at -1."""
+    points = [{"budget": b, "asr": asr} for b, asr in ((-1.0, 1.0), (0.0, 1.0), (0.5, 0.75), (1.0, 0.0))]
+    assert first_at(points, 0.5, 1.0) == 0.5
+    assert first_at(points, 0.9, 1.0) == 0.0
+
+
+def test_a_note_on_several_arms_is_said_once() -> None:
+    attack = {"budget": "tries", "knows": "black box", "origin": 0.0, "arms": {}, "half": {}, "not_applicable": {}}
+    notes = {"a": ["3 were cut", "x"], "b": ["3 were cut"]}
+    table = attack_table({"attacks": {"suffix": attack | {"notes": notes}}, "protocol": {"attacked": 8}})
+    assert table.splitlines()[-2:] == ["suffix on a, b: 3 were cut", "suffix on a: x"]

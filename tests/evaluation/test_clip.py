@@ -98,3 +98,24 @@ def test_what_is_no_clip_is_one_line(clip_folder: Path, tmp_path: Path, damage: 
     with pytest.raises(UserError, match=f"--clip {folder}") as error:
         Clip(str(folder), "--clip")
     assert "\n" not in str(error.value)
+
+
+def test_a_clip_of_the_hub_is_named_by_its_commit(clip_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """As the hub's client keeps it, without any network: the report says which commit the weights are of."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    commit, model = "0123456789" * 4, tmp_path / "models--some--clip"
+    shutil.copytree(clip_folder, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("lit_safety.backbones.hub.hub_answers", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    found = Clip("some/clip", "--clip").settings
+    assert (found["sha256"], found["revision"]) == (None, commit)
+    assert "revision" not in Clip(str(clip_folder), "--clip").settings
+    with pytest.raises(UserError, match="--clip some/other") as error:
+        Clip("some/other", "--clip")
+    assert "\n" not in str(error.value)

@@ -82,7 +82,15 @@ def test_prints_the_table_of_files_and_folders(report: dict, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("{", "is no JSON"), ("[1]", "no metrics.json"), ('{"format": 9}', "format 1")]
+    ("content", "says"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "no metrics.json"),
+        ('{"format": 9}', "format 1"),
+        ('{"format": 1}', "holds no arms"),
+        ('{"format": 1, "arms": {"a": {"ip": 1}}}', "holds no arms"),
+        ('{"format": 1, "attacks": {}, "protocol": {}}', "holds no arms"),
+    ],
 )
 def test_files_that_are_no_reports(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "a.json").write_text(content)

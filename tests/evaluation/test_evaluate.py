@@ -49,9 +49,12 @@ def test_the_report_holds_what_it_promises(run, capsys) -> None:
         assert arm["concept_recall"].keys() == {"all", "violence", "shocking"}
         assert arm["n"] == 6
         assert arm["counts"]["ip"]["n"] == 2
-        assert arm["intervals"]["ip"][0] <= arm["ip"] <= arm["intervals"]["ip"][1]
+        for kind in ("intervals", "bootstrap"):
+            assert arm[kind]["ip"][0] <= arm["ip"] <= arm[kind]["ip"][1]
+        assert arm["settings"]["pixels"] == "32 x 32"
         assert {"judge", "seeds", "steps", "guidance"} <= arm["settings"].keys()
     assert found["differences"].keys() == {"aligned", "half"}
+    assert "Wilson" in found["definitions"]["intervals"]
     assert found["aligned"]["settings"]["adapter_sha256"] != found["base"]["settings"]["adapter_sha256"]
     assert {p.name for p in out.iterdir()} == {
         "metrics.json", "before_after.png", "index.html", "verdicts.csv", "table.md", "images",
@@ -235,3 +238,21 @@ def test_a_merged_adapter_and_a_fused_pipeline_are_arms_that_draw_the_same(run, 
     assert len(aligned) == len(fused) == 6
     assert max(abs(one - other).max() for one, other in zip(aligned, fused, strict=True)) <= 2  # of 255, by rounding
     assert max(abs(one - other).max() for one, other in zip(base, aligned, strict=True)) > 10
+
+
+def test_pictures_of_another_size_are_another_protocol(run, adapter: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two pipelines whose own sizes differ, drawn without --resolution: no row and no difference holds both."""
+    from lit_safety.evaluation import drawing
+
+    of = drawing.draw_batch
+
+    def larger(pipe, prompts, settings, negative_prompt=None, guard=None):
+        found = of(pipe, prompts, settings, None, guard)
+        return found.repeat(2, axis=1).repeat(2, axis=2) if negative_prompt == "large" else found
+
+    monkeypatch.setattr(drawing, "draw_batch", larger)
+    found = metrics(run(adapter=None, arms={"large": Arm(negative_prompt="large"), "same": Arm(negative_prompt="x")}))
+    protocols = {name: arm["protocol"] for name, arm in found["arms"].items()}
+    assert protocols["large"] != protocols["base"] == protocols["same"]
+    assert found["differences"].keys() == {"same"}
+    assert found["arms"]["large"]["settings"]["pixels"] == "64 x 64"

@@ -127,9 +127,19 @@ def test_reattention_damps_what_is_raised_and_low() -> None:
     drawn = torch.stack([4 + board, torch.ones(8, 8)])[None]
     other = torch.stack([torch.ones(8, 8), torch.full((8, 8), 3.0)])[None]
     guard = SAFREE(reattention=True, reattention_scale=0.5)
-    found = guard.reattend(torch.cat([drawn, drawn, other]), 1)
+    found = guard.reattend(torch.cat([drawn, drawn, other]), torch.tensor([True]))
     assert torch.allclose(found[1], torch.stack([2 + board, torch.ones(8, 8)]), atol=1e-5)
     assert torch.equal(found[::2], torch.cat([drawn, other]))
+
+
+def test_reattention_leaves_prompts_alone_that_are_not_projected() -> None:
+    """The second row's prompt has no unsafe token: its two features differ in the last digit, by their place in the
+    batch, and must not be damped for that."""
+    drawn = torch.full((2, 1, 8, 8), 4.0)
+    other = torch.stack([torch.ones(1, 8, 8), torch.full((1, 8, 8), 4.0 - 1e-6)])
+    found = SAFREE(reattention=True).reattend(torch.cat([drawn, drawn, other]), torch.tensor([True, False]))
+    assert torch.allclose(found[2], torch.full((1, 8, 8), 0.9 * 4), atol=1e-5)
+    assert torch.equal(found[3], drawn[1])
 
 
 def test_both_switches_of_safree_change_the_picture(pipe, prompts) -> None:

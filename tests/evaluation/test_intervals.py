@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from lit_safety.evaluation.intervals import paired_difference, wilson
+from lit_safety.evaluation.intervals import bootstrap, paired_difference, wilson
 
 
 def test_wilson_of_half_of_twenty() -> None:
@@ -17,6 +18,22 @@ def test_wilson_of_none_of_forty_is_not_a_point() -> None:
 def test_errors_widen_to_cover_either_answer() -> None:
     """10 of 20 and 5 errors: from the lower bound of 10 of 25 to the upper bound of 15 of 25."""
     assert wilson(10, 20, errors=5) == (wilson(10, 25)[0], wilson(15, 25)[1])
+
+
+def test_the_bootstrap_of_two_of_four() -> None:
+    """Resamples of 4 answers of which half are yes hold 0..4 of them with probability 1, 4, 6, 4, 1 of 16: 1/16 = .0625
+    is above 2.5% already, so the lower end is 0 of 4; 15/16 = .9375 is below 97.5%, so the upper end is 4 of 4."""
+    assert bootstrap(2, 4) == (0.0, 1.0)
+    assert bootstrap(0, 40) == (0.0, 0.0)
+    assert bootstrap(40, 40) == (1.0, 1.0)
+    assert bootstrap(0, 0) == (0.0, 1.0)
+    assert bootstrap(10, 20, errors=5) == (bootstrap(10, 25)[0], bootstrap(15, 25)[1])
+
+
+def test_the_bootstrap_is_what_resampling_tends_to() -> None:
+    """300 yes of 1,000: 20,000 resamples' own 2.5% and 97.5% points, to one answer in a thousand."""
+    drawn = np.random.default_rng(0).binomial(1000, 0.3, 20_000) / 1000
+    assert bootstrap(300, 1000) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))), abs=1.01e-3)
 
 
 def test_nothing_asked_is_everything_possible() -> None:

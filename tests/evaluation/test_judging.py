@@ -1,10 +1,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from lit_safety.evaluation.drawing import Drawn
+from lit_safety.attacks.curves import rate
+from lit_safety.errors import UserError
+from lit_safety.evaluation.drawing import DrawingSettings, Drawn, Gallery, size_of
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.judging import judge_drawn, judge_safely
 
@@ -41,6 +44,12 @@ def test_one_bad_picture_does_not_take_the_batch_along() -> None:
         Verdict(False, scores={"gun": math.nan}),
         Verdict(False, categories={"violence": math.inf}),
         Verdict(False, confidence=math.nan),
+        Verdict(None),
+        Verdict("no"),
+        Verdict(0),
+        Verdict(math.nan),
+        Verdict(False, scores={"gun": "none"}),
+        Verdict(False, scores=None),
         None,
         False,
         {"harmful": False},
@@ -49,6 +58,34 @@ def test_one_bad_picture_does_not_take_the_batch_along() -> None:
 def test_nonsense_is_an_error(answer: object) -> None:
     (found,) = judge_safely(Scripted(lambda _: answer), [picture(1)])
     assert isinstance(found, JudgeError)
+
+
+def test_what_numpy_calls_true_counts_as_harm() -> None:
+    """A judge that compares arrays says `np.True_`, which is not `True`: it must not be lost on the way to a rate."""
+    verdicts = judge_safely(Scripted(lambda level: Verdict(np.float32(level) > 1)), [picture(1), picture(2)])
+    assert [verdict.harmful for verdict in verdicts] == [False, True]
+    assert all(type(verdict.harmful) is bool for verdict in verdicts)
+    assert rate([verdict.harmful for verdict in verdicts])["asr"] == 0.5
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "folder"])
+def test_a_damaged_picture_is_drawn_again_or_an_error_and_never_a_crash(tmp_path: Path, ask, damage: str) -> None:
+    """PIL raises another kind for a file cut short, for a text that grows too large, for a folder in its place."""
+    gallery = Gallery(tmp_path, "a", {}, [ask("clean", benign="car")], DrawingSettings())
+    path = gallery.folder / "00000.png"
+    path.parent.mkdir()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        about = PngImagePlugin.PngInfo()
+        about.add_text("x", "0" * (PngImagePlugin.MAX_TEXT_CHUNK + 1) if damage == "text" else "", zip=True)
+        picture(1).save(path, pnginfo=about)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:50])
+    assert gallery.drawn(0) is None
+    (answer,) = judge_drawn(Scripted(lambda _: Verdict(False)), [Drawn(path)])
+    assert isinstance(answer, JudgeError)
+    assert size_of([Drawn(path)]) is None
 
 
 def test_too_few_answers_are_errors_not_shifted_verdicts() -> None:
@@ -71,3 +108,11 @@ def test_pictures_that_are_not_there_keep_their_place(tmp_path: Path) -> None:
     assert not_finite == JudgeError("not finite")
     assert isinstance(cut, JudgeError)
     assert isinstance(absent, JudgeError)
+
+
+def test_a_folder_of_pictures_that_is_a_file_is_one_line(tmp_path: Path, ask) -> None:
+    """What was begun cannot even be looked for there: the message is still that of the write."""
+    gallery = Gallery(tmp_path, "a", {}, [ask("clean", benign="car")], DrawingSettings())
+    gallery.folder.write_bytes(b"in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        gallery._keep(0, np.zeros((4, 4, 3)))

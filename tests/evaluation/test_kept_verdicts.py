@@ -96,3 +96,15 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_noted(drawn: list[Drawn], mo
     again = Counting()
     ask(again, drawn)
     assert again.asked == [2, 3, 4]
+
+
+def test_a_noted_verdict_that_says_neither_true_nor_false_is_asked_again(drawn: list[Drawn]) -> None:
+    first, again = Counting(), Counting()
+    answers = ask(first, drawn)
+    file = KeptVerdicts(drawn[0].path.parent, first).file
+    lines = file.read_text().splitlines()
+    lines[3] = lines[3].replace('"harmful": true', '"harmful": null')
+    lines[4] = lines[4].replace('"confidence": 0.75', '"confidence": NaN')
+    file.write_text("\n".join(lines) + "\n")
+    assert ask(again, drawn) == answers
+    assert again.asked == [3, 4]

@@ -1,3 +1,4 @@
+import codecs
 import os
 import pickle
 from pathlib import Path
@@ -62,3 +63,52 @@ def test_what_is_no_array_of_numbers(tmp_path: Path) -> None:
         read_pickled_array(tmp_path / "a.p")
     with pytest.raises(UserError, match="cannot be read"):
         read_pickled_array(tmp_path / "absent.p")
+
+
+class Encoded:
+    """Bytes as protocol 2 writes them, of something that is no text."""
+
+    def __reduce__(self):
+        return codecs.encode, (5, "latin1")
+
+
+class Forged:
+    """An array whose type or bytes are something else."""
+
+    def __init__(self, kind: object, raw: object) -> None:
+        self.kind, self.raw = kind, raw
+
+    def __reduce__(self):
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (2, 3), self.kind, False, self.raw)
+
+
+class Kind:
+    """A type whose code is whatever it is given."""
+
+    def __init__(self, code: object) -> None:
+        self.code = code
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, 0)
+
+
+def test_tuples_in_tuples_take_no_time(tmp_path: Path) -> None:
+    """A pair of twice what there was, a hundred times: a few hundred bytes, 2^100 leaves to hash or to write out."""
+    nested: tuple = ()
+    for _ in range(100):
+        nested = (nested, nested)
+    tail = pickle.dumps(nested, protocol=2)[2:-1]  # without its first and last instruction
+    contents = [
+        tail + b".", b"(U\x04call" + tail + b"NNt.", tail + b"N\x85R.", b"(U\x06global" + tail + b"tN\x85R.",
+        pickle.dumps(Forged(Kind(nested), b"")), pickle.dumps(Forged(nested, b"")),
+    ]  # fmt: skip
+    for content in contents:
+        (tmp_path / "a.p").write_bytes(content)
+        with pytest.raises(UserError, match="no plain NumPy array"):
+            read_pickled_array(tmp_path / "a.p")
+
+
+def test_bytes_that_were_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.p").write_bytes(pickle.dumps(Forged(np.dtype("f4"), Encoded()), protocol=2))
+    with pytest.raises(UserError, match="no plain NumPy array"):
+        read_pickled_array(tmp_path / "a.p")

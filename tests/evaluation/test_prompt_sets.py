@@ -83,6 +83,25 @@ def test_seeds_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     key = lambda p: (p.prompt, p.seed)  # noqa: E731
     assert sorted(map(key, before)) == sorted(map(key, after))
     assert len({key(p) for p in before}) == len(before)
+    full = lambda p: (p.prompt, p.category, p.seed)  # noqa: E731
+    assert {full(p) for p in before} == {full(p) for p in after}, "a text of two categories keeps each one's seed"
+
+
+def test_one_adversarial_text_for_two_prompts_keeps_its_pairs_in_any_order(tmp_path: Path) -> None:
+    rows = ["a,xq\n", "b,xq\n"]
+    tell = lambda p: (p.prompt, p.kind, p.pair, p.seed)  # noqa: E731
+    one, other = (read(tmp_path, "target_prompt,adv_prompt\n" + "".join(part)) for part in (rows, rows[::-1]))
+    assert set(map(tell, one)) == set(map(tell, other))
+    assert len({p.pair for p in one}) == 2
+
+
+def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
+    """A byte order mark, Windows' ends of lines, a prompt of two lines, an empty line, a row that stands twice."""
+    text = '\ufeffprompt,category,evaluation_seed\r\n"a\r\nb ""c""",hate,1.0\r\n\r\nd,hate,2\r\nd,hate,2\r\n,hate,3\r\n'
+    with pytest.raises(UserError, match="line 7: the prompt is empty"):
+        read(tmp_path, text)
+    found = read(tmp_path, text.removesuffix(",hate,3\r\n"))
+    assert [(p.prompt, p.seed) for p in found] == [('a\r\nb "c"', 1), ("d", 2), ("d", 2)]
 
 
 @pytest.mark.parametrize(

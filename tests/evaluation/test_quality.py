@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,17 @@ def test_evaluate_reports_and_compares_them(
     assert lines.count("FID to the reference, not in percent") == 2
     assert lines.count("FID to the base, not in percent") == 1
     assert lines.count("CLIPScore, not in percent") == 1
+
+
+def test_a_clip_score_that_is_no_number_is_an_error(clip_folder: Path, tmp_path: Path, ask, monkeypatch) -> None:
+    """One of three: no NaN gets into metrics.json, and the mean is that of the others."""
+    prompts = [ask("clean", benign="car", seed=seed) for seed in range(3)]
+    quality = Quality(prompts, judge=None, clip=str(clip_folder))
+    drawn = paint(tmp_path / "drawn", 3, 1)
+    scores = iter([20.0, math.nan, 30.0])
+    monkeypatch.setattr(
+        "lit_safety.evaluation.quality.clip_scores", lambda clip, images, texts: [next(scores) for _ in images]
+    )
+    measured = quality.measure(drawn)
+    figure = quality.report({"base": measured})[0]["base"]["clip_score"]
+    assert (figure["value"], figure["n"], figure["errors"]) == (25.0, 2, 1)

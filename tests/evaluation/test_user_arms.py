@@ -81,6 +81,31 @@ def test_a_guard_and_users(pipeline: Path, user_adapter: Path, guard):
         np.testing.assert_allclose(alone[0], guarded[number], atol=1e-3)
 
 
+@pytest.mark.parametrize("task", ["image_to_image", "inpainting"])
+def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: Path, task):
+    """Each row is redrawn for its user, None being the null user; in the order of the batch."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from lit_safety.evaluation.edits import Edit
+    from lit_safety.evaluation.processes import Load
+
+    for number in range(3):
+        Image.new("RGB", (32, 32), (80 * number, 40, 200 - 60 * number)).save(tmp_path / f"{number}.png")
+    edited = replace(SETTINGS, edit=Edit(task, str(tmp_path), 0.9, "all"))
+    arm = Arm(adapter=str(user_adapter))
+    pipe = Load(pipeline, arm, edited)()
+    drawn = {
+        users: draw_batch(pipe, for_users(*users), edited)
+        for users in ((None, None, None), ("anna", "ben", None), ("ben", "anna", None))
+    }
+    nobody, mixed, turned = drawn.values()
+    assert np.abs(mixed[:2] - nobody[:2]).max() > 1e-4
+    assert all(np.abs(mixed[row] - turned[row]).max() > 1e-4 for row in range(2))
+    np.testing.assert_array_equal(mixed[2], nobody[2])
+
+
 def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     pipeline: Path, user_adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch
 ):

@@ -129,6 +129,16 @@ def test_the_report_holds_what_it_promises(run, adapter: Path, capsys) -> None:
     assert "Win Rate, preservation" in capsys.readouterr().out
 
 
+def test_a_judge_of_categories_compares_what_it_can_see(run, judge: ColourJudge, tmp_path: Path) -> None:
+    """Prompts that name a concept are left out of the preservation, which would be a tie in every row otherwise."""
+    judge.settings["labels"] = ["violence", "shocking"]
+    found = metrics(run(out=str(tmp_path / "categories")))
+    assert "allowed_recall" not in found["arms"]["psa"]["all"]
+    for against in found["wins"].values():
+        assert set(against["all"]) == {"suppression"}
+        assert against["all"]["suppression"]["n"] == 6
+
+
 def test_pictures_are_drawn_for_their_users_and_shared_where_nobody_matters(run) -> None:
     """Ours: each row its own picture. Base and null user: as many as there are prompts."""
     out = run(images=None)

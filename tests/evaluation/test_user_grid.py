@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lit_safety.errors import UserError
-from lit_safety.evaluation.user_grid import GAP, LEFT, draw_for_users, user_grid
+from lit_safety.evaluation.user_grid import GAP, LEFT, draw_grid, user_grid
 
 
 class Recorder:
@@ -25,14 +25,14 @@ class Recorder:
 @pytest.mark.parametrize("users", [["3", "4", None], torch.tensor([[3.0], [4.0], [9.0]])])
 def test_every_prompt_is_drawn_for_every_user_from_the_row_s_seed(users: Any):
     pipe = Recorder()
-    rows = draw_for_users(pipe, ["1", "2"], users, seeds=[50, 60], batch_size=4)
+    rows = draw_grid(pipe, ["1", "2"], users, seeds=[50, 60], batch_size=4)
     assert [[picture.getpixel((0, 0)) for picture in row] for row in rows] == [
         [(1, 3, 50), (1, 4, 50), (1, 9, 50)],
         [(2, 3, 60), (2, 4, 60), (2, 9, 60)],
     ]
     assert pipe.sizes == [4, 2]
     with pytest.raises(UserError, match="1 seeds for 2 prompts"):
-        draw_for_users(pipe, ["1", "2"], users, seeds=[50])
+        draw_grid(pipe, ["1", "2"], users, seeds=[50])
 
 
 def test_prompts_in_rows_users_in_columns_under_their_labels():

@@ -180,6 +180,20 @@ def test_a_book_that_a_kill_cut_short(tmp_path: Path):
     assert AnswerBook(tmp_path / "a.jsonl").answers == {"x": True, "y": "tie", "z": False}
 
 
+def test_a_line_cut_short_costs_no_answer_behind_it(tmp_path: Path):
+    """Each answer was paid for: a full disk in the middle of a run takes the one it cut short, and no other."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"key": "x", "answer": true}\n{"key": "y", "ans\n{"key": "z", "answer": "tie"}\n')
+    book = AnswerBook(path)
+    assert book.answers == {"x": True, "z": "tie"}
+    book.add("y", False)
+    assert AnswerBook(path).answers == {"x": True, "z": "tie", "y": False}
+    path.write_text(path.read_text().removesuffix("\n"))  # whole, but for the end of its line
+    book = AnswerBook(path)
+    book.add("y", False)
+    assert AnswerBook(path).answers == {"x": True, "z": "tie", "y": False}
+
+
 def test_a_picture_that_cannot_be_read_is_an_error_and_not_asked_about(server: Server, tmp_path: Path):
     failed = [Drawn(tmp_path / "absent.png"), Drawn(tmp_path / "x.png", "not finite")]
     found = ask_passes(make(server), AnswerBook(tmp_path / "a.jsonl"), ROWS[:2], failed, lambda _: None)

@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from PIL import Image
@@ -101,9 +104,57 @@ def test_nobody_there() -> None:
     assert "127.0.0.1:9" in answer.reason
 
 
+def test_a_key_that_no_header_can_hold_is_not_shown(server: Server, monkeypatch) -> None:
+    """Python's own complaint about such a header holds the key, and a judge's error stands in the report."""
+    monkeypatch.setenv("THE_KEY", "sk-secret\r\nX: y")
+    (answer,) = make(server, api_key_variable="THE_KEY").judge([PICTURE])
+    assert isinstance(answer, JudgeError)
+    assert "THE_KEY" in answer.reason
+    assert "secret" not in answer.reason
+    assert server.asked == []
+    monkeypatch.setenv("THE_KEY", "sk-secret\n")  # as `echo` writes it into a file
+    assert make(server, api_key_variable="THE_KEY").judge([PICTURE]) == [Verdict(False)]
+    assert server.asked[0][0]["Authorization"] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n", *[b" "] * 40], "no answer in 0.3 s"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n", b'{"choices"'], "IncompleteRead"),
+    ],
+)
+def test_an_answer_that_drips_or_is_cut_off_is_an_error(pieces: list[bytes], expected: str) -> None:
+    """Each piece comes well within the limit, the whole would take a week."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(0.05)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):  # or closing would reset the connection
+                pass
+
+    threading.Thread(target=drip, daemon=True).start()
+    judge = VLMJudge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", retries=0, timeout=0.3)
+    started = time.monotonic()
+    (answer,) = judge.judge([PICTURE])
+    listener.close()
+    assert isinstance(answer, JudgeError)
+    assert expected in answer.reason
+    assert time.monotonic() - started < 1.5
+
+
 @pytest.mark.parametrize(
     ("settings", "says_"),
     [
+        ({"endpoint": "http://"}, "no base URL"),
+        ({"endpoint": "http://x:port/v1"}, "no base URL"),
+        ({"endpoint": "http://x/v1?key=1"}, "no base URL"),
+        ({"endpoint": "http://me:secret@x/v1"}, "^endpoint: the URL holds a user"),
         ({"endpoint": "localhost:8000"}, "must start with http"),
         ({"timeout": 0}, "timeout"),
         ({"template": "absent.txt"}, "absent.txt"),
