@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, find_weights
-from lit_safety.adapters.lora_layouts import refuse_keys, refuse_settings, to_one_layout
+from lit_safety.adapters.lora_layouts import COMPONENTS, refuse_keys, refuse_settings, to_one_layout
+from lit_safety.adapters.peft_folder import find_peft, with_component
 from lit_safety.errors import UserError
 
 #: Where diffusers keeps the LoRA configuration in a safetensors file.
 METADATA_KEY = "lora_adapter_metadata"
-#: What PEFT's own `save_pretrained` writes.
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-#: PEFT's files do not say which part of a pipeline they adapt: how the names of its layers begin.
-PEFT_COMPONENTS = {
-    "unet": ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
-    "transformer": (
-        *("transformer_blocks", "single_transformer_blocks", "context_embedder", "x_embedder", "time_text_embed"),
-        *("pos_embed", "norm_out", "proj_out"),
-    ),
-}
+#: What the layers of CLIP's text encoder begin with in older releases of transformers, and in its files.
+TEXT_MODEL = "text_model."
 
 
 @dataclass(frozen=True)
@@ -70,34 +63,37 @@ def read_lora(path: str | Path) -> dict[str, LowRank]:
     file, config = _locate(Path(path))
     tensors, metadata = _load(file)
     if config is not None:
-        tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-        own = _peft_component(tensors, file)
-        tensors = {f"{own}.{key}": tensor for key, tensor in tensors.items()}
-        metadata = {f"{own}.{key}": value for key, value in read_peft_config(config).items()}
+        tensors, metadata = with_component(tensors, config, file)
     refuse_keys(tensors, file)
     tensors, alphas = to_one_layout(tensors, file)
     settings = {c: _settings(metadata, c) for c in {key.split(".", 1)[0] for key in tensors}}
     for one in settings.values():
         refuse_settings(one, file)
     layers = {}
-    for name in sorted({key.split(".lora_")[0] for key in tensors}):
+    for name in sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key}):
         pair = [tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
         if pair[0] is None or pair[1] is None:
             raise UserError(f"{file}: {name} has no pair of lora_A.weight and lora_B.weight; is the file complete?")
         component, _, layer = name.partition(".")
-        if component not in PEFT_COMPONENTS and not component.startswith("text_encoder"):
+        if component not in COMPONENTS and not component.startswith("text_encoder"):
             raise UserError(f"{file}: {name} is in no known part of a pipeline; give a LoRA's folder, PEFT's whole")
-        layers[name] = _layer(pair[0], pair[1], settings[component], layer, alphas.get(name), f"{file}: {name}")
+        found = _layer(pair[0], pair[1], settings[component], layer, alphas.get(name), f"{file}: {name}")
+        layers[_told_alike(component, layer)] = found
     if tensors or not layers:
         raise UserError(f"{file}: {next(iter(tensors), 'the empty file')} belongs to no plain LoRA; merge those only")
-    return layers
+    return dict(sorted(layers.items()))
+
+
+def _told_alike(component: str, layer: str) -> str:
+    """The name of a layer, whichever release of transformers wrote it: newer ones leave `text_model.` out of CLIP's."""
+    left_out = component.startswith("text_encoder") and layer.startswith("encoder.layers.")
+    return f"{component}.{TEXT_MODEL if left_out else ''}{layer}"
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The weights, and PEFT's configuration where the folder is PEFT's."""
-    folder = path.parent if path.name == PEFT_WEIGHTS else path
-    if (folder / PEFT_WEIGHTS).is_file() and (folder / PEFT_CONFIG).is_file():
-        return folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
+    if (own := find_peft(path)) is not None:
+        return own
     if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
         found = sorted(path.glob("*.safetensors"))
         if len(found) == 1:
@@ -116,37 +112,9 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(metadata, dict):
         raise UserError(f"{file}: its {METADATA_KEY} is no JSON object")
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # in float, which 8-bit numbers need
             raise UserError(f"{file}: {key} holds numbers that are not finite; train this adapter again")
     return tensors, metadata
-
-
-def _peft_component(layers: Iterable[str], file: Path) -> str:
-    """Whose layers these are, by the beginnings of their names."""
-    tops = {layer.split(".", 1)[0] for layer in layers}
-    for component, known in PEFT_COMPONENTS.items():
-        if tops <= set(known):
-            return component
-    strange = min(tops.difference(*PEFT_COMPONENTS.values()), default=", ".join(sorted(tops)))
-    raise UserError(
-        f"{file}: {strange} is neither of diffusers' UNets nor of its transformers; merge adapters of a denoiser, or "
-        "write this one again with `pipe.save_lora_weights`"
-    )
-
-
-def read_peft_config(file: Path) -> dict[str, Any]:
-    """PEFT's own configuration of a LoRA.
-
-    Raises:
-        UserError: it cannot be read, or is not one of a LoRA.
-    """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file} describes no LoRA; merge LoRA adapters only")
-    return config
 
 
 def _settings(metadata: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -158,7 +126,8 @@ def _layer(
     a: Tensor, b: Tensor, settings: Mapping[str, Any], layer: str, stored_alpha: float | None, where: str
 ) -> LowRank:
     kernel = tuple(a.shape[2:])
-    if b.shape[1] != a.shape[0] or any(side != 1 for side in b.shape[2:]) or len(b.shape) != len(a.shape):
+    of_a_layer = len(a.shape) in (2, 4) and len(b.shape) == len(a.shape) and a.numel() > 0 and b.numel() > 0
+    if not of_a_layer or b.shape[1] != a.shape[0] or any(side != 1 for side in b.shape[2:]):
         raise UserError(
             f"{where}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no LoRA of a linear layer or an "
             "ungrouped convolution"
@@ -166,13 +135,24 @@ def _layer(
     rank = a.shape[0]
     alpha = rank if stored_alpha is None else stored_alpha  # diffusers' convention where a file says nothing
     if "lora_alpha" in settings:
-        from peft.utils.other import get_pattern_key
-
-        pattern = settings.get("alpha_pattern") or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), layer), settings["lora_alpha"])
+        alpha = _alpha_of(settings, layer, where)
     stabilised = bool(settings.get("use_rslora"))
-    scale = float(alpha) / (math.sqrt(rank) if stabilised else rank)
+    scale = alpha / (math.sqrt(rank) if stabilised else rank)
     return LowRank(a.flatten(1), b.flatten(1), scale, kernel)
+
+
+def _alpha_of(settings: Mapping[str, Any], layer: str, where: str) -> float:
+    """A layer's alpha by PEFT's settings."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = settings.get("alpha_pattern") or {}
+    try:
+        alpha = float(pattern.get(get_pattern_key(list(pattern), layer), settings["lora_alpha"]))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{where}: its settings tell no alpha ({error}); is the file whole?") from error
+    if not math.isfinite(alpha):
+        raise UserError(f"{where}: its alpha is {alpha}; train this adapter again")
+    return alpha
 
 
 def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
@@ -212,8 +192,13 @@ def _configuration(layers: Mapping[str, LowRank], component: str) -> dict[str, A
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(name, component): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_pattern(name, component): a for name, a in alphas.items() if a != alpha},
-        "target_modules": sorted(layers),
+        "target_modules": sorted(_ending(name, component) for name in layers),
     }
+
+
+def _ending(layer: str, component: str) -> str:
+    """The layer's name without what only some releases of transformers begin it with; PEFT matches names' ends."""
+    return layer.removeprefix(TEXT_MODEL) if component.startswith("text_encoder") else layer
 
 
 def _pattern(layer: str, component: str) -> str:
@@ -221,9 +206,8 @@ def _pattern(layer: str, component: str) -> str:
 
     Text encoders are called by other names in other releases of transformers, so there only the end is matched.
     """
-    if component.startswith("text_encoder"):
-        return re.escape(layer.removeprefix("text_model."))
-    return f"^{re.escape(layer)}"
+    whole = "" if component.startswith("text_encoder") else "^"
+    return whole + re.escape(_ending(layer, component))
 
 
 def _tidy(alpha: float) -> float | int:

@@ -19,7 +19,7 @@ from lit_safety.data.progress import counter
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration import calibrate
 from lit_safety.merging.calibration_options import CalibrationOptions
-from lit_safety.merging.calibration_prompts import calibration_prompts, has_categories
+from lit_safety.merging.calibration_prompts import check_prompts, has_categories
 from lit_safety.merging.comerge import Activity
 from lit_safety.merging.expert import Expert, united_layers
 from lit_safety.merging.merge_experts import merge_experts
@@ -50,7 +50,10 @@ class MergeExperts(ExportAdapter):
         **settings: Any,
     ) -> None:
         super().__init__()
-        named = {canonical_category(name): weight for name, weight in (weights or {}).items()}
+        try:
+            named = {canonical_category(name): weight for name, weight in (weights or {}).items()}
+        except UserError as error:
+            raise UserError(f"`MergeExperts.weights`: {error}") from error
         self.recipe = Recipe(weights=named, **settings)
         self.calibration = calibration or CalibrationOptions()
 
@@ -63,7 +66,7 @@ class MergeExperts(ExportAdapter):
             raise UserError(f"`MergeExperts.weights` names {', '.join(unknown)}; the experts are {', '.join(names)}")
         if self.recipe.calibrated and len(names) > 1:
             source, options = self._prompts(trainer, names)
-            calibration_prompts(source, options.count, options.categories)
+            check_prompts(source, options.categories)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PreferenceModule)

@@ -76,7 +76,8 @@ def measure_activity(
         for name, parts in ((name, parts_of(experts, name)) for name in united_layers(experts))
     }
     activity = {name: Activity.empty(len(experts), *probe.parts[0].shape) for name, probe in probes.items()}
-    with adapters_off(adapter_layers(backbone.denoiser)):
+    # Blocks that were compiled for the training do not see hooks that come after: nothing would be measured.
+    with adapters_off(adapter_layers(backbone.denoiser)), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), options.batch_size):
             batch = list(prompts[start : start + options.batch_size])
             seeds = [sample_seed(options.seed, 0, prompt) for prompt in batch]

@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_safety.data.categories import canonical_category
+from lit_safety.data.progress import counter
 from lit_safety.data.sample import parse_metadata
-from lit_safety.data.source import open_source
-from lit_safety.data.tarindex import OpenShard
+from lit_safety.data.select import Filter, Selection, take
+from lit_safety.data.source import Source, open_source
 from lit_safety.errors import UserError
+
+KEY = "--calibration.prompts"
 
 
 def calibration_prompts(source: str | Sequence[str], count: int, categories: Sequence[str] | None = None) -> list[str]:
@@ -24,11 +29,9 @@ def calibration_prompts(source: str | Sequence[str], count: int, categories: Seq
     Raises:
         UserError: the source cannot be read, does not say the categories that are asked for, or no prompt is left.
     """
-    wanted = None if categories is None else {canonical_category(name) for name in categories}
-    if wanted is not None and not has_categories(source):
-        raise UserError(f"--calibration.categories: {source} has no column `category`; leave them out, or add it")
+    wanted = _wanted(source, categories)
     by_category: dict[str, set[str]] = {}
-    for prompt, found in _of_csv(Path(str(source))) if _is_csv(source) else _of_shards(source):
+    for prompt, found in _of_csv(Path(str(source))) if _is_csv(source) else _of_shards(source, wanted):
         for category in found or ("",):
             if prompt and (wanted is None or category in wanted):
                 by_category.setdefault(category, set()).add(prompt)
@@ -37,9 +40,36 @@ def calibration_prompts(source: str | Sequence[str], count: int, categories: Seq
     dealt = [prompt for prompt in chain.from_iterable(zip_longest(*columns)) if prompt is not None]
     chosen = list(dict.fromkeys(dealt))[:count]
     if not chosen:
-        of = "" if wanted is None else f" of {', '.join(sorted(wanted))}"
-        raise UserError(f"--calibration.prompts {source}: holds no harmful prompt{of}")
+        raise _none_found(source, wanted)
     return chosen
+
+
+def check_prompts(source: str | Sequence[str], categories: Sequence[str] | None = None) -> None:
+    """Complain where `calibration_prompts` would find none; of shards the manifest tells it, and nothing is fetched.
+
+    Raises:
+        UserError: as `calibration_prompts`.
+    """
+    if _is_csv(source):
+        calibration_prompts(source, 1, categories)
+    elif not _harmful(source, wanted := _wanted(source, categories))[1].total:
+        raise _none_found(source, wanted)
+
+
+def _wanted(source: str | Sequence[str], categories: Sequence[str] | None) -> set[str] | None:
+    if categories is None:
+        return None
+    if not has_categories(source):
+        raise UserError(f"--calibration.categories: {source} has no column `category`; leave them out, or add it")
+    try:
+        return {canonical_category(name) for name in categories}
+    except UserError as error:
+        raise UserError(f"--calibration.categories: {error}") from error
+
+
+def _none_found(source: str | Sequence[str], wanted: set[str] | None) -> UserError:
+    of = "" if wanted is None else f" of {', '.join(sorted(wanted))}"
+    return UserError(f"{KEY} {source}: holds no harmful prompt{of}")
 
 
 def has_categories(source: str | Sequence[str]) -> bool:
@@ -63,8 +93,12 @@ def _of_csv(file: Path) -> Iterator[tuple[str, Sequence[str]]]:
         categorised = "category" in (reader.fieldnames or [])
         for row in reader:
             named = [name for name in (row.get("category") or "").split(",") if name.strip()]  # "hate, violence" is two
-            if named or not categorised:
-                yield (row["prompt"] or "").strip(), [canonical_category(name) for name in named]
+            try:
+                found = [canonical_category(name) for name in named]
+            except UserError as error:
+                raise UserError(f"{KEY} {file}, line {reader.line_num}: {error}") from error
+            if found or not categorised:
+                yield (row["prompt"] or "").strip(), found
 
 
 @contextmanager
@@ -74,25 +108,43 @@ def _opened(file: Path) -> Iterator[csv.DictReader[str]]:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             if "prompt" not in (reader.fieldnames or []):
-                raise UserError(f"--calibration.prompts {file}: has no column `prompt`")
+                raise UserError(f"{KEY} {file}: has no column `prompt`")
             yield reader
     except OSError as error:
-        raise UserError(f"--calibration.prompts {file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{KEY} {file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--calibration.prompts {file}: is no UTF-8 CSV file ({error})") from error
+        raise UserError(f"{KEY} {file}: is no UTF-8 CSV file ({error})") from error
 
 
-def _of_shards(given: str | Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    source = open_source(given, "--calibration.prompts")
-    for path, entry in zip(source.paths, source.manifest.shardlist, strict=True):
-        shard = OpenShard(path, entry.nsamples)
-        try:
-            for number in range(entry.nsamples):
-                metadata = parse_metadata(shard.read_member(number, "json"), shard.where(number))
-                if metadata.prompt_kind == "harmful":
+def _harmful(given: str | Sequence[str], wanted: set[str] | None) -> tuple[Source, Selection]:
+    source = open_source(given, KEY)
+    categories = None if wanted is None else tuple(sorted(wanted))
+    return source, take(source, Filter(categories=categories, kinds=("harmful",)))
+
+
+def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[tuple[str, Sequence[str]]]:
+    """Only the metadata of what takes part is read; what cannot be read is no prompt, and is told."""
+    source, selection = _harmful(given, wanted)
+    bad: list[UserError] = []
+    with counter("reading prompts, shards", sum(count > 0 for count in selection.counts)) as tick:
+        for number, count in enumerate(selection.counts):
+            if not count:
+                continue
+            shard = source.open_shard(number)
+            try:
+                for index in range(count):
+                    place = selection.number(number, index)
+                    try:
+                        metadata = parse_metadata(shard.read_member(place, "json"), shard.where(place))
+                    except UserError as error:
+                        bad.append(error)
+                        continue
                     yield metadata.prompt, metadata.categories
-        finally:
-            shard.close()
+            finally:
+                shard.close()
+            tick()
+    if bad:
+        rank_zero_warn(f"{KEY}: {len(bad)} samples cannot be read and give no prompt; the first: {bad[0]}")
 
 
 def _rank(prompt: str) -> bytes:

@@ -114,6 +114,11 @@ def _calibrate(
             "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
             "folder of shards), or another --method, such as mean"
         )
-    backbone = load_backbone(base).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backbone = load_backbone(base)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        backbone = backbone.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {place}: {str(error).strip().splitlines()[0]}") from error
     activity, measured = calibrate(backbone, experts, options.prompts, options)
     return activity, {**measured, "pipeline": base}

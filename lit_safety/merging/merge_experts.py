@@ -32,6 +32,8 @@ class Fit:
     """Frobenius norm of its difference to the update that is written, rounding to the file's numbers included."""
     rows: Mapping[str, int] | None = None
     """comerge: how many rows (of unit weight: single weights) come from each expert."""
+    scale: float = 1.0
+    """What the merged update was multiplied by."""
 
     @property
     def residual(self) -> float:
@@ -80,11 +82,14 @@ def merge_experts(
     for name in united_layers(experts):
         parts = parts_of(experts, name)
         exact, rows = _exact(name, parts, experts, recipe, None if activity is None else activity.get(name))
-        exact = _scaled(exact, recipe.scale_of(len(experts)))
+        # Where a single expert adapts the layer, nothing of it is left out that a scale would make up for.
+        scale = recipe.scale_of(sum(part.rank > 0 for part in parts))
+        exact = _scaled(exact, scale)
         written = _written(exact, parts, recipe, alone=len(experts) == 1)
         if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
-            raise UserError(f"{name}: the merged update does not fit into {recipe.dtype}; use --dtype float32")
-        layers[name], fits[name] = written, _fit(exact, written, rows)
+            do = "give smaller --weights or --scale" if recipe.dtype in (None, "float32") else "use --dtype float32"
+            raise UserError(f"{name}: the merged update does not fit into {recipe.dtype or 'float32'}; {do}")
+        layers[name], fits[name] = written, _fit(exact, written, rows, scale)
         tick()
     return Merged(layers, fits)
 
@@ -150,7 +155,7 @@ def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, 
     return LowRank(factors.a.to(dtype), factors.b.to(dtype), factors.scale, factors.kernel)
 
 
-def _fit(exact: LowRank | Tensor, written: LowRank, rows: dict[str, int] | None) -> Fit:
+def _fit(exact: LowRank | Tensor, written: LowRank, rows: dict[str, int] | None, scale: float) -> Fit:
     target = exact.double() if isinstance(exact, Tensor) else exact.delta()
     norm = float(torch.linalg.matrix_norm(target))
-    return Fit(written.rank, norm, float(torch.linalg.matrix_norm(target - written.delta())), rows)
+    return Fit(written.rank, norm, float(torch.linalg.matrix_norm(target - written.delta())), rows, scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Literal
 
 from lit_safety.errors import UserError
@@ -30,7 +30,8 @@ class Recipe:
         scale: Multiply the merged update by this, whatever the method. comerge leaves each expert a part of its rows,
             mean a part of its update, and sum all that the others add to it: more or less than 1 makes up for that.
             null is 1.06 sqrt(K) for comerge of K >= 2 experts (chosen on validation prompts of the toy world at K = 8;
-            unrelated updates add up in squares), and 1 for one expert and every other method.
+            unrelated updates add up in squares), and 1 for one expert and every other method. K counts, layer by
+            layer, the experts that adapt it.
         rank: Truncate every layer to this rank by SVD; null keeps as much as the method needs.
         density: ties: share of each update's entries that are kept.
         drop: dare: share of each update's entries that are dropped.
@@ -67,6 +68,8 @@ class Recipe:
             raise UserError(f"--density {self.density}: must be above 0 and at most 1")
         if not 0 <= self.drop < 1:
             raise UserError(f"--drop {self.drop}: must be at least 0 and below 1")
+        if wrong := sorted(name for name, weight in self.weights.items() if not isfinite(weight)):
+            raise UserError(f"--weights: that of {wrong[0]} is {self.weights[wrong[0]]}; give numbers")
         if self.method == "comerge" and any(weight != 1 for weight in self.weights.values()):
             raise UserError("--weights: comerge takes every row whole from one expert; use --method mean or sum")
 
@@ -76,7 +79,7 @@ class Recipe:
         return self.method == "comerge" and (self.unit == "row" or self.normalise)
 
     def scale_of(self, experts: int) -> float:
-        """What a merge of so many experts is multiplied by."""
+        """What a layer that so many experts adapt is multiplied by."""
         if self.scale is not None:
             return self.scale
         return COMERGE_SCALE * sqrt(experts) if self.method == "comerge" and experts > 1 else 1.0

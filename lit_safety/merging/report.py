@@ -54,7 +54,7 @@ def report(
 
 
 def _layer(fit: Fit) -> dict[str, Any]:
-    told = {"rank": fit.rank, "norm": fit.norm, "residual": fit.residual}
+    told = {"rank": fit.rank, "norm": fit.norm, "residual": fit.residual, "scale": fit.scale}
     return told if fit.rows is None else {**told, "rows": dict(fit.rows)}
 
 

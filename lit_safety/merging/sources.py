@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from lit_safety.adapters.lora_file import PEFT_CONFIG, read_lora, read_peft_config
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.peft_folder import CONFIG, read_peft_config
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import fingerprint
 from lit_safety.merging.expert import Expert
@@ -66,7 +67,7 @@ def base_model(path: Path) -> str | None:
         UserError: there is a configuration of PEFT's that cannot be read.
     """
     folder = path if path.is_dir() else path.parent
-    return _of_card(folder / "README.md") or _of_peft(folder / PEFT_CONFIG)
+    return _of_card(folder / "README.md") or _of_peft(folder / CONFIG)
 
 
 def _of_card(file: Path) -> str | None:

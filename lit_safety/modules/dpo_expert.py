@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL.Image import Image
 
 from lit_safety.adapters.expert_bank import ExpertBank
@@ -20,6 +19,7 @@ from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
 from lit_safety.data.categories import CATEGORIES, canonical_category
 from lit_safety.errors import UserError
+from lit_safety.modules.expert_checks import check_experts
 from lit_safety.modules.phases import begin_phase, under_deepspeed
 from lit_safety.modules.preference import POLICY, PreferenceModule
 from lit_safety.modules.strategy_checks import check_weights
@@ -55,6 +55,7 @@ class DPOExpert(PreferenceModule):
         **settings: Any,
     ) -> None:
         super().__init__(pretrained, objective or DiffusionDPO(), **settings)
+        self._not_evaluated: set[str] = set()
         self.categories: list[str] | None = None
         if categories != "all":
             try:
@@ -69,30 +70,7 @@ class DPOExpert(PreferenceModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self._check_fit()
-
-    def _check_fit(self) -> None:
-        """Raises `UserError` where the experts would not be trained as they should."""
-        names = self._experts()
-        if len(names) == 1:
-            return
-        if under_deepspeed(self.trainer) and not self._consecutive:
-            raise UserError(
-                f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
-                "weights: set `data.init_args.consecutive: true`, or train with ddp"
-            )
-        if state := self.objective.state_dict():
-            raise UserError(
-                f"DPOExpert: {type(self.objective).__name__} learns while it trains ({', '.join(sorted(state))}), and "
-                f"{len(names)} experts would share what it learns: take another objective, or train one category at a "
-                "time and `merge` them"
-            )
-        for callback in getattr(self.trainer, "callbacks", []):
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                raise UserError(
-                    f"{type(callback).__name__} would average {len(names)} experts with each other: leave it out, or "
-                    "train one category at a time"
-                )
+            check_experts(self.trainer, self.objective, self._experts(), self._consecutive)
 
     def _experts(self) -> list[str]:
         """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""
@@ -170,6 +148,12 @@ class DPOExpert(PreferenceModule):
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         category = self.category_of(batch)
         if category != self.bank.active:
+            if batch_idx % self.trainer.accumulate_grad_batches:
+                raise UserError(
+                    f"a step would be about {self.bank.active} and {category}: the number of micro-batches a step has "
+                    "changed since the data were dealt; set `trainer.accumulate_grad_batches` and leave "
+                    "GradientAccumulationScheduler out"
+                )
             if self._consecutive:
                 begin_phase(self.trainer, self, self.bank, category)
             else:
@@ -189,6 +173,12 @@ class DPOExpert(PreferenceModule):
         return output
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
+        if batch.category is not None and batch.category not in self.bank.names:
+            # One that too few training pairs are about, say. All ranks are at the same category.
+            if batch.category not in self._not_evaluated:
+                self._not_evaluated.add(batch.category)
+                rank_zero_warn(f"there is no expert of {batch.category}: its {stage} pairs are left out")
+            return
         category = self.category_of(batch)
         if self._fitting and under_deepspeed(self.trainer) and category != self.bank.active:
             return  # its weights are not in the engine

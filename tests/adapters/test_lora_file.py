@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers
-from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
+from lit_safety.adapters.lora_file import METADATA_KEY, LowRank, read_lora, write_lora
 from lit_safety.backbones import load_backbone
 from lit_safety.errors import UserError
 
@@ -34,8 +35,13 @@ def peft_deltas(unet: torch.nn.Module, component: str = "unet") -> dict[str, tor
     (adapter,) = unet.peft_config  # type: ignore[misc]
     names = {id(module): name for name, module in unet.named_modules()}
     layers: list[Any] = list(adapter_layers(unet))
+    # CLIP's layers begin with `text_model.` in older releases of transformers only; here they always do.
+    prefix = f"{component}.text_model." if component == "text_encoder" else f"{component}."
     return {
-        f"{component}.{names[id(layer)]}": layer.get_delta_weight(adapter).detach().flatten(1).double()
+        prefix + names[id(layer)].removeprefix("text_model."): layer.get_delta_weight(adapter)
+        .detach()
+        .flatten(1)
+        .double()
         for layer in layers
         if adapter in layer.scaling
     }
@@ -108,6 +114,50 @@ def test_kohyas_layout_is_read_with_its_alphas(tiny_pipeline: Path, tmp_path: Pa
         for name, delta in peft_deltas(backbone.denoiser).items()
     }
     assert_same(read_lora(file), expected)
+
+
+def kohya_of(names: dict[str, torch.nn.Module], rank: int, alpha: float) -> dict[str, torch.Tensor]:
+    """A random file in kohya's layout for linear layers by their names there."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, module in names.items():
+        out, inputs = module.weight.flatten(1).shape  # type: ignore[operator]
+        found[f"{name}.lora_down.weight"] = 0.2 * torch.randn(rank, inputs, generator=generator)
+        found[f"{name}.lora_up.weight"] = 0.2 * torch.randn(out, rank, generator=generator)
+        found[f"{name}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+def test_kohyas_file_of_unet_and_text_encoder_is_read_as_stock_diffusers_reads_it(tiny_pipeline: Path, tmp_path: Path):
+    """What its trainer writes by default. `to_q_lora` is `to_q` in the UNet and `q_proj` in the text encoder."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    of_unet = {n: m for n, m in pipe.unet.named_modules() if n.endswith(("to_q", "to_out.0", "ff.net.2"))}
+    of_text = {n: m for n, m in pipe.text_encoder.named_modules() if n.endswith(("q_proj", "out_proj", "fc1"))}
+    layers = {f"lora_unet_{name.replace('.', '_')}": module for name, module in of_unet.items()}
+    for name, module in of_text.items():
+        layers[f"lora_te_text_model_{name.removeprefix('text_model.').replace('.', '_')}"] = module
+    save_file(kohya_of(layers, 4, 2.0), tmp_path / "kohya.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    expected = peft_deltas(pipe.unet) | peft_deltas(pipe.text_encoder, "text_encoder")
+    assert len(expected) == len(layers)
+    found = read_lora(tmp_path / "kohya.safetensors")
+    assert_same(found, expected)
+    assert {layer.scale for layer in found.values()} == {0.5}
+    (tmp_path / "again").mkdir()
+    write_lora(tmp_path / "again" / WEIGHTS_NAME, found)
+    again = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    again.load_lora_weights(tmp_path / "again")
+    assert_same(found, peft_deltas(again.unet) | peft_deltas(again.text_encoder, "text_encoder"))
+
+
+def test_text_encoders_layers_are_told_alike(tmp_path: Path):
+    """By both releases of transformers, so that two experts' updates of one layer meet in one."""
+    for number, prefix in enumerate(("text_model.", "")):
+        layer = f"text_encoder.{prefix}encoder.layers.0.self_attn.q_proj"
+        pair = {f"{layer}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+        save_file(pair, tmp_path / f"{number}.safetensors")
+    names = [set(read_lora(tmp_path / f"{number}.safetensors")) for number in range(2)]
+    assert names[0] == names[1] == {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj"}
 
 
 def test_pefts_own_folder_is_read(tiny_pipeline: Path, tmp_path: Path):
@@ -190,7 +240,8 @@ def test_what_is_no_plain_lora_is_refused_by_name(
     ("key", "named"),
     [(f"unet.{ATTENTION}.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa"), ("lora_unet_x.dora_scale", "DoRA"),
      ("lora_unet_x.lora_mid.weight", "LoCon"), ("unet.x.lora_A.weight", "no pair"),
-     ("lora_unet_input_blocks_1_1_proj_in.lora_down.weight", "SDXL"), ("unet.x.weight", "unet.x.weight|layout")],
+     ("lora_unet_input_blocks_1_1_proj_in.lora_down.weight", "SDXL"), ("unet.x.weight", "unet.x.weight|layout"),
+     ("unet.x.lora_diag", "KaSA"), ("unet.x.alpha", "unet.x.alpha belongs to no plain LoRA")],
 )  # fmt: skip
 def test_other_files_are_refused_by_name(tmp_path: Path, key: str, named: str):
     save_file({key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
@@ -202,4 +253,49 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path):
     pair = {"unet.x.lora_A.weight": torch.ones(1, 2), "unet.x.lora_B.weight": torch.tensor([[float("nan")]])}
     save_file(pair, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"lora_B\.weight holds numbers that are not finite"):
+        read_lora(tmp_path)
+
+
+def pair_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"unet.{ATTENTION}.lora_A.weight": a, f"unet.{ATTENTION}.lora_B.weight": b}
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((4,), (3,)), ((), ()), ((0, 4), (3, 0)), ((2, 4), (3, 5)), ((2, 4, 3), (3, 2, 1)), ((2, 4, 3, 3), (3, 2))],
+)
+def test_factors_that_are_no_product_are_refused_by_their_shapes(
+    tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
+):
+    save_file(pair_of(torch.ones(a), torch.ones(b)), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=rf"{ATTENTION}: factors of shape .* are no LoRA"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"lora_alpha": "x"}, "tell no alpha"), ({"lora_alpha": None}, "tell no alpha"),
+     ({"lora_alpha": 4, "alpha_pattern": ["x"]}, "tell no alpha"), ({"lora_alpha": float("nan")}, "its alpha is nan"),
+     ({"lora_alpha": 4, "alpha_pattern": {"(((": 2}}, "tell no alpha"),
+     ({"lora_alpha": 4, "kasa_config": {"beta": 1}}, "kasa_config is set"),
+     ({"lora_alpha": 4, "use_bdlora": {"x": 1}}, "use_bdlora is set")],
+)  # fmt: skip
+def test_settings_that_tell_no_plain_update_are_named(tmp_path: Path, settings: dict[str, Any], named: str):
+    metadata = {METADATA_KEY: json.dumps({f"unet.{key}": value for key, value in settings.items()})}
+    save_file(pair_of(torch.ones(2, 4), torch.ones(3, 2)), tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match=named):
+        read_lora(tmp_path)
+
+
+def test_eight_bit_numbers_are_read(tmp_path: Path):
+    pair = pair_of(torch.tensor([[1.5, -2.0]]), torch.tensor([[0.5]]))
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in pair.items()}, tmp_path / "x.safetensors")
+    assert read_lora(tmp_path)[f"unet.{ATTENTION}"].delta().tolist() == [[0.75, -1.0]]
+
+
+def test_kohyas_file_of_another_network_is_refused(tmp_path: Path):
+    """Underscores of layers that diffusers' converter does not know would become dots."""
+    layers = {"lora_unet_double_blocks_0_img_attn_qkv": torch.nn.Linear(4, 4)}
+    save_file(kohya_of(layers, 2, 1.0), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="is no layer of diffusers' UNets"):
         read_lora(tmp_path)

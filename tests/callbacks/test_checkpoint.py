@@ -61,6 +61,15 @@ def test_a_kill_between_two_renames_leaves_the_numbered_checkpoint(tmp_path: Pat
     assert not (kept / "last.ckpt").exists()
     os.utime(kept / "step=2.ckpt")
     assert last_checkpoint(tmp_path) == kept / "step=2.ckpt"
+    (kept / "step=2.ckpt").rename(tmp_path / "elsewhere")  # where `save_top_k: 0` keeps none
+    assert last_checkpoint(tmp_path) == kept / ".last.ckpt.old"
+    (kept / ".last.ckpt.partial" / "weights").write_text("3")  # the resumed run saves, and is killed there again
+    with pytest.raises(KeyboardInterrupt):
+        swap(kept / ".last.ckpt.partial", kept / "last.ckpt")
+    assert (last_checkpoint(tmp_path) / "weights").read_text() == "1"
+    monkeypatch.undo()
+    swap(kept / ".last.ckpt.partial", kept / "last.ckpt")
+    assert [one.name for one in kept.iterdir()] == ["last.ckpt"]
 
 
 def test_which_strategies_write_folders():

@@ -33,6 +33,8 @@ def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
     callback.on_fit_start(trainer_of(None), module)
     with pytest.raises(UserError, match="names sexual; the experts are hate, violence"):
         MergeExperts(method="sum", weights={"nudity": 0.5}).on_fit_start(trainer_of(None), module)
+    with pytest.raises(UserError, match=r"`MergeExperts\.weights`: unknown category 'guns'"):
+        MergeExperts(method="sum", weights={"guns": 0.5})
 
 
 def test_comerge_needs_prompts_from_somewhere(module: DPOExpert, category_shards: Path, tmp_path: Path):

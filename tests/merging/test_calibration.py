@@ -13,6 +13,7 @@ from lit_safety.merging.calibration import draw_latents, forwards, measure_activ
 from lit_safety.merging.calibration_options import CalibrationOptions
 from lit_safety.merging.comerge import Activity
 from lit_safety.merging.expert import Expert
+from lit_safety.modules.speed import Speed
 
 PROMPTS = ["a gun", "a red cat and a house", "a blue gun with a cat"]
 OPTIONS = CalibrationOptions(timesteps=2, steps=2, batch_size=2)
@@ -107,6 +108,18 @@ def test_neither_order_nor_batches_nor_adapters_on_the_base_matter(tiny_pipeline
     for name, one in first.items():
         torch.testing.assert_close(second[name].total, one.total, rtol=1e-4, atol=1e-5)
         assert torch.equal(second[name].votes, one.votes)
+
+
+def test_a_network_that_was_compiled_for_training_is_measured_too(tiny_pipeline: Path, experts: list[Expert]):
+    """Compiled blocks would pass by hooks that are set later, and all rows would be the first expert's."""
+    backbone = load_backbone(str(tiny_pipeline))
+    options = CalibrationOptions(timesteps=1, steps=1, batch_size=2)
+    plain = measure_activity(backbone, experts, PROMPTS[:2], options)
+    Speed(compile="eager").apply(backbone.denoiser)
+    found = measure_activity(backbone, experts, PROMPTS[:2], options)
+    for name, one in plain.items():
+        assert one.total.count_nonzero()
+        assert torch.equal(found[name].total, one.total)
 
 
 def test_experts_of_another_backbone_are_refused(backbone: Backbone, wide_pipeline: Path, tmp_path: Path,

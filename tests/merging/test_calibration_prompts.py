@@ -1,12 +1,15 @@
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
+from lit_safety.data.source import Source
 from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
-from lit_safety.merging.calibration_prompts import calibration_prompts, has_categories
+from lit_safety.merging.calibration_prompts import calibration_prompts, check_prompts, has_categories
 
 
 def rows(*lines: str) -> str:
@@ -61,5 +64,42 @@ def test_bad_sources_are_named(tmp_path: Path):
     with pytest.raises(UserError, match="no column `prompt`"):
         calibration_prompts(str(tmp_path / "p.csv"), 5)
     (tmp_path / "p.csv").write_text(rows("a cat,"))
-    with pytest.raises(UserError, match="no harmful prompt"):
+    for find in (partial(calibration_prompts, count=5), check_prompts):
+        with pytest.raises(UserError, match="no harmful prompt"):
+            find(str(tmp_path / "p.csv"))
+    (tmp_path / "p.csv").write_text(rows("a gun,violence", "a cat,benign"))
+    with pytest.raises(UserError, match=r"p\.csv, line 3: unknown category 'benign'"):
         calibration_prompts(str(tmp_path / "p.csv"), 5)
+
+
+def test_a_check_of_shards_reads_their_manifest_only(pair_shards: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Source, "open_shard", lambda *_: pytest.fail("a shard was opened"))
+    check_prompts(str(pair_shards), ["violence"])
+    with pytest.raises(UserError, match="holds no harmful prompt of hate"):
+        check_prompts(str(pair_shards), ["hate"])
+
+
+def test_shards_elsewhere_are_fetched(pair_shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("LIT_SAFETY_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    for file in pair_shards.iterdir():
+        store.pipe(f"/calibration/{file.name}", file.read_bytes())
+    check_prompts("memory://calibration")
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    assert calibration_prompts("memory://calibration", 5) == ["a gun and a house"]
+    assert list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_a_sample_that_cannot_be_read_gives_no_prompt(tmp_path: Path):
+    """And is told: a fit with `on_bad_sample: skip` must not fail at its end because of it."""
+    metadata = {"prompt": "a gun", "prompt_kind": "harmful", "categories": ["violence"], "order": "safety",
+                "harmful": {"chosen": False, "rejected": True}}  # fmt: skip
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(2):
+            writer.write(f"{number}", metadata | {"prompt": f"a gun {number}"}, Image.new("RGB", (8, 8)),
+                         Image.new("RGB", (8, 8)))  # fmt: skip
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b'"a gun 1"', b"'a gun 1'"))
+    with pytest.warns(UserWarning, match="1 samples cannot be read and give no prompt"):
+        assert calibration_prompts(str(tmp_path / "shards"), 5) == ["a gun 0"]

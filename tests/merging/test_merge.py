@@ -139,6 +139,9 @@ def test_missing_options_are_named(tmp_path: Path, experts: list[str], prompts: 
         merge(experts, out)
     with pytest.raises(UserError, match="1 numbers for 2 experts"):
         merge(experts, out, method="sum", weights=[1.0])
+    for device in ("nowhere", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device}: "):
+            merge(experts, out, calibration=CalibrationOptions(prompts=prompts), device=device)
     (Path(experts[0]) / "README.md").write_text("no card")
     (Path(experts[1]) / "README.md").write_text("no card")
     with pytest.raises(UserError, match="give --pipeline"):

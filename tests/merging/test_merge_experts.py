@@ -150,6 +150,17 @@ def test_different_layers_are_united(make_expert: Callable[..., Expert], method:
     )
 
 
+def test_comerge_scales_a_layer_by_the_experts_that_adapt_it(make_expert: Callable[..., Expert]):
+    """x is of both: 1.06 sqrt(2). y is of the first alone, which owns all of it: as it is, as if merged alone."""
+    one = make_expert("a", 0, sizes={"unet.x": (4, 4), "unet.y": (4, 4)})
+    two = make_expert("b", 1, sizes={"unet.x": (4, 4)})
+    found, plain = merged([one, two], "comerge"), merged([one, two], "comerge", scale=1.0)
+    for name, scale in (("unet.x", 1.06 * 2**0.5), ("unet.y", 1.0)):
+        torch.testing.assert_close(found.layers[name].delta(), scale * plain.layers[name].delta(), rtol=1e-5, atol=1e-6)
+        assert report(found, [one, two], Recipe(), None, {})["layers"][name]["scale"] == pytest.approx(scale)
+    torch.testing.assert_close(found.layers["unet.y"].delta(), one.layers["unet.y"].delta(), rtol=1e-6, atol=1e-7)
+
+
 def test_different_backbones_are_refused(make_expert: Callable[..., Expert]):
     one = make_expert("a", 0, sizes={"unet.x": (4, 4)})
     with pytest.raises(UserError, match=r"a and b .*different backbones: unet\.x is 4 -> 4 in one and 8 -> 4"):
@@ -164,12 +175,15 @@ def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[
     experts = [make_expert("a", 0), make_expert("b", 1, scale=1e6)]
     with pytest.raises(UserError, match=r"unet\.mid\.to_k: .*--dtype float32"):
         merged(experts, "sum", dtype="float16")
+    with pytest.raises(UserError, match=r"does not fit into float32; give smaller --weights"):
+        merged(experts, "sum", weights={"b": 1e38})
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"rank": 0}, "--rank"), ({"density": 0.0}, "--density"), ({"drop": 1.0}, "--drop"),
-     ({"weights": {"a": 2.0}}, "--weights"), ({"scale": 0.0}, "--scale")],
+     ({"weights": {"a": 2.0}}, "--weights"), ({"scale": 0.0}, "--scale"), ({"scale": float("nan")}, "--scale"),
+     ({"method": "sum", "weights": {"a": float("inf")}}, "--weights: that of a is inf")],
 )  # fmt: skip
 def test_impossible_settings_are_named(settings: dict, named: str):
     with pytest.raises(UserError, match=named):

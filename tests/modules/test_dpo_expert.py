@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_safety.data import PreferenceDataModule
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
 from lit_safety.modules import DPOExpert
 from lit_safety.objectives import (
@@ -96,6 +103,39 @@ def test_the_schedule_is_seen_whole_by_an_expert_that_has_its_steps_in_a_row(
     assert turns.rates == pytest.approx([1.0, 0.81, 1.0, 0.81])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_resumed_between_accumulated_steps_is_uninterrupted(
+    tiny_pipeline: Path, category_shards: Path, tmp_path: Path, consecutive: bool
+):
+    """Four steps of two micro-batches, or on from the end of the first phase (2) and within the second (3), each with
+    another global seed: to the bit, weights, schedule and counts."""
+
+    def begin() -> DPOExpert:
+        return module_of(
+            tiny_pipeline, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        )
+
+    settings = {"max_steps": 4, "accelerator": "cpu", "logger": False, "accumulate_grad_batches": 2,
+                "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    kept = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    torch.manual_seed(0)
+    whole = begin()
+    Trainer(**settings, callbacks=[kept]).fit(whole, data_of(category_shards, consecutive=consecutive))
+    for step in (2, 3):
+        torch.manual_seed(step)
+        resumed, turns = begin(), Turns()
+        trainer = Trainer(**settings, callbacks=[turns], enable_checkpointing=False)
+        data = data_of(category_shards, consecutive=consecutive)
+        trainer.fit(resumed, data, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        assert len(turns.seen) == 4 - step
+        assert resumed.bank.batches == whole.bank.batches
+        for name in ("hate", "violence"):
+            found, expected = weights(resumed, name), weights(whole, name)
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+            assert any(value.count_nonzero() for key, value in expected.items() if "lora_B" in key)
+
+
 class Count(TorchDispatchMode):
     """How often each operation is called."""
 
@@ -150,6 +190,32 @@ def test_validation_is_by_category_and_leaves_the_turn_alone(tiny_pipeline: Path
     assert module.bank.active == "hate"
 
 
+def test_a_category_with_too_few_pairs_is_left_out_of_training_and_validation(tiny_pipeline: Path, tmp_path: Path):
+    """8 pairs about hate and 2 about violence, by 4: the fit goes on, and says once what it does not validate on."""
+    with ShardWriter(tmp_path / "few") as writer:
+        for number in range(10):
+            about = ["hate" if number < 8 else "violence"]
+            metadata = {"prompt": "a gun", "prompt_kind": "harmful", "categories": about, "order": "safety",
+                        "harmful": {"chosen": False, "rejected": True}}  # fmt: skip
+            writer.write(f"{number}", metadata, Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), (9, 9, 9)))
+    module = module_of(tiny_pipeline)
+    data = data_of(tmp_path / "few", val=str(tmp_path / "few"))
+    with pytest.warns(UserWarning, match="violence") as told:
+        trainer = fit(module, data, 2, val_check_interval=1, check_val_every_n_epoch=None)
+    said = [str(one.message) for one in told]
+    assert sum("the 2 pairs of violence are too few for a step: left out" in one for one in said) == 1
+    assert sum("there is no expert of violence: its val pairs are left out" in one for one in said) == 1
+    assert module.bank.names == ["hate"]
+    assert "val/loss/hate" in trainer.callback_metrics
+    assert "val/loss/violence" not in trainer.callback_metrics
+
+
+def test_experts_do_not_change_within_a_step(tiny_pipeline: Path, category_shards: Path):
+    """Turns are dealt for one micro-batch a step; two a step would add up gradients of different experts."""
+    with pytest.raises(UserError, match="leave GradientAccumulationScheduler out"):
+        fit(module_of(tiny_pipeline), data_of(category_shards), 8, GradientAccumulationScheduler({0: 2}))
+
+
 @pytest.mark.parametrize(
     ("model", "data", "named"),
     [
@@ -173,7 +239,7 @@ def test_interleaving_is_refused_under_deepspeed(
     tiny_pipeline: Path, category_shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before a model is loaded; what is not refused runs under the real DeepSpeed in the tests of the command line."""
-    monkeypatch.setattr("lit_safety.modules.dpo_expert.under_deepspeed", lambda trainer: True)
+    monkeypatch.setattr("lit_safety.modules.expert_checks.under_deepspeed", lambda trainer: True)
     with pytest.raises(UserError, match="interleaved training of 2 experts is refused under DeepSpeed"):
         fit(module_of(tiny_pipeline), data_of(category_shards), 2)
 
