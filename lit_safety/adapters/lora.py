@@ -178,9 +178,17 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         pipe.set_adapters([name], [scale])
+        _keep_users(denoiser)
     except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} does not load into {type(denoiser).__name__}: {first_line}") from error
+
+
+def _keep_users(denoiser: nn.Module) -> None:
+    """diffusers has just switched off every other LoRA: that of a user adapter goes on."""
+    from lit_safety.adapters.user_lora import keep_active
+
+    keep_active(denoiser)
 
 
 def _first_mismatch(unet: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:

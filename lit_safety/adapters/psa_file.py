@@ -1,14 +1,15 @@
 """Files of user adapters: our own format, and reading of any layout into a UNet.
 
 Ours is `user_adapter.safetensors`: `projection.*` (weights, null user, statistics), by diffusers' layer names
-`layers.{layer}.to_k_user.weight` and `.to_v_user.weight`, and a JSON object in the metadata. The published layout is in
-`psa_published.py`.
+`layers.{layer}.to_k_user.weight` and `.to_v_user.weight`, `lora.*` where a LoRA was trained with it, and a JSON object
+in the metadata. The published layout is in `psa_published.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_safety.adapters import user_lora
 from lit_safety.adapters.lora import WEIGHTS_NAME as LORA_NAME
+from lit_safety.adapters.lora import LoRA
 from lit_safety.adapters.psa_published import from_published, is_published
 from lit_safety.adapters.psa_tensors import read_tensors
 from lit_safety.adapters.user_adapter import UserAdapter, cross_attentions
@@ -29,27 +32,38 @@ WEIGHTS_NAME = "user_adapter.safetensors"
 FILE_NAMES = (WEIGHTS_NAME, "psa_adapter.safetensors", "psa_adapter.bin")
 METADATA_KEY = "lit_safety_user_adapter"
 FORMAT_VERSION = 1
+#: With a LoRA, which older releases would not have loaded.
+VERSION_WITH_LORA = 2
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def save_user_adapter(adapter: UserAdapter, folder: Path, base_model: str) -> Path:
+def save_user_adapter(adapter: UserAdapter, folder: Path, base_model: str, lora: str | None = None) -> Path:
     """Write `folder/user_adapter.safetensors`: all of the adapter, whole or not at all.
+
+    Args:
+        adapter: user attention.
+        folder: where to.
+        base_model: the model it was trained on.
+        lora: PEFT's name of the LoRA that was trained with it; None: there was none.
 
     Raises:
         UserError: a weight is not finite or empty (as under ZeRO 3, when it was not gathered), or the disk is full.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(adapter).items()}
+    own = _state(adapter) | ({} if lora is None else user_lora.state(adapter.unet, lora))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise UserError(f"{name} is empty or holds numbers that are not finite: nothing was written")
     projection = adapter.projection
     about = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if lora is None else VERSION_WITH_LORA,
         "base_model": base_model,
         "tokens": projection.tokens,
         "embedding_dim": projection.embedding_dim,
         "context_dim": projection.context_dim,
     }
+    if lora is not None:
+        about["lora"] = user_lora.settings(adapter.unet, lora)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(about, sort_keys=True)}
     return write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata))
 
@@ -79,7 +93,7 @@ def is_user_adapter(path: str | Path) -> bool:
         if found and (path / LORA_NAME).is_file():
             raise UserError(f"{path} holds both {found[0]} and {LORA_NAME}: name the file that is meant")
         return bool(found)
-    if path.name in FILE_NAMES:
+    if path.suffix == ".bin":  # no LoRA is read from one
         return path.is_file()
     if path.suffix != ".safetensors" or not path.is_file():
         return False
@@ -97,26 +111,65 @@ def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
         UserError: the file is missing, damaged or hostile; a layer is missing, superfluous or of another shape; it was
             made for another backbone.
     """
-    tensors, embedding_dim, tokens = _read(unet, path)
-    adapter = UserAdapter.attach(unet, embedding_dim, tokens)
-    _copy(adapter, tensors)
-    return adapter
+    return attach_weights(unet, read_weights(unet, path))
 
 
-def fill_user_adapter(adapter: UserAdapter, path: str | Path) -> None:
+def fill_user_adapter(adapter: UserAdapter, path: str | Path, lora: LoRA | None = None, name: str = "policy") -> None:
     """Put the weights of a folder or file, statistics of users included, into user attention that is there.
 
+    Args:
+        adapter: user attention.
+        path: the folder or file.
+        lora: the LoRA that is beside it; None: there is none.
+        name: PEFT's name of it.
+
     Raises:
-        UserError: as `load_user_adapter`, or it has other tokens, or is for other embeddings.
+        UserError: as `load_user_adapter`, or it has other tokens, is for other embeddings, or has another LoRA.
     """
-    tensors, embedding_dim, tokens = _read(adapter.unet, path)
+    weights = read_weights(adapter.unet, path)
     projection = adapter.projection
-    if (embedding_dim, tokens) != (projection.embedding_dim, projection.tokens):
+    if (weights.embedding_dim, weights.tokens) != (projection.embedding_dim, projection.tokens):
         raise UserError(
-            f"{path} has {tokens} user tokens for embeddings of {embedding_dim} numbers, and here are "
+            f"{path} has {weights.tokens} user tokens for embeddings of {weights.embedding_dim} numbers, and here are "
             f"{projection.tokens} for {projection.embedding_dim}"
         )
-    _copy(adapter, tensors)
+    held = weights.lora
+    if (held is None) != (lora is None) or (held and lora and (held.rank, held.alpha) != (lora.rank, lora.alpha)):
+        raise UserError(
+            f"{path} has {'no LoRA' if held is None else f'a LoRA of rank {held.rank} and alpha {held.alpha:g}'}: set "
+            "`model.init_args.lora` as it was there"
+        )
+    if held is not None:
+        names = {key.replace(f".{name}.", ".") for key, _ in adapter.unet.named_parameters() if f".{name}." in key}
+        if names != set(held.tensors):
+            raise UserError(f"{path} has a LoRA on other layers: set `lora.target_modules` as it was there")
+        user_lora.copy_weights(adapter.unet, name, held.tensors)
+    _copy(adapter, weights.tensors)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of a user adapter holds, checked against a UNet."""
+
+    tensors: dict[str, Tensor]
+    """By our names."""
+    embedding_dim: int
+    tokens: int
+    lora: user_lora.UserLoRA | None = None
+
+
+def attach_weights(unet: Any, weights: Weights) -> UserAdapter:
+    """Attach user attention to `unet` with weights that `read_weights` checked against it.
+
+    Raises:
+        UserError: `unet` has user attention already, or its attention is of another kind.
+    """
+    adapter = UserAdapter.attach(unet, weights.embedding_dim, weights.tokens)
+    _copy(adapter, weights.tensors)
+    if weights.lora is not None:
+        weights.lora.attach(unet)
+        adapter.projection.lora_layers = tuple(weights.lora.layers)
+    return adapter
 
 
 def _copy(adapter: UserAdapter, tensors: Mapping[str, Tensor]) -> None:
@@ -125,18 +178,24 @@ def _copy(adapter: UserAdapter, tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def _read(unet: Any, path: str | Path) -> tuple[dict[str, Tensor], int, int]:
-    """Checked tensors by our names, the embedding's width and the number of tokens."""
+def read_weights(unet: Any, path: str | Path) -> Weights:
+    """The weights of a folder or file, of our format or a published one; `unet` stays as it is.
+
+    Raises:
+        UserError: as `load_user_adapter`.
+    """
     file = find_user_adapter(path)
     layers = {name: tuple(attn.to_k.weight.shape) for name, attn in cross_attentions(unet).items()}
     tensors, metadata = read_tensors(file, layers)
     if is_published(tensors):
-        tensors, tokens = from_published(tensors, layers, file), 1
+        tensors, tokens, lora = from_published(tensors, layers, file), 1, None
     else:
-        tokens = _read_about(metadata, layers, file)["tokens"]
+        about = _read_about(metadata, layers, file)
+        tokens, lora = about["tokens"], user_lora.read(unet, tensors, about, file)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(user_lora.PREFIX)}
     embedding_dim = _embedding_dim(tensors, file)
     _check(tensors, _expected(layers, embedding_dim, tokens), file)
-    return tensors, embedding_dim, tokens
+    return Weights(tensors, embedding_dim, tokens, lora)
 
 
 def _state(adapter: UserAdapter) -> dict[str, Tensor]:
@@ -197,8 +256,9 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
             f"{file} is no user adapter: it has neither our metadata ({METADATA_KEY}) nor the published keys"
         ) from error
     version = about.get("format_version") if isinstance(about, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format version {version!r} is not known here (this release reads {FORMAT_VERSION})")
+    if version not in (FORMAT_VERSION, VERSION_WITH_LORA):
+        known = f"{FORMAT_VERSION} and {VERSION_WITH_LORA}"
+        raise UserError(f"{file}: format version {version!r} is not known here (this release reads {known})")
     numbers = [about.get(key) for key in ("tokens", "embedding_dim", "context_dim")]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise UserError(f"{file}: tokens, embedding_dim and context_dim in its metadata must be whole numbers above 0")

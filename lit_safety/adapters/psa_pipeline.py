@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_safety.adapters.psa_file import find_user_adapter, load_user_adapter
-from lit_safety.adapters.user_adapter import UserAdapter, user_arguments
+from lit_safety.adapters.psa_file import attach_weights, find_user_adapter, read_weights
+from lit_safety.adapters.user_adapter import PROJECTION, UserAdapter, detach, user_arguments
 from lit_safety.data.users import USERS_FILE, Users, UserTable
 from lit_safety.errors import UserError
 
@@ -28,36 +29,36 @@ def load_psa(pipe: Any, path: str | Path, scale: float = 1.0, users: str | Path 
     `pipe(prompt, user_embeds=tensor)` takes embeddings (D,) or (B, D) instead. An id that is not in the file is an
     error, unless `unknown_user="null"` asks for the null user. Under guidance the conditional half sees prompt and
     user, the unconditional half negative prompt and null user. Everything else is the pipeline's own call, its LoRAs
-    included.
+    included. A pipeline that has an adapter takes the new one in its place, and keeps the old one where the new one
+    does not fit.
 
     Args:
-        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        pipe: a pipeline of Stable Diffusion or SDXL that draws from text, redraws images or inpaints.
         path: a folder or file written by this package, or of the published layout.
-        scale: weight of the user branch; 0 is the base model, to the bit.
+        scale: weight of the user branch, finite; 0 is the base model, to the bit.
         users: a `users.safetensors`, or its folder; None: the one beside the adapter, if there is one.
 
     Raises:
         UserError: files are missing, damaged or made for another backbone, or `pipe` is of another family.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    if not isinstance(pipe, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        raise UserError(
-            f"{type(pipe).__name__} cannot draw for a user: load the adapter into a StableDiffusionPipeline or a "
-            "StableDiffusionXLPipeline"
-        )
+    families = _families()
+    if not isinstance(pipe, families):
+        names = ", ".join(family.__name__ for family in families)
+        raise UserError(f"{type(pipe).__name__} cannot draw for a user: load the adapter into one of {names}")
+    if not math.isfinite(scale):
+        raise UserError(f"scale {scale}: the weight of the user branch must be a finite number")
     beside = find_user_adapter(path).parent / USERS_FILE
     known = Users(users) if users is not None else Users(beside) if beside.is_file() else None
     stock: Any = pipe
-    if isinstance(pipe, DrawsForUsers):
-        unload_psa(pipe)
-    adapter = load_user_adapter(stock.unet, path)
-    if known is not None and known.dimension != adapter.projection.embedding_dim:
-        adapter.detach()
+    weights = read_weights(stock.unet, path)
+    if known is not None and known.dimension != weights.embedding_dim:
         raise UserError(
             f"{known.file} has embeddings of {known.dimension} numbers, the adapter {path} was trained on "
-            f"{adapter.projection.embedding_dim}: use the text model it was trained with"
+            f"{weights.embedding_dim}: use the text model it was trained with"
         )
+    if getattr(stock.unet, PROJECTION, None) is not None:  # this pipeline's, or one's that shares the UNet
+        detach(stock.unet)
+    adapter = attach_weights(stock.unet, weights)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
     for layer in adapter.layers.values():
@@ -68,9 +69,16 @@ def load_psa(pipe: Any, path: str | Path, scale: float = 1.0, users: str | Path 
 
 def draw_for_users(pipe: Any, users: Users | UserTable | None) -> None:
     """Give `pipe`, whose UNet has user attention, the call that `load_psa` describes."""
-    stock: type = type(pipe)
-    pipe.__class__ = _with_users(stock)
+    if not isinstance(pipe, DrawsForUsers):
+        stock: type = type(pipe)
+        pipe.__class__ = _with_users(stock)
     pipe._users = users
+
+
+def same_users(pipe: Any, other: Any) -> None:
+    """Let `other`, a pipeline around the UNet of `pipe`, draw for the same users, where `pipe` draws for users."""
+    if isinstance(pipe, DrawsForUsers):
+        draw_for_users(other, pipe._users)
 
 
 def unload_psa(pipe: Any) -> None:
@@ -81,7 +89,7 @@ def unload_psa(pipe: Any) -> None:
     """
     if not isinstance(pipe, DrawsForUsers):
         raise UserError(f"no user adapter was loaded into this {type(pipe).__name__}")
-    UserAdapter.of(pipe.unet).detach()
+    detach(pipe.unet)
     pipe.__class__ = type(pipe).__mro__[2]
     del pipe._users
 
@@ -168,6 +176,18 @@ def draws_for_users(pipe: Any) -> bool:
 
 
 @cache
+def _families() -> tuple[type, ...]:
+    """Pipelines whose calls are alike in what concerns users: prompts, pictures a prompt, guidance."""
+    import diffusers
+
+    return tuple(
+        getattr(diffusers, f"StableDiffusion{family}{task}Pipeline")
+        for family in ("", "XL")
+        for task in ("", "Img2Img", "Inpaint")
+    )
+
+
+@cache
 def _with_users(base: type) -> type:
     # The same name: diffusers writes it down and looks it up.
     return type(base.__name__, (DrawsForUsers, base), {"__module__": base.__module__})
@@ -185,11 +205,11 @@ def _prompts(options: dict[str, Any]) -> int:
 
 
 def _checked(embeds: Tensor, count: int, dimension: int) -> tuple[Tensor, Tensor]:
-    rows = torch.as_tensor(embeds).detach().float().cpu()
-    rows = rows[None] if rows.ndim == 1 else rows
+    given = torch.as_tensor(embeds).detach().float().cpu()
+    rows = given[None] if given.ndim == 1 else given
     if rows.ndim != 2 or rows.shape[1] != dimension:
         raise UserError(
-            f"`user_embeds` has shape {tuple(embeds.shape)}; the adapter was trained on embeddings of {dimension} "
+            f"`user_embeds` has shape {tuple(given.shape)}; the adapter was trained on embeddings of {dimension} "
             f"numbers: give ({dimension},) or (prompts, {dimension})"
         )
     if len(rows) not in (1, count):

@@ -62,6 +62,8 @@ def from_published(
     for index, layer in enumerate(layers):
         for side in ("to_k_user", "to_v_user"):
             found = [prefix for prefix in _LAYERS if f"{prefix}{index}.{side}.0.weight" in rest]
+            if len(found) > 1:
+                raise UserError(f"{file} holds both psa_adapter and user_adapter, two names of the same: take one out")
             if not found:
                 raise UserError(
                     f"{file}: {_LAYERS[0]}{index}.{side}.0.weight is missing, which is for {layer}; is the file "

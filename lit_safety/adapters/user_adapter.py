@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_safety.adapters import user_lora
 from lit_safety.adapters.user_attention import UserAttention, WithoutUser
 from lit_safety.adapters.user_projection import UserProjection
 from lit_safety.errors import UserError
@@ -74,7 +75,7 @@ class UserAdapter:
         """The user attention that `unet` has.
 
         Raises:
-            UserError: it has none, or something has replaced it in some layer.
+            UserError: it has none, something has replaced it in some layer, or its LoRA was switched off.
         """
         layers = {name: attn.get_processor() for name, attn in cross_attentions(unet).items()}
         projection = getattr(unet, PROJECTION, None)
@@ -86,14 +87,12 @@ class UserAdapter:
                 f"{lost[0]}: its user attention was replaced by {type(layers[lost[0]]).__name__}, so the user's bounds "
                 "would not hold; attention slicing, xformers and fused projections do that: leave them off"
             )
+        if (layer := user_lora.lost(unet, projection.lora_layers)) is not None:
+            raise UserError(
+                f"{layer}: the user adapter's LoRA is not active, so the user's bounds would not hold; name "
+                f"'{user_lora.ADAPTER}' among the adapters of `pipe.set_adapters`"
+            )
         return cls(unet, projection, layers)
-
-    def detach(self) -> None:
-        """Take user attention out again; the UNet is as it was."""
-        for name, processor in self.unet.attn_processors.items():
-            if isinstance(processor, (UserAttention, WithoutUser)):
-                self.unet.get_submodule(name.removesuffix(".processor")).set_processor(processor.replaced)
-        delattr(self.unet, PROJECTION)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Every weight of the adapter: projection, null user, then W'k and W'v layer by layer."""
@@ -103,9 +102,10 @@ class UserAdapter:
         return found
 
     def set_scale(self, scale: float) -> None:
-        """Weigh the user branch; 0 is the base model, to the bit."""
+        """Weigh the user branch, and the LoRA that was loaded with it; 0 is the base model, to the bit."""
         for layer in self.layers.values():
             layer.scale = float(scale)
+        user_lora.set_scale(self.unet, scale)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -117,6 +117,19 @@ class UserAdapter:
         finally:
             for layer in self.layers.values():
                 layer.enabled = True
+
+
+def detach(unet: Any) -> None:
+    """Take user attention out again, what is left of it where something has replaced it in some layers, and its LoRA.
+
+    Raises:
+        UserError: the LoRA is fused.
+    """
+    user_lora.remove(unet)
+    for name, processor in unet.attn_processors.items():
+        if isinstance(processor, (UserAttention, WithoutUser)):
+            unet.get_submodule(name.removesuffix(".processor")).set_processor(processor.replaced)
+    delattr(unet, PROJECTION)
 
 
 def user_arguments(tokens: Tensor) -> dict[str, Any]:

@@ -101,17 +101,8 @@ class WithoutUser:
     def __init__(self, replaced: Any) -> None:
         self.replaced = replaced
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        user_tokens: Tensor | None = None,
-    ) -> Tensor:
-        return self.replaced(
-            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
-        )
+    def __call__(self, attn: Any, hidden_states: Tensor, user_tokens: Tensor | None = None, **others: Any) -> Tensor:
+        return self.replaced(attn, hidden_states, **others)
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

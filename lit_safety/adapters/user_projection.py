@@ -53,6 +53,8 @@ class UserProjection(nn.Module):
         self.null_tokens = nn.Parameter(torch.randn(tokens, context_dim, **factory))
         self.register_buffer("mean", torch.zeros(embedding_dim, **factory))
         self.register_buffer("std", torch.ones(embedding_dim, **factory))
+        #: Layers of the LoRA that was loaded with it; without them the user's bounds would not hold.
+        self.lora_layers: tuple[str, ...] = ()
 
     @property
     def embedding_dim(self) -> int:

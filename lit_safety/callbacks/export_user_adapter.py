@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_safety.adapters.psa_file import WEIGHTS_NAME, save_user_adapter
+from lit_safety.adapters.psa_file import WEIGHTS_NAME
 from lit_safety.adapters.psa_published import save_published
 from lit_safety.data.atomic import atomic_folder
 from lit_safety.errors import UserError
@@ -38,6 +38,8 @@ class ExportUserAdapter(Callback):
                 f"`ExportUserAdapter.published`: the published layout knows one user token, `user_tokens` is "
                 f"{pl_module.user_tokens}"
             )
+        if self.published and pl_module.has_lora:
+            raise UserError("`ExportUserAdapter.published`: the published layout has no LoRA, `lora` must be null")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PSA)
@@ -45,7 +47,7 @@ class ExportUserAdapter(Callback):
         with pl_module.exporting("adapter"):  # on every rank: a parameter may lie in pieces on all of them
             if trainer.is_global_zero:
                 with atomic_folder(folder) as partial:
-                    save_user_adapter(pl_module.adapter, partial, pl_module.pretrained)
+                    pl_module.save_export(partial)
                     if self.published:
                         save_published(pl_module.adapter, partial / "psa_adapter.bin")
                     config = Path(trainer.default_root_dir) / "config.yaml"
@@ -64,6 +66,7 @@ def _card(trainer: Trainer, module: PSA) -> str:
         "user_dropout": module.user_dropout,
         "joint_dropout": module.joint_dropout,
         "prompt_dropout": module.prompt_dropout,
+        "lora": f"rank {module.lora.rank}, alpha {module.lora.alpha:g}" if module.has_lora else "none",
         "steps": trainer.global_step,
     }
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

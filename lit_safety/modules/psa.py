@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from PIL.Image import Image
 from torch import Tensor
 
+from lit_safety.adapters.lora import LoRA, adapters_off
 from lit_safety.adapters.psa_file import fill_user_adapter, save_user_adapter
 from lit_safety.adapters.psa_pipeline import UserId, draw_for_users
 from lit_safety.adapters.start_from import is_checkpoint, read_checkpoint
@@ -21,11 +23,11 @@ from lit_safety.data.batch import PairBatch
 from lit_safety.data.chance import uniform
 from lit_safety.data.users import USERS_FILE, Users, UserTable
 from lit_safety.errors import UserError
-from lit_safety.modules.preference import Drawing, PreferenceModule
+from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.turn_round import turned_round
 from lit_safety.modules.user_check import check_folders, check_users
-from lit_safety.objectives import DiffusionDPO, Objective, PairLabels
+from lit_safety.objectives import DiffusionDPO, Objective, PairErrors, PairLabels
 
 #: Users for whom a run draws its samples, beside the null user.
 SHOWN = 3
@@ -39,6 +41,10 @@ class PSA(PreferenceModule):
     chosen one by the pair's `harmful` labels. Both safe, both harmful or unknown: the order stays. The null user thus
     becomes the strictest policy that the pairs know, while a user's own pairs may prefer what that user allows.
 
+    Where prompt and user are dropped together, as in the unconditional half of guidance, an objective with an anchor
+    holds the policy to the reference instead: guidance draws away from that half, so that what it has learned to leave
+    out would be drawn after all.
+
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
@@ -47,6 +53,8 @@ class PSA(PreferenceModule):
         user_tokens: tokens a user becomes, attended to together; 1 is the published form, without attention.
         user_dropout: probability with which a pair is trained for the null user, its prompt kept.
         joint_dropout: probability with which prompt and user are dropped together, as guidance uses them.
+        lora: a LoRA trained together with user attention and stored with it; null: user attention alone, as in the
+            paper. A small denoiser reads what the prompt asks for too late for its own user attention to answer.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
         prompt_dropout: probability with which the prompt is dropped for itself, in [0, 1).
@@ -66,6 +74,7 @@ class PSA(PreferenceModule):
         user_tokens: int = 4,
         user_dropout: float = 0.1,
         joint_dropout: float = 0.1,
+        lora: LoRA | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         prompt_dropout: float = 0.0,
@@ -77,6 +86,7 @@ class PSA(PreferenceModule):
         super().__init__(
             pretrained,
             objective or DiffusionDPO(),
+            lora=lora,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             prompt_dropout=prompt_dropout,
@@ -94,6 +104,7 @@ class PSA(PreferenceModule):
             )
         self.users = [users] if isinstance(users, str) else users
         self.user_tokens = user_tokens
+        self.has_lora = lora is not None
         self.user_dropout = user_dropout
         self.joint_dropout = joint_dropout
 
@@ -105,6 +116,8 @@ class PSA(PreferenceModule):
     def configure_policy(self) -> None:
         files = self._user_files()
         self.table = UserTable(files)
+        if self.has_lora:  # first: it takes the layers that user attention is made for
+            super().configure_policy()
         self.adapter = UserAdapter.attach(self.backbone.denoiser, self.table.dimension, self.user_tokens)
         # Where this is not a fit, the checkpoint's statistics replace these.
         if len(files[0].ids) > 1:
@@ -115,7 +128,7 @@ class PSA(PreferenceModule):
 
     def begin_from(self, path: Path) -> None:
         if not is_checkpoint(path):
-            fill_user_adapter(self.adapter, path)
+            fill_user_adapter(self.adapter, path, self.lora if self.has_lora else None)
             return
         super().begin_from(path)
         for name, values in read_checkpoint(path).get("user_statistics", {}).items():
@@ -157,7 +170,11 @@ class PSA(PreferenceModule):
         dropped = super().dropped_prompts(batch)
         if not self.training:
             return dropped
-        return [no or _dropout(seed) < self.joint_dropout for no, seed in zip(dropped, batch.seeds, strict=True)]
+        return [no or both for no, both in zip(dropped, self.jointly_dropped(batch), strict=True)]
+
+    def jointly_dropped(self, batch: PairBatch) -> list[bool]:
+        """Which pairs are trained without prompt and user, a pure function of the samples' seeds."""
+        return [self.training and _dropout(seed) < self.joint_dropout for seed in batch.seeds]
 
     def tokens(self, users: Sequence[UserId]) -> Tensor:
         """User tokens (B, N, d_ctx).
@@ -181,15 +198,39 @@ class PSA(PreferenceModule):
     # ---- a step ----------------------------------------------------------------------------------------------
 
     def reference(self) -> AbstractContextManager[None]:
-        return self.adapter.off()
+        return self._off()
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        with self.adapter.off(), adapters_off(self._layers if self.has_lora else []):
+            yield
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         noisy, timesteps, target, conditioning = super().noised(self.ordered(batch))
         tokens = self.tokens(self.chosen_users(batch)).repeat(2, 1, 1)
         return noisy, timesteps, target, conditioning | user_arguments(tokens)
 
+    def errors(self, batch: PairBatch) -> PairErrors:
+        errors = super().errors(batch)
+        held = self._held(batch)
+        if held is None:
+            return errors
+        # The policy's errors become the reference's, constants: no preference is learned, and no SFT.
+        chosen = torch.where(held, errors.reference_chosen, errors.policy_chosen)
+        rejected = torch.where(held, errors.reference_rejected, errors.policy_rejected)
+        return replace(errors, policy_chosen=chosen, policy_rejected=rejected)
+
     def labels(self, batch: PairBatch) -> PairLabels:
-        return super().labels(self.ordered(batch))
+        labels = super().labels(self.ordered(batch))
+        held = self._held(batch)
+        return labels if held is None else replace(labels, clean=labels.clean.masked_fill(held, 1.0))
+
+    def _held(self, batch: PairBatch) -> Tensor | None:
+        """Which pairs, bool (B,), are only held to the reference; None: none of them."""
+        dropped = self.jointly_dropped(batch)
+        if not any(dropped) or not self.objective.needs_drift:
+            return None
+        return torch.tensor(dropped).to(batch.harmful.device, non_blocking=True)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], users: Sequence[UserId] | None = None) -> list[Image]:
         """One picture a prompt, each for its user; None: for the null user."""
@@ -214,7 +255,7 @@ class PSA(PreferenceModule):
     # ---- files -----------------------------------------------------------------------------------------------
 
     def save_export(self, folder: Path) -> None:
-        save_user_adapter(self.adapter, folder, self.pretrained)
+        save_user_adapter(self.adapter, folder, self.pretrained, POLICY if self.has_lora else None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

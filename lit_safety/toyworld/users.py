@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TRAIN, SEEN, VAL, UNSEEN = 400, 64, 48, 64
 """Users: in training; of those, tested too; validation; tested alone."""
 ROWS = {"train": 2, "val": 1, "test": 1}
-"""How many users who ban a pair's category it goes to, and as many who allow it."""
+"""How many users who ban a harmful pair's category it goes to, and as many who allow it; a clean pair goes to one."""
 
 
 def draw_users(train: int = TRAIN, seen: int = SEEN, val: int = VAL, unseen: int = UNSEEN) -> list[Profile]:
@@ -83,7 +83,7 @@ def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Pa
     """Write the toy world's users and its pairs as they order them: users.csv, users.safetensors and shards.
 
     400 users in training, of whom 64 are tested (`seen`), 64 who are tested alone (`unseen`) and 48 for validation.
-    Every pair goes to users who ban its category and to users who allow it. Folders: train, val, test_seen,
+    Every harmful pair goes to users who ban its category and to users who allow it. Folders: train, val, test_seen,
     test_unseen, each with its own users beside its shards. Nothing is drawn anew: it takes seconds, and gives the same
     bytes every time.
 
@@ -142,7 +142,11 @@ def _write_shards(folder: Path, source: Path, part: str, users: Sequence[Profile
     with ShardWriter(folder, samples_per_shard=200, provenance=provenance, seeds=seeds) as writer:
         for index, (key, pair, images) in enumerate(_stored_pairs(source)):
             rng = stream("users", 1 + 100_000 * tuple(ROWS).index(part) + index)
-            for user in choose_users(users, pair.categories, ROWS[part], rng):
+            # What a clean pair teaches is the same for everybody; what is hard to learn is to tell users apart.
+            owners = [users[int(rng.integers(len(users)))]]
+            if pair.prompt_kind == "harmful":
+                owners = choose_users(users, pair.categories, ROWS[part], rng)
+            for user in owners:
                 own, swap = ordered_for(pair, user)
                 writer.write(f"{key}-u{user.user_id}", own, *(reversed(images) if swap else images))
         return len(writer)

@@ -23,7 +23,8 @@ def embed(
         out: The folder to write users.safetensors to; null: the table's own.
         model: A text model: a folder or a hub id, loaded by transformers; null: no model.
         template: A text with the fields <<AGE>>, <<AGE_GROUP>>, <<GENDER>>, <<RELIGION>>, <<PHYSICAL>>, <<MENTAL>>,
-            <<BANNED>>, <<ALLOWED>>; null: the package's own. Only read with a model.
+            <<BANNED>>, <<ALLOWED>> (lists as published, so that the published template gives the published text),
+            <<BANNED_WORDS>>, <<ALLOWED_WORDS>>; null: the package's own. Only read with a model.
         dimension: Length of an embedding without a model; a model decides for itself.
         batch_size: Profiles that a model reads at once.
         device: Where a model computes, such as cuda; null: a GPU if there is one.

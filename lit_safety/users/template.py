@@ -1,8 +1,13 @@
-"""A profile as a text that a language model reads. Fields are named as in the published template, which fits too."""
+"""A profile as a text that a language model reads.
+
+Fields are named and filled as in the published template of Personalized Safety Alignment (arXiv 2508.01151), which fits
+too: its adapters expect a user's lists to be written as a Python list of Sage's names, `['Sexuality', 'Violence']`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -11,8 +16,11 @@ from lit_safety.users.profiles import Profile
 
 _FIELD = re.compile(r"<<([A-Z_]+)>>")
 _MAX_BYTES = 1 << 16
-#: What a template may name. A list that is empty says so: an empty line would say nothing.
-FIELDS = ("AGE", "AGE_GROUP", "GENDER", "RELIGION", "PHYSICAL", "MENTAL", "BANNED", "ALLOWED")
+#: What a template may name; the last two are ours, the lists in plain words.
+FIELDS = (
+    "AGE", "AGE_GROUP", "GENDER", "RELIGION", "PHYSICAL", "MENTAL", "BANNED", "ALLOWED", "BANNED_WORDS",
+    "ALLOWED_WORDS",
+)  # fmt: skip
 
 
 def read_template(path: str | Path | None = None) -> str:
@@ -48,8 +56,16 @@ def fill(template: str, profile: Profile) -> str:
         "RELIGION": profile.religion,
         "PHYSICAL": profile.physical_condition,
         "MENTAL": profile.mental_condition,
-        "BANNED": ", ".join(profile.banned) or "nothing",
-        "ALLOWED": ", ".join(profile.allowed) or "nothing",
+        "BANNED": _as_published(profile.banned),
+        "ALLOWED": _as_published(profile.allowed),
+        # A list that is empty says so: an empty line would say nothing.
+        "BANNED_WORDS": ", ".join(profile.banned) or "nothing",
+        "ALLOWED_WORDS": ", ".join(profile.allowed) or "nothing",
     }
     # In one pass: a value that looks like a field is not filled in again.
     return _FIELD.sub(lambda match: values[match[1]], template)
+
+
+def _as_published(categories: Sequence[str]) -> str:
+    """The list as it stands in Sage's users.csv: names with capitals, by the alphabet."""
+    return str(sorted("Sexuality" if name == "sexual" else name.title() for name in categories))

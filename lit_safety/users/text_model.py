@@ -23,6 +23,8 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 class TextModel:
     """Any text model that transformers' AutoModel loads, from safetensors and without code of its own.
 
+    Encoders (BERT), decoders (Qwen), and of models with two halves the one that reads text (T5, CLIP).
+
     Args:
         name: a folder, or a hub id.
         device: where to compute, such as "cuda"; None: a GPU if there is one.
@@ -35,7 +37,6 @@ class TextModel:
         from transformers import AutoModel, AutoTokenizer
 
         self.name = name
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         options: dict[str, Any] = {"trust_remote_code": False}
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
@@ -45,9 +46,22 @@ class TextModel:
                 f"{name}: is no text model that can be loaded ({' '.join(str(error).split())[:300]}); give a folder "
                 "with config.json, safetensors and tokenizer, or a hub id"
             ) from error
-        self.model = self.model.to(self.device).eval()
+        if self.model.config.is_encoder_decoder:
+            self.model = self.model.get_encoder()
+        self.model = getattr(self.model, "text_model", self.model).eval()
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model.to(self.device)
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # as torch says of a device that is not there
+            raise UserError(f"--device {device}: {name} cannot be put there: {_first_line(error)}") from error
+        # Behind the text, so that its tokens have the same places in any batch; the mask says that it does not count.
+        self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            known = self.tokenizer.eos_token or self.tokenizer.unk_token
+            self.tokenizer.pad_token = known or self.tokenizer.convert_ids_to_tokens(0)
 
     @property
     def dimension(self) -> int:
@@ -63,7 +77,8 @@ class TextModel:
         A model that was trained on conversations is given the text as a user's message, as published.
 
         Raises:
-            UserError: a text is longer than the model reads, or its embedding is not finite; names the user.
+            UserError: a text is longer than the model reads, or its embedding is not finite; names the user. Or the
+                model cannot read text.
         """
         users = list(texts)
         wrapped = [self._as_message(texts[user]) for user in users]
@@ -80,22 +95,39 @@ class TextModel:
         return found
 
     def _as_message(self, text: str) -> str:
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if not self._converses:
             return text
         message = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def _means(self, users: Sequence[str], texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(texts), return_tensors="pt", padding=True).to(self.device)
-        lengths = tokens["attention_mask"].sum(1).tolist()
+        # A message holds its special tokens already.
+        tokens = self.tokenizer(
+            list(texts), return_tensors="pt", padding=True, add_special_tokens=not self._converses
+        ).to(self.device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
         longest = min(self.tokenizer.model_max_length, self._positions())
-        for user, length in zip(users, lengths, strict=True):
+        for user, length in zip(users, mask.sum(1).tolist(), strict=True):
+            if length == 0:
+                raise UserError(f"user {user!r}: the tokenizer of {self.name} finds no token in the profile's text")
             if length > longest:
                 raise UserError(
                     f"user {user!r}: the profile's text has {length} tokens, {self.name} reads {longest}: give a "
                     "shorter --template; a cut text would lose what the user bans"
                 )
-        return masked_mean(self.model(**tokens).last_hidden_state, tokens["attention_mask"]).cpu()
+        try:
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.name}: is no model that reads text: {_first_line(error)}") from error
+        return masked_mean(hidden, mask).cpu()
+
+    @property
+    def _converses(self) -> bool:
+        return getattr(self.tokenizer, "chat_template", None) is not None
 
     def _positions(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+)
 from torch import Tensor
 
 from lit_safety.adapters import LoRA, load_psa, unload_psa
@@ -58,7 +63,8 @@ def watch(pipe: Any) -> list[Tensor]:
     """The user tokens of every call of the UNet from now on."""
     seen: list[Tensor] = []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["user_tokens"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append((kwargs["cross_attention_kwargs"] or {}).get("user_tokens")),
+        with_kwargs=True,
     )
     return seen
 
@@ -190,9 +196,74 @@ def test_bad_users_are_named(load: Make, folder: Make, users: Tensor, tmp_path: 
 
 def test_other_pipelines_are_refused(load: Make, folder: Make):
     stock = load()
-    pipe = StableDiffusionImg2ImgPipeline(**stock.components, requires_safety_checker=False)
-    with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline cannot draw for a user"):
+    pipe = StableDiffusionInstructPix2PixPipeline(**stock.components, requires_safety_checker=False)
+    with pytest.raises(UserError, match=r"InstructPix2PixPipeline cannot draw for a user: .*XLInpaintPipeline"):
         load_psa(pipe, folder())
+
+
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+@FAMILY
+def test_images_are_redrawn_for_users(load: Make, folder: Make, users: Tensor, family: str, task: str):
+    """The stock pipeline's picture at scale 0; each row its own user's, the unconditional half the null user's."""
+    import diffusers
+
+    stock = load(family)
+    kind = getattr(diffusers, f"StableDiffusion{'XL' if family == 'sdxl' else ''}{task}Pipeline")
+    pipe = kind(**stock.components, **({"requires_safety_checker": False} if family == "sd" else {}))
+    pipe.set_progress_bar_config(disable=True)
+    given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    options: dict[str, Any] = {"image": given, "strength": 0.9, "num_inference_steps": 3, "guidance_scale": 4.0}
+    if task == "Inpaint":
+        options |= {"mask_image": torch.ones(2, 1, 32, 32), "height": 32, "width": 32}
+
+    def redraw(**own: Any) -> np.ndarray:
+        generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return pipe(["a red cat", "a house"], generator=generator, output_type="np", **(options | own)).images
+
+    plain = redraw()
+    load_psa(pipe, folder(family), scale=0.0)
+    np.testing.assert_array_equal(redraw(user=list(IDS)), plain)
+    load_psa(pipe, folder(family))
+    projection = UserAdapter.of(pipe.unet).projection
+    seen = watch(pipe)
+    drawn, turned = redraw(user=list(IDS)), redraw(user=list(reversed(IDS)))
+    assert np.abs(drawn - plain).max() > 1e-3
+    assert all(np.abs(drawn[row] - turned[row]).max() > 1e-4 for row in range(2))
+    null = projection(users, torch.tensor([False, False]))
+    assert torch.equal(seen[0], torch.cat([null, projection(users)]))
+    unload_psa(pipe)
+    assert type(pipe) is kind
+    np.testing.assert_array_equal(redraw(), plain)
+
+
+def test_pipelines_that_share_a_network(load: Make, folder: Make):
+    """One made of a prepared pipeline draws for nobody until it is given users, and says so; then both do."""
+    pipe = load()
+    load_psa(pipe, folder())
+    expected = draw(pipe, user=list(IDS))
+    other: Any = AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(other) is StableDiffusionImg2ImgPipeline
+    options = {"image": torch.rand(1, 3, 32, 32), "num_inference_steps": 2}
+    with pytest.raises(UserError, match="was called without a user"):
+        other("a red cat", **options)
+    load_psa(other, folder())
+    assert other("a red cat", user="anna", **options).images
+    np.testing.assert_array_equal(draw(pipe, user=list(IDS)), expected)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_old_one_in_place(load: Make, folder: Make, tmp_path: Path):
+    """Otherwise whoever goes on after the error draws with the base model, without anybody's bounds."""
+    pipe = load()
+    load_psa(pipe, folder())
+    expected = draw(pipe, user=list(IDS))
+    (tmp_path / "psa_adapter.bin").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no torch file"):
+        load_psa(pipe, tmp_path / "psa_adapter.bin")
+    with pytest.raises(UserError, match=r"embeddings of 12 numbers, the adapter .* was trained on 7"):
+        load_psa(pipe, folder(embedding=7))
+    with pytest.raises(UserError, match="scale nan"):
+        load_psa(pipe, folder(), scale=float("nan"))
+    np.testing.assert_array_equal(draw(pipe, user=list(IDS)), expected)
 
 
 def test_attention_slicing_is_noticed(load: Make, folder: Make):
@@ -201,6 +272,8 @@ def test_attention_slicing_is_noticed(load: Make, folder: Make):
     pipe.enable_attention_slicing()
     with pytest.raises(UserError, match="was replaced by SlicedAttnProcessor"):
         draw(pipe, user="anna")
+    unload_psa(pipe)  # and there is a way out
+    assert np.isfinite(draw(pipe)).all()
 
 
 def test_half_a_pipeline_keeps_the_projection_whole(load: Make, folder: Make):

@@ -155,7 +155,7 @@ def test_missing_and_superfluous_layers_are_named(make_unet: Make, tmp_path: Pat
             if value is None:
                 del checkpoint[part][entry]
             else:
-                checkpoint[part][entry] = value
+                checkpoint.setdefault(part, {})[entry] = value
         torch.save(checkpoint, file)
         unet = unet if unet is not None else make_unet()
         with pytest.raises(UserError, match=match):
@@ -166,6 +166,8 @@ def test_missing_and_superfluous_layers_are_named(make_unet: Make, tmp_path: Pat
     refuse(r"psa_adapter\.6\.to_v_user\.0\.weight is missing, which is for mid_block", **{f"psa_adapter__{name}": None})
     refuse(r"8, 31\), this model's layer \(8, 32\)", **{"psa_adapter__0.to_k_user.0.weight": torch.zeros(8, 31)})
     refuse(r"more than one user token", **{"psa_adapter__0.to_k_user.1.weight": torch.zeros(8, 32)})
+    both = {f"user_adapter__{n}": t for n, t in published("sd")["psa_adapter"].items()}
+    refuse("two names of the same", **both)
     refuse(r"user_proj\.x is not of this layout", user_proj__x=torch.zeros(1))
     refuse(r"user_proj\.norm\.bias is missing", **{"user_proj__norm.bias": None})
     refuse(r"linear\.weight has shape \(64, 12\)", **{"user_proj__proj.weight": torch.zeros(64, USER)})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_safety.adapters import LoRA
 from lit_safety.adapters.lora import adapter_layers, adapters_off
-from lit_safety.adapters.user_adapter import UserAdapter
+from lit_safety.adapters.user_adapter import UserAdapter, detach
 from lit_safety.errors import UserError
 
 Make = Callable[..., Any]
@@ -101,7 +101,7 @@ def test_the_handle_is_found_again_and_taken_out(make_unet: Make, call_unet: Mak
     assert found.projection is adapter.projection
     with pytest.raises(UserError, match="has user attention already"):
         UserAdapter.attach(unet, 12)
-    found.detach()
+    detach(unet)
     assert set(unet.state_dict()) == before
     with pytest.raises(UserError, match="has no user attention"):
         UserAdapter.of(unet)
@@ -114,6 +114,8 @@ def test_attention_that_was_replaced_is_named(make_unet: Make, make_adapter: Mak
     unet.set_attention_slice("max")
     with pytest.raises(UserError, match=r"down_blocks\.0.*attn2: its user attention was replaced by Sliced"):
         UserAdapter.of(unet)
+    detach(unet)  # what is left of it
+    assert set(unet.state_dict()) == set(make_unet().state_dict())
 
 
 def test_a_checkpoint_of_the_unet_carries_the_adapter(

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from lit_safety.adapters.user_adapter import UserAdapter
+from lit_safety.adapters.user_adapter import UserAdapter, detach
 from lit_safety.adapters.user_attention import UserAttention
 from lit_safety.errors import UserError
 
@@ -88,7 +88,7 @@ def test_the_base_to_the_bit_at_the_start_at_scale_zero_and_off(
     unet = make_unet(family)
     fresh = UserAdapter.attach(unet, 12, tokens)
     assert torch.equal(call_unet(unet, fresh.projection(users)), base)
-    fresh.detach()
+    detach(fresh.unet)
     assert torch.equal(call_unet(unet), base)
     adapter = make_adapter(unet, tokens)
     adapted = call_unet(unet, adapter.projection(users))

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
 
-from lit_safety.adapters import load_psa
+from lit_safety.adapters import LoRA, load_psa
 from lit_safety.adapters.psa_published import to_published
 from lit_safety.callbacks import ExportUserAdapter
 from lit_safety.data import PreferenceDataModule
@@ -173,6 +173,55 @@ def test_prompt_and_user_are_dropped_as_guidance_uses_them(tiny_pipeline: Path, 
     projection = module.adapter.projection
     null = projection.norm(projection.null_tokens)
     torch.testing.assert_close(conditioning["cross_attention_kwargs"]["user_tokens"], torch.stack([null, null]))
+
+
+def test_without_prompt_and_user_the_policy_is_held_to_the_reference(tiny_pipeline: Path, users: Path):
+    """Loss of a pair that is dropped jointly: log 2 of the margin 0, SFT on the reference's error, and 3 * drift, which
+    alone has a gradient. Without an anchor such pairs prefer the safe image as the null user's do."""
+    objective = DiffusionDPO(beta=200.0, sft_weight=5.0, anchor_weight=3.0)
+    module = PSA(str(tiny_pipeline), objective, users=str(users), user_dropout=0, joint_dropout=0.999)
+    module.configure_model()
+    moved(module).train()
+    batch = batch_of(2, (1.0, 0.0))
+    errors = module.errors(batch)
+    assert errors.drift is not None
+    assert (errors.drift > 1e-6).all()
+    output = module.loss(errors, batch)
+    expected = math.log(2) + 5.0 * errors.reference_chosen + 3.0 * errors.drift
+    torch.testing.assert_close(output.loss, expected)
+    (gradient,) = torch.autograd.grad(output.loss.sum(), errors.drift, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.full((2,), 3.0))
+    assert not errors.policy_chosen.requires_grad or torch.equal(errors.policy_chosen, errors.reference_chosen)
+    free = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users), user_dropout=0, joint_dropout=0.999)
+    free.configure_model()
+    moved(free).train()
+    found = free.errors(batch)
+    assert (found.policy_chosen - found.reference_chosen).abs().min() > 1e-6
+    module.eval()
+    assert (module.errors(batch).policy_chosen - errors.reference_chosen).abs().min() > 1e-6
+
+
+def test_a_lora_is_trained_with_it_and_is_no_part_of_the_reference(tiny_pipeline: Path, users: Path, tmp_path: Path):
+    """At the start policy and reference are equal to the bit; afterwards the reference is the base still."""
+    lora = LoRA(rank=2, target_modules=["to_q", "ff.net.2"])
+    module = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users), lora=lora, joint_dropout=0.0)
+    module.configure_model()
+    names = [name for name, _ in module.trainable_parameters()]
+    assert any(".lora_A.policy." in name for name in names)
+    assert any("to_v_user" in name for name in names)
+    batch = batch_of(2)
+    start = module.errors(batch)
+    assert torch.equal(start.policy_chosen, start.reference_chosen)
+    for name, parameter in module.trainable_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    later = module.errors(batch)
+    assert torch.equal(later.reference_chosen, start.reference_chosen)
+    assert not torch.equal(later.policy_chosen, start.policy_chosen)
+    module.save_export(tmp_path)
+    again = PSA(str(tiny_pipeline), users=str(users), lora=lora, start_from=str(tmp_path))
+    again.configure_model()
+    assert torch.equal(again.errors(batch).policy_chosen, later.policy_chosen)
 
 
 def test_bad_users_are_named(tiny_pipeline: Path, users: Path, tmp_path: Path, module: PSA):

@@ -1,9 +1,10 @@
+import csv
 from pathlib import Path
 
 import pytest
 
 from lit_safety.errors import UserError
-from lit_safety.users.profiles import Profile
+from lit_safety.users.profiles import Profile, read_profiles
 from lit_safety.users.template import FIELDS, fill, read_template
 
 PROFILE = Profile("anna", 18, "adolescents", "male", "None", "healthy", "<<AGE>>", ("violence", "sexual"), ())
@@ -11,7 +12,7 @@ PROFILE = Profile("anna", 18, "adolescents", "male", "None", "healthy", "<<AGE>>
 
 def test_the_packages_template_says_everything() -> None:
     text = read_template()
-    assert all(f"<<{name}>>" in text for name in FIELDS)
+    assert all(f"<<{name}>>" in text for name in FIELDS if name not in ("BANNED", "ALLOWED"))
     filled = fill(text, PROFILE)
     assert "Age: 18 years (adolescents)" in filled
     assert "Religion: None" in filled
@@ -23,6 +24,16 @@ def test_a_value_that_looks_like_a_field_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_text("<<MENTAL>> at <<AGE>>")
     assert fill(read_template(path), PROFILE) == "<<AGE>> at 18"
+
+
+def test_lists_are_written_as_published() -> None:
+    """Every row of Sage's users.csv: what its own template gets is the cell as it stands, spelling and order."""
+    table = Path(__file__).parent / "sage_profiles.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        cells = [(row["Banned_Categories"], row["Allowed_Categories"]) for row in csv.DictReader(file)]
+    filled = [fill("<<BANNED>>|<<ALLOWED>>", profile) for profile in read_profiles(table).values()]
+    assert filled == [f"{banned}|{allowed}" for banned, allowed in cells]
+    assert len(filled) > 400
 
 
 @pytest.mark.parametrize(

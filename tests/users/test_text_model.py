@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,10 +60,102 @@ def test_an_embedding_does_not_depend_on_its_batch(bert: Path) -> None:
 def test_a_model_of_conversations_is_given_a_message(bert: Path) -> None:
     model = TextModel(str(bert), "cpu")
     plain = model.embed({"a": "violence"})["a"]
-    model.tokenizer.chat_template = "age {{ messages[0]['content'] }}{% if add_generation_prompt %} male{% endif %}"
+    # Special tokens stand in the message, as every model of conversations wants them, and are not put around it again.
+    model.tokenizer.chat_template = (
+        "[CLS] age {{ messages[0]['content'] }}{% if add_generation_prompt %} male [SEP]{% endif %}"
+    )
     torch.testing.assert_close(model.embed({"a": "violence"})["a"], TextModel(str(bert), "cpu").embed(
         {"a": "age violence male"})["a"])  # fmt: skip
     assert not torch.equal(plain, model.embed({"a": "violence"})["a"])
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    """`words(folder)`: a tokenizer of whole words in that folder, without a token for padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def save(folder: Path, padding_side: str = "right") -> str:
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="[UNK]", padding_side=padding_side, model_max_length=16
+        ).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def qwen2(folder: Path) -> str:
+    """A random decoder in bf16, as the published one, whose tokenizer knows bytes and pads in front."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2Model, Qwen2Tokenizer
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=257, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, max_position_embeddings=64,
+    )  # fmt: skip
+    Qwen2Model(config).to(torch.bfloat16).save_pretrained(folder)
+    letters = {letter: i for i, letter in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>"])}
+    Qwen2Tokenizer(vocab=letters, merges=[], padding_side="left").save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2(folder: Path, words: Any) -> str:
+    """A random decoder with learned places, whose tokenizer pads in front."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    GPT2Model(GPT2Config(vocab_size=len(WORDS), n_embd=8, n_layer=2, n_head=2, n_positions=16)).save_pretrained(folder)
+    return words(folder, padding_side="left")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_decoder_gives_a_text_the_same_numbers_in_any_batch(kind: str, words: Any, tmp_path: Path) -> None:
+    """Also where the tokenizer pads in front, as the published one does: GPT-2 would count places from the padding."""
+    model = TextModel(qwen2(tmp_path) if kind == "qwen2" else gpt2(tmp_path, words), "cpu")
+    model.model.float()
+    texts = {"a": "age 18", "b": "religion none violence sexual male", "c": "age"}
+    together = model.embed(texts, batch_size=3)
+    for user, text in texts.items():
+        ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model.model(input_ids=ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(together[user], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_is_averaged_in_fp32(tmp_path: Path) -> None:
+    """Weights in bf16, as Qwen2.5 is published: hidden states are rounded, their mean is not rounded again."""
+    model = TextModel(qwen2(tmp_path), "cpu")
+    assert model.model.dtype == torch.bfloat16
+    found = model.embed({"a": "age 18"})["a"]
+    with torch.no_grad():
+        hidden = model.model(**model.tokenizer("age 18", return_tensors="pt")).last_hidden_state[0]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, hidden.float().mean(0))
+
+
+def test_of_two_halves_the_one_that_reads_text_is_taken(words: Any, tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, T5Config, T5EncoderModel, T5Model
+
+    torch.manual_seed(0)
+    ids = torch.tensor([[WORDS.index("age"), WORDS.index("18")]])
+    t5 = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5Model(t5).save_pretrained(tmp_path / "t5")
+    found = TextModel(words(tmp_path / "t5"), "cpu").embed({"a": "age 18", "b": "age 18 religion none"})["a"]
+    with torch.no_grad():
+        expected = T5EncoderModel.from_pretrained(tmp_path / "t5").eval()(input_ids=ids).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    text = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**text, image_size=8, patch_size=4)
+    reads = CLIPTextConfig(**text, vocab_size=11, max_position_embeddings=16, bos_token_id=2, eos_token_id=3)
+    CLIPModel(CLIPConfig(text_config=reads.to_dict(), vision_config=vision.to_dict())).save_pretrained(
+        tmp_path / "clip"
+    )
+    model = TextModel(words(tmp_path / "clip"), "cpu")
+    assert model.dimension == 8
+    assert model.embed({"a": "age 18"})["a"].shape == (8,)
 
 
 def test_what_cannot_be_embedded_names_the_user_or_the_model(bert: Path, tmp_path: Path) -> None:
@@ -74,6 +167,22 @@ def test_what_cannot_be_embedded_names_the_user_or_the_model(bert: Path, tmp_pat
         model.embed({"a": "age"})
     with pytest.raises(UserError, match="is no text model that can be loaded"):
         TextModel(str(tmp_path), "cpu")
+    with pytest.raises(UserError, match=r"--device nowhere: .* cannot be put there"):
+        TextModel(str(bert), "nowhere")
+
+
+def test_a_tokenizer_that_does_not_fit_its_model_is_named(bert: Path, words: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(bert, folder)
+    words(folder)
+    model = TextModel(str(folder), "cpu")
+    with pytest.raises(UserError, match=r"user 'b': .* finds no token in the profile's text"):
+        model.embed({"a": "age", "b": " "})
+    model.model.resize_token_embeddings(5)
+    with pytest.raises(UserError, match=r"is no model that reads text: index out of range"):
+        model.embed({"a": "male"})
 
 
 def test_pickled_weights_are_not_read(bert: Path, tmp_path: Path) -> None:
