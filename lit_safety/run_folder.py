@@ -67,9 +67,7 @@ def new_folder(parent: Path) -> Path:
 
 
 def last_checkpoint(parent: Path) -> Path:
-    """`checkpoints/last.ckpt` of the newest run under ``parent`` that has one.
-
-    A run that was killed while it renamed one has the numbered checkpoint beside it.
+    """The newest checkpoint to go on from of the newest run under ``parent`` that has one.
 
     Raises:
         UserError: if no run has one.
@@ -82,9 +80,26 @@ def last_checkpoint(parent: Path) -> Path:
 
 
 def _newest(last: Path) -> Path | None:
-    if last.exists():
-        return last
-    return max(last.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    """`last.ckpt`, or a numbered checkpoint beside it where that is newer: `save_last` was off, or a kill came between.
+
+    A kill between the renames of a folder leaves the one before as `.last.ckpt.old`.
+    """
+    found = sorted(last.parent.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime, path == last), reverse=True)
+    for path in found:
+        if path == last or path.is_dir() or _has_optimizer(path):
+            return path
+    old = last.with_name(f".{last.name}.old")
+    return old if old.is_dir() else None
+
+
+def _has_optimizer(path: Path) -> bool:
+    """Whether a checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
+    from lit_safety.adapters.start_from import read_file
+
+    try:
+        return "optimizer_states" in read_file(path)
+    except UserError:
+        return False
 
 
 def point_latest(folder: Path) -> None:

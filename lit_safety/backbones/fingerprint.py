@@ -55,9 +55,9 @@ def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
 
 
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
-    weights = sorted(folder.glob("*.safetensors"))
-    if any(".fp16." not in file.name for file in weights):  # a folder with both variants: those that are loaded
-        weights = [file for file in weights if ".fp16." not in file.name]
+    # Of a folder with several variants, as a clone of SD1.5 is, those that are loaded.
+    weights = [file for file in sorted(folder.glob("*.safetensors")) if ".non_ema." not in file.name]
+    weights = [file for file in weights if ".fp16." not in file.name] or weights
     words = [file for file in sorted(folder.glob("*")) if file.suffix in (".txt", ".model")]
     words += [file for file in sorted(folder.glob("*.json")) if file.name in ("vocab.json", "tokenizer.json")]
     if not weights and not words:

@@ -21,7 +21,7 @@ from lit_safety.errors import UserError
 class AtomicModelCheckpoint(ModelCheckpoint):
     """`ModelCheckpoint` whose checkpoints, files or folders, take their name only when they are whole.
 
-    At every moment at least one of `last.ckpt` and the numbered checkpoint beside it is whole, so that
+    At every moment `last.ckpt`, a numbered checkpoint beside it or `.last.ckpt.old` is whole, so that
     `--ckpt_path last` finds one after a kill at any point. Its options are Lightning's.
     """
 
@@ -92,11 +92,11 @@ def in_folders(trainer: Trainer) -> bool:
 def swap(partial: Path, path: Path) -> None:
     """Give the folder ``partial`` the name ``path``, whatever has it; two renames, nothing is written."""
     old = path.with_name(f".{path.name}.old")
-    _remove(old)
     for file in (file for file in partial.rglob("*") if file.is_file()):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    if path.exists():
+    if path.exists():  # else `old` is all that a kill has left, and stays until the new one has its name
+        _remove(old)
         path.rename(old)
     partial.rename(path)
     sync_folder(path.parent)

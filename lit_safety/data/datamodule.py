@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
 from lit_safety.data.buckets import bucket_groups
-from lit_safety.data.cache import check_resolution
-from lit_safety.data.cached_source import CachedSource, cached_source
 from lit_safety.data.categories import CATEGORIES
 from lit_safety.data.decode import PairDecoder
+from lit_safety.data.given_shards import GivenShards
 from lit_safety.data.loader import PairLoader
 from lit_safety.data.mix import mixed_batches, shares
 from lit_safety.data.order import Deal
 from lit_safety.data.picture_sizes import chosen_sizes
 from lit_safety.data.place import Place
 from lit_safety.data.plan import Group, batches_in
-from lit_safety.data.select import Filter, Selection, select, take
-from lit_safety.data.source import Source, open_source
+from lit_safety.data.select import Filter, Selection, take
+from lit_safety.data.settings_check import KEY, check_settings
+from lit_safety.data.source import Source
 from lit_safety.data.stream import PairStream
 from lit_safety.errors import UserError
 
-KEY = "data.init_args"
+__all__ = ["KEY", "PreferenceDataModule"]
 
 
-class PreferenceDataModule(LightningDataModule):
+class PreferenceDataModule(GivenShards):
     """Streams preference pairs from shards as `PairBatch`.
 
     The order of the training pairs and every random choice made for one are pure functions of `seed` and the
@@ -135,150 +132,10 @@ class PreferenceDataModule(LightningDataModule):
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
-        self._opened: dict[str, tuple[Source, Selection]] = {}
-        self._caches: dict[str, CachedSource] = {}
         self._sizes: dict[str, list[NDArray[np.int64]]] = {}
         self.labels_only: frozenset[str] = frozenset()
         """Of train, val and test, what a module reads no images of: it has kept what it needs of them."""
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for name, least in (
-            ("batch_size", 1),
-            ("val_batch_size", 1),
-            ("num_workers", 0),
-            ("shuffle_window", 1),
-            ("bad_sample_limit", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{KEY}.{name} must be at least {least}, not {getattr(self, name)}")
-        if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"{KEY}.resolution must be at least 1 pixel, not {self.resolution}")
-        if self.consecutive and not self.one_category:
-            raise UserError(f"{KEY}.consecutive: true is about batches of one category: set {KEY}.one_category: true")
-        if self.aspect_buckets:
-            if self.resolution is None:
-                raise UserError(
-                    f"{KEY}.aspect_buckets: true cuts pictures to about resolution^2 pixels: set {KEY}.resolution"
-                )
-            if self.one_category or self.weights is not None:
-                other = "one_category" if self.one_category else "weights"
-                raise UserError(f"{KEY}.aspect_buckets divides batches, {KEY}.{other} too: leave one of them out")
-        if self.weights is not None:
-            entries = len(self.train) if isinstance(self.train, list) else 0
-            if len(self.weights) != entries or not all(0 < weight < float("inf") for weight in self.weights):
-                raise UserError(
-                    f"{KEY}.weights must hold a number above 0 for each entry of the list {KEY}.train, which has "
-                    f"{entries or 'none: it is no list'}"
-                )
-            if self.one_category:
-                raise UserError(f"{KEY}.weights mixes batches, {KEY}.one_category divides them: leave one of them out")
-        if self.on_bad_sample not in ("error", "skip"):
-            raise UserError(f"{KEY}.on_bad_sample must be error or skip, not {self.on_bad_sample!r}")
-
-    # ---- what can be known before a model is touched
-
-    def check_sources(self, stage: str | None = "fit") -> None:
-        """Find the shards a stage reads and check what can be known without reading them.
-
-        Cheap, and safe to call before weights are loaded; `setup` calls it too.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None: all that is given.
-
-        Raises:
-            UserError: shards are missing, empty or filtered away, or there are more workers than shards.
-        """
-        for name in self._needed(stage):
-            self._open(name)
-        if "train" in self._opened:
-            shards = len(self._opened["train"][0].paths)
-            if self.num_workers > shards:
-                raise UserError(
-                    f"{KEY}.num_workers is {self.num_workers} but {KEY}.train has only {shards} "
-                    f"shard{'s' if shards > 1 else ''}; lower it to {shards}, or write more, smaller shards"
-                )
-
-    def _needed(self, stage: str | None) -> list[str]:
-        if stage == "fit":
-            if self.train is None:
-                raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
-            return ["train"] if self.val is None else ["train", "val"]
-        if stage == "validate" and self.val is None:
-            raise UserError(f"{KEY}.val is not given; name a folder of shards to validate on")
-        if stage in ("test", "predict") and self.test is None:
-            raise UserError(f"{KEY}.test is not given; name a folder of shards to {stage} on")
-        given = {"validate": ["val"], "test": ["test"], "predict": ["test"]}.get(str(stage), ["train", "val", "test"])
-        return [name for name in given if getattr(self, name) is not None]
-
-    def _open(self, name: str) -> tuple[Source, Selection]:
-        if name not in self._opened:
-            given: str | Sequence[str] = getattr(self, name)
-            source = open_source(given, f"{KEY}.{name}")
-            self._opened[name] = source, select(source, self.filter)
-            if not self.use_cache:
-                self._check_images(source)
-            cached = cached_source(source, self.use_reference) if self.use_cache else None
-            if cached is not None and self.aspect_buckets:
-                raise UserError(
-                    f"{source.key}: is a cache, which holds pictures of one size, and {KEY}.aspect_buckets is on: name "
-                    f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
-                )
-            if cached is not None:
-                check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
-                self._caches[name] = cached
-        return self._opened[name]
-
-    def _check_images(self, source: Source) -> None:
-        for one in source.caches:
-            if one.cache and one.cache.get("images") is not True:
-                raise UserError(
-                    f"{source.key}: {KEY}.use_cache is false, but {one.given} holds latents and no images; name the "
-                    "shards it was made from, or make it anew with `shards precompute --keep_images true`"
-                )
-
-    def caches(self, stage: str | None = "fit") -> list[CachedSource]:
-        """What a stage reads from caches instead of images, so that a model can be compared with its maker.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        return [self._caches[name] for name in self._needed(stage) if name in self._caches]
-
-    def users(self, stage: str | None = "fit") -> dict[str, frozenset[str]]:
-        """Ids of the users whose pairs a stage reads, by YAML key, as far as the manifests say.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        return {
-            f"{KEY}.{name}": frozenset(
-                one.user
-                for one in self._opened[name][0].manifest.classes
-                if one.user is not None and self.filter.takes(one)
-            )
-            for name in self._needed(stage)
-        }
-
-    def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
-        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
-        manifests say.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        counts: dict[str, Counter[str]] = {}
-        for source in (self._opened[name][0] for name in self._needed(stage)):
-            shards, classes = iter(source.manifest.shardlist), source.manifest.classes
-            for folder, length in zip(source.caches, source.parts or (len(source.paths),), strict=True):
-                found = counts.setdefault(f"{source.key}: {folder.given}", Counter())
-                for number, pairs in Counter(n for one in islice(shards, length) for n in one.classes or ()).items():
-                    if self.filter.takes(classes[number]):
-                        found[classes[number].order] += pairs
-        return counts
+        check_settings(self)
 
     # ---- Lightning's hooks
 

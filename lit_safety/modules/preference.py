@@ -1,30 +1,22 @@
 """The LightningModule that every preference method subclasses.
 
 A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss`
-and `configure_policy`; the rest (shared chance, fp32 errors, logging, checkpoints of trainable weights) stays.
+and `configure_policy` (in `policy.py`, as all that is about the network itself); the rest (shared chance, fp32 errors,
+logging, checkpoints of trainable weights) stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from PIL.Image import Image
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
-from lit_safety.adapters.pieces import whole
-from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, read_checkpoint, read_file
-from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
-from lit_safety.backbones import Backbone, Conditioning, load_backbone
+from lit_safety.adapters.lora import LoRA
+from lit_safety.backbones import Conditioning
 from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.backbones.text import TruncatedPrompts, encode_alike
 from lit_safety.data.batch import PairBatch
@@ -32,13 +24,14 @@ from lit_safety.data.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.errors import UserError
 from lit_safety.modules.cache_check import check_caches, check_references
 from lit_safety.modules.label_checks import check_labels, check_orders
-from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
+from lit_safety.modules.monitoring import TimestepBins
 from lit_safety.modules.outer_step import warn_without_outer_step
+from lit_safety.modules.policy import POLICY, Drawing, Policy
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.sharding import as_on_rank_0, drop_frozen, shard, under_fsdp
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.start_margin import check_start
 from lit_safety.modules.strategy_checks import check_resume, check_weights, family
+from lit_safety.modules.watched_gradient import WatchedGradient
 from lit_safety.objectives import (
     Objective,
     ObjectiveOutput,
@@ -48,24 +41,10 @@ from lit_safety.objectives import (
     residual_overlap,
 )
 
-#: The name the policy's adapter carries inside PEFT.
-POLICY = "policy"
+__all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
 
-@dataclass
-class Drawing:
-    """How a module draws: DDIM-style sampling by the pipeline's own scheduler.
-
-    Args:
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance.
-    """
-
-    steps: int = 20
-    guidance: float = 3.0
-
-
-class PreferenceModule(LightningModule):
+class PreferenceModule(Policy, WatchedGradient):
     """Preference optimisation of a text-to-image model against its own frozen self.
 
     Args:
@@ -95,28 +74,17 @@ class PreferenceModule(LightningModule):
         speed: Speed | None = None,
         start_from: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pretrained, lora, optimizer, lr_scheduler, drawing, speed, start_from)
         if not 0.0 <= prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {prompt_dropout}")
-        self.pretrained = pretrained
         self.objective = objective
-        self.lora = lora or LoRA()
-        self.make_optimizer = optimizer
-        self.make_lr_scheduler = lr_scheduler
         self.prompt_dropout = prompt_dropout
-        self.drawing = drawing or Drawing()
-        self.speed = speed or Speed()
-        self.start_from = start_from
         self.validation_errors = TimestepBins(timestep_bins)
-        self.finite_loss = FiniteLossGuard()
         self.truncated = TruncatedPrompts()
-        self._gradient_norm: Tensor | None = None
         # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
         self.strict_loading = False
 
-    # ---- the model -------------------------------------------------------------------------------------------
-
-    backbone: Backbone
+    # ---- before anything is loaded ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
@@ -133,80 +101,6 @@ class PreferenceModule(LightningModule):
                 f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
                 "it: use bf16-mixed, or 32-true"
             )
-
-    def configure_model(self) -> None:
-        if "backbone" in self._modules:
-            return
-        if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self.backbone = load_backbone(self.pretrained)
-            self.configure_policy()
-            self._start()
-            self.speed.apply(self.backbone.denoiser)
-            if under_fsdp(self._trainer):
-                self._shard()
-            return
-        with unpartitioned():  # diffusers loads into whole parameters only
-            self.backbone = load_backbone(self.pretrained)
-            # DeepSpeed sends weights as bytes, and those in channels-last cannot be read as such.
-            whole: Any = self.backbone
-            whole.to(memory_format=torch.contiguous_format)
-            self.configure_policy()
-            self._start()
-            self.speed.apply(self.backbone.denoiser)
-
-    def _start(self) -> None:
-        if self.start_from is None:
-            return
-        path = Path(self.start_from)
-        if not path.exists():
-            raise UserError(f"`model.init_args.start_from` {path} does not exist; name an adapter or a checkpoint")
-        self.begin_from(path)
-
-    def begin_from(self, path: Path) -> None:
-        """Begin with the weights that an export or a checkpoint holds, before anything is trained.
-
-        Raises:
-            UserError: they are not those of what is trained here.
-        """
-        trained = dict(self.trainable_parameters())
-        weights = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else self.read_export(path)
-        check_weights(trained, weights, f"`model.init_args.start_from` {path}")
-        fill(trained, weights)
-
-    def read_export(self, path: Path) -> dict[str, Tensor]:
-        """What `save_export` has written, by the names of `trainable_parameters`."""
-        weights = read_adapter(path, self.lora, POLICY)
-        return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
-
-    def _shard(self) -> None:
-        """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""
-        as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
-        for network in self.networks():
-            shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
-        self.register_state_dict_post_hook(drop_frozen)
-        if self.trainer.ckpt_path is not None and Path(str(self.trainer.ckpt_path)).is_file():
-            held = read_file(Path(str(self.trainer.ckpt_path)))["state_dict"]
-            check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
-
-    def networks(self) -> list[torch.nn.Module]:
-        """The networks that FSDP2 cuts into pieces."""
-        return [self.backbone.denoiser]
-
-    def configure_policy(self) -> None:
-        """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
-        self.lora.attach(self.backbone.denoiser, POLICY)
-        self._layers = adapter_layers(self.backbone.denoiser)
-
-    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names and parameters of what is trained."""
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for _, p in self.trainable_parameters()])
-        if self.make_lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- what a researcher overrides -------------------------------------------------------------------------
 
@@ -265,15 +159,6 @@ class PreferenceModule(LightningModule):
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether `reference` can be run, beside what caches hold of it."""
-        return True
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Within, the denoiser is the reference; left before any backward pass."""
-        return adapters_off(self._layers)
 
     @property
     def drops_prompts(self) -> bool:
@@ -337,39 +222,6 @@ class PreferenceModule(LightningModule):
             return drawn
         return normal(batch.noise_seeds, purpose, shape).to(self.device, non_blocking=True)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """One picture a prompt by the policy, each from the initial noise of its own seed."""
-        drawn = self.backbone.pipeline()(
-            prompt=list(prompts),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=self.drawing.steps,
-            guidance_scale=self.drawing.guidance,
-        )
-        return list(drawn.images)
-
-    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
-        """What a run shows of itself: the prompts as rows of pictures, one row for each thing that is trained."""
-        return [self.draw(prompts, seeds)]
-
-    def exports(self) -> list[str]:
-        """The folders, below the run's, of the adapters that a fit leaves."""
-        return ["adapter"]
-
-    @contextmanager
-    def exporting(self, export: str) -> Iterator[None]:
-        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
-        trained = dict(self.trainable_parameters())
-        with replaced(self, trained, master_weights(trained)):
-            yield
-
-    def save_export(self, folder: Path) -> None:
-        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
-        self.backbone.save_lora(folder, POLICY)
-
-    def export_settings(self, export: str) -> dict[str, Any]:
-        """What the card of ``export`` says of what was trained."""
-        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
-
     # ---- Lightning's hooks -----------------------------------------------------------------------------------
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -415,44 +267,6 @@ class PreferenceModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.log_dict({f"test/{k}": v for k, v in self.validation_errors.compute().items()}, sync_dist=True)
         self.validation_errors.reset()
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._gradient_norm = None
-        if gradients:  # DeepSpeed keeps gradients to itself
-            self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
-            self._watch_gradient(norm)
-            self.log("grad_norm", norm)
-
-    def _watch_gradient(self, norm: Tensor) -> None:
-        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
-        if self._trainer is None or self._trainer.precision != "16-mixed":
-            self.finite_loss.watch_gradient(norm)
-
-    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        super().optimizer_step(*arguments, **named)
-        engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
-        # DeepSpeed has it only now.
-        if engine is not None and (found := engine.get_global_grad_norm()) is not None:
-            norm = torch.as_tensor(found).to(self.device, torch.float32)
-            self._watch_gradient(norm)
-            self.log("grad_norm", norm)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
-        if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
-
-    def on_train_end(self) -> None:
-        self.finite_loss.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()

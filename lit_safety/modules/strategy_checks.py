@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_safety.adapters.start_from import read_file
 from lit_safety.errors import UserError
+from lit_safety.modules.deepspeed_precision import set_precision
 
 #: How else a run goes on: ready to be put behind what was refused.
 WARM_START = (
@@ -36,10 +37,10 @@ def family(strategy: Strategy) -> str:
 
 
 def prepare_strategy(trainer: Trainer) -> None:
-    """Refuse what no run here can be trained with, and let FSDP2 span all ranks.
+    """Refuse what no run here can be trained with, let DeepSpeed compute in autocast and FSDP2 span all ranks.
 
     Raises:
-        UserError: FSDP 1, DeepSpeed without a GPU, tensor parallelism, or sizes that do not fit the ranks.
+        UserError: FSDP 1, DeepSpeed without a GPU or in float16, tensor parallelism, sizes that do not fit the ranks.
     """
     strategy: Any = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
@@ -52,6 +53,7 @@ def prepare_strategy(trainer: Trainer) -> None:
             f"{type(trainer.accelerator).__name__}: use ddp or fsdp, or `trainer.accelerator: gpu`"
         )
     if isinstance(strategy, DeepSpeedStrategy):
+        set_precision(strategy)
         _check_offload(strategy)
     if isinstance(strategy, ModelParallelStrategy):
         if strategy._tensor_parallel_size != 1:

@@ -81,6 +81,15 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     assert set(fingerprint(str(tmp_path / "pipe"), PARTS)) == {"text_encoder", "tokenizer"}
 
 
+def test_variants_that_are_not_loaded_do_not_count(tiny_pipeline: Path, tmp_path: Path):
+    """A clone of SD1.5 has them beside the weights; fetched from the hub it has not."""
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    for variant in ("fp16", "non_ema"):
+        name = f"diffusion_pytorch_model.{variant}.safetensors"
+        save_file({"other": torch.ones(2)}, tmp_path / "pipe" / "unet" / name)
+    assert fingerprint(str(tmp_path / "pipe"), ["unet"]) == fingerprint(str(tiny_pipeline), ["unet"])
+
+
 def test_a_fingerprint_follows_a_text_encoders_settings(tiny_pipeline: Path, tmp_path: Path):
     """Another activation gives other text with the same weights; a default that is stated is none that is left out."""
     first = fingerprint(str(tiny_pipeline), PARTS)["text_encoder"]

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_safety.errors import UserError
 from lit_safety.run_folder import last_checkpoint, new_folder, point_latest, remove_if_barren
@@ -29,6 +30,18 @@ def test_last_is_the_newest_checkpoint_and_not_the_newest_folder(tmp_path: Path)
     assert last_checkpoint(tmp_path) == newest
     with pytest.raises(UserError, match="train first"):
         last_checkpoint(tmp_path / "c")
+
+
+def test_a_newer_numbered_checkpoint_is_the_last_one(tmp_path: Path):
+    """Where `save_last` is off, a `last.ckpt` may be a SIGTERM's of long ago. From weights alone nothing goes on."""
+    last = checkpoint(tmp_path / "run", age=100)
+    for name, more, age in (("step=2", {"optimizer_states": []}, 50), ("best", {}, 10), ("junk", None, 5)):
+        file = last.with_name(f"{name}.ckpt")
+        torch.save({"state_dict": {}, **more}, file) if more is not None else file.write_text("no checkpoint")
+        os.utime(file, (1e9 - age, 1e9 - age))
+    assert last_checkpoint(tmp_path) == last.with_name("step=2.ckpt")
+    os.utime(last, (1e9 - 50, 1e9 - 50))
+    assert last_checkpoint(tmp_path) == last
 
 
 def test_latest_moves(tmp_path: Path):

@@ -50,6 +50,8 @@ class Ranks:
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
+        for process in self.processes:
+            process.join()
         return codes
 
     def said(self, rank: int = 0) -> str:
