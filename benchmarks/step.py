@@ -63,6 +63,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fit", action="store_true", help="time `fit` itself: start-up, and two processes")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.fit and options.model == "sdxl":
+        parser.error("--fit times the command line on toy or sd15; for sdxl leave it out")
     options.resolution = options.resolution or RESOLUTION.get(options.model, 32)
     return options
 
