@@ -47,8 +47,8 @@ def test_float16_is_refused_by_name():
 def test_strategies_compute_what_one_process_does(tiny_pipeline: Path, user_shards: Path, tmp_path: Path):
     """Two ranks with batches of 1 against one process with 2, two batches an optimizer step.
 
-    bfloat16 has 8 bits: a product may fall to the other side in another batch, and DeepSpeed averages gradients in it, so
-    its losses part by up to 1.6% after some steps. Under rounded weights or batches they would from the first on.
+    bfloat16 has 8 bits: a product may fall to the other side in another batch, and DeepSpeed averages gradients in it,
+    so its losses part by up to 1.6% after some steps. Under rounded weights or batches they would from the first on.
     """
     found = {}
     for strategy in ("alone", "ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"):
