@@ -68,7 +68,7 @@ def test_bad_files_are_named_with_the_layer(make_unet: Make, make_adapter: Make,
     refuse(r"linear\.weight has shape \(128, 12\), this model's layer \(64, 12\)", {}, tokens=2)
     refuse(r"\(some/model\): its context is 32 wide, this model's 16", {}, unet=make_unet(context=16))
     refuse(r"down_blocks\.2.*is missing", {}, unet=make_unet("sdxl"))
-    refuse("format version 2 is not known", {}, format_version=2)
+    refuse("format version 3 is not known", {}, format_version=3)
     refuse("must be whole numbers", {}, tokens="4")
     save_file(tensors, file)
     with pytest.raises(UserError, match="is no user adapter"):

@@ -36,11 +36,12 @@ def test_the_evaluation_and_its_model_parse(capsys: pytest.CaptureFixture[str]):
 def test_the_study_calls_what_there_is(capsys: pytest.CaptureFixture[str]):
     """Three seeds of an alignment that knows no users, then of one that does; the first is an arm of the second."""
     jobs = jobs_of(load_study(str(CONFIGS / "studies" / "psa.yaml")))
-    assert [job.name for job in jobs if job.seed == 2] == ["uniform/seed2", "users/seed2"]
-    uniform, users = jobs[:2]
+    assert [job.name for job in jobs if job.seed == 2] == ["cache/seed2", "uniform/seed2", "users/seed2"]
+    cache, uniform, users = jobs[:3]
     assert uniform.metrics is None
     (fit, evaluate) = users.commands
     assert fit[0] == "fit"
+    assert f"--data.init_args.train={cache.folder}/shards" in fit
     found = printed(list(evaluate), capsys)
     assert found["prompts"].endswith("test.csv")
     assert found["each"] * len(found["splits"]) >= 100
