@@ -47,8 +47,8 @@ def test_float16_is_refused_by_name():
 def test_strategies_compute_what_one_process_does(tiny_pipeline: Path, user_shards: Path, tmp_path: Path):
     """Two ranks with batches of 1 against one process with 2, two batches an optimizer step.
 
-    bfloat16 has 8 bits: a product may fall to the other side in another batch, and DeepSpeed averages gradients in it,
-    so its losses part by up to 1.6% after some steps. Under rounded weights or batches they would from the first on.
+    bfloat16 has 8 bits: a product may fall to the other side in another batch. Under float16 or rounded weights the
+    losses would part by much more than the tolerance.
     """
     found = {}
     for strategy in ("alone", "ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"):
@@ -65,8 +65,7 @@ def test_strategies_compute_what_one_process_does(tiny_pipeline: Path, user_shar
     moved = max(value.abs().max().item() for name, value in weights.items() if "lora_B" in name)
     assert moved > 1e-5
     for strategy, (theirs, trained) in found.items():
-        assert theirs[:2] == pytest.approx(losses[:2], rel=5e-3), strategy
-        assert theirs == pytest.approx(losses, rel=3e-2), strategy
+        assert theirs == pytest.approx(losses, rel=1e-2), strategy
         assert all(value.dtype == torch.float32 for value in trained.values())
         off = max((trained[name] - value).abs().max().item() for name, value in weights.items())
         assert off < 0.2 * moved, strategy
