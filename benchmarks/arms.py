@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_safety.adapters.lora import LoRA
 from lit_safety.data.batch import PairBatch
 from lit_safety.modules import PreferenceModule
+from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO
 
 #: As published: rank 4 on the attention projections, AdamW, gradient clipped at 1.
@@ -150,7 +151,7 @@ class Ours:
 
     Args:
         model, scale, device, batch, resolution: as the other side's.
-        compile: backend of the regional compilation; None: eager.
+        speed: how a step is computed; None: as it is.
         blocks: which blocks are adapted; None: all.
     """
 
@@ -161,14 +162,12 @@ class Ours:
         device: torch.device,
         batch: int,
         resolution: int,
-        compile: str | None = None,
+        speed: Speed | None = None,
         blocks: list[str] | None = None,
     ) -> None:
-        from lit_safety.modules.speed import Speed
-
         self.device, self.clock = device, Clock(device)
         module = PreferenceModule(
-            str(TOY / "pipeline"), DiffusionDPO(BETA), LoRA(rank=RANK, blocks=blocks), speed=Speed(compile=compile)
+            str(TOY / "pipeline"), DiffusionDPO(BETA), LoRA(rank=RANK, blocks=blocks), speed=speed
         )
         module.backbone = backbone_of(model, scale, device)
         module.configure_policy()
@@ -180,7 +179,8 @@ class Ours:
         module.noised = self.clock.timed("noise", module.noised)  # type: ignore[method-assign]
         module.reference_pass = self.clock.timed("reference", module.reference_pass)  # type: ignore[method-assign]
 
-    def step(self, reference_cached: bool) -> None:
+    def step(self, reference_cached: bool) -> dict[str, Tensor]:
+        """One optimizer step; returns what it would log."""
         module, clock = self.module, self.clock
         batch = self.batch
         if not reference_cached:
@@ -188,13 +188,18 @@ class Ours:
             batch.reference = None
         inside = sum(clock.seconds.get(name, 0.0) for name in ("noise", "reference"))
         with autocast(self.device), clock.part("policy"):
-            loss = module.loss(module.errors(batch), batch).loss.mean()
+            if module.speed.selective is not None:
+                loss, output, _ = module.speed.selective.step(module, batch)
+            else:
+                output = module.loss(module.errors(batch), batch)
+                loss = output.loss.mean()
         if clock.on:  # what was measured within
             clock.seconds["policy"] -= sum(clock.seconds.get(n, 0.0) for n in ("noise", "reference")) - inside
         with clock.part("backward"):
             loss.backward()
         with clock.part("optimizer"):
             update(self.optimizer, self.parameters)
+        return output.logs
 
 
 def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairBatch:

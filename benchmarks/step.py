@@ -29,6 +29,7 @@ from flops import FLOOR, PAIR_FLOOR, blocks_table, ceiling, pair_table, parts_ta
 from networks import MODELS, RESOLUTION, SCALES, weights_size
 
 from lit_safety.evaluation.pipelines import quiet_libraries
+from lit_safety.modules.speed import Speed
 
 ARMS = ("published", "cached", "reference cache")
 
@@ -125,7 +126,7 @@ def steppers(options: argparse.Namespace, names: tuple[str, ...]) -> list[Steppe
     if "published" in names:
         found.append(Stepper("published", Published(*size, options.checkpointing)))
     if mine := [name for name in names if name != "published"]:
-        arm = Ours(*size, compile=options.compile)
+        arm = Ours(*size, speed=Speed(compile=options.compile))
         found += [Stepper(name, arm) for name in mine]
     return found
 

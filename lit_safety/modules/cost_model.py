@@ -155,7 +155,8 @@ class CostModel(LightningModule):
     # ---- Lightning's hooks -----------------------------------------------------------------------------------
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        self.finite_loss.check()
+        if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
         views = integers(batch.seeds, "view", len(self.degradation.all)).tolist()
         features = self.clip_features(batch, views, self._caches[0] if self._caches else None)
         losses, parts = self.loss(*self.raw_costs(features), batch.harmful)

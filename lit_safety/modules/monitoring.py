@@ -50,34 +50,66 @@ class TimestepBins(Metric):
 class FiniteLossGuard:
     """Stops a run whose loss or gradient is nan or infinite, naming the samples, without a wait in the step.
 
-    The flag of a step is read at the next step, when it has long been computed, and before any checkpoint is
-    written: the last checkpoint on disk is therefore always one from before the bad step.
+    Reading what a GPU is about to compute empties its queue. So the flag of a step is sent to the host when the next
+    step begins, and read when the one after begins; before a checkpoint is written all flags are read. The last
+    checkpoint on disk is therefore always one from before the bad step.
     """
 
     def __init__(self) -> None:
         self._finite: Tensor | None = None
         self._keys: list[str] = []
+        self._sent: _SentFlag | None = None
 
     def watch(self, loss: Tensor, keys: list[str]) -> None:
-        """Remember whether ``loss`` () of the samples ``keys`` is finite, beside what was not checked yet."""
-        finite = torch.isfinite(loss.detach())
-        self._keys = keys if self._finite is None else [*self._keys, *keys]
-        self._finite = finite if self._finite is None else self._finite & finite
+        """Remember whether ``loss`` () of the samples ``keys`` is finite, beside what was not sent yet."""
+        self._remember(torch.isfinite(loss.detach()))
+        self._keys = [*self._keys, *keys]
 
     def watch_gradient(self, norm: Tensor) -> None:
         """Remember whether the gradient's norm () is finite; it is the same number on every rank."""
-        finite = torch.isfinite(norm)
+        self._remember(torch.isfinite(norm))
+
+    def _remember(self, finite: Tensor) -> None:
         self._finite = finite if self._finite is None else self._finite & finite
 
-    def check(self) -> None:
-        """Raise if the remembered loss was not finite.
+    def advance(self) -> None:
+        """A step begins: read the flag of the step before last, and send that of the last one.
 
         Raises:
             UserError: naming the sample keys of the step.
         """
-        if self._finite is not None and not bool(self._finite):
+        before, self._sent = self._sent, None
+        if self._finite is not None:
+            self._sent = _SentFlag(self._finite, self._keys)
+            self._finite, self._keys = None, []
+        if before is not None:
+            before.read()
+
+    def check(self) -> None:
+        """Read everything at once.
+
+        Raises:
+            UserError: as `advance`.
+        """
+        self.advance()
+        self.advance()
+
+
+class _SentFlag:
+    """A flag on its way to the host, with the samples that it is about."""
+
+    def __init__(self, finite: Tensor, keys: list[str]) -> None:
+        self.keys = keys
+        self.arrived = None if finite.device.type == "cpu" else torch.Event(finite.device)
+        self.finite = finite.to("cpu", non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # of this copy alone, not of what was given to the device since
+        if not bool(self.finite):
             raise UserError(
-                f"loss or gradient is not finite at samples {', '.join(self._keys)}: look at them with "
+                f"loss or gradient is not finite at samples {', '.join(self.keys)}: look at them with "
                 "`shards inspect`, or lower the learning rate; the last checkpoint is from before this step"
             )
-        self._finite = None

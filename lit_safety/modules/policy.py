@@ -20,6 +20,7 @@ from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, re
 from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
 from lit_safety.backbones import Backbone, load_backbone
 from lit_safety.errors import UserError
+from lit_safety.modules.frozen_weights import lower_frozen
 from lit_safety.modules.sharding import as_on_rank_0, drop_frozen, shard, under_fsdp
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategy_checks import check_weights
@@ -84,6 +85,9 @@ class Policy(LightningModule):
             self.backbone = load_backbone(self.pretrained)
             self.configure_policy()
             self._start()
+            # FSDP2 wants one precision in all that it cuts together.
+            if self._trainer is not None and self.trainer.precision == "bf16-mixed" and not under_fsdp(self._trainer):
+                lower_frozen(self.backbone.denoiser, torch.bfloat16)
             self.speed.apply(self.backbone.denoiser)
             if under_fsdp(self._trainer):
                 self._shard()

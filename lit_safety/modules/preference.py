@@ -226,7 +226,7 @@ class PreferenceModule(Policy, WatchedGradient):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.finite_loss.check()  # where ranks have shared a gradient since, so that all of them stop
+            self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
         if self.speed.selective is not None:
             loss, output, errors = self.speed.selective.step(self, batch)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_safety.adapters.start_from import read_file
 from lit_safety.errors import UserError
-from lit_safety.modules.deepspeed_precision import set_precision
+from lit_safety.modules.deepspeed_step import set_step
 
 #: How else a run goes on: ready to be put behind what was refused.
 WARM_START = (
@@ -53,7 +53,7 @@ def prepare_strategy(trainer: Trainer) -> None:
             f"{type(trainer.accelerator).__name__}: use ddp or fsdp, or `trainer.accelerator: gpu`"
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        set_precision(strategy)
+        set_step(strategy)
         _check_offload(strategy)
     if isinstance(strategy, ModelParallelStrategy):
         if strategy._tensor_parallel_size != 1:

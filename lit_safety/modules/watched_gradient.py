@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_safety.adapters.pieces import whole
+from lit_safety.errors import UserError
 from lit_safety.modules.monitoring import FiniteLossGuard
 
 
@@ -50,6 +51,13 @@ class WatchedGradient(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if fused and gradient_clip_val and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "a fused optimizer undoes the scaling of 16-mixed within its step, after gradients were clipped: set "
+                "`model.init_args.optimizer.init_args.fused: false`, `trainer.precision: bf16-mixed` or "
+                "`trainer.gradient_clip_val: null`"
+            )
         # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
         if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

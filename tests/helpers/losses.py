@@ -31,7 +31,8 @@ class Losses(Callback):
         (self.folder / f"losses-{trainer.global_rank}.json").write_text(json.dumps(self.found))
 
 
-def mean_losses(folder: Path) -> list[float]:
-    """Losses of the steps, all ranks together."""
+def mean_losses(folder: Path, accumulated: int = 1) -> list[float]:
+    """Losses of the optimizer steps, all ranks and so many micro-batches together."""
     ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("losses-*.json"))]
-    return [sum(step) / len(ranks) for step in zip(*ranks, strict=True)]
+    parts = [sum(batch) / len(ranks) for batch in zip(*ranks, strict=True)]
+    return [sum(parts[at : at + accumulated]) / accumulated for at in range(0, len(parts), accumulated)]

@@ -51,11 +51,10 @@ def write_config(
     if method == "dpo_expert":
         data["consecutive"] = consecutive
     if method == "psa":
-        for key in ("policy", "lora", "cost_model", "objective"):
+        for key in ("policy", "cost_model", "objective"):
             model.pop(key)
         config["model"]["class_path"] = "lit_safety.modules.PSA"
-    else:
-        model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}
+    model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}
     config["trainer"] |= {
         "accelerator": "cpu", "max_steps": STEPS, "val_check_interval": STEPS, "limit_val_batches": 1,
         "gradient_clip_val": None, "callbacks": [*_callbacks(folder, method), *more],

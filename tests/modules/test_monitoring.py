@@ -24,5 +24,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples():
     guard.watch(torch.tensor(1.0), ["0001"])
     guard.check()
     guard.watch(torch.tensor(float("nan")), ["0002", "0003"])
-    with pytest.raises(UserError, match="0002, 0003"):
+    with pytest.raises(UserError, match="samples 0002, 0003:"):
         guard.check()
+
+
+def test_a_step_reads_the_flag_of_the_step_before_last():
+    """Of the last one nothing is asked while its step may still be in a device's queue."""
+    guard = FiniteLossGuard()
+    for loss, key in ((1.0, "0001"), (math.inf, "0002"), (1.0, "0003")):
+        guard.advance()
+        guard.watch(torch.tensor(loss), [key])
+        guard.watch_gradient(torch.tensor(1.0))
+    with pytest.raises(UserError, match="samples 0002:"):
+        guard.advance()
+
+
+def test_a_gradient_that_is_not_finite_counts_for_the_micro_batches_of_its_step():
+    guard = FiniteLossGuard()
+    guard.watch(torch.tensor(1.0), ["0001"])
+    guard.watch(torch.tensor(1.0), ["0002"])
+    guard.watch_gradient(torch.tensor(math.nan))
+    guard.advance()
+    with pytest.raises(UserError, match="samples 0001, 0002:"):
+        guard.advance()

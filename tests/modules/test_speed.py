@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,3 +97,16 @@ def test_optimizers_step(tiny_pipeline: Path, optimizer):
         parameter.grad = found
     one.step()
     assert any(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+
+
+def test_a_fused_optimizer_that_would_clip_scaled_gradients_is_refused(tiny_pipeline: Path):
+    """Under 16-mixed it divides by the scale only within its step, when the norm has already met the limit."""
+    module = module_of(tiny_pipeline)
+    parameters = [p for _, p in module.trainable_parameters()]
+    module._trainer = SimpleNamespace(precision="16-mixed")  # type: ignore[assignment]
+    module._gradient_norm = torch.tensor(1.0)
+    with pytest.raises(UserError, match=r"optimizer.init_args.fused: false"):
+        module.configure_gradient_clipping(torch.optim.AdamW(parameters, fused=True), 1.0, "norm")
+    module.configure_gradient_clipping(torch.optim.AdamW(parameters), 1.0, "norm")
+    module._trainer = SimpleNamespace(precision="bf16-mixed")  # type: ignore[assignment]
+    module.configure_gradient_clipping(torch.optim.AdamW(parameters, fused=True), 1.0, "norm")

@@ -1,4 +1,4 @@
-"""Two ranks under every shipped strategy against one process with twice the batch, through the command line."""
+"""Two ranks under every shipped strategy against one process with as many pairs a step, through the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from losses import mean_losses
-from methods import CONFIGS, METHODS, STRATEGIES, exported, under, write_config
+from methods import CONFIGS, METHODS, STEPS, STRATEGIES, exported, under, write_config
 from ranks import Ranks, run, start
 from safetensors.torch import load_file
 
@@ -24,6 +24,10 @@ from lit_safety.modules.strategy_checks import prepare_strategy
 QUICK = {*(("scdpo", strategy) for strategy in STRATEGIES)}
 QUICK |= {(method, strategy) for method in METHODS for strategy in ("ddp", "deepspeed_zero2")}
 REFUSED = {("full", "deepspeed_zero3")}
+#: 2 ranks x 1 pair x 2 micro-batches are the 4 pairs of an optimizer step of one process.
+ACCUMULATED = 2
+ONE_PAIR = ["--data.init_args.batch_size", "1", "--trainer.accumulate_grad_batches", str(ACCUMULATED)]
+ONE_PAIR += ["--trainer.val_check_interval", str(STEPS * ACCUMULATED)]
 CASES = [
     pytest.param(method, strategy, marks=() if (method, strategy) in QUICK else pytest.mark.slow)
     for method in METHODS
@@ -33,7 +37,7 @@ CASES = [
 
 
 class Alone:
-    """What one process with twice the batch computes, once for each method and order of its experts."""
+    """What one process with all pairs of a step at once computes, once for each method and order of its experts."""
 
     def __init__(self, folder: Path, pipeline: Path, shards: Path) -> None:
         self.folder, self.pipeline, self.shards = folder, pipeline, shards
@@ -56,16 +60,16 @@ def alone(tiny_pipeline: Path, user_shards: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize(("method", "strategy"), CASES)
-def test_two_ranks_are_one_with_twice_the_batch_and_go_on_exactly(
+def test_two_ranks_that_accumulate_are_one_with_all_pairs_at_once_and_go_on_exactly(
     method: str, strategy: str, alone: Alone, tiny_pipeline: Path, user_shards: Path, tmp_path: Path
 ):
     """Losses and exports agree but for the order of sums; a run resumed half-way ends in the same bits."""
     consecutive = method == "dpo_expert" and strategy.startswith("deepspeed")
     config = write_config(tmp_path, method, tiny_pipeline, user_shards, consecutive)
-    command = ["fit", "--config", str(config), *under(strategy), "--trainer.devices", "2"]
+    command = ["fit", "--config", str(config), *under(strategy), "--trainer.devices", "2", *ONE_PAIR]
     run(command, tmp_path / "logs")
     losses, weights = alone(method, consecutive)
-    assert mean_losses(tmp_path / "losses") == pytest.approx(losses, rel=1e-3)
+    assert mean_losses(tmp_path / "losses", ACCUMULATED) == pytest.approx(losses, rel=1e-3)
     latest = tmp_path / "runs" / "fit" / "latest"
     found, whole = exported(latest), latest.resolve()
     assert found.keys() == weights.keys()
@@ -83,7 +87,7 @@ def test_what_quick_tests_leave_out_goes_on_exactly_too(
 ):
     consecutive = method == "dpo_expert" and strategy.startswith("deepspeed")
     config = write_config(tmp_path, method, tiny_pipeline, user_shards, consecutive)
-    command = ["fit", "--config", str(config), *under(strategy), "--trainer.devices", "2"]
+    command = ["fit", "--config", str(config), *under(strategy), "--trainer.devices", "2", *ONE_PAIR]
     run(command, tmp_path / "logs")
     goes_on_from_the_middle(command, (tmp_path / "runs" / "fit" / "latest").resolve(), tmp_path)
 
@@ -96,6 +100,31 @@ def goes_on_from_the_middle(command: list[str], whole: Path, folder: Path) -> No
     resumed, expected = exported(latest), exported(whole)
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_the_whole_denoiser_under_zero_3_from_a_reference_cache(tiny_pipeline: Path, user_shards: Path, tmp_path: Path):
+    """Where no copy can be kept; the cache says what the reference would."""
+    cached = tmp_path / "cached"
+    precompute = ["shards", "precompute", str(user_shards), "--model", str(tiny_pipeline), "--out", str(cached)]
+    assert main([*precompute, "--dtype", "float32", "--resolution", "32", "--reference_draws", "2"]) == 0
+    found = {}
+    for ranks, more in ((1, ["--data.init_args.batch_size", "4"]), (2, [*under("deepspeed_zero3"), *ONE_PAIR])):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        config = write_config(folder, "full", tiny_pipeline, cached)
+        command = ["fit", "--config", str(config), "--trainer.devices", str(ranks), *more]
+        command += ["--model.init_args.objective.init_args.anchor_weight", "0"]  # would need its predictions
+        run(command, folder / "logs", ranks=ranks)
+        latest = folder / "runs" / "fit" / "latest"
+        found[ranks] = mean_losses(folder / "losses", ACCUMULATED if ranks == 2 else 1), exported(latest)
+    goes_on_from_the_middle(command, latest.resolve(), folder)
+    (losses, weights), (theirs, trained) = found[1], found[2]
+    assert theirs == pytest.approx(losses, rel=1e-3)
+    assert trained.keys() == weights.keys()
+    moved = largest({name: value - start_of("full", name, value, tiny_pipeline) for name, value in weights.items()})
+    assert moved > 1e-5
+    assert largest({name: trained[name] - value for name, value in weights.items()}) < 2e-2 * moved
 
 
 def largest(weights: dict[str, torch.Tensor]) -> float:

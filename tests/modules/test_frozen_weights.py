@@ -1,0 +1,78 @@
+"""Frozen weights in bfloat16 beside the same network with weights in fp32, both in autocast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import batch_of
+
+from lit_safety.adapters.lora import LoRA
+from lit_safety.modules import PreferenceModule
+from lit_safety.modules.frozen_weights import lower_frozen
+from lit_safety.objectives import DiffusionDPO
+
+FAMILIES = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")
+
+
+def module_of(pipeline: Path, lower: bool) -> PreferenceModule:
+    """With a policy that has moved, so that every weight has a gradient."""
+    torch.manual_seed(0)
+    module = PreferenceModule(str(pipeline), DiffusionDPO(100.0, sft_weight=1.0), LoRA(4)).train()
+    module.configure_model()
+    for _, parameter in module.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+    if lower:
+        lower_frozen(module.backbone.denoiser, torch.bfloat16)
+    return module
+
+
+def step(module: PreferenceModule) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    batch = batch_of([0, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        loss = module.loss(module.errors(batch), batch).loss
+    return loss.detach(), list(torch.autograd.grad(loss.sum(), [p for _, p in module.trainable_parameters()]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_the_same_bits(family: str, request: pytest.FixtureRequest):
+    pipeline = request.getfixturevalue(family)
+    whole, half = module_of(pipeline, lower=False), module_of(pipeline, lower=True)
+    (loss, gradients), (same, also) = step(whole), step(half)
+    assert torch.equal(loss, same)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, also, strict=True))
+    sizes = [
+        sum(p.numel() * p.element_size() for p in module.backbone.denoiser.parameters() if not p.requires_grad)
+        for module in (whole, half)
+    ]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert all(p.dtype == torch.float32 for _, p in half.trainable_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whoever_is_outside_of_a_step_draws_all_the_same(family: str, request: pytest.FixtureRequest):
+    """Two steps of sampling, in which bfloat16's 8 bits move a pixel by a few of 255."""
+    pipeline = request.getfixturevalue(family)
+    drawn = []
+    for lower in (False, True):
+        module = module_of(pipeline, lower)
+        module.drawing.steps = 2
+        with torch.no_grad():
+            (picture,) = module.draw(["a red cat"], [0])
+        drawn.append(np.asarray(picture, dtype=np.float32))
+    assert drawn[0].std() > 1
+    assert np.abs(drawn[0] - drawn[1]).max() < 8
+
+
+def test_a_pass_without_gradient_takes_nothing_from_the_next(tiny_pipeline: Path):
+    """A cast that is kept from the first pass would have no history."""
+    module, batch = module_of(tiny_pipeline, lower=True), batch_of([0])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.no_grad():
+            module.errors(batch)
+        loss = module.loss(module.errors(batch), batch).loss.sum()
+    found = torch.autograd.grad(loss, [p for _, p in module.trainable_parameters()], allow_unused=True)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found)
