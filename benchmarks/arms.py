@@ -14,12 +14,16 @@ from torch import Tensor
 from lit_safety.adapters.lora import LoRA
 from lit_safety.data.batch import PairBatch
 from lit_safety.modules import PreferenceModule
+from lit_safety.modules.frozen_weights import lower_frozen
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO
 
 #: As published: rank 4 on the attention projections, AdamW, gradient clipped at 1.
 RANK = 4
 BETA = 5000.0
+#: Nothing is learned: on the same pairs over and over the loss would saturate, and gradients too small for normal
+#: numbers make a CPU many times slower.
+RATE = 1e-12
 
 
 class Clock:
@@ -99,7 +103,7 @@ class Published:
         if checkpointing:
             self.policy.enable_gradient_checkpointing()
             self.policy.train()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=1e-2)
         self.scheduler = parts.get("scheduler")
         self.images = torch.rand(2 * batch, 3, resolution, resolution, device=device) * 2 - 1
         longest = self.texts[0].config.max_position_embeddings
@@ -171,11 +175,15 @@ class Ours:
         )
         module.backbone = backbone_of(model, scale, device)
         module.configure_policy()
+        if (half := half_of(device)) is not None:  # as a fit in bf16-mixed does
+            lower_frozen(module.backbone.denoiser, half)
         module.speed.apply(module.backbone.denoiser)
         self.module = module.to(device).train()
         self.parameters = [p for _, p in module.trainable_parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2, fused=device.type != "meta")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=1e-2, fused=device.type != "meta")
         self.batch = cached_batch(module, batch, resolution).to(device)
+        # The true ones, at which the loss does not saturate either.
+        self.batch.reference = reference_errors(module, self.batch)
         module.noised = self.clock.timed("noise", module.noised)  # type: ignore[method-assign]
         module.reference_pass = self.clock.timed("reference", module.reference_pass)  # type: ignore[method-assign]
 
@@ -202,8 +210,15 @@ class Ours:
         return output.logs
 
 
+def reference_errors(module: PreferenceModule, batch: PairBatch) -> Tensor:
+    """What a cache of one draw holds of a batch: (B, 2, 1)."""
+    with torch.no_grad(), autocast(module.device):
+        found = module.reference_pass(batch, *module.noised(batch))
+    return torch.stack([found.chosen, found.rejected], dim=1).unsqueeze(2)
+
+
 def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairBatch:
-    """Random latents, text and reference errors as a cache gives them."""
+    """Random latents and text as a cache gives them."""
     unet: Any = module.backbone.denoiser
     config = unet.config
     vae = module.backbone.parts.config("vae")
@@ -237,5 +252,4 @@ def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairB
         latents=latents,
         conditioning=conditioning,
         empty={name: rows[:1] for name, rows in conditioning.items()},
-        reference=torch.rand(pairs, 2, 1),
     )

@@ -1,6 +1,6 @@
 """Two ways to a faster step, each against our own on a reference cache, in turns in one run.
 
-    python benchmarks/options.py --model toy --batch_size 16 --steps 20
+    OMP_NUM_THREADS=1 python benchmarks/options.py --model toy --batch_size 16 --steps 20      # more threads: see main
 
 Adapters in the middle and upper blocks alone: the backward pass ends there. Selective backward: a forward pass without
 gradient chooses the pairs that go forward again and backward; here a fixed share of them, whatever they teach. What
@@ -46,6 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     options.resolution = options.resolution or RESOLUTION.get(options.model, 32)
     quiet_libraries()
+    # Attention of a network that never saw noise like this gives gradients too small for normal numbers, here and there,
+    # and with them a CPU is several times slower. Torch flushes them in the calling thread alone.
+    torch.set_flush_denormal(True)
     print(json.dumps(compare(options), indent=1))
 
 

@@ -126,7 +126,8 @@ class Probe:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
-        seen = torch.stack([self._magnitude(part, x) for part in self.parts])
+        with torch.autocast(x.device.type, enabled=False):  # in which a network trained in bf16-mixed always computes
+            seen = torch.stack([self._magnitude(part, x) for part in self.parts])
         size = self._size(x)
         self._sum = seen if self._sum is None else self._sum + seen
         self._inputs = size if self._inputs is None else self._inputs + size

@@ -87,7 +87,8 @@ class Policy(LightningModule):
             self._start()
             # FSDP2 wants one precision in all that it cuts together.
             if self._trainer is not None and self.trainer.precision == "bf16-mixed" and not under_fsdp(self._trainer):
-                lower_frozen(self.backbone.denoiser, torch.bfloat16)
+                for network in self.networks():
+                    lower_frozen(network, torch.bfloat16)
             self.speed.apply(self.backbone.denoiser)
             if under_fsdp(self._trainer):
                 self._shard()
@@ -136,7 +137,7 @@ class Policy(LightningModule):
             check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
 
     def networks(self) -> list[torch.nn.Module]:
-        """The networks that FSDP2 cuts into pieces."""
+        """The networks that a step runs: what FSDP2 cuts into pieces."""
         return [self.backbone.denoiser]
 
     def configure_policy(self) -> None:

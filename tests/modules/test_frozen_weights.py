@@ -10,7 +10,7 @@ import torch
 from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.modules import PreferenceModule
+from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.modules.frozen_weights import lower_frozen
 from lit_safety.objectives import DiffusionDPO
 
@@ -76,3 +76,17 @@ def test_a_pass_without_gradient_takes_nothing_from_the_next(tiny_pipeline: Path
         loss = module.loss(module.errors(batch), batch).loss.sum()
     found = torch.autograd.grad(loss, [p for _, p in module.trainable_parameters()], allow_unused=True)
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found)
+
+
+def test_the_copy_of_a_full_fine_tune_is_lowered_and_agrees_exactly_at_the_start(tiny_pipeline: Path):
+    module = SCDPO(str(tiny_pipeline), DiffusionDPO(100.0, anchor_weight=1.0), policy="full")
+    module.configure_model()
+    policy, copy = module.networks()
+    for network in (policy, copy):
+        lower_frozen(network, torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16, torch.float32}
+    batch = batch_of([0, 1])
+    logs = module.loss(module.errors(batch), batch).logs
+    assert (logs["rewards/margins"] == 0).all()
+    assert (logs["loss/anchor"] == 0).all()
