@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     options.resolution = options.resolution or RESOLUTION.get(options.model, 32)
     quiet_libraries()
-    # Attention of a network that never saw noise like this gives gradients too small for normal numbers, here and there,
+    # Attention of a network that never saw such noise gives gradients too small for normal numbers, here and there,
     # and with them a CPU is several times slower. Torch flushes them in the calling thread alone.
     torch.set_flush_denormal(True)
     print(json.dumps(compare(options), indent=1))

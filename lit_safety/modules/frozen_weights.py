@@ -38,4 +38,4 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
             found = inside(*args, **kwargs)
         return convert_to_fp32(found)  # as samplers and decoders outside of autocast expect it
 
-    denoiser.forward = forward  # type: ignore[method-assign]
+    denoiser.forward = forward
