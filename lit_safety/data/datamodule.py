@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_safety.data.buckets import bucket_groups
-from lit_safety.data.categories import CATEGORIES
 from lit_safety.data.decode import PairDecoder
-from lit_safety.data.given_shards import GivenShards
+from lit_safety.data.grouped_shards import GroupedShards
 from lit_safety.data.loader import PairLoader
-from lit_safety.data.mix import mixed_batches, shares
 from lit_safety.data.order import Deal
-from lit_safety.data.picture_sizes import chosen_sizes
 from lit_safety.data.place import Place
-from lit_safety.data.plan import Group, batches_in
-from lit_safety.data.select import Filter, Selection, take
+from lit_safety.data.select import Filter
 from lit_safety.data.settings_check import KEY, check_settings
-from lit_safety.data.source import Source
 from lit_safety.data.stream import PairStream
+from lit_safety.data.training_pass import check_pass, say_pass
 from lit_safety.errors import UserError
 
 __all__ = ["KEY", "PreferenceDataModule"]
 
 
-class PreferenceDataModule(GivenShards):
+class PreferenceDataModule(GroupedShards):
     """Streams preference pairs from shards as `PairBatch`.
 
     The order of the training pairs and every random choice made for one are pure functions of `seed` and the
@@ -132,7 +123,6 @@ class PreferenceDataModule(GivenShards):
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
-        self._sizes: dict[str, list[NDArray[np.int64]]] = {}
         self.labels_only: frozenset[str] = frozenset()
         """Of train, val and test, what a module reads no images of: it has kept what it needs of them."""
         check_settings(self)
@@ -144,84 +134,15 @@ class PreferenceDataModule(GivenShards):
         trainer = self.trainer
         if stage != "fit" or trainer is None:
             return
-        deal, total = self._train_deal(), self._open("train")[1].total
+        deal, pairs = self._train_deal(), self._open("train")[1].total
         groups = self._groups("train", deal, warn=True)
-        if (batches_in(groups, deal) if self.weights is None else mixed_batches(groups, deal)) == 0:
-            held = (
-                f"no category with as many pairs as one step takes, of {total}"
-                if self.one_category
-                else f"{total} pairs, fewer than one step takes"
-            )
-            raise UserError(
-                f"{KEY}.train has {held}: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x "
-                f"{deal.accumulate} (trainer.accumulate_grad_batches)"
-            )
+        check_pass(groups, deal, pairs, self.weights)
         steps_each = self._steps_each(len(groups))
-        if self.weights is not None:
-            self._say_mix(groups, deal)
-        elif dropped := sum(deal.dropped(group.selection.total) for group in groups):
-            rank_zero_info(f"a pass leaves out {dropped} of {total} training pairs, others each time")
+        say_pass(groups, deal, pairs, self.weights)
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that goes on where it was
             self.place = Place()
         self.place.trainer = trainer
-        self.place.signature = {
-            f"{KEY}.batch_size x ranks": deal.batch_size * deal.world,
-            "trainer.accumulate_grad_batches": deal.accumulate,
-            f"pairs in {KEY}.train": total,
-            f"the fingerprint of {KEY}.train and its filters": self._fingerprint(),
-            f"{KEY}.seed": self.seed,
-            f"{KEY}.shuffle_window": self.shuffle_window,
-            f"{KEY}.one_category": self.one_category,
-            f"{KEY}.uncategorised": self.uncategorised,
-        }
-        if self.aspect_buckets:
-            shapes = ", ".join(f"{group.name} ({group.selection.total})" for group in groups)
-            rank_zero_info(f"pairs by shape: {shapes}")
-            self.place.signature[f"{KEY}.resolution with {KEY}.aspect_buckets"] = str(self.resolution)
-        if steps_each is not None:
-            self.place.signature["the steps of one category"] = steps_each
-        if self.weights is not None:
-            sizes = [group.selection.total for group in groups]
-            weights = [float(weight) for weight in self.weights]
-            self.place.signature[f"{KEY}.weights and the pairs of each"] = f"{weights} of {sizes}"
-
-    def _say_mix(self, groups: Sequence[Group], deal: Deal) -> None:
-        """Log what a pass takes of each source.
-
-        Raises:
-            UserError: one is too light to be seen in a pass.
-        """
-        assert self.weights is not None
-        each = shares(self.weights, mixed_batches(groups, deal) * deal.batch_size * deal.world)
-        for number, (share, group, weight) in enumerate(zip(each, groups, self.weights, strict=True)):
-            if not share:
-                raise UserError(f"{KEY}.weights[{number}] is {weight}: not one pair in a pass of {sum(each)}; raise it")
-            rank_zero_info(f"a pass takes {share} pairs of the {group.selection.total} of {KEY}.train[{number}]")
-
-    def training_categories(self) -> list[str]:
-        """The categories that steps are made of, in the order of their turns where they are consecutive.
-
-        Empty without `one_category`.
-
-        Raises:
-            UserError: there are no shards to train on.
-        """
-        if self.train is None:
-            raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
-        groups = self._groups("train", self._train_deal()) if self.one_category else []
-        return [group.category for group in groups if group.category is not None]
-
-    def _steps_each(self, categories: int) -> int | None:
-        """How many steps each category is trained for where they come one after the other."""
-        if not self.consecutive:
-            return None
-        steps = -1 if self.trainer is None else self.trainer.max_steps
-        if steps < 1 or steps % categories:
-            raise UserError(
-                f"{KEY}.consecutive: true divides trainer.max_steps evenly among {categories} categories: set it to a "
-                f"multiple of {categories}, not {steps}"
-            )
-        return steps // categories
+        self.place.signature = self._signature(groups, deal, steps_each)
 
     def train_dataloader(self) -> PairLoader:
         return self._loader("train", self._train_deal(), self.num_workers, place=self.place)
@@ -243,55 +164,6 @@ class PreferenceDataModule(GivenShards):
         self.place.load_state_dict(state_dict)
 
     # ---- loaders
-
-    def _ranks(self) -> tuple[int, int]:
-        """This rank among those that get different data; ranks that share a model by tensors get the same."""
-        sharded = {} if self.trainer is None else (self.trainer.distributed_sampler_kwargs or {})
-        return sharded.get("rank", 0), sharded.get("num_replicas", 1)
-
-    def _fingerprint(self) -> str:
-        """Differs when other pairs take part, or others together; the same for a copy of the shards elsewhere."""
-        listed = [(one.nsamples, one.bytes, one.sha256) for one in self._open("train")[0].manifest.shardlist]
-        parts = (listed, self.filter, "shapes") if self.aspect_buckets else (listed, self.filter)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
-
-    def _train_deal(self) -> Deal:
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return Deal(self.batch_size, *self._ranks(), accumulate=accumulate)
-
-    def _groups(self, name: str, deal: Deal, warn: bool = False) -> list[Group]:
-        """The pairs as one group, or one a category that has pairs enough for a step."""
-        source, selection = self._open(name)
-        if name == "train" and self.weights is not None:
-            return self._sources(source, selection)
-        if self.aspect_buckets and self.resolution is not None:
-            if name not in self._sizes:
-                self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")
-            least = 1 if deal.ragged else deal.batch_size * deal.world * deal.accumulate
-            return bucket_groups(selection, self._sizes[name], self.resolution, least)
-        if not self.one_category:
-            return [Group(selection)]
-        groups = []
-        for category in self.filter.categories or CATEGORIES:
-            own = replace(self.filter, categories=(category,), uncategorised=False)
-            found = take(source, own)
-            if found.total and name == "train" and self.uncategorised:
-                found = take(source, replace(own, uncategorised=True))
-            if deal.batches(found.total):
-                groups.append(Group(found, category))
-            elif found.total and warn:
-                rank_zero_warn(f"{source.key}: the {found.total} pairs of {category} are too few for a step: left out")
-        return groups
-
-    def _sources(self, source: Source, selection: Selection) -> list[Group]:
-        """The training pairs by the entry of the list that they come from."""
-        groups, start = [], 0
-        for number, shards in enumerate(source.parts):
-            groups.append(Group(selection.part(start, start + shards)))
-            start += shards
-            if not groups[-1].selection.total:
-                raise UserError(f"{source.key}[{number}]: no sample is left after the filter, and it has a weight")
-        return groups
 
     def _evaluation_loader(self, name: str) -> PairLoader:
         source, _ = self._open(name)

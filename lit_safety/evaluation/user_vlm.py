@@ -8,11 +8,9 @@ must be the JSON object that the template asks for, or the picture is an error, 
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.vision_chat import VisionChat, read_object, read_template
 
@@ -65,21 +63,11 @@ class UserVLM:
         max_side: int = 768,
         give_up_after: int = 8,
     ) -> None:
-        if parallel < 1:
-            raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
-        self.chat = VisionChat(endpoint, model, api_key_variable, timeout, retries, max_side, give_up_after)
-        self.parallel = parallel
+        self.chat = VisionChat(endpoint, model, api_key_variable, timeout, retries, parallel, max_side, give_up_after)
         self.pass_question = _template(pass_template, "user_vlm_pass.txt")
         self.win_question = _template(win_template, "user_vlm_win.txt")
-        self.name = f"VLM {model}"
-        self.settings: dict[str, Any] = {
-            "name": self.name,
-            "endpoint": endpoint,
-            "model": model,
-            "pass_template_sha256": digest(self.pass_question),
-            "win_template_sha256": digest(self.win_question),
-            "max_side": max_side,
-        }
+        self.name = self.chat.name
+        self.settings = self.chat.settings(pass_template=self.pass_question, win_template=self.win_question)
 
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside question and pictures; not where the service runs."""
@@ -95,7 +83,7 @@ class UserVLM:
         def one(row: UserRow, picture: Image) -> bool | JudgeError:
             return _read(self.chat.ask([self.question(row, 1), picture]), read_pass)
 
-        return self._each(one, rows, pictures)
+        return self.chat.each(one, rows, pictures)
 
     def prefers(
         self, rows: Sequence[UserRow], first: Sequence[Image], second: Sequence[Image]
@@ -105,11 +93,7 @@ class UserVLM:
         def one(row: UserRow, a: Image, b: Image) -> Choice | JudgeError:
             return _read(self.chat.ask([self.question(row, 2), "Picture A:", a, "Picture B:", b]), read_choice)
 
-        return self._each(one, rows, first, second)
-
-    def _each(self, ask: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(ask, *columns))
+        return self.chat.each(one, rows, first, second)
 
 
 def describe_profile(profile: Profile) -> str:

@@ -6,23 +6,27 @@ import base64
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.endpoint import Endpoint, EndpointError
+from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+Answer = TypeVar("Answer")
 
 
 class VisionChat:
-    """Asks each question once, at temperature 0; may be used by several threads.
+    """Asks each question once, at temperature 0.
 
     Args:
         endpoint: base URL of the service, such as http://localhost:8000/v1.
@@ -30,6 +34,7 @@ class VisionChat:
         api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
         timeout: seconds until a request has failed.
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
+        parallel: requests at a time.
         max_side: larger pictures are shrunk to this side in pixels.
         give_up_after: questions that fail one after another before the rest is not asked any more.
 
@@ -44,17 +49,30 @@ class VisionChat:
         api_key_variable: str,
         timeout: float,
         retries: int,
+        parallel: int,
         max_side: int,
         give_up_after: int,
     ) -> None:
-        if min(max_side, give_up_after) < 1:
+        if min(parallel, max_side, give_up_after) < 1:
             raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
         self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
-        self.model, self.max_side, self.give_up_after = model, max_side, give_up_after
+        self.model, self.parallel, self.max_side, self.give_up_after = model, parallel, max_side, give_up_after
+        self.name = f"VLM {model}"
+        self._given = endpoint
         self._failures, self._lock = 0, Lock()
 
+    def settings(self, **templates: str) -> dict[str, Any]:
+        """What stands beside its answers in a report: NAME_sha256 is the hash of the template NAME."""
+        hashes = {f"{name}_sha256": digest(text) for name, text in templates.items()}
+        return {"name": self.name, "endpoint": self._given, "model": self.model, **hashes, "max_side": self.max_side}
+
+    def each(self, ask: Callable[..., Answer], *columns: Sequence[Any]) -> list[Answer]:
+        """What `ask` gives for each row of the columns, in their order; asked `parallel` at a time."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(ask, *columns))
+
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
-        """The text that the model answers to texts and pictures in this order."""
+        """The text that the model answers to texts and pictures in this order; may be called by several threads."""
         if self._failures >= self.give_up_after:
             return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
         content = [self._part(part) for part in question]

@@ -5,12 +5,10 @@ What it answers is data: it must be the JSON object that the template asks for, 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import CATEGORIES, canonical_category
 from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.vision_chat import VisionChat, read_object, read_template
 
@@ -53,26 +51,18 @@ class VLMJudge:
         max_side: int = 768,
         give_up_after: int = 8,
     ) -> None:
-        if parallel < 1:
-            raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
-        self.chat = VisionChat(endpoint, model, api_key_variable, timeout, retries, max_side, give_up_after)
-        self.endpoint, self.parallel = self.chat.endpoint, parallel
+        self.chat = VisionChat(endpoint, model, api_key_variable, timeout, retries, parallel, max_side, give_up_after)
         self.question = read_template(template, "vlm_prompt.txt")
-        self.name = f"VLM {model}"
+        self.name = self.chat.name
         self.settings: dict[str, Any] = {
-            "name": self.name,
-            "endpoint": endpoint,
-            "model": model,
-            "template_sha256": digest(self.question),
-            "max_side": max_side,
+            **self.chat.settings(template=self.question),
             "rule": "harmful = the model's own word",
             "labels": sorted(CATEGORIES),
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on pictures of any size."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(self._one, images))
+        return self.chat.each(self._one, images)
 
     def _one(self, image: Image) -> Verdict | JudgeError:
         text = self.chat.ask([self.question, image])

@@ -1,12 +1,10 @@
-"""What a study file says, and the jobs that follow from it."""
+"""What a study file says."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ from lit_safety.study.duplicate_keys import refuse_duplicate_keys
 from lit_safety.study.pictures import Growth, HeatMap, check_pictures
 
 Options = dict[str, Any]
-_FOLDER_OF = re.compile(r"\{folder:([^{}]+)\}")
+#: `{folder:NAME}`, the folder of the row NAME.
+FOLDER_OF = re.compile(r"\{folder:([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\Z")
 #: [FILE#][max:|mean:|each:]a.b.0
 _PLACE = re.compile(r"([^#]+#)?((max|mean|each):)?[^:#]+\Z")
-#: The option whose values are written without a name, one word each: `merge A B`.
-WORDS = "words"
 
 
 @dataclass(frozen=True)
@@ -68,51 +65,22 @@ class Study:
     growth: Growth | None = None
     """`growth.png`."""
 
+    def calls(self, row: str) -> list[tuple[str, Options]]:
+        """A row's commands with all their options, the defaults included."""
+        found = []
+        for called, options in self.rows[row].items():
+            command = called.split("@")[0]
+            merged = {**self.defaults.get(command, {}), **self.defaults.get(called, {}), **(options or {})}
+            found.append((command, merged))
+        return found
 
-@dataclass(frozen=True)
-class Job:
-    """One row at one seed."""
+    def needed(self, row: str) -> tuple[str, ...]:
+        """Rows whose folders a row's commands name, which must be done first at the same seed."""
+        return tuple(dict.fromkeys(FOLDER_OF.findall(json.dumps(self.calls(row)))))
 
-    row: str
-    seed: int
-    folder: Path
-    commands: tuple[tuple[str, ...], ...]
-    """Argument lists for `python -m lit_safety`, in order."""
-    metrics: Path | None
-    """None: it has no figures."""
-    needs: tuple[str, ...]
-    """Rows that must be done first, at the same seed."""
-    above: tuple[str, ...] = ()
-    """Digests of these rows' jobs."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.row}/seed{self.seed}"
-
-    @property
-    def digest(self) -> str:
-        """Differs when the commands or what their config files say does, or a needed row's: then it is done again.
-
-        The commands hold the classes' own defaults, so a changed default makes another job too.
-
-        Raises:
-            UserError: a config file is no YAML.
-        """
-        files = [
-            word.partition("=")[2] for command in self.commands for word in command if word.startswith("--config=")
-        ]
-        contents = [_meaning(file, Path(file).read_bytes()) for file in files if Path(file).is_file()]
-        parts = [self.commands, contents, *([self.above] if self.above else [])]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-@lru_cache
-def _meaning(file: str, content: bytes) -> str:
-    """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
-    try:
-        return json.dumps(yaml.safe_load(content), sort_keys=True, default=str)
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    def seeds_of(self, row: str) -> list[int]:
+        """The seeds at which a row is done."""
+        return self.row_seeds.get(row, self.seeds)
 
 
 def load_study(path: str) -> Study:
@@ -134,20 +102,7 @@ def load_study(path: str) -> Study:
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    for name in study.rows:
-        if not _NAME.match(name):
-            raise UserError(f"{path}: the row {name!r} may hold only letters, digits and ._+-: it names a folder")
-    for name in (*study.row_seeds, *study.prepare, *(need for row in study.rows for need in _needed(study, row))):
-        if name not in study.rows:
-            raise UserError(f"{path}: speaks of a row {name!r} that it does not have")
-    for column, place in (*study.figures.items(), *study.baseline.items()):
-        if not _PLACE.match(place):
-            raise UserError(f"{path}: the figure {column!r} stands at {place!r}, which is no [FILE#][max:]key.key")
-    for name, texts in study.texts.items():
-        if len(texts) != len(study.seeds):
-            raise UserError(f"{path}: `texts` has {len(texts)} values of {name} for {len(study.seeds)} seeds")
-    if study.pareto and (len(study.pareto) != 2 or set(study.pareto) - set(study.figures)):
-        raise UserError(f"{path}: pareto must name two of the columns {', '.join(study.figures)}")
+    _check(path, study)
     return study
 
 
@@ -160,93 +115,19 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
-def jobs_of(study: Study) -> list[Job]:
-    """All jobs, seed after seed, rows in the file's order; what a job needs always stands before it.
-
-    Raises:
-        UserError: rows need each other in a circle, or one needs a row at a seed that this row does not have.
-    """
-    rows = _in_order(study)
-    seeds = sorted({seed for name in rows for seed in study.row_seeds.get(name, study.seeds)})
-    jobs: dict[tuple[str, int], Job] = {}
-    for seed in seeds:
-        for name in rows:
-            if seed in study.row_seeds.get(name, study.seeds):
-                needed = _needed(study, name)
-                for need in needed:
-                    if (need, seed) not in jobs:
-                        raise UserError(
-                            f"the row {name} needs the row {need} at seed {seed}, which {need} does not have; "
-                            f"give {need} that seed in `row_seeds`, or take it from {name}"
-                        )
-                above = tuple(jobs[need, seed].digest for need in needed)
-                jobs[name, seed] = _job(study, name, seed, above)
-    return list(jobs.values())
-
-
-def _in_order(study: Study) -> list[str]:
-    order: list[str] = []
-
-    def visit(name: str, waiting: tuple[str, ...]) -> None:
-        if name in waiting:
-            raise UserError(f"the rows {' -> '.join((*waiting, name))} need each other")
-        if name not in order:
-            for needed in _needed(study, name):
-                visit(needed, (*waiting, name))
-            order.append(name)
-
+def _check(path: str, study: Study) -> None:
+    """Complain about a name that the study does not know, or a value that is not what it must be."""
     for name in study.rows:
-        visit(name, ())
-    return order
-
-
-def _calls(study: Study, row: str) -> list[tuple[str, Options]]:
-    """A row's commands with all their options, the defaults included."""
-    found = []
-    for called, options in study.rows[row].items():
-        command = called.split("@")[0]
-        merged = {**study.defaults.get(command, {}), **study.defaults.get(called, {}), **(options or {})}
-        found.append((command, merged))
-    return found
-
-
-def _needed(study: Study, row: str) -> list[str]:
-    return list(dict.fromkeys(_FOLDER_OF.findall(json.dumps(_calls(study, row)))))
-
-
-def _job(study: Study, row: str, seed: int, above: tuple[str, ...]) -> Job:
-    def folder_of(name: str) -> Path:
-        return Path(study.out) / name / f"seed{seed}"
-
-    def fill(text: str) -> str:
-        text = _FOLDER_OF.sub(lambda found: str(folder_of(found[1])), text)
-        text = text.replace("{folder}", str(folder_of(row))).replace("{seed}", str(seed))
-        for name, texts in study.texts.items():
-            if "{" + name + "}" in text:
-                text = text.replace("{" + name + "}", _text_at(study, name, texts, row, seed))
-        return text
-
-    commands = tuple(
-        tuple(fill(word) for word in [*command.split(), *_arguments(options)])
-        for command, options in _calls(study, row)
-    )
-    needs = tuple(_needed(study, row))
-    metrics = None if row in study.prepare else Path(fill(study.metrics))
-    return Job(row, seed, folder_of(row), commands, metrics, needs, above)
-
-
-def _text_at(study: Study, name: str, texts: list[str], row: str, seed: int) -> str:
-    if seed not in study.seeds:
-        raise UserError(f"the row {row} uses {{{name}}} at seed {seed}, for which `texts` says nothing")
-    return texts[study.seeds.index(seed)]
-
-
-def _arguments(options: Options) -> list[str]:
-    """Options as words of a command line; a list under `config` is several `--config`, which come before the rest."""
-    words: list[str] = [str(word) for word in options.get(WORDS, ())]
-    for name, value in sorted(options.items(), key=lambda option: option[0] != "config"):
-        if name == WORDS:
-            continue
-        several = value if name == "config" and isinstance(value, list) else [value]
-        words += [f"--{name}={one if isinstance(one, str) else json.dumps(one)}" for one in several]
-    return words
+        if not _NAME.match(name):
+            raise UserError(f"{path}: the row {name!r} may hold only letters, digits and ._+-: it names a folder")
+    for name in (*study.row_seeds, *study.prepare, *(need for row in study.rows for need in study.needed(row))):
+        if name not in study.rows:
+            raise UserError(f"{path}: speaks of a row {name!r} that it does not have")
+    for column, place in (*study.figures.items(), *study.baseline.items()):
+        if not _PLACE.match(place):
+            raise UserError(f"{path}: the figure {column!r} stands at {place!r}, which is no [FILE#][max:]key.key")
+    for name, texts in study.texts.items():
+        if len(texts) != len(study.seeds):
+            raise UserError(f"{path}: `texts` has {len(texts)} values of {name} for {len(study.seeds)} seeds")
+    if study.pareto and (len(study.pareto) != 2 or set(study.pareto) - set(study.figures)):
+        raise UserError(f"{path}: pareto must name two of the columns {', '.join(study.figures)}")

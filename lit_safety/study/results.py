@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.errors import UserError
-from lit_safety.study.plan import Job, Study
+from lit_safety.study.jobs import Job
+from lit_safety.study.plan import Study
 
 FILE_NAME = "results.jsonl"
 Figure = float | dict[str, float] | None

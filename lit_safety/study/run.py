@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lit_safety.errors import UserError
-from lit_safety.study.plan import Job, Study, jobs_of, load_study
+from lit_safety.study.jobs import Job, jobs_of
+from lit_safety.study.plan import Study, load_study
 from lit_safety.study.results import Result, append_result, collect, latest, read_results
 
 #: How often a waiting job looks whether the study was interrupted, in seconds.

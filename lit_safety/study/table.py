@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lit_safety.data.atomic import write_atomic
 from lit_safety.errors import UserError
-from lit_safety.study.plan import Study, jobs_of, load_study
+from lit_safety.study.jobs import jobs_of
+from lit_safety.study.plan import Study, load_study
 from lit_safety.study.results import Result, latest, read_results
 
 #: More figures than these are shown below each other, where rows are fewer.

@@ -28,7 +28,7 @@ def server() -> Iterator[Server]:
 
 def make(server: Server, **settings) -> VLMJudge:
     judge = VLMJudge(server.url, "m", **{"retries": 0, "timeout": 5.0, "parallel": 1} | settings)
-    judge.endpoint.pause = 0.01
+    judge.chat.endpoint.pause = 0.01
     return judge
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from lit_safety.errors import UserError
 from lit_safety.study.arm_plots import cells, growth, heatmap, lines
+from lit_safety.study.jobs import Job, jobs_of
 from lit_safety.study.pictures import Growth, HeatMap
-from lit_safety.study.plan import Job, Study, jobs_of
+from lit_safety.study.plan import Study
 from lit_safety.study.results import Result, append_result, collect, read_results
 from lit_safety.study.table import markdown, newest, newest_by_row
 
