@@ -185,7 +185,7 @@ def read_weights(unet: Any, path: str | Path) -> Weights:
         UserError: as `load_user_adapter`.
     """
     file = find_user_adapter(path)
-    layers = {name: tuple(attn.to_k.weight.shape) for name, attn in cross_attentions(unet).items()}
+    layers = {name: (attn.to_k.out_features, attn.to_k.in_features) for name, attn in cross_attentions(unet).items()}
     tensors, metadata = read_tensors(file, layers)
     if is_published(tensors):
         tensors, tokens, lora = from_published(tensors, layers, file), 1, None

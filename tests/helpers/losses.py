@@ -24,7 +24,8 @@ class Losses(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.found.append(float(outputs["loss"]))
+        # Lightning has divided it by the number of batches that are accumulated.
+        self.found.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
