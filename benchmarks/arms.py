@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.data.batch import PairBatch
+from lit_safety.data.chance import LATENT, NOISE, normal
 from lit_safety.modules import PreferenceModule
 from lit_safety.modules.frozen_weights import lower_frozen
 from lit_safety.modules.speed import Speed
@@ -218,7 +219,7 @@ def reference_errors(module: PreferenceModule, batch: PairBatch) -> Tensor:
 
 
 def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairBatch:
-    """Random latents and text as a cache gives them."""
+    """Random latents and text as a cache gives them: with timesteps and noise of its own, drawn ahead by a worker."""
     unet: Any = module.backbone.denoiser
     config = unet.config
     vae = module.backbone.parts.config("vae")
@@ -232,6 +233,8 @@ def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairB
         conditioning["text_embeds"] = torch.randn(pairs, pooled)
     unknown = torch.full((pairs, 2), float("nan"))
     latents = torch.rand(pairs, 2, 2, config.in_channels, side, side)
+    whole = torch.tensor([float(resolution)] * 2 + [0.0] * 2 + [float(resolution)] * 2)
+    fixed = list(range(pairs))
     return PairBatch(
         keys=[f"{row}" for row in range(pairs)],
         seeds=list(range(pairs)),
@@ -252,4 +255,8 @@ def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairB
         latents=latents,
         conditioning=conditioning,
         empty={name: rows[:1] for name, rows in conditioning.items()},
+        crops=whole.expand(pairs, 2, 6).clone(),
+        # Whatever `seeds` are, so that the reference's errors stay those of these timesteps and this noise.
+        fixed_seeds=fixed,
+        draws={name: normal(fixed, name, latents.shape[3:]) for name in (NOISE, LATENT)},
     )

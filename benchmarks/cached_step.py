@@ -29,6 +29,7 @@ from lit_safety.data.batch import PairBatch
 from lit_safety.data.precompute import precompute
 from lit_safety.evaluation.pipelines import quiet_libraries
 from lit_safety.modules import SCDPO
+from lit_safety.modules.frozen_weights import lower_frozen
 
 
 class Arm:
@@ -41,6 +42,8 @@ class Arm:
         self.data = PreferenceDataModule(train=str(shards), batch_size=options.batch_size, num_workers=1)
         self.module = SCDPO(str(pipeline), lora=LoRA(rank=16))
         self.module.configure_model()
+        if precision is not None:  # as a fit in bf16-mixed does
+            lower_frozen(self.module.backbone.denoiser, precision)
         self.module.to(self.device).train()
         self.optimizer = torch.optim.AdamW([p for _, p in self.module.trainable_parameters()], lr=1e-4)
         self.batches = self._batches()

@@ -14,6 +14,7 @@ operations allow is the ratio of the counted operations; the ceiling is a matrix
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from arms import Ours, Published
-from flops import FLOOR, PAIR_FLOOR, blocks_table, ceiling, pair_table, parts_table
+from flops import FLOOR, PAIR_FLOOR, PAIR_FLOOR_CHECKPOINTING, blocks_table, ceiling, pair_table, parts_table
 from networks import MODELS, RESOLUTION, SCALES, weights_size
 
 from lit_safety.evaluation.pipelines import quiet_libraries
@@ -75,7 +76,8 @@ def counts(options: argparse.Namespace) -> dict[str, Any]:
     key = (options.model, options.scale)
     parts = parts_table(options.model, options.scale, options.resolution)
     pairs = pair_table(options.model, options.scale, options.resolution, options.checkpointing)
-    floor, pair_floor = FLOOR.get(key, {}), dict(zip(ARMS, PAIR_FLOOR.get(key, ()), strict=False))
+    known = PAIR_FLOOR_CHECKPOINTING if options.checkpointing else PAIR_FLOOR
+    floor, pair_floor = FLOOR.get(key, {}), dict(zip(ARMS, known.get(key, ()), strict=False))
     return {
         "TFLOP an image (counted, floor)": {name: [round(value, 4), floor.get(name)] for name, value in parts.items()},
         "TFLOP a pair (counted, floor)": {
@@ -161,7 +163,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "all": [round(one, 4) for one in arm.seconds],
             "of processor time": round(busy[arm.name], 4),
             "pairs/s": round(rate, 4),
-            "TFLOP a pair": round(tflop[arm.name], 4),
+            "TFLOP a pair": float(f"{tflop[arm.name]:.4g}"),
             "TFLOP/s of the ceiling, %": round(100 * tflop[arm.name] * rate / best, 1),
             "share of the step, %": arm.shares(),
         }
@@ -175,6 +177,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 entry["of that, by processor time, %"] = round(100 * busy["published"] / busy[arm.name] / allowed, 1)
         result["arms"][arm.name] = entry
     if not options.no_memory:
+        arms.clear()  # the other processes need the device's memory
+        del arm
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         result["memory"] = memory(names)
     return result
 
@@ -194,6 +201,10 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
     cuda = options.device.startswith("cuda")
     before = resident()
     (arm,) = steppers(options, (options.memory_of,))
+    if cuda:  # networks are made in fp32 there and lowered; a fit makes them in main memory
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         arm.step()
     most = torch.cuda.max_memory_allocated() if cuda else resident() - before

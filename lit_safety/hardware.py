@@ -9,7 +9,7 @@ from lit_safety.errors import UserError
 
 #: What asks for memory, in the words of torch's allocators.
 _TOO_MUCH = re.compile(r"[Tt]ried to allocate (?:about )?([\d.]+ ?(?:[KMGT]i?B|bytes?)?)")
-_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory")
+_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
 def check_precision(precision: str, device: str, key: str) -> None:

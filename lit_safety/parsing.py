@@ -30,7 +30,21 @@ def shorten(message: str) -> str:
     if keys:
         keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []
+    if (missing := _missing_package(" ".join(reasons))) is not None:
+        reasons = [missing]
     return " ".join(" ".join([*where, *reasons]).split())
+
+
+def _missing_package(reason: str) -> str | None:
+    """What to do about a class whose package is not installed; None: something else is wrong."""
+    package = re.search(r"No module named '(\w+)'", reason)
+    given = re.search(r"class_path=?\W+([\w.]+)", reason)
+    if package is None or given is None or given[1].partition(".")[0] != package[1]:
+        return None
+    return (
+        f"{given[1]} is of the package {package[1]}, which is not installed: `pip install {package[1]}`; if it is your "
+        "own file, run in its folder or name that folder in PYTHONPATH"
+    )
 
 
 def _below(message: str) -> list[str]:

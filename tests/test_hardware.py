@@ -49,6 +49,9 @@ def test_out_of_memory_names_the_settings():
     assert "the memory of this machine is used up (it asked for 4398046511104 bytes)" in told
     assert "--batch_size" in told
     assert "memory of this machine" in str(out_of_memory(MemoryError(), "shards"))
+    # What a library says that finds no room for its workspace.
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert str(out_of_memory(cublas, "fit")).startswith("out of memory: the GPU is used up;")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("memory")])

@@ -85,6 +85,9 @@ class LoRA:
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        for layer in adapter_layers(denoiser):
+            # Autocast casts by itself; PEFT would widen a layer's input first, and to_q, to_k, to_v each keep a copy.
+            layer.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
         return parameters
 
     def _targets(self) -> list[str] | str:

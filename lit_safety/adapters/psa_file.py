@@ -50,7 +50,8 @@ def save_user_adapter(adapter: UserAdapter, folder: Path, base_model: str, lora:
         UserError: a weight is not finite or empty (as under ZeRO 3, when it was not gathered), or the disk is full.
     """
     own = _state(adapter) | ({} if lora is None else user_lora.state(adapter.unet, lora))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    # Of one token's idle key projection too, which under bf16-mixed lies in bfloat16 as all that is frozen.
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in own.items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise UserError(f"{name} is empty or holds numbers that are not finite: nothing was written")

@@ -28,5 +28,5 @@ def penultimate(
         truncation=True,
         return_tensors="pt",
     )
-    found = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    found = encoder(tokens.input_ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
     return found.hidden_states[-2], found[0]

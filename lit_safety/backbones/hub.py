@@ -33,6 +33,8 @@ ENDPOINT = constants.ENDPOINT
 PATIENCE, MOST = 10, 20
 #: A way out that always works.
 FOLDER = "or point at a local folder"
+#: What a connection raises that breaks: an error of the HTTP library below, whichever it is, and of no other kind.
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 def hub_file(source: str, name: str, revision: str | None = None) -> Path:
@@ -136,8 +138,8 @@ def _told(source: str, what: str) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"{source}: the hub did not give {what}: {_first_line(error)}; try again, {FOLDER}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, HTTPError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise UserError(
                 f"{source}: no space left for {what} in {constants.HF_HUB_CACHE}: make room, set HF_HOME to a folder "
                 f"on a larger disk, {FOLDER}"

@@ -32,7 +32,7 @@ class StableDiffusion(UNetDiffusion):
         # As the stock pipeline does: the mask is only used by text encoders that were trained with one.
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(encoder.device) if masked else None
-        hidden = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+        hidden = encoder(tokens.input_ids.to(encoder.device, non_blocking=True), attention_mask=mask)[0]
         return {"encoder_hidden_states": hidden}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

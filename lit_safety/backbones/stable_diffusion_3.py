@@ -115,7 +115,7 @@ class StableDiffusion3(Backbone):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        return encoder(tokens.input_ids.to(encoder.device))[0].to(clip.dtype)
+        return encoder(tokens.input_ids.to(encoder.device, non_blocking=True))[0].to(clip.dtype)
 
     # ---- pictures
 

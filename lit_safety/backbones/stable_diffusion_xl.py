@@ -52,7 +52,7 @@ class StableDiffusionXL(UNetDiffusion):
         second, pooled = penultimate(self.part("tokenizer_2"), self.part("text_encoder_2"), prompts)
         hidden = torch.cat([first, second], dim=-1)
         if self.zero_empty:
-            stated = torch.tensor([prompt != "" for prompt in prompts]).to(hidden.device)
+            stated = torch.tensor([prompt != "" for prompt in prompts]).to(hidden.device, non_blocking=True)
             hidden = torch.where(stated[:, None, None], hidden, torch.zeros_like(hidden))
             pooled = torch.where(stated[:, None], pooled, torch.zeros_like(pooled))
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
@@ -66,11 +66,18 @@ class StableDiffusionXL(UNetDiffusion):
         rest = dict(conditioning)
         added = {"text_embeds": rest.pop("text_embeds"), "time_ids": rest.pop("time_ids", None)}
         if added["time_ids"] is None:
-            size = [side * self.pixels_a_latent for side in noisy.shape[-2:]]
-            added["time_ids"] = (
-                torch.tensor([[*size, 0, 0, *size]], dtype=noisy.dtype).to(noisy.device).repeat(len(noisy), 1)
-            )
+            added["time_ids"] = self._whole_picture(noisy)
         return self.denoiser(noisy, timesteps, **rest, added_cond_kwargs=added, return_dict=False)[0]
+
+    def _whole_picture(self, noisy: Tensor) -> Tensor:
+        """Time ids (B, 6) of pictures that are not cut: height, width, 0, 0, height, width.
+
+        Filled in on the device: a copy from the host would wait for all that the device was given before.
+        """
+        ids = noisy.new_zeros(len(noisy), 6)
+        for column, side in enumerate(noisy.shape[-2:]):
+            ids[:, column::4] = side * self.pixels_a_latent
+        return ids
 
     def pipeline_options(self) -> dict[str, Any]:
         return {ZEROS: self.zero_empty}

@@ -103,9 +103,16 @@ class PairBatch:
                 setattr(taken, one.name, {name: tensor[list(rows)] for name, tensor in value.items()})
         return taken
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """The batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> PairBatch:
+        """The batch with its tensors on `device`.
+
+        Args:
+            device: where to.
+            non_blocking: leave the copies to the device instead of waiting for it; None: where that is safe. Lightning
+                asks for it with tensors only, and every copy of a batch would empty the device's queue.
+        """
+        wait = torch.device(device).type in ("cpu", "mps") if non_blocking is None else not non_blocking
+        return self._map(lambda tensor: tensor.to(device, non_blocking=not wait))
 
     def pin_memory(self) -> PairBatch:
         """The batch with its tensors in page-locked memory, for faster copies to a GPU."""

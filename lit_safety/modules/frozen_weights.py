@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
             for weight in layer.parameters(recurse=False):
                 if not weight.requires_grad:
                     weight.data = weight.data.to(dtype)
-    inside: Any = denoiser.forward
+    network: Any = denoiser
+    network.lowered_to = dtype
+    network.forward = MethodType(_in_autocast, denoiser)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        kind = next(denoiser.parameters()).device.type
-        # Casts are not kept: one made without gradient would be found by a pass with gradient.
-        with torch.autocast(kind, dtype, cache_enabled=False):
-            found = inside(*args, **kwargs)
-        return convert_to_fp32(found)  # as samplers and decoders outside of autocast expect it
 
-    denoiser.forward = forward
+def _in_autocast(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+    """`forward` of a lowered network; a bound method, so that a deep copy of it computes with weights of its own."""
+    # Casts are not kept: one made without gradient would be found by a pass with gradient.
+    with torch.autocast(next(denoiser.parameters()).device.type, denoiser.lowered_to, cache_enabled=False):
+        found = type(denoiser).forward(denoiser, *args, **kwargs)
+    return convert_to_fp32(found)  # as samplers and decoders outside of autocast expect it

@@ -150,7 +150,13 @@ class Policy(LightningModule):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for _, p in self.trainable_parameters()])
+        trained = self.trainable_parameters()
+        if rounded := [name for name, p in trained if p.dtype != torch.float32]:
+            raise UserError(
+                f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
+                "frozen weights are lowered to bfloat16"
+            )
+        optimizer = self.make_optimizer([p for _, p in trained])
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}

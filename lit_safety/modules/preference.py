@@ -184,7 +184,7 @@ class PreferenceModule(Policy, WatchedGradient):
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
         # In double precision: rounded to single, a number just below 1 would be 1 and lie outside the schedule.
         fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.noise_seeds], dtype=torch.float64)
-        return self.backbone.timesteps(fractions).to(self.device)
+        return self.backbone.timesteps(fractions).to(self.device, non_blocking=True)
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected."""

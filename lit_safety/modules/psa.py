@@ -191,7 +191,8 @@ class PSA(PreferenceModule):
 
     def ordered(self, batch: PairBatch) -> PairBatch:
         """The batch with the safe image chosen wherever a pair is trained for the null user."""
-        null = torch.tensor([user is None for user in self.chosen_users(batch)]).to(batch.harmful.device)
+        null = torch.tensor([user is None for user in self.chosen_users(batch)])
+        null = null.to(batch.harmful.device, non_blocking=True)
         # nan, unknown, compares as false.
         return turned_round(batch, null & (batch.harmful[:, 0] > batch.harmful[:, 1]))
 

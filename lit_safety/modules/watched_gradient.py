@@ -16,7 +16,8 @@ from lit_safety.modules.monitoring import FiniteLossGuard
 
 
 class WatchedGradient(LightningModule):
-    """Lightning's hooks around an optimizer step. A run whose gradient is not finite stops at the next step."""
+    """Lightning's hooks around an optimizer step. A run whose gradient is not finite stops when the step
+    after the next begins, and before it writes a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()

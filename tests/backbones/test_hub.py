@@ -151,10 +151,33 @@ def test_what_was_fetched_before_serves_without_the_hub(server: list[str], onlin
         backbone.part("tokenizer")
 
 
-def test_no_space_says_where(server: list[str], online: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # Of the hub's own way of fetching, which is no Python.
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_no_space_says_where(server: list[str], online: pytest.MonkeyPatch, error: Exception):
     def full(*args: Any, **options: Any) -> str:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     online.setattr(hub, "hf_hub_download", full)
     with pytest.raises(UserError, match=r"no space left for model_index.json in .*hub: make room, set HF_HOME"):
         load_backbone("lit/tiny")
+
+
+def test_a_connection_that_breaks_is_told(server: list[str], online: pytest.MonkeyPatch):
+    """A weights file whose answer ends too soon, after the client's own tries; its error is of no kind of Python's."""
+    fetch = hub.hf_hub_download
+
+    def broken(source: str, name: str, **options: Any) -> str:
+        if name.endswith(".safetensors"):
+            raise hub.HTTPError("peer closed connection without sending complete message body")
+        return fetch(source, name, **options)
+
+    online.setattr(hub, "hf_hub_download", broken)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be fetched: peer closed .*; try again, or point at"):
+        load_backbone("lit/tiny", denoiser=False).part("text_encoder")
+    assert not issubclass(hub.HTTPError, OSError | RuntimeError)

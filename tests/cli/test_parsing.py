@@ -21,6 +21,24 @@ def test_nested_reports_become_the_path_and_the_reason():
     assert shorten(message) == "`model.init_args.objective`: Option 'bta' is not accepted"
 
 
+def test_a_class_whose_package_is_not_installed():
+    """What jsonargparse 4.53 says of an optimizer, and of a module of one's own."""
+    optimizer = (
+        'Parser key "model":\n  Errors:\n    - Parser key "optimizer":\n        Type typing.Callable[[Iterable], '
+        "Optimizer] expects a function or a callable class: No module named 'bitsandbytes'. Got value: "
+        "Namespace(class_path='bitsandbytes.optim.AdamW8bit', init_args=Namespace(lr=0.0001))"
+    )
+    assert shorten(optimizer).startswith(
+        "`model.init_args.optimizer`: bitsandbytes.optim.AdamW8bit is of the package bitsandbytes, which is not "
+        "installed: `pip install bitsandbytes`"
+    )
+    own = "Parser key \"model\":\n  Problem with given class_path 'mine.Method': No module named 'mine'"
+    assert "name that folder in PYTHONPATH" in shorten(own)
+    # The package is there, and something that it needs is not.
+    other = own.replace("named 'mine'", "named 'wanted'")
+    assert shorten(other) == "`model`: Problem with given class_path 'mine.Method': No module named 'wanted'"
+
+
 def test_our_own_messages_stay_as_they_are():
     text = "data/x does not exist; give a folder of shards"
     assert shorten(text) == text

@@ -1,4 +1,6 @@
+import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from lit_safety.data.batch import Pair, collate
 from lit_safety.data.sample import parse_metadata
@@ -30,3 +32,19 @@ def test_moving_a_batch_moves_its_tensors():
     moved = collate([pair("a", score={"chosen": 1.0, "rejected": 0.0})]).to("meta")
     assert moved.score.device.type == moved.cost.device.type == moved.harmful.device.type == "meta"
     assert moved.has_score == [True]
+
+
+@pytest.mark.parametrize(("device", "waits"), [("meta", False), ("cpu", True)])
+def test_a_trainer_does_not_wait_for_a_batch_on_a_device(device: str, waits: bool, monkeypatch: pytest.MonkeyPatch):
+    """Lightning leaves it to the batch; a copy that waits would wait for the step before, too."""
+    asked: list[bool] = []
+    move = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args, **options) -> torch.Tensor:
+        asked.append(options.get("non_blocking", False))
+        return move(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    move_data_to_device(collate([pair("a"), pair("b")]), torch.device(device))
+    assert asked
+    assert set(asked) == {not waits}

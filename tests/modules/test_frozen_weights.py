@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
+from lit_safety.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.modules.frozen_weights import lower_frozen
 from lit_safety.objectives import DiffusionDPO
@@ -90,3 +92,24 @@ def test_the_copy_of_a_full_fine_tune_is_lowered_and_agrees_exactly_at_the_start
     logs = module.loss(module.errors(batch), batch).logs
     assert (logs["rewards/margins"] == 0).all()
     assert (logs["loss/anchor"] == 0).all()
+
+
+def test_a_deep_copy_computes_with_its_own_weights(tiny_pipeline: Path):
+    """As a reference that somebody keeps beside the policy must."""
+    denoiser = module_of(tiny_pipeline, lower=True).backbone.denoiser
+    other = copy.deepcopy(denoiser)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(1.0)
+        inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
+        before = denoiser(*inputs).sample
+        assert not torch.equal(other(*inputs).sample, before)
+
+
+def test_what_was_lowered_is_not_trained(tiny_pipeline: Path):
+    module = module_of(tiny_pipeline, lower=True)
+    module.configure_optimizers()
+    module.backbone.denoiser.get_submodule("conv_out").requires_grad_(True)
+    with pytest.raises(UserError, match=r"conv_out.weight is trained and no longer in fp32: .*`configure_policy`"):
+        module.configure_optimizers()
