@@ -27,6 +27,7 @@ from lit_safety.parsing import SingleLineErrors
 from lit_safety.run_folder import (
     ENVIRONMENT,
     RunOptions,
+    find_checkpoint,
     is_launched,
     is_main_process,
     last_checkpoint,
@@ -34,6 +35,9 @@ from lit_safety.run_folder import (
     point_latest,
     remove_if_barren,
 )
+
+#: `--ckpt_path auto` of `fit`: as `last`, and a new run where there is none, for scripts that start a job again.
+AUTO = "auto"
 
 
 class Parser(SingleLineErrors, LightningArgumentParser):
@@ -80,10 +84,10 @@ class LitSafetyCLI(LightningCLI):
         parent = Path(config.run.root) / name
         resumed = None
         check_checkpoint(str(self.subcommand), config.get("ckpt_path"))
-        if config.get("ckpt_path") == "last":
-            checkpoint = last_checkpoint(parent)
-            config.ckpt_path = str(checkpoint)
-            resumed = checkpoint.parents[1]
+        if (wanted := config.get("ckpt_path")) in ("last", AUTO):
+            checkpoint = last_checkpoint(parent) if wanted == "last" else find_checkpoint(parent)
+            config.ckpt_path = None if checkpoint is None else str(checkpoint)
+            resumed = None if checkpoint is None else checkpoint.parents[1]
         self.is_new = False
         if self.subcommand == "fit" and resumed is not None:
             return resumed
@@ -155,7 +159,7 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     """
     if ckpt_path is None and command in ("test", "predict"):
         raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
-    words = ("last", "best", "hpc", "registry")
+    words = ("last", "best", "hpc", "registry", *((AUTO,) if command == "fit" else ()))
     if ckpt_path is None or ckpt_path.startswith(words) or "://" in ckpt_path or Path(ckpt_path).exists():
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")

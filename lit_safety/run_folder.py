@@ -67,16 +67,21 @@ def new_folder(parent: Path) -> Path:
 
 
 def last_checkpoint(parent: Path) -> Path:
-    """The newest checkpoint to go on from of the newest run under ``parent`` that has one.
+    """As `find_checkpoint`.
 
     Raises:
         UserError: if no run has one.
     """
+    if (found := find_checkpoint(parent)) is None:
+        raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
+    return found
+
+
+def find_checkpoint(parent: Path) -> Path | None:
+    """The newest checkpoint to go on from of the newest run under ``parent`` that has one; None: no run has."""
     runs = [run for run in parent.glob("*") if (run / LAST_CHECKPOINT.parent).is_dir() and not run.is_symlink()]
     found = [path for run in runs for path in [_newest(run / LAST_CHECKPOINT)] if path is not None]
-    if not found:
-        raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _newest(last: Path) -> Path | None:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
+from lit_safety.adapters.start_from import read_file
 from lit_safety.callbacks import AtomicModelCheckpoint
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.batch import PairBatch
@@ -205,10 +206,18 @@ def test_an_interrupted_run_keeps_its_folder_and_a_failed_one_leaves_latest_alon
     assert (latest / "config.yaml").is_file()
 
 
-def test_a_resumed_run_is_still_repeated_by_its_config(command_line: Arguments, latest: Path):
-    fast = ["--trainer.limit_val_batches", "0"]
-    assert main(command_line("fit", *fast)) == 0
-    assert main(command_line("fit", *fast, "--trainer.max_steps", "6", "--ckpt_path", "last")) == 0
+def test_a_job_that_is_started_again_goes_on_and_is_still_repeated_by_its_config(
+    command_line: Arguments, latest: Path, capsys: pytest.CaptureFixture[str]
+):
+    """`auto`: from the beginning where there is nothing, then in the folder that it finds."""
+    job = ["--trainer.limit_val_batches", "0", "--ckpt_path", "auto"]
+    assert main(command_line("fit", *job)) == 0
+    begun = latest.resolve()
+    assert main(command_line("fit", *job, "--trainer.max_steps", "6")) == 0
+    assert latest.resolve() == begun
+    assert read_file(latest / "checkpoints" / "last.ckpt")["global_step"] == 6
+    assert main(command_line("test", "--ckpt_path", "auto")) == 2
+    assert "`--ckpt_path auto` does not exist" in capsys.readouterr().err
     assert yaml.safe_load((latest / "config.yaml").read_text())["ckpt_path"] is None
     assert [path.name for path in (latest / "checkpoints").glob("last*")] == ["last.ckpt"]
 

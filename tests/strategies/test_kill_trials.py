@@ -35,7 +35,7 @@ def test_killed_at_random_and_resumed_ends_in_the_same_bits(tiny_pipeline: Path,
         words = command(folder, tiny_pipeline, user_shards)
         for _ in range(chance.randint(1, 2)):
             before = newest(folder)
-            running = start([*words, *go_on(folder)], folder / "logs", ranks=1)
+            running = start(words, folder / "logs", ranks=1)
             if kills % 5 == 4:
                 delay = chance.uniform(0, first - begun)
             else:
@@ -45,7 +45,7 @@ def test_killed_at_random_and_resumed_ends_in_the_same_bits(tiny_pipeline: Path,
                 break
             kills += 1
             after_a_checkpoint += bool(newest(folder))
-        last = start([*words, *go_on(folder)], folder / "logs", ranks=1)
+        last = start(words, folder / "logs", ranks=1)
         assert last.wait() == [0], f"trial {trial}\n{last.said()}"
         found = exported(folder / "runs" / "fit" / "latest")
         assert found.keys() == whole.keys()
@@ -61,7 +61,7 @@ def command(folder: Path, pipeline: Path, shards: Path) -> list[str]:
     text = config.read_text().replace("every_n_train_steps: 2", "every_n_train_steps: 1")
     config.write_text(text.replace("save_top_k: -1", "save_top_k: 1\n      monitor: step\n      mode: max"))
     adam = ["--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.init_args.lr", "1e-3"]
-    return ["fit", "--config", str(config), *adam, "--data.init_args.batch_size", "4"]
+    return ["fit", "--config", str(config), "--ckpt_path", "auto", *adam, "--data.init_args.batch_size", "4"]
 
 
 def times(running: Ranks, folder: Path) -> tuple[float, float, float]:
@@ -85,8 +85,3 @@ def waited(running: Ranks, until: Callable[[], bool]) -> bool:
 def newest(folder: Path) -> int:
     """When the last checkpoint took its name, in ns; 0: there is none."""
     return max((file.stat().st_mtime_ns for file in folder.glob("runs/fit/*/checkpoints/last.ckpt")), default=0)
-
-
-def go_on(folder: Path) -> list[str]:
-    """Go on where there is something to go on from."""
-    return ["--ckpt_path", "last"] if list(folder.glob("runs/fit/*/checkpoints/[!.]*.ckpt")) else []
