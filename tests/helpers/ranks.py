@@ -7,6 +7,7 @@ puts there. `main` is the function behind `python -m lit_safety`.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -29,6 +30,7 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(handle, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable()  # who is killed by a signal says where it was
     from lit_safety.__main__ import main
 
     sys.argv = ["lit_safety", *arguments]
