@@ -159,8 +159,14 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     """
     if ckpt_path is None and command in ("test", "predict"):
         raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
-    words = ("last", "best", "hpc", "registry", *((AUTO,) if command == "fit" else ()))
-    if ckpt_path is None or ckpt_path.startswith(words) or "://" in ckpt_path or Path(ckpt_path).exists():
+    words = ("last", "best", "hpc", "registry")
+    if (
+        ckpt_path is None
+        or (command, ckpt_path) == ("fit", AUTO)
+        or ckpt_path.startswith(words)
+        or "://" in ckpt_path
+        or Path(ckpt_path).exists()
+    ):
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
 

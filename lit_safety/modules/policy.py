@@ -85,13 +85,12 @@ class Policy(LightningModule):
             self.backbone = load_backbone(self.pretrained)
             self.configure_policy()
             self._start()
-            # FSDP2 wants one precision in all that it cuts together.
-            if self._trainer is not None and self.trainer.precision == "bf16-mixed" and not under_fsdp(self._trainer):
+            self.speed.apply(self.backbone.denoiser)
+            if under_fsdp(self._trainer):  # which wants one precision in all that it cuts together
+                self._shard()
+            elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
                 for network in self.networks():
                     lower_frozen(network, torch.bfloat16)
-            self.speed.apply(self.backbone.denoiser)
-            if under_fsdp(self._trainer):
-                self._shard()
             return
         with unpartitioned():  # diffusers loads into whole parameters only
             self.backbone = load_backbone(self.pretrained)

@@ -36,6 +36,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model.init_args.pretrained", "/no/such/pipeline"], ["/no/such/pipeline"]),
         (["--ckpt_path", "/no/such.ckpt"], ["--ckpt_path /no/such.ckpt"]),
         (["--ckpt_path", "last"], ["--ckpt_path last", "train first"]),
+        (["--ckpt_path", "autosave.ckpt"], ["--ckpt_path autosave.ckpt", "does not exist"]),
         (["--model.init_args.lora.init_args.target_modules", "[to_nowhere]"], ["target_modules", "to_nowhere"]),
         (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
         (["--trainer.precision", "16-mixed"], ["trainer.precision: 16-mixed", "CPU", "bf16-mixed"]),
