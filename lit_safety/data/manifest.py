@@ -8,7 +8,6 @@ computed from the manifest alone, without opening a shard; a million pairs cost 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import canonical_category
 from lit_safety.data.sample import PairMetadata
 from lit_safety.errors import UserError
+from lit_safety.hashes import file_sha256 as file_sha256  # of a shard; asked for here by all that write one
 
 FILE_NAME = "manifest.json"
 FORMAT = "lit_safety preference shards"
@@ -231,9 +231,3 @@ def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
         if classes and not 0 <= min(classes) <= max(classes) < nclasses:
             raise UserError(f"{where}: 'classes' names a class outside the {nclasses} listed")
     return Shard(url, nsamples, entry.get("bytes"), entry.get("sha256"), classes)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
