@@ -228,12 +228,13 @@ def _expand(pattern: str, key: str) -> list[str]:
         if not found:
             raise UserError(f"{key}: the folder {pattern} holds neither {FILE_NAME} nor a tar file")
         return found
+    told = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
     if (count := _names_at_most(pattern)) > MAX_NAMES:
-        raise UserError(f"{key}: the pattern {pattern!r} names up to {count:.0e} shards, over the limit of {MAX_NAMES}")
+        raise UserError(f"{key}: the pattern {told!r} names up to {count:.0e} shards, over the limit of {MAX_NAMES}")
     try:
         names = list(braceexpand.braceexpand(pattern))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{key}: the pattern {pattern!r} has unbalanced braces, or too many") from error
+        raise UserError(f"{key}: the pattern {told!r} has unbalanced braces, or too many") from error
     found = []
     for name in names:
         if glob.has_magic(name) and not os.path.exists(name):
