@@ -100,10 +100,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
-    if (folder / "scheduler_config.json").is_file():
-        return _hash([json.dumps(_process(folder, kind), sort_keys=True)])
-    if any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("[!.]*")):
-        return _hash([json.dumps(_tokenizer(folder, kind), sort_keys=True)])
+    if folder.name == "scheduler":
+        stated = _process(folder, kind)
+        return _hash([json.dumps(stated, sort_keys=True)]) if stated else None
+    if folder.name.startswith("tokenizer"):
+        words = any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("[!.]*"))
+        return _hash([json.dumps(_tokenizer(folder, kind), sort_keys=True)]) if words else None
     if not (weights := weight_files(folder)):
         return None
     lines = sorted(line for file in weights for line in tensor_hashes(file))
@@ -164,7 +166,7 @@ def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
     schedulers of one process are alike."""
     found = _class(kind)
     stated = _stated(folder / "scheduler_config.json")
-    if found is not None:
+    if stated and found is not None:
         parameters = inspect.signature(found.__init__).parameters.items()
         default = {name: one.default for name, one in parameters if one.default is not one.empty}
         stated = {name: stated.get(name, default.get(name)) for name in PROCESS}

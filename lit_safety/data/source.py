@@ -74,7 +74,7 @@ class Source:
         Shards without a stated hash are read for it; of those elsewhere their URL stands for it.
         """
         return [
-            (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path)))
+            (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path, remember=True)))
             for path, listed in zip(self.paths, self.manifest.shardlist, strict=True)
         ]
 
