@@ -10,7 +10,6 @@ A store may be busy, slow, or never end: it is asked a few times, and given up a
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -92,15 +91,19 @@ def fetch(
     """
     name = url.rsplit("/", 1)[-1]
     path = folder / hashlib.blake2b(f"{url} {sha256}".encode(), digest_size=12).hexdigest() / name
-    if path.exists() and not fresh and (sha256 is not None or _newest(url, path, os.getpid())):
-        return path
+    asked = url, str(path), os.getpid()
+    if path.exists() and not fresh:
+        if sha256 is None and asked not in _NEWEST:
+            _NEWEST[asked] = _newest(url, path)
+        if sha256 is not None or _NEWEST[asked]:
+            return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{name}.lock")):
-            _newest.cache_clear()  # whoever held the lock may have fetched it
-            if fresh or not path.exists() or (sha256 is None and not _newest(url, path, os.getpid())):
+            # Whoever held the lock may have fetched it.
+            if fresh or not path.exists() or (sha256 is None and not _newest(url, path)):
                 _download(url, path, sha256, size, most)
-                _newest.cache_clear()
+            _NEWEST[asked] = True
     except OSError as error:
         raise UserError(
             f"{folder}: cannot keep a copy of {url} ({error.strerror or error}); make room, or set {VARIABLE} to "
@@ -116,9 +119,12 @@ def _marks_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.marks")
 
 
-@functools.cache
-def _newest(url: str, path: Path, process: int) -> bool:
-    """Whether a copy without a hash is still what lies at `url`; asked once a process."""
+#: (URL, copy, process) -> whether a copy without a hash is what lies there: asked once, so that a run keeps to one.
+_NEWEST: dict[tuple[str, str, int], bool] = {}
+
+
+def _newest(url: str, path: Path) -> bool:
+    """Whether a copy without a hash is still what lies at `url`."""
     marks = _asked(url)
     if marks is None:
         log.warning("%s: the store does not answer and the manifest states no SHA-256: an earlier copy is used", url)
@@ -163,8 +169,8 @@ def _store(url: str) -> Iterator[tuple[Any, str]]:
     if _web(url):
         import aiohttp
 
-        # A whole shard may take longer than aiohttp's 5 minutes.
-        patience = aiohttp.ClientTimeout(total=None, connect=SPELL, sock_read=SPELL)
+        # A whole shard may take longer than aiohttp's 5 minutes. These end what `_Pull.wait` has given up before.
+        patience = aiohttp.ClientTimeout(total=None, connect=2 * SPELL, sock_read=2 * SPELL)
         options = {"client_kwargs": {"timeout": patience}, "skip_instance_cache": True}
     yield fsspec.core.url_to_fs(url, **options)
 

@@ -239,7 +239,7 @@ def hashless(server: Server) -> Path:
 
 def later_run() -> None:
     """Every process asks once."""
-    remote._newest.cache_clear()
+    remote._NEWEST.clear()
 
 
 def test_a_shard_without_a_hash_is_fetched_anew_when_the_server_s_is_another(server: Server) -> None:
