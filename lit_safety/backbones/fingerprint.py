@@ -156,9 +156,16 @@ def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
         config = {name: stated[name] for name, _ in parameters if name in stated}
         idle = IDLE_NETWORKS.get(kind[1], set())
     # A default that is a tuple is a list in a file.
-    default = json.loads(json.dumps(default, default=str))
-    config = json.loads(json.dumps(config, default=str))
-    return {name: value for name, value in config.items() if name not in idle and value != default.get(name)}
+    default = _without(json.loads(json.dumps(default, default=str)), idle)
+    config = _without(json.loads(json.dumps(config, default=str)), idle)
+    return {name: value for name, value in config.items() if value != default.get(name)}
+
+
+def _without(value: Any, idle: set[str]) -> Any:
+    """Settings without those that are idle, those of a part of a network (`text_config`) too."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(one, idle) for name, one in value.items() if name not in idle}
 
 
 def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
