@@ -64,6 +64,12 @@ def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", channels:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept for later runs lies among the tests' files, not in the user's home."""
+    os.environ["LIT_SAFETY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random pipeline, epsilon-prediction."""

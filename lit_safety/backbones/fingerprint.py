@@ -1,40 +1,61 @@
-"""Which weights a pipeline's encoders have, told from their files without loading them.
+"""What decides the contents of a cache, told from a pipeline's files without loading its networks.
 
-A cache of latents and text is only right for the encoders that made it. The hash is over every tensor's name, type,
-shape, first and last 4 KiB: a fine-tune or a fused adapter moves all of a matrix, and a 10 GB text encoder must not be
-read at every start. How the tensors are split into files does not matter. Of a text encoder the settings that decide
-its numbers beside the weights count too (`SETTINGS`), with their class's defaults filled in, so that a file that states
-a default and one that leaves it out are alike.
+A cache of latents and text is only right for the encoders that made it, a reference cache also for the denoiser and the
+noise schedule. Of a network every tensor counts, whole (`lit_safety.hashes`), and the settings in its config.json that
+decide its numbers beside the weights, with its class's defaults filled in. How the tensors are split into files does
+not matter, nor do settings for other work, so a copy that was saved again keeps its caches. A tokenizer is loaded, and
+what it does counts, whichever files say it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lit_safety.backbones.pipeline_index import pipeline_index
+from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
 from lit_safety.errors import UserError
+from lit_safety.hashes import tensor_hashes
 
-ENDS = 4096
-MAX_HEADER = 100 << 20  # safetensors' own limit
-#: What of a text encoder's config.json decides its output: the weights' shapes say the rest.
-SETTINGS = (
-    "hidden_act",
-    "num_hidden_layers",
-    "num_layers",
-    "num_attention_heads",
-    "num_heads",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "eos_token_id",
-    "use_attention_mask",
-    "feed_forward_proj",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
+#: What of the configuration of a network of transformers decides nothing when it encodes: who saved it and how, what
+#: training and the generating of text need, and the class's name, which stands in the pipeline's index.
+IDLE_TEXT = {
+    *("_name_or_path", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("_commit_hash", "_attn_implementation_autoset", "tokenizer_class", "vocab_size", "model_type"),
+    *("attention_dropout", "dropout", "dropout_rate", "classifier_dropout", "hidden_dropout", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "gradient_checkpointing", "initializer_range", "initializer_factor"),
+    *("logit_scale_init_value", "task_specific_params", "problem_type", "id2label", "label2id", "n_positions"),
+    *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "num_decoder_layers", "is_decoder"),
+    *("is_encoder_decoder", "add_cross_attention", "use_cache", "scale_decoder_outputs", "tie_word_embeddings"),
+    *("tie_encoder_decoder", "output_past", "output_attentions", "output_hidden_states", "return_dict"),
+    *("use_return_dict", "chunk_size_feed_forward", "projection_dim"),
+}
+#: The same of a network of diffusers: sizes that a pipeline draws at when none is given, and precautions for half
+#: precision.
+IDLE_NETWORKS = {
+    "AutoencoderKL": {"sample_size", "force_upcast", "up_block_types"},
+    "UNet2DConditionModel": {"sample_size", "dropout"},
+}
+#: What of a scheduler's configuration decides noise, timesteps and target in training. The rest is about drawing.
+PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "shift",
+    "use_dynamic_shifting",
 )
+#: What of the image encoder's configuration turns its output into what the denoiser is trained on.
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+#: Files that hold a tokenizer's words.
+WORDS = ("vocab.json", "tokenizer.json")
 #: What stands for a component that the pipeline's index says it ships without.
 ABSENT = "absent"
 
@@ -44,7 +65,7 @@ def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
     those that the pipeline ships without are `absent`.
 
     Raises:
-        UserError: if there is no pipeline at ``source``, or a weights file is damaged.
+        UserError: if there is no pipeline at ``source``, or a file of it is damaged.
     """
     index = pipeline_index(source)
     hashes = {
@@ -54,71 +75,133 @@ def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
     return {part: found for part, found in hashes.items() if found is not None}
 
 
+def reference_fingerprint(source: str, denoiser: str) -> dict[str, str]:
+    """What decides the reference's errors beside latents and text: hashes of the ``denoiser``, of the noise schedule
+    (`scheduler`) and of how latents are scaled (`latent scaling`).
+
+    Raises:
+        UserError: as `fingerprint`.
+    """
+    index = pipeline_index(source)
+    found = fingerprint(source, [denoiser, "scheduler"])
+    if "vae" in index.components:
+        settings = _network_settings(index.folder / "vae", index.components["vae"])
+        scaling = {name: settings[name] for name in SCALING if name in settings}
+        found["latent scaling"] = _hash([json.dumps(scaling, sort_keys=True)])
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights in a component's folder that are loaded: of several variants, as a clone of SD1.5 has them, those in
+    full precision."""
+    found = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("._")]
+    found = [file for file in found if ".non_ema" not in file.name]
+    return [file for file in found if ".fp16" not in file.name] or found
+
+
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
-    # Of a folder with several variants, as a clone of SD1.5 is, those that are loaded.
-    weights = [file for file in sorted(folder.glob("*.safetensors")) if ".non_ema." not in file.name]
-    weights = [file for file in weights if ".fp16." not in file.name] or weights
-    words = [file for file in sorted(folder.glob("*")) if file.suffix in (".txt", ".model")]
-    words += [file for file in sorted(folder.glob("*.json")) if file.name in ("vocab.json", "tokenizer.json")]
-    if not weights and not words:
+    if folder.name == "scheduler":
+        stated = _process(folder, kind)
+        return _hash([json.dumps(stated, sort_keys=True)]) if stated else None
+    if folder.name.startswith("tokenizer"):
+        words = any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("[!.]*"))
+        return _hash([json.dumps(_tokenizer(folder, kind), sort_keys=True)]) if words else None
+    if not (weights := weight_files(folder)):
         return None
+    lines = sorted(line for file in weights for line in tensor_hashes(file))
+    return _hash([*lines, json.dumps(_network_settings(folder, kind), sort_keys=True, default=str)])
+
+
+def _hash(lines: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for line in sorted(entry for file in weights for entry in _tensors(file)):
-        digest.update(line)
-    if weights and kind[0] == "transformers":
-        digest.update(_settings(folder, kind[1]))
-    if words:  # of a tokenizer, which also says where prompts are cut
-        digest.update(f"{_longest(folder / 'tokenizer_config.json')}".encode())
-    for file in words:
-        digest.update(file.name.encode() + hashlib.blake2b(file.read_bytes()).digest())
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
-def _settings(folder: Path, class_name: str) -> bytes:
-    """Those of `SETTINGS` that a text encoder's configuration has, as JSON."""
-    import transformers
-
-    kind = getattr(getattr(transformers, class_name, None), "config_class", None)
-    if kind is None or not (folder / "config.json").is_file():
-        return b""
-    try:
-        config = kind.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is no readable configuration: {error}") from error
-    return json.dumps({name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}).encode()
+def _class(kind: tuple[str, str]) -> Any:
+    """The class of a component; None: the library has none of this name."""
+    return getattr(import_module(kind[0]), kind[1], None) if kind[0] in LIBRARIES else None
 
 
-def _longest(file: Path) -> object:
+def _stated(file: Path) -> dict[str, Any]:
+    """A JSON object; empty: there is no such file."""
     try:
         stated = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no readable JSON: {error}") from error
-    return stated.get("model_max_length") if isinstance(stated, dict) else None
+    if not isinstance(stated, dict):
+        raise UserError(f"{file} is no readable configuration: it holds no JSON object")
+    return stated
 
 
-def _tensors(path: Path) -> list[bytes]:
-    """One line a tensor: its name, type, shape and a hash of its ends."""
+def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
+    """What of a network's config.json decides its numbers beside the weights, where it is not its class's default."""
+    file, found = folder / "config.json", _class(kind)
+    stated = _stated(file)
+    if not stated or found is None:
+        return {}
+    if (config_class := getattr(found, "config_class", None)) is not None:
+        try:
+            config = config_class.from_pretrained(folder, local_files_only=True).to_dict()
+            default = config_class().to_dict()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is no readable configuration: {error}") from error
+        idle = IDLE_TEXT
+    else:
+        parameters = inspect.signature(found.__init__).parameters.items()
+        default = {name: one.default for name, one in parameters if one.default is not one.empty}
+        config = {name: stated[name] for name, _ in parameters if name in stated}
+        idle = IDLE_NETWORKS.get(kind[1], set())
+    # A default that is a tuple is a list in a file.
+    default = _without(json.loads(json.dumps(default, default=str)), idle)
+    config = _without(json.loads(json.dumps(config, default=str)), idle)
+    return {name: value for name, value in config.items() if value != default.get(name)}
+
+
+def _without(value: Any, idle: set[str]) -> Any:
+    """Settings without those that are idle, those of a part of a network (`text_config`) too."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(one, idle) for name, one in value.items() if name not in idle}
+
+
+def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
+    """What of a scheduler decides training, its class's defaults filled in; what is off is left out, so that
+    schedulers of one process are alike."""
+    found = _class(kind)
+    stated = _stated(folder / "scheduler_config.json")
+    if stated and found is not None:
+        parameters = inspect.signature(found.__init__).parameters.items()
+        default = {name: one.default for name, one in parameters if one.default is not one.empty}
+        stated = {name: stated.get(name, default.get(name)) for name in PROCESS}
+    return {name: stated[name] for name in PROCESS if stated.get(name) not in (None, False)}
+
+
+def _tokenizer(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
+    """What a tokenizer does with a text: its words and rules, special tokens, length and sides."""
+    found = _class(kind)
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER:
-                raise ValueError("its header is too long")
-            header: dict[str, Any] = json.loads(file.read(size))
-            return [
-                json.dumps(
-                    [name, entry["dtype"], entry["shape"], _ends(file, 8 + size, *entry["data_offsets"])]
-                ).encode()
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
-
-
-def _ends(file: BinaryIO, base: int, start: int, stop: int) -> str:
-    file.seek(base + start)
-    first = file.read(min(ENDS, stop - start))
-    file.seek(base + max(start, stop - ENDS))
-    return hashlib.blake2b(first + file.read(min(ENDS, stop - start)), digest_size=16).hexdigest()
+        tokenizer = found.from_pretrained(folder, local_files_only=True)
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = {} if backend is None else json.loads(backend.to_str())
+    except Exception as error:  # transformers and tokenizers raise all kinds for files that are none of a tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: its tokenizer does not load: {reason}") from error
+    for name in ("version", "padding", "truncation"):  # what a call sets anew
+        words.pop(name, None)
+    if not words:  # one written in Python: its files say what it does
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in (".txt", ".model") or file.name in WORDS]
+        words = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        words["settings"] = _stated(folder / "tokenizer_config.json")
+    return {
+        "words": words,
+        "special": special,
+        "pad": tokenizer.pad_token_id,
+        "length": tokenizer.model_max_length,
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+        "split": bool(getattr(tokenizer, "split_special_tokens", False)),
+    }

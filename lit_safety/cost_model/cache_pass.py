@@ -40,7 +40,10 @@ def cached_features(
         raise UserError(f"{KEY}.flip mirrors other pairs in every pass: leave it off, or model.init_args.feature_cache")
     source = open_source(getattr(data, part), f"{KEY}.{part}")
     selection = select(source, data.filter)
-    listed = [(Path(one.url).name, one.nsamples, one.bytes, one.sha256) for one in source.manifest.shardlist]
+    listed = [  # tar files are filled up, so that others of the same name and size are common: their content counts
+        (Path(one.url).name, one.nsamples, one.bytes, content)
+        for one, (_, content) in zip(source.manifest.shardlist, source.identity(), strict=True)
+    ]
     name = cache_name([tower.fingerprint, tower.features, degradation, data.resolution, listed, data.filter])
     file = folder / name
     found = FeatureCache.load(file)

@@ -8,6 +8,7 @@ one resolution only, so both are written down and compared before anything is lo
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from lit_safety.data.reference_cache import ReferenceCache, parse_reference
 from lit_safety.errors import UserError
 
-VERSION = 1
+VERSION = 2
+"""1 hashed the ends of tensors, not all of them, and no settings of tokenizers, scaling and noise schedule."""
 #: The file beside the manifest that holds the text encoders' outputs.
 PROMPTS = "prompts.safetensors"
 TYPES = ("float16", "float32")
@@ -30,7 +32,7 @@ class Cache:
     model: str
     """The pipeline that made it, as it was named there."""
     weights: dict[str, str]
-    """Hashes of its encoders' weights by component (`Backbone.fingerprint`)."""
+    """Hashes of its encoders by component, weights and settings (`Backbone.fingerprint`)."""
     size: tuple[int, int]
     """Height and width in pixels of the pictures that were encoded."""
     latent: tuple[int, int, int]
@@ -92,8 +94,10 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
         return dict(value)
 
     if data.get("version") != VERSION:
-        raise UserError(f"{where}: is of version {data.get('version')!r}; this program reads version {VERSION}: "
-                        "make the cache anew with `shards precompute`")  # fmt: skip
+        raise UserError(
+            f"{where}: is of version {data.get('version')!r}, this program reads version {VERSION}: others do not say "
+            f"enough of the model that made them; make it anew: `{remake(data)}`"
+        )
     if data.get("dtype") not in TYPES:
         raise UserError(f"{where}: 'dtype' must be {' or '.join(TYPES)}, not {data.get('dtype')!r}")
     latent, size = numbers("latent", 3), numbers("size", 2)
@@ -118,6 +122,33 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
         prompts=prompts if isinstance(prompts, dict) else {},
         reference=parse_reference(data.get("reference"), f"{where}: reference"),
     )
+
+
+def remake(data: Mapping[str, Any]) -> str:
+    """The command that makes a cache anew, as far as its manifest says how it was made."""
+    words = [
+        "shards",
+        "precompute",
+        "FOLDER_WITH_IMAGES",
+        "--model",
+        shlex.quote(str(data.get("model"))),
+        "--out",
+        "NEW",
+    ]
+    size = data.get("size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1] and type(size[0]) is int:
+        words += ["--resolution", str(size[0])]
+    if data.get("dtype") == "float32":
+        words += ["--dtype", "float32"]
+    words += ["--flip", "true"] * (data.get("flip") is True)
+    words += ["--keep_images", "true"] * (data.get("images") is True)
+    reference = data.get("reference")
+    if isinstance(reference, Mapping) and type(reference.get("draws")) is int:
+        words += ["--reference_draws", str(reference["draws"])]
+        words += ["--reference_dropout", "true"] * (reference.get("empty") is True)
+        words += ["--reference_predictions", "true"] * (reference.get("predictions") is True)
+        words += ["--reference_precision", shlex.quote(str(reference.get("precision")))]
+    return " ".join(words)
 
 
 def truncation(cache: Mapping[str, Any]) -> str | None:

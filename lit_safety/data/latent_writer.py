@@ -173,7 +173,8 @@ class LatentWriter:
                 refuse_twice(self._seen, key, shard)
                 if key in writer:  # by the run that this one continues
                     continue
-                waiting.append((pool.submit(self.decoder, key, members, 0, shard.where(sample)), members))
+                where = shard.where(sample)
+                waiting.append((pool.submit(self._decode, number, sample, key, members, where), members))
                 if len(waiting) >= 2 * batch_size:
                     yield [(future.result(), held) for future, held in waiting[:batch_size]]
                     waiting = waiting[batch_size:]
@@ -181,6 +182,11 @@ class LatentWriter:
                 yield [(future.result(), held) for future, held in waiting[start : start + batch_size]]
         finally:
             shard.close()
+
+    def _decode(self, number: int, sample: int, key: str, members: dict[str, bytes], where: str) -> Pair:
+        pair = self.decoder(key, members, 0, where)
+        self.source.check(number, sample, pair.metadata, where)  # or the cache's manifest would hide the difference
+        return pair
 
     def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
         images = torch.stack([torch.stack(self._sides(pair)) for pair, _ in found]).flatten(0, 1)

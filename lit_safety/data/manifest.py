@@ -2,13 +2,13 @@
 
 `manifest.json` lists the shards in the style of webdataset's `wids` (`shardlist` of `url` and `nsamples`)
 with sizes and hashes, and says of every sample which *class* it belongs to: the distinct (kind, order,
-categories, user) are listed once and each shard holds one small number a sample. So filters and orders are
-computed from the manifest alone, without opening a shard; a million pairs cost about 3 MB of JSON.
+categories, user, label) are listed once and each shard holds one small number a sample. So filters and orders are
+computed from the manifest alone, without opening a shard; a million pairs cost about 3 MB of JSON. A class also has the
+label of its samples, and a sample that is read is compared with all of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import canonical_category
 from lit_safety.data.sample import PairMetadata
 from lit_safety.errors import UserError
+from lit_safety.hashes import check_regular
+from lit_safety.hashes import file_sha256 as file_sha256  # of a shard; asked for here by all that write one
 
 FILE_NAME = "manifest.json"
 FORMAT = "lit_safety preference shards"
 VERSION = 1
 
+MAX_BYTES = 1 << 30
+"""Of the file: 300 million samples."""
 MAX_SAMPLES = 10_000_000
 """In one shard; memory is taken for so many before it is opened."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
@@ -41,14 +46,28 @@ class SampleClass:
     order: str
     categories: tuple[str, ...] = ()
     user: str | None = None
+    label: str | None = field(default=None, repr=False)
+    """`PairMetadata.label`: no filter asks for it, but a sample that is read is compared with it. None: not stated, as
+    in manifests of earlier versions."""
 
     @classmethod
     def of(cls, metadata: PairMetadata) -> SampleClass:
-        return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id)
+        return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label)
+
+    def difference(self, found: SampleClass) -> str | None:
+        """In words, what of a sample is not as it is listed here; None: all is."""
+        for name in ("kind", "order", "categories", "user", "label"):
+            listed, own = getattr(self, name), getattr(found, name)
+            if name == "categories":
+                listed, own = sorted(listed), sorted(own)
+            if listed != own and not (name == "label" and listed is None):
+                return f"its {name} is {own!r}, and the manifest says {listed!r}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "order": self.order, "categories": list(self.categories)}
-        return out if self.user is None else out | {"user": self.user}
+        rest = {"user": self.user, "label": self.label}
+        return out | {name: value for name, value in rest.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class Manifest:
     cache: dict[str, Any] | None = None
     """For cached latents: the fingerprint of the model and the resolution that made them."""
 
-    @property
+    @cached_property
     def nsamples(self) -> int:
         return sum(shard.nsamples for shard in self.shardlist)
 
@@ -109,6 +128,29 @@ class Manifest:
                 by["category"][category] += number
         counts: dict[str, Any] = {name: dict(sorted(counter.items())) for name, counter in by.items()}
         return {"samples": self.nsamples, **counts, "label": dict(sorted(self.labels.items()))}
+
+    @cached_property
+    def states_labels(self) -> bool:
+        """Whether it says of every sample which label it has."""
+        return all(one.label is not None for one in self.classes) and all(
+            shard.classes is not None for shard in self.shardlist
+        )
+
+    def difference(self, shard: Shard, number: int, found: SampleClass) -> str | None:
+        """In words, what of the ``number``-th sample of a ``shard`` is not as it is listed; None: all is.
+
+        Where labels are counted and not listed, a sample's label must at least be one of those that were counted.
+        """
+        if shard.classes is not None and number < len(shard.classes):
+            listed = self.classes[shard.classes[number]]
+            if said := listed.difference(found):
+                return said
+            if listed.label is not None:
+                return None
+        counted = self.labels and sum(self.labels.values()) == self.nsamples
+        if counted and not self.labels.get(found.label or ""):
+            return f"its label is {found.label!r}, and the manifest counts {self.labels}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -149,6 +191,8 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     """
     path = Path(folder) / name
     try:
+        if (size := check_regular(path).st_size) > MAX_BYTES:
+            raise UserError(f"{path}: is {size} bytes, over the limit of {MAX_BYTES}")
         data = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -205,14 +249,15 @@ def _parse_class(entry: Any, where: str) -> SampleClass:
         entry.get("order"),
         *entry["categories"],
         entry.get("user", ""),
+        entry.get("label", ""),
     )
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: kind, order, categories and user must be texts")
+        raise UserError(f"{where}: kind, order, categories, user and label must be texts")
     try:
         categories = tuple(canonical_category(name) for name in entry["categories"])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return SampleClass(entry["kind"], entry["order"], categories, entry.get("user"))
+    return SampleClass(entry["kind"], entry["order"], categories, entry.get("user"), entry.get("label"))
 
 
 def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
@@ -231,9 +276,3 @@ def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
         if classes and not 0 <= min(classes) <= max(classes) < nclasses:
             raise UserError(f"{where}: 'classes' names a class outside the {nclasses} listed")
     return Shard(url, nsamples, entry.get("bytes"), entry.get("sha256"), classes)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -135,10 +135,10 @@ def _fingerprint(backbone: Any) -> dict[str, str]:
 
 
 def _denoiser_hash(backbone: Any) -> dict[str, str]:
-    from lit_safety.backbones.fingerprint import fingerprint
+    from lit_safety.backbones.fingerprint import reference_fingerprint
 
-    found = fingerprint(backbone.parts.source, [backbone.DENOISER])
-    if not found:
+    found = reference_fingerprint(backbone.parts.source, backbone.DENOISER)
+    if backbone.DENOISER not in found:
         raise UserError(
             f"{backbone.parts.source}: no weights of its {backbone.DENOISER} are found, so a reference cache could not "
             "name its maker; give a folder with safetensors"

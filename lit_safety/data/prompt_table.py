@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_safety.data.remote import default_cache, fetch, is_remote
 from lit_safety.errors import UserError
+from lit_safety.hashes import check_regular
 
 HASHES = "hashes"
 HASH_BYTES = 16
@@ -44,6 +45,7 @@ class PromptTable:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         try:
+            check_regular(self.path)
             self._file: Any = safe_open(self.path, framework="pt").__enter__()
             self.names = sorted(set(self._file.keys()) - {HASHES})
             hashes = self._file.get_tensor(HASHES)

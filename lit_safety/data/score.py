@@ -119,7 +119,9 @@ def _stored(source: Source) -> Iterator[Stored]:
                 images = [[data for name, data in members.items() if name.startswith(f"{side}.")] for side in SIDES]
                 if [len(found) for found in images] != [1, 1]:
                     raise UserError(f"{where}: does not have one chosen and one rejected image")
-                yield key, where, parse_metadata(members["json"], where), [found[0] for found in images]
+                metadata = parse_metadata(members["json"], where)
+                source.check(number, index, metadata, where)
+                yield key, where, metadata, [found[0] for found in images]
         finally:
             shard.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,18 @@ import braceexpand
 
 from lit_safety.data.cache import PROMPTS
 from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest
-from lit_safety.data.remote import default_cache, fetch, is_remote
-from lit_safety.data.sample import parse_metadata
-from lit_safety.data.tarindex import OpenShard
+from lit_safety.data.remote import MOST_MANIFEST, default_cache, fetch, is_remote
+from lit_safety.data.sample import PairMetadata, parse_metadata
+from lit_safety.data.tarindex import BadSample, OpenShard
 from lit_safety.errors import UserError
 
 NOTHING = "the list of shards is empty; give a folder of shards or a pattern of tar files"
+#: The most shards that a pattern may name.
+MAX_NAMES = 1_000_000
+#: Where counting names ends.
+MANY = 10**100
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_LETTERS = re.compile(r"\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}")
 # The class of a sample whose metadata cannot be read: no filter finds it, and the reader names it in its turn.
 UNREADABLE = SampleClass("unreadable", "unreadable")
 
@@ -67,7 +74,7 @@ class Source:
         Shards without a stated hash are read for it; of those elsewhere their URL stands for it.
         """
         return [
-            (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path)))
+            (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path, remember=True)))
             for path, listed in zip(self.paths, self.manifest.shardlist, strict=True)
         ]
 
@@ -79,8 +86,40 @@ class Source:
         """
         path, listed = self.paths[number], self.manifest.shardlist[number]
         if is_remote(path):
-            path = str(fetch(path, default_cache(), listed.sha256))
+            path = str(fetch(path, default_cache(), listed.sha256, size=listed.bytes))
+        elif listed.sha256 is not None and not self.manifest.states_labels and len(self.manifest.labels) > 1:
+            self._check_content(path, listed.sha256)
         return OpenShard(path, listed.nsamples)
+
+    def _check_content(self, path: str, sha256: str) -> None:
+        """Whether a shard is the one that was listed, where its manifest does not say which sample has which label.
+
+        Such manifests are of earlier versions. The hash is remembered, so a shard is read for it once.
+        """
+        try:
+            found = file_sha256(path, remember=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if found != sha256:
+            raise UserError(
+                f"{path}: is not what its manifest says (its SHA-256 differs); restore it or write the shards anew"
+            )
+
+    def check(self, number: int, sample: int, metadata: PairMetadata, where: str) -> None:
+        """Compare a sample that was read with what the manifest says of it.
+
+        Args:
+            number: which shard.
+            sample: which of its samples.
+            metadata: the sample's.
+            where: shard and key, for messages.
+
+        Raises:
+            BadSample: its kind, order, categories, user or label are others than those listed.
+        """
+        manifest = self.manifest
+        if said := manifest.difference(manifest.shardlist[number], sample, SampleClass.of(metadata)):
+            raise BadSample(f"{where}: {said}; restore shard and {FILE_NAME} together, or write the shards anew")
 
 
 def open_source(given: str | Sequence[str], key: str) -> Source:
@@ -107,7 +146,7 @@ def _over_the_network(folder: str, key: str) -> Source:
     if folder.endswith(".tar") or "{" in folder or "*" in folder:
         raise UserError(f"{key}: over the network give the folder that holds {FILE_NAME}, not {folder!r}")
     try:
-        copy = fetch(f"{folder}/{FILE_NAME}", default_cache(), fresh=True)
+        copy = fetch(f"{folder}/{FILE_NAME}", default_cache(), fresh=True, most=MOST_MANIFEST)
     except UserError as error:
         raise UserError(f"{key}: {error}; give a folder of shards with its {FILE_NAME}") from error
     manifest = load_manifest(copy.parent)
@@ -189,10 +228,13 @@ def _expand(pattern: str, key: str) -> list[str]:
         if not found:
             raise UserError(f"{key}: the folder {pattern} holds neither {FILE_NAME} nor a tar file")
         return found
+    told = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+    if (count := _names_at_most(pattern)) > MAX_NAMES:
+        raise UserError(f"{key}: the pattern {told!r} names up to {count:.0e} shards, over the limit of {MAX_NAMES}")
     try:
         names = list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{key}: the pattern {pattern!r} has unbalanced braces") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}: the pattern {told!r} has unbalanced braces, or too many") from error
     found = []
     for name in names:
         if glob.has_magic(name) and not os.path.exists(name):
@@ -205,6 +247,28 @@ def _expand(pattern: str, key: str) -> list[str]:
             raise UserError(f"{key}: {pattern} does not exist; give a folder of shards or a pattern of tar files")
     if not found:
         raise UserError(f"{key}: no file matches {pattern!r}; give a folder of shards or a pattern of tar files")
+    return found
+
+
+def _names_at_most(pattern: str) -> int:
+    """How many names a pattern with braces has at most, without making them."""
+    found, groups = 1, [0]
+    for place, letter in enumerate(pattern):
+        if letter == "{":
+            groups.append(1)
+            if numbers := _RANGE.match(pattern, place):
+                if max(map(len, numbers.groups(""))) > 18:
+                    return MANY
+                first, last, step = (int(number) if number else 1 for number in numbers.groups())
+                found *= abs(last - first) // max(step, 1) + 1
+            elif _LETTERS.match(pattern, place):
+                found *= 52
+        elif letter == "," and len(groups) > 1:
+            groups[-1] += 1
+        elif letter == "}" and len(groups) > 1:
+            found *= groups.pop()
+        if found > MANY:
+            return MANY
     return found
 
 

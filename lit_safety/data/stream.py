@@ -192,4 +192,7 @@ class _Reader:
                 raise
             raise BadSample(f"sample {number} of {error}") from error
         key, members = tar.read(number, self._stream.decoder.wants)
-        return self._stream.decoder(key, members, self._epoch, tar.where(number), self._size)
+        where = tar.where(number)
+        pair = self._stream.decoder(key, members, self._epoch, where, self._size)
+        self._stream.source.check(shard, number, pair.metadata, where)
+        return pair

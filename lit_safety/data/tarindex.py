@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from webdataset.tariterators import base_plus_ext
 
 from lit_safety.errors import UserError
+from lit_safety.hashes import check_regular
 
 MAX_MEMBER_BYTES = 128 << 20
 MAX_PADDING = 1 << 20
@@ -62,6 +63,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
         UserError: the file is missing, or not a plain (uncompressed) tar.
     """
     try:
+        check_regular(path)
         with tarfile.open(path, "r:") as tar:
             problem: list[str] = []
             samples = _group(_members(tar, problem))

@@ -148,15 +148,10 @@ def _samples(
             elif (
                 shard is not None
                 and manifest is not None
-                and _class_differs(SampleClass.of(metadata), shard, manifest, number)
+                and (difference := manifest.difference(shard, number, SampleClass.of(metadata)))
             ):
-                yield f"{tar.where(number)}: is {SampleClass.of(metadata)} but the manifest says otherwise"
+                yield f"{tar.where(number)}: is {SampleClass.of(metadata)} but {difference}"
             else:
                 yield None
     finally:
         tar.close()
-
-
-def _class_differs(found: object, shard: Shard, manifest: Manifest, number: int) -> bool:
-    listed = shard.classes
-    return listed is not None and number < len(listed) and manifest.classes[listed[number]] != found

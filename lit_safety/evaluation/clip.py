@@ -23,6 +23,14 @@ def _commit(source: str, file: str) -> dict[str, Any]:
     return {"revision": hub_file(source, file).parent.name, "local_files_only": not hub_answers()}
 
 
+def _processor(source: str, where: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer and preprocessing from elsewhere, as they stand in the report."""
+    from lit_safety.evaluation.fingerprint import fingerprint
+
+    told = {"processor_revision": where["revision"]} if where else {"processor_sha256": fingerprint(source)}
+    return {"processor": source, **told}
+
+
 class Clip:
     """A frozen CLIP, in fp32 on the CPU unless moved.
 
@@ -68,6 +76,7 @@ class Clip:
             "clip": source,
             "sha256": fingerprint(folder) if folder.exists() else None,
             **({"revision": where["revision"]} if where else {}),
+            **({} if processor is None else _processor(processor, beside)),
             "dimension": self.model.config.projection_dim,
             "text_length": self.length,
         }

@@ -132,6 +132,10 @@ class ImageRewardScore:
         self.scorer = scorer if scorer is not None else _image_reward(model, device)
         self.name = "ImageReward"
         self.settings: dict[str, Any] = {"name": self.name, "model": model}
+        if Path(model).exists():
+            from lit_safety.evaluation.fingerprint import fingerprint
+
+            self.settings["sha256"] = fingerprint(model)
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """The reward of each picture for its prompt."""

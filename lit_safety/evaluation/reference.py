@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lit_safety.data.images import FORMATS, decode_image
 from lit_safety.errors import UserError
+from lit_safety.hashes import files_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,13 +52,11 @@ class Reference:
             raise UserError(f"{self.option} {self.given}: holds {self.count} {what}; many are needed")
 
     def _from_files(self, folder: Path) -> Iterator[tuple[str, bytes]]:
-        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower().lstrip(".") in FORMATS]
-        for file in files:
-            if file.is_file() and not file.name.startswith("."):
-                try:
-                    yield str(file), file.read_bytes()
-                except OSError as error:
-                    raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        try:
+            for file in sorted(file for file in files_below(folder) if file.suffix.lower().lstrip(".") in FORMATS):
+                yield str(file), file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
 
     def _from_shards(self) -> Iterator[tuple[str, bytes]]:
         from lit_safety.data.sample import parse_metadata

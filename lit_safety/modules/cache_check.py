@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_safety.backbones.fingerprint import fingerprint
+from lit_safety.backbones.fingerprint import reference_fingerprint
 from lit_safety.backbones.load import family_of
 from lit_safety.data.cache import check_model
 from lit_safety.data.cached_source import CachedSource
@@ -49,12 +49,12 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
     for one in _caches(datamodule, stage):
         if (reference := one.cache.reference) is None:
             continue
-        own = fingerprint(pretrained, list(reference.weights))
-        for name, made in reference.weights.items():
-            if own.get(name) != made:
+        own = reference_fingerprint(pretrained, family_of(pretrained).DENOISER)
+        for name in {**reference.weights, **own}:
+            if own.get(name) != (made := reference.weights.get(name)):
                 raise UserError(
-                    f"{one.key}: the reference cache was made by {one.cache.model} ({name} {made[:8]}), but this run's "
-                    f"model is {pretrained} ({name} {own.get(name, 'not found')[:9]}); make it anew with `shards "
+                    f"{one.key}: the reference cache was made by {one.cache.model} ({name} {_short(made)}), but this "
+                    f"run's model is {pretrained} ({name} {_short(own.get(name))}); make it anew with `shards "
                     f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
                 )
         kind = type(objective).__name__
@@ -72,6 +72,10 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
                 "prompt to 0"
             )
         datamodule.reference_predictions = objective.needs_drift
+
+
+def _short(found: str | None) -> str:
+    return "not found" if found is None else found[:8]
 
 
 def reference_cached(datamodule: Any, stage: str) -> bool:

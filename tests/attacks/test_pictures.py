@@ -1,9 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lit_safety.attacks.denoising import batches
-from lit_safety.attacks.pictures import encode_pictures, read_pictures
+from lit_safety.attacks.pictures import encode_pictures, read_pictures, shards_digest
 from lit_safety.backbones import load_backbone
 from lit_safety.errors import UserError
 
@@ -46,3 +47,16 @@ def test_every_pass_holds_every_row_once() -> None:
     assert [row for _ in range(3) for row in next(again)] == rows
     other = batches(6, 4, seed=1)
     assert [row for _ in range(3) for row in next(other)] != rows
+
+
+def test_shards_are_told_apart_by_content_and_not_by_place(pair_shards: Path, tmp_path: Path) -> None:
+    """Without a manifest too, and where names and sizes are the same."""
+    copied = shutil.copytree(pair_shards, tmp_path / "copied")
+    assert shards_digest(str(copied), "Test") == shards_digest(str(pair_shards), "Test")
+    (copied / "manifest.json").unlink()
+    first = shards_digest(str(copied), "Test")
+    shard = sorted(copied.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 1
+    shard.write_bytes(content)
+    assert shards_digest(str(copied), "Test") != first

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_safety.backbones import load_backbone
-from lit_safety.backbones.fingerprint import fingerprint
+from lit_safety.backbones.fingerprint import fingerprint, reference_fingerprint
 from lit_safety.errors import UserError
+from lit_safety.hashes import tensor_hashes
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 
@@ -104,3 +105,103 @@ def test_a_fingerprint_follows_a_text_encoders_settings(tiny_pipeline: Path, tmp
     assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
     file.write_text(json.dumps(stated | {"hidden_act": "gelu"}))
     assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] != first
+
+
+def edited(folder: Path, file: str, **changes: object) -> None:
+    """Change keys of a JSON file; None takes a key out."""
+    path = folder / file
+    stated = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """What decides caches made with a tiny Stable Diffusion, the reference's included."""
+    return fingerprint(str(folder), PARTS) | reference_fingerprint(str(folder), "unet")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "parts"),
+    [
+        ("tokenizer/tokenizer_config.json", {"pad_token": "a</w>"}, {"tokenizer"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 12}, {"tokenizer"}),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, {"tokenizer"}),
+        ("tokenizer/tokenizer_config.json", {"truncation_side": "left"}, {"tokenizer"}),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}, {"text_encoder"}),
+        ("text_encoder/config.json", {"layer_norm_eps": 1e-3}, {"text_encoder"}),
+        ("text_encoder/config.json", {"use_attention_mask": True}, {"text_encoder"}),
+        ("vae/config.json", {"scaling_factor": 0.5}, {"vae", "latent scaling"}),
+        ("vae/config.json", {"shift_factor": 0.1}, {"vae", "latent scaling"}),
+        ("vae/config.json", {"latents_mean": [1, 1, 1, 1], "latents_std": [1, 1, 1, 2]}, {"vae", "latent scaling"}),
+        ("vae/config.json", {"act_fn": "gelu"}, {"vae"}),
+        ("unet/config.json", {"act_fn": "gelu"}, {"unet"}),
+        ("unet/config.json", {"freq_shift": 1}, {"unet"}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.012 * 1.05}, {"scheduler"}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, {"scheduler"}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, {"scheduler"}),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, {"scheduler"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 900}, {"scheduler"}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, {"scheduler"}),
+    ],
+)
+def test_each_setting_that_decides_a_cache_is_hashed(
+    file: str, changes: dict[str, object], parts: set[str], tiny_pipeline: Path, tmp_path: Path
+):
+    first = hashes_of(tiny_pipeline)
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    edited(tmp_path / "pipe", file, **changes)
+    changed = hashes_of(tmp_path / "pipe")
+    assert {part for part in first if changed[part] != first[part]} == parts
+
+
+def test_settings_that_decide_nothing_keep_a_cache(tiny_pipeline: Path, tmp_path: Path):
+    """How it draws, how it trained, who saved it; and defaults that are stated or left out."""
+    first = hashes_of(tiny_pipeline)
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    edited(tmp_path / "pipe", "tokenizer/tokenizer_config.json", clean_up_tokenization_spaces=True, name_or_path="x")
+    edited(tmp_path / "pipe", "text_encoder/config.json", attention_dropout=0.3, torch_dtype="float16", pad_token_id=0)
+    edited(tmp_path / "pipe", "vae/config.json", _name_or_path="x", _diffusers_version="0", sample_size=64)
+    edited(tmp_path / "pipe", "vae/config.json", force_upcast=False, shift_factor=None)
+    edited(tmp_path / "pipe", "unet/config.json", sample_size=64, center_input_sample=None)
+    scheduler = "scheduler/scheduler_config.json"
+    edited(tmp_path / "pipe", scheduler, timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True)
+    edited(tmp_path / "pipe", scheduler, clip_sample=True, trained_betas=None, rescale_betas_zero_snr=None)
+    assert hashes_of(tmp_path / "pipe") == first
+    index = tmp_path / "pipe" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))  # another sampler of one process
+    assert hashes_of(tmp_path / "pipe") == first
+
+
+def test_one_row_in_the_middle_of_a_tensor_counts(tmp_path: Path):
+    """As textual inversion edits one row of the token embedding."""
+    weights = {"token_embedding.weight": torch.zeros(3000, 128), "other": torch.ones(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    first = tensor_hashes(tmp_path / "model.safetensors")
+    weights["token_embedding.weight"][1500] = 0.5
+    save_file(weights, tmp_path / "model.safetensors")
+    assert len(set(first) & set(tensor_hashes(tmp_path / "model.safetensors"))) == 1
+
+
+def test_the_shift_of_a_flow_model_and_each_tokenizer_count(tiny_sd3: Path, tmp_path: Path):
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    first = fingerprint(str(tiny_sd3), names) | reference_fingerprint(str(tiny_sd3), "transformer")
+    shutil.copytree(tiny_sd3, tmp_path / "pipe")
+    edited(tmp_path / "pipe", "scheduler/scheduler_config.json", shift=2.0)
+    edited(tmp_path / "pipe", "tokenizer_2/tokenizer_config.json", pad_token="a</w>")
+    edited(tmp_path / "pipe", "vae/config.json", shift_factor=0.07)
+    again = str(tmp_path / "pipe")
+    changed = fingerprint(again, names) | reference_fingerprint(again, "transformer")
+    assert {name for name in first if changed[name] != first[name]} == {"scheduler", "tokenizer_2", "latent scaling"}
+
+
+def test_a_copy_that_was_saved_again_and_one_behind_links_are_alike(tiny_pipeline: Path, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, local_files_only=True)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert hashes_of(tmp_path / "saved") == hashes_of(tiny_pipeline)
+    (tmp_path / "links").mkdir()
+    for entry in tiny_pipeline.iterdir():
+        (tmp_path / "links" / entry.name).symlink_to(entry)
+    assert hashes_of(tmp_path / "links") == hashes_of(tiny_pipeline)
+    (tmp_path / "saved" / "unet" / "._diffusion_pytorch_model.safetensors").write_bytes(b"of macOS")
+    assert hashes_of(tmp_path / "saved") == hashes_of(tiny_pipeline)

@@ -1,13 +1,17 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from lit_safety.cost_model.cache_pass import cached_features
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.feature_cache import FeatureCache, compute_features
 from lit_safety.cost_model.tower import ClipTower
 from lit_safety.data import PreferenceDataModule
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
 
 
@@ -56,3 +60,23 @@ def test_two_pairs_of_one_key_and_pairs_without_images_are_named(tiny_clip: Path
         compute_features([first, replace(first, chosen=-first.chosen)], tower, Degradation(views=0))
     with pytest.raises(UserError, match=f"sample {first.keys[0]} has no images"):
         compute_features([replace(first, chosen=None, rejected=None)], tower, Degradation(views=0))
+
+
+def test_features_of_other_images_of_the_same_size_are_not_taken(tiny_clip: Path, tmp_path: Path):
+    """Shards without a manifest, of the same name, count and size: tar files are filled up."""
+    tower = ClipTower(str(tiny_clip))
+    features, sizes = [], []
+    for colour in ("red", "blue"):
+        with ShardWriter(tmp_path / "pairs", overwrite=True) as writer:
+            for number in range(2):
+                about = {"prompt": "a", "prompt_kind": "clean", "order": "safety"}
+                about |= {"harmful": {"chosen": False, "rejected": True}}
+                writer.write(str(number), about, *(Image.new("RGB", (16, 16), colour) for _ in range(2)))
+        (tmp_path / "pairs" / "manifest.json").unlink()
+        sizes.append((tmp_path / "pairs" / "shard-000000.tar").stat().st_size)
+        data = PreferenceDataModule(val=str(tmp_path / "pairs"), val_batch_size=2)
+        trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True)
+        cache = cached_features(tmp_path / "features", data, "val", tower, Degradation(views=0), trainer)
+        features.append(cache.features)
+    assert sizes[0] == sizes[1]
+    assert not torch.equal(*features)

@@ -313,3 +313,41 @@ def test_a_cache_that_does_not_serve_the_run_is_refused_at_the_start(cached: Pat
     with pytest.raises(UserError, match=r"is no readable cache of prompts"):
         data_of(gone).check_sources()
     assert problems(str(gone))
+
+
+def test_an_older_cache_is_refused_with_the_command_that_makes_it_anew(cached: Path, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        data_of(with_cache(cached, tmp_path / "old", version=1, model="a b")).check_sources()
+    assert "--model 'a b'" in str(caught.value)
+    for words in ("shards precompute", "--resolution 32", "--flip true", "--dtype float32"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        ("tokenizer/tokenizer_config.json", {"pad_token": "a</w>"}, "tokenizer"),
+        ("vae/config.json", {"scaling_factor": 0.5}, "vae"),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.012 * 1.05}, "scheduler"),
+    ],
+)
+def test_a_model_whose_settings_differ_does_not_train_on_a_cache(
+    file: str, changes: dict[str, object], named: str, pairs: Path, tiny_pipeline: Path, tmp_path: Path
+):
+    from lit_safety.modules.cache_check import check_caches, check_references
+    from lit_safety.objectives import DiffusionDPO
+
+    precompute(str(pairs), str(tiny_pipeline), str(tmp_path / "out"), reference_draws=1)
+    data = data_of(tmp_path / "out")
+    data.setup("fit")
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+
+    def check() -> None:
+        check_caches(data, str(model), "fit")
+        check_references(data, str(model), "fit", DiffusionDPO(), drops=False)
+
+    check()
+    stated = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(stated | changes))
+    with pytest.raises(UserError, match=rf"{named} \w{{8}}\), but"):
+        check()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,49 @@ def test_a_sample_with_broken_metadata_is_found_by_no_filter(tmp_path: Path) -> 
     source = open_source(str(tmp_path), "data.train")
     assert select(source, Filter()).total == 3
     assert select(source, Filter.of(["violence"], None, None)).counts == (2,)
+
+
+@pytest.mark.parametrize("given", ["{0}/pipe.tar", "{0}/*.tar", "{0}", "{0}/listed", "/dev/zero", "{0}/manifest"])
+def test_what_could_be_read_for_ever_is_refused_at_once(tmp_path: Path, given: str) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    write_shards(tmp_path / "listed", 2, 2)
+    (tmp_path / "listed" / "shard-000000.tar").unlink()
+    os.mkfifo(tmp_path / "listed" / "shard-000000.tar")
+    stated = json.loads((tmp_path / "listed" / "manifest.json").read_text())
+    stated["shardlist"][0].pop("bytes")
+    (tmp_path / "listed" / "manifest.json").write_text(json.dumps(stated))
+    (tmp_path / "manifest").mkdir()
+    os.mkfifo(tmp_path / "manifest" / "manifest.json")
+    with pytest.raises(UserError, match="a pipe, a device or a socket"):
+        open_source(given.format(tmp_path), "train").open_shard(0)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "shard-{000000..99999999}.tar",
+        "{a..z}{a..z}{a..z}{a..z}{a..z}.tar",
+        "{0..9}" * 9,
+        "{a,b}" * 300,
+        "{1..%s}" % ("9" * 5000),
+        "{{0..9999},{0..9999}}{0..9999}",
+    ],
+)
+def test_a_pattern_of_very_many_names_is_refused_before_they_are_made(pattern: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"^train: the pattern .* over the limit of 1000000$"):
+        open_source(pattern, "train")
+    assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("pattern", ["{" * 3000 + "}" * 3000, "{" * 3000, "}{"])
+def test_braces_that_lead_nowhere_are_one_line(pattern: str) -> None:
+    with pytest.raises(UserError, match="train: "):
+        open_source(pattern, "train")
+
+
+def test_ordinary_patterns_still_name_their_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path, 12, 1)
+    found = open_source(f"{tmp_path}/shard-{{000000..000011}}.tar", "train")
+    assert len(found.paths) == 12
+    assert len(open_source(f"{tmp_path}/shard-0000{{{{00..09..3}},11}}.tar", "train").paths) == 5

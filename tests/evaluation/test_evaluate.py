@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
@@ -124,6 +125,29 @@ def test_evaluations_that_share_their_pictures_draw_the_base_once(run, tmp_path:
     assert len(drawn) == 6
     assert metrics(second)["base"] == metrics(first)["base"]
     assert "../shared/base-" in (second / "verdicts.csv").read_text()
+
+
+def test_a_link_that_points_elsewhere_is_another_model(run, pipeline: Path, tmp_path: Path) -> None:
+    """The images of the UNet that `unet` pointed at before are not reported as those of the new one."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for entry in pipeline.iterdir():
+        (linked / entry.name).symlink_to(entry)
+    common = {"pipeline": str(linked), "images": str(tmp_path / "shared"), "adapter": None}
+    first = metrics(run(**common))["base"]["settings"]["pipeline_sha256"]
+    assert first == metrics(run(**common, out=str(tmp_path / "again")))["base"]["settings"]["pipeline_sha256"]
+    other = shutil.copytree(pipeline / "unet", tmp_path / "other")
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("conv_in.weight"))
+    weights[name] = weights[name] * 3
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
+    (linked / "unet").unlink()
+    (linked / "unet").symlink_to(other)
+    second = metrics(run(**common, out=str(tmp_path / "second")))["base"]["settings"]["pipeline_sha256"]
+    assert first != second
+    images = [sorted(folder.glob("*.png")) for folder in (tmp_path / "shared").glob("base-*")]
+    assert len(images) == 2
+    assert Image.open(images[0][0]).tobytes() != Image.open(images[1][0]).tobytes()
 
 
 def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -> None:
