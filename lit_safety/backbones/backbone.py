@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_safety.adapters.lora import adapter_metadata
 from lit_safety.backbones.fingerprint import fingerprint
 from lit_safety.backbones.parts import NoDenoiser, Parts
+from lit_safety.backbones.pipeline_index import KEY
 from lit_safety.backbones.text import too_long
 
 #: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch.
@@ -49,9 +50,9 @@ class Backbone(nn.Module, ABC):
         self.inference_scheduler = parts.get("scheduler")
 
     @classmethod
-    def from_pretrained(cls, source: str, denoiser: bool = True) -> Backbone:
+    def from_pretrained(cls, source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
         """From a pipeline folder or a hub id, in fp32; of the networks only the denoiser is loaded at once."""
-        return cls(Parts(source), denoiser)
+        return cls(Parts(source, key=key), denoiser)
 
     # ---- the frozen parts
 

@@ -13,13 +13,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from lit_safety.backbones.pipeline_index import pipeline_index
 from lit_safety.errors import UserError
+from lit_safety.weights import DIFFUSERS, TRANSFORMERS, is_hidden, not_readable, read_header, weights_of
 
 ENDS = 4096
-MAX_HEADER = 100 << 20  # safetensors' own limit
 #: What of a text encoder's config.json decides its output: the weights' shapes say the rest.
 SETTINGS = (
     "hidden_act",
@@ -56,10 +56,11 @@ def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
 
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
     # Of a folder with several variants, as a clone of SD1.5 is, those that are loaded.
-    weights = [file for file in sorted(folder.glob("*.safetensors")) if ".non_ema." not in file.name]
-    weights = [file for file in weights if ".fp16." not in file.name] or weights
-    words = [file for file in sorted(folder.glob("*")) if file.suffix in (".txt", ".model")]
-    words += [file for file in sorted(folder.glob("*.json")) if file.name in ("vocab.json", "tokenizer.json")]
+    chosen = weights_of(folder, DIFFUSERS if kind[0] == "diffusers" else TRANSFORMERS)
+    weights = [] if chosen is None else [folder / name for name in chosen.names]
+    files = [file for file in sorted(folder.glob("*")) if not is_hidden(file)]
+    words = [file for file in files if file.suffix in (".txt", ".model")]
+    words += [file for file in files if file.name in ("vocab.json", "tokenizer.json")]
     if not weights and not words:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -100,21 +101,15 @@ def _longest(file: Path) -> object:
 
 def _tensors(path: Path) -> list[bytes]:
     """One line a tensor: its name, type, shape and a hash of its ends."""
+    header, base = read_header(path)
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER:
-                raise ValueError("its header is too long")
-            header: dict[str, Any] = json.loads(file.read(size))
             return [
-                json.dumps(
-                    [name, entry["dtype"], entry["shape"], _ends(file, 8 + size, *entry["data_offsets"])]
-                ).encode()
+                json.dumps([name, entry["dtype"], entry["shape"], _ends(file, base, *entry["data_offsets"])]).encode()
                 for name, entry in header.items()
-                if name != "__metadata__"
             ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(not_readable(path, error)) from error
 
 
 def _ends(file: BinaryIO, base: int, start: int, stop: int) -> str:

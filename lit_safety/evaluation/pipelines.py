@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
-def local_pipeline(source: str) -> Path:
+def local_pipeline(source: str, key: str = "--pipeline") -> Path:
     """The folder of a pipeline; one from the hub is downloaded first.
+
+    Args:
+        source: a folder or a hub id.
+        key: the option or YAML key that it was given by, for messages.
 
     Raises:
         UserError: it is no pipeline, or the hub does not give it; says how to log in.
@@ -23,7 +27,7 @@ def local_pipeline(source: str) -> Path:
     quiet_libraries()
     from lit_safety.backbones.parts import Parts
 
-    return Parts(source).fetch()
+    return Parts(source, key=key).fetch()
 
 
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
@@ -37,25 +41,13 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     """
     quiet_libraries()
     import torch
-    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers import DDIMScheduler
 
-    from lit_safety.backbones.parts import weights_variant
-    from lit_safety.backbones.pipeline_index import pipeline_index
+    from lit_safety.backbones.parts import Parts
     from lit_safety.hardware import check_precision
 
     check_precision(precision, device, "--precision")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            dtype=getattr(torch, precision),
-            variant=weights_variant(folder),
-            local_files_only=True,
-            **dict.fromkeys(pipeline_index(str(folder)).absent_text),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
-        raise UserError(f"the pipeline {folder} does not load: {_first_line(error)}") from error
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.register_modules(safety_checker=None)
+    pipe = Parts(str(folder), getattr(torch, precision)).pipeline()
     pipe.set_progress_bar_config(disable=True)
     if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
