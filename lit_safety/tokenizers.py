@@ -8,7 +8,7 @@ fit the text encoder that gets its tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,18 @@ MARKS = ("\u0120", "\u2581", "</w>")
 OLD_CLIP_END = 2
 
 
-def check_tokenizer_files(folder: Path, kind: type, names: Iterable[str] | None = None) -> None:
+def check_tokenizer_files(folder: Path, kind: type, settings: bool = True) -> None:
     """Whether a folder holds the vocabulary and the settings of a tokenizer of the class ``kind``.
 
     Args:
         folder: the tokenizer's.
         kind: a class of transformers; one that chooses by itself, such as `AutoTokenizer`, names no files.
-        names: the files that are there; None: those in ``folder``.
+        settings: whether it needs `tokenizer_config.json`: whoever says how long texts are and masks them does not.
 
     Raises:
         UserError: a file is missing, empty or a pointer of git LFS; names it.
     """
-    if names is None:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     there = {name for name in names if not is_hidden(name)}
     stated: Mapping[str, str] = getattr(kind, "vocab_files_names", {})
     own = [name for name in stated.values() if name != WHOLE]
@@ -55,7 +54,7 @@ def check_tokenizer_files(folder: Path, kind: type, names: Iterable[str] | None 
             f"{folder / WHOLE} is missing{f', and so is {missing}' if missing else ''}: without a vocabulary every "
             "prompt would read the same; copy the tokenizer's whole folder, or fetch the model again"
         )
-    if SETTINGS not in there:
+    if settings and SETTINGS not in there:
         raise UserError(
             f"{folder / SETTINGS} is missing: it says how long a prompt may be and what it is padded with; copy the "
             "tokenizer's whole folder, or fetch the model again"
@@ -63,6 +62,10 @@ def check_tokenizer_files(folder: Path, kind: type, names: Iterable[str] | None 
     for name in sorted(there & {WHOLE, SETTINGS, *own}):
         if is_pointer(folder / name):
             raise UserError(f"{folder / name} is a pointer of git LFS: run `git lfs pull`, or copy the file")
+        if not (folder / name).stat().st_size:
+            raise UserError(f"{folder / name} is empty: copy it again")
+    if SETTINGS in there:
+        read_config(folder / SETTINGS)
 
 
 def check_tokenizer(tokenizer: Any, folder: Path | str, encoder: Mapping[str, Any] | None = None) -> None:
@@ -146,13 +149,13 @@ def _check_clip(tokenizer: Any, encoder: Mapping[str, Any], folder: Path | str) 
         )
     if isinstance(stated, int) and stated != OLD_CLIP_END and stated < rows and end != stated:
         raise UserError(
-            f"{folder}: its end token {tokenizer.eos_token!r} is number {end}, and the text encoder's configuration says "
-            f"{stated}: they belong to two models, or the vocabulary is damaged; copy both again"
+            f"{folder}: its end token {tokenizer.eos_token!r} is number {end}, and the text encoder's configuration "
+            f"says {stated}: they belong to two models, or the vocabulary is damaged; copy both again"
         )
     if isinstance(places, int) and tokenizer.model_max_length > places:
         raise UserError(
-            f"{folder}: {SETTINGS} gives {_length(tokenizer)} as `model_max_length`, and the text encoder reads {places} "
-            f"tokens: set it to {places}"
+            f"{folder}: {SETTINGS} gives {_length(tokenizer)} as `model_max_length`, and the text encoder reads "
+            f"{places} tokens: set it to {places}"
         )
 
 
@@ -161,16 +164,14 @@ def _length(tokenizer: Any) -> str:
     return "nothing" if longest > 1 << 62 else str(longest)
 
 
-def read_encoder(config: Path) -> dict[str, Any] | None:
-    """A text encoder's `config.json`, to compare a tokenizer with; None: it is not there.
+def read_config(config: Path) -> dict[str, Any]:
+    """A small JSON file of settings.
 
     Raises:
         UserError: it is no JSON object.
     """
     try:
         stated = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{config} is no readable JSON: {error}") from error
     if not isinstance(stated, dict):

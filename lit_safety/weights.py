@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from lit_safety.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for this and must not wait for torch
+    from torch import nn
 
 #: What weights are called by diffusers and by transformers.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
@@ -26,6 +29,8 @@ VARIANTS = ("", "fp32", "fp16", "bf16")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf")
 #: What a file begins with that git LFS has left in the place of the real one.
 POINTER = b"version https://git-lfs.github.com/spec/"
+#: Ends of names under which older releases kept numbers that are counted and not learned.
+COUNTED = (".position_ids", ".inv_freq", ".num_batches_tracked")
 MAX_HEADER = 100 << 20  # safetensors' own limit
 MAX_INDEX = 64 << 20  # bytes of the index of a model in many files; that of 400 billion parameters has 1 MB
 
@@ -110,13 +115,13 @@ def weights_of(folder: Path, stem: str) -> Weights | None:
         found = choose_weights(names, stem)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    if found is None or len(found.names) == 1 and found.index is None:
+    if found is None or (len(found.names) == 1 and found.index is None):
         return found
     if found.index is None:
         variant = f"{found.variant}." if found.variant else ""
         raise UserError(
-            f"{folder}: {stem}.safetensors.index.{variant}json is missing, which says what is in {found.names[0]}: copy "
-            "the folder again"
+            f"{folder}: {stem}.safetensors.index.{variant}json is missing, which says what is in {found.names[0]}: "
+            "copy the folder again"
         )
     return Weights(found.variant, _indexed(folder / found.index, set(names)), found.index)
 
@@ -207,7 +212,7 @@ def check_safetensors(file: Path) -> None:
 def not_readable(file: Path, error: Exception) -> str:
     """Why a safetensors file cannot be read, as one line that names it."""
     if is_pointer(file):
-        return f"{file} is a pointer of git LFS and no weights: run `git lfs pull` where it was cloned, or copy the file"
+        return f"{file} is a pointer of git LFS and no weights: run `git lfs pull` in its clone, or copy the file"
     return f"{file} is no readable safetensors file: {_first_line(error)}"
 
 
@@ -228,6 +233,58 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         raise UserError(not_readable(file, error)) from error
     header.pop("__metadata__", None)
     return header, 8 + size
+
+
+def check_whole(
+    network: nn.Module, report: Mapping[str, Any], folder: Path | str, used: nn.Module | None = None
+) -> None:
+    """Whether every tensor of a network was in its file, the file held no other layers, and all numbers are finite.
+
+    Of a larger model, such as a CLIP whose text half is loaded, what belongs to its other parts may be left over.
+
+    Args:
+        network: just loaded.
+        report: what `from_pretrained` gives with `output_loading_info`.
+        folder: for messages.
+        used: the part of it that computes; None: all of it.
+
+    Raises:
+        UserError: naming the first tensor.
+    """
+    import torch
+
+    parameters = network.named_parameters(remove_duplicate=False)
+    own = None if used is None else {id(parameter) for parameter in used.parameters()}
+    idle = {name for name, parameter in parameters if own is not None and id(parameter) not in own}
+    if missing := sorted(set(report["missing_keys"]) - idle):
+        raise UserError(
+            f"{folder}: its weights have no {missing[0]}{_more(missing)}, which config.json asks for: they belong to "
+            "another model, or are damaged"
+        )
+    parts = {name for name, _ in network.named_children()}
+    prefix = getattr(network, "base_model_prefix", "")
+    left = [
+        key
+        for key in sorted(report["unexpected_keys"])
+        if key.removeprefix(f"{prefix}.").split(".")[0] in parts and not key.endswith(COUNTED)
+    ]
+    if left:
+        raise UserError(
+            f"{folder}: its weights hold {left[0]}{_more(left)}, for which the network of config.json has no place: "
+            "they belong to another model, or config.json does"
+        )
+    for name, value in network.state_dict().items():
+        # A sum is quick; it is no number either where very many are very large, and then all are looked at.
+        doubtful = value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32))
+        if doubtful and not torch.isfinite(value.float()).all():
+            raise UserError(
+                f"{folder}: {name} holds numbers that are not finite (NaN or infinity), and so would every image: "
+                "take weights from before they were spoilt"
+            )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _first_line(error: Exception) -> str:

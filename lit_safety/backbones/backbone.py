@@ -77,6 +77,14 @@ class Backbone(nn.Module, ABC):
         """Those of `ENCODERS` that the pipeline ships."""
         return [name for name in self.ENCODERS if self.parts.has(name)]
 
+    def check_files(self) -> None:
+        """Whether all is there that drawing, or writing the whole pipeline, will need; no weight is read.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        self.parts.check_files(self.encoders())
+
     @classmethod
     def fingerprint(cls, source: str) -> dict[str, str]:
         """What decides a cache of latents and text made by the pipeline at ``source``, told from its files.

@@ -49,4 +49,7 @@ def load_backbone(source: str, denoiser: bool = True, key: str = KEY) -> Backbon
         raise UserError(
             f"the pipeline {source} does not load: {lines[0] if lines else type(error).__name__}"
         ) from error
+    # A run from a cache needs no tokenizer; one that lies there in part would be taken for one of two words.
+    tokenizers = [name for name, _ in family.TOKENIZERS if (backbone.parts.index.folder / name).is_dir()]
+    backbone.parts.check_files(name for name in tokenizers if backbone.parts.has(name))
     return backbone.requires_grad_(False).eval()

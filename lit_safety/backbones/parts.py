@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,8 @@ from torch import nn
 from lit_safety.backbones.hub import hub_answers, hub_file, hub_part
 from lit_safety.backbones.pipeline_index import KEY, LIBRARIES, pipeline_index
 from lit_safety.errors import UserError
-from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files, read_encoder
-from lit_safety.weights import DIFFUSERS, TRANSFORMERS, need_weights
+from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files, read_config
+from lit_safety.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
 
 #: Components that a pipeline names and does not need to draw from text.
 BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
@@ -77,6 +78,28 @@ class Parts:
                 hub_part(self.source, name, self.index.folder)
         return self.index.folder
 
+    def check_files(self, names: Iterable[str]) -> None:
+        """Whether the files of components are there that something will need later; no weight is read.
+
+        Of a hub id nothing is asked while the hub answers: what is missing is fetched when it is used.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        if not self.index.is_local and hub_answers():
+            return
+        for name in names:
+            found, folder = self._class_of(name), self.index.folder / name
+            try:
+                if not folder.is_dir():
+                    raise UserError(f"there is no folder {folder}")
+                if issubclass(found, nn.Module):
+                    need_weights(folder, _stem(found))
+                elif "tokenizer" in name:
+                    check_tokenizer_files(folder, found)
+            except UserError as error:
+                raise UserError(self._told(f"its {name}: {error}")) from error
+
     def config(self, name: str) -> dict[str, Any]:
         """The `config.json` of the network ``name``, without its weights.
 
@@ -117,7 +140,7 @@ class Parts:
         for name in needed:
             given[name] = self.get(name) if self._draws_with(name, safety_checker) else None
         try:
-            pipe = found(**given)
+            pipe: Any = found(**given)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(self._told(_first_line(error))) from error
         pipe.register_to_config(_name_or_path=str(self.index.folder))
@@ -136,13 +159,15 @@ class Parts:
         found = self._class_of(name)
         try:
             return self._from_pretrained(found, name)
+        except UserError as error:
+            raise UserError(self._told(f"its {name}: {error}")) from error
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-            raise UserError(self._told(f"its {name}: {_first_line(error)}")) from error
+            raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
         except Exception as error:
+            # The library of tokenizers, which is no Python, has no kind of its own for a damaged file.
             if type(error) is not Exception and not isinstance(error, SafetensorError):
                 raise
-            # The library of tokenizers, which is no Python, has no kind of its own for a damaged file.
-            raise UserError(self._told(f"its {name}: {_first_line(error)}")) from error
+            raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
 
     def _class_of(self, name: str) -> type:
         """The class of a component, of the two libraries or of one of diffusers' own pipelines."""
@@ -154,9 +179,7 @@ class Parts:
             home = getattr(import_module("diffusers.pipelines"), library, None)
         if not isinstance(home, ModuleType):
             raise UserError(
-                self._told(
-                    f"its {name} is of the library {library!r}; components come from {' and '.join(LIBRARIES)}"
-                )
+                self._told(f"its {name} is of the library {library!r}; components come from {' and '.join(LIBRARIES)}")
             )
         found = getattr(home, class_name, None)
         if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
@@ -167,16 +190,27 @@ class Parts:
         index = self.index
         folder = index.folder / name if index.is_local else hub_part(self.source, name, index.folder)
         if not folder.is_dir():
-            raise UserError(self._told(f"model_index.json names {name}, and there is no folder {folder}"))
+            raise UserError(f"model_index.json names it, and there is no folder {folder}")
         if issubclass(found, nn.Module):
             return load_network(found, folder, self.dtype)
         if "tokenizer" not in name:
-            return found.from_pretrained(folder)
-        inner = getattr(found, "attributes", None)  # a processor, which holds a tokenizer
-        check_tokenizer_files(folder, found if inner is None else object)
+            return self._config_only(found, folder)
+        check_tokenizer_files(folder, found)
         tokenizer = found.from_pretrained(folder)
         check_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), folder, self._encoder_of(name))
         return tokenizer
+
+    def _config_only(self, found: Any, folder: Path) -> Any:
+        """A scheduler or an image processor, which has no weights."""
+        part = found.from_pretrained(folder)
+        # An index that names a scheduler of another process would draw with numbers that the model never saw.
+        stated = getattr(part, "config", {})
+        if "sigma_data" in stated and "sigma_data" not in signature(found.__init__).parameters:
+            raise UserError(
+                f"{folder / 'scheduler_config.json'} is of the EDM process ({stated.get('_class_name')}), and "
+                f"model_index.json makes it a {found.__name__}: name the scheduler's own class there"
+            )
+        return part
 
     def _encoder_of(self, tokenizer: str) -> dict[str, Any] | None:
         """The configuration of the text encoder that reads a tokenizer's tokens; None: it is not there."""
@@ -185,7 +219,8 @@ class Parts:
             return None
         if not self.index.is_local and hub_answers():
             return self.config(name)
-        return read_encoder(self.index.folder / name / "config.json")
+        file = self.index.folder / name / "config.json"
+        return read_config(file) if file.is_file() else None
 
     def _told(self, what: str) -> str:
         return f"the pipeline {self.source} does not load: {what}"
@@ -203,10 +238,7 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -
         UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file.
         OSError, ValueError, RuntimeError: what the library says of its configuration.
     """
-    from diffusers import ModelMixin
-
-    of_diffusers = issubclass(found, ModelMixin)
-    weights = need_weights(folder, DIFFUSERS if of_diffusers else TRANSFORMERS)
+    weights = need_weights(folder, _stem(found))
     network, report = found.from_pretrained(
         folder, dtype=dtype, variant=weights.variant, use_safetensors=True, output_loading_info=True
     )
@@ -214,44 +246,11 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -
     return network.requires_grad_(False).eval()
 
 
-def check_whole(network: nn.Module, report: Mapping[str, Any], folder: Path | str) -> None:
-    """Whether every tensor of a network was in its file, the file held no other layers, and all numbers are finite.
+def _stem(found: type) -> str:
+    """What the weights of a class of networks are called."""
+    from diffusers import ModelMixin
 
-    Of a larger model, such as a CLIP whose text half is loaded, what belongs to its other parts may be left over.
-
-    Args:
-        network: just loaded.
-        report: what `from_pretrained` gives with `output_loading_info`.
-        folder: for messages.
-
-    Raises:
-        UserError: naming the first tensor.
-    """
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{folder}: its weights have no {missing[0]}{_more(missing)}, which config.json asks for: they belong to "
-            "another model, or are damaged"
-        )
-    own = {name for name, _ in network.named_children()}
-    prefix = getattr(network, "base_model_prefix", "")
-    left = [key for key in sorted(report["unexpected_keys"]) if key.removeprefix(f"{prefix}.").split(".")[0] in own]
-    if left:
-        raise UserError(
-            f"{folder}: its weights hold {left[0]}{_more(left)}, for which the network of config.json has no place: they "
-            "belong to another model, or config.json does"
-        )
-    for name, value in network.state_dict().items():
-        # A sum is quick and only doubtful where a number is not finite, or very many are very large.
-        if value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32)):
-            if not torch.isfinite(value.float()).all():
-                raise UserError(
-                    f"{folder}: {name} holds numbers that are not finite (NaN or infinity), and so would every image: "
-                    "take weights from before they were spoilt"
-                )
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return DIFFUSERS if issubclass(found, ModelMixin) else TRANSFORMERS
 
 
 def _first_line(error: Exception) -> str:

@@ -104,7 +104,7 @@ def _single_file(file: Path, key: str) -> str:
     if file.suffix.lower() not in SINGLE_FILES:
         return f"{key}: {file} is a file, and a pipeline is a folder that `save_pretrained` wrote, or a hub id"
     return (
-        f"{file} is a checkpoint in one file; convert it once, `python -c \"import diffusers; "
+        f'{file} is a checkpoint in one file; convert it once, `python -c "import diffusers; '
         f"diffusers.{_class_of(file)}.from_single_file({str(file)!r}).save_pretrained('FOLDER')\"`, and give FOLDER as "
         f"{key}"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.errors import UserError
+from lit_safety.weights import is_hidden
 
 _COUNTS = {".safetensors", ".json", ".bin", ".txt", ".model", ".pt", ".pth", ".ckpt", ".npy"}
 """Suffixes of files that change what a model does. Model cards, licences and pictures beside them do not."""
@@ -16,7 +17,8 @@ _COUNTS = {".safetensors", ".json", ".bin", ".txt", ".model", ".pt", ".pth", ".c
 def fingerprint(path: str | Path) -> str:
     """sha256 over the names and contents of a model's weight and config files; of a single file, its content."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _COUNTS and f.is_file())
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [f for f in files if f == path or (f.suffix in _COUNTS and not is_hidden(f) and f.is_file())]
     total = hashlib.sha256()
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()

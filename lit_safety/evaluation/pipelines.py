@@ -30,6 +30,17 @@ def local_pipeline(source: str, key: str = "--pipeline") -> Path:
     return Parts(source, key=key).fetch()
 
 
+def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
+    """The folder of the pipeline that an arm draws with: its own, or that of the base.
+
+    Raises:
+        UserError: as `local_pipeline`.
+    """
+    if arm.pipeline is None:
+        return local_pipeline(base)
+    return local_pipeline(arm.pipeline, f"the `pipeline` of the arm {name}")
+
+
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
     """A quiet pipeline that draws with DDIM where it can, on `device`.
 
@@ -72,8 +83,9 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     if precision == "float32" and getattr(denoiser, "peft_config", None):
         pipe.fuse_lora()  # exact enough to fold in, and as fast as no adapter at all
     for name in ("unet", "vae"):
-        if hasattr(pipe, name):
-            getattr(pipe, name).to(memory_format=torch.channels_last)
+        network = getattr(pipe, name, None)
+        if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not of one for video
+            network.to(memory_format=torch.channels_last)
     if arm.guard is not None:
         arm.guard.check(pipe)
     return pipe
