@@ -125,7 +125,8 @@ def _reads(tokenizer: Any, word: str, number: int) -> bool:
 def _check_size(tokenizer: Any, vocabulary: Mapping[str, int], rows: int, folder: Path | str) -> None:
     added = set(tokenizer.get_added_vocab())
     used = {number for token, number in vocabulary.items() if token not in added}
-    used |= {number for number in tokenizer.all_special_ids if number is not None}
+    # Of the special ones those that stand around a text: others, as for masking, may be added and never embedded.
+    used |= {*tokenizer("")["input_ids"], *([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])}
     if max(used, default=0) >= rows:
         raise UserError(
             f"{folder}: its tokenizer has the token {max(used)}, and its text encoder embeds {rows} tokens: it belongs "

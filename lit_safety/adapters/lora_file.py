@@ -20,7 +20,6 @@ from lit_safety.adapters.lora import WEIGHTS_NAME, find_weights
 from lit_safety.adapters.lora_layouts import COMPONENTS, refuse_keys, refuse_settings, to_one_layout
 from lit_safety.adapters.peft_folder import find_peft, with_component
 from lit_safety.errors import UserError
-from lit_safety.weights import is_hidden
 
 #: Where diffusers keeps the LoRA configuration in a safetensors file.
 METADATA_KEY = "lora_adapter_metadata"
@@ -96,7 +95,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if (own := find_peft(path)) is not None:
         return own
     if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
-        found = [file for file in sorted(path.glob("*.safetensors")) if not is_hidden(file)]
+        found = sorted(path.glob("[!.]*.safetensors"))
         if len(found) == 1:
             return found[0], None
     return find_weights(path), None

@@ -207,7 +207,7 @@ class Parts:
         stated = getattr(part, "config", {})
         if "sigma_data" in stated and "sigma_data" not in signature(found.__init__).parameters:
             raise UserError(
-                f"{folder / 'scheduler_config.json'} is of the EDM process ({stated.get('_class_name')}), and "
+                f"{folder / 'scheduler_config.json'} is of the EDM process, and "
                 f"model_index.json makes it a {found.__name__}: name the scheduler's own class there"
             )
         return part

@@ -95,12 +95,12 @@ def _load(source: str, projected: bool) -> Any:
         raise UserError(f"{config}: is no model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):
         raise UserError(f"{source}: is a model of type {kind!r}; the cost model stands on a CLIP checkpoint")
-    variant = need_weights(Path(source), TRANSFORMERS).variant if Path(source).is_dir() else None
     try:
+        variant = need_weights(Path(source), TRANSFORMERS).variant if Path(source).is_dir() else None
         loaded: Any = VisionTower.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"the CLIP {source} does not load: {reason}") from error
     network, report = loaded

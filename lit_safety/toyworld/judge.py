@@ -82,7 +82,7 @@ class ToyJudge(nn.Module):
             judge.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
-                f"{folder} is no toy judge ({error}); give a folder with config.json and model.safetensors, "
+                f"{folder} is no toy judge ({' '.join(str(error).split())[:200]}); give a folder with config.json and model.safetensors, "
                 "such as data/toyworld/judge"
             ) from error
         return judge.eval()

@@ -50,7 +50,9 @@ class TextModel:
             whole, report = AutoModel.from_pretrained(
                 name, use_safetensors=True, dtype="auto", variant=variant, output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        except (
+            UserError, OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError,
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{name}: is no text model that can be loaded ({' '.join(str(error).split())[:300]}); give a folder "
                 "with config.json, safetensors and tokenizer, or a hub id"
@@ -60,7 +62,7 @@ class TextModel:
         # A head that pools is not used, and many files come without.
         report["missing_keys"] = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
         check_whole(whole, report, name, used=self.model)
-        check_tokenizer(self.tokenizer, name, whole.config.to_dict())
+        check_tokenizer(self.tokenizer, name, {"vocab_size": getattr(whole.config.get_text_config(), "vocab_size", None)})
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model.to(self.device)
