@@ -266,7 +266,7 @@ def check_whole(
     left = [
         key
         for key in sorted(report["unexpected_keys"])
-        if key.removeprefix(f"{prefix}.").split(".")[0] in parts and not key.endswith(COUNTED)
+        if parts & {key.split(".")[0], key.removeprefix(f"{prefix}.").split(".")[0]} and not key.endswith(COUNTED)
     ]
     if left:
         raise UserError(

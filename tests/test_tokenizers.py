@@ -64,7 +64,8 @@ def test_a_file_that_is_not_whole_is_named(folder: Path, name: str, how: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "named"), [(T5Tokenizer, "spiece.model"), (GemmaTokenizer, "tokenizer.json"), (AutoTokenizer, "tokenizer.json")]
+    ("kind", "named"),
+    [(T5Tokenizer, "spiece.model"), (GemmaTokenizer, "tokenizer.json"), (AutoTokenizer, "tokenizer.json")],
 )
 def test_every_kind_of_tokenizer_needs_its_vocabulary(folder: Path, kind: Any, named: str):
     (folder / "tokenizer.json").unlink()

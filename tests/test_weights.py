@@ -46,9 +46,7 @@ def pieces(count: int, variant: str = "") -> list[str]:
         (["diffusion_pytorch_model.safetensors", WHOLE], None, [WHOLE]),
     ],
 )
-def test_full_precision_is_read_where_it_is_there_and_half_else(
-    there: list[str], variant: str | None, read: list[str]
-):
+def test_full_precision_is_read_where_it_is_there_and_half_else(there: list[str], variant: str | None, read: list[str]):
     for names in (there, there[::-1]):
         found = choose_weights(names, TRANSFORMERS)
         assert found is not None
@@ -56,7 +54,8 @@ def test_full_precision_is_read_where_it_is_there_and_half_else(
 
 
 @pytest.mark.parametrize(
-    "there", [[], ["._model.safetensors"], ["model.non_ema.safetensors"], ["model.ema.safetensors"], ["lora.safetensors"]]
+    "there",
+    [[], ["._model.safetensors"], ["model.non_ema.safetensors"], ["model.ema.safetensors"], ["lora.safetensors"]],
 )
 def test_what_does_not_draw_is_not_read(there: list[str]):
     assert choose_weights(there, TRANSFORMERS) is None
@@ -98,7 +97,8 @@ def test_the_index_says_which_pieces_there_are(tmp_path: Path, variant: str):
 
 
 @pytest.mark.parametrize(
-    "index", [{"weight_map": {"w": "../other.safetensors"}}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"w": 1}}]
+    "index",
+    [{"weight_map": {"w": "../other.safetensors"}}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"w": 1}}],
 )
 def test_an_index_names_files_of_its_own_folder(tmp_path: Path, index: dict[str, object]):
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
@@ -113,7 +113,8 @@ def test_an_index_that_is_missing_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin", "model.ckpt"]
+    "name",
+    ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin", "model.ckpt"],
 )
 def test_what_is_there_instead_is_named(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"\x80\x04.")
