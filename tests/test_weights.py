@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.psa_tensors import read_tensors
+from lit_safety.data.users import Users
 from lit_safety.errors import UserError
 from lit_safety.weights import (
     DIFFUSERS,
@@ -166,3 +170,21 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path):
     (tmp_path / WHOLE).write_bytes(POINTER + b"v1\noid sha256:" + b"a" * 64 + b"\nsize 34\n")
     with pytest.raises(UserError, match="git lfs pull"), open_safetensors(tmp_path / WHOLE):
         pass
+
+
+@pytest.mark.parametrize("reading", [read_lora, Users, lambda file: read_tensors(file, {"x": (4, 4)}), read_header])
+def test_every_reader_tells_a_pointer_and_a_damaged_header(reading: Callable[[Path], object], tmp_path: Path):
+    (tmp_path / "pointer.safetensors").write_bytes(POINTER + b"v1\noid sha256:0\nsize 3\n")
+    written(tmp_path / "list.safetensors", b"[1]")
+    written(tmp_path / "deep.safetensors", b'{"a":' * 5000 + b"1" + b"}" * 5000)
+    for name, says in (("pointer", "git lfs pull"), ("list", "list.safetensors"), ("deep", "deep.safetensors")):
+        with pytest.raises(UserError, match=says) as refused:
+            reading(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(refused.value)
+
+
+def test_files_of_macos_beside_an_adapter_are_not_its_weights(tmp_path: Path):
+    tensors = {"unet.a.lora_A.weight": torch.ones(2, 4), "unet.a.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    (tmp_path / "._style.safetensors").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    assert read_lora(tmp_path).keys() == {"unet.a"}

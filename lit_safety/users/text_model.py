@@ -62,9 +62,8 @@ class TextModel:
         # A head that pools is not used, and many files come without.
         report["missing_keys"] = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
         check_whole(whole, report, name, used=self.model)
-        check_tokenizer(
-            self.tokenizer, name, {"vocab_size": getattr(whole.config.get_text_config(), "vocab_size", None)}
-        )
+        text = whole.config.get_text_config()
+        check_tokenizer(self.tokenizer, name, {"vocab_size": getattr(text, "vocab_size", None)})
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model.to(self.device)
