@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_safety.errors import UserError
+from lit_safety.weights import not_readable
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -171,7 +172,7 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
         with safe_open(file, framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no readable safetensors file: {error}") from error
+        raise UserError(not_readable(file, error)) from error
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if denoiser is None:
         raise UserError(f"{type(pipe).__name__} has neither unet nor transformer: {file} cannot be loaded into it")

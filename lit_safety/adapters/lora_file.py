@@ -20,6 +20,7 @@ from lit_safety.adapters.lora import WEIGHTS_NAME, find_weights
 from lit_safety.adapters.lora_layouts import COMPONENTS, refuse_keys, refuse_settings, to_one_layout
 from lit_safety.adapters.peft_folder import find_peft, with_component
 from lit_safety.errors import UserError
+from lit_safety.weights import not_readable
 
 #: Where diffusers keeps the LoRA configuration in a safetensors file.
 METADATA_KEY = "lora_adapter_metadata"
@@ -95,7 +96,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if (own := find_peft(path)) is not None:
         return own
     if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(path.glob("[!.]*.safetensors"))
         if len(found) == 1:
             return found[0], None
     return find_weights(path), None
@@ -108,11 +109,15 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raw = (handle.metadata() or {}).get(METADATA_KEY)
         metadata = json.loads(raw) if raw else {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable safetensors file: {error}") from error
+        raise UserError(not_readable(file, error)) from error
     if not isinstance(metadata, dict):
         raise UserError(f"{file}: its {METADATA_KEY} is no JSON object")
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor.float()).all():  # in float, which 8-bit numbers need
+        try:
+            finite = bool(torch.isfinite(tensor.float()).all())  # in float, which 8-bit numbers need
+        except NotImplementedError as error:
+            raise UserError(f"{file}: {key} is of {tensor.dtype}, which no LoRA is; train it again") from error
+        if not finite:
             raise UserError(f"{file}: {key} holds numbers that are not finite; train this adapter again")
     return tensors, metadata
 

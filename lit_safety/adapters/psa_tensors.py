@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_safety.errors import UserError
+from lit_safety.weights import not_readable
 
 #: No text model has embeddings this long.
 LARGEST_EMBEDDING = 65_536
@@ -51,7 +52,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return tensors, dict(handle.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable safetensors file: {error}") from error
+        raise UserError(not_readable(file, error)) from error
 
 
 def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:

@@ -8,12 +8,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.adapters.lora_file import read_lora
 from lit_safety.errors import UserError
+from lit_safety.weights import DIFFUSERS, need_weights, open_safetensors
 
 KEY = "model.init_args.start_from"
 
@@ -106,12 +106,15 @@ def read_denoiser(path: Path, name: str) -> dict[str, Tensor]:
     """All weights of the network ``name`` (such as unet) of a pipeline folder.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they are damaged.
     """
-    files = sorted((path / name).glob("*.safetensors"))
-    if not files:
+    if not (path / name).is_dir():
         raise UserError(f"`{KEY}` {path} holds neither an adapter, nor a pipeline with {name}, nor a checkpoint")
-    return {key: value for file in files for key, value in load_file(file).items()}
+    found: dict[str, Tensor] = {}
+    for file in need_weights(path / name, DIFFUSERS).names:
+        with open_safetensors(path / name / file) as handle:
+            found |= {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    return found
 
 
 @torch.no_grad()

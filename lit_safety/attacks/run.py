@@ -23,7 +23,7 @@ from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.judges import Judge, JudgeError
 from lit_safety.evaluation.judging import judge_drawn
 from lit_safety.evaluation.kept_verdicts import KeptVerdicts
-from lit_safety.evaluation.pipelines import local_pipeline
+from lit_safety.evaluation.pipelines import arm_pipeline
 
 if TYPE_CHECKING:
     from lit_safety.evaluation.prompts import Prompt
@@ -184,7 +184,7 @@ class AttackRun:
     def target(self, name: str) -> Target:
         """The arm `name`."""
         if name not in self._targets:
-            folders = {arm: local_pipeline(self.arms[arm].pipeline or self.pipeline) for arm in ("base", name)}
+            folders = {arm: arm_pipeline(arm, self.arms[arm], self.pipeline) for arm in ("base", name)}
             arm = self.arms[name]
             attacked, everything = ([replace(p, user=arm.user) for p in ps] for ps in (self.attacked, self.everything))
             self._targets[name] = Target(

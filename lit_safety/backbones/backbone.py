@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_safety.adapters.lora import adapter_metadata
 from lit_safety.backbones.fingerprint import fingerprint
 from lit_safety.backbones.parts import NoDenoiser, Parts
+from lit_safety.backbones.pipeline_index import KEY
 from lit_safety.backbones.text import too_long
 
 #: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch.
@@ -49,9 +50,9 @@ class Backbone(nn.Module, ABC):
         self.inference_scheduler = parts.get("scheduler")
 
     @classmethod
-    def from_pretrained(cls, source: str, denoiser: bool = True) -> Backbone:
+    def from_pretrained(cls, source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
         """From a pipeline folder or a hub id, in fp32; of the networks only the denoiser is loaded at once."""
-        return cls(Parts(source), denoiser)
+        return cls(Parts(source, key=key), denoiser)
 
     # ---- the frozen parts
 
@@ -75,6 +76,14 @@ class Backbone(nn.Module, ABC):
     def encoders(self) -> list[str]:
         """Those of `ENCODERS` that the pipeline ships."""
         return [name for name in self.ENCODERS if self.parts.has(name)]
+
+    def check_files(self) -> None:
+        """Whether all is there that drawing, or writing the whole pipeline, will need; no weight is read.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        self.parts.check_files(self.encoders())
 
     @classmethod
     def fingerprint(cls, source: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Any
 from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
 from lit_safety.errors import UserError
 from lit_safety.hashes import tensor_hashes
+from lit_safety.weights import DIFFUSERS, TRANSFORMERS, is_hidden, weights_of
 
 #: What of the configuration of a network of transformers decides nothing when it encodes: who saved it and how, what
 #: training and the generating of text need, and the class's name, which stands in the pipeline's index.
@@ -92,11 +93,13 @@ def reference_fingerprint(source: str, denoiser: str) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights in a component's folder that are loaded: of several variants, as a clone of SD1.5 has them, those in
-    full precision."""
-    found = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("._")]
-    found = [file for file in found if ".non_ema" not in file.name]
-    return [file for file in found if ".fp16" not in file.name] or found
+    """The weights in a component's folder that are loaded, of several variants those in full precision; none: [].
+
+    Raises:
+        UserError: as `weights_of`.
+    """
+    chosen = weights_of(folder, DIFFUSERS) or weights_of(folder, TRANSFORMERS)
+    return [] if chosen is None else [folder / name for name in chosen.names]
 
 
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
@@ -104,7 +107,7 @@ def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
         stated = _process(folder, kind)
         return _hash([json.dumps(stated, sort_keys=True)]) if stated else None
     if folder.name.startswith("tokenizer"):
-        words = any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("[!.]*"))
+        words = any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("*") if not is_hidden(file))
         return _hash([json.dumps(_tokenizer(folder, kind), sort_keys=True)]) if words else None
     if not (weights := weight_files(folder)):
         return None

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from lit_safety.errors import UserError
+from lit_safety.weights import DIFFUSERS, TRANSFORMERS, choose_weights
 
 #: Where the hub is (HF_ENDPOINT).
 ENDPOINT = constants.ENDPOINT
@@ -37,13 +38,19 @@ FOLDER = "or point at a local folder"
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
-def hub_file(source: str, name: str, revision: str | None = None) -> Path:
+def hub_file(source: str, name: str, revision: str | None = None, key: str | None = None) -> Path:
     """One file of the hub model ``source``, fetched if it was not yet.
+
+    Args:
+        source: the hub id.
+        name: the file's path in the repository.
+        revision: a commit; None: the newest.
+        key: the option or YAML key that the model was given by, for messages.
 
     Raises:
         UserError: the model is missing, gated or out of reach, has no such file, or the disk is full.
     """
-    with _told(source, name):
+    with _told(source, name, key):
         validate_repo_id(source)
         return Path(
             hf_hub_download(source, name, revision=revision, endpoint=ENDPOINT, local_files_only=not hub_answers())
@@ -100,23 +107,24 @@ def _listing(source: str, revision: str) -> tuple[str, ...]:
 
 
 def _needed(files: tuple[str, ...], name: str) -> list[str]:
-    """The files of a component: everything small, and its safetensors; half precision only where there is no other."""
-    own = [file for file in files if file.startswith(f"{name}/") and file.count("/") == 1]
-    weights = [file for file in own if file.endswith((".safetensors", ".safetensors.index.json"))]
-    whole = [file for file in weights if ".fp16" not in file and ".non_ema" not in file]
-    half = [file for file in weights if ".fp16" in file]
-    small = [file for file in own if file.endswith((".json", ".txt", ".model")) and file not in weights]
-    small = [file for file in small if not file.endswith(".index.json")]  # of weights in another format
-    return small + (whole or half)
+    """The files of a component: everything small, and of its safetensors those that are loaded."""
+    own = [file.removeprefix(f"{name}/") for file in files if file.startswith(f"{name}/") and file.count("/") == 1]
+    weights = []
+    for stem in (DIFFUSERS, TRANSFORMERS):
+        if (chosen := choose_weights(own, stem)) is not None:
+            weights += [*chosen.names, *([chosen.index] if chosen.index else [])]
+    small = [file for file in own if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
+    return [f"{name}/{file}" for file in (*small, *weights)]
 
 
 @contextmanager
-def _told(source: str, what: str) -> Iterator[None]:
+def _told(source: str, what: str, key: str | None = None) -> Iterator[None]:
     """Whatever the hub's client raises, as one line that says the way out."""
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"no folder {source!r}, and it is no hub id either: check `model.pretrained`") from error
+        given = f"{key}: " if key else ""
+        raise UserError(f"{given}no folder {source!r}, and it is no hub id either: check the path") from error
     except GatedRepoError as error:
         raise UserError(
             f"{source} is gated: accept its licence at {ENDPOINT}/{source}, then `hf auth login` (or set "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lit_safety.backbones.backbone import Backbone
-from lit_safety.backbones.pipeline_index import pipeline_class_name
+from lit_safety.backbones.pipeline_index import KEY, pipeline_class_name
 from lit_safety.backbones.stable_diffusion import StableDiffusion
 from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
 from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
@@ -17,35 +17,39 @@ FAMILIES: dict[str, type[Backbone]] = {
 }
 
 
-def family_of(source: str) -> type[Backbone]:
-    """The backbone that knows the pipeline at ``source``; no weight is read.
+def family_of(source: str, key: str = KEY) -> type[Backbone]:
+    """The backbone that knows the pipeline at ``source``, given by the option or YAML key ``key``; no weight is read.
 
     Raises:
         UserError: if there is no pipeline, or its family is unknown.
     """
-    name = pipeline_class_name(source)
+    name = pipeline_class_name(source, key)
     family = FAMILIES.get(name)
     if family is None:
         raise UserError(f"{source}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
     return family
 
 
-def load_backbone(source: str, denoiser: bool = True) -> Backbone:
+def load_backbone(source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
     """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32.
 
     Args:
         source: the pipeline.
         denoiser: False leaves the denoiser out, for work that needs the encoders only.
+        key: the option or YAML key that it was given by, for messages.
 
     Raises:
         UserError: if there is no pipeline, its family is unknown, or its files do not load.
     """
-    family = family_of(source)
+    family = family_of(source, key)
     try:
-        backbone = family.from_pretrained(source, denoiser)
+        backbone = family.from_pretrained(source, denoiser, key)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(
             f"the pipeline {source} does not load: {lines[0] if lines else type(error).__name__}"
         ) from error
+    # A run from a cache needs no tokenizer; one that lies there in part would be taken for one of two words.
+    tokenizers = [name for name, _ in family.TOKENIZERS if (backbone.parts.index.folder / name).is_dir()]
+    backbone.parts.check_files(name for name in tokenizers if backbone.parts.has(name))
     return backbone.requires_grad_(False).eval()

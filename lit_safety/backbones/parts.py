@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from lit_safety.backbones.hub import hub_file, hub_part
-from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
+from lit_safety.backbones.hub import hub_answers, hub_file, hub_part
+from lit_safety.backbones.pipeline_index import KEY, LIBRARIES, pipeline_index
 from lit_safety.errors import UserError
+from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files, read_config
+from lit_safety.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
 
-
-def weights_variant(source: str | Path) -> str | None:
-    """`fp16` for a folder that holds its weights only under that name."""
-    weights = [file.name for file in Path(source).glob("*/*.safetensors")]
-    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+#: Components that a pipeline names and does not need to draw from text.
+BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class Parts:
-    """A pipeline's components by name, frozen, in fp32 and from safetensors only.
+    """A pipeline's components by name, frozen, and from safetensors only: the one way in, for every command.
 
     It is no module, and a backbone that holds one does not register what is in it: checkpoints, DDP, FSDP and ZeRO
     never see the frozen encoders.
 
     Args:
         source: a pipeline folder or a hub id.
+        dtype: what its networks compute in.
+        key: the option or YAML key that it was given by, for messages.
 
     Raises:
         UserError: if ``source`` is neither.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, dtype: torch.dtype = torch.float32, key: str = KEY) -> None:
         self.source = source
-        self.index = pipeline_index(source)
+        self.dtype = dtype
+        self.index = pipeline_index(source, key)
         self._loaded: dict[str, Any] = {}
 
     @property
@@ -72,6 +78,28 @@ class Parts:
                 hub_part(self.source, name, self.index.folder)
         return self.index.folder
 
+    def check_files(self, names: Iterable[str]) -> None:
+        """Whether the files of components are there that something will need later; no weight is read.
+
+        Of a hub id nothing is asked while the hub answers: what is missing is fetched when it is used.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        if not self.index.is_local and hub_answers():
+            return
+        for name in names:
+            found, folder = self._class_of(name), self.index.folder / name
+            try:
+                if not folder.is_dir():
+                    raise UserError(f"there is no folder {folder}")
+                if issubclass(found, nn.Module):
+                    need_weights(folder, _stem(found))
+                elif "tokenizer" in name:
+                    check_tokenizer_files(folder, found)
+            except UserError as error:
+                raise UserError(self._told(f"its {name}: {error}")) from error
+
     def config(self, name: str) -> dict[str, Any]:
         """The `config.json` of the network ``name``, without its weights.
 
@@ -84,40 +112,149 @@ class Parts:
             else:
                 file = hub_file(self.source, f"{name}/config.json", self.index.folder.name)
             config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"the pipeline {self.source} does not load: {name}/config.json: {error}") from error
         if not isinstance(config, dict):
             raise UserError(f"the pipeline {self.source} does not load: {file} holds no JSON object")
         return config
 
+    def pipeline(self, safety_checker: bool = False) -> Any:
+        """The whole stock pipeline of diffusers, its networks those that `get` gives.
+
+        What stands beside drawing (`BESIDE`) is left out where its folder is not there: an index names it that was
+        copied without it.
+
+        Args:
+            safety_checker: keep the pipeline's own, where there is one; it blanks images, and a blank counts as safe.
+
+        Raises:
+            UserError: a component is missing or does not load, or diffusers has no such pipeline.
+        """
+        import diffusers
+
+        found = getattr(diffusers, self.index.class_name, None)
+        if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+            raise UserError(self._told(f"diffusers has no pipeline of class {self.index.class_name}"))
+        needed, optional = found._get_signature_keys(found)
+        given: dict[str, Any] = {name: value for name, value in self.index.settings.items() if name in optional}
+        for name in needed:
+            given[name] = self.get(name) if self._draws_with(name, safety_checker) else None
+        try:
+            pipe: Any = found(**given)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(self._told(_first_line(error))) from error
+        pipe.register_to_config(_name_or_path=str(self.index.folder))
+        return pipe
+
+    def _draws_with(self, name: str, safety_checker: bool) -> bool:
+        if not self.has(name):
+            return False
+        if name == "safety_checker" and not safety_checker:
+            return False
+        return name not in BESIDE or (self.index.folder / name).is_dir()
+
     def _load(self, name: str) -> Any:
         if name not in self.index.components:
-            raise UserError(f"the pipeline {self.source} does not load: its model_index.json names no {name}")
-        library, class_name = self.index.components[name]
-        if library not in LIBRARIES:
-            raise UserError(
-                f"the pipeline {self.source} does not load: its {name} is of the library {library!r}; "
-                f"components come from {' and '.join(LIBRARIES)}"
-            )
-        found = getattr(import_module(library), class_name, None)
-        if found is None:
-            raise UserError(f"the pipeline {self.source} does not load: {library} has no {class_name} (its {name})")
+            raise UserError(self._told(f"its model_index.json names no {name}"))
+        found = self._class_of(name)
         try:
             return self._from_pretrained(found, name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-            raise UserError(f"the pipeline {self.source} does not load: its {name}: {reason}") from error
+        except UserError as error:
+            raise UserError(self._told(f"its {name}: {error}")) from error
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+            raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
+        except Exception as error:
+            # The library of tokenizers, which is no Python, has no kind of its own for a damaged file.
+            if type(error) is not Exception and not isinstance(error, SafetensorError):
+                raise
+            raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
+
+    def _class_of(self, name: str) -> type:
+        """The class of a component, of the two libraries or of one of diffusers' own pipelines."""
+        library, class_name = self.index.components[name]
+        home: Any = None
+        if library in LIBRARIES:
+            home = import_module(library)
+        elif library.isidentifier():
+            home = getattr(import_module("diffusers.pipelines"), library, None)
+        if not isinstance(home, ModuleType):
+            raise UserError(
+                self._told(f"its {name} is of the library {library!r}; components come from {' and '.join(LIBRARIES)}")
+            )
+        found = getattr(home, class_name, None)
+        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+            raise UserError(self._told(f"{library} has no {class_name} (its {name})"))
+        return found
 
     def _from_pretrained(self, found: Any, name: str) -> Any:
         index = self.index
         folder = index.folder / name if index.is_local else hub_part(self.source, name, index.folder)
-        if not issubclass(found, nn.Module):
-            return found.from_pretrained(folder)
-        weights = [file.name for file in folder.glob("*.safetensors")]
-        variant = "fp16" if weights and all(".fp16." in file for file in weights) else None
-        network = found.from_pretrained(folder, dtype=torch.float32, variant=variant, use_safetensors=True)
-        return network.requires_grad_(False).eval()
+        if not folder.is_dir():
+            raise UserError(f"model_index.json names it, and there is no folder {folder}")
+        if issubclass(found, nn.Module):
+            return load_network(found, folder, self.dtype)
+        if "tokenizer" not in name:
+            return self._config_only(found, folder)
+        check_tokenizer_files(folder, found)
+        tokenizer = found.from_pretrained(folder)
+        check_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), folder, self._encoder_of(name))
+        return tokenizer
+
+    def _config_only(self, found: Any, folder: Path) -> Any:
+        """A scheduler or an image processor, which has no weights."""
+        part = found.from_pretrained(folder)
+        # An index that names a scheduler of another process would draw with numbers that the model never saw.
+        stated = getattr(part, "config", {})
+        if "sigma_data" in stated and "sigma_data" not in signature(found.__init__).parameters:
+            raise UserError(
+                f"{folder / 'scheduler_config.json'} is of the EDM process, and "
+                f"model_index.json makes it a {found.__name__}: name the scheduler's own class there"
+            )
+        return part
+
+    def _encoder_of(self, tokenizer: str) -> dict[str, Any] | None:
+        """The configuration of the text encoder that reads a tokenizer's tokens; None: it is not there."""
+        name = tokenizer.replace("tokenizer", "text_encoder")
+        if not self.has(name):
+            return None
+        if not self.index.is_local and hub_answers():
+            return self.config(name)
+        file = self.index.folder / name / "config.json"
+        return read_config(file) if file.is_file() else None
+
+    def _told(self, what: str) -> str:
+        return f"the pipeline {self.source} does not load: {what}"
+
+
+def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A network of diffusers or transformers out of its folder, whole, frozen and in evaluation.
+
+    Args:
+        found: its class.
+        folder: where its config.json and weights lie.
+        dtype: what it computes in.
+
+    Raises:
+        UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file.
+        OSError, ValueError, RuntimeError: what the library says of its configuration.
+    """
+    weights = need_weights(folder, _stem(found))
+    network, report = found.from_pretrained(
+        folder, dtype=dtype, variant=weights.variant, use_safetensors=True, output_loading_info=True
+    )
+    check_whole(network, report, folder)
+    return network.requires_grad_(False).eval()
+
+
+def _stem(found: type) -> str:
+    """What the weights of a class of networks are called."""
+    from diffusers import ModelMixin
+
+    return DIFFUSERS if issubclass(found, ModelMixin) else TRANSFORMERS
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class NoDenoiser(nn.Module):

@@ -9,7 +9,12 @@ from typing import Any
 
 from lit_safety.backbones.hub import hub_file
 from lit_safety.errors import UserError
+from lit_safety.weights import is_hidden, is_pointer, read_header
 
+#: The YAML key by which most commands are told of a pipeline.
+KEY = "model.init_args.pretrained"
+#: What checkpoints in one file are called.
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 #: Where components' classes may come from. The index is data: it must not choose what else is imported.
 LIBRARIES = ("diffusers", "transformers")
 
@@ -28,48 +33,90 @@ class PipelineIndex:
     settings: dict[str, Any] = field(default_factory=dict)
     """What the pipeline says of itself beside its components, such as `force_zeros_for_empty_prompt`."""
 
-    absent_text: tuple[str, ...] = ()
-    """Text encoders and tokenizers that it says it ships without; stock `from_pretrained` wants each told as None."""
-
     @property
     def is_local(self) -> bool:
         return Path(self.source).is_dir()
 
 
-def pipeline_index(source: str) -> PipelineIndex:
+def pipeline_index(source: str, key: str = KEY) -> PipelineIndex:
     """Read `model_index.json` of a folder or a hub id.
 
+    Args:
+        source: the folder or hub id.
+        key: the option or YAML key that it was given by, for messages.
+
     Raises:
-        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id; says how to log in.
+        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id; says how to log in, or how to
+            convert a single file.
     """
     folder = Path(source)
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
-            raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that "
-                            "`save_pretrained` wrote, or a hub id")  # fmt: skip
+            raise UserError(_no_index(folder, key))
+    elif folder.is_file() or folder.suffix.lower() in SINGLE_FILES:
+        raise UserError(_single_file(folder, key))
     else:
-        index = hub_file(source, "model_index.json")
+        index = hub_file(source, "model_index.json", key=key)
     try:
-        stated = json.loads(index.read_text(encoding="utf-8"))
-        name = str(stated["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
+        stated = json.loads(index.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark at its beginning
+        name = stated["_class_name"]
+        if not isinstance(name, str):
+            raise ValueError(f"its _class_name is {name!r}: a class of the pipeline's own, whose code is not run")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if is_pointer(index):
+            raise UserError(f"{index} is a pointer of git LFS: run `git lfs pull`, or copy the file") from error
         raise UserError(f"{index} is no diffusers model index ({error}); is the download complete?") from error
     components = {
         key: (value[0], value[1])
         for key, value in stated.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
+    if strange := [part for part in components if not part.isidentifier()]:
+        raise UserError(f"{index} names the component {strange[0]!r}, which is no component's name")
     settings = {key: value for key, value in stated.items() if not isinstance(value, list) and not key.startswith("_")}
-    absent = [key for key, value in stated.items() if value == [None, None]]
-    absent_text = tuple(key for key in absent if key.startswith(("text_encoder", "tokenizer")))
-    return PipelineIndex(source, index.parent, name, components, settings, absent_text)
+    return PipelineIndex(source, index.parent, name, components, settings)
 
 
-def pipeline_class_name(source: str) -> str:
+def pipeline_class_name(source: str, key: str = KEY) -> str:
     """The pipeline's class name; a few hundred bytes are read.
 
     Raises:
         UserError: if ``source`` is neither a pipeline folder nor a reachable hub id.
     """
-    return pipeline_index(source).class_name
+    return pipeline_index(source, key).class_name
+
+
+def _no_index(folder: Path, key: str) -> str:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SINGLE_FILES and not is_hidden(path))
+    if files:
+        return f"{folder} has no model_index.json. {_single_file(files[0], key)}"
+    return (
+        f"{folder} is no diffusers pipeline: it has no model_index.json; give as {key} the folder that "
+        "`save_pretrained` wrote, or a hub id"
+    )
+
+
+def _single_file(file: Path, key: str) -> str:
+    """How to convert a checkpoint in one file."""
+    if not file.is_file():
+        return f"{key}: there is no {file}; and a pipeline is a folder that `save_pretrained` wrote, or a hub id"
+    if file.suffix.lower() not in SINGLE_FILES:
+        return f"{key}: {file} is a file, and a pipeline is a folder that `save_pretrained` wrote, or a hub id"
+    return (
+        f'{file} is a checkpoint in one file; convert it once, `python -c "import diffusers; '
+        f"diffusers.{_class_of(file)}.from_single_file({str(file)!r}).save_pretrained('FOLDER')\"`, and give FOLDER as "
+        f"{key}"
+    )
+
+
+def _class_of(file: Path) -> str:
+    """Whose checkpoint it is, told from the names of its tensors where it is safe to read them."""
+    names: Any = ()
+    if file.suffix.lower() == ".safetensors":
+        names, _ = read_header(file)
+    if any(name.startswith("conditioner.embedders.") for name in names):
+        return "StableDiffusionXLPipeline"
+    if any(".joint_blocks." in name for name in names):
+        return "StableDiffusion3Pipeline"
+    return "StableDiffusionPipeline"

@@ -35,6 +35,10 @@ class DrawSamples(Callback):
         self.seed = seed
         self.blur = blur
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether what draws is there: a run from a cache needs neither VAE nor text encoder until now."""
+        preference_module(pl_module).backbone.check_files()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not (trainer.is_global_zero or in_pieces(trainer)):
             return

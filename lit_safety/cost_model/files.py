@@ -20,6 +20,7 @@ from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
+from lit_safety.weights import not_readable
 
 #: How a folder is told from a judge's and from any other model's.
 KIND = COST_MODEL
@@ -117,8 +118,11 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS}: is damaged ({error}); copy the folder again") from error
+        why = not_readable(folder / WEIGHTS, error)
+        raise UserError(f"{why}: it is damaged; copy the folder again") from error
     for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise UserError(f"{folder / WEIGHTS}: {name} is of {value.dtype}, and no cost model is: copy it again")
         if not torch.isfinite(value).all():
             raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite; train this model again")
     tower = ClipTower(_clip(folder, config), config["features"])

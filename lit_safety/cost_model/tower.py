@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_safety.cost_model.preprocess import FILE_NAME, ClipPreprocess
 from lit_safety.errors import UserError
+from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
 
 #: `embedding`: the projected image embedding, what CLIP itself compares with text. `pooled`: the class token before
 #: the projection. `patches`: that and the mean over the patch tokens, which tells more of small things.
@@ -95,10 +96,11 @@ def _load(source: str, projected: bool) -> Any:
     if kind not in ("clip", "clip_vision_model"):
         raise UserError(f"{source}: is a model of type {kind!r}; the cost model stands on a CLIP checkpoint")
     try:
+        variant = need_weights(Path(source), TRANSFORMERS).variant if Path(source).is_dir() else None
         loaded: Any = VisionTower.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"the CLIP {source} does not load: {reason}") from error
     network, report = loaded
@@ -107,6 +109,7 @@ def _load(source: str, projected: bool) -> Any:
         torch.nn.init.zeros_(network.visual_projection.weight)  # random otherwise, and part of the fingerprint
     elif missing:
         raise UserError(f"the CLIP {source} has no weights for {missing[0]}; take the whole CLIP, or other features")
+    check_whole(network, {**report, "missing_keys": []}, source)
     return network.requires_grad_(False).eval()
 
 

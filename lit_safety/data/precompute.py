@@ -118,7 +118,7 @@ def _backbone(model: str, device: str | None, denoiser: bool) -> Any:
 
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return load_backbone(model, denoiser).to(chosen)
+        return load_backbone(model, denoiser, "--model").to(chosen)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_safety.data.atomic import write_atomic
 from lit_safety.errors import UserError
+from lit_safety.weights import not_readable
 
 USERS_FILE = "users.safetensors"
 
@@ -35,7 +36,7 @@ class Users:
             with safe_open(self.file, framework="pt") as handle:
                 shapes = {user: tuple(handle.get_slice(user).get_shape()) for user in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.file} is no readable safetensors file: {error}") from error
+            raise UserError(not_readable(self.file, error)) from error
         if not shapes:
             raise UserError(f"{self.file} holds no user")
         first = next(iter(shapes.items()))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.errors import UserError
+from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files
+from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +63,19 @@ class Clip:
         try:
             # safetensors only: other weight files can run code when loaded
             where = _commit(source, "config.json")
-            self.model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype="float32", **where).eval()
+            variant = need_weights(folder, TRANSFORMERS).variant if folder.exists() else None
+            model, report = CLIPModel.from_pretrained(
+                source, use_safetensors=True, dtype="float32", variant=variant, output_loading_info=True, **where
+            )
+            check_whole(model, report, source)
+            self.model: Any = model.eval()
             beside = where if processor is None else _commit(processor, "preprocessor_config.json")
+            words = Path(processor or source)
+            if words.exists():
+                check_tokenizer_files(words, AutoTokenizer, settings=False)  # lengths are the model's
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source, **beside)
+            self.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
+            check_tokenizer(self.tokenizer, words, model.config.to_dict())
             self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source, **beside)
         except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
-def local_pipeline(source: str) -> Path:
+def local_pipeline(source: str, key: str = "--pipeline") -> Path:
     """The folder of a pipeline; one from the hub is downloaded first.
+
+    Args:
+        source: a folder or a hub id.
+        key: the option or YAML key that it was given by, for messages.
 
     Raises:
         UserError: it is no pipeline, or the hub does not give it; says how to log in.
@@ -23,7 +27,18 @@ def local_pipeline(source: str) -> Path:
     quiet_libraries()
     from lit_safety.backbones.parts import Parts
 
-    return Parts(source).fetch()
+    return Parts(source, key=key).fetch()
+
+
+def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
+    """The folder of the pipeline that an arm draws with: its own, or that of the base.
+
+    Raises:
+        UserError: as `local_pipeline`.
+    """
+    if arm.pipeline is None:
+        return local_pipeline(base)
+    return local_pipeline(arm.pipeline, f"the `pipeline` of the arm {name}")
 
 
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
@@ -37,25 +52,13 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     """
     quiet_libraries()
     import torch
-    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers import DDIMScheduler
 
-    from lit_safety.backbones.parts import weights_variant
-    from lit_safety.backbones.pipeline_index import pipeline_index
+    from lit_safety.backbones.parts import Parts
     from lit_safety.hardware import check_precision
 
     check_precision(precision, device, "--precision")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            dtype=getattr(torch, precision),
-            variant=weights_variant(folder),
-            local_files_only=True,
-            **dict.fromkeys(pipeline_index(str(folder)).absent_text),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
-        raise UserError(f"the pipeline {folder} does not load: {_first_line(error)}") from error
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.register_modules(safety_checker=None)
+    pipe = Parts(str(folder), getattr(torch, precision)).pipeline()
     pipe.set_progress_bar_config(disable=True)
     if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -80,8 +83,9 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     if precision == "float32" and getattr(denoiser, "peft_config", None):
         pipe.fuse_lora()  # exact enough to fold in, and as fast as no adapter at all
     for name in ("unet", "vae"):
-        if hasattr(pipe, name):
-            getattr(pipe, name).to(memory_format=torch.channels_last)
+        network = getattr(pipe, name, None)
+        if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not of one for video
+            network.to(memory_format=torch.channels_last)
     if arm.guard is not None:
         arm.guard.check(pipe)
     return pipe

@@ -17,7 +17,7 @@ from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.judging import judge_drawn
 from lit_safety.evaluation.kept_verdicts import KeptVerdicts
-from lit_safety.evaluation.pipelines import local_pipeline
+from lit_safety.evaluation.pipelines import arm_pipeline
 from lit_safety.evaluation.processes import Load, draw_missing
 from lit_safety.evaluation.results import ArmResult, Results
 
@@ -84,7 +84,7 @@ class Run:
     @cached_property
     def folders(self) -> dict[str, Path]:
         """Each arm's pipeline on this machine."""
-        return {name: local_pipeline(arm.pipeline or self.pipeline) for name, arm in self.arms.items()}
+        return {name: arm_pipeline(name, arm, self.pipeline) for name, arm in self.arms.items()}
 
     @cached_property
     def hashes(self) -> dict[Path, str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_safety.adapters.lora import load_lora
-from lit_safety.backbones.parts import weights_variant
-from lit_safety.backbones.pipeline_index import pipeline_index
-from lit_safety.errors import UserError
+from lit_safety.backbones.parts import Parts
 from lit_safety.evaluation.pipelines import local_pipeline
 
 
@@ -18,18 +16,7 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
     Raises:
         UserError: the pipeline does not load, or the adapter was made for another backbone.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    folder = local_pipeline(pipeline)
-    try:
-        without = dict.fromkeys(pipeline_index(str(folder)).absent_text)
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, variant=weights_variant(folder), local_files_only=True, **without
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the pipeline {pipeline} does not load: {first_line}") from error
+    pipe = Parts(str(local_pipeline(pipeline))).pipeline(safety_checker=True)
     load_lora(pipe, adapter)
     pipe.fuse_lora(safe_fusing=True)
     pipe.unload_lora_weights()

@@ -114,7 +114,7 @@ def _calibrate(
             "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
             "folder of shards), or another --method, such as mean"
         )
-    backbone = load_backbone(base)
+    backbone = load_backbone(base, key="--pipeline")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         backbone = backbone.to(place)

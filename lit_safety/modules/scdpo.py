@@ -68,6 +68,7 @@ class SCDPO(PreferenceModule):
         if self.policy == "lora":
             super().configure_policy()
             return
+        self.backbone.check_files()  # at the end the whole pipeline is written
         if not self._reference_cached:
             self._frozen = FrozenCopy(self.backbone)
         make_all_trainable(self.backbone.denoiser)

@@ -81,8 +81,9 @@ class ToyJudge(nn.Module):
             judge = cls(**config)
             judge.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} is no toy judge ({error}); give a folder with config.json and model.safetensors, "
+                f"{folder} is no toy judge ({reason}); give a folder with config.json and model.safetensors, "
                 "such as data/toyworld/judge"
             ) from error
         return judge.eval()

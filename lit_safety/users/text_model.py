@@ -6,12 +6,15 @@ Source: Personalized Safety Alignment (arXiv 2508.01151), which takes Qwen/Qwen2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_safety.errors import UserError
+from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files
+from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -39,16 +42,28 @@ class TextModel:
         self.name = name
         options: dict[str, Any] = {"trust_remote_code": False}
         try:
+            variant = None
+            if (folder := Path(name)).is_dir():
+                check_tokenizer_files(folder, AutoTokenizer, settings=False)
+                variant = need_weights(folder, TRANSFORMERS).variant
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
-            self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True, dtype="auto", **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            whole, report = AutoModel.from_pretrained(
+                name, use_safetensors=True, dtype="auto", variant=variant, output_loading_info=True, **options
+            )
+        except (
+            UserError, OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError,
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{name}: is no text model that can be loaded ({' '.join(str(error).split())[:300]}); give a folder "
                 "with config.json, safetensors and tokenizer, or a hub id"
             ) from error
-        if self.model.config.is_encoder_decoder:
-            self.model = self.model.get_encoder()
-        self.model = getattr(self.model, "text_model", self.model).eval()
+        half = whole.get_encoder() if whole.config.is_encoder_decoder else whole
+        self.model: Any = getattr(half, "text_model", half).eval()
+        # A head that pools is not used, and many files come without.
+        report["missing_keys"] = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+        check_whole(whole, report, name, used=self.model)
+        text = whole.config.get_text_config()
+        check_tokenizer(self.tokenizer, name, {"vocab_size": getattr(text, "vocab_size", None)})
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model.to(self.device)

@@ -18,6 +18,8 @@ from huggingface_hub import constants
 from lit_safety.backbones import hub, load_backbone
 from lit_safety.backbones.load import family_of
 from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import Arm
+from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
 
 COMMIT = "0123456789012345678901234567890123456789"
 
@@ -181,3 +183,16 @@ def test_a_connection_that_breaks_is_told(server: list[str], online: pytest.Monk
     with pytest.raises(UserError, match=r"model.safetensors cannot be fetched: peer closed .*; try again, or point at"):
         load_backbone("lit/tiny", denoiser=False).part("text_encoder")
     assert not issubclass(hub.HTTPError, OSError | RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_an_offline_cache_without_a_tokenizers_file_is_refused_by_its_name(
+    server: list[str], online: pytest.MonkeyPatch, name: str
+):
+    """Of a fetch that was stopped: transformers would make a tokenizer of two words of what is there."""
+    folder = load_backbone("lit/tiny").parts.fetch()
+    (folder / "tokenizer" / name).unlink()
+    online.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    for reading in (load_backbone, lambda source: load_pipeline(local_pipeline(source), Arm())):
+        with pytest.raises(UserError, match=rf"tokenizer/{name.replace('.', '[.]')} is missing"):
+            reading("lit/tiny")

@@ -64,16 +64,19 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     weights = load_file(file)
     file.unlink()
     names = sorted(weights)
-    save_file({name: weights[name] for name in names[:5]}, file.with_name("model-00001.safetensors"))
-    save_file({name: weights[name] for name in names[5:]}, file.with_name("model-00002.safetensors"))
+    pieces = [file.with_name(f"diffusion_pytorch_model-0000{n}-of-00002.safetensors") for n in (1, 2)]
+    save_file({name: weights[name] for name in names[:5]}, pieces[0])
+    save_file({name: weights[name] for name in names[5:]}, pieces[1])
+    index = {name: pieces[number >= 5].name for number, name in enumerate(names)}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert fingerprint(str(tmp_path / "pipe"), PARTS) == first
     weights[names[3]].view(-1)[-1] += 1
-    save_file({name: weights[name] for name in names[:5]}, file.with_name("model-00001.safetensors"))
+    save_file({name: weights[name] for name in names[:5]}, pieces[0])
     changed = fingerprint(str(tmp_path / "pipe"), PARTS)
     assert changed["vae"] != first["vae"]
     assert changed["text_encoder"] == first["text_encoder"]
-    file.with_name("model-00001.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(UserError, match=r"model-00001\.safetensors is no readable safetensors file"):
+    pieces[0].write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is no readable safetensors file"):
         fingerprint(str(tmp_path / "pipe"), PARTS)
     shutil.rmtree(tmp_path / "pipe" / "vae")
     settings = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"

@@ -137,3 +137,52 @@ def test_resumed_from_a_cache_is_uninterrupted_to_the_bit(
     assert main(command_line("fit", *common, "--trainer.max_steps", "6", "--ckpt_path", "last")) == 0
     resumed = weights(tmp_path)
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+@pytest.mark.parametrize("command", ["fit", "precompute", "evaluate", "from a cache"])
+def test_no_command_takes_a_tokenizer_without_its_vocabulary(
+    command: str,
+    command_line: Arguments,
+    cached: Path,
+    pair_shards: Path,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """transformers makes one of two words, for which all prompts are alike."""
+    pipeline = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipe"))
+    (pipeline / "tokenizer" / "tokenizer.json").unlink()
+    model = ["--model.init_args.pretrained", str(pipeline)]
+    repository = Path(__file__).parents[2]
+    words = {
+        "fit": lambda: command_line("fit", *model),
+        "from a cache": lambda: command_line("fit", *model, *on_cache(cached)),
+        "precompute": lambda: [
+            "shards", "precompute", str(pair_shards), "--model", str(pipeline), "--out", str(tmp_path / "out"),
+        ],
+        "evaluate": lambda: [
+            "evaluate", "--pipeline", str(pipeline), "--prompts", str(repository / "data/toyworld/prompts/test.csv"),
+            "--judge", str(repository / "data/toyworld/judge"), "--out", str(tmp_path / "out"), "--device", "cpu",
+        ],
+    }  # fmt: skip
+    assert main(words[command]()) == 2
+    assert "tokenizer/tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder"])
+def test_a_run_from_a_cache_that_draws_looks_for_what_draws_before_its_first_step(
+    missing: str,
+    command_line: Arguments,
+    cached: Path,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    pipeline = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipe"))
+    for file in (pipeline / missing).glob("*.safetensors"):
+        file.unlink()
+    model = ["--model.init_args.pretrained", str(pipeline)]
+    assert main(command_line("fit", *model, *on_cache(cached))) == 2
+    assert f"{missing}" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("last.ckpt"))

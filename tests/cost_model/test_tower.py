@@ -76,3 +76,16 @@ def test_what_is_no_clip_is_refused(tiny_clip: Path, tmp_path: Path):
     (broken / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="does not load"):
         ClipTower(str(broken))
+
+
+def test_a_tower_of_other_layers_or_spoilt_numbers_is_refused(tiny_clip: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_clip / "model.safetensors")
+    name = next(name for name in weights if name.startswith("vision_model.encoder.layers.0"))
+    more = {name.replace("layers.0", "layers.7"): weights[name].clone()}
+    for number, change in enumerate((more, {name: torch.full_like(weights[name], torch.nan)})):
+        folder = Path(shutil.copytree(tiny_clip, tmp_path / str(number)))
+        save_file(weights | change, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=name.split("layers")[0]):
+            ClipTower(str(folder))

@@ -119,3 +119,44 @@ def test_a_clip_of_the_hub_is_named_by_its_commit(clip_folder: Path, tmp_path: P
     with pytest.raises(UserError, match="--clip some/other") as error:
         Clip("some/other", "--clip")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_clip_without_a_file_is_refused_by_its_name(clip_folder: Path, tmp_path: Path, name: str) -> None:
+    """Without its vocabulary every text would be the same vector, and every image be as near to all of them."""
+    import shutil
+
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    (folder / name).rename(folder / f"._{name}")
+    (folder / "merges.txt").unlink(missing_ok=True)  # of the older layout, which may lie there too
+    with pytest.raises(UserError, match=name) as error:
+        Clip(str(folder), "--clip")
+    assert str(error.value).startswith(f"--clip {folder}")
+
+
+def test_a_clip_of_other_layers_or_spoilt_numbers_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(clip_folder / "model.safetensors")
+    name = next(name for name in weights if name.startswith("text_model.encoder.layers.0"))
+    spoilt = weights[name].clone().fill_(torch.inf)
+    changes = {
+        "lost": {key: value for key, value in weights.items() if key != name},
+        "more": weights | {name.replace("layers.0", "layers.7"): weights[name].clone()},
+        "spoilt": weights | {name: spoilt},
+    }
+    for kind, content in changes.items():
+        folder = Path(shutil.copytree(clip_folder, tmp_path / kind))
+        save_file(content, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=name.rsplit(".", 1)[1]):
+            Clip(str(folder), "--clip")
+
+
+def test_a_clip_in_half_precision_alone_is_read(clip: Clip, clip_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert torch.equal(Clip(str(folder), "--clip").texts(["a b"]), clip.texts(["a b"]))

@@ -234,3 +234,34 @@ def test_a_real_sentence_encoder_tells_bans_apart() -> None:
     line = torch.linalg.solve(rows[:100].T @ rows[:100] + 50 * torch.eye(384), rows[:100].T @ banned[:100])
     right = ((rows[100:] @ line).sign() == banned[100:]).float().mean()
     assert right > 0.8
+
+
+def test_a_text_model_without_a_file_is_refused_by_its_name(bert: Path, tmp_path: Path) -> None:
+    """Without its vocabulary every profile would be the same embedding."""
+    import shutil
+
+    for name in ("tokenizer.json", "model.safetensors"):
+        folder = Path(shutil.copytree(bert, tmp_path / name.split(".")[0]))
+        for file in (folder / name, folder / "vocab.txt"):
+            if name == file.name or name == "tokenizer.json":
+                file.unlink(missing_ok=True)
+        with pytest.raises(UserError, match=name):
+            TextModel(str(folder), "cpu")
+
+
+def test_a_text_model_may_come_without_what_is_not_used(bert: Path, tmp_path: Path) -> None:
+    """The head that pools is left out of many files; a layer is not."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(bert / "model.safetensors")
+    assert any(name.startswith("pooler.") for name in weights)
+    for kind, left_out in (("pooler", "pooler."), ("layer", "encoder.layer.0.output.")):
+        folder = Path(shutil.copytree(bert, tmp_path / kind))
+        kept = {name: value for name, value in weights.items() if not name.startswith(left_out)}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    expected = TextModel(str(bert), "cpu").embed({"a": "age 18"})["a"]
+    assert torch.equal(TextModel(str(tmp_path / "pooler"), "cpu").embed({"a": "age 18"})["a"], expected)
+    with pytest.raises(UserError, match=r"encoder\.layer\.0\.output"):
+        TextModel(str(tmp_path / "layer"), "cpu")

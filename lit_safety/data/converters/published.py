@@ -84,7 +84,7 @@ def open_table(source: str, columns: Sequence[str], images: Sequence[str] = (), 
 
 def _parquet_files(source: str) -> list[Path]:
     if os.path.isdir(source):
-        found = sorted(Path(source).rglob("*.parquet"))
+        found = sorted(Path(source).rglob("[!.]*.parquet"))
     elif "*" in source or "?" in source:
         found = [Path(name) for name in sorted(glob.glob(source)) if name.endswith(".parquet")]
     else:
