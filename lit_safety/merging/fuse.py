@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_safety.adapters.lora import load_lora
+from lit_safety.adapters.load_lora import fuse_loras, load_lora
 from lit_safety.backbones.parts import weights_variant
 from lit_safety.backbones.pipeline_index import pipeline_index
 from lit_safety.errors import UserError
@@ -31,6 +31,6 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the pipeline {pipeline} does not load: {first_line}") from error
     load_lora(pipe, adapter)
-    pipe.fuse_lora(safe_fusing=True)
+    fuse_loras(pipe, safe_fusing=True)
     pipe.unload_lora_weights()
     pipe.save_pretrained(out)
