@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -118,7 +117,7 @@ def _put(pipe: Any, network: Any, layers: Mapping[Place, LowRank], name: str, fi
 
 
 def _is_there(module: Any, name: str, update: LowRank, state: Mapping[str, Tensor]) -> bool:
-    if not isinstance(module, BaseTunerLayer) or name not in getattr(module, "lora_A", {}):
+    if name not in getattr(module, "lora_A", {}):
         return False
     held = (module.lora_A[name].weight, module.lora_B[name].weight)
     same = all(

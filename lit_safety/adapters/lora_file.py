@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, find_weights
@@ -65,9 +65,7 @@ class LowRank:
         return (self.b.to(dtype) @ self.a.to(dtype)) * self.scale
 
 
-def read_lora(
-    path: str | Path, places: Places | None = None, convert: Convert | None = None
-) -> dict[str, LowRank]:
+def read_lora(path: str | Path, places: Places | None = None, convert: Convert | None = None) -> dict[str, LowRank]:
     """All layers of a LoRA folder or file by `{component}.{layer}` (such as `unet.mid_block...to_q`), sorted by name.
 
     Args:
@@ -271,6 +269,7 @@ def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
 
     Raises:
         UserError: no layer is left.
+        OSError: the file cannot be written.
     """
     kept = {name: layers[name] for name in sorted(layers) if layers[name].rank > 0}
     if not kept:
@@ -284,7 +283,8 @@ def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
         prefix = f"{component}."
         own = {name.removeprefix(prefix): layer for name, layer in kept.items() if name.startswith(prefix)}
         metadata |= {prefix + key: value for key, value in configuration(own, component).items()}
-    save_file(tensors, file, {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)})
+    # In two steps: a full disk is an OSError then, as for every other file.
+    file.write_bytes(save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}))
     return file
 
 

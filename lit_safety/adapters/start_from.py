@@ -8,7 +8,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -119,23 +118,12 @@ def read_denoiser(path: Path, name: str) -> dict[str, Tensor]:
     """All weights of the network ``name`` (such as unet) of a pipeline folder.
 
     Raises:
-        UserError: there are none, or they cannot be read, or are there twice.
+        UserError: there are none.
     """
-    files = sorted(file for file in (path / name).glob("*.safetensors") if not file.name.startswith("._"))
+    files = sorted((path / name).glob("*.safetensors"))
     if not files:
         raise UserError(f"`{KEY}` {path} holds neither an adapter, nor a pipeline with {name}, nor a checkpoint")
-    # Beside full weights their halves hold the same once more, and rounded.
-    full = [file for file in files if ".fp16" not in file.name] or files
-    weights: dict[str, Tensor] = {}
-    for file in full:
-        try:
-            held = load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"`{KEY}` {file} is no readable safetensors file: {error}") from error
-        if twice := sorted(weights.keys() & held.keys()):
-            raise UserError(f"`{KEY}` {path / name} holds {twice[0]} in two files: keep one set of weights there")
-        weights |= held
-    return weights
+    return {key: value for file in files for key, value in load_file(file).items()}
 
 
 @torch.no_grad()

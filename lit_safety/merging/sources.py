@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from lit_safety.adapters.lora_file import read_lora
 from lit_safety.adapters.peft_folder import CONFIG, read_peft_config
 from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import fingerprint
+from lit_safety.evaluation.arms import adapter_sha256
 from lit_safety.merging.base_layers import base_layers
 from lit_safety.merging.expert import Expert
 
@@ -45,7 +45,7 @@ def _read(name: str, path: Path, base: str | None) -> Expert:
     own = base_model(path)
     known = base if base is not None else own
     layers = read_lora(path, None if known is None else base_layers(known))
-    return Expert(name, layers, {"path": str(path), "sha256": fingerprint(path), "base_model": own})
+    return Expert(name, layers, {"path": str(path), "sha256": adapter_sha256(path), "base_model": own})
 
 
 def _split(given: str) -> tuple[str | None, Path]:
