@@ -30,35 +30,49 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
     Raises:
         UserError: the file is missing or damaged, was made for another backbone, or a layer of it has no place.
     """
-    file, config = find_lora(path)
+    file, _ = find_lora(path)
     if (getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)) is None:
         raise UserError(f"{type(pipe).__name__} has neither unet nor transformer: {file} cannot be loaded into it")
     networks = _networks(pipe)
     if not networks:
         raise UserError(f"{file} cannot be loaded: stock diffusers puts no LoRA into {type(pipe).__name__}")
-    places = {component: places_of(network, component) for component, network in networks.items()}
+    if any(name in getattr(network, "peft_config", {}) for network in networks.values()):
+        raise UserError(f"{file} cannot be loaded as {name}: the pipeline has an adapter of that name already")
     try:
-        try:
-            layers = read_lora(path, places, _converter(pipe))
-        except NotPlain as error:
-            if config is not None or not error.stock:
-                raise
-            _load_stock(pipe, file, name, error)
-        else:
-            for component, network in networks.items():
-                own = {
-                    places[component][layer.split(".", 1)[1]]: update
-                    for layer, update in layers.items()
-                    if layer.split(".", 1)[0] == component
-                }
-                if own:
-                    _put(pipe, network, own, name, file)
+        _load(pipe, networks, path, name)
         pipe.set_adapters([name], [scale])
         for network in networks.values():
             user_lora.keep_active(network)  # diffusers has just switched it off with all others
     except (ValueError, RuntimeError, KeyError) as error:
+        _take_out(pipe, networks, name)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} does not load into {type(pipe).__name__}: {first_line}") from error
+    except UserError:
+        _take_out(pipe, networks, name)
+        raise
+
+
+def _load(pipe: Any, networks: Mapping[str, nn.Module], path: str | Path, name: str) -> None:
+    places = {component: places_of(network, component) for component, network in networks.items()}
+    file, config = find_lora(path)
+    try:
+        layers = read_lora(path, places, _converter(pipe))
+    except NotPlain as error:
+        if config is not None or not error.stock:
+            raise
+        _load_stock(pipe, file, name, error)
+        return
+    for component, network in networks.items():
+        prefix = f"{component}."
+        own = {layer.removeprefix(prefix): update for layer, update in layers.items() if layer.startswith(prefix)}
+        if own:
+            _put(pipe, network, {places[component][layer]: update for layer, update in own.items()}, name, file)
+
+
+def _take_out(pipe: Any, networks: Mapping[str, nn.Module], name: str) -> None:
+    """Leave nothing of an adapter that was refused."""
+    if any(name in getattr(network, "peft_config", {}) for network in networks.values()):
+        pipe.delete_adapters(name)
 
 
 def fuse_loras(pipe: Any, safe_fusing: bool = False) -> None:
@@ -105,8 +119,6 @@ def _put(pipe: Any, network: Any, layers: Mapping[Place, LowRank], name: str, fi
             dict(state), prefix=None, adapter_name=name, metadata=settings, low_cpu_mem_usage=True, _pipeline=pipe
         )
     else:  # one of transformers', whose own loader would rename layers
-        if name in getattr(network, "peft_config", {}):
-            raise ValueError(f"there is an adapter {name} already in its {type(network).__name__}")
         config = LoraConfig(**settings)
         inject_adapter_in_model(config, network, adapter_name=name, state_dict=state, low_cpu_mem_usage=True)
         set_peft_model_state_dict(network, dict(state), name, low_cpu_mem_usage=True)

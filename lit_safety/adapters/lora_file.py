@@ -167,9 +167,11 @@ def _converted(
         again = to_one_layout(state, file, places)
         named = {f"{name.removesuffix('.alpha')}.alpha": torch.tensor(alpha) for name, alpha in alphas.items()}
         again.alphas.update(to_one_layout(named, file, places).alphas)
-        layers = _layers(again, {}, file, places)
-    except (UserError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, TypeError):
+    except (UserError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, AssertionError):
+        return None
+    if len(_homeless(again.factors, places)) >= len(_homeless(layout.factors, places)):
         return None  # the file's own names say more than what came of them
+    layers = _layers(again, {}, file, places)
     given = [_layer(pair["A"], pair["B"], {}, "", layout.alphas.get(n), n) for n, pair in layout.factors.items()]
     before, after = (sum(_size(layer) for layer in some) for some in (given, layers.values()))
     # Layers may be cut or put together (q, k and v in one), but all of the update must be there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from lit_safety.errors import UserError
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-@cache
 def base_layers(base: str) -> dict[str, dict[str, Place]] | None:
     """The layers of every part of a pipeline that a LoRA may adapt; None: its configuration is not on this machine.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path, PurePath
 
 from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_layouts import Places
 from lit_safety.adapters.peft_folder import CONFIG, read_peft_config
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import adapter_sha256
@@ -38,14 +40,15 @@ def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two experts are called {name}; name them NAME=FOLDER")
-    return [_read(name, path, base) for name, (_, path) in zip(names, named, strict=True)]
+    layers = cache(base_layers)  # mostly of one model
+    return [_read(name, path, base, layers) for name, (_, path) in zip(names, named, strict=True)]
 
 
-def _read(name: str, path: Path, base: str | None) -> Expert:
+def _read(name: str, path: Path, base: str | None, layers: Callable[[str], Places | None]) -> Expert:
     own = base_model(path)
     known = base if base is not None else own
-    layers = read_lora(path, None if known is None else base_layers(known))
-    return Expert(name, layers, {"path": str(path), "sha256": adapter_sha256(path), "base_model": own})
+    found = read_lora(path, None if known is None else layers(known))
+    return Expert(name, found, {"path": str(path), "sha256": adapter_sha256(path), "base_model": own})
 
 
 def _split(given: str) -> tuple[str | None, Path]:

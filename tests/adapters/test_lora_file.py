@@ -297,7 +297,5 @@ def test_kohyas_file_of_another_network_is_refused(tmp_path: Path):
     """Underscores of layers that diffusers' converter does not know would become dots."""
     layers = {"lora_unet_double_blocks_0_img_attn_qkv": torch.nn.Linear(4, 4)}
     save_file(kohya_of(layers, 2, 1.0), tmp_path / "x.safetensors")
-    with pytest.raises(
-        UserError, match="pipeline has: lora_unet_double_blocks_0_img_attn_qkv"
-    ):
+    with pytest.raises(UserError, match="pipeline has: lora_unet_double_blocks_0_img_attn_qkv"):
         read_lora(tmp_path)
