@@ -240,8 +240,10 @@ def _layer(
         )
     rank = a.shape[0]
     alpha = rank if stored_alpha is None else stored_alpha  # diffusers' convention where a file says nothing
-    if "lora_alpha" in settings:
+    if "lora_alpha" in settings or (settings and stored_alpha is None):
         alpha = _alpha_of(settings, layer, where)
+        if stored_alpha is not None and not math.isclose(alpha, stored_alpha, rel_tol=1e-2):
+            raise UserError(f"{where}: its alpha is {stored_alpha:g} by its tensor and {alpha:g} by its settings")
     stabilised = bool(settings.get("use_rslora"))
     scale = alpha / (math.sqrt(rank) if stabilised else rank)
     return LowRank(a.flatten(1), b.flatten(1), scale, kernel)
@@ -257,7 +259,7 @@ def _alpha_of(settings: Mapping[str, Any], layer: str, where: str) -> float:
             raise TypeError("alpha_pattern is no object")
         keys = [get_pattern_key(list(pattern), spelling) for spelling in (layer, layer.removeprefix(TEXT_MODEL))]
         alpha = float(next((pattern[key] for key in keys if key in pattern), settings["lora_alpha"]))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise UserError(f"{where}: its settings tell no alpha ({error}); is the file whole?") from error
     if not math.isfinite(alpha):
         raise UserError(f"{where}: its alpha is {alpha}; train this adapter again")
