@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -108,11 +109,12 @@ def _layers(layout: Layout, metadata: Mapping[str, Any], file: Path, places: Pla
         raise UserError(f"{file}: there are alphas of layers without factors: {_told(single)}; is the file complete?")
     if homeless := _homeless(layout.factors, places):
         raise UserError(_no_place(homeless, layout, file, places))
+    told = {component: _Alphas(one, file) for component, one in settings.items()}
     layers = {}
     for name, pair in sorted(layout.factors.items()):
         component, _, layer = name.partition(".")
         where = f"{file}: {name}"
-        found = _layer(pair["A"], pair["B"], settings[component], layer, layout.alphas.get(name), where)
+        found = _layer(pair["A"], pair["B"], told[component], layer, layout.alphas.get(name), where)
         layers[name] = found if places is None else _fitting(found, places[component][layer], name, file)
     return layers
 
@@ -172,7 +174,8 @@ def _converted(
     if len(_homeless(again.factors, places)) >= len(_homeless(layout.factors, places)):
         return None  # the file's own names say more than what came of them
     layers = _layers(again, {}, file, places)
-    given = [_layer(pair["A"], pair["B"], {}, "", layout.alphas.get(n), n) for n, pair in layout.factors.items()]
+    none = _Alphas({}, file)
+    given = [_layer(pair["A"], pair["B"], none, "", layout.alphas.get(n), n) for n, pair in layout.factors.items()]
     before, after = (sum(_size(layer) for layer in some) for some in (given, layers.values()))
     # Layers may be cut or put together (q, k and v in one), but all of the update must be there.
     return layers if math.isclose(before, after, rel_tol=1e-2) else None
@@ -197,7 +200,7 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
     if own is not None:
         return own
     if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
-        found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("._"))
+        found = sorted(path.glob("[!.]*.safetensors"))
         if len(found) == 1:
             path = found[0]
     if path.name == PEFT_WEIGHTS and path.is_file():
@@ -228,10 +231,11 @@ def _settings(metadata: Mapping[str, Any], component: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
 
 
-def _layer(
-    a: Tensor, b: Tensor, settings: Mapping[str, Any], layer: str, stored_alpha: float | None, where: str
-) -> LowRank:
+def _layer(a: Tensor, b: Tensor, alphas: _Alphas, layer: str, stored_alpha: float | None, where: str) -> LowRank:
+    settings = alphas.settings
     kernel = tuple(a.shape[2:])
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise UserError(f"{where}: factors of {a.dtype} and {b.dtype} are no floating-point numbers; write them so")
     of_a_layer = len(a.shape) in (2, 4) and len(b.shape) == len(a.shape) and a.numel() > 0 and b.numel() > 0
     if not of_a_layer or b.shape[1] != a.shape[0] or any(side != 1 for side in b.shape[2:]):
         raise UserError(
@@ -241,7 +245,7 @@ def _layer(
     rank = a.shape[0]
     alpha = rank if stored_alpha is None else stored_alpha  # diffusers' convention where a file says nothing
     if "lora_alpha" in settings or (settings and stored_alpha is None):
-        alpha = _alpha_of(settings, layer, where)
+        alpha = alphas.of(layer, where)
         if stored_alpha is not None and not math.isclose(alpha, stored_alpha, rel_tol=1e-2):
             raise UserError(f"{where}: its alpha is {stored_alpha:g} by its tensor and {alpha:g} by its settings")
     stabilised = bool(settings.get("use_rslora"))
@@ -249,21 +253,43 @@ def _layer(
     return LowRank(a.flatten(1), b.flatten(1), scale, kernel)
 
 
-def _alpha_of(settings: Mapping[str, Any], layer: str, where: str) -> float:
-    """A layer's alpha by PEFT's settings."""
-    from peft.utils.other import get_pattern_key
+class _Alphas:
+    """Every layer's alpha by PEFT's settings, of which `alpha_pattern` holds regular expressions: somebody else's, so
+    that each has a second or a few and no more.
 
-    pattern = settings.get("alpha_pattern") or {}
-    try:
-        if not isinstance(pattern, Mapping):
-            raise TypeError("alpha_pattern is no object")
-        keys = [get_pattern_key(list(pattern), spelling) for spelling in (layer, layer.removeprefix(TEXT_MODEL))]
-        alpha = float(next((pattern[key] for key in keys if key in pattern), settings["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{where}: its settings tell no alpha ({error}); is the file whole?") from error
-    if not math.isfinite(alpha):
-        raise UserError(f"{where}: its alpha is {alpha}; train this adapter again")
-    return alpha
+    Args:
+        settings: a component's.
+        file: for messages.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], file: Path) -> None:
+        self.settings = settings
+        given = settings.get("alpha_pattern") or {}
+        try:
+            if not isinstance(given, Mapping):
+                raise TypeError("alpha_pattern is no object")
+            # As PEFT puts it around them.
+            self.patterns = [(regex.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in given.items()]
+        except (TypeError, ValueError, OverflowError, RecursionError, regex.error) as error:
+            raise UserError(f"{file}: its settings tell no alpha ({error}); is the file whole?") from error
+
+    def of(self, layer: str, where: str) -> float:
+        try:
+            told = (self._told(spelling) for spelling in (layer, layer.removeprefix(TEXT_MODEL)))
+            found = next((alpha for alpha in told if alpha is not None), None)
+            alpha = float(self.settings["lora_alpha"] if found is None else found)
+        except TimeoutError as error:
+            raise UserError(
+                f"{where}: a pattern of its alpha_pattern takes too long; write it out by layers"
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: its settings tell no alpha ({error}); is the file whole?") from error
+        if not math.isfinite(alpha):
+            raise UserError(f"{where}: its alpha is {alpha}; train this adapter again")
+        return alpha
+
+    def _told(self, layer: str) -> Any:
+        return next((alpha for pattern, alpha in self.patterns if pattern.match(layer, timeout=1)), None)
 
 
 def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:

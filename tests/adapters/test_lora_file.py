@@ -287,6 +287,45 @@ def test_settings_that_tell_no_plain_update_are_named(tmp_path: Path, settings: 
         read_lora(tmp_path)
 
 
+def test_a_pattern_that_never_ends_is_refused_in_seconds(tmp_path: Path):
+    """Patterns are the file's, and so are the names that they are tried on."""
+    pair = {f"transformer.x_embedder.{'a' * 60}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    metadata = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {r"((a|aa|aaa)+)+\d": 2}}
+    save_file(pair, tmp_path / "x.safetensors", {METADATA_KEY: json.dumps(metadata)})
+    with pytest.raises(UserError, match="alpha_pattern takes too long"):
+        read_lora(tmp_path)
+
+
+def test_an_alpha_that_tensor_and_settings_tell_differently_is_refused(tmp_path: Path):
+    tensors = pair_of(torch.ones(2, 4), torch.ones(3, 2)) | {f"unet.{ATTENTION}.alpha": torch.tensor(2.0)}
+    for alpha in (2, 4):
+        save_file(tensors, tmp_path / "x.safetensors", {METADATA_KEY: json.dumps({"unet.lora_alpha": alpha})})
+        if alpha == 2:
+            assert read_lora(tmp_path)[f"unet.{ATTENTION}"].scale == 1.0
+            continue
+        with pytest.raises(UserError, match="2 by its tensor and 4 by its settings"):
+            read_lora(tmp_path)
+
+
+def test_a_folder_of_two_adapters_is_refused(tiny_pipeline: Path, tmp_path: Path):
+    backbone, config = attach(tiny_pipeline)
+    backbone.save_lora(tmp_path, "x")
+    config.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS_NAME), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"{WEIGHTS_NAME}: name the file"):
+        read_lora(tmp_path)
+    assert read_lora(tmp_path / WEIGHTS_NAME)
+
+
+def test_whole_numbers_are_no_factors(tmp_path: Path):
+    save_file(
+        {k: v.to(torch.int8) for k, v in pair_of(torch.ones(2, 4), torch.ones(3, 2)).items()},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(UserError, match="no floating-point numbers"):
+        read_lora(tmp_path)
+
+
 def test_eight_bit_numbers_are_read(tmp_path: Path):
     pair = pair_of(torch.tensor([[1.5, -2.0]]), torch.tensor([[0.5]]))
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in pair.items()}, tmp_path / "x.safetensors")
