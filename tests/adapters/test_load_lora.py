@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -108,9 +110,19 @@ def processors(made: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "unet.")
     return dotted(old, prefix, "_lora.down.weight", "_lora.up.weight")
 
 
+@cache
+def stored(folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def fresh(folder: Path) -> Any:
+    """A pipeline that nobody has loaded anything into."""
+    return deepcopy(stored(folder))
+
+
 @pytest.fixture
 def pipe(tiny_pipeline: Path) -> Any:
-    return StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    return fresh(tiny_pipeline)
 
 
 PREFIXES = {
@@ -198,13 +210,9 @@ def sgm(name: str, depth: int) -> str:
     return f"{way}_blocks.{number}.{int(kind == 'attentions')}.{last}"
 
 
-def xl(folder: Path) -> Any:
-    return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-
-
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
 def test_sdxls_published_names_are_told_by_the_network(tiny_xl_pipeline: Path, tmp_path: Path, prefix: str):
-    pipe = xl(tiny_xl_pipeline)
+    pipe = fresh(tiny_xl_pipeline)
     inside = (
         *ATTENTION,
         "proj_in",
@@ -232,14 +240,14 @@ def test_sdxls_published_names_are_told_by_the_network(tiny_xl_pipeline: Path, t
 
 def test_sdxls_middle_block_is_told_without_the_network(tiny_xl_pipeline: Path, tmp_path: Path):
     """Which would else become `unet.mid_block.1...`, a layer that nobody has."""
-    unet = xl(tiny_xl_pipeline).unet
+    unet = fresh(tiny_xl_pipeline).unet
     made = pairs({n: m for n, m in layers(unet, *ATTENTION, "proj_in", ".conv1").items() if n.startswith("mid_block")})
     save_file(kohya({sgm(name, 1): pair for name, pair in made.items()}), tmp_path / "x.safetensors")
     same({n: one.delta() for n, one in read_lora(tmp_path / "x.safetensors").items()}, truth(made, ALPHA / RANK))
 
 
 def test_both_text_encoders_of_sdxl_get_their_parts(tiny_xl_pipeline: Path, tmp_path: Path):
-    pipe = xl(tiny_xl_pipeline)
+    pipe = fresh(tiny_xl_pipeline)
     tensors, expected = {}, {}
     for number, part in ((1, "text_encoder"), (2, "text_encoder_2")):
         made = pairs(layers(getattr(pipe, part), *ENCODER), seed=number)
@@ -372,7 +380,7 @@ def test_pefts_folder_and_a_networks_own_file_keep_patterns_and_rank_stabilisati
         path = tmp_path if kind == "folder" else tmp_path / "adapter_model.safetensors"
         save_file({f"base_model.model.{key}": t for key, t in state.items()}, tmp_path / "adapter_model.safetensors")
     same({name: layer.delta() for name, layer in read_lora(path).items()}, expected)
-    same(loaded(StableDiffusionPipeline.from_pretrained(tiny_pipeline), path), expected)
+    same(loaded(fresh(tiny_pipeline), path), expected)
 
 
 def test_dora_is_loaded_by_stock_diffusers_whole_or_refused(pipe: Any, tiny_pipeline: Path, tmp_path: Path):
@@ -384,18 +392,18 @@ def test_dora_is_loaded_by_stock_diffusers_whole_or_refused(pipe: Any, tiny_pipe
         )
     }
     save_file(named, tmp_path / "x.safetensors", about)
-    fresh, stock = (StableDiffusionPipeline.from_pretrained(tiny_pipeline) for _ in range(2))
+    own, stock = fresh(tiny_pipeline), fresh(tiny_pipeline)
     stock.load_lora_weights(tmp_path, weight_name="x.safetensors")
-    load_lora(fresh, tmp_path / "x.safetensors")
+    load_lora(own, tmp_path / "x.safetensors")
     given = torch.randn(1, 4, 8, 8), torch.tensor([300]), torch.randn(1, 5, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
-        found, expected = (one.unet(*given).sample for one in (fresh, stock))
+        found, expected = (one.unet(*given).sample for one in (own, stock))
     assert torch.equal(found, expected)
     extra = dotted(
         {"down_blocks.7.x": (torch.ones(4, 2), torch.ones(2, 4))}, "unet.", ".lora_A.weight", ".lora_B.weight"
     )
     save_file(named | extra, tmp_path / "x.safetensors", about)
-    refusing = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    refusing = fresh(tiny_pipeline)
     with pytest.raises(UserError, match=r"DoRA.*tensors"):
         load_lora(refusing, tmp_path / "x.safetensors")
     assert not any("lora" in key for key in refusing.unet.state_dict())
@@ -427,7 +435,7 @@ def test_a_layer_that_no_unet_can_have_is_refused_without_the_network(tmp_path: 
 
 
 def test_every_layer_of_both_families_can_exist(pipe: Any, tiny_xl_pipeline: Path, tmp_path: Path):
-    for one in (pipe, xl(tiny_xl_pipeline)):
+    for one in (pipe, fresh(tiny_xl_pipeline)):
         tensors: Tensors = {}
         for part in PARTS:
             if (network := getattr(one, part, None)) is not None:
@@ -443,12 +451,12 @@ def test_own_files_load_bit_by_bit_as_by_stock_diffusers(
     pipe: Any, tiny_pipeline: Path, tmp_path: Path, make_file: Callable[[Path], None]
 ):
     make_file(tmp_path)
-    stock = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    stock = fresh(tiny_pipeline)
     stock.load_lora_weights(tmp_path)
     stock.fuse_lora()
     load_lora(pipe, tmp_path)
     fuse_loras(pipe)
-    before = StableDiffusionPipeline.from_pretrained(tiny_pipeline).unet.state_dict()
+    before = fresh(tiny_pipeline).unet.state_dict()
     assert any(not torch.equal(value, before[key.replace(".base_layer", "")]) for key, value in base_of(pipe).items())
     for key, value in base_of(stock).items():
         assert torch.equal(base_of(pipe)[key], value), key
