@@ -12,11 +12,9 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_safety.errors import UserError
-from lit_safety.weights import not_readable
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -157,60 +155,3 @@ def find_weights(path: str | Path) -> Path:
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: adapters are read from safetensors only (other formats can run code when loaded)")
     return file
-
-
-def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_safety") -> None:
-    """Load a LoRA folder or file into a stock diffusers pipeline and weigh it by ``scale``.
-
-    A scale of 0 is the base model, 1 the trained one; a negative scale pushes the model *towards* harm.
-
-    Raises:
-        UserError: if the file is missing, damaged, or was made for another backbone.
-    """
-    file = find_weights(path)
-    try:
-        with safe_open(file, framework="pt") as handle:
-            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(not_readable(file, error)) from error
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if denoiser is None:
-        raise UserError(f"{type(pipe).__name__} has neither unet nor transformer: {file} cannot be loaded into it")
-    mismatch = _first_mismatch(denoiser, shapes)
-    if mismatch:
-        raise UserError(f"{file} was made for another backbone: {mismatch}; load it into the model it was trained on")
-    try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-        pipe.set_adapters([name], [scale])
-        _keep_users(denoiser)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} does not load into {type(denoiser).__name__}: {first_line}") from error
-
-
-def _keep_users(denoiser: nn.Module) -> None:
-    """diffusers has just switched off every other LoRA: that of a user adapter goes on."""
-    from lit_safety.adapters.user_lora import keep_active
-
-    keep_active(denoiser)
-
-
-def _first_mismatch(unet: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """What in a PEFT-style LoRA file does not fit ``unet``; other layouts (kohya's) are left to diffusers."""
-    layers = {name.removesuffix(".base_layer"): m for name, m in unet.named_modules() if hasattr(m, "weight")}
-    for key, shape in shapes.items():
-        match = re.fullmatch(r"(?:unet|transformer)\.(.+)\.lora_([AB])\.weight", key)
-        if not match:
-            continue
-        name, side = match.groups()
-        layer = layers.get(name)
-        if layer is None:
-            return f"it adapts {name}, which this denoiser does not have"
-        weight = layer.weight
-        if not isinstance(weight, Tensor):
-            continue
-        expected = weight.shape[1] if side == "A" else weight.shape[0]
-        found = shape[1] if side == "A" else shape[0]
-        if found != expected:
-            return f"{key} has {found} {'inputs' if side == 'A' else 'outputs'}, the layer has {expected}"
-    return None

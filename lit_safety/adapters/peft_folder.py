@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lit_safety.adapters.lora_layouts import COMPONENTS
 from lit_safety.errors import UserError
@@ -22,29 +20,25 @@ def find_peft(path: Path) -> tuple[Path, Path] | None:
     return (weights, config) if weights.is_file() and config.is_file() else None
 
 
-def with_component(tensors: Mapping[str, Tensor], config: Path, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and settings by names that begin with the part of a pipeline that they adapt: PEFT does not say it.
+def peft_settings(layers: Iterable[str], config: Path, file: Path) -> dict[str, Any]:
+    """The settings by names that begin with the part of a pipeline that is adapted: PEFT does not say it.
+
+    Args:
+        layers: the names that `to_one_layout` found.
+        config: the configuration.
+        file: the weights, for messages.
 
     Raises:
-        UserError: the configuration cannot be read, or the layers are of no known part.
+        UserError: the configuration cannot be read, or the layers are of no known part, or of several.
     """
-    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    own = _component(bare, file)
-    named = {f"{own}.{key}": tensor for key, tensor in bare.items()}
-    return named, {f"{own}.{key}": value for key, value in read_peft_config(config).items()}
-
-
-def _component(layers: Iterable[str], file: Path) -> str:
-    """Whose layers these are, by the beginnings of their names."""
-    tops = {layer.split(".", 1)[0] for layer in layers}
-    for component, known in COMPONENTS.items():
-        if tops <= set(known):
-            return component
-    strange = min(tops.difference(*COMPONENTS.values()), default=", ".join(sorted(tops)))
-    raise UserError(
-        f"{file}: {strange} is neither of diffusers' UNets nor of its transformers; merge adapters of a denoiser, or "
-        "write this one again with `pipe.save_lora_weights`"
-    )
+    parts = {layer.split(".", 1)[0] for layer in layers}
+    if len(parts) != 1 or not parts <= set(COMPONENTS):
+        strange = min(layers, default="the empty file")
+        raise UserError(
+            f"{file}: {strange} is neither of diffusers' UNets nor of its transformers; give adapters of a denoiser, "
+            "or write this one again with `pipe.save_lora_weights`"
+        )
+    return {f"{min(parts)}.{key}": value for key, value in read_peft_config(config).items()}
 
 
 def read_peft_config(file: Path) -> dict[str, Any]:
@@ -58,5 +52,5 @@ def read_peft_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file} describes no LoRA; merge LoRA adapters only")
+        raise UserError(f"{file} describes no LoRA; give LoRA adapters only")
     return config

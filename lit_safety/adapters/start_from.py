@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_file import factors_of, read_lora
+from lit_safety.adapters.lora_layouts import Places
 from lit_safety.errors import UserError
 from lit_safety.weights import DIFFUSERS, need_weights, open_safetensors
 
@@ -61,28 +62,39 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     return {"state_dict": {name: weights[name] for name in sorted(weights)}}
 
 
-def read_adapter(path: Path, lora: LoRA, adapter: str) -> dict[str, Tensor]:
+def read_adapter(path: Path, lora: LoRA, adapter: str, places: Places | None = None) -> dict[str, Tensor]:
     """A LoRA file's weights by the names that PEFT gives the denoiser's parameters, `{layer}.lora_A.{adapter}.weight`.
 
+    Args:
+        path: the folder or file.
+        lora: what is trained.
+        adapter: PEFT's name of it.
+        places: the layers of the denoiser.
+
     Raises:
-        UserError: it is missing or damaged, or its alpha is another than that of ``lora``.
+        UserError: it is missing or damaged, a layer of it has no place in the denoiser, or its alpha is another than
+            that of ``lora``.
     """
+    try:
+        layers = read_lora(path, places)
+    except UserError as error:
+        raise UserError(f"`{KEY}` {error}") from error
     found = {}
-    for name, layer in read_lora(path).items():
+    for name, layer in layers.items():
         if abs(layer.scale - lora.alpha / lora.rank) > 1e-6 and layer.rank == lora.rank:
             raise UserError(
                 f"`{KEY}` {path}: its alpha / rank is {layer.scale:g}, and that of `lora` {lora.alpha / lora.rank:g}: "
                 "set lora.alpha to the file's"
             )
         inner = name.split(".", 1)[1]
-        ones = (1,) * len(layer.kernel)
-        channels = layer.a.shape[1] // max(1, torch.Size(layer.kernel).numel())
-        found[f"{inner}.lora_A.{adapter}.weight"] = layer.a.reshape(layer.rank, channels, *layer.kernel)
-        found[f"{inner}.lora_B.{adapter}.weight"] = layer.b.reshape(layer.b.shape[0], layer.rank, *ones)
+        for side, factor in zip("AB", factors_of(layer), strict=True):
+            found[f"{inner}.lora_{side}.{adapter}.weight"] = factor
     return found
 
 
-def read_experts(path: Path, lora: LoRA, adapter: str, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def read_experts(
+    path: Path, lora: LoRA, adapter: str, names: Sequence[str], places: Places | None = None
+) -> dict[str, dict[str, Tensor]]:
     """Each expert's weights by name, out of a folder with a LoRA folder for each, or a checkpoint.
 
     Raises:
@@ -96,7 +108,7 @@ def read_experts(path: Path, lora: LoRA, adapter: str, names: Sequence[str]) -> 
         own = {name.removeprefix("backbone.denoiser."): value for name, value in held["state_dict"].items()}
         found[held["experts"]["active"]] = own
     else:
-        found = {name: read_adapter(path / name, lora, adapter) for name in names if (path / name).is_dir()}
+        found = {name: read_adapter(path / name, lora, adapter, places) for name in names if (path / name).is_dir()}
     if missing := sorted(set(names) - set(found)):
         raise UserError(f"`{KEY}` {path} holds no expert {', '.join(missing)}; it has {', '.join(found) or 'none'}")
     return {name: found[name] for name in names}

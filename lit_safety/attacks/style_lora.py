@@ -11,13 +11,15 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from lit_safety.adapters.lora import WEIGHTS_NAME, LoRA, find_weights
+from lit_safety.adapters.lora import WEIGHTS_NAME, LoRA
+from lit_safety.adapters.lora_file import find_lora
 from lit_safety.attacks.attack import Attack, Stage
 from lit_safety.attacks.lora_training import train_lora
 from lit_safety.attacks.pictures import read_pictures, shards_digest
 from lit_safety.attacks.target import Target
 from lit_safety.data.atomic import atomic_folder
 from lit_safety.errors import UserError
+from lit_safety.evaluation.arms import adapter_sha256
 from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.prompts import Prompt
 
@@ -74,7 +76,7 @@ class StyleLoRA(Attack):
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
         if self.adapter is not None:
-            self.settings["adapter_sha256"] = fingerprint(find_weights(self.adapter))
+            self.settings["adapter_sha256"] = adapter_sha256(find_lora(self.adapter)[0])
         if self.shards is not None:
             self.settings["shards_sha256"] = shards_digest(self.shards, "StyleLoRA")
 
@@ -85,7 +87,7 @@ class StyleLoRA(Attack):
         style = Path(self.adapter) if self.adapter is not None else self._trained(target)
         for weight in self.weights:
             changed = replace(target.arm, adapters={**(target.arm.adapters or {}), str(style): weight})
-            identity = {"style_sha256": fingerprint(find_weights(style)), "style_weight": weight}
+            identity = {"style_sha256": adapter_sha256(find_lora(style)[0]), "style_weight": weight}
             yield target.stage(weight, pipe=target.fresh(changed), identity=identity)
 
     def _trained(self, target: Target) -> Path:

@@ -107,7 +107,9 @@ def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:
         stated = _process(folder, kind)
         return _hash([json.dumps(stated, sort_keys=True)]) if stated else None
     if folder.name.startswith("tokenizer"):
-        words = any(file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("*") if not is_hidden(file))
+        words = any(
+            file.suffix in (".txt", ".model") or file.name in WORDS for file in folder.glob("*") if not is_hidden(file)
+        )
         return _hash([json.dumps(_tokenizer(folder, kind), sort_keys=True)]) if words else None
     if not (weights := weight_files(folder)):
         return None

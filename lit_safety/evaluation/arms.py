@@ -79,7 +79,7 @@ class Arm:
         """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
         return {
             "adapter": self.adapter,
-            "adapter_sha256": fingerprint(self.adapter) if self.adapter is not None else None,
+            "adapter_sha256": adapter_sha256(self.adapter) if self.adapter is not None else None,
             "scale": self.scale if self.adapter is not None else None,
             "negative_prompt": self.negative_prompt,
             **({"adapters": self._composed()} if self.adapters else {}),
@@ -101,7 +101,16 @@ class Arm:
 
     def _composed(self) -> dict[str, Any]:
         weights = self.adapters or {}
-        return {path: {"weight": weight, "sha256": fingerprint(path)} for path, weight in weights.items()}
+        return {path: {"weight": weight, "sha256": adapter_sha256(path)} for path, weight in weights.items()}
+
+
+def adapter_sha256(path: str | Path) -> str:
+    """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration beside them, which says
+    their alpha, counts too."""
+    from lit_safety.adapters.peft_folder import find_peft
+
+    own = find_peft(Path(path)) if Path(path).is_file() else None
+    return fingerprint(path) if own is None else digest([fingerprint(file) for file in own])
 
 
 def _is_for_users(path: str) -> bool:

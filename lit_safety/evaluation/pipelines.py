@@ -68,7 +68,7 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         raise UserError(f"--device {device}: the pipeline cannot be put there: {_first_line(error)}") from error
     loras = arm.loras()
     if loras:
-        from lit_safety.adapters.lora import load_lora
+        from lit_safety.adapters.load_lora import load_lora
 
         names = {path: f"lora_{number}" for number, path in enumerate(loras)}
         for path, name in names.items():
@@ -79,9 +79,10 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         from lit_safety.adapters.psa_pipeline import load_psa
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if precision == "float32" and getattr(denoiser, "peft_config", None):
-        pipe.fuse_lora()  # exact enough to fold in, and as fast as no adapter at all
+    if precision == "float32" and (loras or for_users is not None):
+        from lit_safety.adapters.load_lora import fuse_loras
+
+        fuse_loras(pipe)  # exact enough to fold in, and as fast as no adapter at all
     for name in ("unet", "vae"):
         network = getattr(pipe, name, None)
         if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not of one for video

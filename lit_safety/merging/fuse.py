@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_safety.adapters.lora import load_lora
+from lit_safety.adapters.load_lora import fuse_loras, load_lora
 from lit_safety.backbones.parts import Parts
 from lit_safety.evaluation.pipelines import local_pipeline
 
@@ -18,6 +18,6 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
     """
     pipe = Parts(str(local_pipeline(pipeline))).pipeline(safety_checker=True)
     load_lora(pipe, adapter)
-    pipe.fuse_lora(safe_fusing=True)
+    fuse_loras(pipe, safe_fusing=True)
     pipe.unload_lora_weights()
     pipe.save_pretrained(out)

@@ -36,8 +36,8 @@ def merge(
     Args:
         experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
         out: Folder of the merged adapter; an earlier merge there is replaced.
-        pipeline: Folder or hub id of the base model, for comerge and fuse; null takes the one that the experts' model
-            cards, or PEFT's configurations, name.
+        pipeline: Folder or hub id of the base model, for comerge and fuse, and to look the experts' layers up in where
+            it is on this machine; null takes the one that the experts' model cards, or PEFT's configurations, name.
         weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
         calibration: comerge: the prompts and how they are looked at.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
@@ -59,7 +59,7 @@ def merge(
     quiet_libraries()
     if weights is not None and len(weights) != len(experts):
         raise UserError(f"--weights: {len(weights)} numbers for {len(experts)} experts; give one for each")
-    loaded = read_experts(experts)
+    loaded = read_experts(experts, pipeline)
     named = {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
     recipe = Recipe(weights=named, **settings)
     check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])

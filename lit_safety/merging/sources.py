@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path, PurePath
 
 from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_layouts import Places
 from lit_safety.adapters.peft_folder import CONFIG, read_peft_config
 from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import fingerprint
+from lit_safety.evaluation.arms import adapter_sha256
+from lit_safety.merging.base_layers import base_layers
 from lit_safety.merging.expert import Expert
 
 
-def read_experts(given: Sequence[str]) -> list[Expert]:
+def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
     """Experts in the order given; each is FOLDER, FILE or NAME=FOLDER.
 
+    Args:
+        given: the experts.
+        base: the model that they were made for; None: the one that each one's card names. Where its configuration is on
+            this machine, every layer of an expert must be one of its layers; else the names must be possible ones.
+
     Raises:
-        UserError: there is none, one is given twice or cannot be read, or two share a name.
+        UserError: there is none, one is given twice or cannot be read, two share a name, or a layer of one has no place
+            in the base model.
     """
     if not given:
         raise UserError("no experts: give at least one folder with a LoRA, `merge FOLDER FOLDER ... --out FOLDER`")
@@ -31,10 +40,15 @@ def read_experts(given: Sequence[str]) -> list[Expert]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two experts are called {name}; name them NAME=FOLDER")
-    return [
-        Expert(name, read_lora(path), {"path": str(path), "sha256": fingerprint(path), "base_model": base_model(path)})
-        for name, (_, path) in zip(names, named, strict=True)
-    ]
+    layers = cache(base_layers)  # mostly of one model
+    return [_read(name, path, base, layers) for name, (_, path) in zip(names, named, strict=True)]
+
+
+def _read(name: str, path: Path, base: str | None, layers: Callable[[str], Places | None]) -> Expert:
+    own = base_model(path)
+    known = base if base is not None else own
+    found = read_lora(path, None if known is None else layers(known))
+    return Expert(name, found, {"path": str(path), "sha256": adapter_sha256(path), "base_model": own})
 
 
 def _split(given: str) -> tuple[str | None, Path]:

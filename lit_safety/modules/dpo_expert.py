@@ -110,7 +110,7 @@ class DPOExpert(PreferenceModule):
 
     def begin_from(self, path: Path) -> None:
         """`start_from` names `experts` of another run, with a folder for each category, or a checkpoint."""
-        held = read_experts(path, self.lora, POLICY, self.bank.names)
+        held = read_experts(path, self.lora, POLICY, self.bank.names, self.places())
         for name, weights in held.items():
             check_weights(self.bank.parameters, weights, f"`model.init_args.start_from` {path}: expert {name}")
         self.bank.begin_with(held)

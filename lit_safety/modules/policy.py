@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
+from lit_safety.adapters.lora_layouts import Place, places_of
 from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, read_checkpoint, read_file
 from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
 from lit_safety.backbones import Backbone, load_backbone
@@ -122,8 +123,12 @@ class Policy(LightningModule):
 
     def read_export(self, path: Path) -> dict[str, Tensor]:
         """What `save_export` has written, by the names of `trainable_parameters`."""
-        weights = read_adapter(path, self.lora, POLICY)
+        weights = read_adapter(path, self.lora, POLICY, self.places())
         return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
+
+    def places(self) -> dict[str, dict[str, Place]]:
+        """The layers of the denoiser that a LoRA's file may adapt."""
+        return {self.backbone.DENOISER: places_of(self.backbone.denoiser, self.backbone.DENOISER)}
 
     def _shard(self) -> None:
         """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""

@@ -172,8 +172,8 @@ def test_pefts_own_folder_is_read(tiny_pipeline: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("layers", "component"),
-    [(["transformer_blocks.0.attn.to_q", "x_embedder"], "transformer"), (["mid_block.x.to_q"], "unet"),
-     (["text_model.encoder.x.q_proj"], None), (["mid_block.x.to_q", "transformer_blocks.0.attn.to_q"], None)],
+    [(["transformer_blocks.0.attn.to_q", "x_embedder"], "transformer"), (["mid_block.attentions.0.proj_in"], "unet"),
+     (["text_model.encoder.x.q_proj"], None), (["mid_block.attentions.0.proj_in", "x_embedder"], None)],
 )  # fmt: skip
 def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: list[str], component: str | None):
     pair = {f"{layer}.lora_{side}.weight": torch.ones(2, 2) for layer in layers for side in "AB"}
@@ -188,7 +188,7 @@ def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: 
     assert {layer.scale for layer in found.values()} == {2.0}
     assert {layer.scale for layer in read_lora(tmp_path / "adapter_model.safetensors").values()} == {2.0}
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="in no known part of a pipeline"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json beside it"):
         read_lora(tmp_path)
 
 
@@ -287,6 +287,45 @@ def test_settings_that_tell_no_plain_update_are_named(tmp_path: Path, settings: 
         read_lora(tmp_path)
 
 
+def test_a_pattern_that_never_ends_is_refused_in_seconds(tmp_path: Path):
+    """Patterns are the file's, and so are the names that they are tried on."""
+    pair = {f"transformer.x_embedder.{'a' * 60}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    metadata = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {r"((a|aa|aaa)+)+\d": 2}}
+    save_file(pair, tmp_path / "x.safetensors", {METADATA_KEY: json.dumps(metadata)})
+    with pytest.raises(UserError, match="alpha_pattern takes too long"):
+        read_lora(tmp_path)
+
+
+def test_an_alpha_that_tensor_and_settings_tell_differently_is_refused(tmp_path: Path):
+    tensors = pair_of(torch.ones(2, 4), torch.ones(3, 2)) | {f"unet.{ATTENTION}.alpha": torch.tensor(2.0)}
+    for alpha in (2, 4):
+        save_file(tensors, tmp_path / "x.safetensors", {METADATA_KEY: json.dumps({"unet.lora_alpha": alpha})})
+        if alpha == 2:
+            assert read_lora(tmp_path)[f"unet.{ATTENTION}"].scale == 1.0
+            continue
+        with pytest.raises(UserError, match="2 by its tensor and 4 by its settings"):
+            read_lora(tmp_path)
+
+
+def test_a_folder_of_two_adapters_is_refused(tiny_pipeline: Path, tmp_path: Path):
+    backbone, config = attach(tiny_pipeline)
+    backbone.save_lora(tmp_path, "x")
+    config.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS_NAME), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"{WEIGHTS_NAME}: name the file"):
+        read_lora(tmp_path)
+    assert read_lora(tmp_path / WEIGHTS_NAME)
+
+
+def test_whole_numbers_are_no_factors(tmp_path: Path):
+    save_file(
+        {k: v.to(torch.int8) for k, v in pair_of(torch.ones(2, 4), torch.ones(3, 2)).items()},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(UserError, match="no floating-point numbers"):
+        read_lora(tmp_path)
+
+
 def test_eight_bit_numbers_are_read(tmp_path: Path):
     pair = pair_of(torch.tensor([[1.5, -2.0]]), torch.tensor([[0.5]]))
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in pair.items()}, tmp_path / "x.safetensors")
@@ -297,5 +336,5 @@ def test_kohyas_file_of_another_network_is_refused(tmp_path: Path):
     """Underscores of layers that diffusers' converter does not know would become dots."""
     layers = {"lora_unet_double_blocks_0_img_attn_qkv": torch.nn.Linear(4, 4)}
     save_file(kohya_of(layers, 2, 1.0), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is no layer of diffusers' UNets"):
+    with pytest.raises(UserError, match="pipeline has: lora_unet_double_blocks_0_img_attn_qkv"):
         read_lora(tmp_path)

@@ -2,7 +2,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm, collect_arms, gather_arms
+from lit_safety.evaluation.arms import Arm, adapter_sha256, collect_arms, gather_arms
 from lit_safety.evaluation.evaluate import evaluate
 
 
@@ -71,3 +71,13 @@ def test_an_arm_says_what_it_is_made_of(tmp_path) -> None:
         Arm(adapter=str(tmp_path / "a"), adapters={str(tmp_path / "a"): 1.0}).check("x")
     with pytest.raises(UserError, match="absent does not exist"):
         Arm(adapters={str(tmp_path / "absent"): 1.0}).check("x")
+
+
+def test_pefts_weights_named_alone_count_with_their_configuration(tmp_path) -> None:
+    """Which says their alpha: images of one are not those of the other."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    found = set()
+    for alpha in (4, 8):
+        (tmp_path / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+        found.add(adapter_sha256(tmp_path / "adapter_model.safetensors"))
+    assert len(found) == 2

@@ -87,3 +87,47 @@ def test_composed_adapters_add_up(pipeline: Path, adapter: Path, tmp_path: Path,
     drawn = draw_batch(both, prompts, settings)
     assert abs(drawn - draw_batch(half, prompts, settings)).max() < 1e-4
     assert abs(drawn - draw_batch(load_pipeline(pipeline, Arm()), prompts, settings)).max() > 1e-3
+
+
+def text_lora(pipeline: Path, file: Path, number: int = 1) -> Path:
+    """A random LoRA of the text encoder alone."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    encoder = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None).text_encoder
+    width = encoder.config.hidden_size
+    layer = f"lora_te{number}_text_model_encoder_layers_0_self_attn_q_proj"
+    draw = torch.Generator().manual_seed(0)
+    pair = torch.randn(2, width, generator=draw), torch.randn(width, 2, generator=draw)
+    save_file({f"{layer}.lora_down.weight": pair[0], f"{layer}.lora_up.weight": pair[1]}, file)
+    return file
+
+
+def test_a_text_encoders_lora_draws_and_stays_when_an_attacker_opens_the_network(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    from lit_safety.attacks.network import open_network
+
+    arm = Arm(adapter=str(text_lora(pipeline, tmp_path / "x.safetensors")))
+    drawn, base = load_pipeline(pipeline, arm), load_pipeline(pipeline, Arm())
+    opened = open_network(pipeline, arm, "cpu")
+    ids = torch.tensor([[0, 2, 3, 1]])
+    with torch.no_grad():
+        found, expected, stock = (
+            encoder(ids).last_hidden_state
+            for encoder in (opened.pipe.text_encoder, drawn.text_encoder, base.text_encoder)
+        )
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, stock, atol=1e-3)
+
+
+def test_an_arm_whose_adapter_loads_in_part_is_refused(pipeline: Path, adapter: Path, tmp_path: Path) -> None:
+    """Alone, beside another one, and as an attacker's."""
+    from lit_safety.attacks.network import open_network
+
+    file = str(text_lora(pipeline, tmp_path / "x.safetensors", number=2))
+    for arm in (Arm(adapter=file), Arm(adapters={str(adapter): 1.0, file: 0.5})):
+        with pytest.raises(UserError, match=rf"{file}.*text_encoder_2"):
+            load_pipeline(pipeline, arm)
+        with pytest.raises(UserError, match=rf"{file}.*text_encoder_2"):
+            open_network(pipeline, arm, "cpu")

@@ -1,4 +1,6 @@
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from jsonargparse import CLI
+from safetensors.torch import load_file, save_file
 
-from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
 from lit_safety.errors import UserError
 from lit_safety.merging.calibration_options import CalibrationOptions
 from lit_safety.merging.merge import merge
@@ -184,3 +187,75 @@ def test_cards_of_different_base_models_are_refused(tmp_path: Path, tiny_pipelin
         merge(experts, str(tmp_path / "out"), method="mean")
     merge(experts, str(tmp_path / "out"), method="mean", pipeline=str(tiny_pipeline))
     assert read_lora(tmp_path / "out")
+
+
+def rename(folder: str, change: Callable[[str], str]) -> None:
+    """An expert with other names and without its settings, as some tools save it."""
+    file = Path(folder) / "pytorch_lora_weights.safetensors"
+    save_file({change(key): tensor for key, tensor in load_file(file).items()}, file)
+
+
+def without_card(experts: list[str]) -> None:
+    for folder in experts:
+        (Path(folder) / "README.md").unlink()
+
+
+def test_prefixes_of_tools_are_taken_off_so_that_stock_diffusers_loads_the_merged_file(
+    tiny_pipeline: Path, tmp_path: Path, experts: list[str]
+):
+    without_card(experts)
+    rename(experts[0], lambda key: key.replace("unet.", "unet.base_model.model."))
+    rename(experts[1], lambda key: key.replace(".weight", ".default.weight"))
+    one, two = (read_lora(folder) for folder in experts)
+    merge(experts, str(tmp_path / "out"), method="sum")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.load_lora_weights(tmp_path / "out")
+    expected = predict(with_deltas(tiny_pipeline, {name: one[name].delta() + two[name].delta() for name in one}))
+    torch.testing.assert_close(predict(pipe), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_no_base_model_has_are_refused_without_it(tmp_path: Path, experts: list[str]):
+    without_card(experts)
+    rename(experts[0], lambda key: key.replace("mid_block.attentions.0", "mid_block.1"))
+    with pytest.raises(UserError, match=rf"{experts[0]}.*unet\.mid_block\.1\.transformer_blocks"):
+        merge(experts, str(tmp_path / "out"), method="sum")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["by the card", "by --pipeline"])
+def test_layers_that_the_base_model_does_not_have_are_refused(
+    tiny_pipeline: Path, tmp_path: Path, experts: list[str], named: str
+):
+    """They could be another model's: only the base model's configuration tells."""
+    rename(experts[0], lambda key: key.replace("down_blocks.1", "down_blocks.3"))
+    pipeline = None
+    if named == "by --pipeline":
+        without_card(experts)
+        merge(experts, str(tmp_path / "out"), method="sum")
+        pipeline = str(tiny_pipeline)
+    with pytest.raises(UserError, match=r"have no place .*down_blocks\.3"):
+        merge(experts, str(tmp_path / "out2"), method="sum", pipeline=pipeline)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_layer_of_another_size_than_the_base_models_is_refused(tmp_path: Path, tiny_pipeline: Path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    write_lora(tmp_path / "x.safetensors", {f"unet.{layer}": LowRank(torch.ones(2, 48), torch.ones(48, 2))})
+    with pytest.raises(UserError, match=rf"{layer} is 48 -> 48"):
+        merge([str(tmp_path / "x.safetensors")], str(tmp_path / "out"), pipeline=str(tiny_pipeline), method="sum")
+
+
+def test_a_full_disk_leaves_no_half_merge(tmp_path: Path, experts: list[str]):
+    out = tmp_path / "out"
+    merge(experts, str(out), method="mean")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # as a full disk: no file grows beyond it
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            merge(experts, str(out), method="sum")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert not [one.name for one in tmp_path.iterdir() if one.name.startswith(".")]
