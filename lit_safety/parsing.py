@@ -6,9 +6,21 @@ import ast
 import re
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Path
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
+
+_read_by_locale = Path.read_text
+
+
+def _read_config(self: Path) -> str:
+    """A config, or a part of one in a file of its own. jsonargparse would take the machine's encoding for it."""
+    local = not (self.is_url or self.is_fsspec or str(self) == "-")
+    return read_text(self.absolute) if local else _read_by_locale(self)
+
+
+Path.read_text = _read_config  # type: ignore[method-assign]
 
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
 _SEARCH = re.compile(

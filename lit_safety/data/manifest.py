@@ -23,6 +23,7 @@ from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import canonical_category
 from lit_safety.data.sample import PairMetadata
 from lit_safety.errors import UserError
+from lit_safety.text_files import NotUtf8, read_text
 
 FILE_NAME = "manifest.json"
 FORMAT = "lit_safety preference shards"
@@ -149,9 +150,11 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     """
     path = Path(folder) / name
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except NotUtf8:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

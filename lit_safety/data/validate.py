@@ -64,6 +64,8 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
             yield from _samples(path, None, None, keys)
         return
     manifest = load_manifest(folder)
+    if not manifest.shardlist:
+        yield f"{os.path.join(folder, FILE_NAME)}: lists no shards; write the shards anew"
     users = None
     if (Path(folder) / USERS_FILE).exists():
         try:
@@ -128,6 +130,8 @@ def _samples(
         if tar.problem is not None:
             yield f"{path}: {tar.problem}"
         total = len(tar.index.samples)
+        if total == 0 and tar.problem is None:
+            yield f"{path}: holds no sample; restore it or take it out"
         if shard is not None and total != shard.nsamples:
             yield f"{path}: holds {total} samples but the manifest says {shard.nsamples}"
         for number in range(total):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from lit_safety.data.converters.table import image_path
 from lit_safety.errors import UserError
+from lit_safety.text_files import NotUtf8, decode_text
 
 METADATA = "metadata.jsonl"
 MAX_LINE = 1 << 20
@@ -120,9 +121,11 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(decode_text(line, where))
+            except NotUtf8:
+                raise
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: is not UTF-8 JSON ({error})") from error
+                raise UserError(f"{where}: is not JSON ({error})") from error
             if not isinstance(values, dict):
                 raise UserError(f"{where}: must be a JSON object")
             if isinstance(name := values.get("file_name"), str):

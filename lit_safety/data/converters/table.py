@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 
 
 def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
@@ -18,14 +20,12 @@ def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
     """
     csv.field_size_limit(1 << 20)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(read_text(path), newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = list(reader)
             header = reader.fieldnames or []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from error
     except csv.Error as error:
         raise UserError(f"{path}: is not a CSV file ({error})") from error
     if missing := [name for name in required if name not in header]:
