@@ -168,16 +168,22 @@ def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
     return shown
 
 
-def shown_size(file: BinaryIO, kind: str) -> tuple[int, int]:
+def same_image(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two RGB images hold the same pixels."""
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def shown_size(file: BinaryIO) -> tuple[int, int]:
     """Width and height of the picture that `rgb` makes of a file, by its first bytes where they tell.
 
     Args:
         file: at its beginning; PIL reads what it needs of it.
-        kind: PIL's name of the format.
 
     Raises:
         UserError: the file cannot be read.
     """
+    kind = FORMATS[extension_of(file.read(16), "the image")]  # not by its name: browsers save WebP as .jpg
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -87,12 +87,12 @@ class _Part(io.RawIOBase):
 
 
 def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    for suffix, kind in FORMATS.items():
+    for suffix in FORMATS:
         if f"chosen.{suffix}" not in members:
             continue
         offset, size = members[f"chosen.{suffix}"]
         try:
-            width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER), kind)
+            width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER))
             return height, width
         except UserError:
             return 0, 0  # named, counted and judged by on_bad_sample when the sample is read

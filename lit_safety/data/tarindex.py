@@ -83,7 +83,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
             ending = None if problem else _ending(path, tar.offset)
             return TarIndex(samples, problem[0] if problem else ending)
     except _DAMAGED as error:
-        hint = "; unpack it: shards are plain tar files" if str(path).endswith((".gz", ".bz2", ".xz")) else ""
+        hint = "; unpack it: shards are plain tar files" if _is_compressed(path) else ""
         raise UserError(f"{path}: is not a readable tar file ({error}){hint}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -141,6 +141,12 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
         problem.append(f"the tar file is cut short ({error})")
     except _DAMAGED as error:
         problem.append(f"the tar file is damaged ({type(error).__name__}: {error})")
+
+
+def _is_compressed(path: str | os.PathLike[str]) -> bool:
+    """gzip, bzip2, xz or zstd by the first bytes, whatever the file is named."""
+    with open(path, "rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
 
 
 def _ending(path: str | os.PathLike[str], offset: int) -> str | None:

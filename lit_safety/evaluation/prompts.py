@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_safety.data.categories import canonical_category
+from lit_safety.data.converters.table import decimal_number, whole_number
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
@@ -127,11 +128,8 @@ def read_seed(text: str, where: str) -> int:
     Raises:
         UserError: it is none.
     """
-    try:
-        seed = int(text.removesuffix(".0"))
-    except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**63:
+    seed = whole_number(text)
+    if seed is None or not 0 <= seed < 2**63:
         raise UserError(f"{where}: seed `{text}` is no whole number from 0 to 2^63 - 1")
     return seed
 
@@ -144,10 +142,7 @@ def read_guidance(text: str, where: str) -> float | None:
     """
     if not text:
         return None
-    try:
-        guidance = float(text)
-    except ValueError:
-        guidance = -1.0
-    if not 0 <= guidance < float("inf"):
+    guidance = decimal_number(text)
+    if guidance is None or not 0 <= guidance < float("inf"):
         raise UserError(f"{where}: guidance `{text}` is no number from 0 up")
     return guidance

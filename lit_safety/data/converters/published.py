@@ -85,9 +85,13 @@ def open_table(source: str, columns: Sequence[str], images: Sequence[str] = (), 
 
 def _parquet_files(source: str) -> list[Path]:
     if os.path.isdir(source):
-        found = sorted(Path(source).rglob("*.parquet"))
+        found = [path for path in sorted(Path(source).rglob("*.parquet")) if not path.name.startswith("._")]
     elif "*" in source or "?" in source:
-        found = [Path(name) for name in sorted(glob.glob(source)) if name.endswith(".parquet")]
+        found = [
+            Path(name)
+            for name in sorted(glob.glob(source))
+            if name.endswith(".parquet") and not os.path.basename(name).startswith("._")
+        ]
     else:
         found = [Path(source)] if source.endswith(".parquet") and os.path.exists(source) else []
     if not found:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
+
+_WHOLE = re.compile(r"([+-]?[0-9]{1,300})(?:\.0*)?")
 
 
 def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
@@ -34,6 +37,24 @@ def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
         if None in row or None in row.values():
             raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields")
     return rows
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a cell holds, also one that a spreadsheet or pandas wrote as `41.0`; None: it holds none.
+
+    >>> [whole_number(text) for text in ("41", " 41.0 ", "-3", "41.5", "4.1E+10", "1_000", "")]
+    [41, 41, -3, None, None, None, None]
+    """
+    match = _WHOLE.fullmatch(text.strip())
+    return int(match[1]) if match else None
+
+
+def decimal_number(text: str) -> float | None:
+    """The number that a cell holds, perhaps nan or infinite; None: it holds none."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else None
+    except ValueError:
+        return None
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:
