@@ -149,8 +149,9 @@ def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
     Raises:
         UserError: PIL has no such conversion, or the numbers of a 32-bit image lie elsewhere.
     """
-    turn = _TURNS.get(_orientation(image))
     try:
+        image.load()  # before its EXIF is looked at: PIL turns TIFF by itself, and says so then
+        turn = _TURNS.get(_orientation(image))
         if image.mode.startswith("I;16"):
             shown = _from_16_bits(np.asarray(image), image.info.get("transparency"))
         elif image.mode in ("I", "F"):
@@ -159,8 +160,8 @@ def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
             shown = _over_white(image)
         else:
             shown = image.convert("RGB")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: an image of mode {image.mode} cannot be read as RGB ({_line(error)})") from error
+    except _RAISED as error:
+        raise UserError(f"{where}: the image, of mode {image.mode}, cannot be read ({_line(error)})") from error
     if turn is not None:
         shown = shown.transpose(turn)
     # Whoever reads it again must neither turn it twice nor take a colour for transparent.

@@ -67,7 +67,7 @@ class ToyJudge(nn.Module):
             "architecture": self.architecture,
             "notes": self.notes,
         }
-        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
         (unfinished / "model.safetensors").chmod(0o644)
         swap_in(unfinished, folder)

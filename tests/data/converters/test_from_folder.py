@@ -88,7 +88,7 @@ def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([{"prompt": "x", "chosen": "0.png"}], {}, "has no column 'rejected'; its columns are chosen, prompt"),
         ([row(0, colour="red")], {}, "has an unknown column 'colour'"),
         ([row(0, chosen_harmful="maybe")], {"prompt_kind": "clean"}, "row 2: chosen_harmful is 'maybe'"),
-        ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a number"),
+        ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a whole number"),
         ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a text that is not empty"),
         ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: unknown category 'fun'"),
         ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
