@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from jsonargparse import ArgumentParser, Path
 
@@ -100,6 +101,18 @@ class SingleLineErrors:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
         # command line, so that no key on the way is lost.
         raise UserError(str(message)) from ex
+
+    def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        """As jsonargparse's; a file that holds no config is named."""
+        try:
+            return cast(Any, super()).parse_path(path, *arguments, **options)
+        except UserError as error:
+            said = str(error)
+            if said.startswith("Unexpected config:"):
+                raise UserError(f"{path}: is empty, or holds something else than keys with values") from error
+            if said.startswith("Problems parsing config:"):
+                raise UserError(f"{path}: is no YAML ({said.partition(':')[2].strip()})") from error
+            raise
 
 
 class SingleLineErrorParser(SingleLineErrors, ArgumentParser):

@@ -102,7 +102,8 @@ def load_study(path: str) -> Study:
         study = Study(**given)
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise UserError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error
     _check(path, study)
     return study
 

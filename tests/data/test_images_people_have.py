@@ -126,7 +126,10 @@ def test_16_bit_colours_are_scaled() -> None:
 
     rows = struct.pack(">B6H", 0, 65535, 0, 0x8080, 0x1234, 0x1234, 0x1234)
     header, see_through = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0), struct.pack(">3H", 0x1234, 0x1234, 0x1234)
-    start, end = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    start, end = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header),
+        chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""),
+    )
     assert array(decode_image(start + end, "")).tolist() == [[[255, 0, 128], [18, 18, 18]]]
     assert array(decode_image(start + chunk(b"tRNS", see_through) + end, ""))[0, 1].tolist() == [255, 255, 255]
 
@@ -186,7 +189,9 @@ def test_the_first_frame_of_an_animation_is_read() -> None:
 def test_buckets_sizes_and_crops_are_those_of_the_upright_image(tmp_path: Path) -> None:
     """Wide images that cameras stored upright as tall pixels, one of them under the name of another format."""
     with ShardWriter(tmp_path) as writer:
-        for number, data in enumerate([as_stored(6, "JPEG"), as_stored(8), exif_behind_pixels(5), as_stored(7, "WEBP")]):
+        for number, data in enumerate(
+            [as_stored(6, "JPEG"), as_stored(8), exif_behind_pixels(5), as_stored(7, "WEBP")]
+        ):
             writer.write(str(number), metadata(number), data, png(scene()))
     shard = tmp_path / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"3.chosen.webp", b"3.chosen.jpg\0"))
