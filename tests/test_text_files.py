@@ -35,7 +35,7 @@ def test_utf_8_is_read_with_a_mark_and_without(tmp_path: Path, mark: bytes) -> N
 
 @pytest.mark.parametrize("encoding", OTHERS)
 def test_what_is_not_utf_8_is_named_with_what_to_do(encoding: str) -> None:
-    with pytest.raises(NotUtf8, match="here.csv: .*iconv -f") as caught:
+    with pytest.raises(NotUtf8, match=r"here\.csv: .*iconv -f") as caught:
         decode_text("one\nzwei Bären\n".encode(encoding), "here.csv")
     if encoding in ("cp1252", "latin-1"):
         assert "0xe4 in line 2" in str(caught.value)
