@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_safety.__main__ import main
+from lit_safety.data.converters.published import JsonLines
 from lit_safety.data.converters.table import read_csv
 from lit_safety.data.manifest import load_manifest
 from lit_safety.data.sample import parse_metadata
@@ -43,6 +44,7 @@ def test_what_is_not_utf_8_is_named_with_what_to_do(encoding: str) -> None:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "table": lambda file: read_csv(str(file), ("prompt",)),
+    "rows beside images": lambda file: JsonLines(file, ()),
     "prompt set": read_prompts,
     "calibration prompts": lambda file: _opened(file).__enter__(),
     "judge": judge_from_file,

@@ -34,6 +34,8 @@ OTHER_FORMATS = frozenset(
 """Endings of images that are not read: a file of such a name is named in an error instead of being passed over."""
 MAX_PIXELS = 4096 * 4096
 MAX_FILE_BYTES = 128 << 20
+MAX_CHUNKS = 1 << 17
+"""Parts of a PNG that are walked over; programs write 8 KiB or more in each."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -214,7 +216,10 @@ def _says_more_after_pixels(file: BinaryIO) -> bool:
     """Whether texts or EXIF of a PNG stand behind its pixels; the file is left where it was."""
     place, pixels, more = file.tell(), False, False
     file.seek(8)
-    while len(header := file.read(8)) == 8 and not more:
+    for _ in range(MAX_CHUNKS):
+        header = file.read(8)
+        if more or len(header) < 8:
+            break
         length, name = struct.unpack(">I4s", header)
         pixels = pixels or name == b"IDAT"
         more = pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")

@@ -38,7 +38,7 @@ def join(folder: str, overwrite: bool = False) -> None:
         raise UserError(f"{top}: has no sub-folder with a {FILE_NAME}")
     _check_ranks(top, names)
     for name in names:
-        if beside := sorted((top / name).glob("*.safetensors")):
+        if beside := [path for path in sorted((top / name).glob("*.safetensors")) if not path.name.startswith(".")]:
             raise UserError(f"{beside[0]}: belongs to one folder's shards; join the folders before it is made")
     manifest = joined({name: load_manifest(top / name) for name in names}, str(top))
     save_manifest(manifest, top)
