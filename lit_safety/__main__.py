@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 for bad input (one line on stderr)."""
+    print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -78,6 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def print_anything() -> None:
+    """Let stdout and stderr, and those of processes that are started, take any text.
+
+    Prompts and file names hold every letter there is, and a terminal or a batch system may say that it takes ASCII
+    only: what it cannot show is then written as an escape (`\\xe9`) instead of ending the run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    encoding = (os.environ.get("PYTHONIOENCODING") or getattr(sys.stdout, "encoding", None) or "utf-8").partition(":")[
+        0
+    ]
+    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
 if __name__ == "__main__":

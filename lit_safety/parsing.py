@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Path
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
+
+_read_by_locale = Path.read_text
+
+
+def _read_config(self: Path) -> str:
+    """A config, or a part of one in a file of its own. jsonargparse would take the machine's encoding for it."""
+    local = not (self.is_url or self.is_fsspec or str(self) == "-")
+    return read_text(self.absolute) if local else _read_by_locale(self)
+
+
+Path.read_text = _read_config  # type: ignore[method-assign]
 
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
 _SEARCH = re.compile(
@@ -88,6 +101,18 @@ class SingleLineErrors:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
         # command line, so that no key on the way is lost.
         raise UserError(str(message)) from ex
+
+    def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        """As jsonargparse's; a file that holds no config is named."""
+        try:
+            return cast(Any, super()).parse_path(path, *arguments, **options)
+        except UserError as error:
+            said = str(error)
+            if said.startswith("Unexpected config:"):
+                raise UserError(f"{path}: is empty, or holds something else than keys with values") from error
+            if said.startswith("Problems parsing config:"):
+                raise UserError(f"{path}: is no YAML ({said.partition(':')[2].strip()})") from error
+            raise
 
 
 class SingleLineErrorParser(SingleLineErrors, ArgumentParser):

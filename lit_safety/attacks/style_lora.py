@@ -18,6 +18,7 @@ from lit_safety.attacks.lora_training import train_lora
 from lit_safety.attacks.pictures import read_pictures, shards_digest
 from lit_safety.attacks.target import Target
 from lit_safety.data.atomic import atomic_folder
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import adapter_sha256
 from lit_safety.evaluation.fingerprint import digest, fingerprint
@@ -111,6 +112,6 @@ class StyleLoRA(Attack):
 
 def tint(image: Image.Image, amount: float) -> Image.Image:
     """The picture mixed with its sepia version, `amount` of it: x + amount (min(255, SEPIA x) - x)."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(rgb(image), dtype=np.float32)
     sepia = np.minimum(pixels @ SEPIA.T, 255.0)
     return Image.fromarray((pixels + amount * (sepia - pixels)).round().astype(np.uint8))

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image, ImageFilter
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 from lit_safety.modules.preference import PreferenceModule
 
@@ -70,7 +71,7 @@ def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Ima
     width, height = pictures[0].width * factor, pictures[0].height * factor
     sheet = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
+        sheet.paste(rgb(picture).resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
     return sheet
 
 

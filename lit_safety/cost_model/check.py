@@ -121,9 +121,9 @@ def _on_drawn(
     device: str,
 ) -> dict[str, Any]:
     import torch
-    from PIL import Image
 
     from lit_safety.cost_model.metrics import image_figures
+    from lit_safety.data.images import open_image
     from lit_safety.data.progress import counter
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings, Gallery
@@ -151,7 +151,7 @@ def _on_drawn(
               if isinstance(verdict, Verdict)]  # fmt: skip
     costs = []
     for start in range(0, len(judged), 64):
-        pictures = [Image.open(path).convert("RGB") for path, _ in judged[start : start + 64]]
+        pictures = [open_image(path) for path, _ in judged[start : start + 64]]
         costs.append(scorer.costs(pictures).cpu())
     harmful = torch.tensor([float(label) for _, label in judged])
     if not judged or harmful.min() == harmful.max():

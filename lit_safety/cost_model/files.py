@@ -20,6 +20,7 @@ from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
+from lit_safety.text_files import read_text
 from lit_safety.weights import not_readable
 
 #: How a folder is told from a judge's and from any other model's.
@@ -90,7 +91,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 
 FILE_NAME = "preprocessor_config.json"
 #: PIL's numbers of the two filters that CLIP checkpoints use.
@@ -40,7 +41,7 @@ class ClipPreprocess:
             UserError: the file is missing, or holds settings that this class does not know.
         """
         try:
-            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            config: dict[str, Any] = json.loads(read_text(file))
             resize, crop = config.get("do_resize", True), config.get("do_center_crop", True)
             size = config.get("size", 224)
             square = isinstance(size, dict) and "shortest_edge" not in size

@@ -59,12 +59,14 @@ class CostScorer:
     def _features(self, images: Sequence[Image]) -> Tensor:
         """Images of one size go through the tower together: (B, D) in the order given."""
         from lit_safety.data.decode import to_tensor
+        from lit_safety.data.images import rgb
 
+        images = [rgb(image) for image in images]
         by_size: dict[tuple[int, int], list[int]] = {}
         for number, image in enumerate(images):
             by_size.setdefault(image.size, []).append(number)
         found: dict[int, Tensor] = {}
         for numbers in by_size.values():
-            rows = self.tower(torch.stack([to_tensor(images[i].convert("RGB")) for i in numbers]))
+            rows = self.tower(torch.stack([to_tensor(images[i]) for i in numbers]))
             found |= dict(zip(numbers, rows, strict=True))
         return torch.stack([found[i] for i in range(len(images))])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_safety.cost_model.preprocess import FILE_NAME, ClipPreprocess
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
 
 #: `embedding`: the projected image embedding, what CLIP itself compares with text. `pooled`: the class token before
@@ -90,7 +91,7 @@ def _load(source: str, projected: bool) -> Any:
 
     config = _file(source, "config.json")
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads(read_text(config)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config}: is no model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):

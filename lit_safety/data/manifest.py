@@ -26,6 +26,7 @@ from lit_safety.data.sample import PairMetadata
 from lit_safety.errors import UserError
 from lit_safety.hashes import check_regular
 from lit_safety.hashes import file_sha256 as file_sha256  # of a shard; asked for here by all that write one
+from lit_safety.text_files import NotUtf8, read_text
 
 FILE_NAME = "manifest.json"
 FORMAT = "lit_safety preference shards"
@@ -193,9 +194,11 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     try:
         if (size := check_regular(path).st_size) > MAX_BYTES:
             raise UserError(f"{path}: is {size} bytes, over the limit of {MAX_BYTES}")
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except NotUtf8:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import functools
 import io
 import os
-import warnings
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
-from PIL import Image
 
-from lit_safety.data.images import FORMATS
+from lit_safety.data.images import FORMATS, shown_size
 from lit_safety.data.remote import is_remote
 from lit_safety.data.source import Source
 from lit_safety.data.tarindex import OpenShard
 from lit_safety.errors import UserError
 
-#: Bytes in which a PNG or a JPEG has said how large it is, its metadata before it included.
-HEADER = 1 << 18
+#: Bytes that are read at once.
+BUFFER = 1 << 12
 #: From so many pairs on the log says what is being waited for.
 MANY = 20_000
 
@@ -62,18 +61,39 @@ def _sizes_in(path: str, size: int, mtime: int) -> tuple[tuple[int, int], ...]:
         shard.close()
 
 
+class _Part(io.RawIOBase):
+    """A member of an open tar as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._place)
+        data = self._file.read(min(len(buffer), max(0, self._size - self._place)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
 def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    for suffix, kind in FORMATS.items():
+    for suffix in FORMATS:
         if f"chosen.{suffix}" not in members:
             continue
         offset, size = members[f"chosen.{suffix}"]
-        file.seek(offset)
-        data = file.read(size if kind == "WEBP" else min(size, HEADER))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data), formats=[kind]) as image:
-                    return image.height, image.width
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER))
+            return height, width
+        except UserError:
             return 0, 0  # named, counted and judged by on_bad_sample when the sample is read
     return 0, 0

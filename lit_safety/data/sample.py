@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from lit_safety.data.categories import canonical_category
 from lit_safety.errors import UserError
+from lit_safety.text_files import NotUtf8, decode_text
 
 PROMPT_KINDS: tuple[str, ...] = ("harmful", "clean")
 ORDERS: tuple[str, ...] = ("safety", "quality", "composite")
@@ -125,9 +126,9 @@ def _load(raw: bytes, where: str) -> Any:
     if len(raw) > MAX_METADATA_BYTES:
         raise UserError(f"{where}: the metadata is {len(raw)} bytes, over the limit of {MAX_METADATA_BYTES}")
     try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: the metadata is not UTF-8 (byte {error.start})") from error
+        return json.loads(decode_text(raw, f"{where}: json"))
+    except NotUtf8:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: the metadata is not JSON ({error})") from error
 

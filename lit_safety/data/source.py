@@ -23,7 +23,7 @@ from lit_safety.data.cache import PROMPTS
 from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest
 from lit_safety.data.remote import MOST_MANIFEST, default_cache, fetch, is_remote
 from lit_safety.data.sample import PairMetadata, parse_metadata
-from lit_safety.data.tarindex import BadSample, OpenShard
+from lit_safety.data.tarindex import BadSample, OpenShard, is_mac_file
 from lit_safety.errors import UserError
 
 NOTHING = "the list of shards is empty; give a folder of shards or a pattern of tar files"
@@ -35,6 +35,8 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _LETTERS = re.compile(r"\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}")
 # The class of a sample whose metadata cannot be read: no filter finds it, and the reader names it in its turn.
 UNREADABLE = SampleClass("unreadable", "unreadable")
+
+_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,12 @@ def tars_named(given: str, key: str) -> list[str]:
     return paths
 
 
+def tars_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The tar files in a folder, in order, without those that begin with a dot (as the `._` files of macOS)."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(".tar") and not name.startswith(".")]
+    return [os.path.join(folder, name) for name in sorted(names)]
+
+
 def _refuse_twice(paths: Sequence[str], given: str, key: str) -> None:
     for path, times in Counter(paths).items():
         if times > 1:
@@ -224,7 +232,9 @@ def _expand(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):
         raise UserError(f"{key}: {pattern!r} is refused: commands are not run; give a folder or a pattern of tar files")
     if os.path.isdir(pattern):
-        found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        if packed := [name for name in sorted(os.listdir(pattern)) if _PACKED.search(name) and not is_mac_file(name)]:
+            raise UserError(f"{key}: {os.path.join(pattern, packed[0])} is compressed; unpack it to a plain tar file")
+        found = tars_in(pattern)
         if not found:
             raise UserError(f"{key}: the folder {pattern} holds neither {FILE_NAME} nor a tar file")
         return found

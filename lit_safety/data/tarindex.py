@@ -3,13 +3,22 @@
 Shards are read by position: one pass over the tar's headers (the images are skipped, not read) says where
 everything is, and then a sample costs one read of exactly its bytes. So a worker reads its own samples and
 nobody else's, memory is one batch, and what a resumed run skips is neither read nor decoded. Keys and
-suffixes are webdataset's. Links, devices and folders in a tar are ignored, and members other than those named
-here are never read at all.
+suffixes are webdataset's: a key is what stands before the first dot of the file name.
+
+Every member is read, or ignored by one of these rules, or makes a sample that cannot be used and that names it:
+
+- Folders and what macOS packs along (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
+- What a sample holds beside its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
+  JSON nor arrays.
+- A hard link is read as the member that it leads to. Any other link, and a device, is an error.
+- A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
+  that belongs to no sample, are errors.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -17,6 +26,7 @@ from dataclasses import dataclass, field
 
 from webdataset.tariterators import base_plus_ext
 
+from lit_safety.data.images import FORMATS, OTHER_FORMATS
 from lit_safety.errors import UserError
 from lit_safety.hashes import check_regular
 
@@ -26,10 +36,15 @@ MAX_PADDING = 1 << 20
 # What tarfile raises for headers that nobody wrote in good faith.
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, MemoryError)
 # Images, or what a cache has instead of them.
-_WANTED = re.compile(
-    r"json|(chosen|rejected)\.(png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
-    r"|reference(\.prediction)?(\.flip)?\.npy"
+_NAMES = (
+    r"json|(?:chosen|rejected)\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
+    r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
 )
+_WANTED = re.compile(_NAMES)
+_DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
+_UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
+# Endings of what a sample is made of: where no sample is, it is missed.
+_MISSED = frozenset({*FORMATS, *OTHER_FORMATS, "json", "npy"})
 
 
 class BadSample(UserError):
@@ -70,25 +85,70 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
             ending = None if problem else _ending(path, tar.offset)
             return TarIndex(samples, problem[0] if problem else ending)
     except _DAMAGED as error:
-        hint = "; unpack it: shards are plain tar files" if str(path).endswith((".gz", ".bz2", ".xz")) else ""
+        hint = "; unpack it: shards are plain tar files" if _is_compressed(path) else ""
         raise UserError(f"{path}: is not a readable tar file ({error}){hint}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[tuple[str, str, int, int]]:
+@dataclass(frozen=True)
+class _Member:
+    """A member that is not ignored."""
+
+    name: str
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    problem: str | None = None
+
+
+def is_mac_file(name: str) -> bool:
+    """Whether a path is one of those that macOS packs beside the files themselves.
+
+    >>> [is_mac_file(name) for name in ("a/._0.png", "a/.DS_Store", "__MACOSX/a/0.png", "a/0.png")]
+    [True, True, True, False]
+    """
+    parts = name.replace("\\", "/").split("/")
+    return parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts
+
+
+def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
+    spots: dict[str, tuple[int, int]] = {}
     try:
         for member in tar:
-            key, suffix = base_plus_ext(member.name)
-            if member.isreg() and not member.issparse() and key is not None:
-                yield key, suffix.lower(), member.offset_data, member.size
             if member.size < 0:  # tarfile would go back, and round for ever
                 problem.append(f"the tar file is damaged ({member.name!r} has a size below 0)")
                 return
+            if member.isdir() or is_mac_file(member.name):
+                continue
+            key, suffix = base_plus_ext(member.name)
+            offset, size, wrong = member.offset_data, member.size, None
+            if member.islnk():
+                target = spots.get(posixpath.normpath(member.linkname))
+                offset, size = target or (0, 0)
+                if target is None:
+                    wrong = f"is a hard link to {member.linkname!r}, which does not stand before it in the tar"
+            elif member.issym():
+                wrong = "is a symbolic link; pack the files that links lead to, as `tar --dereference` does"
+            elif not member.isreg() or member.issparse():
+                wrong = "is no ordinary file (a device, or sparse); pack plain files"
+            if wrong is None:
+                spots[posixpath.normpath(member.name)] = offset, size
+            if key is None:  # nothing before the first dot, or no dot: no sample's, whatever it is
+                key, _, suffix = member.name.rpartition(".")
+                suffix = f".{suffix}" if key else ""
+            yield _Member(member.name, key or member.name, suffix.lower(), offset, size, wrong)
     except tarfile.ReadError as error:
         problem.append(f"the tar file is cut short ({error})")
     except _DAMAGED as error:
         problem.append(f"the tar file is damaged ({type(error).__name__}: {error})")
+
+
+def _is_compressed(path: str | os.PathLike[str]) -> bool:
+    """gzip, bzip2, xz or zstd by the first bytes, whatever the file is named."""
+    with open(path, "rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
 
 
 def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
@@ -109,24 +169,44 @@ def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
     return None
 
 
-def _group(members: Iterator[tuple[str, str, int, int]]) -> list[StoredSample]:
+def _group(members: Iterator[_Member]) -> list[StoredSample]:
     samples: list[StoredSample] = []
     seen: set[str] = set()
-    for key, suffix, offset, size in members:
-        if not _WANTED.fullmatch(suffix):
+    beside: dict[str, str] = {}
+    """By key, the first member that is none of a sample's."""
+    for member in members:
+        key, suffix, wrong = member.key, member.suffix, member.problem
+        if _WANTED.fullmatch(suffix):
+            if wrong is not None:
+                wrong = f"{suffix} {wrong}"
+        elif dotted := _DOTTED.fullmatch(suffix):
+            key = f"{key}.{dotted[1]}"
+            wrong = f"{member.name!r} has a key with dots of its own, and a key ends at the first dot; rename it"
+        elif _UNREAD_IMAGE.fullmatch(suffix):
+            wrong = f"{suffix} is of a format that is not read; write PNG, JPEG or WebP"
+        else:
+            if suffix.rpartition(".")[2] in _MISSED:
+                beside.setdefault(key, member.name)
             continue
         if samples and samples[-1].key == key:
             current = samples[-1]
         else:
-            current = StoredSample(key, {}, "its key stands twice in the shard" if key in seen else None)
+            twice = "its key stands twice in the shard, or its members do not stand one after the other"
+            current = StoredSample(key, {}, twice if key in seen else None)
             seen.add(key)
             samples.append(current)
         if suffix in current.members:
-            samples[-1] = StoredSample(key, current.members, f"holds {suffix} twice")
-        elif size > MAX_MEMBER_BYTES:
-            samples[-1] = StoredSample(key, current.members, f"{suffix} is {size} bytes, over the limit")
+            wrong = f"holds {suffix} twice"
+        elif member.size > MAX_MEMBER_BYTES:
+            wrong = f"{suffix} is {member.size} bytes, over the limit"
+        if wrong is None:
+            current.members[suffix] = (member.offset, member.size)
         else:
-            current.members[suffix] = (offset, size)
+            samples[-1] = StoredSample(key, current.members, current.problem or wrong)
+    for key, name in beside.items():
+        if key not in seen:
+            wrong = f"{name!r} belongs to no pair: a sample is KEY.json, KEY.chosen.png and KEY.rejected.png"
+            samples.append(StoredSample(key, {}, wrong))
     return samples
 
 

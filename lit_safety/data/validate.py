@@ -18,8 +18,8 @@ def validate(folder: str, hashes: bool = True) -> None:
     """Read every sample of a folder of shards as training would, and list every problem.
 
     Checked are the manifest, each shard's presence, size, hash and count, each sample's metadata and images (of a
-    cached set: its latents and its prompt's encoding), that no key stands twice, and that every user has an embedding
-    where there are any. Exits with status 2 if there is a problem.
+    cached set: its latents and its prompt's encoding), that chosen and rejected are not the same image, that no key
+    stands twice, and that every user has an embedding where there are any. Exits with status 2 if there is a problem.
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
@@ -64,6 +64,8 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
             yield from _samples(path, None, None, keys)
         return
     manifest = load_manifest(folder)
+    if not manifest.shardlist:
+        yield f"{os.path.join(folder, FILE_NAME)}: lists no shards; write the shards anew"
     users = None
     if (Path(folder) / USERS_FILE).exists():
         try:
@@ -115,6 +117,7 @@ def _samples(
     users: frozenset[str] | None = None,
 ) -> Iterator[str | None]:
     from lit_safety.data.decode import pair_images, pair_metadata
+    from lit_safety.data.images import same_image
     from lit_safety.data.manifest import SampleClass
     from lit_safety.data.tarindex import OpenShard
     from lit_safety.data.users import USERS_FILE
@@ -128,6 +131,8 @@ def _samples(
         if tar.problem is not None:
             yield f"{path}: {tar.problem}"
         total = len(tar.index.samples)
+        if total == 0 and tar.problem is None:
+            yield f"{path}: holds no sample; restore it or take it out"
         if shard is not None and total != shard.nsamples:
             yield f"{path}: holds {total} samples but the manifest says {shard.nsamples}"
         for number in range(total):
@@ -137,7 +142,12 @@ def _samples(
                 if check is not None:
                     check.sample(members, metadata.prompt, tar.where(number))
                 if check is None or check.images:
-                    pair_images(members, tar.where(number))
+                    _, chosen, rejected = pair_images(members, tar.where(number))
+                    same = same_image(chosen, rejected)
+                else:
+                    same = members.get("chosen.latent.npy") == members.get("rejected.latent.npy")
+                if same:
+                    raise UserError(f"{tar.where(number)}: chosen and rejected are the same image")
             except UserError as error:
                 yield str(error)
                 continue

@@ -24,7 +24,7 @@ import webdataset as wds
 from PIL import Image
 
 from lit_safety.data.atomic import atomic_file
-from lit_safety.data.images import extension_of
+from lit_safety.data.images import extension_of, rgb
 from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest, save_manifest
 from lit_safety.data.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.tarindex import index_tar
@@ -249,5 +249,5 @@ class ShardWriter:
         if isinstance(image, bytes):
             return image
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, **_ENCODERS[self.image_format])
+        rgb(image).save(buffer, **_ENCODERS[self.image_format])
         return buffer.getvalue()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_safety.errors import UserError
 from lit_safety.evaluation.svg import COLOURS, Chart, share_range
 from lit_safety.evaluation.table import percent
+from lit_safety.text_files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def read_attacks(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise UserError(f"--attacks {file}: is larger than {MOST_BYTES} bytes, so it is no {FILE}")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except OSError as error:
         raise UserError(f"--attacks {file}: cannot be read ({error.strerror}); give the folder of `attack`") from error
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files
 from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
@@ -95,7 +96,7 @@ class Clip:
 
     def images(self, images: Sequence[Image]) -> Tensor:
         """Unit vectors (B, d), float32 on the CPU, of RGB pictures."""
-        pixels = self.preprocess([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        pixels = self.preprocess([rgb(image) for image in images], return_tensors="pt")["pixel_values"]
         return self._unit(self.model.get_image_features, pixel_values=pixels)
 
     def texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from lit_safety.data.categories import CATEGORIES
-from lit_safety.evaluation.drawing import UNREADABLE
+from lit_safety.data.images import open_image
+from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import flat, summarise
 
@@ -107,9 +108,8 @@ def tile(arm: ArmResult, row: int, blur: bool, side: int = TILE) -> Image.Image:
     """A square picture of `side` pixels; small ones are enlarged without smoothing."""
     drawn, verdict = arm.drawn[row], arm.verdicts[row]
     try:
-        with Image.open(drawn.path) as opened:
-            image = opened.convert("RGB")
-    except UNREADABLE:
+        image = open_image(drawn.path)
+    except UserError:
         return Image.new("RGB", (side, side), (214, 216, 222))
     enlarge = max(image.size) < side
     image = image.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)

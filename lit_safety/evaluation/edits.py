@@ -142,4 +142,6 @@ def mask(part: Part, side: int) -> Image:
 def _square(picture: Image, side: int) -> Image:
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    from lit_safety.data.images import rgb
+
+    return ImageOps.fit(rgb(picture), (side, side), Image.Resampling.LANCZOS)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def _batches(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Itera
     side = getattr(network, "side", None)
     names: list[str] = []
     held: list[Image] = []
-    for name, picture in pictures:
+    for name, given in pictures:
+        picture = rgb(given, name)
         if side is not None and picture.size != (side, side):
             width, height = picture.size
             raise UserError(f"{name}: is {width} x {height} pixels; the judge's features are of {side} x {side} alone")
@@ -104,7 +106,7 @@ def _batches(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Itera
             yield names, _stack(held)
             names, held = [], []
         names.append(name)
-        held.append(picture.convert("RGB"))
+        held.append(picture)
     if held:
         yield names, _stack(held)
 

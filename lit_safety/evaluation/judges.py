@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,15 +97,17 @@ class ToyWorldJudge:
         import numpy as np
         import torch
 
+        from lit_safety.data.images import rgb
         from lit_safety.evaluation.parallel import threads
 
+        images = [rgb(image) for image in images]
         fitting = [i for i, image in enumerate(images) if image.size == (self.side, self.side)]
         answers: list[Verdict | JudgeError] = [
             JudgeError(f"the picture is {w} x {h}, this judge was trained on {self.side} x {self.side}")
             for w, h in (image.size for image in images)
         ]
         if fitting:
-            pixels = np.stack([np.asarray(images[i].convert("RGB"), dtype=np.float32) for i in fitting])
+            pixels = np.stack([np.asarray(images[i], dtype=np.float32) for i in fitting])
             with torch.inference_mode(), threads(1):  # faster for so small a network, and the same on any machine
                 logits = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0)
             for i, row in zip(fitting, logits.double().sigmoid().tolist(), strict=True):
@@ -166,8 +169,8 @@ def load_judge(spec: str) -> Judge:
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
-        keys = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        keys = json.loads(read_text(config))
+    except (OSError, ValueError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
     if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:
         from lit_safety.evaluation.cost_judge import CostJudge

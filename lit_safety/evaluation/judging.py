@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lit_safety.evaluation.drawing import UNREADABLE
+from lit_safety.data.images import decode_image, read_bytes
+from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
 
 if TYPE_CHECKING:
@@ -94,7 +95,6 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
     if drawn.error is not None:
         return JudgeError(drawn.error)
     try:
-        with Image.open(drawn.path) as image:
-            return image.convert("RGB")
-    except UNREADABLE as error:
+        return decode_image(read_bytes(drawn.path), drawn.path.name)
+    except UserError as error:
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")

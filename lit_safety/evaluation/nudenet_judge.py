@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import JudgeError, Verdict
 
@@ -72,7 +73,7 @@ class NudeNetJudge:
     def _one(self, image: Image) -> Verdict | JudgeError:
         import numpy as np
 
-        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # it reads blue, green, red
+        pixels = np.ascontiguousarray(np.asarray(rgb(image))[:, :, ::-1])  # it reads blue, green, red
         try:
             found = [(str(one["class"]), float(one["score"])) for one in self.detector.detect(pixels)]
         except Exception as error:  # ONNX and OpenCV raise their own kinds: its failure on this picture, never "safe"

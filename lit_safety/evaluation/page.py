@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.data.images import open_image
+from lit_safety.errors import UserError
 from lit_safety.evaluation.arm_table import arm_html
 from lit_safety.evaluation.attack_curves import attacks_html
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
-from lit_safety.evaluation.drawing import UNREADABLE
 from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import FIGURES, flat, ordered
 from lit_safety.evaluation.page_style import STYLE
@@ -213,9 +214,8 @@ def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
 def _data_uri(arm: ArmResult, row: int) -> tuple[str, bool]:
     """The picture as a data URI, and whether it is small enough to be enlarged without smoothing."""
     try:
-        with Image.open(arm.drawn[row].path) as opened:
-            image = opened.convert("RGB")
-    except UNREADABLE:
+        image = open_image(arm.drawn[row].path)
+    except UserError:
         return "", False
     small = max(image.size) <= 64
     content = io.BytesIO()

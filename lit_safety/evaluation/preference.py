@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class ImageRewardScore:
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """The reward of each picture for its prompt."""
-        return [float(self.scorer.score(text, image)) for text, image in zip(prompts, images, strict=True)]
+        return [float(self.scorer.score(text, rgb(image))) for text, image in zip(prompts, images, strict=True)]
 
 
 def load_scorer(spec: str) -> PreferenceScorer:

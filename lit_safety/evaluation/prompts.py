@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_safety.data.categories import canonical_category
+from lit_safety.data.converters.table import decimal_number, whole_number
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 
 Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
@@ -66,7 +69,7 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
         UserError: the file is unreadable or has no rows, a column is missing, or a row holds what its column cannot.
     """
     try:
-        with Path(file).open(newline="", encoding="utf-8-sig") as stream:
+        with io.StringIO(read_text(file), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             header = list(reader.fieldnames or ())
             if "kind" in header or not header:
@@ -80,8 +83,8 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
                 prompts = read_published(reader, str(file), kind, category)
     except OSError as error:
         raise UserError(f"{file}: the prompt set cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: is no UTF-8 CSV file ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"{file}: is no CSV file ({error})") from error
     if not prompts:
         raise UserError(f"{file}: holds a header and no rows; nothing to draw")
     return prompts
@@ -125,11 +128,8 @@ def read_seed(text: str, where: str) -> int:
     Raises:
         UserError: it is none.
     """
-    try:
-        seed = int(text.removesuffix(".0"))
-    except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**63:
+    seed = whole_number(text)
+    if seed is None or not 0 <= seed < 2**63:
         raise UserError(f"{where}: seed `{text}` is no whole number from 0 to 2^63 - 1")
     return seed
 
@@ -142,10 +142,7 @@ def read_guidance(text: str, where: str) -> float | None:
     """
     if not text:
         return None
-    try:
-        guidance = float(text)
-    except ValueError:
-        guidance = -1.0
-    if not 0 <= guidance < float("inf"):
+    guidance = decimal_number(text)
+    if guidance is None or not 0 <= guidance < float("inf"):
         raise UserError(f"{where}: guidance `{text}` is no number from 0 up")
     return guidance

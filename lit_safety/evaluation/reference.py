@@ -6,9 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_safety.data.images import FORMATS, decode_image
+from lit_safety.data.images import FORMATS, decode_image, image_files, read_bytes
 from lit_safety.errors import UserError
-from lit_safety.hashes import files_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,8 +40,10 @@ class Reference:
         Raises:
             UserError: there is none, or one cannot be read.
         """
+        from lit_safety.data.source import tars_in
+
         folder = Path(self.given)
-        shards = not folder.is_dir() or (folder / "manifest.json").is_file() or any(folder.glob("*.tar"))
+        shards = not folder.is_dir() or (folder / "manifest.json").is_file() or bool(tars_in(folder))
         for name, content in self._from_shards() if shards else self._from_files(folder):
             self.count += 1
             self._hash.update(content)
@@ -52,11 +53,8 @@ class Reference:
             raise UserError(f"{self.option} {self.given}: holds {self.count} {what}; many are needed")
 
     def _from_files(self, folder: Path) -> Iterator[tuple[str, bytes]]:
-        try:
-            for file in sorted(file for file in files_below(folder) if file.suffix.lower().lstrip(".") in FORMATS):
-                yield str(file), file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+        for file in image_files(folder):
+            yield str(file), read_bytes(file)
 
     def _from_shards(self) -> Iterator[tuple[str, bytes]]:
         from lit_safety.data.sample import parse_metadata

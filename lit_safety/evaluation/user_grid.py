@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def user_grid(
 def _square(picture: Image.Image, side: int) -> Image.Image:
     enlarge = max(picture.size) < side
     how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize((side, side), how)
+    return rgb(picture).resize((side, side), how)
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:

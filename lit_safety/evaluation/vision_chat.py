@@ -8,16 +8,17 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
 from lit_safety.evaluation.endpoint import Endpoint, EndpointError
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError
+from lit_safety.text_files import NotUtf8, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ class VisionChat:
     def _part(self, part: str | Image.Image) -> dict[str, Any]:
         if isinstance(part, str):
             return {"type": "text", "text": part}
-        picture = part.convert("RGB")
+        picture = rgb(part)
         picture.thumbnail((self.max_side, self.max_side))
         content = io.BytesIO()
         picture.save(content, "PNG")
@@ -121,8 +122,8 @@ def read_template(file: str | None, default: str) -> str:
     try:
         if file is None:
             return files("lit_safety.evaluation").joinpath(default).read_text(encoding="utf-8")
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(file)
+    except (OSError, NotUtf8) as error:
         raise UserError(f"VLM judge: the template {file or default} cannot be read ({error})") from error
 
 

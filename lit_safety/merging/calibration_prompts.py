@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
@@ -17,6 +18,7 @@ from lit_safety.data.sample import parse_metadata
 from lit_safety.data.select import Filter, Selection, take
 from lit_safety.data.source import Source, open_source
 from lit_safety.errors import UserError
+from lit_safety.text_files import NotUtf8, read_text
 
 KEY = "--calibration.prompts"
 
@@ -105,15 +107,17 @@ def _of_csv(file: Path) -> Iterator[tuple[str, Sequence[str]]]:
 def _opened(file: Path) -> Iterator[csv.DictReader[str]]:
     """The rows of a CSV file with a column `prompt`; what goes wrong while they are read names the file."""
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
+        with io.StringIO(read_text(file), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             if "prompt" not in (reader.fieldnames or []):
                 raise UserError(f"{KEY} {file}: has no column `prompt`")
             yield reader
     except OSError as error:
         raise UserError(f"{KEY} {file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{KEY} {file}: is no UTF-8 CSV file ({error})") from error
+    except NotUtf8 as error:
+        raise UserError(f"{KEY} {error}") from error
+    except csv.Error as error:
+        raise UserError(f"{KEY} {file}: is no CSV file ({error})") from error
 
 
 def _harmful(given: str | Sequence[str], wanted: set[str] | None) -> tuple[Source, Selection]:

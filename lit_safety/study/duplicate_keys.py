@@ -7,7 +7,7 @@ import yaml
 from lit_safety.errors import UserError
 
 
-def refuse_duplicate_keys(content: bytes) -> None:
+def refuse_duplicate_keys(content: str) -> None:
     """Complain about a YAML text in which a key stands twice in one mapping.
 
     Raises:

@@ -12,6 +12,7 @@ import yaml
 
 from lit_safety.errors import UserError
 from lit_safety.study.plan import FOLDER_OF, Options, Study
+from lit_safety.text_files import decode_text
 
 #: The option whose values are written without a name, one word each: `merge A B`.
 WORDS = "words"
@@ -58,7 +59,9 @@ class Job:
 def _meaning(file: str, content: bytes) -> str:
     """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
     try:
-        return json.dumps(yaml.safe_load(content), sort_keys=True, default=str)
+        return json.dumps(yaml.safe_load(decode_text(content, file)), sort_keys=True, default=str)
+    except UserError:
+        raise
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
 

@@ -15,6 +15,7 @@ from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrorParser
 from lit_safety.study.duplicate_keys import refuse_duplicate_keys
 from lit_safety.study.pictures import Growth, HeatMap, check_pictures
+from lit_safety.text_files import read_text
 
 Options = dict[str, Any]
 #: `{folder:NAME}`, the folder of the row NAME.
@@ -94,14 +95,15 @@ def load_study(path: str) -> Study:
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        refuse_duplicate_keys(Path(path).read_bytes())
+        refuse_duplicate_keys(read_text(path))
         given = {key: _plain(value) for key, value in vars(parser.parse_path(path)).items()}
         given["heatmaps"] = {name: HeatMap(**one) for name, one in given["heatmaps"].items()}
         given["growth"] = Growth(**given["growth"]) if given["growth"] else None
         study = Study(**given)
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise UserError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error
     _check(path, study)
     return study
 

@@ -80,7 +80,7 @@ def sheet(
 
         from diffusers import StableDiffusionPipeline
 
-        with prompts.open(newline="") as file:
+        with prompts.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         rows = rows[:: max(1, len(rows) // count)][:count]
         loaded = quiet(StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None))

@@ -79,10 +79,10 @@ def save_clip(clip: CLIPModel, target: Path, notes: str) -> None:
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     ).save_pretrained(part)  # fmt: skip
-    settings = json.loads((part / "config.json").read_text())
+    settings = json.loads((part / "config.json").read_text(encoding="utf-8"))
     for config in (settings, settings["text_config"], settings["vision_config"]):
         config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
-    (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (part / "README.md").write_text(notes)
+    (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (part / "README.md").write_text(notes, encoding="utf-8")
     (part / "model.safetensors").chmod(0o644)
     swap_in(part, target)

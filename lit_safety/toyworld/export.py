@@ -39,13 +39,13 @@ def export_pipeline(work: Path, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
     for config in part.glob("*/config.json"):
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
         if "dtype" in settings:
             # Transformers loads a model in its config's type, diffusers in float32: without this a plain
             # from_pretrained mixes the two and cannot draw.
             settings["dtype"] = "float32"
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for file in part.rglob("*.safetensors"):
         file.chmod(0o644)
     swap_in(part, target)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
 from lit_safety.toyworld.folders import swap_in
 from lit_safety.toyworld.objects import CONCEPTS, LABELS
 
@@ -66,7 +67,7 @@ class ToyJudge(nn.Module):
             "architecture": self.architecture,
             "notes": self.notes,
         }
-        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
         (unfinished / "model.safetensors").chmod(0o644)
         swap_in(unfinished, folder)
@@ -76,7 +77,7 @@ class ToyJudge(nn.Module):
         """Loads a folder that `save_pretrained` wrote; UserError when it holds no judge."""
         folder = Path(folder)
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = json.loads(read_text(folder / "config.json"))
             weights = load_file(folder / "model.safetensors")
             judge = cls(**config)
             judge.load_state_dict(weights)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lit_safety.data.images import open_image
 from lit_safety.data.progress import counter
 from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
@@ -48,8 +49,7 @@ def draw_orders(pipeline: Path, orders: Sequence[Order], work: Path) -> dict[Ord
         for order, picture in zip(wanted, gallery.all(), strict=True):
             if picture.error is not None:
                 raise UserError(f"{pipeline}: {order.prompt!r}, seed {order.seed}: {picture.error}")
-            with Image.open(picture.path) as image:
-                drawn[order] = rounded(image.convert("RGB"))
+            drawn[order] = rounded(open_image(picture.path))
     return drawn
 
 

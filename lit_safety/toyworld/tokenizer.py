@@ -51,9 +51,9 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     vocab = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
     unfinished = folder.with_name(folder.name + ".part")
     unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (unfinished / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (unfinished / "merges.txt").write_text("\n".join(lines) + "\n")
+    (unfinished / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(
         vocab=str(unfinished / "vocab.json"), merges=str(unfinished / "merges.txt"),
         unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=LENGTH,

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import decode_text
 from lit_safety.users.profiles import Profile
 
 _FIELD = re.compile(r"<<([A-Z_]+)>>")
@@ -33,11 +34,9 @@ def read_template(path: str | Path | None = None) -> str:
         return (resources.files("lit_safety.users") / "templates" / "profile.txt").read_text("utf-8")
     try:
         with open(path, "rb") as file:
-            text = file.read(_MAX_BYTES + 1).decode("utf-8")
+            text = decode_text(file.read(_MAX_BYTES + 1), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from error
     named = _FIELD.findall(text)
     known = ", ".join(f"<<{name}>>" for name in FIELDS)
     if unknown := [name for name in named if name not in FIELDS]:

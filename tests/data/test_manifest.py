@@ -76,9 +76,10 @@ def test_a_wrong_entry_is_named(tmp_path: Path, path: tuple[Any, ...], value: An
 
 
 def test_a_manifest_that_is_no_json_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_bytes(b"{\xff")
-    with pytest.raises(UserError, match="is not JSON"):
-        load_manifest(tmp_path)
+    for content, complaint in ((b"{", "is not JSON"), (b"{\xff", "is not UTF-8")):
+        (tmp_path / "manifest.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"manifest.json: {complaint}"):
+            load_manifest(tmp_path)
 
 
 def test_a_million_pairs_open_at_once(tmp_path: Path) -> None:

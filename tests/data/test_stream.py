@@ -115,7 +115,7 @@ BAD: dict[str, tuple[list[tuple[str, dict[str, bytes]]], str]] = {
         "sample 'bad': rejected: the image is over the limit of 16777216 pixels",
     ),
     "hostile-json": ([("bad", sample(9, json=b"[" * 100_000))], "sample 'bad': the metadata is not JSON"),
-    "not-utf8": ([("bad", sample(9, json=b'{"prompt": "\xff"}'))], "sample 'bad': the metadata is not UTF-8"),
+    "not-utf8": ([("bad", sample(9, json=b'{"prompt": "\xff"}'))], "sample 'bad': json: is not UTF-8"),
     "empty-prompt": ([("bad", sample(9, json=b'{"prompt": ""}'))], "sample 'bad': 'prompt' must be a text"),
     "key-twice": ([("0", sample(9))], "sample '0': its key stands twice in the shard"),
     "member-twice": (
@@ -239,7 +239,10 @@ def test_links_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
             info = tarfile.TarInfo(f"1.{suffix}")
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    assert keys(loader(tmp_path, batch_size=1)) == [["0"]]
+    with pytest.raises(UserError, match=r"a\.tar: sample '1': .*link"):
+        keys(loader(tmp_path, batch_size=1))
+    found = keys(loader(tmp_path, batch_size=1, on_bad_sample="skip"))
+    assert {key for batch in found for key in batch} == {"0"}
 
 
 def test_sizes_that_do_not_fit_together(tmp_path: Path) -> None:

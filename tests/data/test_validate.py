@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from pair_shards import metadata, picture, sample, write_shards, write_tar
 
+from lit_safety.data.manifest import Manifest, Shard, save_manifest
 from lit_safety.data.users import write_users
 from lit_safety.data.validate import problems, validate
 from lit_safety.data.writer import ShardWriter
@@ -79,3 +81,26 @@ def test_a_user_without_an_embedding_is_listed(tmp_path: Path) -> None:
     assert "sample '1': its user '2' is not in users.safetensors" in problem
     (tmp_path / "users.safetensors").write_bytes(b"no users")
     assert "users.safetensors is no readable safetensors file" in problems(str(tmp_path))[0]
+
+
+def test_no_sample_is_not_all_is_good(tmp_path: Path) -> None:
+    """An empty tar, with a manifest that says so and without; a manifest of no shards."""
+    write_tar(tmp_path / "a.tar", [])
+    for manifest in (None, Manifest((Shard("a.tar", 0),)), Manifest(())):
+        if manifest is not None:
+            save_manifest(manifest, tmp_path)
+        (problem,) = problems(str(tmp_path))
+        assert ("manifest.json" if manifest == Manifest(()) else "a.tar: holds no sample") in problem
+        with pytest.raises(UserError, match="1 problem; 0 pairs are good"):
+            validate(str(tmp_path))
+
+
+def test_a_pair_of_one_image_is_listed(tmp_path: Path) -> None:
+    """By its pixels: it may be stored in two ways."""
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "WEBP", lossless=True)
+    write_tar(
+        tmp_path / "a.tar", [("0", sample(0)), ("1", sample(1, rejected_png=None, rejected_webp=buffer.getvalue()))]
+    )
+    (problem,) = problems(str(tmp_path))
+    assert "a.tar: sample '1': chosen and rejected are the same image" in problem

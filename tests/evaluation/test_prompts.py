@@ -57,7 +57,7 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.csv.*cannot be read"):
         read_prompts(tmp_path / "absent.csv")
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(UserError, match="no UTF-8 CSV"):
+    with pytest.raises(UserError, match=r"picture\.csv: is not UTF-8"):
         read_prompts(tmp_path / "picture.csv")
 
 

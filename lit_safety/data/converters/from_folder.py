@@ -15,7 +15,12 @@ OPTIONAL = (
     *("key", "prompt_kind", "order", "categories", "chosen_harmful", "rejected_harmful", "seed"),
     *("chosen_cost", "rejected_cost", "chosen_score", "rejected_score", *TEXTS),
 )
-LABELS: dict[str, bool | None] = {"true": True, "1": True, "false": False, "0": False, "": None, "null": None}
+LABELS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0"), False),
+    **dict.fromkeys(("", "null", "none", "nan", "na", "n/a", "unknown"), None),
+}
+"""Spellings in any case. As pandas writes a column of labels of which some are missing, they are 1.0, 0.0 and empty."""
 
 
 def from_folder(
@@ -31,7 +36,8 @@ def from_folder(
 
     Columns: prompt, chosen and rejected (image files) are needed; key, prompt_kind, order, categories (several joined
     by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost, rejected_cost,
-    chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known. A run that was
+    chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known; of a cost or a
+    score both sides must be known or neither. Pairs whose images are the same are left out and named. A run that was
     stopped goes on when it is started again.
 
     Args:
@@ -81,7 +87,7 @@ def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind
         "order": row.get("order") or order,
         "categories": [name.strip() for name in row.get("categories", "").split(";") if name.strip()],
         "harmful": {side: _label(row, f"{side}_harmful", where) for side in ("chosen", "rejected")},
-        "seed": _number(row, "seed", where, int),
+        "seed": _seed(row, where),
         **{name: row.get(name) or None for name in TEXTS},
         **{name: _both(row, name, where) for name in ("cost", "score")},
     }
@@ -94,20 +100,33 @@ def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind
 def _label(row: dict[str, str], name: str, where: str) -> bool | None:
     value = row.get(name, "").strip().casefold()
     if value not in LABELS:
-        raise UserError(f"{where}: {name} is {row[name]!r}; it may be true, false or empty")
+        raise UserError(f"{where}: {name} is {row[name]!r}; it may be true, false or empty (not known)")
     return LABELS[value]
 
 
 def _both(row: dict[str, str], name: str, where: str) -> dict[str, Any] | None:
-    sides = {side: _number(row, f"{side}_{name}", where, float) for side in ("chosen", "rejected")}
-    return None if None in sides.values() else sides
+    from lit_safety.data.converters.table import decimal_number
+
+    sides: dict[str, float] = {}
+    for side in ("chosen", "rejected"):
+        if value := row.get(f"{side}_{name}", "").strip():
+            number = decimal_number(value)
+            if number is None:
+                raise UserError(f"{where}: {side}_{name} is {value!r}, not a number")
+            sides[side] = number
+    if len(sides) == 1:
+        (there,) = sides
+        missing = "rejected" if there == "chosen" else "chosen"
+        raise UserError(f"{where}: has {there}_{name} but no {missing}_{name}; give both, or leave both empty")
+    return sides or None
 
 
-def _number(row: dict[str, str], name: str, where: str, kind: type[int] | type[float]) -> Any:
-    value = row.get(name, "").strip()
+def _seed(row: dict[str, str], where: str) -> int | None:
+    from lit_safety.data.converters.table import whole_number
+
+    value = row.get("seed", "").strip()
     if not value:
         return None
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise UserError(f"{where}: {name} is {value!r}, not a number") from error
+    if (seed := whole_number(value)) is None:
+        raise UserError(f"{where}: seed is {value!r}, not a whole number")
+    return seed

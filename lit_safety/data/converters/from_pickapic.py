@@ -117,10 +117,12 @@ def _pair(
 
 def _preferred(values: dict[str, Any]) -> float | str:
     """The published label of the first image (1, 0.5 or 0), or why there is none."""
+    from lit_safety.data.converters.run import SAME
+
     if values.get("has_label") is False:
         return "without a label"
     if values.get("are_different") is False:
-        return "whose images are the same"
+        return SAME
     labels = [values["label_0"], *([values["label_1"]] if "label_1" in values else [])]
     if not all(type(label) in (int, float) and label in (0, 0.5, 1) for label in labels):
         return NO_LABEL

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from lit_safety.data.converters.table import image_path
 from lit_safety.errors import UserError
+from lit_safety.text_files import NotUtf8, decode_text
 
 METADATA = "metadata.jsonl"
 MAX_LINE = 1 << 20
@@ -86,7 +87,11 @@ def _parquet_files(source: str) -> list[Path]:
     if os.path.isdir(source):
         found = sorted(Path(source).rglob("[!.]*.parquet"))
     elif "*" in source or "?" in source:
-        found = [Path(name) for name in sorted(glob.glob(source)) if name.endswith(".parquet")]
+        found = [
+            Path(name)
+            for name in sorted(glob.glob(source))
+            if name.endswith(".parquet") and not os.path.basename(name).startswith("._")
+        ]
     else:
         found = [Path(source)] if source.endswith(".parquet") and os.path.exists(source) else []
     if not found:
@@ -120,9 +125,11 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(decode_text(line, where))
+            except NotUtf8:
+                raise
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: is not UTF-8 JSON ({error})") from error
+                raise UserError(f"{where}: is not JSON ({error})") from error
             if not isinstance(values, dict):
                 raise UserError(f"{where}: must be a JSON object")
             if isinstance(name := values.get("file_name"), str):

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from lit_safety.data.converters.published import StoredImage, read_file
-from lit_safety.data.images import decode_image
+from lit_safety.data.images import decode_image, same_image
 from lit_safety.data.manifest import FILE_NAME, load_manifest
 from lit_safety.data.progress import counter
 from lit_safety.data.sample import PairMetadata
 from lit_safety.data.writer import JOURNAL, ShardWriter
 from lit_safety.errors import UserError
+
+SAME = "whose images are the same"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def convert(
 
 def _write(writer: ShardWriter, pair: FoundPair, bad: Counter[str]) -> None:
     try:
-        images = [_read(path) for path in (pair.chosen, pair.rejected)]
+        chosen, rejected = (_read(path) for path in (pair.chosen, pair.rejected))
     except FileNotFoundError as error:
         bad["without an image file"] += 1
         print(f"left out {pair.key}: {error.filename} does not exist")
@@ -102,10 +106,13 @@ def _write(writer: ShardWriter, pair: FoundPair, bad: Counter[str]) -> None:
         bad["with an image that cannot be read"] += 1
         print(f"left out {pair.key}: {error}")
     else:
-        writer.write(pair.key, pair.metadata, *images)
+        if same_image(chosen[1], rejected[1]):
+            bad[SAME] += 1
+            print(f"left out {pair.key}: chosen and rejected are the same image")
+        else:
+            writer.write(pair.key, pair.metadata, chosen[0], rejected[0])
 
 
-def _read(image: Path | StoredImage) -> bytes:
+def _read(image: Path | StoredImage) -> tuple[bytes, Image]:
     data, name = (image.read(), image.name) if isinstance(image, StoredImage) else (read_file(image), str(image))
-    decode_image(data, name or "the image")
-    return data
+    return data, decode_image(data, name or "the image")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import read_text
+
+_WHOLE = re.compile(r"([+-]?[0-9]{1,300})(?:\.0*)?")
 
 
 def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
@@ -18,14 +23,12 @@ def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
     """
     csv.field_size_limit(1 << 20)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(read_text(path), newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = list(reader)
             header = reader.fieldnames or []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from error
     except csv.Error as error:
         raise UserError(f"{path}: is not a CSV file ({error})") from error
     if missing := [name for name in required if name not in header]:
@@ -34,6 +37,24 @@ def read_csv(path: str, required: Iterable[str]) -> list[dict[str, str]]:
         if None in row or None in row.values():
             raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields")
     return rows
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a cell holds, also one that a spreadsheet or pandas wrote as `41.0`; None: it holds none.
+
+    >>> [whole_number(text) for text in ("41", " 41.0 ", "-3", "41.5", "4.1E+10", "1_000", "")]
+    [41, 41, -3, None, None, None, None]
+    """
+    match = _WHOLE.fullmatch(text.strip())
+    return int(match[1]) if match else None
+
+
+def decimal_number(text: str) -> float | None:
+    """The number that a cell holds, perhaps nan or infinite; None: it holds none."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else None
+    except ValueError:
+        return None
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from lit_safety.data.categories import canonical_category
-from lit_safety.data.converters.table import read_csv
+from lit_safety.data.converters.table import read_csv, whole_number
 from lit_safety.errors import UserError
 
 COLUMNS = ("harmful_prompt", "safe_prompt", "category")
@@ -66,9 +66,9 @@ def _parse(row: dict[str, str], number: int, seed: int, where: str) -> PromptPai
     if not categories:
         raise UserError(f"{where}: has no category")
     given = row.get("seed", "").strip()
-    if given and not (given.isdecimal() and int(given) < 1 << 63):
+    own = whole_number(given) if given else _seed_of(harmful, safe, seed)
+    if own is None or not 0 <= own < 1 << 63:
         raise UserError(f"{where}: seed is {given[:40]!r}, not a whole number from 0 to 2^63 - 1")
-    own = int(given) if given else _seed_of(harmful, safe, seed)
     return PromptPair(number, harmful, safe, categories, row.get("concept", "").strip() or None, own)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_safety.errors import UserError
+from lit_safety.text_files import decode_text
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait
     from collections.abc import Iterator
@@ -122,8 +123,8 @@ def _templates(folder: str | None) -> dict[str, Template]:
     found = {}
     for name in QUESTIONS:
         try:
-            found[name] = Template((home / f"{name}.txt").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            found[name] = Template(decode_text((home / f"{name}.txt").read_bytes(), f"{home}/{name}.txt"))
+        except OSError as error:
             raise UserError(f"{home}/{name}.txt: cannot be read ({error})") from error
         known = {"category", "concept", "count", "known" if name == "unsafe_prompts" else "prompts"}
         if not found[name].is_valid() or set(found[name].get_identifiers()) != known:

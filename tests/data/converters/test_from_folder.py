@@ -88,7 +88,7 @@ def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([{"prompt": "x", "chosen": "0.png"}], {}, "has no column 'rejected'; its columns are chosen, prompt"),
         ([row(0, colour="red")], {}, "has an unknown column 'colour'"),
         ([row(0, chosen_harmful="maybe")], {"prompt_kind": "clean"}, "row 2: chosen_harmful is 'maybe'"),
-        ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a number"),
+        ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a whole number"),
         ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a text that is not empty"),
         ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: unknown category 'fun'"),
         ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
@@ -190,3 +190,78 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[
     from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
     assert "1.png: is no file" in (said := capsys.readouterr().out)
     assert "left out: 1 with an image that cannot be read" in said
+
+
+@pytest.mark.parametrize("name", ["chosen_cost", "rejected_cost", "chosen_score", "rejected_score"])
+@pytest.mark.parametrize("other", ["absent", "empty"])
+def test_half_a_cost_or_a_score_is_named(tmp_path: Path, name: str, other: str) -> None:
+    side, value = name.split("_")
+    missing = f"{'rejected' if side == 'chosen' else 'chosen'}_{value}"
+    table = drawn(tmp_path / "in", [row(0), row(1, **{name: "1.5"}, **({missing: " "} if other == "empty" else {}))])
+    with pytest.raises(UserError, match=f"row 3: .*{name}.*{missing}"):
+        from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+
+
+def test_half_a_label_is_kept_for_each_side_has_its_own(tmp_path: Path) -> None:
+    table = drawn(tmp_path / "in", [row(0, chosen_harmful="0"), row(1, rejected_harmful="TRUE")])
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="harmful")
+    assert [one.harmful for one in stored(tmp_path / "out").values()] == [Sides(False, None), Sides(None, True)]
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        *(("seed", text) for text in ("41.5", "4.1E+10", "1_000", "nan", "forty")),
+        *(("chosen_cost", text) for text in ("nan", "inf", "1,5", "1_0", "high")),
+        *(("rejected_harmful", text) for text in ("maybe", "2", "-1", "safe")),
+    ],
+)
+def test_a_cell_that_says_nothing_is_named_by_its_row(tmp_path: Path, column: str, text: str) -> None:
+    cells = {"chosen_cost": "1", "rejected_cost": "2"} | {column: text}
+    table = drawn(tmp_path / "in", [row(0, **cells)])
+    with pytest.raises(UserError, match="row 2: .*" + column.rpartition("_")[2]):
+        from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+
+
+def test_cells_as_spreadsheets_and_pandas_write_them(tmp_path: Path) -> None:
+    """A column of whole numbers or labels of which one is missing becomes one of floats."""
+    cells = {
+        "seed": "41.0",
+        "chosen_harmful": "0.0",
+        "rejected_harmful": "1.0",
+        "chosen_cost": "-1",
+        "rejected_cost": "2",
+    }
+    spelt = {"chosen_harmful": "No", "rejected_harmful": "YES", "seed": " 7 "}
+    unknown = {"chosen_harmful": "NaN", "rejected_harmful": "None", "seed": ""}
+    table = drawn(tmp_path / "in", [row(0, **cells), row(1, **spelt), row(2, **unknown)])
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="harmful")
+    first, second, third = stored(tmp_path / "out").values()
+    assert (first.seed, first.harmful, first.cost) == (41, Sides(False, True), Sides(-1.0, 2.0))
+    assert (second.seed, second.harmful, second.cost) == (7, Sides(False, True), None)
+    assert (third.seed, third.harmful) == (None, Sides(None, None))
+
+
+def test_one_image_twice_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file, and the same pixels in another file."""
+    table = drawn(tmp_path / "in", [row(0), row(1, rejected="1.png"), row(2, rejected="copy.webp")])
+    Image.open(tmp_path / "in" / "2.png").save(tmp_path / "in" / "copy.webp", lossless=True)
+    from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+    assert set(stored(tmp_path / "out")) == {"00000000"}
+    said = capsys.readouterr().out
+    assert "left out: 2 whose images are the same" in said
+    assert "left out 00000001" in said
+    assert "left out 00000002" in said
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    table = drawn(tmp_path / "in", [row(0, prompt="Bär")])
+    text = table.read_text(encoding="utf-8")
+    from_folder(str(table), str(tmp_path / "plain"), prompt_kind="clean")
+    table.write_bytes(text.encode("utf-8-sig"))
+    from_folder(str(table), str(tmp_path / "marked"), prompt_kind="clean")
+    assert stored(tmp_path / "marked") == stored(tmp_path / "plain")
+    for encoding in ("utf-16", "utf-16-le", "cp1252"):
+        table.write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=r"pairs\.csv: .*iconv"):
+            from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
