@@ -43,7 +43,7 @@ AUTO = "auto"
 class Parser(SingleLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
-    # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml is that method with a part changed, and keeps its settings.
+    # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml is that method with a part changed: it keeps its settings.
     inherits = (LightningModule, LightningDataModule)
 
 

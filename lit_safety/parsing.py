@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jsonargparse._typehints as typehints
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from lit_safety.duplicate_keys import refuse_duplicate_keys
 from lit_safety.errors import UserError
 from lit_safety.run_folder import is_main_process
 
@@ -162,6 +164,24 @@ def _brief(value: Any) -> str:
 
 
 typehints.discard_init_args_on_class_path_change = _begin_from_own_defaults
+
+
+_load = get_loader("yaml")
+
+
+def _load_strictly(content: str, path: object = "") -> Any:
+    """jsonargparse's reader of YAML, which keeps the last of keys that stand twice; here they are refused."""
+    if _changes.get() is not None and ("\n" in content or "{" in content):
+        try:
+            refuse_duplicate_keys(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if path else f"{content[:80]}: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{path or content[:80]}: its mappings and lists stand too deep in each other") from error
+    return _load(content)
+
+
+set_loader("yaml", _load_strictly, (yaml.YAMLError,))
 
 
 _CLASS = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][\w.]*$", re.IGNORECASE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,12 +17,17 @@ from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.card import cost_model_card
 from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
 
 #: How a folder is told from a judge's and from any other model's.
 KIND = COST_MODEL
 VERSION = 1
+MOST_COST = 5.0
+"""Size of a threshold: a probability of harm of 99.3%."""
+MOST_TEMPERATURE, MOST_SHIFT = 1e6, 1e3
+"""Sizes of a calibration that an honest fit stays far below."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -89,7 +93,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = strict_json((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):
@@ -100,6 +104,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name, kind in wanted.items():
         if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
             raise UserError(f"{folder / CONFIG}: `{name}` is {config.get(name)!r}; copy the folder again")
+    if not abs(config["threshold"]) <= MOST_COST:  # nan compares as false
+        raise UserError(
+            f"{folder / CONFIG}: `threshold` is {config['threshold']!r}; a cost above 0 is harmful, so it must lie "
+            f"from -{MOST_COST} to {MOST_COST}: beyond, nearly all images would count as safe, or as harmful"
+        )
     if config["features"] not in get_args(Features) or not 0 < config["width"] <= 65536:
         raise UserError(f"{folder / CONFIG}: has features {config['features']!r} of width {config['width']}: damaged")
     return config
@@ -135,8 +144,16 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / WEIGHTS}: does not fit {CONFIG} ({reason}); copy the folder again") from error
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"{folder / WEIGHTS}: its temperature is {temperature}, which must be above 0")
+    if not 1 / MOST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise UserError(
+            f"{folder / WEIGHTS}: its temperature is {temperature}, which must lie from {1 / MOST_TEMPERATURE} to "
+            f"{MOST_TEMPERATURE}; train this model again"
+        )
+    if abs(bias / temperature) > MOST_SHIFT:
+        raise UserError(
+            f"{folder / WEIGHTS}: its bias is {bias} at a temperature of {temperature}, which moves all costs to one "
+            "side; train this model again"
+        )
     return CostScorer(tower, adapter, temperature, bias).to(device)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import canonical_category
 from lit_safety.data.sample import PairMetadata
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -149,7 +150,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     """
     path = Path(folder) / name
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = strict_json(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from lit_safety.data.categories import canonical_category
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 
 PROMPT_KINDS: tuple[str, ...] = ("harmful", "clean")
@@ -125,7 +126,7 @@ def _load(raw: bytes, where: str) -> Any:
     if len(raw) > MAX_METADATA_BYTES:
         raise UserError(f"{where}: the metadata is {len(raw)} bytes, over the limit of {MAX_METADATA_BYTES}")
     try:
-        return json.loads(raw.decode("utf-8"))
+        return strict_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: the metadata is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:

@@ -53,13 +53,21 @@ class Clip:
         try:
             # safetensors only: other weight files can run code when loaded
             where = _commit(source, "config.json")
-            self.model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype="float32", **where).eval()
+            loaded: Any = CLIPModel.from_pretrained(
+                source, use_safetensors=True, dtype="float32", output_loading_info=True, **where
+            )
+            self.model: Any = loaded[0].eval()
             beside = where if processor is None else _commit(processor, "preprocessor_config.json")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source, **beside)
             self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source, **beside)
         except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error
+        if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
+            raise UserError(f"{key} {source}: has no weights for {missing[0]}; get this CLIP again")
+        for name, value in self.model.named_parameters():
+            if not value.isfinite().all():
+                raise UserError(f"{key} {source}: {name} holds numbers that are not finite; get this CLIP again")
         self.model.requires_grad_(False)
         if device is not None:
             self.model.to(device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 
 
@@ -34,10 +34,10 @@ def read_metrics(report: str) -> dict[str, Any]:
     """
     file = Path(report) / "metrics.json" if Path(report).is_dir() else Path(report)
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
+        metrics = strict_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give a metrics.json or its folder") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is no JSON ({error})") from error
     if not isinstance(metrics, dict) or metrics.get("format") != 1:
         raise UserError(f"{file}: is no metrics.json of format 1; write it anew with `evaluate`")

@@ -32,13 +32,18 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     """
     import yaml
 
+    from lit_safety.duplicate_keys import refuse_duplicate_keys
     from lit_safety.parsing import SingleLineErrorParser, shorten
 
     try:
-        keys: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = file.read_text(encoding="utf-8")
+        refuse_duplicate_keys(content)
+        keys: Any = yaml.safe_load(content)
+    except UserError as error:
+        raise UserError(f"{option} {file}: {error}") from error
     except OSError as error:
         raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{option} {file}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict) or "class_path" not in keys or keys.keys() - {"class_path", "init_args"}:
         raise UserError(f"{option} {file}: must hold `class_path` and `init_args` and nothing else, as {examples}")

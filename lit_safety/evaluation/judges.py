@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ def load_judge(spec: str) -> Judge:
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
-        keys = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        keys = strict_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
     if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:
         from lit_safety.evaluation.cost_judge import CostJudge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,9 @@ class Q16Judge:
         answers: list[Verdict | JudgeError] = []
         for row in logits.softmax(1).tolist():
             bad = row[1]
+            if not math.isfinite(bad):  # nan is not above a threshold, and would be safe
+                answers.append(JudgeError("CLIP returned numbers that are not finite"))
+                continue
             scores = {"inappropriate": bad}
             answers.append(Verdict(bad >= self.threshold, scores, confidence=max(row), present=self._present(bad)))
         return answers

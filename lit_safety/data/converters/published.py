@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lit_safety.data.converters.table import image_path
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -120,7 +120,7 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = strict_json(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: is not UTF-8 JSON ({error})") from error
             if not isinstance(values, dict):
