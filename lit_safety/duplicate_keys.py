@@ -32,14 +32,19 @@ def refuse_duplicate_keys(content: bytes | str) -> None:
             left += node.value
 
 
-def strict_json(content: str | bytes) -> Any:
+def strict_json(content: str | bytes, finite: bool = True) -> Any:
     """`json.loads`, but of a file that means one thing only, and holds numbers.
 
+    Args:
+        content: the text.
+        finite: refuse nan and infinity, which Python and pandas write, and which no JSON may hold.
+
     Raises:
-        ValueError: it is no JSON, a key stands twice in an object, or a number is nan, infinite, or too large.
+        ValueError: it is no JSON, a key stands twice in an object, or a number is not finite.
         RecursionError: it is too deep.
     """
-    return json.loads(content, object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
+    numbers: dict[str, Any] = {"parse_constant": _constant, "parse_float": _number} if finite else {}
+    return json.loads(content, object_pairs_hook=_object, **numbers)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

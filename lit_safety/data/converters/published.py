@@ -120,7 +120,7 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = strict_json(line.decode("utf-8"))
+                values = strict_json(line.decode("utf-8"), finite=False)  # what needs a number checks it
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: is not UTF-8 JSON ({error})") from error
             if not isinstance(values, dict):
