@@ -104,6 +104,8 @@ def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
             count()
     costs, harmful, about = collected.compute()
     _refuse_infinite(costs)
+    if harmful.isnan().all():
+        raise UserError(f"--shards {shards}: no label of its {len(costs)} pairs is known; there is nothing to measure")
     figures = {name: float(value) for name, value in cost_figures(costs, harmful, about).items()}
     ranked = int(((harmful[:, 0] - harmful[:, 1]).abs() == 1).sum())
     return {"pairs": len(costs), "pairs_ranked": ranked, "images": int((~harmful.isnan()).sum()), **figures}

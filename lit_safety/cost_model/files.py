@@ -32,7 +32,11 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_cost_model(
-    folder: str | Path, scorer: CostScorer, metrics: Mapping[str, float], settings: Mapping[str, Any]
+    folder: str | Path,
+    scorer: CostScorer,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a cost model's folder, whole or not at all.
 
@@ -41,6 +45,8 @@ def save_cost_model(
         scorer: the model.
         metrics: figures of the last validation, for whoever opens the folder.
         settings: how it was trained, likewise.
+        calibration: `images` and `harmful`, how many labelled images it was fitted on, and `not_calibrated`, why it was
+            not, in words, or None.
     """
     folder = Path(folder)
     source = scorer.tower.source
@@ -56,6 +62,7 @@ def save_cost_model(
         "threshold": 0.0,
         "metrics": {name: round(value, 6) for name, value in metrics.items()},
         "settings": dict(settings),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
     }
     tensors = {f"adapter.{k}": v.detach().float().cpu().contiguous() for k, v in scorer.adapter.state_dict().items()}
     tensors |= {"temperature": torch.tensor(scorer.temperature), "bias": torch.tensor(scorer.bias)}
