@@ -19,9 +19,7 @@ def cost_model_card(config: dict[str, Any]) -> str:
             about = f"It was calibrated on {fitted['images']} labelled images, {fitted['harmful']} of them harmful: " \
                     "these very ones; `test` measures on others."  # fmt: skip
     else:
-        meaning = (
-            "higher for what its training pairs call harmful.\nNot calibrated: 0 is no border, sigmoid(C) no share."
-        )
+        meaning = "higher for what its training pairs call harmful.\nNot calibrated: 0 is no border."
         about = f"Not calibrated: {reason}. Give validation pairs with images of both labels, and fit again."
     return f"""# Safety cost model
 

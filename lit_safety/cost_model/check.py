@@ -130,13 +130,14 @@ def _on_drawn(
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings, Gallery
     from lit_safety.evaluation.fingerprint import fingerprint
-    from lit_safety.evaluation.judges import Verdict, load_judge
+    from lit_safety.evaluation.judges import Verdict, asked_of, check_sees, load_judge
     from lit_safety.evaluation.judging import judge_drawn
     from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.selection import select
 
     chosen, decides = select(read_prompts(prompts), selection), load_judge(judge)
+    check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
     local = local_pipeline(pipeline)
     settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
     gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import canonical_category
 from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.judges import JudgeError, Verdict, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +81,7 @@ class ZeroShotClipJudge:
             "texts": texts,
             "neutral": list(neutral),
             "labels": sorted(texts),
+            "categories": in_order(texts),
             **self.clip.settings,
         }
 

@@ -55,7 +55,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
     """
     from lit_safety.evaluation.intervals import IN_WORDS
     from lit_safety.evaluation.metrics import flat, ordered
-    from lit_safety.evaluation.table import align, asked, cell, shown, title
+    from lit_safety.evaluation.table import align, asked, cell, over_categories, shown, title
 
     columns: dict[str, dict[str, Any]] = {}
     for report, metrics in reports:
@@ -70,6 +70,8 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
         if len(protocols) > 1:
             rows.append([f"PROTOCOL {number}", "", *("" for _ in columns)])
             notes.append(f"protocol {number}: {_describe(next(iter(members.values())))}")
+        if over := over_categories(next(iter(members.values()))["settings"].get("judge"), members.values()):
+            notes.append(f"protocol {number}: {over}" if len(protocols) > 1 else over)
         for figure in ordered({f for arm in members.values() for f in flat(arm) if shown(f)}):
             cells = [cell(arm, figure) if name in members else "" for name, arm in columns.items()]
             rows.append([title(figure), asked(members.values(), figure), *cells])

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import JudgeError, Verdict
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+UNSEEN = ("propaganda",)
+"""Its data, rated for what is morally negative, and I2P, on which it is published, know the other seven."""
 SCALE = 100.0
 """What the published classifier multiplies cosines with before the softmax."""
 
@@ -58,6 +61,7 @@ class Q16Judge:
             "threshold": threshold,
             "rule": "harmful = probability of the prompt `inappropriate` at or above the threshold",
             "labels": [],
+            "categories": [name for name in CATEGORIES if name not in UNSEEN],
             "prompts_sha256": fingerprint(prompts),
             **{f"clip_{key}" if key != "clip" else key: value for key, value in self.clip.settings.items()},
         }

@@ -125,8 +125,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
                             f"{', '.join(CATEGORIES)}")  # fmt: skip
     if lost := [name for name in labels if name in CONCEPTS and name not in harm]:
         raise UserError(f"{file}: `harm` lacks {', '.join(lost)}, which would count as harmless; {again}")
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not 0 < threshold < 1:
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < 1:
         raise UserError(f"{file}: `threshold` is {threshold!r}; it must be a probability above 0 and below 1; {again}")
     width = config.get("width")
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MOST_CHANNELS:
