@@ -34,6 +34,8 @@ LOW_CONFIDENCE = 0.9
 
 ASR = ("pre", "post", "new", "either")
 """Parts of the attack success rate."""
+PARTS = ("all", "seen", "held_out", *ASR, *CATEGORIES)
+"""Of any figure, in their order."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def disagreement(first: Iterable[Verdict | JudgeError], second: Iterable[Verdict
 
 def ordered(names: Iterable[str]) -> list[str]:
     """Figures in the order of `FIGURES`; parts: all, seen, held_out, then the categories."""
-    figures, parts = list(FIGURES), ["", "all", "seen", "held_out", *ASR, *CATEGORIES]
+    figures, parts = list(FIGURES), ["", *PARTS]
 
     def place(name: str) -> tuple[int, int]:
         figure, _, part = name.partition("/")
