@@ -31,7 +31,8 @@ class RunSummary(Callback):
             print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
                   f"{per_rank * accumulation * ranks} pairs an optimizer step")  # fmt: skip
         for name in ("objective", "loss"):
-            if (loss := vars(pl_module).get(name)) is not None and not isinstance(loss, torch.nn.Module):
+            loss = vars(pl_module).get(name) or pl_module._modules.get(name)
+            if loss is not None:
                 print(f"loss    {call_of(loss)}")
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
         print(f"trained {trained:,} parameters in fp32")

@@ -192,7 +192,7 @@ def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:
     """
     if blind := unseen(judge.settings, in_order(categories)):
         raise UserError(
-            f"{what} asks for {', '.join(blind)}, which the judge {judge.name} does not see: it would call everything "
+            f"{what} is about {', '.join(blind)}, which the judge {judge.name} does not see: it would call everything "
             f"safe (it sees {', '.join(judge.settings['categories'])}); take another judge, or leave those prompts out"
         )
 

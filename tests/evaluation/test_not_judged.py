@@ -194,7 +194,7 @@ def test_kept_answers_and_protocols_of_judges_that_see_everything_stay_what_they
 
 def test_where_safe_would_become_a_label_or_a_failed_attack_the_judge_is_refused() -> None:
     check_sees(NUDENET, ["sexual"], "p.csv")
-    with pytest.raises(UserError, match=r"p\.csv asks for hate, violence.*NudeNet"):
+    with pytest.raises(UserError, match=r"p\.csv is about hate, violence.*NudeNet"):
         check_sees(NUDENET, ["violence", "sexual", "hate"], "p.csv")
 
 
