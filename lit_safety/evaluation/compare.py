@@ -72,19 +72,19 @@ def check_arm(arm: dict[str, Any], where: str) -> None:
         if not isinstance(arm[beside], dict):
             raise UserError(f"{where}.{beside}: must be an object, not {_brief(arm[beside])}")
     for figure in FIGURES:
-        held = [arm[beside].get(figure) for beside in ("counts", "intervals")]
+        counts, intervals = (arm[beside].get(figure) for beside in ("counts", "intervals"))
         if figure not in arm:
-            if held != [None, None]:
+            if counts is not None or intervals is not None:
                 raise UserError(f"{where}.{figure}: is missing, though counts and intervals tell of it")
             continue
         value = arm[figure]
         if not isinstance(value, dict):
-            _check_share(value, *held, where, figure)
+            _check_share(value, counts, intervals, where, figure)
             continue
         for part in value:
             if part not in PARTS:
                 raise UserError(f"{where}.{figure}.{_brief(part)}: there is no such part; known are {', '.join(PARTS)}")
-        counts, intervals = (one if isinstance(one, dict) else {} for one in held)
+        counts, intervals = (one if isinstance(one, dict) else {} for one in (counts, intervals))
         if lost := [part for part in [*counts, *intervals] if part not in value]:
             raise UserError(f"{where}.{figure}.{_brief(lost[0])}: is missing, though counts and intervals tell of it")
         for part, share in value.items():
