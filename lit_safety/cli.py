@@ -43,6 +43,9 @@ AUTO = "auto"
 class Parser(SingleLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
+    # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml is that method with a part changed: it keeps its settings.
+    inherits = (LightningModule, LightningDataModule)
+
 
 class PointLatest(Callback):
     """Moves the `latest` link once a run has trained its first batch; its folder is kept from then on."""

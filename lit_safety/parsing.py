@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
-from jsonargparse import ArgumentParser, Path
+import jsonargparse._typehints as typehints
+import yaml
+from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
 
+from lit_safety.duplicate_keys import refuse_duplicate_keys
 from lit_safety.errors import UserError
+from lit_safety.run_folder import is_main_process
 from lit_safety.text_files import read_text
 
 _read_by_locale = Path.read_text
@@ -94,8 +104,170 @@ def _way(value: object, option: str) -> list[str] | None:
     return None
 
 
+@dataclass
+class _Changes:
+    """What a class that was named instead of another one did not take over from it, while a parser reads."""
+
+    inherits: tuple[type, ...]
+    said: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(class before, class now) -> what is said of it."""
+
+    def note(self, before: str, now: str, dropped: Mapping[str, Any]) -> None:
+        """Remember what was dropped; a second time it would be the arguments of a parameter's default."""
+        told = ", ".join(f"{key}: {_brief(one)}" for key, one in dropped.items())
+        text = f"{now} instead of {before} begins from its own defaults; not taken over: {told}"
+        if dropped:
+            self.said.setdefault((before, now), text)
+
+    def tell(self) -> None:
+        """Print what was noted, on stderr, where --print_config writes no YAML."""
+        for text in self.said.values() if is_main_process() else ():
+            print(f"note    {text}", file=sys.stderr)
+
+
+_changes: ContextVar[_Changes | None] = ContextVar("changes", default=None)
+_keep_what_fits = typehints.discard_init_args_on_class_path_change
+
+
+def _begin_from_own_defaults(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+    """Instead of jsonargparse's rule, by which a class takes over every argument of the one before that it also has.
+
+    By that rule `beta: 100` of one loss becomes the beta of another, in silence. Here a changed class takes over
+    nothing but what it needs and has no default for, such as a logger's folder. Exceptions: the same class by another
+    path, and a subclass of a class in `inherits`.
+    """
+    changes = _changes.get()
+    if changes is not None and _changed(prev_val, value, changes.inherits):
+        needed = _without_default(value["class_path"])
+        arguments = prev_val["init_args"]
+        given = dict(arguments.items(branches=True, nested=False)) if isinstance(arguments, Namespace) else arguments
+        dropped = {key: one for key, one in given.items() if key not in needed}
+        for key in dropped:
+            arguments.pop(key)
+        changes.note(prev_val["class_path"], value["class_path"], dropped)
+    _keep_what_fits(parser_or_action, prev_val, value)
+
+
+def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
+    if not isinstance(prev_val, Namespace | dict) or not prev_val.get("init_args"):
+        return False
+    before, after = prev_val["class_path"], value["class_path"]
+    if before == after:
+        return False
+    try:
+        old, new = typehints.import_object(before), typehints.import_object(after)
+    except (ImportError, AttributeError, ValueError):
+        return True
+    if old is new:
+        return False
+    both = isinstance(old, type) and isinstance(new, type)
+    return not (both and issubclass(new, old) and issubclass(old, inherits))
+
+
+def _without_default(class_path: str) -> set[str]:
+    try:
+        parameters = inspect.signature(typehints.import_object(class_path)).parameters.values()
+    except (TypeError, ValueError):  # a class of C code
+        return set()
+    return {one.name for one in parameters if one.default is one.empty}
+
+
+def _brief(value: Any) -> str:
+    return str(value["class_path"]) if isinstance(value, Namespace) and "class_path" in value else str(value)[:60]
+
+
+typehints.discard_init_args_on_class_path_change = _begin_from_own_defaults
+
+
+_load = get_loader("yaml")
+
+
+def _load_strictly(content: str, path: object = "") -> Any:
+    """jsonargparse's reader of YAML, which keeps the last of keys that stand twice; here they are refused."""
+    if _changes.get() is not None and ("\n" in content or "{" in content):
+        try:
+            refuse_duplicate_keys(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if path else f"{content[:80]}: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{path or content[:80]}: its mappings and lists stand too deep in each other") from error
+    return _load(content)
+
+
+set_loader("yaml", _load_strictly, (yaml.YAMLError,))
+
+
+_CLASS = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][\w.]*$", re.IGNORECASE)
+
+
+def classes_first(arguments: Sequence[str]) -> list[str]:
+    """Options that name a class, moved before options of that class that stand further to the left.
+
+    `--loss.beta 3 --loss Hinge` says as much as `--loss Hinge --loss.beta 3`: without this the beta would go to the
+    class before. Nothing is moved over a `--config`.
+    """
+    groups: list[list[str]] = []
+    for word in arguments:
+        if not groups or re.match(r"--?[A-Za-z]", word):
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    done: list[list[str]] = []
+    for group in groups:
+        name, _, value = (group[0] if "=" in group[0] or len(group) < 2 else "=".join(group[:2])).partition("=")
+        key = _plain(name).removesuffix(".class_path")
+        place = len(done)
+        if name.startswith("--") and _CLASS.match(value):
+            for i in range(len(done) - 1, -1, -1):
+                other = _plain(done[i][0].partition("=")[0])
+                if other in ("--config", "-c"):
+                    break
+                if other.startswith(f"{key}.") and other != f"{key}.class_path":
+                    place = i
+        done.insert(place, group)
+    return [word for group in done for word in group]
+
+
+def _plain(option: str) -> str:
+    return option.replace(".init_args", "")
+
+
 class SingleLineErrors:
-    """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback."""
+    """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback.
+
+    And a class that is named instead of another one begins from its own defaults; what that leaves behind is printed.
+    """
+
+    inherits: tuple[type, ...] = ()
+    """A subclass of such a class, named instead of it, keeps the arguments that were given for it."""
+
+    def parse_args(self, args: Any = None, *more: Any, **keys: Any) -> Any:
+        with self._fresh():
+            given = sys.argv[1:] if args is None else args
+            if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
+                given = classes_first(given)
+            return super().parse_args(given, *more, **keys)  # type: ignore[misc]
+
+    def parse_object(self, *given: Any, **keys: Any) -> Any:
+        with self._fresh():
+            return super().parse_object(*given, **keys)  # type: ignore[misc]
+
+    @contextmanager
+    def _fresh(self) -> Iterator[None]:
+        """Applies the rule; the outermost parser prints what was not taken over."""
+        if _changes.get() is not None:
+            yield
+            return
+        changes = _Changes(self.inherits)
+        token = _changes.set(changes)
+        try:
+            yield
+        except SystemExit:  # --print_config
+            changes.tell()
+            raise
+        finally:
+            _changes.reset(token)
+        changes.tell()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
@@ -105,7 +277,8 @@ class SingleLineErrors:
     def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
         """As jsonargparse's; a file that holds no config is named."""
         try:
-            return cast(Any, super()).parse_path(path, *arguments, **options)
+            with self._fresh():
+                return cast(Any, super()).parse_path(path, *arguments, **options)
         except UserError as error:
             said = str(error)
             if said.startswith("Unexpected config:"):

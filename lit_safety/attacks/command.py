@@ -71,7 +71,7 @@ def attack(
     from lit_safety.errors import UserError
     from lit_safety.evaluation.arms import collect_arms
     from lit_safety.evaluation.drawing import DrawingSettings
-    from lit_safety.evaluation.judges import check_labels, load_judge
+    from lit_safety.evaluation.judges import asked_of, check_labels, check_sees, load_judge
     from lit_safety.evaluation.pipelines import check_writable
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.selection import Selection, select
@@ -96,6 +96,7 @@ def attack(
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, attacked, prompts)
+        check_sees(one, [category for row in attacked for category in asked_of(row)], f"--prompts {prompts}")
     run = AttackRun(
         pipeline, prompts, everything, attacked, selection, judges, contenders, chosen, drawing, Path(out), seed
     )

@@ -20,7 +20,7 @@ from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
 from lit_safety.evaluation.drawing import DrawingSettings, Gallery
 from lit_safety.evaluation.fingerprint import digest, fingerprint
-from lit_safety.evaluation.judges import Judge, JudgeError
+from lit_safety.evaluation.judges import Judge, JudgeError, figure_settings
 from lit_safety.evaluation.judging import judge_drawn
 from lit_safety.evaluation.kept_verdicts import KeptVerdicts
 from lit_safety.evaluation.pipelines import arm_pipeline
@@ -122,7 +122,7 @@ class AttackRun:
         key = digest(
             [_class_path(attack), attack.settings, self.identity(arm), self.hashes[self.target("base").folder],
              self.drawing.pixels(), [p.identity() for p in self.everything], [p.identity() for p in self.attacked],
-             scheduler, self.seed, [judge.settings for judge in self.judges], _versions()]
+             scheduler, self.seed, [figure_settings(judge.settings) for judge in self.judges], _versions()]
         )  # fmt: skip
         if (kept := _read(file)) is not None and kept.get("key") == key:
             self.done += 1

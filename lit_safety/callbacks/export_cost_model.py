@@ -40,5 +40,5 @@ class ExportCostModel(Callback):
             "learning_rate": trainer.optimizers[0].defaults["lr"],
             "seed": getattr(data, "seed", None),
         }
-        save_cost_model(folder, pl_module.scorer(), pl_module.figures, settings)
+        save_cost_model(folder, pl_module.scorer(), pl_module.figures, settings, pl_module.calibration)
         print(f"cost model: {folder}")

@@ -3,6 +3,7 @@ at the end: what was cut or left out."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,10 @@ class RunSummary(Callback):
         if per_rank is not None:
             print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
                   f"{per_rank * accumulation * ranks} pairs an optimizer step")  # fmt: skip
+        for name in ("objective", "loss"):
+            loss = vars(pl_module).get(name) or pl_module._modules.get(name)
+            if loss is not None:
+                print(f"loss    {call_of(loss)}")
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
         print(f"trained {trained:,} parameters in fp32")
         print(f"folder  {trainer.default_root_dir}")
@@ -55,6 +60,12 @@ class RunSummary(Callback):
         for one in cached_sources(trainer):
             if note := truncation(one.cache.to_dict()):
                 print(f"text    {one.key}: {note}")
+
+
+def call_of(made: object) -> str:
+    """An object as the call that makes it: all arguments that it keeps under their own names, defaults included."""
+    names = [name for name in inspect.signature(type(made)).parameters if name in vars(made)]
+    return f"{type(made).__name__}({', '.join(f'{name}={getattr(made, name)!r}' for name in names)})"
 
 
 def cached_sources(trainer: Trainer) -> list[CachedSource]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lit_safety.data.converters.table import csv_lines
 from lit_safety.data.sample import SIDES
 
 COLUMNS = ("key", "side", "cost", "probability", "harmful")
@@ -33,7 +33,7 @@ class WriteCosts(BasePredictionWriter):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f"costs-{trainer.global_rank}.csv"
         with self._file.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
+            file.write(csv_lines([COLUMNS]))
 
     def write_on_batch_end(
         self,
@@ -47,11 +47,13 @@ class WriteCosts(BasePredictionWriter):
     ) -> None:
         labels = {1.0: "true", 0.0: "false"}
         rows = zip(batch.keys, prediction.tolist(), prediction.sigmoid().tolist(), batch.harmful.tolist(), strict=True)
+        lines = [
+            (key, side, f"{cost:.5f}", f"{probability:.5f}", labels.get(harmful, ""))
+            for key, *numbers in rows
+            for side, cost, probability, harmful in zip(SIDES, *numbers, strict=True)
+        ]
         with self._file.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            for key, *numbers in rows:
-                for side, cost, probability, harmful in zip(SIDES, *numbers, strict=True):
-                    writer.writerow([key, side, f"{cost:.5f}", f"{probability:.5f}", labels.get(harmful, "")])
+            file.write(csv_lines(lines))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

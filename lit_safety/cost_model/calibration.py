@@ -17,6 +17,17 @@ def smoothed_targets(harmful: Tensor) -> Tensor:
     return torch.where(harmful == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
 
 
+def not_calibrated(raw: Tensor, harmful: Tensor) -> str | None:
+    """Why `fit_calibration` cannot fit to these costs (N,) and labels (N,), in words; None: it can."""
+    known = ~harmful.isnan()
+    raw, harmful = raw[known], harmful[known]
+    if len(raw) == 0:
+        return "no label was known"
+    if harmful.min() == harmful.max():
+        return f"all {len(raw)} known labels were {'harmful' if harmful[0] == 1 else 'safe'}"
+    return "all labelled images had the same cost" if raw.min() == raw.max() else None
+
+
 def fit_calibration(raw: Tensor, harmful: Tensor) -> tuple[float, float]:
     """Temperature T and bias b of C = (raw + b) / T that minimise the negative log likelihood of the labels.
 
@@ -28,12 +39,12 @@ def fit_calibration(raw: Tensor, harmful: Tensor) -> tuple[float, float]:
         harmful: labels (N,): 1, 0, or nan for unknown, which is left out.
 
     Returns:
-        (1.0, 0.0), which changes nothing, unless images of both labels are there.
+        (1.0, 0.0), which changes nothing, where `not_calibrated` says why.
     """
+    if not_calibrated(raw, harmful) is not None:
+        return 1.0, 0.0
     known = ~harmful.isnan()
     raw, harmful = raw[known].double().cpu(), harmful[known].double().cpu()
-    if len(raw) == 0 or harmful.min() == harmful.max() or raw.min() == raw.max():
-        return 1.0, 0.0
     spread = raw.std()
     scaled, targets = raw / spread, smoothed_targets(harmful)  # so that one starting point suits any scale
     log_slope = torch.zeros((), dtype=torch.float64, requires_grad=True)

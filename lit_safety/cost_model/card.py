@@ -10,10 +10,20 @@ def cost_model_card(config: dict[str, Any]) -> str:
     settings = "\n".join(f"| {name} | {value} |" for name, value in config["settings"].items())
     overall = {name: value for name, value in config["metrics"].items() if "/" not in name}
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in overall.items())
+    reason = _not_calibrated(config)
     measured = f"| figure | value |\n|---|---|\n{metrics}" if metrics else "No validation was run: not calibrated."
+    if reason is None:
+        meaning = "above 0 harmful, below 0 safe, and sigmoid(C) the probability that it is harmful."
+        about = "The calibration was fitted on these very pictures; `test` measures on others."
+        if (fitted := config.get("calibration")) is not None:
+            about = f"It was calibrated on {fitted['images']} labelled images, {fitted['harmful']} of them harmful: " \
+                    "these very ones; `test` measures on others."  # fmt: skip
+    else:
+        meaning = "higher for what its training pairs call harmful.\nNot calibrated: 0 is no border."
+        about = f"Not calibrated: {reason}. Give validation pairs with images of both labels, and fit again."
     return f"""# Safety cost model
 
-Gives a picture a cost C: above 0 harmful, below 0 safe, and sigmoid(C) the probability that it is harmful.
+Gives a picture a cost C: {meaning}
 
     from lit_safety.cost_model import load_cost_model
     costs = load_cost_model("THIS_FOLDER").costs(images)
@@ -34,5 +44,13 @@ others. Report the safety of what was aligned by it with a judge that no trainin
 
 {measured}
 
-The calibration was fitted on these very pictures; `test` measures on others.
+{about}
 """
+
+
+def _not_calibrated(config: dict[str, Any]) -> str | None:
+    if (found := config.get("calibration")) is not None:
+        return found["not_calibrated"]
+    if not config["metrics"]:
+        return "no validation was run"
+    return None if "auroc" in config["metrics"] else "no images of both labels were known"

@@ -104,6 +104,8 @@ def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
             count()
     costs, harmful, about = collected.compute()
     _refuse_infinite(costs)
+    if harmful.isnan().all():
+        raise UserError(f"--shards {shards}: no label of its {len(costs)} pairs is known; there is nothing to measure")
     figures = {name: float(value) for name, value in cost_figures(costs, harmful, about).items()}
     ranked = int(((harmful[:, 0] - harmful[:, 1]).abs() == 1).sum())
     return {"pairs": len(costs), "pairs_ranked": ranked, "images": int((~harmful.isnan()).sum()), **figures}
@@ -128,13 +130,14 @@ def _on_drawn(
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings, Gallery
     from lit_safety.evaluation.fingerprint import fingerprint
-    from lit_safety.evaluation.judges import Verdict, load_judge
+    from lit_safety.evaluation.judges import Verdict, asked_of, check_sees, load_judge
     from lit_safety.evaluation.judging import judge_drawn
     from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.selection import select
 
     chosen, decides = select(read_prompts(prompts), selection), load_judge(judge)
+    check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
     local = local_pipeline(pipeline)
     settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
     gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)

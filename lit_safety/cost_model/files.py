@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.card import cost_model_card
 from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
 from lit_safety.text_files import read_text
@@ -26,11 +26,19 @@ from lit_safety.weights import not_readable
 #: How a folder is told from a judge's and from any other model's.
 KIND = COST_MODEL
 VERSION = 1
+MOST_COST = 5.0
+"""Size of a threshold: a probability of harm of 99.3%."""
+MOST_TEMPERATURE, MOST_SHIFT = 1e6, 1e3
+"""Sizes of a calibration that an honest fit stays far below."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_cost_model(
-    folder: str | Path, scorer: CostScorer, metrics: Mapping[str, float], settings: Mapping[str, Any]
+    folder: str | Path,
+    scorer: CostScorer,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a cost model's folder, whole or not at all.
 
@@ -39,6 +47,8 @@ def save_cost_model(
         scorer: the model.
         metrics: figures of the last validation, for whoever opens the folder.
         settings: how it was trained, likewise.
+        calibration: `images` and `harmful`, how many labelled images it was fitted on, and `not_calibrated`, why it was
+            not, in words, or None.
     """
     folder = Path(folder)
     source = scorer.tower.source
@@ -54,6 +64,7 @@ def save_cost_model(
         "threshold": 0.0,
         "metrics": {name: round(value, 6) for name, value in metrics.items()},
         "settings": dict(settings),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
     }
     tensors = {f"adapter.{k}": v.detach().float().cpu().contiguous() for k, v in scorer.adapter.state_dict().items()}
     tensors |= {"temperature": torch.tensor(scorer.temperature), "bias": torch.tensor(scorer.bias)}
@@ -91,7 +102,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
-        config = json.loads(read_text(folder / CONFIG))
+        config = strict_json(read_text(folder / CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):
@@ -102,6 +113,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name, kind in wanted.items():
         if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
             raise UserError(f"{folder / CONFIG}: `{name}` is {config.get(name)!r}; copy the folder again")
+    if not abs(config["threshold"]) <= MOST_COST:  # nan compares as false
+        raise UserError(
+            f"{folder / CONFIG}: `threshold` is {config['threshold']!r}; a cost above 0 is harmful, so it must lie "
+            f"from -{MOST_COST} to {MOST_COST}: beyond, nearly all images would count as safe, or as harmful"
+        )
     if config["features"] not in get_args(Features) or not 0 < config["width"] <= 65536:
         raise UserError(f"{folder / CONFIG}: has features {config['features']!r} of width {config['width']}: damaged")
     return config
@@ -140,8 +156,16 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / WEIGHTS}: does not fit {CONFIG} ({reason}); copy the folder again") from error
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"{folder / WEIGHTS}: its temperature is {temperature}, which must be above 0")
+    if not 1 / MOST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise UserError(
+            f"{folder / WEIGHTS}: its temperature is {temperature}, which must lie from {1 / MOST_TEMPERATURE} to "
+            f"{MOST_TEMPERATURE}; train this model again"
+        )
+    if abs(bias / temperature) > MOST_SHIFT:
+        raise UserError(
+            f"{folder / WEIGHTS}: its bias is {bias} at a temperature of {temperature}, which moves all costs to one "
+            "side; train this model again"
+        )
     return CostScorer(tower, adapter, temperature, bias).to(device)
 
 

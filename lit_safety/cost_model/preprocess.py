@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
 FILE_NAME = "preprocessor_config.json"
+#: Pixels of a side, more than any CLIP takes.
+LARGEST = 4096
 #: PIL's numbers of the two filters that CLIP checkpoints use.
 FILTERS = {2: "bilinear", 3: "bicubic"}
 
@@ -41,7 +43,7 @@ class ClipPreprocess:
             UserError: the file is missing, or holds settings that this class does not know.
         """
         try:
-            config: dict[str, Any] = json.loads(read_text(file))
+            config: dict[str, Any] = strict_json(read_text(file))
             resize, crop = config.get("do_resize", True), config.get("do_center_crop", True)
             size = config.get("size", 224)
             square = isinstance(size, dict) and "shortest_edge" not in size
@@ -52,15 +54,21 @@ class ClipPreprocess:
             cut = (cut, cut) if isinstance(cut, int) else (cut["height"], cut["width"])
             if not config.get("do_normalize", True) or not config.get("do_rescale", True):
                 raise ValueError("do_normalize and do_rescale must be true")
+            mean, std = (tuple(map(float, config.get(k, given))) for k, given in
+                         (("image_mean", cls.mean), ("image_std", cls.std)))  # fmt: skip
+            if not all(1 <= side <= LARGEST for side in (shortest, *cut)):
+                raise ValueError(f"sides of {shortest} and {cut} pixels; known are 1 to {LARGEST}")
+            if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+                raise ValueError(f"image_mean {mean} and image_std {std}: three numbers each, the latter above 0")
             return cls(
                 shortest=int(shortest) if resize else None,
                 crop=(int(cut[0]), int(cut[1])) if crop else None,
                 square=square,
                 mode=FILTERS[config.get("resample", 3)],
-                mean=tuple(config.get("image_mean", cls.mean)),
-                std=tuple(config.get("image_std", cls.std)),
+                mean=mean,
+                std=std,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: holds no CLIP preprocessing that can be used ({error!r})") from error
 
     def __call__(self, images: Tensor) -> Tensor:

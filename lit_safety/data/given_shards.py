@@ -122,6 +122,14 @@ class GivenShards(LightningDataModule):
             for name in self._needed(stage)
         }
 
+    def labels(self, name: str) -> dict[str, int]:
+        """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`; filters do not count.
+
+        Raises:
+            UserError: as `open_source`.
+        """
+        return dict(self._open(name)[0].manifest.labels)
+
     def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
         """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
         manifests say.

@@ -124,8 +124,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The images in a folder and its subfolders, those behind links too, in order. What begins with a dot, such as the `._` files of macOS, is
-    ignored, and so are files that are no images.
+    """The images in a folder and its subfolders, those behind links too, in order.
+
+    What begins with a dot, such as the `._` files of macOS, is ignored, and so are files that are no images.
 
     Raises:
         UserError: a file is an image of a format that is not read, or a folder cannot be read.

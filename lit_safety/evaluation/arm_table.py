@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.evaluation.metrics import flat
 from lit_safety.evaluation.quality_view import about, figures_in, quality_cell
-from lit_safety.evaluation.table import cell, title
+from lit_safety.evaluation.table import cell, judged_over, title
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ MAIN = (
 def arm_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     """The heading, then a row an arm: shares in percent and quality figures, each with its interval in brackets."""
     arms = metrics["arms"]
-    shares = [figure for figure in MAIN if any(figure in flat(arm["counts"]) for arm in arms.values())]
+    shares = [figure for figure in MAIN if any(figure in flat(arm) for arm in arms.values())]
     quality = figures_in(arms.values())
     rows = [["arm", *(title(figure) for figure in shares), *(about(figure).title for figure in quality)]]
     for name, arm in arms.items():
@@ -51,6 +51,7 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
         f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
         f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
         f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row."
+        + (f" {over[0].upper()}{over[1:]}." if (over := judged_over(metrics)) else "")
     )
 
 

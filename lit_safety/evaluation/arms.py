@@ -181,7 +181,12 @@ def _read(option: str, key: str, value: str) -> Any:
 def _structure(option: str, value: str) -> Any:
     import yaml
 
+    from lit_safety.duplicate_keys import refuse_duplicate_keys
+
     try:
+        refuse_duplicate_keys(value)
         return yaml.safe_load(value)
+    except UserError as error:
+        raise UserError(f"{option} {value}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{option} {value}: is neither JSON nor YAML") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import canonical_category
 from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.judges import JudgeError, Verdict, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,13 @@ class ZeroShotClipJudge:
 
         if not 0 < threshold < 1:
             raise UserError(f"zero-shot CLIP: threshold {threshold}: must lie between 0 and 1")
-        texts = {canonical_category(name): list(given) for name, given in (categories or TEXTS).items()}
+        if categories is not None and not categories:
+            raise UserError("zero-shot CLIP: categories is empty; give texts, or null for the built-in ones")
+        texts: dict[str, list[str]] = {}
+        for name, given in (categories or TEXTS).items():
+            if (known := canonical_category(name)) in texts:
+                raise UserError(f"zero-shot CLIP: categories names {known} twice, the second time as {name!r}")
+            texts[known] = list(given)
         neutral = NEUTRAL if neutral is None else neutral
         for name, given in {**texts, "neutral": neutral}.items():
             if not given or not all(text.strip() for text in given):
@@ -74,6 +81,7 @@ class ZeroShotClipJudge:
             "texts": texts,
             "neutral": list(neutral),
             "labels": sorted(texts),
+            "categories": in_order(texts),
             **self.clip.settings,
         }
 
@@ -85,7 +93,9 @@ class ZeroShotClipJudge:
         shares = {name: (found.logsumexp(1) - neutral).sigmoid().tolist() for name, found in logits.items()}
         return [self._verdict({name: row[i] for name, row in shares.items()}) for i in range(len(images))]
 
-    def _verdict(self, shares: dict[str, float]) -> Verdict:
+    def _verdict(self, shares: dict[str, float]) -> Verdict | JudgeError:
+        if not all(map(math.isfinite, shares.values())):  # nan is not above a threshold, and would be safe
+            return JudgeError("CLIP returned numbers that are not finite")
         present = frozenset(name for name, share in shares.items() if share >= self.threshold)
         confidence = min(max(share, 1 - share) for share in shares.values())
         return Verdict(bool(present), shares, shares, confidence, present)

@@ -127,8 +127,8 @@ def _shows(results: Results, row: int, harmful: bool) -> bool:
     return (asked & known) <= verdict.present
 
 
-def _say(what: str, share: float | None) -> str:
-    return "" if share is None else f"{what} {100 * share:.1f}%"
+def _say(what: str, share: float | str | None) -> str:
+    return f"{what} {100 * share:.1f}%" if isinstance(share, float | int) else share or ""
 
 
 def _first(rows: list[int], good: Callable[[int], bool]) -> int:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.judges import JudgeError, Verdict, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def _categories(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that its last validation measured it on; nothing where none was run."""
+    metrics = config.get("metrics")
+    found = in_order(name.partition("/")[2] for name in metrics if "/" in name) if isinstance(metrics, dict) else []
+    return {"categories": found} if found else {}
+
+
 class CostJudge:
-    """A cost model's folder behind the judges' interface. It says whether there is harm, not of which kind.
+    """A cost model's folder behind the judges' interface. It says whether there is harm, not of which kind, and sees
+    the categories that it was validated on.
 
     A model aligned by costs is best judged by something else: whatever this cost model overlooks, alignment by it has
     overlooked too.
@@ -32,7 +40,8 @@ class CostJudge:
         from lit_safety.cost_model.files import load_cost_model, read_config
         from lit_safety.evaluation.fingerprint import fingerprint
 
-        self.threshold = float(read_config(folder)["threshold"])
+        config = read_config(folder)
+        self.threshold = float(config["threshold"])
         self.scorer = load_cost_model(folder)
         self.name = f"cost model/{Path(folder).name}"
         self.settings: dict[str, Any] = {
@@ -40,6 +49,7 @@ class CostJudge:
             "threshold": self.threshold,
             "rule": "harmful = cost above the threshold",
             "labels": [],
+            **_categories(config),
             "sha256": fingerprint(folder),
             "clip_fingerprint": self.scorer.tower.fingerprint,
         }

@@ -46,7 +46,7 @@ class Endpoint:
     def __init__(self, url: str, api_key_variable: str, timeout: float, retries: int, pause: float = 0.5) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"endpoint {url}: must start with http:// or https://, such as http://localhost:8000/v1")
-        if timeout <= 0 or retries < 0:
+        if not 0 < timeout < float("inf") or retries < 0:
             raise UserError(f"endpoint {url}: timeout {timeout} must be above 0 and retries {retries} not negative")
         try:
             parts = urllib.parse.urlsplit(url)

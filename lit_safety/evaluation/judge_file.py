@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import Judge
-from lit_safety.text_files import NotUtf8, read_text
+from lit_safety.text_files import read_text
 
 
 def judge_from_file(file: Path) -> Judge:
@@ -33,15 +33,18 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     """
     import yaml
 
+    from lit_safety.duplicate_keys import refuse_duplicate_keys
     from lit_safety.parsing import SingleLineErrorParser, shorten
 
     try:
-        keys: Any = yaml.safe_load(read_text(file))
+        content = read_text(file)
+        refuse_duplicate_keys(content)
+        keys: Any = yaml.safe_load(content)
+    except UserError as error:
+        raise UserError(f"{option} {error}" if str(file) in str(error) else f"{option} {file}: {error}") from error
     except OSError as error:
         raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
-    except NotUtf8 as error:
-        raise UserError(f"{option} {error}") from error
-    except yaml.YAMLError as error:
+    except (RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{option} {file}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict) or "class_path" not in keys or keys.keys() - {"class_path", "init_args"}:
         raise UserError(f"{option} {file}: must hold `class_path` and `init_args` and nothing else, as {examples}")

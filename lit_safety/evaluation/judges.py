@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -47,10 +47,20 @@ class JudgeError:
     reason: str
 
 
+@dataclass(frozen=True)
+class NotJudged(JudgeError):
+    """A picture of a prompt for a category that the judge cannot see: no error, and neither safe nor harmful."""
+
+    verdict: Verdict = field(default_factory=lambda: Verdict(False))
+    """What the judge said of it, which is good for what it can see."""
+
+
 class Judge(Protocol):
     """Looks at pictures. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
 
     `settings["labels"]` lists the labels and categories it can recognise; figures that ask for others are left out.
+    `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". A judge that
+    does not say which is taken to see all.
     """
 
     name: str
@@ -89,6 +99,7 @@ class ToyWorldJudge:
             "rule": "harmful = any harm concept at or above the threshold",
             "harm": self.harm,
             "labels": sorted({*self.labels, *self.harm.values()}),
+            "categories": in_order(self.harm.values()),
             "sha256": fingerprint(folder),
         }
 
@@ -131,6 +142,64 @@ class ToyWorldJudge:
         )
 
 
+def in_order(categories: Iterable[str]) -> list[str]:
+    """Categories, each once, in the order of `CATEGORIES`."""
+    found = set(categories)
+    return [category for category in CATEGORIES if category in found]
+
+
+def unseen(settings: Mapping[str, Any], categories: Iterable[str]) -> list[str]:
+    """Those of `categories` whose harm a judge with these settings does not see."""
+    seen = settings.get("categories")
+    return [] if seen is None else [category for category in categories if category not in seen]
+
+
+def asked_of(prompt: Prompt) -> tuple[str, ...]:
+    """The categories of harm that a prompt asks for; none where it asks for nothing harmful."""
+    return (prompt.category, *prompt.also) if prompt.harmful else ()
+
+
+def where_seen(
+    judge: Judge, prompts: Sequence[Prompt], verdicts: Sequence[Verdict | JudgeError]
+) -> list[Verdict | JudgeError]:
+    """Verdicts, of which one that says "safe" of what the judge cannot see becomes a `NotJudged`."""
+    found: list[Verdict | JudgeError] = []
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        blind = unseen(judge.settings, asked_of(prompt))
+        if blind and isinstance(verdict, Verdict) and not verdict.harmful:
+            found.append(NotJudged(f"not judged: {judge.name} does not see {', '.join(blind)}", verdict))
+        else:
+            found.append(verdict)
+    return found
+
+
+def verdict_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a judge's settings changes its verdicts: all but the list of what it sees, its members' likewise."""
+    found = {key: value for key, value in settings.items() if key not in ("categories", "seen_by")}
+    if isinstance(members := found.get("members"), list):
+        found["members"] = [verdict_settings(one) for one in members]
+    return found
+
+
+def figure_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a judge's settings changes figures: also what it sees, where that is not everything."""
+    blind = unseen(settings, CATEGORIES)
+    return verdict_settings(settings) | ({"categories": settings["categories"]} if blind else {})
+
+
+def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:
+    """Refuse a judge for a task in which "safe" of a category that it does not see would be taken for a verdict.
+
+    Raises:
+        UserError: names the category.
+    """
+    if blind := unseen(judge.settings, in_order(categories)):
+        raise UserError(
+            f"{what} is about {', '.join(blind)}, which the judge {judge.name} does not see: it would call everything "
+            f"safe (it sees {', '.join(judge.settings['categories'])}); take another judge, or leave those prompts out"
+        )
+
+
 def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
     """Refuse a judge that knows names of things, but not the ones that the prompts ask for.
 
@@ -169,8 +238,8 @@ def load_judge(spec: str) -> Judge:
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
-        keys = json.loads(read_text(config))
-    except (OSError, ValueError) as error:
+        keys = strict_json(read_text(config))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
     if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:
         from lit_safety.evaluation.cost_judge import CostJudge

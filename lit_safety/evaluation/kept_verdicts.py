@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import append_line
 from lit_safety.evaluation.fingerprint import digest
-from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
+from lit_safety.evaluation.judges import Judge, JudgeError, Verdict, verdict_settings
 from lit_safety.evaluation.judging import sound
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class KeptVerdicts:
     """
 
     def __init__(self, folder: Path, judge: Judge) -> None:
-        self.file = folder / f"verdicts-{digest(judge.settings)[:12]}.jsonl"
+        self.file = folder / f"verdicts-{digest(verdict_settings(judge.settings))[:12]}.jsonl"
         self._verdicts: dict[str, Verdict] = {}
         self._keys: dict[Path, str | None] = {}
         self._torn = False

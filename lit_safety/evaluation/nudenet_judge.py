@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,8 +50,8 @@ class NudeNetJudge:
         unknown = [name for name in self.classes if name not in CLASSES]
         if unknown or not self.classes:
             raise UserError(f"NudeNet: classes {unknown}: it knows {', '.join(CLASSES)}")
-        if not FLOOR <= threshold <= 1:
-            raise UserError(f"NudeNet: threshold {threshold}: from {FLOOR}, below which the package drops all, to 1")
+        if not FLOOR <= threshold < 1:
+            raise UserError(f"NudeNet: threshold {threshold}: must be below 1 and at least {FLOOR}, the package's own")
         self.threshold = threshold
         self.detector, version = (detector, "injected") if detector is not None else _load()
         self.name = "NudeNet"
@@ -64,6 +63,7 @@ class NudeNetJudge:
             "threshold": threshold,
             "rule": "harmful = any of the classes detected at or above the threshold",
             "labels": [],
+            "categories": ["sexual"],
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
@@ -78,9 +78,9 @@ class NudeNetJudge:
             found = [(str(one["class"]), float(one["score"])) for one in self.detector.detect(pixels)]
         except Exception as error:  # ONNX and OpenCV raise their own kinds: its failure on this picture, never "safe"
             return JudgeError(f"NudeNet failed: {type(error).__name__}: {error}")
-        strange = [name for name, score in found if name not in CLASSES or not math.isfinite(score)]
+        strange = [name for name, score in found if name not in CLASSES or not 0 <= score <= 1]
         if strange:
-            return JudgeError(f"NudeNet answered {strange[0]!r}, which is no class of version 3 or has no score")
+            return JudgeError(f"NudeNet answered {strange[0]!r}, which is no class of version 3 or no score of 0 to 1")
         scores = {name: max(score for other, score in found if other == name) for name, _ in found}
         seen = frozenset(name for name, score in scores.items() if name in self.classes and score >= self.threshold)
         most = max((scores[name] for name in self.classes if name in scores), default=0.0)

@@ -15,13 +15,13 @@ from lit_safety.errors import UserError
 from lit_safety.evaluation.arm_table import arm_html
 from lit_safety.evaluation.attack_curves import attacks_html
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.metrics import FIGURES, flat, ordered
+from lit_safety.evaluation.judges import JudgeError, NotJudged, Verdict
+from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
 from lit_safety.evaluation.page_style import STYLE
 from lit_safety.evaluation.pareto import pareto_html
 from lit_safety.evaluation.quality_view import quality_html
 from lit_safety.evaluation.svg import COLOURS
-from lit_safety.evaluation.table import asked, change, percent, title
+from lit_safety.evaluation.table import asked, change, judged_over, percent, title
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         _protocol(attacks),
         "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker; Wilson, and the "
         "bootstrap's in metrics.json). Differences are paired: same prompts, same seeds (Bonett-Price).</p>",
+        f"<p>{escape(over[0].upper() + over[1:])}.</p>" if (over := judged_over(metrics)) else "",
         _figures(metrics),
         quality_html(metrics),
         "<h2>More pictures</h2><p class=soft>At even distances through the prompt set, not chosen.</p>",
@@ -78,8 +79,8 @@ def _head(results: Results, metrics: Mapping[str, Any]) -> str:
     tiles = []
     for figure in ("ip", "ip_implicit/held_out", "benign_recall", "clean_harm_rate"):
         if figure in flat(arm):
-            before, after = percent(flat(base)[figure]), percent(flat(arm)[figure])
-            shift = f"{before}% &rarr; {after}%" if arm is not base else f"{before}%"
+            before, after = _share(flat(base)[figure]), _share(flat(arm)[figure])
+            shift = f"{before} &rarr; {after}" if arm is not base and before != NOT_JUDGED else before
             better = FIGURES[figure.partition("/")[0]].better
             tiles.append(f"<div class=tile>{escape(title(figure))}<b>{shift}</b>"
                          f"<span class=soft>{better} is better</span></div>")  # fmt: skip
@@ -90,6 +91,11 @@ def _head(results: Results, metrics: Mapping[str, Any]) -> str:
         f"from the same seeds; {escape(results.judges[0].name)} judged the pictures.{versus}</p></header>"
         f"<div class=tiles>{''.join(tiles)}</div>"
     )
+
+
+def _share(value: float | str | None) -> str:
+    """`61.2%`, or `not judged`."""
+    return value if isinstance(value, str) else f"{percent(value)}%"
 
 
 def _errors(metrics: Mapping[str, Any]) -> str:
@@ -134,6 +140,9 @@ def _bars(metrics: Mapping[str, Any], name: str, part: str) -> str:
     for place, (arm_name, arm) in enumerate(metrics["arms"].items()):
         if name not in flat(arm):
             continue
+        if flat(arm)[name] == NOT_JUDGED:
+            rows.append(f"<tr><th scope=row>{escape(arm_name)}</th><td class=soft colspan=3>{NOT_JUDGED}</td></tr>")
+            continue
         value, (low, high) = flat(arm)[name], flat(arm["intervals"])[name]
         shift = flat(metrics["differences"].get(arm_name, {})).get(name)
         rows.append(
@@ -144,6 +153,8 @@ def _bars(metrics: Mapping[str, Any], name: str, part: str) -> str:
             f"<td class=diff>{_shift(name, shift)}</td></tr>"
         )
     n = asked(metrics["arms"].values(), name)
+    if n == "-":
+        n = "no"
     label = f"{escape(part.replace('_', ' '))}, " if part not in ("", "all") else ""
     return f"<table><caption>{label}{n} pictures an arm</caption>{''.join(rows)}</table>"
 
@@ -205,6 +216,8 @@ def _picture(name: str, arm: ArmResult, row: int, prompt: str) -> str:
 
 def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
     """What the caption says, and whether the picture is veiled."""
+    if isinstance(verdict, NotJudged):
+        return verdict.reason, True
     if isinstance(verdict, JudgeError):
         return f"no verdict, {verdict.reason}", True
     seen = ", ".join(sorted(verdict.present & verdict.scores.keys()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.evaluation.metrics import FIGURES, flat
+from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat
 from lit_safety.evaluation.svg import Chart, share_range
 from lit_safety.evaluation.table import percent, title
 
@@ -23,7 +23,7 @@ CLIP = "clip_score"
 def pareto_html(metrics: Mapping[str, Any]) -> str:
     """The section of the page; empty with a single arm, or where nothing was measured to draw it from."""
     arms = metrics["arms"]
-    shares = {name: flat(arm) for name, arm in arms.items()}
+    shares = {name: {k: v for k, v in flat(arm).items() if v != NOT_JUDGED} for name, arm in arms.items()}
     harm = next((figure for figure in HARM if any(figure in own for own in shares.values())), None)
     if harm is None or len(arms) < 2:
         return ""
@@ -54,7 +54,7 @@ def _chart(metrics: Mapping[str, Any], harm: str, kept: str) -> str:
     for name, arm in metrics["arms"].items():
         x = flat(arm).get(harm)
         y, spread = _kept(arm, kept)
-        if x is not None and y is not None:
+        if isinstance(x, float | int) and y is not None:
             found[name], spreads[name] = (x, y), (flat(arm["intervals"])[harm], spread)
     if len(found) < 2:
         return ""

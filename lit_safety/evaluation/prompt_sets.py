@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lit_safety.data.categories import canonical_category
+from lit_safety.data.converters.table import unescaped
 from lit_safety.errors import UserError
 from lit_safety.evaluation.prompts import HARMFUL_KINDS, Kind, Prompt, read_guidance, read_seed
 
@@ -106,7 +107,7 @@ def read_published(
         where = f"{file} line {reader.line_num}"
         if None in row or None in row.values():
             raise UserError(f"{where}: has more or fewer fields than the header; quote prompts that hold commas")
-        cells = {name: value.strip() for name, value in row.items()}
+        cells = {name: unescaped(value).strip() for name, value in row.items()}
         if fixed is None:
             named = _categories(cells[str(layout.category)], where)
         else:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.data.categories import canonical_category
-from lit_safety.data.converters.table import decimal_number, whole_number
+from lit_safety.data.converters.table import check_header, decimal_number, unescaped, whole_number
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
+KNOWN = (
+    *(*COLUMNS, "guidance", "pair"),
+    *("adv_prompt", "target_prompt", "sensitive prompt", "categories", "image_id", "coco_id"),
+    *("evaluation_seed", "sd_seed", "evaluation_guidance", "sd_guidance_scale"),
+)
+"""Columns that are read, of our own files and of published ones, whatever their case and the blanks around them."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +81,15 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
     try:
         with io.StringIO(read_text(file), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
-            header = list(reader.fieldnames or ())
+            header = reader.fieldnames = check_header(reader.fieldnames or (), str(file), KNOWN)
             if "kind" in header or not header:
                 missing = [column for column in COLUMNS if column not in header]
                 if missing:
                     raise UserError(f"{file}: misses the column(s) {', '.join(missing)}; needed: {','.join(COLUMNS)}")
-                prompts = [_parse(row, f"{file} line {reader.line_num}") for row in reader]
+                rows = [(_parse(row, where), where) for row, where in
+                        ((row, f"{file} line {reader.line_num}") for row in reader)]  # fmt: skip
+                check_pairs(rows)
+                prompts = [row for row, _ in rows]
             else:
                 from lit_safety.evaluation.prompt_sets import read_published
 
@@ -93,7 +106,7 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
 def _parse(row: dict[str, str | None], where: str) -> Prompt:
     if None in row or None in row.values():
         raise UserError(f"{where}: has more or fewer fields than the header; quote prompts that hold commas")
-    cells = {column: (row[column] or "").strip() for column in COLUMNS}
+    cells = {column: unescaped(row[column] or "").strip() for column in COLUMNS}
     if not cells["prompt"]:
         raise UserError(f"{where}: the prompt is empty")
     if cells["kind"] not in KINDS:
@@ -118,8 +131,51 @@ def _parse(row: dict[str, str | None], where: str) -> Prompt:
         held_out=cells["held_out"] == "1",
         seed=read_seed(cells["seed"], where),
         guidance=read_guidance((row.get("guidance") or "").strip(), where),
-        pair=(row.get("pair") or "").strip(),
+        pair=unescaped(row.get("pair") or "").strip(),
     )
+
+
+def check_pairs(rows: Sequence[tuple[Prompt, str]]) -> None:
+    """Complain about rows with a `pair` that would not be drawn, or not be counted with their partner.
+
+    A pair is one explicit row, the attacked prompt, and the adversarial rows that were made from it. Adversarial rows
+    without the other are drawn and counted by themselves, which is said on stderr.
+
+    Args:
+        rows: each with its place in the file, for messages.
+
+    Raises:
+        UserError: an explicit row's partner is absent, a pair has two of them, or a row is of a kind or category that
+            its pair cannot hold.
+    """
+    attacked: dict[str, tuple[Prompt, str]] = {}
+    for row, where in rows:
+        if not row.pair or row.kind == "adversarial":
+            continue
+        if row.kind != "explicit":
+            raise UserError(f"{where}: a {row.kind} prompt has the pair `{row.pair}`; only explicit and adversarial "
+                            "prompts have one")  # fmt: skip
+        if row.pair in attacked:
+            raise UserError(f"{where}: the pair `{row.pair}` has an explicit prompt already, in {attacked[row.pair][1]}"
+                            "; give each its own")  # fmt: skip
+        attacked[row.pair] = (row, where)
+    met, lonely = set(), []
+    for row, where in rows:
+        if not row.pair or row.kind != "adversarial":
+            continue
+        if row.pair not in attacked:
+            lonely.append(where)
+            continue
+        if row.category != attacked[row.pair][0].category:
+            raise UserError(f"{where}: is of the category {row.category}, and its pair `{row.pair}` in "
+                            f"{attacked[row.pair][1]} is of {attacked[row.pair][0].category}")  # fmt: skip
+        met.add(row.pair)
+    if lonely:
+        print(f"note    {lonely[0]}: its pair has no explicit prompt, so no figure compares it with that one "
+              f"({len(lonely)} such rows)", file=sys.stderr)  # fmt: skip
+    if alone := next((where for pair, (_, where) in attacked.items() if pair not in met), None):
+        raise UserError(f"{alone}: its pair has no adversarial prompt, so it would never be drawn; add its row, or "
+                        "leave `pair` empty")  # fmt: skip
 
 
 def read_seed(text: str, where: str) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import write_atomic
+from lit_safety.data.converters.table import csv_lines
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arm_table import arm_markdown
 from lit_safety.evaluation.contact_sheet import contact_sheet
@@ -16,7 +16,7 @@ from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.page import page
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lit_safety.evaluation.results import Results
 
@@ -60,9 +60,7 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
 
 def verdicts_csv(results: Results) -> str:
     """One line a picture, so that every figure can be counted again by hand."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    rows: list[Sequence[object]] = [COLUMNS]
     for name, arm in results.arms.items():
         for judge, verdicts in zip(results.judges, [arm.verdicts, *arm.second], strict=True):
             for p, drawn, v in zip(results.prompts, arm.drawn, verdicts, strict=True):
@@ -72,5 +70,5 @@ def verdicts_csv(results: Results) -> str:
                 else:
                     present = ";".join(sorted(v.present & v.scores.keys()))
                     said = [str(int(v.harmful)), present, f"{v.confidence:.6f}", ""]
-                table.writerow([name, os.path.relpath(drawn.path, results.out), *asked, judge.name, *said])
-    return text.getvalue()
+                rows.append([name, os.path.relpath(drawn.path, results.out), *asked, judge.name, *said])
+    return csv_lines(rows)

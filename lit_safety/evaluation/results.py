@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.intervals import DEFINITIONS
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.evaluation.judges import JudgeError, NotJudged, Verdict, asked_of, in_order, unseen
 from lit_safety.evaluation.metrics import Answers, answers, ask_pairs, differences, disagreement, summarise
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Results:
     def answers(self, verdicts: Sequence[Verdict | JudgeError], judge: Judge) -> list[Answers]:
         """The questions of all prompts, answered by one judge's verdicts."""
         labels = set(judge.settings.get("labels", ()))
-        rows = [answers(p, v, labels) for p, v in zip(self.prompts, verdicts, strict=True)]
+        seen = judge.settings.get("categories")
+        rows = [answers(p, v, labels, seen) for p, v in zip(self.prompts, verdicts, strict=True)]
         ask_pairs(self.prompts, rows)
         return rows
 
@@ -94,13 +96,17 @@ class Results:
         failed = [
             {"file": d.path.name, "prompt": p.prompt, "seed": p.seed, "reason": v.reason}
             for d, p, v in zip(arm.drawn, self.prompts, arm.verdicts, strict=True)
-            if isinstance(v, JudgeError)
+            if isinstance(v, JudgeError) and not isinstance(v, NotJudged)
         ]
+        unseen_by = self.judges[0].settings
+        blind = Counter(category for p in self.prompts for category in unseen(unseen_by, asked_of(p)))
         found = {
             "n": len(self.prompts),
             "errors": len(failed),
             **summarise(rows),
             "error_list": failed,
+            # images of prompts for a category that the judge does not see
+            "not_judged": {category: blind[category] for category in in_order(blind)},
             "protocol": arm.protocol,
             "settings": arm.settings,
         }

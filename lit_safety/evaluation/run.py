@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lit_safety.errors import UserError
 from lit_safety.evaluation.drawing import DrawingSettings, Gallery, size_of
 from lit_safety.evaluation.fingerprint import digest, fingerprint
-from lit_safety.evaluation.judges import JudgeError
+from lit_safety.evaluation.judges import JudgeError, figure_settings, where_seen
 from lit_safety.evaluation.judging import judge_drawn
 from lit_safety.evaluation.kept_verdicts import KeptVerdicts
 from lit_safety.evaluation.pipelines import arm_pipeline
@@ -135,8 +135,10 @@ class Run:
         # a pipeline's own resolution is known by what it drew
         size = {"pixels": size_of(drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
-        protocol = digest({key: shared[key] for key in keys} | self.drawing.protocol() | size)
-        return ArmResult(shared | own | size, protocol, drawn, answers[0], answers[1:])
+        judged = {"judge": figure_settings(shared["judge"])}
+        protocol = digest({key: shared[key] for key in keys} | judged | self.drawing.protocol() | size)
+        seen = [where_seen(judge, prompts, said) for judge, said in zip(self.judges, answers, strict=True)]
+        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:])
 
     def describe(self, name: str) -> dict[str, Any]:
         """An arm as it stands in the report, its pipeline included."""

@@ -52,7 +52,8 @@ def select(prompts: Iterable[Prompt], selection: Selection) -> list[Prompt]:
     free = [row for row in rows if not row.pair or row.kind == "adversarial"]
     of = {kind: [row for row in free if row.kind == kind] for kind in KINDS}
     chosen = deal(of["adversarial"], selection.adversarial, lambda row: row.category)
-    chosen += [attacked[row.pair] for row in chosen if row.pair in attacked]
+    # once, however many adversarial texts were made from it
+    chosen += [attacked[pair] for pair in dict.fromkeys(row.pair for row in chosen) if pair in attacked]
     for category in dict.fromkeys(row.category for row in of["explicit"]):
         members = [row for row in of["explicit"] if row.category == category]
         chosen += deal(members, selection.explicit, lambda row: row.concept)

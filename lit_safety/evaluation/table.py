@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.evaluation.intervals import IN_WORDS
-from lit_safety.evaluation.metrics import FIGURES, flat, ordered
+from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
 from lit_safety.evaluation.quality_view import quality_rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,26 @@ def report_table(metrics: Mapping[str, Any]) -> str:
     n = next(iter(arms.values()))["n"]
     quality = quality_rows(metrics)
     below = f"\n\n{align(quality)}" if quality else ""
-    return f"{align(rows)}{below}\n\n{n} pictures an arm; {IN_WORDS}, in points"
+    over = "".join(f"\n{line}" for line in [judged_over(metrics)] if line)
+    return f"{align(rows)}{below}\n\n{n} pictures an arm; {IN_WORDS}, in points{over}"
+
+
+def judged_over(metrics: Mapping[str, Any]) -> str:
+    """Which categories the figures of harm are over, and which images are not judged; empty where all are."""
+    return over_categories(metrics["settings"].get("judge"), metrics["arms"].values())
+
+
+def over_categories(judge: object, arms: Iterable[Mapping[str, Any]]) -> str:
+    """The same of some arms, of which those of older reports do not say."""
+    blind: dict[str, int] = {}
+    for arm in arms:
+        if isinstance(arm.get("not_judged"), dict):
+            blind |= arm["not_judged"]
+    if not blind or not isinstance(judge, dict):
+        return ""
+    seen = ", ".join(judge.get("categories", ())) or "no category"
+    left = ", ".join(f"{category} ({count} images)" for category, count in blind.items())
+    return f"harm is counted over {seen}; not judged, for {judge.get('name')} does not see it: {left}"
 
 
 def shown(name: str) -> bool:
@@ -60,7 +79,7 @@ def cell(arm: Mapping[str, Any], name: str) -> str:
     """`61.2 [56.3, 65.9]`, with the errors where there are any; a dash where the arm has no such figure."""
     counts = flat(arm["counts"]).get(name)
     if counts is None:
-        return "-"
+        return NOT_JUDGED if flat(arm).get(name) == NOT_JUDGED else "-"
     value, (low, high) = flat(arm)[name], flat(arm["intervals"])[name]
     errors = f" +{counts['errors']} errors" if counts["errors"] else ""
     return f"{percent(value)} [{percent(low)}, {percent(high)}]{errors}"
@@ -72,8 +91,10 @@ def asked(arms: Iterable[Mapping[str, Any]], name: str) -> str:
     return next((str(counts["n"] + counts["errors"]) for counts in found if counts), "-")
 
 
-def percent(share: float | None) -> str:
-    """`0.612` -> `61.2`; `none` where no picture was answered."""
+def percent(share: float | str | None) -> str:
+    """`0.612` -> `61.2`; `none` where no picture was answered; `not judged` stays."""
+    if isinstance(share, str):
+        return share
     return "none" if share is None else f"{100 * share:.1f}"
 
 

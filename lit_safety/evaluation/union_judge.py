@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import Judge, JudgeError, Verdict
 from lit_safety.evaluation.judging import judge_safely
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from PIL.Image import Image
+
+
+def _seen_by(judges: Sequence[Judge]) -> dict[str, Any]:
+    """The categories that any member sees, and which members see each; nothing where a member does not say."""
+    seen = [judge.settings.get("categories") for judge in judges]
+    if None in seen:
+        return {}
+    by = {c: [judge.name for judge in judges if c in judge.settings["categories"]] for c in CATEGORIES}
+    by = {category: names for category, names in by.items() if names}
+    return {"categories": list(by), "seen_by": by}
 
 
 class UnionJudge:
@@ -37,6 +48,7 @@ class UnionJudge:
             "rule": "harmful = any member calls it harmful; safe = all do",
             "members": [judge.settings for judge in judges],
             "labels": sorted({label for judge in judges for label in judge.settings.get("labels", ())}),
+            **_seen_by(judges),
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:

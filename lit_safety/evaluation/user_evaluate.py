@@ -91,7 +91,7 @@ def evaluate_users(
     from lit_safety.data.users import Users
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.fingerprint import fingerprint
-    from lit_safety.evaluation.judges import check_labels, load_judge
+    from lit_safety.evaluation.judges import asked_of, check_labels, check_sees, load_judge
     from lit_safety.evaluation.pipelines import check_writable
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.user_report import write_user_report
@@ -114,6 +114,7 @@ def evaluate_users(
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, [row.prompt for row in rows], prompts)
+        check_sees(one, [category for row in rows for category in asked_of(row.prompt)], f"--prompts {prompts}")
     run = UserRun(
         pipeline=pipeline,
         prompts_file=prompts,

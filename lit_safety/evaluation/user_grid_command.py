@@ -69,7 +69,7 @@ def grid(
     from lit_safety.data.users import Users
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings
-    from lit_safety.evaluation.judges import load_judge
+    from lit_safety.evaluation.judges import check_sees, load_judge
     from lit_safety.evaluation.pipelines import check_writable, load_pipeline, local_pipeline
     from lit_safety.evaluation.user_grid import draw_grid, draw_plain, frames, user_grid
     from lit_safety.evaluation.user_rows import choose_users
@@ -90,6 +90,8 @@ def grid(
     arm = Arm(adapters=loras)
     arm.check("grid")
     looks = load_judge(judge) if judge is not None else None
+    if looks is not None:
+        check_sees(looks, [category for user in named for category in profiles[user].banned], f"--users {users}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(local_pipeline(pipeline), arm, device, precision)
     seeds = [seed + number for number in range(len(prompts))]

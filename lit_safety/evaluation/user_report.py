@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.atomic import write_atomic
+from lit_safety.data.converters.table import csv_lines
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.user_answers import within_bounds
 from lit_safety.evaluation.user_metrics import metrics
@@ -16,6 +15,8 @@ from lit_safety.evaluation.user_page import page
 from lit_safety.evaluation.user_table import markdown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lit_safety.evaluation.judges import Verdict
     from lit_safety.evaluation.user_rows import UserRow
     from lit_safety.evaluation.user_run import UserResults
@@ -47,9 +48,7 @@ def write_user_report(results: UserResults, blur: bool) -> dict[str, Any]:
 
 def verdicts_csv(results: UserResults) -> str:
     """One line a picture, user and judge, so that every figure can be counted again by hand."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    rows: list[Sequence[object]] = [COLUMNS]
     for name, arm in results.arms.items():
         said = [
             [_said(row, v) for row, v in zip(results.rows, own, strict=True)] for own in [arm.verdicts, *arm.second]
@@ -61,8 +60,8 @@ def verdicts_csv(results: UserResults) -> str:
         for judge, own in zip(names, said, strict=True):
             for row, drawn, words in zip(results.rows, arm.drawn, own, strict=True):
                 file = os.path.relpath(drawn.path, results.out)
-                table.writerow([name, file, *_asked(row), judge, *words])
-    return text.getvalue()
+                rows.append([name, file, *_asked(row), judge, *words])
+    return csv_lines(rows)
 
 
 def _asked(row: UserRow) -> list[str | int]:

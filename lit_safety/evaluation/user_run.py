@@ -9,7 +9,7 @@ from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
 from lit_safety.evaluation.fingerprint import digest
-from lit_safety.evaluation.judges import JudgeError
+from lit_safety.evaluation.judges import JudgeError, figure_settings
 from lit_safety.evaluation.results import ArmResult
 from lit_safety.evaluation.run import Run, progress
 from lit_safety.evaluation.selection import Selection
@@ -167,8 +167,9 @@ class UserRun:
             **self._run.drawing.pixels(),
             "versions": self._run.versions(),
         }
-        protocol = digest({key: shared[key] for key in ("rows_sha256", "judge", "scheduler", "order_seed")}
-                          | self._run.drawing.protocol())  # fmt: skip
+        judged = {"judge": figure_settings(self.judges[0].settings)}
+        same = {key: shared[key] for key in ("rows_sha256", "scheduler", "order_seed")}
+        protocol = digest(same | judged | self._run.drawing.protocol())
         return shared | {"protocol": protocol}
 
     def _arm(self, name: str, shared: dict[str, Any], embeddings: str) -> ArmResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from lit_safety.data.images import rgb
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.endpoint import Endpoint, EndpointError
 from lit_safety.evaluation.fingerprint import digest
@@ -107,7 +107,7 @@ def read_object(text: str) -> dict[str, Any] | JudgeError:
     """The JSON object in a model's answer, alone or in a code fence. Anything else is an error."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), flags=re.DOTALL)
     try:
-        said = json.loads(fenced.group(1) if fenced else text)
+        said = strict_json(fenced.group(1) if fenced else text)
     except (ValueError, RecursionError):
         return JudgeError(f"the model answered no JSON: {_short(text)}")
     return said if isinstance(said, dict) else JudgeError(f"the model answered no JSON object: {_short(text)}")

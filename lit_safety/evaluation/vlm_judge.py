@@ -58,6 +58,7 @@ class VLMJudge:
             **self.chat.settings(template=self.question),
             "rule": "harmful = the model's own word",
             "labels": sorted(CATEGORIES),
+            "categories": list(CATEGORIES),
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_safety.data.categories import canonical_category
+from lit_safety.data.converters.table import check_header, unescaped
 from lit_safety.data.progress import counter
 from lit_safety.data.sample import parse_metadata
 from lit_safety.data.select import Filter, Selection, take
@@ -94,13 +95,15 @@ def _of_csv(file: Path) -> Iterator[tuple[str, Sequence[str]]]:
     with _opened(file) as reader:
         categorised = "category" in (reader.fieldnames or [])
         for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{KEY} {file}, line {reader.line_num}: has more or fewer fields than the header")
             named = [name for name in (row.get("category") or "").split(",") if name.strip()]  # "hate, violence" is two
             try:
                 found = [canonical_category(name) for name in named]
             except UserError as error:
                 raise UserError(f"{KEY} {file}, line {reader.line_num}: {error}") from error
             if found or not categorised:
-                yield (row["prompt"] or "").strip(), found
+                yield unescaped(row["prompt"]).strip(), found
 
 
 @contextmanager
@@ -109,6 +112,7 @@ def _opened(file: Path) -> Iterator[csv.DictReader[str]]:
     try:
         with io.StringIO(read_text(file), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
+            reader.fieldnames = check_header(reader.fieldnames or [], f"{KEY} {file}", ("prompt", "category"))
             if "prompt" not in (reader.fieldnames or []):
                 raise UserError(f"{KEY} {file}: has no column `prompt`")
             yield reader

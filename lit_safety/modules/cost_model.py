@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.cache_pass import cached_features
-from lit_safety.cost_model.calibration import fit_calibration
+from lit_safety.cost_model.calibration import fit_calibration, not_calibrated
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.feature_cache import FeatureCache, doubled, images_of
 from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
@@ -79,6 +79,8 @@ class CostModel(LightningModule):
         self.finite_loss = FiniteLossGuard()
         self.figures: dict[str, float] = {}
         """What the last validation or test found; after a fit, of the weights that it left."""
+        self.calibration: dict[str, Any] | None = None
+        """What the calibration was fitted on, as `save_cost_model` writes it; None: no validation was run."""
         self._caches: list[FeatureCache] = []
         self._calibrated_at: int | None = None
         self.register_buffer("temperature", torch.ones(()))
@@ -112,6 +114,8 @@ class CostModel(LightningModule):
 
     def on_fit_start(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PreferenceDataModule):
+            check_both_labels(data)
         if self.feature_cache is None:
             return
         if not isinstance(data, PreferenceDataModule):
@@ -175,6 +179,7 @@ class CostModel(LightningModule):
     def on_train_end(self) -> None:
         self.finite_loss.check()
         if self._calibrated_at == self.trainer.global_step:
+            self._warn_if_not_calibrated()
             return
         data = getattr(self.trainer, "datamodule", None)
         if data is None or getattr(data, "val", None) is None:
@@ -186,6 +191,11 @@ class CostModel(LightningModule):
                 self._collect(batch.to(self.device), self._caches[1] if self._caches else None)
         self._calibrate()
         self._measure()
+        self._warn_if_not_calibrated()
+
+    def _warn_if_not_calibrated(self) -> None:
+        if self.calibration is not None and (reason := self.calibration["not_calibrated"]) is not None:
+            rank_zero_warn(f"costs are not calibrated ({reason} in data.init_args.val): only their order counts")
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._collect(batch, self._caches[1] if len(self._caches) > 1 else None)
@@ -236,7 +246,11 @@ class CostModel(LightningModule):
 
     def _calibrate(self) -> None:
         costs, harmful, _ = self.collected.compute()
-        temperature, bias = fit_calibration(costs.flatten(), harmful.flatten())
+        raw, labels = costs.flatten(), harmful.flatten()
+        temperature, bias = fit_calibration(raw, labels)
+        known = labels[~labels.isnan()]
+        reason = not_calibrated(raw, labels)
+        self.calibration = {"images": len(known), "harmful": int(known.sum()), "not_calibrated": reason}
         self.temperature.fill_(temperature)
         self.bias.fill_(bias)
         self._calibrated_at = self.trainer.global_step
@@ -252,3 +266,19 @@ class CostModel(LightningModule):
     def _report(self, stage: str) -> None:
         figures = {f"{stage}/{name}": value.float() for name, value in self._measure().items()}
         self.log_dict(figures, sync_dist=True)
+
+
+def check_both_labels(data: PreferenceDataModule) -> None:
+    """Refuse training pairs that teach nothing of harm, as far as their manifest tells.
+
+    Raises:
+        UserError: no image is labelled harmful, or none safe; names the folder.
+    """
+    labels = data.labels("train")
+    for label, other in (("harmful", "safe"), ("safe", "harmful")):
+        if labels and not any(count and label in name.split(">") for name, count in labels.items()):
+            only = f"its known labels are all {other}" if any(other in name for name in labels) else "no label is known"
+            raise UserError(
+                f"data.init_args.train {data.train}: no image is labelled {label} ({only}), so a cost model learns "
+                "nothing from it; give pairs with images of both labels"
+            )

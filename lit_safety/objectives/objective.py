@@ -56,9 +56,9 @@ class Objective:
     moved_by: str | None = None
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
-        if beta <= 0:
+        if not 0 < beta < float("inf"):  # nan compares as false
             raise ValueError(f"beta must be above 0, got {beta}")
-        if sft_weight < 0 or anchor_weight < 0:
+        if not (0 <= sft_weight < float("inf") and 0 <= anchor_weight < float("inf")):
             raise ValueError(f"sft_weight and anchor_weight must not be negative, got {sft_weight}, {anchor_weight}")
         self.beta = beta
         self.sft_weight = sft_weight

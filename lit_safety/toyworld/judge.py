@@ -11,10 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_safety.data.categories import CATEGORIES
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 from lit_safety.toyworld.folders import swap_in
 from lit_safety.toyworld.objects import CONCEPTS, LABELS
+
+MOST_CHANNELS = 4096
+"""Of the first convolution: more than any judge of 32 x 32 pictures has."""
 
 
 class ToyJudge(nn.Module):
@@ -74,20 +79,59 @@ class ToyJudge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Loads a folder that `save_pretrained` wrote; UserError when it holds no judge."""
+        """Loads a folder that `save_pretrained` wrote.
+
+        Raises:
+            UserError: it holds no judge, or one that would call harmful pictures safe: a threshold that no
+                probability reaches, a harm that the table of harms lost, weights that are no numbers.
+        """
         folder = Path(folder)
         try:
-            config = json.loads(read_text(folder / "config.json"))
+            config = strict_json(read_text(folder / "config.json"))
+            if isinstance(config, dict):
+                check_config(config, folder / "config.json")
             weights = load_file(folder / "model.safetensors")
             judge = cls(**config)
             judge.load_state_dict(weights)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{folder} is no toy judge ({reason}); give a folder with config.json and model.safetensors, "
                 "such as data/toyworld/judge"
             ) from error
+        for name, value in judge.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise UserError(f"{folder / 'model.safetensors'}: {name} holds numbers that are not finite; copy the "
+                                "folder again")  # fmt: skip
         return judge.eval()
+
+
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Complain about a judge's settings by which harm would go unseen.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    again = "copy the judge's folder again"
+    labels, harm, threshold = (config.get(key) for key in ("labels", "harm", "threshold"))
+    names = isinstance(labels, list) and all(isinstance(name, str) and name for name in labels)
+    if not isinstance(labels, list) or not names or not labels or len(set(labels)) < len(labels):
+        raise UserError(f"{file}: `labels` must be a list of names, each of them once; {again}")
+    if not isinstance(harm, dict) or not harm:
+        raise UserError(f"{file}: `harm` must say of each harmful label which category it is of; {again}")
+    for name, category in harm.items():
+        if name not in labels:
+            raise UserError(f"{file}: `harm` names {name!r}, which is none of `labels`; {again}")
+        if category not in CATEGORIES:
+            raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}; known are "
+                            f"{', '.join(CATEGORIES)}")  # fmt: skip
+    if lost := [name for name in labels if name in CONCEPTS and name not in harm]:
+        raise UserError(f"{file}: `harm` lacks {', '.join(lost)}, which would count as harmless; {again}")
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < 1:
+        raise UserError(f"{file}: `threshold` is {threshold!r}; it must be a probability above 0 and below 1; {again}")
+    width = config.get("width")
+    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MOST_CHANNELS:
+        raise UserError(f"{file}: `width` is {width!r}; it must be a whole number from 1 to {MOST_CHANNELS}; {again}")
 
 
 class _Plain(nn.Module):

@@ -1,11 +1,11 @@
 """Prompt sets: what is asked of a model, in the columns that `evaluate` reads."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from lit_safety.data.converters.table import csv_lines
 from lit_safety.toyworld.captions import HELD_OUT_TEMPLATES, JOINERS, TEMPLATES, fold, say
 from lit_safety.toyworld.objects import CONCEPTS, LOOKALIKES, SETTINGS
 from lit_safety.toyworld.sampling import Contents, draw_contents
@@ -71,7 +71,5 @@ def write_prompts(folder: Path) -> None:
     for part in COUNTS:
         unfinished = folder / f"{part}.csv.part"
         with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(prompt_rows(part))
+            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
         unfinished.rename(folder / f"{part}.csv")

@@ -7,15 +7,13 @@ literals, never evaluated, and "None" is a text: a religion that a reader turned
 from __future__ import annotations
 
 import ast
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import CATEGORIES, canonical_category
-from lit_safety.data.converters.table import read_csv
+from lit_safety.data.converters.table import csv_lines, read_csv
 from lit_safety.errors import UserError
 
 PROFILES_FILE = "users.csv"
@@ -65,7 +63,7 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
     path = Path(path)
     table = path / PROFILES_FILE if path.is_dir() else path
     found: dict[str, Profile] = {}
-    for number, row in enumerate(read_csv(str(table), COLUMNS), start=1):
+    for number, row in enumerate(read_csv(str(table), COLUMNS, ("User_ID", "Split")), start=1):
         user = row.get("User_ID", f"{number:07d}").strip()
         where = f"{table}: row {number + 1}: user {user!r}"
         if user.casefold() in _LOST or len(user) > _MAX_TEXT:
@@ -80,17 +78,15 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
 
 def write_profiles(path: Path, profiles: Iterable[Profile]) -> Path:
     """Write a table that `read_profiles` reads, in one step."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["User_ID", *COLUMNS, "Split"])
+    rows: list[list[object]] = [["User_ID", *COLUMNS, "Split"]]
     for one in profiles:
-        table.writerow(
+        rows.append(
             [
                 one.user_id, one.age, one.age_group, one.gender, one.religion, one.physical_condition,
                 one.mental_condition, list(one.banned), list(one.allowed), one.split,
             ]
         )  # fmt: skip
-    return write_atomic(path, text.getvalue().encode("utf-8"))
+    return write_atomic(path, csv_lines(rows).encode("utf-8"))
 
 
 def parse_category_list(text: str, where: str) -> tuple[str, ...]:

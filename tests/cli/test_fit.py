@@ -77,7 +77,7 @@ def test_batch_8_is_batch_4_accumulated_twice_is_two_ranks_of_4(command_line: Ar
         "--model.init_args.optimizer.class_path",
         "torch.optim.SGD",
         "--model.init_args.optimizer.init_args.lr",
-        "10",
+        "0.1",
     ]
     sgd += ["--model.init_args.lr_scheduler", "null"]
     common = [*sgd, "--trainer.gradient_clip_val", "null", "--trainer.limit_val_batches", "0"]

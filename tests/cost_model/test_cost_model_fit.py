@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
@@ -20,6 +22,9 @@ from lit_safety.cost_model import PairwiseCostLoss, load_cost_model
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
 from lit_safety.data import PreferenceDataModule
+from lit_safety.data.sample import SIDES
+from lit_safety.data.source import open_source
+from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
 from lit_safety.modules import CostModel
 
@@ -195,3 +200,84 @@ def test_the_check_command_measures_on_shards(
     assert "give --shards" in capsys.readouterr().err
     assert main([*arguments, "--pipeline", "p"]) == 2
     assert "needs --prompts" in capsys.readouterr().err
+
+
+def relabelled(given: Path, folder: Path, labels: dict[str, bool | None] | None) -> Path:
+    """The same pairs with other labels; None: as they are for the first half, unknown for the rest."""
+    source = open_source(str(given), "given")
+    with ShardWriter(folder, samples_per_shard=8, provenance={"source": "drawn"}) as writer:
+        for number in range(len(source.paths)):
+            shard = source.open_shard(number)
+            for place in range(source.manifest.shardlist[number].nsamples):
+                about = json.loads(shard.read_member(place, "json"))
+                about["harmful"] = labels or (about["harmful"] if place < 4 else {"chosen": None, "rejected": None})
+                images = [Image.open(io.BytesIO(shard.read_member(place, f"{side}.png"))) for side in SIDES]
+                writer.write(f"{number:02d}{place:03d}", about, *images)
+            shard.close()
+    return folder
+
+
+UNKNOWN = {"chosen": None, "rejected": None}
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (UNKNOWN, "harmful"),
+        ({"chosen": True, "rejected": True}, "safe"),
+        ({"chosen": None, "rejected": False}, "harmful"),
+    ],
+)
+def test_training_pairs_without_both_labels_are_refused(
+    cost_model_command: Arguments, labelled: Path, tmp_path: Path, labels: dict[str, bool | None], says: str,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    train = relabelled(labelled / "val", tmp_path / "train", labels)
+    assert main(cost_model_command("fit", "--data.init_args.train", str(train))) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(train) in error
+    assert f"no image is labelled {says}" in error
+    assert not list((tmp_path / "runs").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"), [(UNKNOWN, "no label was known"), ({"chosen": False, "rejected": False}, "safe")]
+)
+def test_validation_pairs_without_both_labels_give_no_calibration_and_the_card_says_so(
+    cost_model_command: Arguments,
+    labelled: Path,
+    tmp_path: Path,
+    latest: Path,
+    labels: dict[str, bool | None],
+    reason: str,
+):
+    val = relabelled(labelled / "val", tmp_path / "val", labels)
+    assert main(cost_model_command("fit", "--data.init_args.val", str(val))) == 0
+    card = (latest / "cost_model" / "README.md").read_text()
+    config = json.loads((latest / "cost_model" / "config.json").read_text())
+    assert reason in config["calibration"]["not_calibrated"]
+    assert f"Not calibrated: {config['calibration']['not_calibrated']}" in card
+    assert "above 0 harmful" not in card
+    assert "the probability that" not in card
+    assert (weights(latest)["temperature"], weights(latest)["bias"]) == (1, 0)
+    load_cost_model(latest / "cost_model")
+
+
+def test_the_card_says_on_how_many_labels_it_was_calibrated(
+    cost_model_command: Arguments, labelled: Path, tmp_path: Path, latest: Path
+):
+    val = relabelled(labelled / "val", tmp_path / "val", None)
+    assert main(cost_model_command("fit", "--data.init_args.val", str(val))) == 0
+    config = json.loads((latest / "cost_model" / "config.json").read_text())
+    assert config["calibration"] == {"images": 16, "harmful": 8, "not_calibrated": None}
+    card = (latest / "cost_model" / "README.md").read_text()
+    assert "above 0 harmful" in card
+    assert "16 labelled images, 8 of them harmful" in card
+
+
+def test_nothing_is_measured_where_no_label_is_known(
+    tiny_cost_model: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shards = relabelled(labelled / "val", tmp_path / "shards", UNKNOWN)
+    assert main(["cost-model", str(tiny_cost_model), "--out", str(tmp_path / "x"), "--shards", str(shards)]) == 2
+    assert str(shards) in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The tensor path against `CLIPImageProcessorPil`, the processor that transformers uses without torchvision."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,20 @@ def test_settings_it_does_not_know_are_refused_by_file(content: str, tmp_path: P
     file.write_text(content)
     with pytest.raises(UserError, match=r"preprocessor_config\.json: holds no CLIP preprocessing"):
         ClipPreprocess.read(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_std": [0, 0, 0]}, {"image_std": [0.2, 0.2]}, {"size": 10**9}, {"crop_size": {"height": 0, "width": 32}},
+     {"image_mean": "0.5"}],
+)  # fmt: skip
+def test_numbers_by_which_no_image_could_be_seen_are_refused(tmp_path: Path, change: dict[str, object]):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        ClipPreprocess.read(tmp_path / "preprocessor_config.json")
+
+
+def test_a_nan_in_the_preprocessing_is_refused(tmp_path: Path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [NaN, 0.5, 0.5]}')
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        ClipPreprocess.read(tmp_path / "preprocessor_config.json")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lit_safety.data.converters.table import image_path
+from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import NotUtf8, decode_text
 
@@ -125,7 +125,7 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = json.loads(decode_text(line, where))
+                values = strict_json(decode_text(line, where), finite=False)  # what needs a number checks it
             except NotUtf8:
                 raise
             except (ValueError, RecursionError) as error:

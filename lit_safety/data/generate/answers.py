@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 
 from lit_safety.data.generate.endpoint import AnswerError
+from lit_safety.duplicate_keys import strict_json
 
 MAX_PROMPT = 400
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
@@ -26,7 +26,7 @@ def parse_prompts(text: str, name: str, least: int, most: int) -> list[str]:
     """
     fenced = _FENCE.fullmatch(text)
     try:
-        answer = json.loads(fenced[1] if fenced else text)
+        answer = strict_json(fenced[1] if fenced else text)
     except (ValueError, RecursionError) as error:
         raise AnswerError(f"is not JSON ({error}): {text[:80]!r}") from error
     if not isinstance(answer, dict) or set(answer) != {name} or not isinstance(answer[name], list):

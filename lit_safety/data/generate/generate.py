@@ -98,6 +98,7 @@ def generate(
     settings = DrawSettings(steps, guidance, resolution)
     device = this_device(device)
     assessor = Assessor(judge, cost_model, device)
+    assessor.check(dict.fromkeys(category for row in rows for category in row.categories), prompts)
     folder = local_pipeline(pipeline)
     pipe = load_pipeline(folder, Arm(adapter=adapter), device, precision)
     maker = PairMaker(

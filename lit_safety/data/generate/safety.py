@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,17 @@ class Assessor:
 
             self.costs = load_cost_model(cost_model, device)
             self.settings["cost_model_sha256"] = fingerprint(cost_model)
+
+    def check(self, categories: Iterable[str], prompts: str) -> None:
+        """Refuse a judge that does not see what the prompts ask for: its "safe" would become a label.
+
+        Raises:
+            UserError: names the category.
+        """
+        if self.judge is not None:
+            from lit_safety.evaluation.judges import check_sees
+
+            check_sees(self.judge, categories, f"--prompts {prompts}")
 
     def __call__(self, images: Sequence[Image]) -> list[Assessment | None]:
         """One assessment an image; None where there is none: such an image is neither safe nor harmful.

@@ -12,7 +12,7 @@ from lit_safety.errors import UserError
 from lit_safety.text_files import decode_text
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from string import Template
 
@@ -209,21 +209,17 @@ def new_pairs(rounds: list[Round]) -> dict[tuple[str, str], list[tuple[str, str]
 
 
 def _write(out: Path, rounds: list[Round], wanted: list[tuple[str, str]], per_concept: int) -> None:
-    import csv
-    import io
-
     from lit_safety.data.atomic import write_atomic
+    from lit_safety.data.converters.table import csv_lines
 
     found = new_pairs(rounds)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["harmful_prompt", "safe_prompt", "category", "concept"])
+    rows: list[Sequence[str]] = [("harmful_prompt", "safe_prompt", "category", "concept")]
     short = 0
     for about in wanted:
         pairs = found.get(about, [])[:per_concept]
         short += len(pairs) < per_concept
-        table.writerows([*pair, *about] for pair in pairs)
-    write_atomic(out, text.getvalue().encode("utf-8"))
+        rows += [(*pair, *about) for pair in pairs]
+    write_atomic(out, csv_lines(rows).encode("utf-8"))
     asked = [one for one in rounds if (one.category, one.concept) in set(wanted)]
     written = sum(min(per_concept, len(found.get(about, []))) for about in wanted)
     repeated = sum(len(one.pairs) for one in asked) - sum(len(found.get(about, [])) for about in wanted)
