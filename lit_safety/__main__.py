@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lit_safety import __version__
 from lit_safety.errors import UserError
+from lit_safety.parent import watch_parent
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -81,4 +82,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    watch_parent()
     sys.exit(main())

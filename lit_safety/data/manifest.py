@@ -25,6 +25,8 @@ from lit_safety.data.sample import PairMetadata
 from lit_safety.errors import UserError
 
 FILE_NAME = "manifest.json"
+#: What is finished so far, in the manifest's format; gone once the manifest itself is written.
+JOURNAL = ".manifest.partial.json"
 FORMAT = "lit_safety preference shards"
 VERSION = 1
 

@@ -19,7 +19,7 @@ from typing import Any
 import braceexpand
 
 from lit_safety.data.cache import PROMPTS
-from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest
+from lit_safety.data.manifest import FILE_NAME, JOURNAL, Manifest, SampleClass, Shard, file_sha256, load_manifest
 from lit_safety.data.remote import default_cache, fetch, is_remote
 from lit_safety.data.sample import parse_metadata
 from lit_safety.data.tarindex import OpenShard
@@ -147,7 +147,18 @@ def tars_named(given: str, key: str) -> list[str]:
     """
     paths = _expand(given, key)
     _refuse_twice(paths, given, key)
+    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
+        _refuse_incomplete(folder, key)
     return paths
+
+
+def _refuse_incomplete(folder: str, key: str) -> None:
+    """Shards that somebody writes, or that a killed run left, would be read as all there is."""
+    if os.path.exists(os.path.join(folder, JOURNAL)) and not os.path.exists(os.path.join(folder, FILE_NAME)):
+        raise UserError(
+            f"{key}: {folder or '.'} is not complete: a process is writing its shards, or was stopped; wait for it, or "
+            "start the command that writes them again"
+        )
 
 
 def _refuse_twice(paths: Sequence[str], given: str, key: str) -> None:
@@ -185,6 +196,7 @@ def _expand(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):
         raise UserError(f"{key}: {pattern!r} is refused: commands are not run; give a folder or a pattern of tar files")
     if os.path.isdir(pattern):
+        _refuse_incomplete(pattern, key)
         found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
         if not found:
             raise UserError(f"{key}: the folder {pattern} holds neither {FILE_NAME} nor a tar file")
