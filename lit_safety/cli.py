@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +23,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_safety.callbacks.stop_on_signal import StopOnSignal
+from lit_safety.data.atomic import FULL, Lock, lock_of
 from lit_safety.errors import UserError
 from lit_safety.hardware import check_trainer
+from lit_safety.kept_config import KeepConfig
+from lit_safety.kept_rows import keep_rows
 from lit_safety.modules.strategy_checks import cannot_offload, lost_rank, prepare_strategy
+from lit_safety.parent import end_with
 from lit_safety.parsing import SingleLineErrors
 from lit_safety.run_folder import (
     ENVIRONMENT,
     RunOptions,
+    damage,
     find_checkpoint,
     is_launched,
     is_main_process,
@@ -35,9 +43,12 @@ from lit_safety.run_folder import (
     point_latest,
     remove_if_barren,
 )
+from lit_safety.whole_batches import count_batches
 
 #: `--ckpt_path auto` of `fit`: as `last`, and a new run where there is none, for scripts that start a job again.
 AUTO = "auto"
+#: Seconds for launched ranks to end by themselves after this one has, and again after each stronger word.
+RANKS_END = 10.0
 
 
 class Parser(SingleLineErrors, LightningArgumentParser):
@@ -62,6 +73,14 @@ class PointLatest(Callback):
 class LitSafetyCLI(LightningCLI):
     """LightningCLI whose runs write into folders of their own (see `run_folder`)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lock: Lock | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         # One seed: the samples' order and chance come from the same number as the initial weights.
@@ -71,6 +90,10 @@ class LitSafetyCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_trainer(config.trainer)
         self.folder = self._choose_folder(config)
+        if self.subcommand == "fit" and is_main_process():
+            self.lock = Lock(
+                lock_of(self.folder), f"{self.folder}: another process trains in this folder; wait for it, or end it"
+            )
         # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
         self.asked = copy.deepcopy(config)
         if self.subcommand == "fit":
@@ -106,7 +129,8 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new:
                 remove_if_barren(self.folder)
-            if isinstance(error, ValueError | MisconfigurationException):  # settings that a class refuses
+            # Settings that a class refuses, and SLURM's that do not fit them.
+            if isinstance(error, ValueError | MisconfigurationException) or "SLURM" in str(error):
                 raise UserError(str(error)) from error
             raise
 
@@ -115,6 +139,10 @@ class LitSafetyCLI(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfigCallback):
                 callback.config = self.asked
+            count_batches(callback)
+        if is_main_process():
+            for logger in trainer.loggers:
+                keep_rows(logger)
         prepare_strategy(trainer)
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, self.point_latest)
@@ -127,6 +155,7 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new and not self.point_latest.begun:
                 remove_if_barren(self.folder)
+            end_ranks(self.trainer)
             if isinstance(error, SIGTERMException):
                 saved = self.stop_on_signal.saved
                 if is_main_process():
@@ -136,12 +165,40 @@ class LitSafetyCLI(LightningCLI):
                 raise UserError(str(error)) from error
             if (reason := cannot_offload(error)) is not None:
                 raise UserError(reason) from error
+            if port_in_use(error):
+                raise UserError(
+                    f"the port {os.environ.get('MASTER_PORT', 'of the ranks')} is in use by another process: set "
+                    "MASTER_PORT to a free one, or leave it out"
+                ) from error
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise UserError(
+                    f"{error.filename or self.folder}: cannot be written ({error.strerror}): make room, then go on "
+                    "with `--ckpt_path last`"
+                ) from error
             if lost_rank(error):
                 raise UserError(
                     "another rank is gone, or has not answered within `timeout` of the strategy; what it said, if "
                     f"anything, stands above: go on with `--ckpt_path last` ({str(error).strip().splitlines()[0]})"
                 ) from error
             raise
+
+
+def port_in_use(error: BaseException) -> bool:
+    """Whether rank 0 could not listen for the others."""
+    return isinstance(error, RuntimeError) and ("EADDRINUSE" in str(error) or "address already in use" in str(error))
+
+
+def end_ranks(trainer: Trainer) -> None:
+    """End the ranks that this process has launched: those that wait for it would wait long after it is gone."""
+    processes = getattr(getattr(trainer.strategy, "launcher", None), "procs", None) or []
+    deadline = time.monotonic() + RANKS_END
+    for how in ("wait", "terminate", "kill"):
+        for process in processes:
+            if process.poll() is None and how != "wait":
+                getattr(process, how)()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
+        deadline = time.monotonic() + RANKS_END
 
 
 def one_seed(seed_everything: bool | int) -> int:
@@ -160,13 +217,11 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     if ckpt_path is None and command in ("test", "predict"):
         raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
     words = ("last", "best", "hpc", "registry")
-    if (
-        ckpt_path is None
-        or (command, ckpt_path) == ("fit", AUTO)
-        or ckpt_path.startswith(words)
-        or "://" in ckpt_path
-        or Path(ckpt_path).exists()
-    ):
+    if ckpt_path is None or (command, ckpt_path) == ("fit", AUTO) or ckpt_path.startswith(words) or "://" in ckpt_path:
+        return
+    if Path(ckpt_path).exists():
+        if (reason := damage(Path(ckpt_path))) is not None:
+            raise UserError(f"`--ckpt_path {ckpt_path}` {reason}; `--ckpt_path last` finds the newest whole one")
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
 
@@ -213,6 +268,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """
     quiet()
     inherited = os.environ.get(ENVIRONMENT)
+    if inherited is not None and is_launched():
+        end_with(os.getppid())  # rank 0
     # Launchers of further ranks start `sys.argv` again, so it must be this command also when Python code calls us.
     argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
@@ -222,6 +279,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,

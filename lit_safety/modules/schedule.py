@@ -47,7 +47,8 @@ def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
     if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
         if math.isinf(steps):
             raise UserError(
-                f"`{KEY}.total_steps` follows `trainer.max_steps` or `trainer.max_epochs`, and neither is given: set one"
+                f"`{KEY}.total_steps` follows `trainer.max_steps` or `trainer.max_epochs`, and neither is given: set "
+                "one of the three"
             )
         filled["total_steps"] = max(2, int(steps))  # a schedule of one step is only its end, a rate near 0
     total = filled.get("total_steps", given.get("total_steps"))
