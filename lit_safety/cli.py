@@ -86,6 +86,11 @@ class LitSafetyCLI(LightningCLI):
         # One seed: the samples' order and chance come from the same number as the initial weights.
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=one_seed)
 
+    def _parse_ckpt_path(self) -> None:
+        config = self.config[self.config.subcommand]
+        check_checkpoint(str(self.config.subcommand), config.get("ckpt_path"))  # Lightning reads it here
+        super()._parse_ckpt_path()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_trainer(config.trainer)
@@ -106,7 +111,6 @@ class LitSafetyCLI(LightningCLI):
         name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = Path(config.run.root) / name
         resumed = None
-        check_checkpoint(str(self.subcommand), config.get("ckpt_path"))
         if (wanted := config.get("ckpt_path")) in ("last", AUTO):
             checkpoint = last_checkpoint(parent) if wanted == "last" else find_checkpoint(parent)
             config.ckpt_path = None if checkpoint is None else str(checkpoint)

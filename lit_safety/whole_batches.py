@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 
@@ -14,6 +15,17 @@ def count_batches(bar: Any) -> None:
 
 
 class _WholeBatches(ProgressBar):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._begun:  # a run that goes on within an epoch is not told of its start, which sets the total
+            self.on_train_epoch_start(trainer, pl_module)
+
+    @property
+    def _begun(self) -> int:
+        """Batches of this epoch that were done before a resume."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return done if done < self.trainer.num_training_batches else 0  # else they are the epoch's before
+
     @property
     def total_train_batches(self) -> int | float:
         """Batches of this epoch, those before a resume included; fewer where the run ends within it."""
@@ -21,6 +33,5 @@ class _WholeBatches(ProgressBar):
         held, every = trainer.num_training_batches, trainer.accumulate_grad_batches
         if trainer.max_epochs not in (-1, None) or trainer.max_steps is None or trainer.max_steps < 0:
             return held
-        begun = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        left = max(0, trainer.max_steps - trainer.global_step) * every - begun % every
-        return min(held, begun + left)
+        left = max(0, trainer.max_steps - trainer.global_step) * every - self._begun % every
+        return min(held, self._begun + left)

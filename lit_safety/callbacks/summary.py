@@ -40,7 +40,7 @@ class RunSummary(Callback):
                     f"cache   {one.key}: the reference's errors at {reference.draws} fixed draws a pair; it is not run"
                 )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._rate_told or not trainer.is_global_zero:
             return
         self._rate_told = True  # now, and not before: a checkpoint's rate is known only here
