@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -147,6 +150,7 @@ class LitSafetyCLI(LightningCLI):
         if is_main_process():
             for logger in trainer.loggers:
                 keep_rows(logger)
+        check_world(trainer)
         prepare_strategy(trainer)
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, self.point_latest)
@@ -159,7 +163,7 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new and not self.point_latest.begun:
                 remove_if_barren(self.folder)
-            end_ranks(self.trainer)
+            end_ranks(self.trainer, 0.0 if port_in_use(error) else RANKS_END)
             if isinstance(error, SIGTERMException):
                 saved = self.stop_on_signal.saved
                 if is_main_process():
@@ -174,10 +178,10 @@ class LitSafetyCLI(LightningCLI):
                     f"the port {os.environ.get('MASTER_PORT', 'of the ranks')} is in use by another process: set "
                     "MASTER_PORT to a free one, or leave it out"
                 ) from error
-            if isinstance(error, OSError) and error.errno in FULL:
+            if (full := full_disk(error)) is not None:
                 raise UserError(
-                    f"{error.filename or self.folder}: cannot be written ({error.strerror}): make room, then go on "
-                    "with `--ckpt_path last`"
+                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then go on with "
+                    "`--ckpt_path last`"
                 ) from error
             if lost_rank(error):
                 raise UserError(
@@ -187,22 +191,68 @@ class LitSafetyCLI(LightningCLI):
             raise
 
 
+def check_world(trainer: Trainer) -> None:
+    """Refuse processes that a launcher has started and that would each train for themselves.
+
+    Raises:
+        UserError: there are more, or fewer, than the trainer's ranks.
+    """
+    for environment, variable in ((SLURMEnvironment, "SLURM_NTASKS"), (TorchElasticEnvironment, "WORLD_SIZE")):
+        started = os.environ.get(variable, "")
+        if environment.detect() and started.isdigit() and int(started) not in (1, trainer.world_size):
+            raise UserError(
+                f"{variable} is {started}, and `trainer.devices` x `trainer.num_nodes` make {trainer.world_size} "
+                f"ranks: set them to {started} in all and `trainer.strategy` to ddp, or start as many processes"
+            )
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """What says that a disk is full, in an error or what it came from: loggers put their own words around it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def tell_of_threads(otherwise: Callable[[Any], Any], told: Any) -> None:
+    """For `threading.excepthook`: a logger's thread that meets a full disk says so in one line."""
+    if (full := full_disk(told.exc_value)) is None:
+        otherwise(told)
+    else:
+        print(f"note: {full.filename or 'a file'}: cannot be written ({full.strerror})", file=sys.stderr)
+
+
 def port_in_use(error: BaseException) -> bool:
     """Whether rank 0 could not listen for the others."""
     return isinstance(error, RuntimeError) and ("EADDRINUSE" in str(error) or "address already in use" in str(error))
 
 
-def end_ranks(trainer: Trainer) -> None:
-    """End the ranks that this process has launched: those that wait for it would wait long after it is gone."""
+def end_ranks(trainer: Trainer, patience: float, mercy: float = RANKS_END) -> None:
+    """End the ranks that this process has launched: those that wait for it would wait long after it is gone.
+
+    Args:
+        trainer: whose ranks.
+        patience: seconds in which they may end by themselves.
+        mercy: seconds between a SIGTERM and the end.
+    """
     processes = getattr(getattr(trainer.strategy, "launcher", None), "procs", None) or []
-    deadline = time.monotonic() + RANKS_END
-    for how in ("wait", "terminate", "kill"):
-        for process in processes:
-            if process.poll() is None and how != "wait":
-                getattr(process, how)()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, deadline - time.monotonic()))
-        deadline = time.monotonic() + RANKS_END
+    _wait(processes, patience)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    _wait(processes, mercy)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
 
 
 def one_seed(seed_everything: bool | int) -> int:
@@ -276,6 +326,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
         end_with(os.getppid())  # rank 0
     # Launchers of further ranks start `sys.argv` again, so it must be this command also when Python code calls us.
     argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    hook = threading.excepthook
+    threading.excepthook = functools.partial(tell_of_threads, hook)
     try:
         LitSafetyCLI(
             LightningModule,
@@ -291,5 +343,6 @@ def run_trainer(arguments: Sequence[str]) -> None:
         )
     finally:
         sys.argv = argv
+        threading.excepthook = hook
         if inherited is None:
             os.environ.pop(ENVIRONMENT, None)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import noted
 import pytest
 import torch
 import yaml
+from full_disk import full_disk
 from one_cycle import one_cycle
 
 from lit_safety.__main__ import main
+from lit_safety.cli import end_ranks, port_in_use
 from lit_safety.data.atomic import Lock, lock_of
 
 Arguments = Callable[..., list[str]]
@@ -138,3 +147,88 @@ def test_a_damaged_checkpoint_is_one_line_and_another_is_taken(
     assert fit("--trainer.max_steps", "3", "--ckpt_path", "last") == 0
     assert "last.ckpt is damaged" in capsys.readouterr().out
     assert torch.load(latest / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_disk_that_fills_up_under_the_logger_is_one_line(
+    command_line: Arguments, logger: str, capsys: pytest.CaptureFixture[str]
+):
+    quiet = ["--trainer.limit_val_batches", "0", "--trainer.val_check_interval", "null", "--trainer.max_steps", "2"]
+    quiet += ["--trainer.callbacks", "[]", "--trainer.callbacks+=noted.FillDisk", "--trainer.log_every_n_steps", "1"]
+    quiet += ["--trainer.logger", f"lightning.pytorch.loggers.{logger}", "--trainer.logger.save_dir", "."]
+    quiet += ["--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false"]
+    with full_disk(1 << 30):
+        code = main(command_line("fit", *quiet))
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in said
+    assert "error: " in said.strip().splitlines()[-1]
+    assert "runs/scdpo" in said
+
+
+@pytest.mark.parametrize("per_node", [None, "2"])
+def test_tasks_of_slurm_that_the_trainer_would_not_use_are_refused(
+    fit: Callable[..., int],
+    per_node: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for name, value in {"NTASKS": "2", "JOB_ID": "1", "JOB_NAME": "run", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    if per_node is not None:
+        monkeypatch.setenv("SLURM_NTASKS_PER_NODE", per_node)
+    assert fit("--trainer.max_steps", "2") == 2
+    assert "2" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named_and_no_rank_stays(command_line: Arguments, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_safety", *command_line("fit", *two)],
+            env={**os.environ, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert port in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [one for one in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(one)]
+
+
+def test_a_taken_port_is_told_from_a_lost_rank():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RuntimeError) as said:
+            torch.distributed.TCPStore("127.0.0.1", taken.getsockname()[1], 2, is_master=True)
+    assert port_in_use(said.value)
+
+
+def test_ranks_that_wait_for_a_gone_one_are_ended():
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE)
+        for words in ("print(1, flush=True); import time; time.sleep(60)", deaf)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=processes)))
+    end_ranks(trainer, patience=0.0, mercy=0.5)
+    assert [process.poll() for process in processes] == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
