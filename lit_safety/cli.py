@@ -39,6 +39,7 @@ from lit_safety.run_folder import (
     RunOptions,
     damage,
     find_checkpoint,
+    has_optimizer,
     is_launched,
     is_main_process,
     last_checkpoint,
@@ -276,6 +277,11 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     if Path(ckpt_path).exists():
         if (reason := damage(Path(ckpt_path))) is not None:
             raise UserError(f"`--ckpt_path {ckpt_path}` {reason}; `--ckpt_path last` finds the newest whole one")
+        if command == "fit" and Path(ckpt_path).is_file() and not has_optimizer(Path(ckpt_path)):
+            raise UserError(
+                f"`--ckpt_path {ckpt_path}` holds weights alone, and no optimizer to go on with: begin a new run from "
+                "them, `--model.init_args.start_from`"
+            )
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
 

@@ -50,8 +50,8 @@ COMMANDS: dict[str, str | dict[str, str]] = {
 }
 
 
-#: Functions whose `out` has one writer at a time; True: it is a file, or a folder that is replaced whole. Those that
-#: several processes share lock what is each one's own, and `study run` hands its lock on to its jobs.
+#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder that
+#: is replaced whole. What several processes share locks each one's own; `study run` hands its lock on to its jobs.
 WRITERS = {
     "attack": False,
     "build": False,
@@ -82,14 +82,15 @@ def _load(where: str) -> Callable[..., Any]:
 
 
 def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
-    """The function, refused with a `UserError` while another process writes to its `out`."""
+    """The function, refused with a `UserError` while another process writes where it does."""
 
     @functools.wraps(function)
     def alone(*args: Any, **kwargs: Any) -> Any:
         from lit_safety.data.atomic import one_writer
 
-        out = inspect.signature(function).bind(*args, **kwargs).arguments.get("out")
-        with one_writer(*([Path(out)] if out else []), replaced=replaced):
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        outs = [Path(given[name]) for name in ("out", "work") if given.get(name)]
+        with one_writer(*outs, replaced=replaced):
             return function(*args, **kwargs)
 
     return alone

@@ -100,7 +100,7 @@ def _search(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name == LAST_CHECKPOINT.name), reverse=True):
         if (reason := damage(path)) is not None:
             damaged.append((path, reason))
-        elif path.is_dir() or path.name == LAST_CHECKPOINT.name or _has_optimizer(path):
+        elif path.is_dir() or path.name == LAST_CHECKPOINT.name or has_optimizer(path):
             chosen = path
             break
     if damaged and is_main_process():
@@ -140,7 +140,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _has_optimizer(path: Path) -> bool:
+def has_optimizer(path: Path) -> bool:
     """Whether a whole checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
     from lit_safety.adapters.start_from import read_file
 

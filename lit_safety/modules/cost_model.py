@@ -116,7 +116,8 @@ class CostModel(LightningModule):
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path is not None:
             schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
-            self._settings.restore(self.trainer.optimizers[0], schedulers[0] if schedulers else None)
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
 
     def on_fit_start(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

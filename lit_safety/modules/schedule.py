@@ -104,12 +104,20 @@ class ScheduleSettings:
         ]
         self._schedule = {} if scheduler is None else {name: vars(scheduler)[name] for name in _settings(scheduler)}
 
-    def restore(self, optimizer: Any, scheduler: Any | None) -> None:
-        """Put the config's settings back; the rate goes on as its schedule says for the step that comes next."""
+    def restore(self, optimizer: Any, scheduler: Any | None, step: int = 0) -> None:
+        """Put the config's settings back; the rate goes on as its schedule says for the step that comes next.
+
+        Args:
+            optimizer: with the checkpoint's state.
+            scheduler: likewise; or a new one, where the run before had none.
+            step: how many steps that run took.
+        """
         moving = {"lr"} if scheduler is not None else set()
         if getattr(scheduler, "cycle_momentum", False):
             moving |= {"betas", "momentum"}
         changed = False
+        if scheduler is not None and scheduler.last_epoch == 0 and step > 0:
+            scheduler.last_epoch, changed = step, True
         for group, mine in zip(optimizer.param_groups, self._groups, strict=False):
             for name, value in mine.items():
                 if name not in moving and name in group and _differ(group[name], value):

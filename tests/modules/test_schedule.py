@@ -125,3 +125,9 @@ def test_a_constant_rate_is_the_new_config_s():
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     settings.restore(optimizers[1], None)
     assert optimizers[1].param_groups[0]["lr"] == 1e-4
+
+
+def test_a_schedule_that_the_run_before_had_not_begins_at_its_step():
+    optimizer, scheduler = made(20, max_lr=PEAK, total_steps=None, pct_start=0.1)
+    ScheduleSettings(optimizer, scheduler).restore(optimizer, scheduler, step=7)
+    assert rates(optimizer, scheduler, 13) == pytest.approx(one_cycle(20)[7:], rel=1e-6)
