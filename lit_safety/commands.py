@@ -50,8 +50,8 @@ COMMANDS: dict[str, str | dict[str, str]] = {
 }
 
 
-#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder that
-#: is replaced whole. What several processes share locks each one's own; `study run` hands its lock on to its jobs.
+#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder
+#: that is replaced whole. What several processes share locks each one's own; `study run` hands its lock to its jobs.
 WRITERS = {
     "attack": False,
     "build": False,

@@ -132,6 +132,8 @@ class ScheduleSettings:
 
 
 def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return tuple(one) != tuple(other)
     same = one == other
     return not (same if isinstance(same, bool) else bool(same.all()))
 
