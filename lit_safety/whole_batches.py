@@ -23,7 +23,8 @@ class _WholeBatches(ProgressBar):
     @property
     def _begun(self) -> int:
         """Batches of this epoch that were done before a resume."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        # Not `completed`: a checkpoint of a batch's end is written before that goes up.
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return done if done < self.trainer.num_training_batches else 0  # else they are the epoch's before
 
     @property

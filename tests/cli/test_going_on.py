@@ -78,11 +78,12 @@ def test_a_schedule_that_ends_before_the_run_is_refused_before_the_first_step(
 
 
 def test_the_bar_counts_batches(fit: Callable[..., int]):
-    """8 batches an epoch, two a step: 3 steps are 6 of them, and one more step 8."""
+    """8 batches an epoch, two a step, also where a run goes on within an epoch."""
     two = ["--trainer.accumulate_grad_batches", "2", f"{SCHEDULE}total_steps", "5"]
-    assert fit(*two, "--trainer.max_steps", "3") == 0
-    assert noted.BAR[0] == (1, 6)
-    assert noted.BAR[-1] == (6, 6)
+    assert fit(*two, "--trainer.max_steps", "2") == 0
+    assert noted.BAR == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert fit(*two, "--trainer.max_steps", "3", "--ckpt_path", "last") == 0
+    assert noted.BAR[4:] == [(5, 6), (6, 6)]
     assert fit(*two, "--trainer.max_steps", "5", "--ckpt_path", "last") == 0
     assert noted.BAR[6:] == [(7, 8), (8, 8), (1, 2), (2, 2)]
 
