@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lit_safety import __version__
 from lit_safety.errors import UserError
+from lit_safety.parent import watch_parent
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -98,4 +99,5 @@ def print_anything() -> None:
 
 
 if __name__ == "__main__":
+    watch_parent()
     sys.exit(main())

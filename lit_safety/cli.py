@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -20,14 +26,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_safety.callbacks.stop_on_signal import StopOnSignal
+from lit_safety.data.atomic import FULL, Lock, lock_of
 from lit_safety.errors import UserError
 from lit_safety.hardware import check_trainer
+from lit_safety.kept_config import KeepConfig
+from lit_safety.kept_rows import keep_rows
 from lit_safety.modules.strategy_checks import cannot_offload, lost_rank, prepare_strategy
+from lit_safety.parent import end_with
 from lit_safety.parsing import SingleLineErrors
 from lit_safety.run_folder import (
     ENVIRONMENT,
     RunOptions,
+    damage,
     find_checkpoint,
+    has_optimizer,
     is_launched,
     is_main_process,
     last_checkpoint,
@@ -35,9 +47,12 @@ from lit_safety.run_folder import (
     point_latest,
     remove_if_barren,
 )
+from lit_safety.whole_batches import count_batches
 
 #: `--ckpt_path auto` of `fit`: as `last`, and a new run where there is none, for scripts that start a job again.
 AUTO = "auto"
+#: Seconds for launched ranks to end by themselves after this one has, and again after each stronger word.
+RANKS_END = 10.0
 
 
 class Parser(SingleLineErrors, LightningArgumentParser):
@@ -65,15 +80,32 @@ class PointLatest(Callback):
 class LitSafetyCLI(LightningCLI):
     """LightningCLI whose runs write into folders of their own (see `run_folder`)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lock: Lock | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         # One seed: the samples' order and chance come from the same number as the initial weights.
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=one_seed)
 
+    def _parse_ckpt_path(self) -> None:
+        config = self.config[self.config.subcommand]
+        check_checkpoint(str(self.config.subcommand), config.get("ckpt_path"))  # Lightning reads it here
+        super()._parse_ckpt_path()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_trainer(config.trainer)
         self.folder = self._choose_folder(config)
+        if self.subcommand == "fit" and is_main_process():
+            self.lock = Lock(
+                lock_of(self.folder), f"{self.folder}: another process trains in this folder; wait for it, or end it"
+            )
         # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
         self.asked = copy.deepcopy(config)
         if self.subcommand == "fit":
@@ -86,7 +118,6 @@ class LitSafetyCLI(LightningCLI):
         name = config.run.name or config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = Path(config.run.root) / name
         resumed = None
-        check_checkpoint(str(self.subcommand), config.get("ckpt_path"))
         if (wanted := config.get("ckpt_path")) in ("last", AUTO):
             checkpoint = last_checkpoint(parent) if wanted == "last" else find_checkpoint(parent)
             config.ckpt_path = None if checkpoint is None else str(checkpoint)
@@ -109,7 +140,8 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new:
                 remove_if_barren(self.folder)
-            if isinstance(error, ValueError | MisconfigurationException):  # settings that a class refuses
+            # Settings that a class refuses, and SLURM's that do not fit them.
+            if isinstance(error, ValueError | MisconfigurationException) or "SLURM" in str(error):
                 raise UserError(str(error)) from error
             raise
 
@@ -118,6 +150,11 @@ class LitSafetyCLI(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfigCallback):
                 callback.config = self.asked
+            count_batches(callback)
+        if is_main_process():
+            for logger in trainer.loggers:
+                keep_rows(logger)
+        check_world(trainer)
         prepare_strategy(trainer)
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, self.point_latest)
@@ -130,6 +167,7 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new and not self.point_latest.begun:
                 remove_if_barren(self.folder)
+            end_ranks(self.trainer, 0.0 if port_in_use(error) else RANKS_END)
             if isinstance(error, SIGTERMException):
                 saved = self.stop_on_signal.saved
                 if is_main_process():
@@ -139,12 +177,86 @@ class LitSafetyCLI(LightningCLI):
                 raise UserError(str(error)) from error
             if (reason := cannot_offload(error)) is not None:
                 raise UserError(reason) from error
+            if port_in_use(error):
+                raise UserError(
+                    f"the port {os.environ.get('MASTER_PORT', 'of the ranks')} is in use by another process: set "
+                    "MASTER_PORT to a free one, or leave it out"
+                ) from error
+            if (full := full_disk(error)) is not None:
+                raise UserError(
+                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then go on with "
+                    "`--ckpt_path last`"
+                ) from error
             if lost_rank(error):
                 raise UserError(
                     "another rank is gone, or has not answered within `timeout` of the strategy; what it said, if "
                     f"anything, stands above: go on with `--ckpt_path last` ({str(error).strip().splitlines()[0]})"
                 ) from error
             raise
+
+
+def check_world(trainer: Trainer) -> None:
+    """Refuse processes that a launcher has started and that would each train for themselves.
+
+    Raises:
+        UserError: there are more, or fewer, than the trainer's ranks.
+    """
+    for environment, variable in ((SLURMEnvironment, "SLURM_NTASKS"), (TorchElasticEnvironment, "WORLD_SIZE")):
+        started = os.environ.get(variable, "")
+        if environment.detect() and started.isdigit() and int(started) not in (1, trainer.world_size):
+            raise UserError(
+                f"{variable} is {started}, and `trainer.devices` x `trainer.num_nodes` make {trainer.world_size} "
+                f"ranks: set them to {started} in all and `trainer.strategy` to ddp, or start as many processes"
+            )
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """What says that a disk is full, in an error or what it came from: loggers put their own words around it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def tell_of_threads(otherwise: Callable[[Any], Any], told: Any) -> None:
+    """For `threading.excepthook`: a logger's thread that meets a full disk says so in one line."""
+    if (full := full_disk(told.exc_value)) is None:
+        otherwise(told)
+    else:
+        print(f"note: {full.filename or 'a file'}: cannot be written ({full.strerror})", file=sys.stderr)
+
+
+def port_in_use(error: BaseException) -> bool:
+    """Whether rank 0 could not listen for the others."""
+    return isinstance(error, RuntimeError) and ("EADDRINUSE" in str(error) or "address already in use" in str(error))
+
+
+def end_ranks(trainer: Trainer, patience: float, mercy: float = RANKS_END) -> None:
+    """End the ranks that this process has launched: those that wait for it would wait long after it is gone.
+
+    Args:
+        trainer: whose ranks.
+        patience: seconds in which they may end by themselves.
+        mercy: seconds between a SIGTERM and the end.
+    """
+    processes = getattr(getattr(trainer.strategy, "launcher", None), "procs", None) or []
+    _wait(processes, patience)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    _wait(processes, mercy)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
 
 
 def one_seed(seed_everything: bool | int) -> int:
@@ -163,13 +275,16 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     if ckpt_path is None and command in ("test", "predict"):
         raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
     words = ("last", "best", "hpc", "registry")
-    if (
-        ckpt_path is None
-        or (command, ckpt_path) == ("fit", AUTO)
-        or ckpt_path.startswith(words)
-        or "://" in ckpt_path
-        or Path(ckpt_path).exists()
-    ):
+    if ckpt_path is None or (command, ckpt_path) == ("fit", AUTO) or ckpt_path.startswith(words) or "://" in ckpt_path:
+        return
+    if Path(ckpt_path).exists():
+        if (reason := damage(Path(ckpt_path))) is not None:
+            raise UserError(f"`--ckpt_path {ckpt_path}` {reason}; `--ckpt_path last` finds the newest whole one")
+        if command == "fit" and Path(ckpt_path).is_file() and not has_optimizer(Path(ckpt_path)):
+            raise UserError(
+                f"`--ckpt_path {ckpt_path}` holds weights alone, and no optimizer to go on with: begin a new run from "
+                "them, `--model.init_args.start_from`"
+            )
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
 
@@ -216,8 +331,12 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """
     quiet()
     inherited = os.environ.get(ENVIRONMENT)
+    if inherited is not None and is_launched():
+        end_with(os.getppid())  # rank 0
     # Launchers of further ranks start `sys.argv` again, so it must be this command also when Python code calls us.
     argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    hook = threading.excepthook
+    threading.excepthook = functools.partial(tell_of_threads, hook)
     try:
         LitSafetyCLI(
             LightningModule,
@@ -225,6 +344,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
@@ -232,5 +352,6 @@ def run_trainer(arguments: Sequence[str]) -> None:
         )
     finally:
         sys.argv = argv
+        threading.excepthook = hook
         if inherited is None:
             os.environ.pop(ENVIRONMENT, None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import CLI
@@ -47,13 +50,50 @@ COMMANDS: dict[str, str | dict[str, str]] = {
 }
 
 
+#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder
+#: that is replaced whole. What several processes share locks each one's own; `study run` hands its lock to its jobs.
+WRITERS = {
+    "attack": False,
+    "build": False,
+    "check": False,
+    "embed": False,
+    "evaluate": False,
+    "evaluate_users": False,
+    "from_coprov2": False,
+    "from_folder": False,
+    "from_pickapic": False,
+    "from_sage": False,
+    "merge": True,
+    "precompute": False,
+    "sample": True,
+    "score": False,
+    "write_prompts": True,
+    "write_users_world": True,
+}
+
 #: Commands whose first argument is a list: `compare A B` is read as `compare '["A", "B"]'`, which jsonargparse wants.
 LISTS_FIRST = {"compare", "merge"}
 
 
 def _load(where: str) -> Callable[..., Any]:
     module, name = where.split(":")
-    return getattr(import_module(module), name)
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return _alone(function, WRITERS[name]) if name in WRITERS else function
+
+
+def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
+    """The function, refused with a `UserError` while another process writes where it does."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        from lit_safety.data.atomic import one_writer
+
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        outs = [Path(given[name]) for name in ("out", "work") if given.get(name)]
+        with one_writer(*outs, replaced=replaced):
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def run_command(arguments: Sequence[str]) -> None:

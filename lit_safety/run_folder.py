@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lit_safety.errors import UserError
 #: Written by rank 0's process for the processes it launches (they are copies of the same command line).
 ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
 #: How the names of files begin that every run writes before it has done anything.
-BARREN = ("config.yaml", "hparams.yaml", "events.out.tfevents")
+BARREN = ("config.yaml", "hparams.yaml", "events.out.tfevents", ".lock")
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
@@ -70,41 +71,80 @@ def last_checkpoint(parent: Path) -> Path:
     """As `find_checkpoint`.
 
     Raises:
-        UserError: if no run has one.
+        UserError: if no run has one, or none is whole.
     """
-    if (found := find_checkpoint(parent)) is None:
+    found, damaged = _search(parent)
+    if found is None and damaged:
+        path, reason = damaged[0]
+        raise UserError(
+            f"`--ckpt_path last`: {path} is damaged ({reason}), and no run under {parent} has a whole one; give a path"
+        )
+    if found is None:
         raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
     return found
 
 
 def find_checkpoint(parent: Path) -> Path | None:
-    """The newest checkpoint to go on from of the newest run under ``parent`` that has one; None: no run has."""
-    runs = [run for run in parent.glob("*") if (run / LAST_CHECKPOINT.parent).is_dir() and not run.is_symlink()]
-    found = [path for run in runs for path in [_newest(run / LAST_CHECKPOINT)] if path is not None]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    """The newest whole checkpoint to go on from of the runs under ``parent``; None: no run has one.
+
+    What is newer and damaged is named on the way.
+    """
+    return _search(parent)[0]
 
 
-def _newest(last: Path) -> Path | None:
-    """`last.ckpt`, or a numbered checkpoint beside it where that is newer: `save_last` was off, or a kill came between.
+def _search(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint, and what is newer and damaged, with the reasons."""
+    found = [path for run in parent.glob("*") if not run.is_symlink() for path in _checkpoints(run / LAST_CHECKPOINT)]
+    damaged: list[tuple[Path, str]] = []
+    chosen = None
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name == LAST_CHECKPOINT.name), reverse=True):
+        if (reason := damage(path)) is not None:
+            damaged.append((path, reason))
+        elif path.is_dir() or path.name == LAST_CHECKPOINT.name or has_optimizer(path):
+            chosen = path
+            break
+    if damaged and is_main_process():
+        instead = f"going on from {chosen}" if chosen is not None else "there is no whole one"
+        print(*(f"note: {path} is damaged ({reason})" for path, reason in damaged), f"note: {instead}", sep="\n")
+    return chosen, damaged
+
+
+def _checkpoints(last: Path) -> list[Path]:
+    """`last.ckpt` and the numbered ones beside it: `save_last` may be off, or a kill may have come between.
 
     A kill between the renames of a folder leaves the one before as `.last.ckpt.old`.
     """
-    found = sorted(last.parent.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime, path == last), reverse=True)
-    for path in found:
-        if path == last or path.is_dir() or _has_optimizer(path):
-            return path
     old = last.with_name(f".{last.name}.old")
-    return old if old.is_dir() else None
+    return [*last.parent.glob("[!.]*.ckpt"), *([old] if old.is_dir() else [])]
 
 
-def _has_optimizer(path: Path) -> bool:
-    """Whether a checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, a file or a folder of a strategy; None: it is whole. Nothing of it is run."""
+    from lit_safety.adapters.checkpoint_folder import missing_parts
     from lit_safety.adapters.start_from import read_file
 
+    if path.is_dir():
+        return missing_parts(path)
     try:
-        return "optimizer_states" in read_file(path)
-    except UserError:
-        return False
+        read_file(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path} ")
+    if zipfile.is_zipfile(path):  # every part's checksum; the directory at the file's end says only that all are there
+        try:
+            with zipfile.ZipFile(path) as parts:
+                broken = parts.testzip()
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            return f"is no readable checkpoint: {error}"
+        if broken is not None:
+            return f"is no readable checkpoint: the checksum of {broken} is wrong"
+    return None
+
+
+def has_optimizer(path: Path) -> bool:
+    """Whether a whole checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
+    from lit_safety.adapters.start_from import read_file
+
+    return "optimizer_states" in read_file(path)
 
 
 def point_latest(folder: Path) -> None:

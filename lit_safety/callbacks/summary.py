@@ -19,6 +19,9 @@ T = TypeVar("T")
 class RunSummary(Callback):
     """Prints the numbers that published trainers leave one to guess."""
 
+    def __init__(self) -> None:
+        self._rate_told = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
@@ -26,7 +29,6 @@ class RunSummary(Callback):
         accumulation, ranks = trainer.accumulate_grad_batches, trainer.world_size
         # ZeRO 3 keeps a piece of each and knows how many numbers it has in all.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters() if p.requires_grad)
-        rates = sorted({f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups})
         if per_rank is not None:
             print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
                   f"{per_rank * accumulation * ranks} pairs an optimizer step")  # fmt: skip
@@ -34,7 +36,6 @@ class RunSummary(Callback):
             loss = vars(pl_module).get(name) or pl_module._modules.get(name)
             if loss is not None:
                 print(f"loss    {call_of(loss)}")
-        print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
         print(f"trained {trained:,} parameters in fp32")
         print(f"folder  {trainer.default_root_dir}")
         for one in cached_sources(trainer):
@@ -43,6 +44,13 @@ class RunSummary(Callback):
                 print(
                     f"cache   {one.key}: the reference's errors at {reference.draws} fixed draws a pair; it is not run"
                 )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._rate_told or not trainer.is_global_zero:
+            return
+        self._rate_told = True  # now, and not before: a checkpoint's rate is known only here
+        rates = sorted({f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups})
+        print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         datamodule = getattr(trainer, "datamodule", None)

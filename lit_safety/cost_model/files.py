@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.card import cost_model_card
 from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
+from lit_safety.data.atomic import atomic_folder
 from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
@@ -68,18 +68,11 @@ def save_cost_model(
     }
     tensors = {f"adapter.{k}": v.detach().float().cpu().contiguous() for k, v in scorer.adapter.state_dict().items()}
     tensors |= {"temperature": torch.tensor(scorer.temperature), "bias": torch.tensor(scorer.bias)}
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with atomic_folder(folder) as unfinished:
         (unfinished / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
         save_file(tensors, unfinished / WEIGHTS)
         (unfinished / WEIGHTS).chmod(0o644)
         (unfinished / "README.md").write_text(cost_model_card(config), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: the cost model cannot be written ({error.strerror or error})") from error
     return folder
 
 

@@ -28,7 +28,7 @@ def join(folder: str, overwrite: bool = False) -> None:
     """
     from pathlib import Path
 
-    from lit_safety.data.manifest import FILE_NAME, load_manifest, save_manifest
+    from lit_safety.data.manifest import FILE_NAME, JOURNAL, load_manifest, save_manifest
 
     top = Path(folder)
     if (top / FILE_NAME).exists() and not overwrite:
@@ -37,6 +37,8 @@ def join(folder: str, overwrite: bool = False) -> None:
     if not names:
         raise UserError(f"{top}: has no sub-folder with a {FILE_NAME}")
     _check_ranks(top, names)
+    if unfinished := sorted(path.parent.name for path in top.glob(f"*/{JOURNAL}") if path.parent.name not in names):
+        raise UserError(f"{top / unfinished[0]}: is not complete: wait for what writes it, or start that again")
     for name in names:
         if beside := sorted((top / name).glob("[!.]*.safetensors")):
             raise UserError(f"{beside[0]}: belongs to one folder's shards; join the folders before it is made")

@@ -30,6 +30,8 @@ from lit_safety.hashes import file_sha256 as file_sha256  # of a shard; asked fo
 from lit_safety.text_files import NotUtf8, read_text
 
 FILE_NAME = "manifest.json"
+#: What is finished so far, in the manifest's format; gone once the manifest itself is written.
+JOURNAL = ".manifest.partial.json"
 FORMAT = "lit_safety preference shards"
 VERSION = 1
 

@@ -20,7 +20,7 @@ from typing import Any
 import braceexpand
 
 from lit_safety.data.cache import PROMPTS
-from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest
+from lit_safety.data.manifest import FILE_NAME, JOURNAL, Manifest, SampleClass, Shard, file_sha256, load_manifest
 from lit_safety.data.remote import MOST_MANIFEST, default_cache, fetch, is_remote
 from lit_safety.data.sample import PairMetadata, parse_metadata
 from lit_safety.data.tarindex import BadSample, OpenShard, is_mac_file
@@ -188,6 +188,8 @@ def tars_named(given: str, key: str) -> list[str]:
     """
     paths = _expand(given, key)
     _refuse_twice(paths, given, key)
+    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
+        _refuse_incomplete(folder, key)
     return paths
 
 
@@ -195,6 +197,15 @@ def tars_in(folder: str | os.PathLike[str]) -> list[str]:
     """The tar files in a folder, in order, without those that begin with a dot (as the `._` files of macOS)."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(".tar") and not name.startswith(".")]
     return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def _refuse_incomplete(folder: str, key: str) -> None:
+    """Shards that somebody writes, or that a killed run left, would be read as all there is."""
+    if os.path.exists(os.path.join(folder, JOURNAL)) and not os.path.exists(os.path.join(folder, FILE_NAME)):
+        raise UserError(
+            f"{key}: {folder or '.'} is not complete: a process is writing its shards, or was stopped; wait for it, or "
+            "start the command that writes them again"
+        )
 
 
 def _refuse_twice(paths: Sequence[str], given: str, key: str) -> None:
@@ -232,6 +243,7 @@ def _expand(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):
         raise UserError(f"{key}: {pattern!r} is refused: commands are not run; give a folder or a pattern of tar files")
     if os.path.isdir(pattern):
+        _refuse_incomplete(pattern, key)
         if packed := [name for name in sorted(os.listdir(pattern)) if _PACKED.search(name) and not is_mac_file(name)]:
             raise UserError(f"{key}: {os.path.join(pattern, packed[0])} is compressed; unpack it to a plain tar file")
         found = tars_in(pattern)

@@ -4,8 +4,8 @@
         writer.write("000001", {"prompt": "a cat", ...}, chosen=image, rejected=other)
 
 A shard appears under its name only when it is whole and the manifest is written last, so a killed run leaves
-nothing that a reader would take for data. The bytes of the shards depend on the samples only: two runs write
-equal files.
+nothing that a reader would take for data: a folder with a journal and no manifest is not complete. One writer at a
+time holds a folder's lock. The bytes of the shards depend on the samples only: two runs write equal files.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from typing import Any, BinaryIO
 import webdataset as wds
 from PIL import Image
 
-from lit_safety.data.atomic import atomic_file
+from lit_safety.data.atomic import atomic_file, take_lock
 from lit_safety.data.images import extension_of, rgb
-from lit_safety.data.manifest import FILE_NAME, Manifest, SampleClass, Shard, file_sha256, load_manifest, save_manifest
+from lit_safety.data.manifest import (
+    FILE_NAME,
+    JOURNAL,
+    Manifest,
+    SampleClass,
+    Shard,
+    file_sha256,
+    load_manifest,
+    save_manifest,
+)
 from lit_safety.data.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.tarindex import index_tar
 from lit_safety.errors import UserError
 
-# What is finished so far, in the manifest's format; gone once the manifest itself is written.
-JOURNAL = ".manifest.partial.json"
 # webdataset cuts a member's name at the first dot and skips names that begin with two underscores.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}\Z")
 _ENCODERS: dict[str, dict[str, Any]] = {
@@ -85,7 +92,6 @@ class ShardWriter:
         self.provenance = dict(provenance or {})
         self.seeds = dict(seeds or {})
         self.cache = None if cache is None else dict(cache)
-        self._resume = resume
         self.manifest: Manifest | None = None
         """Set when the writer is closed."""
         self._shards: list[Shard] = []
@@ -95,6 +101,7 @@ class ShardWriter:
         self._open: contextlib.ExitStack | None = None
         self._tar: wds.TarWriter | None = None
         self._in_shard: list[int] = []
+        self._lock = take_lock(self.folder)
         if not (resume and not overwrite and self._take_up()):
             self._clear(overwrite)
             self._save_journal()
@@ -112,11 +119,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        elif self._open is not None:
-            # Hand the exception to the atomic file, which removes the unfinished shard.
-            self._open.__exit__(kind, error, trace)
+        try:
+            if error is None:
+                self.close()
+            elif self._open is not None:
+                # Hand the exception to the atomic file, which removes the unfinished shard.
+                self._open.__exit__(kind, error, trace)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def write(
         self,
@@ -174,11 +188,11 @@ class ShardWriter:
         self.manifest = self._manifest()
         save_manifest(self.manifest, self.folder)
         (self.folder / JOURNAL).unlink(missing_ok=True)
+        self._release()
         return self.manifest
 
     def _save_journal(self) -> None:
-        if self._resume:
-            save_manifest(self._manifest(), self.folder, JOURNAL)
+        save_manifest(self._manifest(), self.folder, JOURNAL)
 
     def _manifest(self) -> Manifest:
         return Manifest(

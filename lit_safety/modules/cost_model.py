@@ -28,6 +28,7 @@ from lit_safety.data.chance import integers
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.errors import UserError
 from lit_safety.modules.monitoring import FiniteLossGuard
+from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
 
 
 class CostModel(LightningModule):
@@ -108,9 +109,17 @@ class CostModel(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.adapter.parameters())
         if self.make_lr_scheduler is None:
+            self._settings = ScheduleSettings(optimizer, None)
             return optimizer
-        scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
+        self._settings = ScheduleSettings(optimizer, scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:
+            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
 
     def on_fit_start(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

@@ -22,6 +22,7 @@ from lit_safety.adapters.zero import master_weights, replaced, unpartitioned
 from lit_safety.backbones import Backbone, load_backbone
 from lit_safety.errors import UserError
 from lit_safety.modules.frozen_weights import lower_frozen
+from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
 from lit_safety.modules.sharding import as_on_rank_0, drop_frozen, shard, under_fsdp
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategy_checks import check_weights
@@ -162,9 +163,17 @@ class Policy(LightningModule):
             )
         optimizer = self.make_optimizer([p for _, p in trained])
         if self.make_lr_scheduler is None:
+            self._settings = ScheduleSettings(optimizer, None)
             return optimizer
-        scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
+        self._settings = ScheduleSettings(optimizer, scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:
+            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
 
     # ---- the reference: the same network
 

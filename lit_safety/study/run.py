@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from lit_safety.data.atomic import Lock, lock_of
 from lit_safety.errors import UserError
+from lit_safety.parent import VARIABLE
 from lit_safety.study.jobs import Job, jobs_of
 from lit_safety.study.plan import Study, load_study
 from lit_safety.study.results import Result, append_result, collect, latest, read_results
@@ -55,21 +55,24 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         for job in left:
             print(f"{job.name}:", *(f"  python -m lit_safety {' '.join(words)}" for words in job.commands), sep="\n")
         return
-    with _alone(Path(plan.out)), _ended_by_sigterm():
-        failed = _do(plan, left, done, processes)
+    with _alone(Path(plan.out)) as lock, _ended_by_sigterm():
+        failed = _do(plan, left, done, processes, lock)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the others are noted")
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two calls on one study would do the same jobs in the same folders."""
-    out.mkdir(parents=True, exist_ok=True)
+def _alone(out: Path) -> Iterator[Lock]:
+    """Two calls on one study would do the same jobs in the same folders. The jobs hold the lock too."""
+    lock = Lock(
+        lock_of(out),
+        f"another `study run` works in {out}, or one that was killed left a job that is ending: wait for it, or give "
+        "--processes to that one",
+    )
     try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another `study run` works in {out}: wait for it, or give --processes to that one") from None
+        yield lock
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -98,7 +101,7 @@ def _wanted(jobs: Sequence[Job], only: str) -> list[Job]:
     return [job for job in jobs if (job.row, job.seed) in names]
 
 
-def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int) -> list[str]:
+def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int, lock: Lock) -> list[str]:
     """Do the jobs; returns what failed and why."""
     took = [result.seconds for result in done.values()]
     finished, failed = set(done), dict[str, str]()
@@ -113,7 +116,8 @@ def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int) 
                 ready = [job for job in waiting if all(f"{row}/seed{job.seed}" in finished for row in job.needs)]
                 for job in ready[: processes - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(_call, study, job, max(1, (os.cpu_count() or 1) // processes), stop)] = job
+                    threads = max(1, (os.cpu_count() or 1) // processes)
+                    running[pool.submit(_call, study, job, threads, stop, lock)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                     job = running.pop(future)
                     try:
@@ -144,17 +148,23 @@ def _tell(job: Job, result: Result, took: list[float], left: int, processes: int
     print(f"{job.name}: {', '.join(told) or 'done'} ({result.seconds:.0f} s; {time_left})", flush=True)
 
 
-def _call(study: Study, job: Job, threads: int, stop: Event) -> Result:
-    """Call a job's commands one after another; what they print goes to `log.txt` in its folder."""
+def _call(study: Study, job: Job, threads: int, stop: Event, lock: Lock) -> Result:
+    """Call a job's commands one after another; what they print goes to `log.txt` in its folder.
+
+    A command ends with this process, even when that is killed, and holds the study's lock until it has.
+    """
     begun = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, VARIABLE: str(os.getpid())}
+    held = () if lock.descriptor is None else (lock.descriptor,)
     with open(log, "ab") as file:
         for words in job.commands:
             file.write(f"$ python -m lit_safety {' '.join(words)}\n".encode())
             file.flush()
-            process = subprocess.Popen([*PROGRAM, *words], stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                [*PROGRAM, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held
+            )
             while (code := _exit_code(process)) is None:
                 if stop.is_set():
                     process.terminate()

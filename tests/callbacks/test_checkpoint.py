@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import number_of, save_folder
+from full_disk import full_disk
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 
 from lit_safety.callbacks.checkpoint import in_folders, swap
@@ -17,11 +20,10 @@ from lit_safety.run_folder import last_checkpoint
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
-    """The second write meets a full disk: `/dev/full` where the new file would grow."""
+    """The second write meets a full disk."""
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
     writer.save_checkpoint({"step": 1, "weights": torch.ones(1000)}, path)
-    (tmp_path / ".last.ckpt.partial").symlink_to("/dev/full")
-    with pytest.raises(NotWritten, match=r"last\.ckpt: cannot be written \(No space left on device\)"):
+    with pytest.raises(NotWritten, match=r"last\.ckpt: cannot be written \(File too large\)"), full_disk(1000):
         writer.save_checkpoint({"step": 2, "weights": torch.ones(1000)}, path)
     assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
     assert writer.load_checkpoint(path, weights_only=True)["step"] == 1
@@ -29,25 +31,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
     assert writer.load_checkpoint(path, weights_only=True)["step"] == 3
 
 
-def folder(path: Path, text: str) -> Path:
-    path.mkdir()
-    (path / "weights").write_text(text)
-    return path
-
-
 def test_a_folder_takes_its_name_from_whatever_has_it(tmp_path: Path):
     path = tmp_path / "last.ckpt"
-    for number in ("1", "2"):
-        swap(folder(tmp_path / ".last.ckpt.partial", number), path)
-        assert (path / "weights").read_text() == number
+    for number in (1, 2):
+        swap(save_folder(tmp_path / ".last.ckpt.partial", number), path)
+        assert number_of(path) == number
         assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_kill_between_two_renames_leaves_the_numbered_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kept = tmp_path / "2026-11-21_10-00-00" / "checkpoints"
     kept.mkdir(parents=True)
-    folder(kept / "last.ckpt", "1")
-    folder(kept / "step=2.ckpt", "2")
+    save_folder(kept / "last.ckpt", 1)
+    save_folder(kept / "step=2.ckpt", 2)
     rename = Path.rename
 
     def killed(self: Path, target: Any) -> Path:
@@ -57,16 +53,17 @@ def test_a_kill_between_two_renames_leaves_the_numbered_checkpoint(tmp_path: Pat
 
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        swap(folder(kept / ".last.ckpt.partial", "2"), kept / "last.ckpt")
+        swap(save_folder(kept / ".last.ckpt.partial", 2), kept / "last.ckpt")
     assert not (kept / "last.ckpt").exists()
     os.utime(kept / "step=2.ckpt")
     assert last_checkpoint(tmp_path) == kept / "step=2.ckpt"
     (kept / "step=2.ckpt").rename(tmp_path / "elsewhere")  # where `save_top_k: 0` keeps none
     assert last_checkpoint(tmp_path) == kept / ".last.ckpt.old"
-    (kept / ".last.ckpt.partial" / "weights").write_text("3")  # the resumed run saves, and is killed there again
+    shutil.rmtree(kept / ".last.ckpt.partial")  # the resumed run saves, and is killed there again
+    save_folder(kept / ".last.ckpt.partial", 3)
     with pytest.raises(KeyboardInterrupt):
         swap(kept / ".last.ckpt.partial", kept / "last.ckpt")
-    assert (last_checkpoint(tmp_path) / "weights").read_text() == "1"
+    assert number_of(last_checkpoint(tmp_path)) == 1
     monkeypatch.undo()
     swap(kept / ".last.ckpt.partial", kept / "last.ckpt")
     assert [one.name for one in kept.iterdir()] == ["last.ckpt"]

@@ -129,6 +129,7 @@ def test_resumed_from_a_cache_is_uninterrupted_to_the_bit(
     common = [*on_cache(cached), "--data.init_args.flip", "true", "--model.init_args.prompt_dropout", "0.3"]
     common += ["--data.init_args.num_workers", workers, "--trainer.val_check_interval", "2"]
     common += ["--trainer.limit_val_batches", "1", "--data.init_args.kinds", "[harmful]"]
+    common += ["--model.init_args.lr_scheduler.init_args.total_steps", "6"]
     assert main(command_line("fit", *common, "--trainer.max_steps", "6")) == 0
     uninterrupted = weights(tmp_path)
     every = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]

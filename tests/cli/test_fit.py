@@ -104,6 +104,7 @@ def test_batch_8_is_batch_4_accumulated_twice_is_two_ranks_of_4(command_line: Ar
 def test_resumed_is_uninterrupted_to_the_bit(command_line: Arguments, latest: Path, workers: str):
     """12 steps in one run, or 5, then to 12: mid-epoch (8 batches an epoch) and across an epoch's end."""
     common = ["--data.init_args.num_workers", workers, "--trainer.val_check_interval", "3"]
+    common += ["--model.init_args.lr_scheduler.init_args.total_steps", "12"]
     assert main(command_line("fit", *common, "--trainer.max_steps", "12")) == 0
     uninterrupted = weights(latest)
     every = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
@@ -255,6 +256,7 @@ def test_two_ranks_resume_to_the_bit(command_line: Arguments, latest: Path):
     """6 steps of two ranks in one run, or 3 of them, then to 6; 4 steps are a pass."""
     common = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.limit_val_batches", "0"]
     common += ["--trainer.accelerator", "cpu", "--data.init_args.num_workers", "1"]
+    common += ["--model.init_args.lr_scheduler.init_args.total_steps", "6"]
 
     def run(*more: str) -> None:
         command = [sys.executable, "-m", "lit_safety", *command_line("fit", *common, *more)]

@@ -131,7 +131,7 @@ def test_a_single_category_gives_a_normal_adapter(command_line: Arguments, lates
 
 def test_resumed_is_uninterrupted_to_the_bit(command_line: Arguments, latest: Path):
     """8 steps in one run, or 3 and then 5: the resting experts' optimizers go on where they were, too."""
-    common = ["--trainer.limit_val_batches", "0"]
+    common = ["--trainer.limit_val_batches", "0", "--model.init_args.lr_scheduler.init_args.total_steps", "8"]
     assert main(command_line("fit", *common, "--trainer.max_steps", "8")) == 0
     whole = experts_of(latest)
     last = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]

@@ -1,17 +1,21 @@
 import os
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import save_folder
 
 from lit_safety.errors import UserError
-from lit_safety.run_folder import last_checkpoint, new_folder, point_latest, remove_if_barren
+from lit_safety.run_folder import damage, find_checkpoint, last_checkpoint, new_folder, point_latest, remove_if_barren
 
 
 def checkpoint(run: Path, age: float) -> Path:
     file = run / "checkpoints" / "last.ckpt"
     file.parent.mkdir(parents=True)
-    file.touch()
+    torch.save({"state_dict": {}, "optimizer_states": []}, file)
     os.utime(file, (1e9 - age, 1e9 - age))
     return file
 
@@ -61,3 +65,70 @@ def test_only_runs_without_result_are_removed(tmp_path: Path):
     for run in list(tmp_path.iterdir()):
         remove_if_barren(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "trained"]
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_newest_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    last = checkpoint(tmp_path / "run", age=1)
+    whole = shutil.copy2(last, last.with_name("step=2.ckpt"))
+    os.utime(whole, (1e9 - 50, 1e9 - 50))
+    content = last.read_bytes()
+    for damaged in (content[:-200], b"", content[: len(content) // 2], bytes(len(content)), b"no checkpoint"):
+        last.write_bytes(damaged)
+        assert last_checkpoint(tmp_path) == whole
+        said = capsys.readouterr().out
+        assert str(last) in said
+        assert str(whole) in said
+
+
+def test_bytes_that_turned_are_noticed_by_their_checksum(tmp_path: Path):
+    last = checkpoint(tmp_path / "run", age=1)
+    torch.save({"state_dict": {"a": torch.zeros(1000)}, "optimizer_states": []}, last)
+    assert damage(last) is None
+    content = bytearray(last.read_bytes())
+    place = content.find(bytes(2000))
+    content[place + 1000] = 1
+    last.write_bytes(content)
+    assert "checksum" in str(damage(last))
+
+
+def test_where_nothing_is_whole_the_damaged_one_is_named(tmp_path: Path):
+    last = checkpoint(tmp_path / "run", age=1)
+    last.write_bytes(b"")
+    with pytest.raises(UserError, match=str(last)):
+        last_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path) is None
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("pwned"),)
+
+
+@pytest.mark.parametrize("place", [".metadata", "last.ckpt", "checkpoint/mp_rank_00_model_states.pt"])
+def test_nothing_of_a_hostile_checkpoint_is_run(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    if place == ".metadata":
+        (tmp_path / place).write_bytes(pickle.dumps(Hostile()))
+    else:
+        torch.save({"state_dict": Hostile()}, tmp_path / place)
+    assert damage(tmp_path / place if place == "last.ckpt" else tmp_path) is not None
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_folder_that_lacks_a_part_is_no_whole_checkpoint(tmp_path: Path):
+    folder = save_folder(tmp_path / "last.ckpt", 1)
+    assert damage(folder) is None
+    for name in ("meta.pt", "__0_0.distcp"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-10] if name == "meta.pt" else content[: len(content) // 2])
+        assert name == "meta.pt" or name in str(damage(folder))
+        assert damage(folder) is not None
+        (folder / name).unlink()
+        assert name in str(damage(folder))
+        (folder / name).write_bytes(content)
+    assert damage(folder) is None
+    (folder / ".metadata").write_bytes(b"junk")
+    assert damage(folder) is not None

@@ -58,7 +58,6 @@ def cost_model_command(tiny_clip: Path, labelled: Path, tmp_path: Path) -> Calla
             "--model.init_args.width": "16",
             "--model.init_args.degradation.views": "2",
             "--model.init_args.feature_cache": str(tmp_path / "features"),
-            "--model.init_args.lr_scheduler.init_args.total_steps": "12",
             "--data.init_args.train": str(labelled / "train"),
             "--data.init_args.val": str(labelled / "val"),
             "--data.init_args.test": str(labelled / "val"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lit_safety.data.manifest import file_sha256, load_manifest
 from lit_safety.data.sample import parse_metadata
+from lit_safety.data.source import open_source
 from lit_safety.data.writer import ShardWriter
 from lit_safety.errors import UserError
 
@@ -59,7 +60,10 @@ def test_a_run_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError, match="killed"):
         die()
-    assert os.listdir(tmp_path) == ["shard-000000.tar"]  # whole, and no manifest says it is a data set
+    assert sorted(os.listdir(tmp_path)) == [".manifest.partial.json", "shard-000000.tar"]
+    for given in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(UserError, match="not complete"):
+            open_source(str(given), "train")
 
 
 def test_an_earlier_run_is_not_overwritten_by_chance(tmp_path: Path) -> None:

@@ -59,14 +59,12 @@ def test_after_sigterm_on_one_rank_both_go_on_to_the_bit(
 def test_a_full_disk_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_before(
     tiny_pipeline: Path, user_shards: Path, tmp_path: Path
 ):
-    """`/dev/full`, where the checkpoint of step 4 would be written, answers as a full disk does."""
-    config = write_config(tmp_path, "scdpo", tiny_pipeline, user_shards)
+    """`/dev/full`, where the checkpoint of step 4 is written, answers as a full disk does."""
+    config = write_config(tmp_path, "scdpo", tiny_pipeline, user_shards, more=[accident("full-disk", 3, 0)])
     kept = yaml.safe_load(config.read_text())
     keep = next(one for one in kept["trainer"]["callbacks"] if one["class_path"].endswith("ModelCheckpoint"))
     keep["init_args"]["dirpath"] = str(tmp_path / "kept")
     config.write_text(yaml.safe_dump(kept))
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / ".step=4.ckpt.partial").symlink_to("/dev/full")
     ended = start(["fit", "--config", str(config), *under("ddp"), *TWO], tmp_path / "logs")
     assert ended.wait() == [2, 2], ended.said()
     for rank in (0, 1):

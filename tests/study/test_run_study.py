@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,55 @@ def test_sigterm_ends_the_running_command_too(make, tmp_path: Path, monkeypatch:
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+#: A command that takes its time to end: it says when it was asked to, and waits for leave.
+SLOW_TO_END = """
+import os, pathlib, signal, sys, time
+from lit_safety import parent
+parent.POLL = 0.05
+parent.watch_parent()
+place = pathlib.Path(sys.argv[1])
+def end(number, frame):
+    (place / "ending").touch()
+    while not (place / "leave").exists():
+        time.sleep(0.02)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+(place / "pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_a_killed_call_ends_its_job_and_the_next_call_waits_for_that(make, tmp_path: Path):
+    program, study = tmp_path / "slow.py", make({"a": {"ip": 0.5}})
+    program.write_text(SLOW_TO_END)
+    own = f"""import sys
+from lit_safety.study import run
+run.PROGRAM = (sys.executable, {str(program)!r}, {str(tmp_path)!r})
+run.run_study({study!r})"""
+    call = subprocess.Popen([sys.executable, "-c", own], stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "pid")
+    call.kill()
+    call.wait()
+    wait_for(tmp_path / "ending")
+    with pytest.raises(UserError, match=str(tmp_path / "out")):
+        run_study(study)
+    (tmp_path / "leave").touch()
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(500):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    run_study(study)
+    assert calls(tmp_path) == ["a"]
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(1500):
+        if path.exists() and (path.name != "pid" or path.read_text()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} does not come")

@@ -1,0 +1,153 @@
+"""The learning rate's schedule: as long as the run, checked before the first step, and the config's after a resume."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
+
+from lit_safety.errors import UserError
+
+KEY = "model.init_args.lr_scheduler.init_args"
+#: A share of the warm-up that is no step, yet more than nothing to divide by.
+_SLIVER = 1e-9
+#: Settings of schedulers that are kept under another name than their argument's.
+_OWN_NAMES = ("_schedule_phases", "_anneal_func_type", "base_lrs")
+
+
+def steps_of(trainer: Trainer | None) -> float:
+    """Optimizer steps that a fit takes in all, those before a resume included; infinite where nothing ends it."""
+    if trainer is None:
+        return math.inf
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps < 0 else steps
+
+
+def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
+    """Make the scheduler that a YAML describes.
+
+    Args:
+        factory: makes it from the optimizer; jsonargparse's holds the YAML's arguments.
+        optimizer: whose rate is scheduled.
+        steps: how often it will be stepped; a `total_steps` that is null becomes this.
+
+    Raises:
+        UserError: it ends before the run, or its length is left open and so is the run's.
+    """
+    given: dict[str, Any] = factory.keywords if isinstance(factory, functools.partial) else {}
+    filled: dict[str, Any] = {}
+    if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
+        if math.isinf(steps):
+            raise UserError(
+                f"`{KEY}.total_steps` follows `trainer.max_steps` or `trainer.max_epochs`, and neither is given: set "
+                "one of the three"
+            )
+        filled["total_steps"] = max(2, int(steps))  # a schedule of one step is only its end, a rate near 0
+    total = filled.get("total_steps", given.get("total_steps"))
+    if total is not None and isinstance(given.get("pct_start"), float):
+        filled["pct_start"] = _warm_up(given["pct_start"], total)
+    scheduler = factory(optimizer, **filled)
+    for one in _within(scheduler):
+        _check_length(one, steps)
+    return scheduler
+
+
+def _warm_up(share: float, total: int) -> float:
+    """The share of `OneCycleLR` that warms up; torch divides by its length, and by that of what comes after."""
+    if share * total - 1 == 0:
+        return (1 + _SLIVER) / total
+    return 1 - _SLIVER if share == 1 else share
+
+
+def _within(scheduler: Any) -> Iterator[Any]:
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _within(inner)
+
+
+def _check_length(scheduler: Any, steps: float) -> None:
+    if not isinstance(scheduler, OneCycleLR) or math.isinf(steps):
+        return
+    total = scheduler.total_steps
+    if total < steps:
+        raise UserError(
+            f"`{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: set it to null, so that it follows "
+            "`trainer.max_steps`, or to as many"
+        )
+    if total > max(2, steps):
+        warm_up = math.ceil(scheduler._schedule_phases[0]["end_step"])
+        where = "still rises at" if warm_up >= steps - 1 else "is not near 0 at"
+        rank_zero_info(
+            f"rate    `{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: the rate {where} the last; "
+            "null follows `trainer.max_steps`"
+        )
+
+
+class ScheduleSettings:
+    """What a config says of optimizer and scheduler, kept from before a checkpoint's state is put into them.
+
+    torch's state holds the settings too, so that a resumed run would go on with those of the run before, and end with
+    an error where that one's schedule does. A run whose settings are as they were is not touched.
+    """
+
+    def __init__(self, optimizer: Any, scheduler: Any | None) -> None:
+        self._groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        self._schedule = {} if scheduler is None else {name: vars(scheduler)[name] for name in _settings(scheduler)}
+
+    def restore(self, optimizer: Any, scheduler: Any | None, step: int = 0) -> None:
+        """Put the config's settings back; the rate goes on as its schedule says for the step that comes next.
+
+        Args:
+            optimizer: with the checkpoint's state.
+            scheduler: likewise; or a new one, where the run before had none.
+            step: how many steps that run took.
+        """
+        moving = {"lr"} if scheduler is not None else set()
+        if getattr(scheduler, "cycle_momentum", False):
+            moving |= {"betas", "momentum"}
+        changed = False
+        if scheduler is not None and scheduler.last_epoch == 0 and step > 0:
+            scheduler.last_epoch, changed = step, True
+        for group, mine in zip(optimizer.param_groups, self._groups, strict=False):
+            for name, value in mine.items():
+                if name not in moving and name in group and _differ(group[name], value):
+                    group[name], changed = value, True
+        for name, value in self._schedule.items():
+            if _differ(vars(scheduler).get(name), value):
+                vars(scheduler)[name], changed = value, True
+        if changed and scheduler is not None and (rates := _rates(scheduler)) is not None:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = list(rates)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return tuple(one) != tuple(other)
+    same = one == other
+    return not (same if isinstance(same, bool) else bool(same.all()))
+
+
+def _settings(scheduler: Any) -> list[str]:
+    names = [*inspect.signature(type(scheduler)).parameters, *_OWN_NAMES]
+    return [name for name in names if name in vars(scheduler) and name not in ("optimizer", "last_epoch")]
+
+
+def _rates(scheduler: Any) -> list[Any] | None:
+    """The rates at the scheduler's step, by what does not need the rate before; None: it has no such formula."""
+    if isinstance(scheduler, OneCycleLR | LambdaLR | CosineAnnealingWarmRestarts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that `get_lr` is for `step`
+            return list(scheduler.get_lr())
+    closed = getattr(scheduler, "_get_closed_form_lr", None)
+    return None if closed is None else list(closed())
