@@ -215,6 +215,14 @@ def test_a_server_that_never_ends_is_given_up(
     assert time.monotonic() - begun < 5
 
 
+def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
+    url = f"{server.url}/train/shard-000001.tar"
+    path = fetch(url, tmp_path / "kept")
+    (path.parent / f".{path.name}.0123.arrived").write_bytes(b"half")
+    fetch(url, tmp_path / "kept", fresh=True)
+    assert not list(path.parent.glob(".*.arrived"))
+
+
 def test_more_bytes_than_the_manifest_states_are_not_kept(server: Server, tmp_path: Path) -> None:
     url = f"{server.url}/train/shard-000001.tar"
     size = (server.folder / "train" / "shard-000001.tar").stat().st_size
