@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -169,11 +169,9 @@ def _write(note: Path, text: str) -> None:
     """Whole or not at all, under a name that no other process has. A disk that takes nothing costs time, no result."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=note.parent, prefix=".", suffix=".partial")
+        temporary = note.with_name(f".{note.name}.{uuid.uuid4().hex}.partial")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(text)
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
             os.replace(temporary, note)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -10,13 +10,14 @@ A store may be busy, slow, or never end: it is asked a few times, and given up a
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -188,7 +189,8 @@ class _Pull:
     """One attempt, in a thread of its own: a call that never returns must not hold the run up."""
 
     url: str
-    arrived: Path
+    path: Path
+    """Where to; removed when the attempt fails."""
     most: int
     bytes: int = 0
     stopped: bool = False
@@ -203,7 +205,7 @@ class _Pull:
                     # One request, read as a stream in which every byte is seen to arrive. fsspec asks for the size
                     # before, and says "not found" of whatever goes wrong there, unless it is told one.
                     options = {"block_size": 0, "size": 1, "headers": {"Accept-Encoding": "identity"}}
-                with store.open(name, "rb", **options) as source, open(self.arrived, "wb") as out:
+                with store.open(name, "rb", **options) as source, open(self.path, "wb") as out:
                     if (answer := getattr(source, "r", None)) is not None:
                         headers = answer.headers
                         self.marks = _marks({"size": headers.get("Content-Length"), **headers})
@@ -218,6 +220,13 @@ class _Pull:
                     os.fsync(out.fileno())
         except BaseException as error:
             self.error = error
+        finally:
+            if self.stopped or self.error is not None:
+                self.path.unlink(missing_ok=True)
+
+    def give_up(self) -> None:
+        self.stopped = True
+        self.path.unlink(missing_ok=True)
 
     def wait(self, thread: threading.Thread) -> None:
         """Until the thread has ended.
@@ -232,7 +241,7 @@ class _Pull:
             while thread.is_alive() and time.monotonic() < end:
                 thread.join(min(1.0, max(0.01, end - time.monotonic())))
             if thread.is_alive() and (came := self.bytes - before) < SPELL_BYTES:
-                self.stopped = True
+                self.give_up()
                 if not came:
                     raise TimeoutError(f"nothing came within {SPELL:g} seconds")
                 raise _Slow(f"{came} bytes came within {SPELL:g} seconds")
@@ -240,25 +249,25 @@ class _Pull:
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, most: int) -> None:
     """Fetch `url` to `path`, whole or not at all; called under the file's lock."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".arrived")
-    os.close(handle)
-    arrived = Path(temporary)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.arrived"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    arrived = _pulled(url, path, most if size is None else size)
     try:
-        pull = _pulled(url, arrived, most if size is None else size)
-        if size is not None and (found := arrived.stat().st_size) != size:
+        if size is not None and (found := arrived.path.stat().st_size) != size:
             raise UserError(f"{url}: has {found} bytes, but its manifest says {size}")
-        if sha256 is not None and file_sha256(arrived) != sha256:
+        if sha256 is not None and file_sha256(arrived.path) != sha256:
             raise UserError(f"{url}: is not what its manifest says (its SHA-256 differs)")
-        os.replace(arrived, path)
+        os.replace(arrived.path, path)
         if sha256 is None:
-            write_atomic(_marks_file(path), json.dumps(pull.marks or {}).encode())
+            write_atomic(_marks_file(path), json.dumps(arrived.marks or {}).encode())
     finally:
-        arrived.unlink(missing_ok=True)
+        arrived.path.unlink(missing_ok=True)
 
 
-def _pulled(url: str, arrived: Path, most: int) -> _Pull:
+def _pulled(url: str, path: Path, most: int) -> _Pull:
     for attempt in range(ATTEMPTS):
-        pull = _Pull(url, arrived, most)
+        # A name of its own: a call that was given up may come back and write.
+        pull = _Pull(url, path.with_name(f".{path.name}.{uuid.uuid4().hex}.arrived"), most)
         thread = threading.Thread(target=pull.run, daemon=True)
         thread.start()
         try:
@@ -268,6 +277,9 @@ def _pulled(url: str, arrived: Path, most: int) -> _Pull:
             error: BaseException = pull.error
         except TimeoutError as stalled:
             error = stalled
+        except KeyboardInterrupt:
+            pull.give_up()
+            raise
         except _Slow as slow:
             raise UserError(f"{url}: comes too slowly: {slow}; try again, or copy the shards to this machine") from slow
         reason = _reason(url, error)

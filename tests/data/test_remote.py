@@ -91,7 +91,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
     ) as running:
         state.url = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread = threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield state
         state.ended.set()
@@ -213,6 +213,14 @@ def test_a_server_that_never_ends_is_given_up(
     with pytest.raises(UserError, match=r"shard-000001\.tar: .*within 0\.5 seconds"):
         fetch(f"{server.url}/train/shard-000001.tar", tmp_path / "kept")
     assert time.monotonic() - begun < 5
+
+
+def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
+    url = f"{server.url}/train/shard-000001.tar"
+    path = fetch(url, tmp_path / "kept")
+    (path.parent / f".{path.name}.0123.arrived").write_bytes(b"half")
+    fetch(url, tmp_path / "kept", fresh=True)
+    assert not list(path.parent.glob(".*.arrived"))
 
 
 def test_more_bytes_than_the_manifest_states_are_not_kept(server: Server, tmp_path: Path) -> None:
