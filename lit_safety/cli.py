@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_safety.callbacks.stop_on_signal import StopOnSignal
@@ -59,7 +60,7 @@ class Parser(SingleLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
     # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml is that method with a part changed: it keeps its settings.
-    inherits = (LightningModule, LightningDataModule)
+    inherits = (LightningModule, LightningDataModule, Strategy)
 
 
 class PointLatest(Callback):

@@ -35,7 +35,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
             main([command, "--config", str(CONFIGS / config), *words, "--print_config"])
         assert ended.value.code == 0
         captured = capsys.readouterr()
-        return yaml.safe_load(captured.out), captured.err
+        lines = [line for line in captured.out.splitlines() if not line.startswith("[")]  # DeepSpeed's log
+        return yaml.safe_load("\n".join(lines)), captured.err
 
     return read
 
@@ -110,6 +111,17 @@ def test_a_subclass_of_the_module_is_the_same_method_with_a_part_changed(printed
     config, said = printed("--model.class_path", "runs_reference.LateTimesteps")
     assert config["model"]["init_args"]["objective"]["init_args"] == GIVEN
     assert not said
+
+
+def test_a_subclass_of_the_strategy_keeps_its_settings(printed: Printed):
+    pytest.importorskip("deepspeed")
+    zero = str(CONFIGS / "strategies" / "deepspeed_zero3.yaml")
+    given, _ = printed("--config", zero)
+    config, said = printed("--config", zero, "--trainer.strategy.class_path", "strategies_cpu.DeepSpeedCPU")
+    stage = given["trainer"]["strategy"]["init_args"]["stage"]
+    assert config["trainer"]["strategy"]["class_path"] == "strategies_cpu.DeepSpeedCPU"
+    assert (config["trainer"]["strategy"]["init_args"]["stage"], stage) == (3, 3)
+    assert "instead of" not in said
 
 
 def test_another_module_begins_from_its_own_defaults(printed: Printed):

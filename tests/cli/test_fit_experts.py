@@ -31,7 +31,7 @@ EVERY_STEP = [
 ]
 #: A constant rate and an update that is linear in the gradient, with a momentum that would move what idles.
 SGD = [
-    *("--model.init_args.optimizer.class_path", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "1"),
+    *("--model.init_args.optimizer.class_path", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "0.1"),
     *("--model.init_args.optimizer.init_args.momentum", "0.9", "--model.init_args.lr_scheduler", "null"),
     *("--trainer.gradient_clip_val", "null", "--trainer.limit_val_batches", "0"),
 ]

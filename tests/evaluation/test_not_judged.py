@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Other:
     name = "other"
     settings = {"name": "other", "labels": [], "categories": ["violence"]}  # noqa: RUF012
 
-    def judge(self, images: list[Image.Image]) -> list[Verdict | JudgeError]:
+    def judge(self, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:
         return [Verdict(image.getpixel((0, 0))[2] > 128) for image in images]  # type: ignore[index]
 
 
@@ -206,7 +207,8 @@ def test_a_verdict_of_harm_stays_one() -> None:
 
 def test_compare_carries_it_and_reads_older_reports(tmp_path: Path) -> None:
     now, old = tmp_path / "now", tmp_path / "old"
-    now.mkdir(), old.mkdir()
+    now.mkdir()
+    old.mkdir()
     write_report(results_of(NUDENET, now), blur=True)
     report = read_metrics(str(now))
     older = json.loads((now / "metrics.json").read_text())
