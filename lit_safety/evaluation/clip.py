@@ -56,9 +56,10 @@ class Clip:
             # safetensors only: other weight files can run code when loaded
             where = _commit(source, "config.json")
             variant = need_weights(folder, TRANSFORMERS).variant if folder.exists() else None
-            model, report = CLIPModel.from_pretrained(
+            loaded: Any = CLIPModel.from_pretrained(
                 source, use_safetensors=True, dtype="float32", variant=variant, output_loading_info=True, **where
             )
+            model, report = loaded
             check_whole(model, report, source)
             self.model: Any = model.eval()
             beside = where if processor is None else _commit(processor, "preprocessor_config.json")
