@@ -24,7 +24,8 @@ class _WholeBatches(ProgressBar):
     def _begun(self) -> int:
         """Batches of this epoch that were done before a resume."""
         # Not `completed`: a checkpoint of a batch's end is written before that goes up.
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        done: int = progress.processed
         return done if done < self.trainer.num_training_batches else 0  # else they are the epoch's before
 
     @property
