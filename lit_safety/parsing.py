@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from lit_safety.bounded import bound_command_lines, check_values, check_words
 from lit_safety.errors import UserError
 
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
@@ -88,6 +90,25 @@ class SingleLineErrors:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
         # command line, so that no key on the way is lost.
         raise UserError(str(message)) from ex
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        """As jsonargparse's, within the bounds of `bounded`.
+
+        Raises:
+            UserError: the command line is wrong, names a FIFO or a device, or a YAML stands for too much.
+        """
+        bound_command_lines()
+        check_words(sys.argv[1:] if args is None else [str(word) for word in args])
+        parsed = super().parse_args(args, *more, **options)  # type: ignore[misc]
+        check_values(parsed.as_dict())
+        return parsed
+
+    def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:
+        """The same for what a file says."""
+        bound_command_lines()
+        parsed = super().parse_object(cfg_obj, *more, **options)  # type: ignore[misc]
+        check_values(parsed.as_dict())
+        return parsed
 
 
 class SingleLineErrorParser(SingleLineErrors, ArgumentParser):

@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.guards import Guard
@@ -173,6 +174,6 @@ def _structure(option: str, value: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(value)
+        return load_yaml(value, option)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {value}: is neither JSON nor YAML") from error

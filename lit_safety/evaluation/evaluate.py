@@ -104,6 +104,7 @@ def evaluate(
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
+    from lit_safety.children import check_count
     from lit_safety.data.categories import canonical_category
     from lit_safety.evaluation.arms import collect_arms
     from lit_safety.evaluation.attack_curves import find_attacks
@@ -119,8 +120,7 @@ def evaluate(
     from lit_safety.evaluation.selection import Selection, select
     from lit_safety.evaluation.table import report_table
 
-    if processes < 1:
-        raise UserError(f"--processes {processes}: must be at least 1")
+    check_count(processes, "--processes")
     if (edit is None) is not (edit_images is None):
         raise UserError("--edit and --edit_images: give both or neither")
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None

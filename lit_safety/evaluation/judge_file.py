@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import Judge
 
@@ -35,7 +36,7 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     from lit_safety.parsing import SingleLineErrorParser, shorten
 
     try:
-        keys: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        keys: Any = load_yaml(file.read_text(encoding="utf-8"), str(file))
     except OSError as error:
         raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:

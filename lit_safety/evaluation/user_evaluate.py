@@ -88,6 +88,7 @@ def evaluate_users(
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
             written then.
     """
+    from lit_safety.children import check_count
     from lit_safety.data.users import Users
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.fingerprint import fingerprint
@@ -100,8 +101,7 @@ def evaluate_users(
     from lit_safety.evaluation.user_table import user_table
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
 
-    if processes < 1:
-        raise UserError(f"--processes {processes}: must be at least 1")
+    check_count(processes, "--processes")
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
     counts = Counts(explicit, implicit, clean, lookalike)
     check_writable(Path(out))

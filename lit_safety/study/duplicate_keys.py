@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from lit_safety.bounded import check_yaml
 from lit_safety.errors import UserError
 
 
@@ -14,6 +15,7 @@ def refuse_duplicate_keys(content: bytes) -> None:
         UserError: there is one; the message names the key and both lines.
         yaml.YAMLError: it is no YAML.
     """
+    check_yaml(content)
     left = [yaml.compose(content, Loader=yaml.SafeLoader)]
     seen: set[int] = set()
     while left:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.study.plan import FOLDER_OF, Options, Study
 
@@ -58,7 +59,7 @@ class Job:
 def _meaning(file: str, content: bytes) -> str:
     """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
     try:
-        return json.dumps(yaml.safe_load(content), sort_keys=True, default=str)
+        return json.dumps(load_yaml(content, file), sort_keys=True, default=str)
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_safety.errors import UserError
+from lit_safety.children import check_count
+from lit_safety.errors import Terminated, UserError
 from lit_safety.study.jobs import Job, jobs_of
 from lit_safety.study.plan import Study, load_study
 from lit_safety.study.results import Result, append_result, collect, latest, read_results
@@ -41,8 +42,7 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         UserError: the study file is wrong; another call is doing this study; or jobs failed: those that succeeded are
             noted.
     """
-    if processes < 1:
-        raise UserError(f"--processes must be at least 1, not {processes}")
+    check_count(processes, "--processes")
     plan = load_study(study)
     everything = jobs_of(plan)
     wanted = _wanted(everything, only)
@@ -80,7 +80,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
