@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
-    import yaml
+    pass
 
 DEPTH = 100
 """Mappings and lists within each other."""
@@ -83,7 +83,7 @@ def load_yaml(text: str | bytes, where: str = "", loader: Any = None) -> Any:
 
     check_yaml(text, where)
     try:
-        return yaml.load(text, Loader=loader or yaml.SafeLoader)  # noqa: S506 (both are safe loaders)
+        return yaml.load(text, Loader=loader or yaml.SafeLoader)
     except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 10^5 digits
         raise yaml.YAMLError(f"holds a value that cannot be read ({str(error)[:100]})") from error
 
@@ -167,10 +167,8 @@ def refuse_special(key: str, place: str) -> None:
         mode = os.stat(place).st_mode
     except (OSError, ValueError):  # is not there, or no path at all
         return
-    if stat.S_ISDIR(mode):
-        found = next(_special(place), None)
-    else:
-        found = None if stat.S_ISREG(mode) else place
+    special = _special(place) if stat.S_ISDIR(mode) else () if stat.S_ISREG(mode) else (place,)
+    found = next(iter(special), None)
     if found is not None:
         raise UserError(f"{key}: {found} is neither a file nor a folder (a FIFO, a socket or a device); give a copy")
 

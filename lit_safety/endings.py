@@ -91,8 +91,8 @@ def explain(error: BaseException) -> str | None:
     chain = list(_chain(error))
     if any(_few_handles(one) for one in chain):
         return (
-            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise it, such as `ulimit -n 4096`, or "
-            "take fewer worker processes"
+            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise it, such as `ulimit -n 4096`, "
+            "or take fewer worker processes"
         )
     if (lost := next((text for one in chain if (text := _lost_process(one)) is not None), None)) is not None:
         return lost
@@ -144,13 +144,13 @@ def _lost_process(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return (
-            f"a process that reads the data is gone ({text[:200]}): it was killed, mostly because the memory is used up; "
-            "take a smaller `data.init_args.num_workers` or batch, and go on with `--ckpt_path last`"
+            f"a process that reads the data is gone ({text[:200]}): it was killed, mostly because the memory is used "
+            "up; take a smaller `data.init_args.num_workers` or batch, and go on with `--ckpt_path last`"
         )
     if type(error).__name__ in ("ProcessExitedException", "BrokenProcessPool"):
         return (
-            f"a process of this command is gone ({text[:200]}): it was killed, mostly because the memory is used up; run "
-            "the same command again with fewer --processes"
+            f"a process of this command is gone ({text[:200]}): it was killed, mostly because the memory is used "
+            "up; run the same command again with fewer --processes"
         )
     return None
 

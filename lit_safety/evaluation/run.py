@@ -64,7 +64,11 @@ class Run:
         Raises:
             UserError: an arm does not load, a picture cannot be written, or a judge fails on every picture.
         """
-        schedulers = {name: self.scheduler(name) for name in self.arms}
+        with progress("load", len(self.arms)) as tick:
+            schedulers = {}
+            for name in self.arms:
+                schedulers[name] = self.scheduler(name)
+                tick(1)
         shared = self._shared(schedulers["base"])
         done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
         return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done))

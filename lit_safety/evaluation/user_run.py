@@ -123,7 +123,11 @@ class UserRun:
         self._check_judges()
         ids = list(dict.fromkeys(row.profile.user_id for row in self.rows))
         embeddings = digest(self.users.embeddings(ids).tolist())
-        schedulers = {name: self._run.scheduler(name) for name in self.arms}
+        with progress("load", len(self.arms)) as tick:
+            schedulers = {}
+            for name in self.arms:
+                schedulers[name] = self._run.scheduler(name)
+                tick(1)
         shared = self._shared(schedulers[BASE], embeddings)
         arms = {}
         for name in self.arms:

@@ -1,9 +1,9 @@
 """Whose prompts, judges and pipelines are whose: those of an embedded world say nothing about another model.
 
-A world's folder holds `world.json`: its name and the vocabularies of its pipelines' tokenizers. What lies in that folder
-is the world's, under whatever path or link it is given. The toy world's files are known by what is in them too, so that
-a copy of one of them is not taken for somebody's own. A pipeline is the world's when its tokenizer knows the world's
-words: then every adapter on it, every merged and every further trained copy of it is.
+A world's folder holds `world.json`: its name and the vocabularies of its pipelines' tokenizers. What lies in that
+folder is the world's, under whatever path or link it is given. The toy world's files are known by what is in them too,
+so that a copy of one of them is not taken for somebody's own. A pipeline is the world's when its tokenizer knows the
+world's words: then every adapter on it, every merged and every further trained copy of it is.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def vocabularies(pipeline: Path) -> set[str]:
     return found
 
 
+def of_a_world(pipeline: Path) -> bool:
+    """Whether a pipeline is of a world whose scenes are drawn for it and hurt nobody: the toy world."""
+    return bool(vocabularies(pipeline) & TOYWORLD.vocabularies)
+
+
 def world_of(place: str | Path) -> World | None:
     """The world that a file or folder belongs to: one that it lies in, or whose weights it holds; None: of none."""
     try:
@@ -129,8 +134,8 @@ def check_world(
                 if not own & world.vocabularies:
                     raise UserError(
                         f"{option} {place}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
-                        "does not, so a figure would say nothing about it: give prompts and judges of your own (the "
-                        f"README's `own model` steps), or ask for it with {key}"
+                        "does not, so a figure would say nothing about it: give prompts and judges of "
+                        f"your own, or ask for it with {key}"
                     )
 
 

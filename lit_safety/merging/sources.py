@@ -11,7 +11,6 @@ from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import fingerprint
 from lit_safety.merging.expert import Expert
 
-
 MOST_OF_A_CARD = 1 << 18
 """Bytes of a model card in which its front matter ends."""
 
