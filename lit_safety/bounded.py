@@ -130,7 +130,7 @@ def check_words(words: list[str]) -> None:
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else (before, "=", word)
         if equals:
-            refuse_special(option or value, value)
+            refuse_special(option, value)
         before = option if word.startswith("--") and not equals else ""
 
 
@@ -155,7 +155,7 @@ def refuse_special(key: str, place: str) -> None:
     """Refuse a place that is neither a file nor a folder, or a folder that holds such a thing.
 
     Args:
-        key: the option or YAML key that names it.
+        key: the option or YAML key that names it; empty: an argument without a name.
         place: what may be a path.
 
     Raises:
@@ -170,7 +170,8 @@ def refuse_special(key: str, place: str) -> None:
     special = _special(place) if stat.S_ISDIR(mode) else () if stat.S_ISREG(mode) else (place,)
     found = next(iter(special), None)
     if found is not None:
-        raise UserError(f"{key}: {found} is neither a file nor a folder (a FIFO, a socket or a device); give a copy")
+        named = f"{key}: " if key and key != place else ""
+        raise UserError(f"{named}{found} is neither a file nor a folder (a FIFO, a socket or a device); give a copy")
 
 
 def _special(folder: str) -> Iterator[str]:
