@@ -12,6 +12,7 @@ from typing import NoReturn
 from lit_safety import __version__
 from lit_safety.endings import STOPPED, end_now, explain, signals, stopped_by
 from lit_safety.errors import UserError
+from lit_safety.hardware import out_of_memory
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -70,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}", file=sys.stderr, flush=True)
             return 128 + by
         except Exception as error:
-            from lit_safety.hardware import out_of_memory
-
             message = out_of_memory(error, arguments[0] if arguments else "") or explain(error)
             if message is None:
                 raise

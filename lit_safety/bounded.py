@@ -6,6 +6,7 @@ brackets within brackets end Python's stack. JSON has the brackets alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -62,7 +63,7 @@ def check_yaml(text: str | bytes, where: str = "") -> None:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for _, anchor in open_nodes):
                 raise UserError(f"{prefix}the alias *{event.anchor} stands within what it stands for")
-            size, written = size + anchors.get(event.anchor, 1), written + 1
+            size, written = size + anchors.get(str(event.anchor), 1), written + 1
         if size > written + ALIASED:
             raise UserError(f"{prefix}its aliases (*name) stand for more than {ALIASED} values; write them out")
 
@@ -165,8 +166,10 @@ def refuse_special(key: str, place: str) -> None:
         return
     try:
         mode = os.stat(place).st_mode
-    except (OSError, ValueError):  # is not there, or no path at all
-        return
+    except (OSError, ValueError) as error:  # is not there, or no path at all
+        if getattr(error, "errno", None) != errno.ELOOP:
+            return
+        raise UserError(f"{key or place}: {place} is a link that leads to itself") from error
     special = _special(place) if stat.S_ISDIR(mode) else () if stat.S_ISREG(mode) else (place,)
     found = next(iter(special), None)
     if found is not None:

@@ -83,11 +83,9 @@ def end_now(status: int) -> NoReturn:
 def explain(error: BaseException) -> str | None:
     """One line for what the machine did not allow; None: a defect of ours or of the user's own class.
 
-    An error that passes through code which is neither ours nor a library's keeps its traceback: that code is the
+    A file's error that passes through code which is neither ours nor a library's keeps its traceback: that code is the
     user's, who needs it.
     """
-    if of_own_class(error):
-        return None
     chain = list(_chain(error))
     if any(_few_handles(one) for one in chain):
         return (
@@ -96,6 +94,15 @@ def explain(error: BaseException) -> str | None:
         )
     if (lost := next((text for one in chain if (text := _lost_process(one)) is not None), None)) is not None:
         return lost
+    if any(isinstance(one, RecursionError) and "JSON" in str(one) for one in chain):
+        return "a JSON file of a model is nested too deeply to be read; copy the model's folder again"
+    if any(_no_checkpoint(one) for one in chain):
+        return (
+            "the checkpoint (`--ckpt_path`) is none, is cut short or damaged: give another one; `last` finds the newest "
+            "of the run"
+        )
+    if of_own_class(error):
+        return None
     if isinstance(error, OSError) and error.errno in _WHY and error.filename is not None:
         return f"{_name(error.filename)}: {_WHY[error.errno]}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
@@ -108,12 +115,9 @@ def of_own_class(error: BaseException) -> bool:
     paths = sysconfig.get_paths()
     known = [str(Path(__file__).parent), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
     known += [str(Path(place).resolve()) for place in known]
-    trace = error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
+    for file in _files(error):
         if not file.startswith("<") and not any(file.startswith(place + os.sep) for place in known):
             return True
-        trace = trace.tb_next
     return False
 
 
@@ -130,6 +134,31 @@ def _few_handles(error: BaseException) -> bool:
         return True
     # libraries in C and Rust, and torch's sharing of memory between processes, say it in words alone
     return "Too many open files" in str(error) or "0 items of ancdata" in str(error)
+
+
+def _no_checkpoint(error: BaseException) -> bool:
+    """Whether torch.load does not take a file: one that it did not write, or not to its end.
+
+    Of such a file it raises whatever comes: EOFError, IndexError, KeyError, UnpicklingError, RuntimeError.
+    """
+    if isinstance(error, OSError | MemoryError) or not isinstance(error, Exception):
+        return False
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        file = code.co_filename.replace(os.sep, "/")
+        if file.endswith("torch/serialization.py") and code.co_name in ("load", "_load", "_legacy_load"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _files(error: BaseException) -> Iterator[str]:
+    """The source files that an error passed through."""
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code.co_filename
+        trace = trace.tb_next
 
 
 def _handles() -> str:

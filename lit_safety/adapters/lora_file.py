@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_safety.adapters.lora import WEIGHTS_NAME, find_weights
 from lit_safety.adapters.lora_layouts import COMPONENTS, refuse_keys, refuse_settings, to_one_layout
 from lit_safety.adapters.peft_folder import find_peft, with_component
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 #: Where diffusers keeps the LoRA configuration in a safetensors file.
@@ -106,7 +107,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             raw = (handle.metadata() or {}).get(METADATA_KEY)
-        metadata = json.loads(raw) if raw else {}
+        metadata = load_json(raw) if raw else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is no readable safetensors file: {error}") from error
     if not isinstance(metadata, dict):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_safety.backbones.pipeline_index import pipeline_index
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 ENDS = 4096
@@ -90,7 +91,7 @@ def _settings(folder: Path, class_name: str) -> bytes:
 
 def _longest(file: Path) -> object:
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = load_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -105,7 +106,7 @@ def _tensors(path: Path) -> list[bytes]:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER:
                 raise ValueError("its header is too long")
-            header: dict[str, Any] = json.loads(file.read(size))
+            header: dict[str, Any] = load_json(file.read(size))
             return [
                 json.dumps(
                     [name, entry["dtype"], entry["shape"], _ends(file, 8 + size, *entry["data_offsets"])]

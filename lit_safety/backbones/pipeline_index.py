@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.hub import hub_file
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 #: Where components' classes may come from. The index is data: it must not choose what else is imported.
@@ -51,7 +51,7 @@ def pipeline_index(source: str) -> PipelineIndex:
     else:
         index = hub_file(source, "model_index.json")
     try:
-        stated = json.loads(index.read_text(encoding="utf-8"))
+        stated = load_json(index.read_text(encoding="utf-8"))
         name = str(stated["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no diffusers model index ({error}); is the download complete?") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 FILE_NAME = "preprocessor_config.json"
@@ -40,7 +40,7 @@ class ClipPreprocess:
             UserError: the file is missing, or holds settings that this class does not know.
         """
         try:
-            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            config: dict[str, Any] = load_json(file.read_text(encoding="utf-8"))
             resize, crop = config.get("do_resize", True), config.get("do_center_crop", True)
             size = config.get("size", 224)
             square = isinstance(size, dict) and "shortest_edge" not in size

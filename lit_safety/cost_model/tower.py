@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lit_safety.bounded import load_json
 from lit_safety.cost_model.preprocess import FILE_NAME, ClipPreprocess
 from lit_safety.errors import UserError
 
@@ -89,7 +89,7 @@ def _load(source: str, projected: bool) -> Any:
 
     config = _file(source, "config.json")
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        kind = load_json(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config}: is no model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 
@@ -34,7 +35,7 @@ def read_metrics(report: str) -> dict[str, Any]:
     """
     file = Path(report) / "metrics.json" if Path(report).is_dir() else Path(report)
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
+        metrics = load_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give a metrics.json or its folder") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

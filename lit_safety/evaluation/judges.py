@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lit_safety.bounded import load_json
 from lit_safety.data.categories import CATEGORIES
 from lit_safety.errors import UserError
 
@@ -166,7 +167,7 @@ def load_judge(spec: str) -> Judge:
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
-        keys = json.loads(config.read_text(encoding="utf-8"))
+        keys = load_json(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
     if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:

@@ -100,7 +100,7 @@ def load_study(path: str) -> Study:
         given["growth"] = Growth(**given["growth"]) if given["growth"] else None
         study = Study(**given)
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
-    except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
+    except (ArgumentError, UserError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     _check(path, study)
     return study

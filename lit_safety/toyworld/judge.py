@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.toyworld.folders import swap_in
 from lit_safety.toyworld.objects import CONCEPTS, LABELS
@@ -76,7 +77,7 @@ class ToyJudge(nn.Module):
         """Loads a folder that `save_pretrained` wrote; UserError when it holds no judge."""
         folder = Path(folder)
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = load_json((folder / "config.json").read_text())
             weights = load_file(folder / "model.safetensors")
             judge = cls(**config)
             judge.load_state_dict(weights)

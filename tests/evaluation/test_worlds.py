@@ -23,9 +23,7 @@ def refused(pipeline: Path, **files: str | Path) -> bool:
     try:
         check_world(pipeline, files, allowed=False, prompts=prompts)
     except UserError as error:
-        assert "toyworld" in str(error)
-        assert "--other_world" in str(error)
-        return True
+        return "toyworld" in str(error) and "--other_world" in str(error)
     return False
 
 
