@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
 from lit_safety.errors import UserError
@@ -38,6 +38,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # multiprocessing's own process: its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -45,13 +46,27 @@ def deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_all(processes: Iterable[Any], patience: float = 5.0) -> None:
+    """End processes by SIGTERM, and by SIGKILL those that do not hear it within `patience` seconds."""
+    processes = list(processes)
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
 def end_with_parent() -> None:
     """In a process of multiprocessing's: end as soon as the process that started it is gone, even when it was killed.
 
-    SIGTERM ends it at once, whatever handler a fork brought along.
+    SIGTERM ends it at once, and Ctrl-C, which its parent hears too, does not.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_wait, args=(parent.sentinel,), daemon=True).start()
 

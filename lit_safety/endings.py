@@ -69,11 +69,13 @@ def stopped_by(error: BaseException) -> signal.Signals | None:
 
 
 def end_now(status: int) -> NoReturn:
-    """End a stopped command without waiting for threads that are still at work, and leave no process behind."""
+    """End a stopped command, and leave no process behind. Threads that are still at work are not waited for."""
     import multiprocessing
 
     for process in multiprocessing.active_children():
         process.terminate()
+    if not any(one is not threading.main_thread() and not one.daemon for one in threading.enumerate()):
+        sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed, or None: there is nobody to tell
             stream.flush()
@@ -98,8 +100,8 @@ def explain(error: BaseException) -> str | None:
         return "a JSON file of a model is nested too deeply to be read; copy the model's folder again"
     if any(_no_checkpoint(one) for one in chain):
         return (
-            "the checkpoint (`--ckpt_path`) is none, is cut short or damaged: give another one; `last` finds the newest "
-            "of the run"
+            "the checkpoint (`--ckpt_path`) is none, is cut short or damaged: give another one; `last` finds the "
+            "newest of the run"
         )
     if of_own_class(error):
         return None

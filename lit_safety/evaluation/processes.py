@@ -7,11 +7,13 @@ and every picture is written by one process alone.
 from __future__ import annotations
 
 import multiprocessing
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.children import deaf_to_ctrl_c, end_with_parent
+from lit_safety.children import deaf_to_ctrl_c, end_all, end_with_parent
+from lit_safety.endings import signals
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,10 +78,7 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
             readers[reader] = process
         _listen(readers, tick)
     finally:
-        for process in readers.values():
-            if process.is_alive():
-                process.terminate()
-            process.join()
+        end_all(readers.values())
 
 
 def _listen(readers: dict[Any, Any], tick: Callable[[int], None]) -> None:
@@ -111,10 +110,11 @@ def _draw(
 
     end_with_parent()
     torch.set_num_threads(threads)
-    try:
-        gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
-    except UserError as error:
-        writer.send(str(error))
+    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # ended by whoever began it, or left by it
+        try:
+            gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
+        except UserError as error:
+            writer.send(str(error))
 
 
 def _threads() -> int:

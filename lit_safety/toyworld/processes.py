@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_safety.children import deaf_to_ctrl_c
+from lit_safety.children import deaf_to_ctrl_c, end_all
 
 
 def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
@@ -51,7 +51,4 @@ def launch(train: Callable[..., None], world: int, *arguments: Any) -> None:
         while not context.join():
             pass
     finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.terminate()
-            process.join()
+        end_all(context.processes)
