@@ -84,11 +84,14 @@ def each(work: Callable[[Work], Done], parts: Sequence[Work], processes: int) ->
     # Not a fork: one of a process that runs threads may hang.
     count = max(1, min(processes, len(parts)))
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    before, started = multiprocessing.active_children(), []
     try:
         with deaf_to_ctrl_c():
             done = pool.map(work, parts)
+            started = [one for one in multiprocessing.active_children() if one not in before]
         yield from done
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        end_all(started)
         raise
     pool.shutdown()

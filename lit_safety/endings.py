@@ -74,7 +74,10 @@ def end_now(status: int) -> NoReturn:
 
     for process in multiprocessing.active_children():
         process.terminate()
-    if not any(one is not threading.main_thread() and not one.daemon for one in threading.enumerate()):
+    others = [one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon]
+    for one in others:
+        one.join(1.0)  # one that tidies up is done in moments
+    if not any(one.is_alive() for one in others):
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed, or None: there is nobody to tell
