@@ -283,3 +283,14 @@ def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys
         "draw: 600 of 1000 (60%), about 1 min left",
         "draw: 700 of 1000 (70%), about 1 min left",
     ]
+
+
+def test_test_refuses_the_toy_world_s_prompts_for_another_model(
+    command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The method's file names them, and the model is one's own: said before a pair or a weight is read."""
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    assert main(command_line("test", "--ckpt_path", str(tmp_path / "a.ckpt"), "--trainer.logger", "false")) == 2
+    (complaint,) = complaints(capsys.readouterr().err)
+    for name in ("EvaluateOnTest", "other_world", "data/toyworld/prompts/test.csv"):
+        assert name in complaint
