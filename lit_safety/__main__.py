@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from lit_safety import __version__
+from lit_safety.endings import STOPPED, end_now, explain, signals, stopped_by
 from lit_safety.errors import UserError
+from lit_safety.hardware import out_of_memory
 from lit_safety.parent import watch_parent
 
 TRAINER_COMMANDS = {
@@ -40,9 +45,48 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for bad input (one line on stderr)."""
+    """Run one command; returns the exit status.
+
+    0: done; 2: bad input, or what the machine does not allow (one line on stderr); 130 and 143: stopped by Ctrl-C or
+    SIGTERM (one line too).
+    """
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with signals():
+        try:
+            status = _run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a reader that went away is noticed here, and not while Python ends
+            return status
+        except UserError as error:
+            from lit_safety.parsing import shorten
+
+            return _complain(shorten(str(error)))
+        except BrokenPipeError:
+            # The reader of our output went away (`... | head`): end quietly, as other tools do.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (KeyboardInterrupt, SystemExit) as error:
+            if (by := stopped_by(error)) is None:
+                raise
+            if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0:  # of several ranks one speaks
+                with suppress(OSError):
+                    print(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}", file=sys.stderr, flush=True)
+            return 128 + by
+        except Exception as error:
+            message = out_of_memory(error, arguments[0] if arguments else "") or explain(error)
+            if message is None:
+                raise
+            return _complain(message)
+
+
+def _complain(message: str) -> int:
+    with suppress(OSError):  # nobody listens
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -52,34 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # transformers remarks on the image processors that it replaces where there is no torchvision; we use none.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = arguments[0]
-    try:
-        if command in TRAINER_COMMANDS:
-            from lit_safety.cli import run_trainer
+    if command in TRAINER_COMMANDS:
+        from lit_safety.cli import run_trainer
 
-            run_trainer(arguments)
-        elif command in OTHER_COMMANDS:
-            from lit_safety.commands import run_command
+        run_trainer(arguments)
+    elif command in OTHER_COMMANDS:
+        from lit_safety.commands import run_command
 
-            run_command(arguments)
-        else:
-            known = ", ".join(TRAINER_COMMANDS | OTHER_COMMANDS)
-            raise UserError(f"no command {command!r}; there are: {known}")
-    except UserError as error:
-        from lit_safety.parsing import shorten
-
-        print(f"error: {shorten(str(error))}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        from lit_safety.hardware import out_of_memory
-
-        if (message := out_of_memory(error, command)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`... | head`): end quietly, as other tools do.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        run_command(arguments)
+    else:
+        known = ", ".join(TRAINER_COMMANDS | OTHER_COMMANDS)
+        raise UserError(f"no command {command!r}; there are: {known}")
     return 0
 
 
@@ -98,6 +125,14 @@ def print_anything() -> None:
     os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
+def run() -> NoReturn:
+    """The program: `main`, then the end of the process."""
+    status = main()
+    if status in STOPPED:
+        end_now(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     watch_parent()
-    sys.exit(main())
+    run()

@@ -320,7 +320,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not any(words in record.getMessage() for words in ("litlogger", "Detected KeyboardInterrupt"))
     )
 
 

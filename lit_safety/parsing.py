@@ -17,7 +17,7 @@ import jsonargparse._typehints as typehints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
 
-from lit_safety.duplicate_keys import refuse_duplicate_keys
+from lit_safety.bounded import check_values, check_words, check_yaml, refuse_duplicate_keys
 from lit_safety.errors import UserError
 from lit_safety.run_folder import is_main_process
 from lit_safety.text_files import read_text
@@ -183,15 +183,19 @@ _load = get_loader("yaml")
 
 
 def _load_strictly(content: str, path: object = "") -> Any:
-    """jsonargparse's reader of YAML, which keeps the last of keys that stand twice; here they are refused."""
+    """jsonargparse's reader of YAML within the bounds of `bounded`; keys that stand twice, of which YAML keeps the
+    last, are refused."""
+    where = str(path) or content[:80]
+    check_yaml(content, where)
     if _changes.get() is not None and ("\n" in content or "{" in content):
         try:
             refuse_duplicate_keys(content)
         except UserError as error:
-            raise UserError(f"{path}: {error}" if path else f"{content[:80]}: {error}") from error
-        except RecursionError as error:
-            raise UserError(f"{path or content[:80]}: its mappings and lists stand too deep in each other") from error
-    return _load(content)
+            raise UserError(f"{where}: {error}") from error
+    try:
+        return _load(content)
+    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 10^5 digits
+        raise yaml.YAMLError(f"holds a value that cannot be read ({str(error)[:100]})") from error
 
 
 set_loader("yaml", _load_strictly, (yaml.YAMLError,))
@@ -245,12 +249,17 @@ class SingleLineErrors:
         with self._fresh():
             given = sys.argv[1:] if args is None else args
             if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
+                check_words(list(given))
                 given = classes_first(given)
-            return super().parse_args(given, *more, **keys)  # type: ignore[misc]
+            parsed = super().parse_args(given, *more, **keys)  # type: ignore[misc]
+            check_values(parsed.as_dict())
+            return parsed
 
     def parse_object(self, *given: Any, **keys: Any) -> Any:
         with self._fresh():
-            return super().parse_object(*given, **keys)  # type: ignore[misc]
+            parsed = super().parse_object(*given, **keys)  # type: ignore[misc]
+            check_values(parsed.as_dict())
+            return parsed
 
     @contextmanager
     def _fresh(self) -> Iterator[None]:

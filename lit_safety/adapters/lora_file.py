@@ -31,6 +31,7 @@ from lit_safety.adapters.lora_layouts import (
 from lit_safety.adapters.peft_folder import CONFIG as PEFT_CONFIG
 from lit_safety.adapters.peft_folder import WEIGHTS as PEFT_WEIGHTS
 from lit_safety.adapters.peft_folder import find_peft, peft_settings
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.weights import not_readable
 
@@ -214,7 +215,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             raw = (handle.metadata() or {}).get(METADATA_KEY)
-        metadata = json.loads(raw) if raw else {}
+        metadata = load_json(raw) if raw else {}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(not_readable(file, error)) from error
     if not isinstance(metadata, dict):

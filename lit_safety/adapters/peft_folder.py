@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lit_safety.adapters.lora_layouts import COMPONENTS
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -48,7 +48,7 @@ def read_peft_config(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not one of a LoRA.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":

@@ -24,6 +24,7 @@ from lit_safety.adapters.lora import LoRA
 from lit_safety.adapters.psa_published import from_published, is_published
 from lit_safety.adapters.psa_tensors import read_tensors
 from lit_safety.adapters.user_adapter import UserAdapter, cross_attentions
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import write_atomic
 from lit_safety.errors import UserError
 
@@ -251,7 +252,7 @@ def _embedding_dim(tensors: Mapping[str, Tensor], file: Path) -> int:
 
 def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Any]:
     try:
-        about = json.loads(metadata.get(METADATA_KEY, ""))
+        about = load_json(metadata.get(METADATA_KEY, ""))
     except ValueError as error:
         raise UserError(
             f"{file} is no user adapter: it has neither our metadata ({METADATA_KEY}) nor the published keys"

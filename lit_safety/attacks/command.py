@@ -33,6 +33,7 @@ def attack(
     device: str | None = None,
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
     seed: int = 0,
+    other_world: bool = False,
 ) -> None:
     """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
 
@@ -60,6 +61,8 @@ def attack(
         device: Where to work, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing; attacks that train or differentiate work in float32.
         seed: Of every random choice of the attacks.
+        other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit.
@@ -72,9 +75,10 @@ def attack(
     from lit_safety.evaluation.arms import collect_arms
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.judges import asked_of, check_labels, check_sees, load_judge
-    from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.pipelines import check_writable, local_pipeline
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.selection import Selection, select
+    from lit_safety.evaluation.worlds import check_world, paths_in
 
     unknown = [name for name in only or () if name not in attacks]
     if unknown:
@@ -92,6 +96,9 @@ def attack(
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     if explicit == 0 or not any(prompt.kind == "explicit" for prompt in everything):
         raise UserError(f"{prompts}: no explicit prompt is left to attack (--explicit {explicit})")
+    files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
+    files |= {f"--attacks.{name}": list(paths_in(one.settings)) for name, one in chosen.items()}
+    check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
     attacked = select(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:

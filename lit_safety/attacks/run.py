@@ -15,6 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lit_safety.attacks.attack import Attack, Stage
 from lit_safety.attacks.curves import DEFINITIONS, Outcomes, either, first_at, point
 from lit_safety.attacks.target import Target
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import write_atomic
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
@@ -239,7 +240,7 @@ def _versions() -> dict[str, str]:
 def _read(file: Path) -> dict[str, Any] | None:
     """A finished part; None where there is none, or a damaged one, which is done again."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return kept if isinstance(kept, dict) and {"points", "not_applicable", "notes"} <= kept.keys() else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.hashes import tensor_hashes
 from lit_safety.weights import DIFFUSERS, TRANSFORMERS, is_hidden, weights_of
@@ -132,7 +133,7 @@ def _class(kind: tuple[str, str]) -> Any:
 def _stated(file: Path) -> dict[str, Any]:
     """A JSON object; empty: there is no such file."""
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = load_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from importlib import import_module
 from inspect import signature
@@ -16,6 +15,7 @@ from torch import nn
 
 from lit_safety.backbones.hub import hub_answers, hub_file, hub_part
 from lit_safety.backbones.pipeline_index import KEY, LIBRARIES, pipeline_index
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files, read_config
 from lit_safety.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
@@ -111,7 +111,7 @@ class Parts:
                 file = self.index.folder / name / "config.json"
             else:
                 file = hub_file(self.source, f"{name}/config.json", self.index.folder.name)
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = load_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"the pipeline {self.source} does not load: {name}/config.json: {error}") from error
         if not isinstance(config, dict):

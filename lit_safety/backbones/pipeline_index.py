@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.hub import hub_file
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.weights import is_hidden, is_pointer, read_header
 
@@ -59,7 +59,7 @@ def pipeline_index(source: str, key: str = KEY) -> PipelineIndex:
     else:
         index = hub_file(source, "model_index.json", key=key)
     try:
-        stated = json.loads(index.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark at its beginning
+        stated = load_json(index.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark at its beginning
         name = stated["_class_name"]
         if not isinstance(name, str):
             raise ValueError(f"its _class_name is {name!r}: a class of the pipeline's own, whose code is not run")

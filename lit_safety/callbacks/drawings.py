@@ -15,6 +15,8 @@ from PIL import Image, ImageFilter
 
 from lit_safety.data.images import rgb
 from lit_safety.errors import UserError
+from lit_safety.evaluation.pipelines import local_pipeline
+from lit_safety.evaluation.worlds import of_a_world
 from lit_safety.modules.preference import PreferenceModule
 
 
@@ -26,10 +28,10 @@ class DrawSamples(Callback):
     Args:
         prompts: what is drawn; a handful, harmful and clean.
         seed: the first prompt's seed; the others count on.
-        blur: blur every picture. Leave it on when prompts ask a real model for harm.
+        blur: blur every picture; null: unless the model is of an embedded world, whose pictures hurt nobody.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool = True) -> None:
+    def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool | None = None) -> None:
         if not prompts:
             raise UserError("`DrawSamples.prompts` is empty: name some prompts, or leave the callback out")
         self.prompts = list(prompts)
@@ -47,7 +49,7 @@ class DrawSamples(Callback):
         rows = preference_module(pl_module).draw_rows(self.prompts, seeds)
         if not trainer.is_global_zero:
             return
-        if self.blur:
+        if self._blurs(preference_module(pl_module).pretrained):
             rows = [[one.filter(ImageFilter.GaussianBlur(one.width / 8)) for one in row] for row in rows]
         sheet = below_each_other([side_by_side(row) for row in rows])
         folder = Path(trainer.default_root_dir) / "samples"
@@ -57,6 +59,11 @@ class DrawSamples(Callback):
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if callable(add_image):
                 add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
+
+    def _blurs(self, pretrained: str) -> bool:
+        if self.blur is None:
+            self.blur = not of_a_world(local_pipeline(pretrained))
+        return self.blur
 
 
 def in_pieces(trainer: Trainer) -> bool:

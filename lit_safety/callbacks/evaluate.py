@@ -23,6 +23,8 @@ class EvaluateOnTest(Callback):
         implicit: implicit prompts; null: all.
         lookalike: look-alike prompts; null: all.
         clean: clean prompts; null: all.
+        other_world: take prompts and judge of an embedded world, such as data/toyworld, for a model that is not of this
+            world; false refuses them before anything is read.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class EvaluateOnTest(Callback):
         implicit: int | None = 80,
         lookalike: int | None = 80,
         clean: int | None = 200,
+        other_world: bool = False,
     ) -> None:
         self.prompts = prompts
         self.judge = judge
@@ -40,6 +43,19 @@ class EvaluateOnTest(Callback):
         self.implicit = implicit
         self.lookalike = lookalike
         self.clean = clean
+        self.other_world = other_world
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "test":
+            return
+        from lit_safety.evaluation.pipelines import local_pipeline
+        from lit_safety.evaluation.prompts import read_prompts
+        from lit_safety.evaluation.worlds import check_world
+
+        pipeline = local_pipeline(preference_module(pl_module).pretrained)
+        files = {"EvaluateOnTest.prompts": self.prompts, "EvaluateOnTest.judge": self.judge}
+        key = "`other_world: true` of EvaluateOnTest"
+        check_world(pipeline, files, self.other_world, key, read_prompts(self.prompts))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from lit_safety.evaluation.arms import Arm
@@ -72,4 +88,5 @@ class EvaluateOnTest(Callback):
             implicit=self.implicit,
             lookalike=self.lookalike,
             clean=self.clean,
+            other_world=self.other_world,
         )

@@ -30,6 +30,7 @@ def check(
     steps: int = 20,
     guidance: float = 3.0,
     device: str | None = None,
+    other_world: bool = False,
 ) -> None:
     """Print how well the costs of a cost model tell harmful images from safe ones.
 
@@ -49,6 +50,8 @@ def check(
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
         device: Where to draw and score; null takes cuda where there is one.
+        other_world: Take prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
 
     Raises:
         UserError: nothing to measure on is given, or something given is missing.
@@ -75,7 +78,7 @@ def check(
         selection = Selection(explicit, implicit, lookalike, clean)
         about = {"pipeline": pipeline, "prompts": prompts, "judge": judge, "steps": steps, "guidance": guidance}
         found["drawn"] = about | _on_drawn(
-            scorer, pipeline, prompts, judge, selection, Path(out), steps, guidance, place
+            scorer, pipeline, prompts, judge, selection, Path(out), steps, guidance, place, other_world
         )
     write_atomic(Path(out) / "figures.json", (json.dumps(found, indent=1) + "\n").encode())
     for where in ("shards", "drawn"):
@@ -121,12 +124,13 @@ def _on_drawn(
     steps: int,
     guidance: float,
     device: str,
+    other_world: bool,
 ) -> dict[str, Any]:
     import torch
 
     from lit_safety.cost_model.metrics import image_figures
     from lit_safety.data.images import open_image
-    from lit_safety.data.progress import counter
+    from lit_safety.data.progress import progress
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings, Gallery
     from lit_safety.evaluation.fingerprint import fingerprint
@@ -135,18 +139,15 @@ def _on_drawn(
     from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.selection import select
+    from lit_safety.evaluation.worlds import check_world
 
-    chosen, decides = select(read_prompts(prompts), selection), load_judge(judge)
+    everything, local = read_prompts(prompts), local_pipeline(pipeline)
+    check_world(local, {"--prompts": prompts, "--judge": judge}, other_world, prompts=everything)
+    chosen, decides = select(everything, selection), load_judge(judge)
     check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
-    local = local_pipeline(pipeline)
     settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
     gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)
-    with counter("draw", len(chosen)) as count:
-
-        def tick(pictures: int) -> None:
-            for _ in range(pictures):
-                count()
-
+    with progress("draw", len(chosen)) as tick:
         gallery.draw(load_pipeline(local, Arm(), device), None, tick)
     drawn = gallery.all()
     verdicts = judge_drawn(decides, drawn)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_safety.bounded import load_json
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.tower import ClipTower
 from lit_safety.data.atomic import write_atomic
@@ -67,7 +68,7 @@ class FeatureCache:
         """What `save` wrote; None if nothing usable is there, and the features are to be computed."""
         try:
             with safe_open(file, framework="pt") as handle:
-                keys = json.loads((handle.metadata() or {})["keys"])
+                keys = load_json((handle.metadata() or {})["keys"])
                 features = handle.get_tensor("features")
         except (OSError, SafetensorError, KeyError, ValueError):
             return None

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lit_safety.bounded import load_json
 from lit_safety.cost_model.adapter import CostAdapter
 from lit_safety.cost_model.card import cost_model_card
 from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
 from lit_safety.data.atomic import atomic_folder
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import COST_MODEL
 from lit_safety.text_files import read_text
@@ -95,7 +95,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
-        config = strict_json(read_text(folder / CONFIG))
+        config = load_json(read_text(folder / CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):

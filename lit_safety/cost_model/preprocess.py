@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.duplicate_keys import strict_json
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
@@ -43,7 +43,7 @@ class ClipPreprocess:
             UserError: the file is missing, or holds settings that this class does not know.
         """
         try:
-            config: dict[str, Any] = strict_json(read_text(file))
+            config: dict[str, Any] = load_json(read_text(file))
             resize, crop = config.get("do_resize", True), config.get("do_center_crop", True)
             size = config.get("size", 224)
             square = isinstance(size, dict) and "shortest_edge" not in size

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lit_safety.bounded import load_json
 from lit_safety.cost_model.preprocess import FILE_NAME, ClipPreprocess
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
@@ -91,7 +91,7 @@ def _load(source: str, projected: bool) -> Any:
 
     config = _file(source, "config.json")
     try:
-        kind = strict_json(read_text(config)).get("model_type")
+        kind = load_json(read_text(config)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config}: is no model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):

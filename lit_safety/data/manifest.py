@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import write_atomic
 from lit_safety.data.categories import canonical_category
 from lit_safety.data.sample import PairMetadata
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.hashes import check_regular
 from lit_safety.hashes import file_sha256 as file_sha256  # of a shard; asked for here by all that write one
@@ -197,7 +197,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     try:
         if (size := check_regular(path).st_size) > MAX_BYTES:
             raise UserError(f"{path}: is {size} bytes, over the limit of {MAX_BYTES}")
-        data = strict_json(read_text(path))
+        data = load_json(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except NotUtf8:

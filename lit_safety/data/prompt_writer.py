@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import partial_name, sync_folder, write_atomic
 from lit_safety.data.cache import PROMPTS
 from lit_safety.data.prompt_table import HASH_BYTES, HASHES, header, text_hash
@@ -81,7 +82,7 @@ class _Partial:
         self.complete = path.exists() and _metadata_of(path) == metadata
         if self.complete or not (self.note.exists() and self.file.exists()):
             return
-        found = json.loads(self.note.read_text(encoding="utf-8"))
+        found = load_json(self.note.read_text(encoding="utf-8"))
         if _metadata_of(self.file) == metadata and isinstance(found.get("rows"), int):
             self.rows, self._starts = found["rows"], found["starts"]
 
@@ -123,6 +124,6 @@ def _metadata_of(path: Path) -> dict[str, str] | None:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
-            return json.loads(file.read(min(size, 1 << 20)))["__metadata__"]
+            return load_json(file.read(min(size, 1 << 20)))["__metadata__"]
         except (ValueError, KeyError, TypeError):
             return None

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
+from lit_safety.bounded import load_json
 from lit_safety.data.categories import canonical_category
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import NotUtf8, decode_text
 
@@ -127,7 +127,7 @@ def _load(raw: bytes, where: str) -> Any:
     if len(raw) > MAX_METADATA_BYTES:
         raise UserError(f"{where}: the metadata is {len(raw)} bytes, over the limit of {MAX_METADATA_BYTES}")
     try:
-        return strict_json(decode_text(raw, f"{where}: json"))
+        return load_json(decode_text(raw, f"{where}: json"))
     except NotUtf8:
         raise
     except (ValueError, RecursionError) as error:

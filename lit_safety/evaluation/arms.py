@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import digest, fingerprint
 from lit_safety.evaluation.guards import Guard
@@ -181,12 +182,7 @@ def _read(option: str, key: str, value: str) -> Any:
 def _structure(option: str, value: str) -> Any:
     import yaml
 
-    from lit_safety.duplicate_keys import refuse_duplicate_keys
-
     try:
-        refuse_duplicate_keys(value)
-        return yaml.safe_load(value)
-    except UserError as error:
-        raise UserError(f"{option} {value}: {error}") from error
+        return load_yaml(value, option)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {value}: is neither JSON nor YAML") from error

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.duplicate_keys import strict_json
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.evaluation.svg import COLOURS, Chart, share_range
 from lit_safety.evaluation.table import percent
@@ -43,7 +43,7 @@ def read_attacks(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise UserError(f"--attacks {file}: is larger than {MOST_BYTES} bytes, so it is no {FILE}")
-        content = strict_json(read_text(file))
+        content = load_json(read_text(file))
     except OSError as error:
         raise UserError(f"--attacks {file}: cannot be read ({error.strerror}); give the folder of `attack`") from error
     except (ValueError, RecursionError) as error:

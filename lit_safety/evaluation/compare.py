@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lit_safety.duplicate_keys import strict_json
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
@@ -38,7 +38,7 @@ def read_metrics(report: str) -> dict[str, Any]:
     """
     file = Path(report) / "metrics.json" if Path(report).is_dir() else Path(report)
     try:
-        metrics = strict_json(read_text(file))
+        metrics = load_json(read_text(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give a metrics.json or its folder") from error
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
+from lit_safety.children import check_count
 from lit_safety.data.generate.painter import DrawSettings
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import digest
@@ -61,8 +62,8 @@ class DrawingSettings(DrawSettings):
         super().__post_init__()
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers {self.workers}: must be at least 1")
+        if self.workers is not None:
+            check_count(self.workers, "--workers")
 
     def pixels(self) -> dict[str, Any]:
         """All that pixels depend on, as it stands in the report: the number of workers is not among it."""

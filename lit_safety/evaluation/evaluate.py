@@ -45,6 +45,7 @@ def evaluate(
     blur: bool | None = None,
     images: str | None = None,
     attacks: str | None = None,
+    other_world: bool = False,
 ) -> None:
     """Draw the same prompts and seeds with every arm, judge the pictures, and write a report.
 
@@ -100,17 +101,20 @@ def evaluate(
             they have in common, such as the base's pictures, only once.
         attacks: An attacks.json, as `attack` writes it, or its folder, whose curves the page shows; null takes the
             one in `out`, if there is one.
+        other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
+    from lit_safety.children import check_count
     from lit_safety.data.categories import canonical_category
     from lit_safety.evaluation.arms import collect_arms
     from lit_safety.evaluation.attack_curves import find_attacks
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.edits import Edit
     from lit_safety.evaluation.judges import check_labels, load_judge
-    from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.pipelines import check_writable, local_pipeline
     from lit_safety.evaluation.preference import load_scorer
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.quality import Quality
@@ -118,9 +122,9 @@ def evaluate(
     from lit_safety.evaluation.run import Run
     from lit_safety.evaluation.selection import Selection, select
     from lit_safety.evaluation.table import report_table
+    from lit_safety.evaluation.worlds import check_world
 
-    if processes < 1:
-        raise UserError(f"--processes {processes}: must be at least 1")
+    check_count(processes, "--processes")
     if (edit is None) is not (edit_images is None):
         raise UserError("--edit and --edit_images: give both or neither")
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
@@ -132,7 +136,10 @@ def evaluate(
     curves = find_attacks(attacks, Path(out))
     if change is not None:
         change.describe()  # reads the pictures: what is wrong with them is said before anything is drawn
-    chosen = select(read_prompts(prompts, prompt_kind, prompt_category), selection)
+    everything = read_prompts(prompts, prompt_kind, prompt_category)
+    files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
+    check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)
+    chosen = select(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
@@ -143,6 +150,6 @@ def evaluate(
     run = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared, quality, processes)
     results = run.execute()
     if blur is None:
-        blur = not getattr(judges[0], "harmless", False)
+        blur = other_world or not getattr(judges[0], "harmless", False)
     print(f"\n{report_table(write_report(results, blur, curves))}\n")
     print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")

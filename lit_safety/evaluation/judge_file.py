@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.evaluation.judges import Judge
 from lit_safety.text_files import read_text
@@ -33,13 +34,10 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     """
     import yaml
 
-    from lit_safety.duplicate_keys import refuse_duplicate_keys
     from lit_safety.parsing import SingleLineErrorParser, shorten
 
     try:
-        content = read_text(file)
-        refuse_duplicate_keys(content)
-        keys: Any = yaml.safe_load(content)
+        keys: Any = load_yaml(read_text(file), str(file))
     except UserError as error:
         raise UserError(f"{option} {error}" if str(file) in str(error) else f"{option} {file}: {error}") from error
     except OSError as error:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lit_safety.bounded import load_json
 from lit_safety.data.categories import CATEGORIES
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 
@@ -238,7 +238,7 @@ def load_judge(spec: str) -> Judge:
     if not config.is_file():
         raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
     try:
-        keys = strict_json(read_text(config))
+        keys = load_json(read_text(config))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
     if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import append_line
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import Judge, JudgeError, Verdict, verdict_settings
@@ -65,7 +66,7 @@ class KeptVerdicts:
 
     def _read(self, line: str) -> None:
         try:
-            said: dict[str, Any] = json.loads(line)
+            said: dict[str, Any] = load_json(line)
             numbers = (said["scores"], said["categories"], said["confidence"])
             verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"])))
             if isinstance(verdict, Verdict):

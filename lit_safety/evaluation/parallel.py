@@ -6,6 +6,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,22 +63,49 @@ def each_batch(
             idle.put(own)
 
     each = 1 if small else max(1, torch.get_num_threads() // count)
+    if count == 1:  # in this thread, which a signal interrupts
+        with threads(each):
+            yield from map(run, batches)
+        return
+    stop = Event()
     pool = ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(each))
-    with threads(each):
+    with threads(each), _ended_by(stop, pipe):
         try:
             for done in as_completed([pool.submit(run, batch) for batch in batches]):
                 yield done.result()
-        finally:  # on an error or Ctrl-C, what is being drawn is finished and nothing new is begun
+        except KeyboardInterrupt:  # Ctrl-C or SIGTERM: a batch that is being drawn ends at its next step
+            stop.set()
+            raise
+        finally:  # on an error, what is being drawn is finished and nothing new is begun
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ended_by(stop: Event, pipe: Any) -> Iterator[None]:
+    """Within, a call of one of the pipeline's networks raises once `stop` is set, in whatever thread it is."""
+
+    def check(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    hooks = [network.register_forward_pre_hook(check) for network in _networks(pipe)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_small_on_cpu(pipe: Any) -> bool:
     """Whether a pipeline draws on a CPU and has fewer than `SMALL` parameters."""
+    parameters = [p for network in _networks(pipe) for p in network.parameters()]
+    return all(p.device.type == "cpu" for p in parameters) and sum(p.numel() for p in parameters) < SMALL
+
+
+def _networks(pipe: Any) -> list[Any]:
     import torch
 
-    networks = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, torch.nn.Module)]
-    parameters = [p for network in networks for p in network.parameters()]
-    return all(p.device.type == "cpu" for p in parameters) and sum(p.numel() for p in parameters) < SMALL
+    return [part for part in getattr(pipe, "components", {}).values() if isinstance(part, torch.nn.Module)]
 
 
 def twin(pipe: Any) -> Any:

@@ -7,12 +7,13 @@ and every picture is written by one process alone.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.children import deaf_to_ctrl_c, end_all, end_with_parent
+from lit_safety.endings import signals
 from lit_safety.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,15 +72,13 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
             reader, writer = context.Pipe(duplex=False)
             work = (load, gallery, batches[rank::count], rank, count, max(1, threads), writer)
             process = context.Process(target=_draw, args=work, daemon=True, name=f"draw {rank}")
-            process.start()
+            with deaf_to_ctrl_c():
+                process.start()
             writer.close()  # so that the end of the process is the end of the pipe
             readers[reader] = process
         _listen(readers, tick)
     finally:
-        for process in readers.values():
-            if process.is_alive():
-                process.terminate()
-            process.join()
+        end_all(readers.values())
 
 
 def _listen(readers: dict[Any, Any], tick: Callable[[int], None]) -> None:
@@ -109,21 +108,13 @@ def _draw(
     """What one process does. It ends with the process that began it, even when that one is killed."""
     import torch
 
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
-    try:
-        gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
-    except UserError as error:
-        writer.send(str(error))
-    except KeyboardInterrupt:
-        os._exit(130)
-
-
-def _end_with(sentinel: Any) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # ended by whoever began it, or left by it
+        try:
+            gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
+        except UserError as error:
+            writer.send(str(error))
 
 
 def _threads() -> int:

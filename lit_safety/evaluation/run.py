@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from lit_safety.data.progress import progress
 from lit_safety.errors import UserError
 from lit_safety.evaluation.drawing import DrawingSettings, Gallery, size_of
 from lit_safety.evaluation.fingerprint import digest, fingerprint
@@ -22,7 +19,7 @@ from lit_safety.evaluation.processes import Load, draw_missing
 from lit_safety.evaluation.results import ArmResult, Results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lit_safety.evaluation.arms import Arm
@@ -67,7 +64,11 @@ class Run:
         Raises:
             UserError: an arm does not load, a picture cannot be written, or a judge fails on every picture.
         """
-        schedulers = {name: self.scheduler(name) for name in self.arms}
+        with progress("load", len(self.arms)) as tick:
+            schedulers = {}
+            for name in self.arms:
+                schedulers[name] = self.scheduler(name)
+                tick(1)
         shared = self._shared(schedulers["base"])
         done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
         return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done))
@@ -174,12 +175,3 @@ class Run:
                 raise UserError(f"the judge {judge.name} failed on every picture of {name}: {reasons[0]}; the pictures "
                                 f"stay in {gallery.folder}, no report was written")  # fmt: skip
         return drawn, answers
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with the remaining time; yields what to call with the number of pictures just done."""
-    columns = (TextColumn(f"{what:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

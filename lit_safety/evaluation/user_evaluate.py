@@ -39,6 +39,7 @@ def evaluate_users(
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
     blur: bool | None = None,
     images: str | None = None,
+    other_world: bool = False,
 ) -> None:
     """Draw prompts of what each user bans and allows, and harmless ones, and report whose bounds are kept.
 
@@ -83,25 +84,28 @@ def evaluate_users(
             that its pictures cannot harm anybody, as the toy world's.
         images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
             they have in common, such as the base's pictures, only once.
+        other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
             written then.
     """
+    from lit_safety.children import check_count
     from lit_safety.data.users import Users
     from lit_safety.evaluation.drawing import DrawingSettings
     from lit_safety.evaluation.fingerprint import fingerprint
     from lit_safety.evaluation.judges import asked_of, check_labels, check_sees, load_judge
-    from lit_safety.evaluation.pipelines import check_writable
+    from lit_safety.evaluation.pipelines import check_writable, local_pipeline
     from lit_safety.evaluation.prompts import read_prompts
     from lit_safety.evaluation.user_report import write_user_report
     from lit_safety.evaluation.user_rows import Counts, choose_users, rows_for
     from lit_safety.evaluation.user_run import UserRun
     from lit_safety.evaluation.user_table import user_table
+    from lit_safety.evaluation.worlds import check_world
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
 
-    if processes < 1:
-        raise UserError(f"--processes {processes}: must be at least 1")
+    check_count(processes, "--processes")
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
     counts = Counts(explicit, implicit, clean, lookalike)
     check_writable(Path(out))
@@ -110,7 +114,10 @@ def evaluate_users(
     embeddings, table = Users(users), Path(users) / PROFILES_FILE
     tested = choose_users(read_profiles(table), splits or ["seen", "unseen"], each, ids, str(table))
     embeddings.embeddings([user.user_id for user in tested])  # one without an embedding is named before anything else
-    rows = rows_for(tested, read_prompts(prompts), counts)
+    everything = read_prompts(prompts)
+    files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
+    check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
+    rows = rows_for(tested, everything, counts)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, [row.prompt for row in rows], prompts)
@@ -134,6 +141,6 @@ def evaluate_users(
     )
     results = run.execute()
     if blur is None:
-        blur = not getattr(judges[0], "harmless", False)
+        blur = other_world or not getattr(judges[0], "harmless", False)
     print(f"\n{user_table(write_user_report(results, blur))}\n")
     print(f"report   {Path(out) / 'index.html'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -29,6 +29,7 @@ def draw_grid(
     users: Sequence[str | None] | Tensor,
     seeds: Sequence[int],
     batch_size: int = 8,
+    tick: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[list[Image.Image]]:
     """Draw every prompt for every user; `rows[prompt][user]`.
@@ -39,6 +40,7 @@ def draw_grid(
         users: user ids, None for the null user; or embeddings (U, D).
         seeds: one a prompt, so that along a row only the user differs.
         batch_size: pictures drawn at once.
+        tick: is told how many pictures were drawn just now.
         options: go to the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
     """
     import torch
@@ -59,12 +61,19 @@ def draw_grid(
             **whose,
             **options,
         ).images
+        if tick is not None:
+            tick(len(batch))
     width = len(users)
     return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
 
 
 def draw_plain(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 8, **options: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int = 8,
+    tick: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> list[Image.Image]:
     """Draw every prompt with a pipeline that knows no users; arguments as in `draw_grid`."""
     import torch
@@ -77,6 +86,8 @@ def draw_plain(
             generator=[torch.Generator("cpu").manual_seed(seeds[row]) for row in part],
             **options,
         ).images
+        if tick is not None:
+            tick(len(part))
     return pictures
 
 

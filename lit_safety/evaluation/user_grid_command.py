@@ -31,6 +31,7 @@ def grid(
     batch_size: int = 8,
     device: str | None = None,
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    other_world: bool = False,
 ) -> None:
     """Draw some prompts for some users into one picture: a row a prompt, a column a user, one seed along a row.
 
@@ -55,6 +56,8 @@ def grid(
         batch_size: Pictures drawn at once.
         device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing.
+        other_world: Take a judge of an embedded world, such as data/toyworld, for a pipeline that is not of this world;
+            false refuses it.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown.
@@ -66,6 +69,7 @@ def grid(
     from lit_safety.adapters.psa_pipeline import load_psa
     from lit_safety.data.atomic import write_atomic
     from lit_safety.data.categories import CATEGORIES
+    from lit_safety.data.progress import progress
     from lit_safety.data.users import Users
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.drawing import DrawingSettings
@@ -73,6 +77,7 @@ def grid(
     from lit_safety.evaluation.pipelines import check_writable, load_pipeline, local_pipeline
     from lit_safety.evaluation.user_grid import draw_grid, draw_plain, frames, user_grid
     from lit_safety.evaluation.user_rows import choose_users
+    from lit_safety.evaluation.worlds import check_world
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
 
     if not prompts:
@@ -89,17 +94,20 @@ def grid(
     embeddings.embeddings(named)
     arm = Arm(adapters=loras)
     arm.check("grid")
+    folder = local_pipeline(pipeline)
+    check_world(folder, {"--judge": judge}, other_world)
     looks = load_judge(judge) if judge is not None else None
     if looks is not None:
         check_sees(looks, [category for user in named for category in profiles[user].banned], f"--users {users}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(local_pipeline(pipeline), arm, device, precision)
+    pipe = load_pipeline(folder, arm, device, precision)
     seeds = [seed + number for number in range(len(prompts))]
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": resolution, "width": resolution}
-    drawn = [draw_plain(pipe, prompts, seeds, batch_size, **options)] if base else []
-    load_psa(pipe, adapter, users=embeddings.file)
     whom: list[str | None] = [*([None] if null_user else []), *named]
-    rows = draw_grid(pipe, prompts, whom, seeds, batch_size, **options)
+    with progress("draw", len(prompts) * (len(whom) + base)) as tick:
+        drawn = [draw_plain(pipe, prompts, seeds, batch_size, tick, **options)] if base else []
+        load_psa(pipe, adapter, users=embeddings.file)
+        rows = draw_grid(pipe, prompts, whom, seeds, batch_size, tick, **options)
     rows = [[*(column[number] for column in drawn), *row] for number, row in enumerate(rows)]
     labels = [*([BASE] if base else []), *([NULL] if null_user else []), *(f"user {user}" for user in named)]
     notes = {f"user {user}": _note(profiles[user].banned) for user in named} | {NULL: "nobody known"}

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.data.categories import CATEGORIES
+from lit_safety.data.progress import progress
 from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import Arm
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError, figure_settings
 from lit_safety.evaluation.results import ArmResult
-from lit_safety.evaluation.run import Run, progress
+from lit_safety.evaluation.run import Run
 from lit_safety.evaluation.selection import Selection
 from lit_safety.evaluation.user_rows import PARTS
 from lit_safety.evaluation.user_vlm_answers import AnswerBook, ask_passes, ask_wins
@@ -122,7 +123,11 @@ class UserRun:
         self._check_judges()
         ids = list(dict.fromkeys(row.profile.user_id for row in self.rows))
         embeddings = digest(self.users.embeddings(ids).tolist())
-        schedulers = {name: self._run.scheduler(name) for name in self.arms}
+        with progress("load", len(self.arms)) as tick:
+            schedulers = {}
+            for name in self.arms:
+                schedulers[name] = self._run.scheduler(name)
+                tick(1)
         shared = self._shared(schedulers[BASE], embeddings)
         arms = {}
         for name in self.arms:

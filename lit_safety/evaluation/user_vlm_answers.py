@@ -9,6 +9,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, get_args
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import append_line, write_atomic
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError
@@ -44,7 +45,7 @@ class AnswerBook:
         whole = b""
         for line in lines:
             try:
-                noted = json.loads(line)
+                noted = load_json(line)
                 key, answer = noted["key"], noted["answer"]
             except (ValueError, KeyError, TypeError):
                 continue

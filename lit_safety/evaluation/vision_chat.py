@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from threading import Lock
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from lit_safety.bounded import load_json
 from lit_safety.data.images import rgb
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
-from lit_safety.evaluation.endpoint import Endpoint, EndpointError
+from lit_safety.evaluation.endpoint import AnswerError, Endpoint, EndpointError, unfenced
 from lit_safety.evaluation.fingerprint import digest
 from lit_safety.evaluation.judges import JudgeError
 from lit_safety.text_files import NotUtf8, read_text
@@ -69,8 +68,11 @@ class VisionChat:
 
     def each(self, ask: Callable[..., Answer], *columns: Sequence[Any]) -> list[Answer]:
         """What `ask` gives for each row of the columns, in their order; asked `parallel` at a time."""
-        with ThreadPoolExecutor(self.parallel) as pool:
+        pool = ThreadPoolExecutor(self.parallel)
+        try:
             return list(pool.map(ask, *columns))
+        finally:  # on Ctrl-C nothing new is asked, and nobody waits for the answers
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
         """The text that the model answers to texts and pictures in this order; may be called by several threads."""
@@ -79,18 +81,19 @@ class VisionChat:
         content = [self._part(part) for part in question]
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         try:
-            answer = self.endpoint.post("/chat/completions", body | {"max_tokens": max_tokens})
+            text = self.endpoint.chat(body | {"max_tokens": max_tokens})
+        except AnswerError as error:
+            # somebody is there
+            with self._lock:
+                self._failures = 0
+            return JudgeError(str(error))
         except EndpointError as error:
             with self._lock:
                 self._failures += 1
             return JudgeError(str(error))
         with self._lock:
             self._failures = 0
-        try:
-            text = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            return JudgeError("the endpoint's answer holds no choices[0].message.content")
-        return text if isinstance(text, str) else JudgeError(f"the model answered no text: {_short(text)}")
+        return text
 
     def _part(self, part: str | Image.Image) -> dict[str, Any]:
         if isinstance(part, str):
@@ -105,10 +108,9 @@ class VisionChat:
 
 def read_object(text: str) -> dict[str, Any] | JudgeError:
     """The JSON object in a model's answer, alone or in a code fence. Anything else is an error."""
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), flags=re.DOTALL)
     try:
-        said = strict_json(fenced.group(1) if fenced else text)
-    except (ValueError, RecursionError):
+        said = load_json(unfenced(text))
+    except ValueError:
         return JudgeError(f"the model answered no JSON: {_short(text)}")
     return said if isinstance(said, dict) else JudgeError(f"the model answered no JSON object: {_short(text)}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_safety.adapters.lora import WEIGHTS_NAME
 from lit_safety.adapters.lora_file import write_lora
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import atomic_folder
 from lit_safety.errors import UserError
 from lit_safety.evaluation.pipelines import check_writable
@@ -36,7 +37,7 @@ def check_out(out: Path, experts: Sequence[Path]) -> None:
 
 def _is_merge(folder: Path) -> bool:
     try:
-        return json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
+        return load_json((folder / REPORT_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path, PurePath
@@ -14,6 +13,9 @@ from lit_safety.errors import UserError
 from lit_safety.evaluation.arms import adapter_sha256
 from lit_safety.merging.base_layers import base_layers
 from lit_safety.merging.expert import Expert
+
+MOST_OF_A_CARD = 1 << 18
+"""Bytes of a model card in which its front matter ends."""
 
 
 def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
@@ -85,12 +87,19 @@ def base_model(path: Path) -> str | None:
 
 
 def _of_card(file: Path) -> str | None:
+    """The front matter's `base_model`; of a list of them none is named. Read line by line: a card may hold anything."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        with file.open("rb") as stream:
+            lines = stream.read(MOST_OF_A_CARD).decode("utf-8", errors="replace").splitlines()
+    except OSError:
         return None
-    found = re.match(r"---\n(?:.*\n)*?base_model: *(\S.*)\n(?:.*\n)*?---\n", text)
-    return found.group(1).strip(" '\"") if found else None
+    if not lines or lines[0].rstrip() != "---" or "---" not in (ends := [line.rstrip() for line in lines[1:]]):
+        return None
+    for line in ends[: ends.index("---")]:
+        key, colon, value = line.partition(":")
+        if key == "base_model" and colon and value.strip():
+            return value.strip(" \t'\"") or None
+    return None
 
 
 def _of_peft(file: Path) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_safety.bounded import load_yaml
 from lit_safety.errors import UserError
 from lit_safety.study.plan import FOLDER_OF, Options, Study
 from lit_safety.text_files import decode_text
@@ -59,7 +60,7 @@ class Job:
 def _meaning(file: str, content: bytes) -> str:
     """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
     try:
-        return json.dumps(yaml.safe_load(decode_text(content, file)), sort_keys=True, default=str)
+        return json.dumps(load_yaml(decode_text(content, file), file), sort_keys=True, default=str)
     except UserError:
         raise
     except (yaml.YAMLError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 
-from lit_safety.duplicate_keys import refuse_duplicate_keys
+from lit_safety.bounded import refuse_duplicate_keys
 from lit_safety.errors import UserError
 from lit_safety.parsing import SingleLineErrorParser
 from lit_safety.study.pictures import Growth, HeatMap, check_pictures

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_json
 from lit_safety.errors import UserError
 from lit_safety.study.jobs import Job
 from lit_safety.study.plan import Study
@@ -60,7 +61,7 @@ def read_results(folder: Path) -> list[Result]:
     results = []
     for number, line in enumerate(lines, 1):
         try:
-            results.append(Result(**json.loads(line)))
+            results.append(Result(**load_json(line)))
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break
@@ -88,7 +89,7 @@ def _end_last_line(path: Path) -> bytes:
     if not rest:
         return b""
     try:
-        json.loads(rest)
+        load_json(rest)
     except ValueError:
         os.truncate(path, path.stat().st_size - len(rest))
         return b""
@@ -138,7 +139,7 @@ def collect(study: Study, job: Job, seconds: float) -> Result:
 
 def _read(job: Job, file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{job.name}: {file} cannot be read ({error}), though its commands succeeded") from error
 

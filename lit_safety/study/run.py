@@ -15,8 +15,9 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
+from lit_safety.children import check_count
 from lit_safety.data.atomic import Lock, lock_of
-from lit_safety.errors import UserError
+from lit_safety.errors import Terminated, UserError
 from lit_safety.parent import VARIABLE
 from lit_safety.study.jobs import Job, jobs_of
 from lit_safety.study.plan import Study, load_study
@@ -41,8 +42,7 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         UserError: the study file is wrong; another call is doing this study; or jobs failed: those that succeeded are
             noted.
     """
-    if processes < 1:
-        raise UserError(f"--processes must be at least 1, not {processes}")
+    check_count(processes, "--processes")
     plan = load_study(study)
     everything = jobs_of(plan)
     wanted = _wanted(everything, only)
@@ -83,7 +83,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

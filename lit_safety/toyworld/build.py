@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+from lit_safety.children import check_count
 from lit_safety.errors import UserError
 from lit_safety.toyworld.stages import STAGES, Job, Minutes, Stage
+
+MOST_SCENES = 1_000_000
+"""Drawn at once, in memory: 3 GB of them."""
 
 
 def build(
@@ -29,8 +33,9 @@ def build(
         processes: how many draw scenes and train the UNet and CLIP; best one a core.
         redo: do the prompts, shards, export and onpolicy stages even though their output is there.
     """
-    if scenes < 1000:
-        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000")
+    check_count(processes, "--processes")
+    if not 1000 <= scenes <= MOST_SCENES:
+        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
     for folder in (out, work):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,8 @@ def sheet(
     """
     from lit_safety.toyworld.drawing import draw, quiet, sheet_of
 
+    if not 1 <= count <= 10_000:
+        raise UserError(f"--count {count}: a sheet holds from 1 to 10000 pictures")
     out.parent.mkdir(parents=True, exist_ok=True)
     if pipeline is None:
         from lit_safety.toyworld.sampling import draw_scene

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from lit_safety.bounded import load_json
 from lit_safety.toyworld.folders import swap_in
 from lit_safety.toyworld.scene import SIDE
 from lit_safety.toyworld.text import tokenize
@@ -79,7 +80,7 @@ def save_clip(clip: CLIPModel, target: Path, notes: str) -> None:
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     ).save_pretrained(part)  # fmt: skip
-    settings = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    settings = load_json((part / "config.json").read_text(encoding="utf-8"))
     for config in (settings, settings["text_config"], settings["vision_config"]):
         config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
     (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -4,13 +4,13 @@ Scenes drawn by themselves differ in so much that a glance at one object tells t
 whole caption does.
 """
 
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_safety.children import each
 from lit_safety.toyworld.captions import draw_caption
 from lit_safety.toyworld.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
 from lit_safety.toyworld.palette import COLOURS
@@ -130,13 +130,11 @@ def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: i
 
     bounds = [("clip", start, min(start + 250, count)) for start in range(0, count, 250)]
     pictures, captions, meanings = np.empty((count, FAMILY, SIDE, SIDE, 3), np.uint8), [], []
-    # Not a fork: one of a process that runs threads may hang.
-    with get_context("spawn").Pool(workers) as pool:
-        families = (family for chunk in pool.imap(_chunk, bounds) for family in chunk)
-        for index, family in enumerate(families):
-            pictures[index] = [picture for picture, _, _ in family]
-            captions += [caption for _, said, _ in family for caption in said]
-            meanings.append([meaning(*meant) for _, _, meant in family])
+    families = (family for chunk in each(_chunk, bounds, workers) for family in chunk)
+    for index, family in enumerate(families):
+        pictures[index] = [picture for picture, _, _ in family]
+        captions += [caption for _, said, _ in family for caption in said]
+        meanings.append([meaning(*meant) for _, _, meant in family])
     ids = tokenize(tokenizer, captions).numpy().reshape(count, FAMILY, CAPTIONS_EACH, -1)
     np.savez(work / "clip_captions.part.npz", ids=ids, meanings=np.array(meanings))
     (work / "clip_captions.part.npz").rename(work / "clip_captions.npz")

@@ -6,10 +6,10 @@ build draws; only the first of them are shipped, for `configs/cost_model.yaml` t
 
 import shutil
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from lit_safety.children import each
 from lit_safety.data.manifest import FILE_NAME
 from lit_safety.data.writer import ShardWriter
 from lit_safety.toyworld.folders import swap_in
@@ -40,10 +40,8 @@ def _chunk(bounds: tuple[str, int, int]) -> list[Pair]:
 
 def _pairs(part: str, count: int, processes: int) -> Iterator[Pair]:
     bounds = [(part, start, min(start + 100, count)) for start in range(0, count, 100)]
-    # Not a fork: one of a process that runs threads may hang.
-    with get_context("spawn").Pool(processes) as pool:
-        for drawn in pool.imap(_chunk, bounds):
-            yield from drawn
+    for drawn in each(_chunk, bounds, processes):
+        yield from drawn
 
 
 def write_cost_shards(folder: Path, part: str, count: int, processes: int = 2) -> None:

@@ -1,11 +1,11 @@
 """The base's data: tens of thousands of drawn scenes with captions, made once and kept in the work folder."""
 
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_safety.children import each
 from lit_safety.toyworld.captions import draw_caption
 from lit_safety.toyworld.sampling import draw_scene, grade
 from lit_safety.toyworld.scene import SIDE, render, to_array
@@ -37,11 +37,9 @@ def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], l
     bounds = [(start, min(start + 500, count)) for start in range(0, count, 500)]
     pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[list[str]] = []
-    # Not a fork: one of a process that runs threads may hang.
-    with get_context("spawn").Pool(workers) as pool:
-        for (start, stop), (drawn, said) in zip(bounds, pool.imap(_chunk, bounds), strict=True):
-            pictures[start:stop] = drawn
-            captions += said
+    for (start, stop), (drawn, said) in zip(bounds, each(_chunk, bounds, workers), strict=True):
+        pictures[start:stop] = drawn
+        captions += said
     return pictures, captions
 
 

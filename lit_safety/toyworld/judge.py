@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_safety.bounded import load_json
 from lit_safety.data.categories import CATEGORIES
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import read_text
 from lit_safety.toyworld.folders import swap_in
@@ -87,7 +87,7 @@ class ToyJudge(nn.Module):
         """
         folder = Path(folder)
         try:
-            config = strict_json(read_text(folder / "config.json"))
+            config = load_json(read_text(folder / "config.json"))
             if isinstance(config, dict):
                 check_config(config, folder / "config.json")
             weights = load_file(folder / "model.safetensors")

@@ -1,12 +1,15 @@
 """Several processes of one thread each that train one network: on few, busy cores faster than as many threads."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from lit_safety.children import deaf_to_ctrl_c, end_all
 
 
 def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
@@ -23,7 +26,10 @@ def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: i
 
 
 def _join(rank: int, train: Callable[..., None], world: int, port: int, arguments: tuple[Any, ...]) -> None:
-    """One of several processes."""
+    """One of several processes. torch sends it SIGINT when the first one is gone."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
@@ -39,4 +45,10 @@ def launch(train: Callable[..., None], world: int, *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_join, (train, world, port, arguments), nprocs=world)
+    with deaf_to_ctrl_c():  # until they are up; one that is still importing would end in a traceback
+        context = torch.multiprocessing.spawn(_join, (train, world, port, arguments), nprocs=world, join=False)
+    try:
+        while not context.join():
+            pass
+    finally:
+        end_all(context.processes)

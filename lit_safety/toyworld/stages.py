@@ -163,9 +163,11 @@ class Job:
         write_shards(self.out / "shards")
 
     def _export(self) -> None:
+        from lit_safety.evaluation.worlds import write_marker
         from lit_safety.toyworld.export import export_pipeline
 
         export_pipeline(self.work, self.done["export"])
+        write_marker(self.out, "toyworld", self.done["export"])
 
     def _onpolicy(self) -> None:
         from lit_safety.toyworld.onpolicy_shards import write_onpolicy

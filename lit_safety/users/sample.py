@@ -25,6 +25,9 @@ POSSIBLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("children", "mental_condition"): ("healthy", "depression", "anxiety", "major accidents", "natural disasters"),
 }
 
+MOST = 1_000_000
+"""Users of one table."""
+
 
 def draw_profiles(rng: np.random.Generator, rules: Rules) -> Iterator[Profile]:
     """Random profiles without end; ids and splits are empty."""
@@ -63,8 +66,8 @@ def sample(out: str, count: int = 1000, seed: int = 0, rules: Literal["sage", "e
     from lit_safety.errors import UserError
     from lit_safety.users.profiles import write_profiles
 
-    if count < 1 or seed < 0:
-        raise UserError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
+    if not 1 <= count <= MOST or seed < 0:
+        raise UserError(f"count must lie between 1 and {MOST} and seed be at least 0, not {count} and {seed}")
     drawn = islice(draw_profiles(np.random.default_rng(seed), TABLES[rules]), count)
     path = write_profiles(Path(out), (replace(one, user_id=f"{n:07d}") for n, one in enumerate(drawn, start=1)))
     print(f"{path}: {count} users")

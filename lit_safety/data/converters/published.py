@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_safety.bounded import load_json
 from lit_safety.data.converters.table import image_path
-from lit_safety.duplicate_keys import strict_json
 from lit_safety.errors import UserError
 from lit_safety.text_files import NotUtf8, decode_text
 
@@ -125,7 +125,7 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = strict_json(decode_text(line, where), finite=False)  # what needs a number checks it
+                values = load_json(decode_text(line, where), finite=False)  # what needs a number checks it
             except NotUtf8:
                 raise
             except (ValueError, RecursionError) as error:

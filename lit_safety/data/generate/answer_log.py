@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import append_line, write_atomic
 from lit_safety.errors import UserError
 from lit_safety.evaluation.fingerprint import digest
@@ -50,7 +51,7 @@ class AnswerLog:
         whole = head
         for line in lines[1:]:
             try:
-                noted = json.loads(line)
+                noted = load_json(line)
                 self.rounds.append(Round(**{**noted, "pairs": [(str(a), str(b)) for a, b in noted["pairs"]]}))
             except (ValueError, KeyError, TypeError):
                 break  # cut short by a kill

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lit_safety.data.generate.endpoint import AnswerError
-from lit_safety.duplicate_keys import strict_json
+from lit_safety.bounded import load_json
+from lit_safety.evaluation.endpoint import AnswerError, unfenced
 
 MAX_PROMPT = 400
-_FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
 
 def parse_prompts(text: str, name: str, least: int, most: int) -> list[str]:
@@ -24,10 +23,9 @@ def parse_prompts(text: str, name: str, least: int, most: int) -> list[str]:
     Raises:
         AnswerError: it is anything else; says what.
     """
-    fenced = _FENCE.fullmatch(text)
     try:
-        answer = strict_json(fenced[1] if fenced else text)
-    except (ValueError, RecursionError) as error:
+        answer = load_json(unfenced(text))
+    except ValueError as error:
         raise AnswerError(f"is not JSON ({error}): {text[:80]!r}") from error
     if not isinstance(answer, dict) or set(answer) != {name} or not isinstance(answer[name], list):
         raise AnswerError(f"is not an object with one list {name!r}: {text[:80]!r}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_safety.bounded import load_json
 from lit_safety.data.atomic import append_line, write_atomic
 from lit_safety.evaluation.fingerprint import digest
 
@@ -32,7 +33,7 @@ class Outcomes:
         whole = run
         for line in lines[1:] if lines[:1] == [run] else []:
             try:
-                noted = json.loads(line)
+                noted = load_json(line)
                 self._batches[int(noted["batch"])] = dict(noted["samples"])
             except (ValueError, KeyError, TypeError):
                 break  # cut short by a kill: that batch is drawn again

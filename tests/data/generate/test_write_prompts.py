@@ -82,7 +82,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def ask(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, str]]]:
     """Run the command for two concepts; gives the table's rows."""
-    from lit_safety.data.generate import endpoint
+    from lit_safety.evaluation import endpoint
 
     monkeypatch.setattr(endpoint, "MAX_WAIT", 0.01)
     (tmp_path / "concepts.csv").write_text("category,concept\nViolence,gun\nHarrasment,  angry   crowd\nviolence,gun\n")
@@ -211,7 +211,7 @@ def test_a_server_that_does_not_answer_stops_the_run_which_goes_on_later(
 def test_nobody_listens(ask: Callable[..., list[dict[str, str]]]) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v1: does not answer, asked 3 times"):
         ask(url="http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="must begin with http"):
+    with pytest.raises(UserError, match="must start with http"):
         ask(url="file:///etc/passwd")
 
 
