@@ -1,4 +1,4 @@
-"""docs/extending.md, run as it stands: its files are written out, and its commands are called."""
+"""docs/how-to/extending.md, run as it stands: its files are written out, and its commands are called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from lit_safety.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 FITS = re.findall(r"^    python -m lit_safety (fit .*)$", PAGE, re.MULTILINE)
 (ATTACK,) = re.findall(r"^    python -m lit_safety (attack .*)$", PAGE, re.MULTILINE)
