@@ -28,7 +28,7 @@ lint: $(READY)
 
 # The site, into build/site. A broken link, anchor or docstring ends it. The variable leaves a banner out.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
 	@echo "build/site/index.html"
 
 # Nothing is compiled by DeepSpeed at install time; its operators are built when a run first asks for one.

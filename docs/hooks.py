@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({relpath(shown, os.path.dirname(at) or '.')}{'' if '#' in shown else anchor})"
         return f"[{text}]({config.repo_url}/tree/HEAD/{file.relative_to(ROOT)})" if config.repo_url else text
 
-    return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s#]+)(#[^)\s]*)?\)", rewritten, markdown)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)", rewritten, markdown)
 
 
 def shown_at(file: Path) -> str | None:
