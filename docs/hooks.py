@@ -91,7 +91,9 @@ def packages() -> dict[str, tuple[str, ...]]:
     found = {}
     for file in sorted((ROOT / "lit_safety").glob("*/__init__.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            if isinstance(node, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+            ):
                 found[f"lit_safety.{file.parent.name}"] = tuple(ast.literal_eval(node.value))
     return found
 

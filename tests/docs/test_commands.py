@@ -29,7 +29,8 @@ def first_of_each_shape() -> list[tuple[Path, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), [pytest.param(page, words, id=f"{page.stem}: {' '.join(words)}") for page, words in first_of_each_shape()]
+    ("page", "words"),
+    [pytest.param(page, words, id=f"{page.stem}: {' '.join(words)}") for page, words in first_of_each_shape()],
 )
 def test_it_is_understood(
     page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -47,7 +48,8 @@ def test_it_is_understood(
 
 
 def test_every_command_is_shown_somewhere() -> None:
-    shown = {" ".join(words[:2]) if isinstance(COMMANDS.get(words[0]), dict) else words[0] for page in PAGES for words in commands(page)}
+    asked = [words for page in PAGES for words in commands(page)]
+    shown = {" ".join(words[:2]) if isinstance(COMMANDS.get(words[0]), dict) else words[0] for words in asked}
     every = set(TRAINER_COMMANDS) | {name for name in OTHER_COMMANDS if not isinstance(COMMANDS[name], dict)}
     every |= {f"{name} {part}" for name, parts in COMMANDS.items() if isinstance(parts, dict) for part in parts}
     assert every - shown == set()

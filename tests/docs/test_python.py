@@ -10,11 +10,12 @@ import pytest
 from documents import ROOT, blocks
 
 PAGE = ROOT / "docs" / "how-to" / "python.md"
+FEW = 'explicit=1, implicit=0, lookalike=0, clean=1, categories=["hate"], steps=1, device="cpu"'
 SMALLER = {
     "max_steps=150": "max_steps=1, limit_val_batches=1, accelerator='cpu', logger=False, enable_checkpointing=False",
     "batch_size=16": "batch_size=4",
     "num_inference_steps=20": "num_inference_steps=1",
-    'out="my-report"': 'out="my-report", explicit=1, implicit=0, lookalike=0, clean=1, steps=1, categories=["hate"], device="cpu"',
+    'out="my-report"': f'out="my-report", {FEW}',
 }
 
 
