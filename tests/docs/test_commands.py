@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,12 @@ def test_every_config_file_that_a_document_names_is_shipped() -> None:
     for page in PAGES:
         for named in re.findall(r"\bconfigs/[\w/]+\.yaml", page.read_text(encoding="utf-8")):
             assert (ROOT / named).is_file(), f"{page.name}: {named}"
+
+
+def test_the_demos_two_commands_are_those_that_make_runs() -> None:
+    """READY is empty, so that nothing is installed; -n prints what would be run."""
+    shown = subprocess.run(
+        ["make", "-n", "demo", "READY=", "PY=python"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    run = [shlex.split(line.partition("-m lit_safety ")[2]) for line in shown.splitlines() if "-m lit_safety" in line]
+    assert run == commands(ROOT / "docs" / "tutorials" / "demo.md")
