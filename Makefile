@@ -1,11 +1,11 @@
-# Two commands: `make demo` and `make test`. Both set up .venv on their first call and reuse it after.
+# `make demo`, `make test`, `make docs`: each sets up .venv on the first call and reuses it after.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -26,11 +26,16 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The site, into build/site. A broken link, anchor or docstring ends it. The variable leaves a banner out.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
+	@echo "build/site/index.html"
+
 # Nothing is compiled by DeepSpeed at install time; its operators are built when a run first asks for one.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lit_safety needs Python 3.11 or newer; call make PYTHON=python3.11 ...')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
 	touch $(READY)
 
 clean:

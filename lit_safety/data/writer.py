@@ -153,7 +153,7 @@ class ShardWriter:
 
         Raises:
             UserError: the key is taken or not plain, the metadata is not valid, or the bytes are no known
-            image.
+                image.
         """
         where = f"{self.folder}: sample {key!r}"
         if not isinstance(key, str) or not _KEY.match(key):

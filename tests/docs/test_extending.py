@@ -1,4 +1,4 @@
-"""docs/extending.md, run as it stands: its files are written out, and its commands are called."""
+"""docs/how-to/extending.md, run as it stands: its files are written out, and its commands are called."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import yaml
 from lit_safety.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
-FITS = re.findall(r"^    python -m lit_safety (fit .*)$", PAGE, re.MULTILINE)
-(ATTACK,) = re.findall(r"^    python -m lit_safety (attack .*)$", PAGE, re.MULTILINE)
+JOINED = re.sub(r"\\\n\s+", " ", PAGE)
+FITS = re.findall(r"^    python -m lit_safety (fit .*)$", JOINED, re.MULTILINE)
+(ATTACK,) = re.findall(r"^    python -m lit_safety (attack .*)$", JOINED, re.MULTILINE)
+(JUDGE,) = re.findall(r"^    python -m lit_safety (evaluate .*)$", JOINED, re.MULTILINE)
 
 
 @pytest.fixture
@@ -85,3 +87,19 @@ def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
     assert main([*shlex.split(ATTACK), *(f"--{key}={value}" for key, value in small.items())]) == 0
     found = json.loads((example / "runs" / "shouting" / "attacks.json").read_text())["attacks"]["shouting"]
     assert [point["budget"] for point in found["arms"]["base"]] == [0, 2, 3]
+
+
+def test_the_judge_judges(example: Path, tiny_pipeline: Path):
+    small = {
+        "pipeline": tiny_pipeline,
+        "adapter": "null",
+        "steps": 1,
+        "device": "cpu",
+        "reference": "null",
+        "clip": "null",
+    }
+    few = {"explicit": 1, "implicit": 0, "lookalike": 0, "clean": 1, "categories": '["hate"]'}
+    assert main([*shlex.split(JUDGE), *(f"--{key}={value}" for key, value in (small | few).items())]) == 0
+    metrics = json.loads((example / "runs" / "redness" / "metrics.json").read_text())
+    assert metrics["base"]["errors"] == 0
+    assert metrics["base"]["n"] == 2
