@@ -26,6 +26,11 @@ IDS = ("anna", "ben")
 FAMILY = pytest.mark.parametrize("family", ["sd", "sdxl"])
 
 
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding: matrix kernels of some processors round by the batch's size."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def load(tiny_pipeline: Path, tiny_xl_pipeline: Path) -> Callable[..., Any]:
     """`load(family)`: a stock pipeline."""
@@ -95,15 +100,15 @@ def test_guidance_sees_user_and_null_user(load: Make, folder: Make, users: Tenso
     null = projection(users, torch.tensor([False, False]))[0]
     seen = watch(pipe)
     draw(pipe, user=list(IDS), seeds=(1, 2, 3, 4), num_images_per_prompt=2)
-    assert torch.equal(seen.pop(), torch.stack([null] * 4 + [anna, anna, ben, ben]))
+    close(seen.pop(), torch.stack([null] * 4 + [anna, anna, ben, ben]))
     draw(pipe, user=["anna", None], guidance_scale=1.0)
-    assert torch.equal(seen.pop(), torch.stack([anna, null]))
+    close(seen.pop(), torch.stack([anna, null]))
     draw(pipe, negative_prompt=["a gun"] * 2)
-    assert torch.equal(seen.pop(), torch.stack([null] * 4))
+    close(seen.pop(), torch.stack([null] * 4))
     if family == "sd":
         given = torch.zeros(2, 16, 32)
         draw(pipe, None, user=list(IDS), prompt_embeds=given, negative_prompt_embeds=given)
-        assert torch.equal(seen.pop(), torch.stack([null, null, anna, ben]))
+        close(seen.pop(), torch.stack([null, null, anna, ben]))
 
 
 @FAMILY
@@ -230,7 +235,7 @@ def test_images_are_redrawn_for_users(load: Make, folder: Make, users: Tensor, f
     assert np.abs(drawn - plain).max() > 1e-3
     assert all(np.abs(drawn[row] - turned[row]).max() > 1e-4 for row in range(2))
     null = projection(users, torch.tensor([False, False]))
-    assert torch.equal(seen[0], torch.cat([null, projection(users)]))
+    close(seen[0], torch.cat([null, projection(users)]))
     unload_psa(pipe)
     assert type(pipe) is kind
     np.testing.assert_array_equal(redraw(), plain)

@@ -18,6 +18,11 @@ from lit_safety.errors import UserError
 PROMPTS = ["a red cat", "a gun"]
 
 
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: matrix kernels of some processors round by the batch's size."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def without(folder: Path, out: Path, *endings: str) -> Path:
     """The same weights, its index without some text encoders and their tokenizers."""
     shutil.copytree(folder, out)
@@ -36,8 +41,8 @@ def test_text_is_encoded_as_the_stock_pipeline_does(tiny_sd3: Path, tmp_path: Pa
     with torch.no_grad():
         hidden, none, pooled, pooled_none = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
         found = backbone.encode_text([*PROMPTS, "", ""])
-    assert torch.equal(found["encoder_hidden_states"], torch.cat([hidden, none]))
-    assert torch.equal(found["pooled_projections"], torch.cat([pooled, pooled_none]))
+    close(found["encoder_hidden_states"], torch.cat([hidden, none]))
+    close(found["pooled_projections"], torch.cat([pooled, pooled_none]))
     assert hidden[:, 16:].any() == (endings == ())  # T5's part follows CLIP's 16 tokens
 
 

@@ -16,6 +16,11 @@ from lit_safety.data.decode import crop_of
 from lit_safety.errors import UserError
 
 
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: matrix kernels of some processors round by the batch's size."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def encoding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with v-prediction that encodes empty prompts."""
@@ -35,8 +40,8 @@ def test_text_is_encoded_as_the_stock_pipeline_does(tiny_sdxl: Path):
     hidden, none, pooled, pooled_none = stock_text(tiny_sdxl, ["a red cat", "a gun"])
     with torch.no_grad():
         found = load_backbone(str(tiny_sdxl), denoiser=False).encode_text(["a red cat", "a gun", "", ""])
-    assert torch.equal(found["encoder_hidden_states"], torch.cat([hidden, none]))
-    assert torch.equal(found["text_embeds"], torch.cat([pooled, pooled_none]))
+    close(found["encoder_hidden_states"], torch.cat([hidden, none]))
+    close(found["text_embeds"], torch.cat([pooled, pooled_none]))
     assert not found["encoder_hidden_states"][2:].any()
     assert not found["text_embeds"][2:].any()
 
@@ -46,8 +51,8 @@ def test_an_empty_prompt_is_encoded_where_the_pipeline_does_so(encoding: Path, t
     backbone = load_backbone(str(encoding), denoiser=False)
     with torch.no_grad():
         found = backbone.encode_text(["a red cat", "a gun", "", ""])
-    assert torch.equal(found["encoder_hidden_states"], torch.cat([hidden, none]))
-    assert torch.equal(found["text_embeds"], torch.cat([pooled, pooled_none]))
+    close(found["encoder_hidden_states"], torch.cat([hidden, none]))
+    close(found["text_embeds"], torch.cat([pooled, pooled_none]))
     assert found["encoder_hidden_states"][2:].any()
     # A cache of the one is none of the other, although their weights may be the same.
     kinds = [backbone.fingerprint(str(folder))["empty prompt"] for folder in (encoding, tiny_sdxl)]

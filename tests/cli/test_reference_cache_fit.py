@@ -116,12 +116,13 @@ def test_a_reference_cache_of_another_denoiser_is_refused(
 def test_a_margin_above_the_limit_ends_the_run_before_the_first_update(
     command_line: Arguments, cached: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Rounding alone: a beta of 10^9 makes a margin of it."""
-    huge = ["--model.init_args.objective.init_args.beta", "1e9", "--trainer.callbacks", "[]"]
+    """Rounding alone: the cache was made in fp32, the run computes in bf16, and a beta of 10^6 makes a margin of it."""
+    huge = ["--model.init_args.objective.init_args.beta", "1e6", "--trainer.callbacks", "[]"]
+    huge += ["--trainer.precision", "bf16-mixed"]
     assert main(command_line("fit", *on_cache(cached), *huge)) == 2
     assert "before the first update |m| reaches" in (message := capsys.readouterr().err)
     assert "`model.init_args.speed.margin_limit` 0.05" in message
-    assert "--reference_precision 32-true" in message
+    assert "--reference_precision bf16-mixed" in message
 
 
 def test_a_module_with_other_timesteps_is_refused(
