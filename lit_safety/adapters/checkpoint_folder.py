@@ -38,16 +38,7 @@ def missing_parts(folder: Path) -> str | None:
             return _fsdp2(folder)
         if (folder / "checkpoint").is_dir():
             return _deepspeed(folder / "checkpoint")
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        UnpicklingError,
-        AttributeError,
-        ImportError,
-        KeyError,
-    ) as error:
+    except _UNREADABLE as error:
         return f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
     return "is no checkpoint of FSDP2 (.metadata) or DeepSpeed (checkpoint/)"
 

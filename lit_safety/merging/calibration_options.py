@@ -21,6 +21,7 @@ class CalibrationOptions:
         guidance: Guidance of these drawings; 3 suits the toy world, 7.5 is common for Stable Diffusion.
         batch_size: Prompts at once.
         seed: Seed of drawings and noise.
+        other_world: Take prompts of an embedded world, such as data/toyworld, for a model that is not of this world.
 
     Raises:
         UserError: a number that cannot be meant.
@@ -34,6 +35,7 @@ class CalibrationOptions:
     guidance: float = 3.0
     batch_size: int = 8
     seed: int = 0
+    other_world: bool = False
 
     def __post_init__(self) -> None:
         for name in ("count", "timesteps", "steps", "batch_size"):

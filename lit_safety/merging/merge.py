@@ -107,6 +107,8 @@ def _calibrate(
     import torch
 
     from lit_safety.backbones import load_backbone
+    from lit_safety.evaluation.pipelines import local_pipeline
+    from lit_safety.evaluation.worlds import check_world
     from lit_safety.merging.calibration import calibrate
 
     if options.prompts is None:
@@ -114,6 +116,8 @@ def _calibrate(
             "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
             "folder of shards), or another --method, such as mean"
         )
+    asked = "--calibration.other_world true"
+    check_world(local_pipeline(base), {"--calibration.prompts": options.prompts}, options.other_world, asked)
     backbone = load_backbone(base, key="--pipeline")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

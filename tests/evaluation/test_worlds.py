@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lit_safety.__main__ import main
 from lit_safety.errors import UserError
@@ -97,3 +99,22 @@ def test_drawings_of_a_run_are_blurred_unless_the_world_is_harmless(pipeline: Pa
     assert DrawSamples(["a cat"])._blurs(str(pipeline))
     assert not DrawSamples(["a cat"])._blurs(str(TOYWORLD / "pipeline"))
     assert not DrawSamples(["a cat"], blur=False)._blurs(str(pipeline))
+
+
+def test_generate_and_merge_refuse_them_for_another_model(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("harmful_prompt,safe_prompt,category\na gun,a house,violence\n")
+    made = ["shards", "generate", str(rows), str(pipeline), str(tmp_path / "out"), "--judge", str(JUDGE)]
+    assert main(made) == 2
+    assert "--other_world" in (said := capsys.readouterr().err)
+    assert str(JUDGE) in said
+    for name in ("a", "b"):
+        layer = "unet.mid_block.attentions.0.proj_in"
+        factors = {f"{layer}.lora_A.weight": torch.ones(2, 32, 1, 1), f"{layer}.lora_B.weight": torch.ones(32, 2, 1, 1)}
+        (tmp_path / name).mkdir()
+        save_file(factors, tmp_path / name / "pytorch_lora_weights.safetensors")
+    merged = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--pipeline", str(pipeline), "--method", "comerge"]
+    assert main([*merged, "--out", str(tmp_path / "merged"), "--calibration.prompts", str(TEST)]) == 2
+    assert "--calibration.other_world" in capsys.readouterr().err

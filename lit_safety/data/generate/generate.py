@@ -39,6 +39,7 @@ def generate(
     rank: int | None = None,
     world: int | None = None,
     overwrite: bool = False,
+    other_world: bool = False,
 ) -> None:
     """Draw safety pairs with a text-to-image pipeline and write them as shards.
 
@@ -77,6 +78,8 @@ def generate(
         rank: Which of the processes this is, from 0; null: as torchrun says.
         world: How many processes there are; null: as torchrun says.
         overwrite: Throw away what an earlier run left in the folder.
+        other_world: Take a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
+            this world.
     """
     from pathlib import Path
 
@@ -90,6 +93,7 @@ def generate(
     from lit_safety.evaluation.arms import Arm
     from lit_safety.evaluation.fingerprint import fingerprint
     from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
+    from lit_safety.evaluation.worlds import check_world
 
     rank, world = this_rank(rank, world)
     if batch_size < 1:
@@ -97,9 +101,10 @@ def generate(
     rows, repeated = read_prompt_pairs(prompts, seed)
     settings = DrawSettings(steps, guidance, resolution)
     device = this_device(device)
+    folder = local_pipeline(pipeline)
+    check_world(folder, {"--judge": judge, "--cost_model": cost_model}, other_world)
     assessor = Assessor(judge, cost_model, device)
     assessor.check(dict.fromkeys(category for row in rows for category in row.categories), prompts)
-    folder = local_pipeline(pipeline)
     pipe = load_pipeline(folder, Arm(adapter=adapter), device, precision)
     maker = PairMaker(
         Painter(pipe, settings, counterpart == "img2img"),
