@@ -19,12 +19,11 @@ from lit_safety.cost_model.scorer import CostScorer
 from lit_safety.cost_model.tower import ClipTower, Features
 from lit_safety.data.atomic import atomic_folder
 from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import COST_MODEL
 from lit_safety.text_files import read_text
 from lit_safety.weights import not_readable
 
 #: How a folder is told from a judge's and from any other model's.
-KIND = COST_MODEL
+KIND = "lit_safety cost model"
 VERSION = 1
 MOST_COST = 5.0
 """Size of a threshold: a probability of harm of 99.3%."""

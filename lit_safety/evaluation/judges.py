@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from lit_safety.evaluation.prompts import Prompt
 
 
-#: `kind` in the config.json of a cost model's folder (`lit_safety.cost_model.files.KIND`).
-COST_MODEL = "lit_safety cost model"
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What a judge says of one picture."""
@@ -241,7 +237,9 @@ def load_judge(spec: str) -> Judge:
         keys = load_json(read_text(config))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--judge {config}: cannot be read as JSON ({error})") from error
-    if isinstance(keys, dict) and keys.get("kind") == COST_MODEL:
+    from lit_safety.cost_model.files import is_cost_model
+
+    if is_cost_model(keys):
         from lit_safety.evaluation.cost_judge import CostJudge
 
         return CostJudge(folder)

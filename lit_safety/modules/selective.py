@@ -10,20 +10,36 @@ draw reads the weights on the host, so a step waits for the device once.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_safety.data.chance import uniform
-from lit_safety.objectives import ObjectiveOutput, PairErrors
+from lit_safety.objectives import Objective, ObjectiveOutput, PairErrors
 
 if TYPE_CHECKING:
     from lit_safety.data.batch import PairBatch
-    from lit_safety.modules.preference import PreferenceModule
 
 #: The errors that a loss has a gradient for.
 _LEAVES = ("policy_chosen", "policy_rejected", "drift")
+
+
+class Steps(Protocol):
+    """What is asked of the module whose steps these are: `PreferenceModule`."""
+
+    objective: Objective
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def ordered(self, batch: PairBatch) -> PairBatch: ...
+
+    def errors(self, batch: PairBatch) -> PairErrors: ...
+
+    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput: ...
+
+    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
 
 
 class SelectiveBackward:
@@ -47,7 +63,7 @@ class SelectiveBackward:
         """Gradient weights (B,) -> the probability with which each pair stays in (B,)."""
         return (weights / self.threshold).clamp(self.least, 1.0)
 
-    def step(self, module: PreferenceModule, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
+    def step(self, module: Steps, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
         """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient."""
         batch = module.ordered(batch)
         with torch.no_grad():
@@ -68,7 +84,7 @@ class SelectiveBackward:
         return loss, output, errors
 
 
-def gradient_weights(module: PreferenceModule, errors: PairErrors, batch: PairBatch) -> tuple[ObjectiveOutput, Tensor]:
+def gradient_weights(module: Steps, errors: PairErrors, batch: PairBatch) -> tuple[ObjectiveOutput, Tensor]:
     """How large each pair's gradient is at the network's output: (B,), 1 - p for Diffusion-DPO.
 
     An error e is a mean of squares, so a slope c = dL/de gives a gradient of norm 2 |c| sqrt(e / N) there, N numbers a
