@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.drawing.prompts import Selection, read_prompts, select
 from lit_safety.evaluation import run as run_module
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings
-from lit_safety.evaluation.judges import load_judge
-from lit_safety.evaluation.prompts import read_prompts
 from lit_safety.evaluation.quality import Quality
 from lit_safety.evaluation.report import write_report
 from lit_safety.evaluation.run import Run
-from lit_safety.evaluation.selection import Selection, select
+from lit_safety.judges.load import load_judge
 
 WORLD = Path("data/toyworld")
 SPENT: dict[str, list[float]] = {}

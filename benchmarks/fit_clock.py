@@ -63,7 +63,7 @@ def inputs(model: str, scale: str, resolution: int, work: Path) -> tuple[Path, P
     """A pipeline and cached shards of it."""
     from networks import TOY, random_pairs, random_pipeline
 
-    from lit_safety.data.precompute import precompute
+    from lit_safety.cli.precompute import precompute
 
     pipeline, pairs = TOY / "pipeline", TOY / "shards" / "val"
     if model != "toy":

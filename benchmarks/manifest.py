@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_safety.data.manifest import Manifest, SampleClass, save_manifest
+from lit_safety.data.format.manifest import Manifest, SampleClass, save_manifest
 
 CATEGORIES = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal-activity", "propaganda")
 
@@ -31,7 +31,7 @@ def make(folder: Path, pairs: int, shards: int) -> Path:
     """A folder of ``shards`` shards of ``pairs // shards`` pairs each; all of them are one file."""
     from PIL import Image
 
-    from lit_safety.data.writer import ShardWriter
+    from lit_safety.data.format.writer import ShardWriter
 
     each = pairs // shards
     image = Image.new("RGB", (8, 8))
@@ -62,7 +62,7 @@ def make(folder: Path, pairs: int, shards: int) -> Path:
 def measure(folder: str) -> dict[str, float]:
     """In this process: seconds to open the manifest, seconds to the first batch, MB of memory that took."""
     from lit_safety.data.datamodule import PreferenceDataModule
-    from lit_safety.data.manifest import load_manifest
+    from lit_safety.data.format.manifest import load_manifest
 
     before = resident()
     began = time.perf_counter()

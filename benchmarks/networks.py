@@ -17,7 +17,7 @@ from lit_safety.backbones.load import load_backbone
 from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.stable_diffusion import StableDiffusion
 from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 
 TOY = Path(__file__).parents[1] / "data" / "toyworld"
 MODELS = ("toy", "sd15", "sdxl")

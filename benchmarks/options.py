@@ -19,9 +19,8 @@ import torch
 from arms import Ours
 from networks import MODELS, RESOLUTION, SCALES
 
-from lit_safety.evaluation.pipelines import quiet_libraries
-from lit_safety.modules.selective import SelectiveBackward
-from lit_safety.modules.speed import Speed
+from lit_safety.core.progress import quiet_libraries
+from lit_safety.modules.speed import SelectiveBackward, Speed
 
 #: No pair's gradient weight reaches it, so that each stays in with the smallest probability.
 ALWAYS_BELOW = 1e9

@@ -29,7 +29,7 @@ from arms import Ours, Published
 from flops import FLOOR, PAIR_FLOOR, PAIR_FLOOR_CHECKPOINTING, blocks_table, ceiling, pair_table, parts_table
 from networks import MODELS, RESOLUTION, SCALES, weights_size
 
-from lit_safety.evaluation.pipelines import quiet_libraries
+from lit_safety.core.progress import quiet_libraries
 from lit_safety.modules.speed import Speed
 
 ARMS = ("published", "cached", "reference cache")

@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from lit_safety import __version__
-from lit_safety.endings import STOPPED, end_now, explain, signals, stopped_by
-from lit_safety.errors import UserError
-from lit_safety.hardware import out_of_memory
-from lit_safety.parent import watch_parent
+from lit_safety.core.endings import STOPPED, end_now, explain, signals, stopped_by
+from lit_safety.core.errors import UserError
+from lit_safety.core.hardware import out_of_memory
+from lit_safety.core.processes import watch_parent
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # a reader that went away is noticed here, and not while Python ends
             return status
         except UserError as error:
-            from lit_safety.parsing import shorten
+            from lit_safety.core.parsing import shorten
 
             return _complain(shorten(str(error)))
         except BrokenPipeError:
@@ -97,11 +97,11 @@ def _run(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = arguments[0]
     if command in TRAINER_COMMANDS:
-        from lit_safety.cli import run_trainer
+        from lit_safety.cli.trainer import run_trainer
 
         run_trainer(arguments)
     elif command in OTHER_COMMANDS:
-        from lit_safety.commands import run_command
+        from lit_safety.cli.commands import run_command
 
         run_command(arguments)
     else:

@@ -114,7 +114,7 @@ def write_pairs(
     import numpy as np
     from PIL import Image
 
-    from lit_safety.data.writer import ShardWriter
+    from lit_safety.data.format.writer import ShardWriter
 
     random = np.random.default_rng(seed)
 
@@ -186,8 +186,7 @@ def tiny_cost_model(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     import torch
 
     from lit_safety.cost_model import CostScorer, save_cost_model
-    from lit_safety.cost_model.adapter import CostAdapter
-    from lit_safety.cost_model.tower import ClipTower
+    from lit_safety.cost_model.network import ClipTower, CostAdapter
 
     torch.manual_seed(0)
     tower = ClipTower(str(tiny_clip))

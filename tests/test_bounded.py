@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
-from lit_safety.bounded import check_values, check_words, check_yaml, load_json, load_yaml
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import check_values, check_words, check_yaml, load_json, load_yaml
 
 
 def bomb(levels: int = 9) -> str:
@@ -98,7 +98,7 @@ def test_commands_say_one_line(
 
 
 def test_a_judge_s_file_is_bounded_too(tmp_path: Path) -> None:
-    from lit_safety.evaluation.judge_file import judge_from_file
+    from lit_safety.judges.load import judge_from_file
 
     (tmp_path / "judge.yaml").write_text(bomb())
     with pytest.raises(UserError, match=r"judge\.yaml"):
@@ -106,7 +106,7 @@ def test_a_judge_s_file_is_bounded_too(tmp_path: Path) -> None:
 
 
 def test_a_model_card_of_any_content_is_read_at_once(tmp_path: Path) -> None:
-    from lit_safety.merging.sources import base_model
+    from lit_safety.merging.experts import base_model
 
     card = tmp_path / "README.md"
     for text in (
@@ -123,7 +123,7 @@ def test_a_model_card_of_any_content_is_read_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fence_of_any_content_is_taken_off_at_once() -> None:
-    from lit_safety.evaluation.endpoint import unfenced
+    from lit_safety.core.http import unfenced
 
     begun = time.monotonic()
     unfenced("```" + " \n" * 200_000 + "x")

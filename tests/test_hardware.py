@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_safety.errors import UserError
-from lit_safety.hardware import check_precision, out_of_memory
+from lit_safety.core.errors import UserError
+from lit_safety.core.hardware import check_precision, out_of_memory
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.69 GiB of which 1.2 GiB is free."

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_safety import hashes, user_cache
-from lit_safety.errors import UserError
-from lit_safety.hashes import SMALL, file_sha256, files_below, tensor_hashes
+from lit_safety.core import hashes
+from lit_safety.core import hashes as user_cache
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import SMALL, file_sha256, files_below, tensor_hashes
 
 
 @pytest.fixture

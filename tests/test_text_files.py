@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 
 from lit_safety.__main__ import main
-from lit_safety.data.converters.published import JsonLines
-from lit_safety.data.converters.table import read_csv
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import parse_metadata
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.tables import read_csv
+from lit_safety.core.text import NotUtf8, decode_text, read_text
+from lit_safety.data.convert.published import JsonLines
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.drawing.prompts import read_prompts
 from lit_safety.evaluation.compare import compare
-from lit_safety.evaluation.judge_file import judge_from_file
-from lit_safety.evaluation.judges import load_judge
-from lit_safety.evaluation.prompts import read_prompts
-from lit_safety.evaluation.vision_chat import read_template as read_question
-from lit_safety.merging.calibration_prompts import _opened
+from lit_safety.judges.load import judge_from_file, load_judge
+from lit_safety.judges.vlm import read_template as read_question
+from lit_safety.merging.calibration import _opened
 from lit_safety.study.plan import load_study
-from lit_safety.text_files import NotUtf8, decode_text, read_text
 from lit_safety.users.template import read_template
 
 OTHERS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1"]

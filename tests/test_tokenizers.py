@@ -11,8 +11,8 @@ import pytest
 from tiny_pipelines import clip_tokenizer
 from transformers import AutoTokenizer, CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 
-from lit_safety.errors import UserError
-from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files
+from lit_safety.core.errors import UserError
+from lit_safety.core.tokenizers import check_tokenizer, check_tokenizer_files
 
 CONFIG = {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 1}
 

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from lit_safety.adapters.lora_file import read_lora
-from lit_safety.adapters.psa_tensors import read_tensors
-from lit_safety.data.users import Users
-from lit_safety.errors import UserError
-from lit_safety.weights import (
+from lit_safety.adapters.user_file import read_tensors
+from lit_safety.core.errors import UserError
+from lit_safety.core.weights import (
     DIFFUSERS,
     POINTER,
     TRANSFORMERS,
@@ -24,6 +23,7 @@ from lit_safety.weights import (
     read_header,
     weights_of,
 )
+from lit_safety.users.table import Users
 
 WHOLE, HALF = "model.safetensors", "model.fp16.safetensors"
 

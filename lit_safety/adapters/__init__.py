@@ -1,7 +1,8 @@
-"""What is added to a frozen denoiser: LoRA policies and experts, user attention, their files in and out."""
+"""What is added to a frozen denoiser: LoRA policies and experts, user attention, and their files.
 
-from lit_safety.adapters.load_lora import load_lora
-from lit_safety.adapters.lora import LoRA
-from lit_safety.adapters.psa_pipeline import load_psa, unload_psa
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
 
-__all__ = ["LoRA", "load_lora", "load_psa", "unload_psa"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

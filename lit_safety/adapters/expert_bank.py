@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_safety.adapters.gathered import gathered, like, master_weights, whole
 from lit_safety.adapters.lora import LoRA
-from lit_safety.adapters.pieces import like, whole
-from lit_safety.adapters.zero import gathered, master_weights
-from lit_safety.data.chance import sample_seed
-from lit_safety.errors import UserError
+from lit_safety.core.chance import sample_seed
+from lit_safety.core.errors import UserError
 
 
 @dataclass

@@ -15,9 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_safety.adapters import user_lora
-from lit_safety.adapters.lora_file import Convert, LowRank, configuration, factors_of, find_lora, read_lora
-from lit_safety.adapters.lora_layouts import NotPlain, Place, places_of
-from lit_safety.errors import UserError
+from lit_safety.adapters.lora_file import (
+    Convert,
+    LowRank,
+    NotPlain,
+    Place,
+    configuration,
+    factors_of,
+    find_lora,
+    places_of,
+    read_lora,
+)
+from lit_safety.core.errors import UserError
 
 
 def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_safety") -> None:

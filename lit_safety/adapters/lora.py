@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

@@ -1,22 +1,124 @@
-"""User cross-attention beside the unchanged text branch of one attention layer.
+"""A user's embedding as tokens that the denoiser attends to.
 
-Personalized Safety Alignment (arXiv 2508.01151), its decoupled attention:
-
-    O = SDPA(q, Wk T, Wv T) + scale * SDPA(q, W'k u, W'v u)        before to_out
-
-T are text tokens (B, L, d_ctx), u user tokens (B, N, d_ctx). The published code has one user token, over which softmax
-is 1: there the user branch is W'v u at every pixel, and W'k never moves. Here N tokens are attended together.
+Personalized Safety Alignment (arXiv 2508.01151): Linear -> (B, N, d_ctx) -> LayerNorm. Two things are ours. Embeddings
+are standardised first: those of a language model point nearly the same way (mutual cosine 0.995), so that raw ones tell
+users apart by their last digits only. And there is a learned null user, for guidance and for unknown users.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lit_safety.errors import UserError
+from lit_safety.adapters import user_lora
+from lit_safety.core.errors import UserError
+
+
+def statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of embeddings (U, D), float32; a constant dimension gets a deviation of 1.
+
+    Raises:
+        ValueError: there are fewer than two embeddings.
+    """
+    if len(embeddings) < 2:
+        raise ValueError("standardisation needs the embeddings of two users or more")
+    exact = embeddings.double()
+    mean, std = exact.mean(0), exact.std(0)
+    # Rounding leaves some deviation where all users agree; dividing by it would blow noise up.
+    constant = std <= 1e-6 * mean.abs().clamp_min(1e-6)
+    return mean.float(), std.masked_fill(constant, 1.0).float()
+
+
+class UserProjection(nn.Module):
+    """(B, D) embeddings -> (B, N, d_ctx) user tokens, in fp32 whatever the rest of the network computes in.
+
+    Args:
+        embedding_dim: D.
+        context_dim: d_ctx, the width of what the denoiser's cross-attention attends to.
+        tokens: N.
+        device: where the weights are made.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, embedding_dim: int, context_dim: int, tokens: int = 4, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        self.linear = nn.Linear(embedding_dim, tokens * context_dim, **factory)
+        self.norm = nn.LayerNorm(context_dim, **factory)
+        #: The null user before the LayerNorm, (N, d_ctx).
+        self.null_tokens = nn.Parameter(torch.randn(tokens, context_dim, **factory))
+        self.register_buffer("mean", torch.zeros(embedding_dim, **factory))
+        self.register_buffer("std", torch.ones(embedding_dim, **factory))
+        #: Layers of the LoRA that was loaded with it; without them the user's bounds would not hold.
+        self.lora_layers: tuple[str, ...] = ()
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def tokens(self) -> int:
+        return self.null_tokens.shape[0]
+
+    @property
+    def context_dim(self) -> int:
+        return self.null_tokens.shape[1]
+
+    def standardise_by(self, embeddings: Tensor) -> None:
+        """Take mean and deviation from the training users' embeddings (U, D)."""
+        mean, std = statistics(embeddings)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, users: Tensor, known: Tensor | None = None) -> Tensor:
+        """User tokens.
+
+        Args:
+            users: embeddings (B, D); what stands in the rows of unknown users does not matter.
+            known: bool (B,); False gives the null user. None: all are known.
+
+        Returns:
+            float32 (B, N, d_ctx). Every parameter takes part, whoever is known: no rank waits for a gradient.
+        """
+        with torch.autocast(users.device.type, enabled=False):
+            unknown = torch.zeros(len(users), dtype=torch.bool, device=users.device) if known is None else ~known
+            standardised = (users.float() - self.mean) / self.std
+            # Not only in the end: a NaN in an unknown user's row would reach the gradient as 0 * NaN.
+            standardised = standardised.masked_fill(unknown[:, None], 0.0)
+            tokens = self.linear(standardised).unflatten(-1, (self.tokens, self.context_dim))
+            return self.norm(torch.where(unknown[:, None, None], self.null_tokens, tokens))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UserProjection:
+        """Moves to devices, but stays in fp32 when the network around it is halved.
+
+        Half the digits of a mean would be lost, and what tells users apart with them.
+        """
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep, recurse)
+
+
+# User cross-attention beside the unchanged text branch of one attention layer.
+#
+# Personalized Safety Alignment (arXiv 2508.01151), its decoupled attention:
+#
+#     O = SDPA(q, Wk T, Wv T) + scale * SDPA(q, W'k u, W'v u)        before to_out
+#
+# T are text tokens (B, L, d_ctx), u user tokens (B, N, d_ctx). The published code has one user token, over which
+# softmax is 1: there the user branch is W'v u at every pixel, and W'k never moves. Here N tokens are attended
+# together.
 
 
 class UserAttention(nn.Module):
@@ -113,3 +215,147 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 def _merge(rows: Tensor) -> Tensor:
     """(B, heads, length, d) -> (B, length, heads * d)"""
     return rows.transpose(1, 2).flatten(2)
+
+
+# User attention in every cross-attention layer of a diffusers UNet (Stable Diffusion 1.x, 2.x, SDXL).
+
+
+#: The UNet's submodule that makes user tokens.
+PROJECTION = "user_projection"
+#: What the plain attention layers of these families never have, so `UserAttention` does not compute it.
+_UNUSED = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim", "residual_connection")
+
+
+def cross_attentions(unet: Any) -> dict[str, Any]:
+    """Name -> cross-attention layer, in the order of diffusers' `attn_processors`: down, up, middle.
+
+    Raises:
+        UserError: there are none, or they attend to contexts of different widths.
+    """
+    # Under torch.compile the names belong to the module inside.
+    unet = getattr(unet, "_orig_mod", unet)
+    names = [name.removesuffix(".processor") for name in getattr(unet, "attn_processors", {})]
+    layers = {name: unet.get_submodule(name) for name in names if name.endswith(".attn2")}
+    # Not its weight's shape, which is empty where ZeRO 3 has taken it to pieces.
+    widths = sorted({layer.to_k.in_features for layer in layers.values()})
+    if len(widths) != 1:
+        found = f"attend to contexts of widths {widths}" if widths else "has no cross-attention layer named attn2"
+        raise UserError(f"{type(unet).__name__}: {found}; user attention is for the UNets of Stable Diffusion and SDXL")
+    return layers
+
+
+class UserAdapter:
+    """A handle on the user attention inside a UNet; all weights belong to the UNet.
+
+    Tokens travel as an argument of the call, `cross_attention_kwargs={"user_tokens": (B, N, d_ctx)}`, not as state:
+    a layer that is computed again in the backward pass, a second thread or another batch cannot see the wrong user.
+    """
+
+    def __init__(self, unet: Any, projection: UserProjection, layers: dict[str, UserAttention]) -> None:
+        self.unet = unet
+        self.projection = projection
+        self.layers = layers
+
+    @classmethod
+    def attach(cls, unet: Any, embedding_dim: int, tokens: int = 4) -> UserAdapter:
+        """Put fresh user attention into `unet`: the base's output to the bit, trainable, in fp32.
+
+        Raises:
+            UserError: `unet` has one already, or its attention is of another kind.
+        """
+        if embedding_dim < 1 or tokens < 1:
+            raise ValueError(f"embedding_dim and tokens must be at least 1, got {embedding_dim} and {tokens}")
+        layers = cross_attentions(unet)
+        for name, attn in layers.items():
+            _refuse_unknown(name, attn)
+        context = next(iter(layers.values())).to_k.weight
+        projection = UserProjection(embedding_dim, context.shape[1], tokens, context.device)
+        users = {name: UserAttention(attn, tokens) for name, attn in layers.items()}
+        for name in unet.attn_processors:
+            attn = unet.get_submodule(name.removesuffix(".processor"))
+            own = users.get(name.removesuffix(".processor"))
+            attn.set_processor(WithoutUser(attn.get_processor()) if own is None else own)
+        unet.add_module(PROJECTION, projection)
+        return cls(unet, projection, users)
+
+    @classmethod
+    def of(cls, unet: Any) -> UserAdapter:
+        """The user attention that `unet` has.
+
+        Raises:
+            UserError: it has none, something has replaced it in some layer, or its LoRA was switched off.
+        """
+        layers = {name: attn.get_processor() for name, attn in cross_attentions(unet).items()}
+        projection = getattr(unet, PROJECTION, None)
+        lost = [name for name, processor in layers.items() if not isinstance(processor, UserAttention)]
+        if projection is None:
+            raise UserError("this denoiser has no user attention: load it with load_psa first")
+        if lost:
+            raise UserError(
+                f"{lost[0]}: its user attention was replaced by {type(layers[lost[0]]).__name__}, so the user's bounds "
+                "would not hold; attention slicing, xformers and fused projections do that: leave them off"
+            )
+        if (layer := user_lora.lost(unet, projection.lora_layers)) is not None:
+            raise UserError(
+                f"{layer}: the user adapter's LoRA is not active, so the user's bounds would not hold; name "
+                f"'{user_lora.ADAPTER}' among the adapters of `pipe.set_adapters`"
+            )
+        return cls(unet, projection, layers)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Every weight of the adapter: projection, null user, then W'k and W'v layer by layer."""
+        found = [(f"{PROJECTION}.{name}", parameter) for name, parameter in self.projection.named_parameters()]
+        for layer, attention in self.layers.items():
+            found += [(f"{layer}.{name}", parameter) for name, parameter in attention.named_parameters()]
+        return found
+
+    def set_scale(self, scale: float) -> None:
+        """Weigh the user branch, and the LoRA that was loaded with it; 0 is the base model, to the bit."""
+        for layer in self.layers.values():
+            layer.scale = float(scale)
+        user_lora.set_scale(self.unet, scale)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, the UNet is the base model and takes no user: the reference. Leave before any backward pass."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+
+def detach(unet: Any) -> None:
+    """Take user attention out again, what is left of it where something has replaced it in some layers, and its LoRA.
+
+    Raises:
+        UserError: the LoRA is fused.
+    """
+    user_lora.remove(unet)
+    for name, processor in unet.attn_processors.items():
+        if isinstance(processor, (UserAttention, WithoutUser)):
+            unet.get_submodule(name.removesuffix(".processor")).set_processor(processor.replaced)
+    delattr(unet, PROJECTION)
+
+
+def user_arguments(tokens: Tensor) -> dict[str, Any]:
+    """What a call of the UNet needs for user tokens (B, N, d_ctx)."""
+    return {"cross_attention_kwargs": {"user_tokens": tokens}}
+
+
+def _refuse_unknown(name: str, attn: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    processor = attn.get_processor()
+    if isinstance(processor, UserAttention):
+        raise UserError("this denoiser has user attention already: unload it first")
+    if type(processor) not in (AttnProcessor, AttnProcessor2_0):
+        raise UserError(
+            f"{name} computes its attention by {type(processor).__name__}; user attention stands beside the plain one "
+            "only: leave attention slicing, xformers, IP-Adapters and fused projections off"
+        )
+    odd = [part for part in _UNUSED if getattr(attn, part, None)]
+    if odd or attn.rescale_output_factor != 1.0:
+        raise UserError(f"{name}: attention with {(odd or ['rescale_output_factor'])[0]} is not supported")

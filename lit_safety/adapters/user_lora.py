@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 #: What PEFT calls it in a pipeline that draws for users.
 ADAPTER = "users"

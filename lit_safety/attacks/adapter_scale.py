@@ -7,9 +7,8 @@ from dataclasses import replace
 from math import isfinite
 from typing import ClassVar
 
-from lit_safety.attacks.attack import Attack, Stage
-from lit_safety.attacks.target import Target
-from lit_safety.errors import UserError
+from lit_safety.attacks.target import Attack, Stage, Target
+from lit_safety.core.errors import UserError
 
 
 class AdapterScale(Attack):

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from lit_safety.attacks.attack import Attack
-from lit_safety.evaluation.arms import Arm
+from lit_safety.attacks.target import Attack
+from lit_safety.drawing.arms import Arm
 
 
 def attack(
@@ -68,17 +68,16 @@ def attack(
         UserError: a file or folder given is missing, unreadable or does not fit.
     """
     from lit_safety.attacks.plot import curves_png
-    from lit_safety.attacks.run import AttackRun
-    from lit_safety.attacks.table import attack_table
-    from lit_safety.data.atomic import write_atomic
-    from lit_safety.errors import UserError
-    from lit_safety.evaluation.arms import collect_arms
-    from lit_safety.evaluation.drawing import DrawingSettings
-    from lit_safety.evaluation.judges import asked_of, check_labels, check_sees, load_judge
-    from lit_safety.evaluation.pipelines import check_writable, local_pipeline
-    from lit_safety.evaluation.prompts import read_prompts
-    from lit_safety.evaluation.selection import Selection, select
-    from lit_safety.evaluation.worlds import check_world, paths_in
+    from lit_safety.attacks.run import AttackRun, attack_table
+    from lit_safety.core.errors import UserError
+    from lit_safety.core.files import write_atomic
+    from lit_safety.drawing.arms import collect_arms
+    from lit_safety.drawing.gallery import DrawingSettings
+    from lit_safety.drawing.pipelines import check_writable, local_pipeline
+    from lit_safety.drawing.prompts import Selection, read_prompts, select
+    from lit_safety.drawing.worlds import check_world, paths_in
+    from lit_safety.judges.judge import asked_of, check_labels, check_sees
+    from lit_safety.judges.load import load_judge
 
     unknown = [name for name in only or () if name not in attacks]
     if unknown:

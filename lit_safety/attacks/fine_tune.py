@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.attack import Attack, Stage, increasing
-from lit_safety.attacks.lora_training import train_lora
-from lit_safety.attacks.pictures import read_pictures, shards_digest
-from lit_safety.attacks.target import Target
-from lit_safety.errors import UserError
-from lit_safety.evaluation.prompts import Prompt
+from lit_safety.attacks.lora_training import read_pictures, shards_digest, train_lora
+from lit_safety.attacks.target import Attack, Stage, Target, increasing
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import Prompt
 
 
 class FineTune(Attack):

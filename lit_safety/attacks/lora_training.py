@@ -1,21 +1,177 @@
-"""A few steps of ordinary LoRA fine-tuning on pictures and their prompts."""
+"""The attacker's pictures: harmful (or harmless) examples out of preference shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.denoising import batches, denoising_loss
 from lit_safety.attacks.network import Network, compute_threads
-from lit_safety.attacks.pictures import Picture, encode_pictures
-from lit_safety.errors import UserError
-from lit_safety.evaluation.parallel import threads
+from lit_safety.core.chance import LATENT, NOISE, normal, sample_seed, uniform
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest
+from lit_safety.core.images import FORMATS, decode_image
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
+from lit_safety.data.reading.decode import to_tensor
+from lit_safety.data.reading.source import Source, open_source
+from lit_safety.drawing.threads import threads
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lit_safety.backbones.backbone import Backbone, Conditioning
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One example."""
+
+    key: str
+    """Unique among them."""
+    prompt: str
+    group: str
+    """The concept it shows, else its first category; empty: a harmless picture."""
+    image: Image.Image
+
+
+def read_pictures(
+    shards: str, count: int, harmful: bool, user: str, groups: Sequence[str] | None = None
+) -> list[Picture]:
+    """Up to `count` pictures, the concepts in turn, the same ones every time.
+
+    Harmful ones are the rejected images of harmful prompts that are labelled harmful; harmless ones the chosen images
+    of clean prompts that are labelled safe. What is not labelled is not taken.
+
+    Args:
+        shards: a folder or pattern of shards with images.
+        count: how many at most.
+        harmful: which.
+        user: the attack that wants them, for messages.
+        groups: only of these concepts (or categories).
+
+    Raises:
+        UserError: the shards are missing or damaged, or hold no such picture.
+    """
+    side = "rejected" if harmful else "chosen"
+    source = open_source(shards, f"attack {user}: shards")
+    found: dict[str, list[tuple[int, int]]] = {}
+    for shard, place, metadata in _metadata(source):
+        label = metadata.harmful.rejected if harmful else metadata.harmful.chosen
+        if metadata.prompt_kind == ("harmful" if harmful else "clean") and label is harmful:
+            group = metadata.concept or next(iter(metadata.categories), "") if harmful else ""
+            if groups is None or group in groups:
+                found.setdefault(group, []).append((shard, place))
+    chosen = _in_turn([rows for _, rows in sorted(found.items())], count)
+    if not chosen:
+        what = "rejected image labelled harmful of a harmful prompt" if harmful else "safe chosen image"
+        raise UserError(f"attack {user}: {shards} hold no {what}; give others")
+    return [picture for shard in sorted({s for s, _ in chosen}) for picture in _read(source, shard, chosen, side)]
+
+
+def shards_digest(shards: str, user: str) -> str:
+    """What the shards are, for the report: a hash of their sizes and contents, wherever they lie.
+
+    Raises:
+        UserError: there are none.
+    """
+    return digest(open_source(shards, f"attack {user}: shards").identity())
+
+
+def _metadata(source: Source) -> Iterator[tuple[int, int, PairMetadata]]:
+    for number in range(len(source.paths)):
+        shard = source.open_shard(number)
+        try:
+            if shard.problem is not None:
+                raise UserError(f"{shard.path}: {shard.problem}")
+            for place in range(len(shard.index.samples)):
+                yield number, place, parse_metadata(shard.read_member(place, "json"), shard.where(place))
+        finally:
+            shard.close()
+
+
+def _in_turn(rows: list[list[tuple[int, int]]], count: int) -> set[tuple[int, int]]:
+    """The first of each, the second of each, ..."""
+    taken: list[tuple[int, int]] = []
+    for turn in range(max(map(len, rows), default=0)):
+        taken += [row[turn] for row in rows if turn < len(row)]
+        if len(taken) >= count:
+            break
+    return set(taken[:count])
+
+
+def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) -> Iterator[Picture]:
+    shard = source.open_shard(number)
+    try:
+        for place in sorted(p for s, p in chosen if s == number):
+            where = shard.where(place)
+            key, members = shard.read(place, lambda name: name == "json" or name.startswith(f"{side}."))
+            names = [name for name in members if name.startswith(f"{side}.") and name.split(".", 1)[1] in FORMATS]
+            if not names:
+                raise UserError(f"{where}: has no {side} image (only a cache of it?); give shards with images")
+            metadata = parse_metadata(members["json"], where)
+            group = metadata.concept or next(iter(metadata.categories), "")
+            image = decode_image(members[names[0]], f"{where}: {side}")
+            yield Picture(f"{number}/{key}", metadata.prompt, group if side == "rejected" else "", image)
+    finally:
+        shard.close()
+
+
+@torch.no_grad()
+def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, batch_size: int = 16) -> Tensor:
+    """Posterior of each picture's latents (N, 2, C, h, w), the picture cut square and scaled to `side` pixels."""
+    rows = []
+    for start in range(0, len(pictures), batch_size):
+        part = [
+            to_tensor(ImageOps.fit(p.image, (side, side), Image.Resampling.LANCZOS) if p.image.size != (side, side)
+                      else p.image)
+            for p in pictures[start : start + batch_size]
+        ]  # fmt: skip
+        rows.append(backbone.posterior(torch.stack(part).to(backbone.device)))
+    return torch.cat(rows)
+
+
+# The plain denoising loss that attackers train with, every random number a function of seed, step and picture.
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row numbers; each pass over the rows has an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def denoising_loss(
+    backbone: Backbone, posterior: Tensor, conditioning: Conditioning, keys: Sequence[str], seed: int, step: int
+) -> Tensor:
+    """Mean squared error of the denoiser's prediction, one a picture (B,), fp32.
+
+    Args:
+        backbone: predicts.
+        posterior: of the pictures' latents (B, 2, C, h, w).
+        conditioning: B rows.
+        keys: the pictures' names, B.
+        seed: of the attack.
+        step: which step it is; decides noise and timestep together with seed and name.
+    """
+    seeds = [sample_seed(seed, step, key) for key in keys]
+    shape = tuple(posterior.shape[2:])
+    noise, spread = (normal(seeds, purpose, shape).to(posterior.device) for purpose in (NOISE, LATENT))
+    fractions = torch.tensor([uniform(s, "timestep") for s in seeds], dtype=torch.float64)
+    timesteps = backbone.timesteps(fractions).to(posterior.device)
+    latents = backbone.latents(posterior, spread)
+    noisy = backbone.add_noise(latents, noise, timesteps)
+    target = backbone.target(latents, noise, timesteps)
+    return (backbone.predict(noisy, timesteps, conditioning).float() - target.float()).pow(2).flatten(1).mean(1)
+
+
+# A few steps of ordinary LoRA fine-tuning on pictures and their prompts.
 
 
 def train_lora(

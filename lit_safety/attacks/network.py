@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_safety.backbones import Backbone
+from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.load import family_of
 from lit_safety.backbones.parts import Parts
-from lit_safety.evaluation.pipelines import load_pipeline
+from lit_safety.drawing.pipelines import load_pipeline
 
 if TYPE_CHECKING:
-    from lit_safety.evaluation.arms import Arm
+    from lit_safety.drawing.arms import Arm
 
 
 class PipelineParts(Parts):
@@ -76,6 +76,6 @@ def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = N
 def compute_threads(network: Network) -> int:
     """Threads of one operation while an attack computes: 1 for small networks on a CPU, which is faster for them and
     gives the same digits on any number of cores."""
-    from lit_safety.evaluation.parallel import is_small_on_cpu
+    from lit_safety.drawing.threads import is_small_on_cpu
 
     return 1 if is_small_on_cpu(network.pipe) else torch.get_num_threads()

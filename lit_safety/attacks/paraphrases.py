@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from lit_safety.attacks.attack import Attack, Stage
-from lit_safety.attacks.target import Target
-from lit_safety.data.chance import derive
-from lit_safety.errors import UserError
-from lit_safety.evaluation.prompts import Prompt
+from lit_safety.attacks.target import Attack, Stage, Target
+from lit_safety.core.chance import derive
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import Prompt
 
 
 class Paraphrases(Attack):

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from lit_safety.attacks.attack import Attack, Stage
-from lit_safety.attacks.target import Target
-from lit_safety.errors import UserError
+from lit_safety.attacks.target import Attack, Stage, Target
+from lit_safety.core.errors import UserError
 
 
 @dataclass

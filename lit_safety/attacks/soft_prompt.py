@@ -1,29 +1,96 @@
-"""Concept recovery by soft prompts: a few token embeddings are trained against the frozen arm.
-
-Textual inversion (Gal et al., arXiv 2208.01618) turned against erased models, as in "Circumventing Concept Erasure
-Methods" (Pham et al., arXiv 2308.01508): the weights stay as they are, and only what is fed into the text encoder is
-learned. The learned vectors become tokens of their own in tokenizer and text encoder, so that guards which read or
-encode the prompt meet them too.
-"""
+"""Token embeddings that are trained while tokenizers and text encoders stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from math import isfinite
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from lit_safety.attacks.attack import Attack, Stage, increasing
-from lit_safety.attacks.denoising import batches, denoising_loss
+from lit_safety.attacks.lora_training import (
+    Picture,
+    batches,
+    denoising_loss,
+    encode_pictures,
+    read_pictures,
+    shards_digest,
+)
 from lit_safety.attacks.network import Network, compute_threads
-from lit_safety.attacks.pictures import Picture, encode_pictures, read_pictures, shards_digest
-from lit_safety.attacks.soft_tokens import SoftTokens
-from lit_safety.attacks.target import Target
-from lit_safety.errors import UserError
-from lit_safety.evaluation.parallel import threads
-from lit_safety.evaluation.prompts import Prompt
+from lit_safety.attacks.target import Attack, Stage, Target, increasing
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import Prompt
+from lit_safety.drawing.threads import threads
+
+
+class SoftTokens:
+    """New tokens `<soft0>`, `<soft1>`, ... in every tokenizer and text encoder of a network.
+
+    They start as the mean of all embeddings, each a little beside it. `tables` holds what is trained, one (K, d) a
+    text encoder; `write` puts it into the text encoders.
+
+    Args:
+        network: gets the tokens.
+        count: sets of them.
+        vectors: tokens a set.
+        seed: of where they start.
+    """
+
+    def __init__(self, network: Network, count: int, vectors: int, seed: int) -> None:
+        words = [f"<soft{number}>" for number in range(count * vectors)]
+        self.names = [words[start : start + vectors] for start in range(0, len(words), vectors)]
+        self.tables: list[nn.Parameter] = []
+        self.scales: list[float] = []
+        """Standard deviation of each encoder's embeddings."""
+        self._layers: list[tuple[Any, int]] = []
+        for tokenizer, encoder in network.encoders():
+            weight = encoder.get_input_embeddings().weight.detach()
+            if tokenizer.add_tokens(words) != len(words):
+                raise UserError(f"attack SoftPrompt: the tokenizer already knows {words[0]}")
+            first = len(tokenizer) - len(words)
+            centre, spread = weight.mean(0), weight.std(0)
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(len(words), weight.shape[1], generator=generator).to(weight.device)
+            self.tables.append(nn.Parameter((centre + 0.1 * spread * noise).float()))
+            self.scales.append(float(spread.mean()))
+            encoder.resize_token_embeddings(first + len(words), mean_resizing=False)
+            encoder.requires_grad_(False)
+            self._layers.append((encoder.get_input_embeddings(), first))
+        self.write()
+
+    def write(self) -> None:
+        """The vectors as they are now become the text encoders' own."""
+        with torch.no_grad():
+            for (layer, first), table in zip(self._layers, self.tables, strict=True):
+                layer.weight[first : first + len(table)] = table
+
+    def trained(self) -> ExitStack:
+        """Within, the text encoders read the tables, so that gradients reach them."""
+        stack = ExitStack()
+        for (layer, first), table in zip(self._layers, self.tables, strict=True):
+            stack.callback(layer.register_forward_hook(_reading(first, table)).remove)
+        return stack
+
+
+def _reading(first: int, table: Tensor) -> Any:
+    def hook(_: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        ids = given[0]
+        soft = ids >= first
+        rows = table[(ids - first).clamp(min=0)].to(found.dtype)
+        return torch.where(soft.unsqueeze(-1), rows, found)
+
+    return hook
+
+
+# Concept recovery by soft prompts: a few token embeddings are trained against the frozen arm.
+#
+# Textual inversion (Gal et al., arXiv 2208.01618) turned against erased models, as in "Circumventing Concept Erasure
+# Methods" (Pham et al., arXiv 2308.01508): the weights stay as they are, and only what is fed into the text encoder is
+# learned. The learned vectors become tokens of their own in tokenizer and text encoder, so that guards which read or
+# encode the prompt meet them too.
 
 
 class SoftPrompt(Attack):

@@ -13,16 +13,14 @@ from PIL import Image
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, LoRA
 from lit_safety.adapters.lora_file import find_lora
-from lit_safety.attacks.attack import Attack, Stage
-from lit_safety.attacks.lora_training import train_lora
-from lit_safety.attacks.pictures import read_pictures, shards_digest
-from lit_safety.attacks.target import Target
-from lit_safety.data.atomic import atomic_folder
-from lit_safety.data.images import rgb
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import adapter_sha256
-from lit_safety.evaluation.fingerprint import digest, fingerprint
-from lit_safety.evaluation.prompts import Prompt
+from lit_safety.attacks.lora_training import read_pictures, shards_digest, train_lora
+from lit_safety.attacks.target import Attack, Stage, Target
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import atomic_folder
+from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.images import rgb
+from lit_safety.drawing.arms import adapter_sha256
+from lit_safety.drawing.prompts import Prompt
 
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
 """Red, green and blue of a sepia picture from those of the picture (W3C Filter Effects)."""

@@ -1,32 +1,197 @@
-"""Suffix search: a few words behind the prompt, chosen so that the model takes it for what alignment took away.
-
-What is searched for is text, so guards and negative prompts meet it as they meet any prompt. They are not in the
-search: the arm's text encoder (and denoiser, where the goal needs it) is searched without them.
-"""
+"""The words that a suffix may be made of, and where it stands among a prompt's tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_safety.attacks.attack import Attack, Stage, increasing
 from lit_safety.attacks.network import Network, compute_threads
-from lit_safety.attacks.search import Best, greedy_search, random_search
 from lit_safety.attacks.similarity import Likeness, Similarity
-from lit_safety.attacks.target import Target
-from lit_safety.attacks.words import Words, shorten_to_fit, suffix_starts, usable_words
-from lit_safety.data.chance import generator
-from lit_safety.errors import UserError
-from lit_safety.evaluation.fingerprint import digest
-from lit_safety.evaluation.parallel import threads
+from lit_safety.attacks.target import Attack, Stage, Target, increasing
+from lit_safety.core.chance import generator
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest
+from lit_safety.drawing.threads import threads
 
 if TYPE_CHECKING:
-    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.drawing.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Words:
+    """Tokens that a tokenizer writes and reads again as themselves, so that a suffix can be handed over as text."""
+
+    ids: Tensor
+    """(V,) of the tokenizer."""
+    texts: list[str]
+    """V words."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def say(self, row: Tensor) -> str:
+        """Numbers among these words (L,) -> the suffix."""
+        return " ".join(self.texts[number] for number in row.tolist())
+
+
+def usable_words(tokenizer: Any) -> Words:
+    """All tokens of plain letters that come back as the same single token, by their ids.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    special = set(tokenizer.all_special_ids)
+    candidates = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
+    texts = [tokenizer.decode([number]).strip() for number in candidates]
+    plain = [(n, text) for n, text in zip(candidates, texts, strict=True) if text.isascii() and text.isalpha()]
+    again = tokenizer([text for _, text in plain], add_special_tokens=False)["input_ids"] if plain else []
+    kept = [(number, text) for (number, text), ids in zip(plain, again, strict=True) if ids == [number]]
+    if len(kept) < 2:
+        raise UserError("attack SuffixSearch: the tokenizer has no words that are single tokens")
+    return Words(torch.tensor([number for number, _ in kept]), [text for _, text in kept])
+
+
+def shorten_to_fit(tokenizer: Any, prompts: Sequence[str], room: int) -> tuple[list[str], int]:
+    """Prompts that leave room for so many tokens more, their last words cut off where needed; and how many were cut.
+
+    Raises:
+        UserError: not a single word would be left.
+    """
+    most, cut, kept = tokenizer.model_max_length - room, 0, []
+    for prompt in prompts:
+        words = prompt.split()
+        while words and len(tokenizer(" ".join(words))["input_ids"]) > most:
+            words.pop()
+        if not words:
+            raise UserError(
+                f"attack SuffixSearch: a suffix of {room} tokens leaves no room for `{prompt}`; lower its length"
+            )
+        cut += len(words) < len(prompt.split())
+        kept.append(prompt if len(words) == len(prompt.split()) else " ".join(words))
+    return kept, cut
+
+
+def suffix_starts(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Where each prompt's suffix begins among its tokens (P,): in the place of the end token."""
+    return torch.tensor([len(ids) - 1 for ids in tokenizer(list(prompts))["input_ids"]])
+
+
+# Random and greedy search for token suffixes, for many prompts at a time. Scores are to be maximised.
+#
+# Greedy: the gradient of the score with respect to the suffix's one-hot tokens says, to first order, what each exchange
+# of one token would bring (HotFlip, arXiv 1712.06751); single exchanges drawn from the best of them are then scored
+# (GCG, arXiv 2307.15043). The budget counts what was scored for a prompt; a gradient counts as one.
+
+
+Score = Callable[[Tensor], Tensor]
+"""Suffixes (P, K, L), numbers among V words -> scores (P, K): K candidates for each of P prompts."""
+Gradient = Callable[[Tensor], Tensor]
+"""Suffixes (P, L) -> derivative of each prompt's score with respect to its one-hot tokens (P, L, V)."""
+
+
+class Best:
+    """The best suffix of each prompt so far."""
+
+    def __init__(self, prompts: int, length: int) -> None:
+        self.suffixes = torch.zeros(prompts, length, dtype=torch.long)
+        self.scores = torch.full((prompts,), -torch.inf)
+
+    def offer(self, candidates: Tensor, scores: Tensor) -> None:
+        """Take each prompt's best of K candidates (P, K, L) where it is better than what there was; of equal ones the
+        first stays. A score that is not a number is never better."""
+        scores = torch.where(scores.isnan(), -torch.inf, scores.detach().float().cpu())
+        top, place = scores.max(dim=1)
+        better = top > self.scores
+        chosen = candidates[torch.arange(len(candidates)), place]
+        self.suffixes = torch.where(better[:, None], chosen, self.suffixes)
+        self.scores = torch.where(better, top, self.scores)
+
+
+def random_search(
+    score: Score, words: int, length: int, budgets: Sequence[int], batch: int, generators: Sequence[torch.Generator]
+) -> Iterator[tuple[int, Best]]:
+    """Independent uniform suffixes; yields (candidates tried, best) at each budget.
+
+    Args:
+        score: of candidates.
+        words: V.
+        length: L.
+        budgets: rising numbers of candidates.
+        batch: candidates scored at once.
+        generators: one a prompt, so that no prompt's candidates depend on the others.
+    """
+    best, tried = Best(len(generators), length), 0
+    for budget in budgets:
+        while tried < budget:
+            count = min(batch, budget - tried)
+            candidates = torch.stack([torch.randint(words, (count, length), generator=g) for g in generators])
+            best.offer(candidates, score(candidates))
+            tried += count
+        yield tried, best
+
+
+def greedy_search(
+    score: Score,
+    gradient: Gradient,
+    words: int,
+    length: int,
+    budgets: Sequence[int],
+    batch: int,
+    shortlist: int,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[int, Best]]:
+    """Exchanges of one token that the gradient recommends; yields (candidates tried, best) at each budget.
+
+    Args:
+        score: of candidates.
+        gradient: of the score.
+        words: V.
+        length: L.
+        budgets: rising numbers of candidates; the first one tried is a random suffix.
+        batch: exchanges scored after each gradient.
+        shortlist: at each place, how many tokens of the highest derivative are drawn from.
+        generators: one a prompt.
+    """
+    best, tried = Best(len(generators), length), 1
+    start = torch.stack([torch.randint(words, (1, length), generator=g) for g in generators])
+    best.offer(start, score(start))
+    top = torch.empty(0)
+    left = 0  # exchanges that may still be drawn from the gradient at hand
+    for budget in budgets:
+        while tried < budget:
+            if left == 0:
+                top = gradient(best.suffixes).topk(min(shortlist, words), dim=-1).indices.cpu()
+                left = batch
+                tried += 1
+                continue
+            count = min(left, budget - tried)
+            candidates = torch.stack(
+                [_exchanges(s, t, count, g) for s, t, g in zip(best.suffixes, top, generators, strict=True)]
+            )
+            best.offer(candidates, score(candidates))
+            tried, left = tried + count, left - count
+        yield tried, best
+
+
+def _exchanges(suffix: Tensor, top: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` copies of a suffix (L,), in each of which one random place holds a random one of its shortlist (L, k)."""
+    places = torch.randint(len(suffix), (count,), generator=generator)
+    picks = torch.randint(top.shape[1], (count,), generator=generator)
+    copies = suffix.repeat(count, 1)
+    copies[torch.arange(count), places] = top[places, picks]
+    return copies
+
+
+# Suffix search: a few words behind the prompt, chosen so that the model takes it for what alignment took away.
+#
+# What is searched for is text, so guards and negative prompts meet it as they meet any prompt. They are not in the
+# search: the arm's text encoder (and denoiser, where the goal needs it) is searched without them.
+
 
 CHUNK = 64
 """Suffixed prompts encoded at once, where no denoiser sees them."""

@@ -1,6 +1,8 @@
-"""One class a model family: text in, latents in, noise, target, prediction. Nothing here knows of preferences."""
+"""One class a model family: text in, latents in, noise, target, prediction. Nothing here knows of preferences.
 
-from lit_safety.backbones.backbone import Backbone, Conditioning
-from lit_safety.backbones.load import load_backbone
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
 
-__all__ = ["Backbone", "Conditioning", "load_backbone"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

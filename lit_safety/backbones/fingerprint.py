@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
-from lit_safety.bounded import load_json
-from lit_safety.errors import UserError
-from lit_safety.hashes import tensor_hashes
-from lit_safety.weights import DIFFUSERS, TRANSFORMERS, is_hidden, weights_of
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import tensor_hashes
+from lit_safety.core.text import load_json
+from lit_safety.core.weights import is_hidden, weight_files
 
 #: What of the configuration of a network of transformers decides nothing when it encodes: who saved it and how, what
 #: training and the generating of text need, and the class's name, which stands in the pipeline's index.
@@ -91,16 +91,6 @@ def reference_fingerprint(source: str, denoiser: str) -> dict[str, str]:
         scaling = {name: settings[name] for name in SCALING if name in settings}
         found["latent scaling"] = _hash([json.dumps(scaling, sort_keys=True)])
     return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weights in a component's folder that are loaded, of several variants those in full precision; none: [].
-
-    Raises:
-        UserError: as `weights_of`.
-    """
-    chosen = weights_of(folder, DIFFUSERS) or weights_of(folder, TRANSFORMERS)
-    return [] if chosen is None else [folder / name for name in chosen.names]
 
 
 def _part_hash(folder: Path, kind: tuple[str, str]) -> str | None:

@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from lit_safety.errors import UserError
-from lit_safety.weights import DIFFUSERS, TRANSFORMERS, choose_weights
+from lit_safety.core.errors import UserError
+from lit_safety.core.weights import DIFFUSERS, TRANSFORMERS, choose_weights
 
 #: Where the hub is (HF_ENDPOINT).
 ENDPOINT = constants.ENDPOINT

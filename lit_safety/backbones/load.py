@@ -7,7 +7,7 @@ from lit_safety.backbones.pipeline_index import KEY, pipeline_class_name
 from lit_safety.backbones.stable_diffusion import StableDiffusion
 from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
 from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 #: diffusers' pipeline class name -> the class that knows the family.
 FAMILIES: dict[str, type[Backbone]] = {

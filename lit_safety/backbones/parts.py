@@ -15,10 +15,10 @@ from torch import nn
 
 from lit_safety.backbones.hub import hub_answers, hub_file, hub_part
 from lit_safety.backbones.pipeline_index import KEY, LIBRARIES, pipeline_index
-from lit_safety.bounded import load_json
-from lit_safety.errors import UserError
-from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files, read_config
-from lit_safety.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json
+from lit_safety.core.tokenizers import check_tokenizer, check_tokenizer_files, read_config
+from lit_safety.core.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
 
 #: Components that a pipeline names and does not need to draw from text.
 BESIDE = ("safety_checker", "feature_extractor", "image_encoder")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.hub import hub_file
-from lit_safety.bounded import load_json
-from lit_safety.errors import UserError
-from lit_safety.weights import is_hidden, is_pointer, read_header
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json
+from lit_safety.core.weights import is_hidden, is_pointer, read_header
 
 #: The YAML key by which most commands are told of a pipeline.
 KEY = "model.init_args.pretrained"

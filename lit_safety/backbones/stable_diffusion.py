@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lit_safety.backbones.backbone import Conditioning
-from lit_safety.backbones.unet_diffusion import UNetDiffusion
+from lit_safety.backbones.diffusion import UNetDiffusion
 
 
 class StableDiffusion(UNetDiffusion):

@@ -16,11 +16,10 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_safety.backbones.autoencoder import encode_posterior
 from lit_safety.backbones.backbone import Backbone, Conditioning
-from lit_safety.backbones.clip_text import penultimate
+from lit_safety.backbones.encoders import encode_posterior, penultimate
 from lit_safety.backbones.parts import Parts
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 #: Tokens that the stock pipeline gives T5.
 T5_LENGTH = 256

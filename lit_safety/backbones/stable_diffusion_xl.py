@@ -10,11 +10,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from lit_safety.backbones.backbone import Conditioning
-from lit_safety.backbones.clip_text import penultimate
+from lit_safety.backbones.diffusion import UNetDiffusion
+from lit_safety.backbones.encoders import penultimate
 from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.pipeline_index import pipeline_index
-from lit_safety.backbones.unet_diffusion import UNetDiffusion
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 #: What the pipeline's index says of how it treats an empty prompt; diffusers' default is true.
 ZEROS = "force_zeros_for_empty_prompt"

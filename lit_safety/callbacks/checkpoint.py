@@ -1,21 +1,60 @@
-"""Checkpoints that an interrupted run leaves whole: Lightning's `ModelCheckpoint`, written atomically."""
+"""A checkpoint file that is there whole or not at all, written beside its place and not in the system's /tmp."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_safety.callbacks.checkpoint_io import AtomicCheckpointIO, NotWritten
-from lit_safety.data.atomic import partial_name, sync_folder
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import atomic_file, partial_name, sync_folder
+
+
+class NotWritten(UserError):
+    """A checkpoint could not be written: no space, no permission. What was there before is untouched."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """As Lightning's for local files, but synced to the disk and renamed within its folder.
+
+    Lightning's writes to the system's temporary folder and moves: often another disk, so that the move is a copy that a
+    kill can cut short, and that fills a small /tmp. It also holds the whole file in memory first.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Raises:
+        NotWritten: the disk is full, or the folder cannot be written to.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with atomic_file(Path(path)) as file:
+                _save(checkpoint, file)
+        except UserError as error:
+            raise NotWritten(str(error)) from error
+
+
+def _save(checkpoint: dict[str, Any], file: Any) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:  # torch's writer says of a full disk only that it failed
+        cause = error.__cause__ or error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+
+
+# Checkpoints that an interrupted run leaves whole: Lightning's `ModelCheckpoint`, written atomically.
 
 
 class AtomicModelCheckpoint(ModelCheckpoint):
@@ -108,3 +147,72 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+# SIGTERM, as schedulers and containers send it: finish the step, save, end.
+
+
+class StopOnSignal(Callback):
+    """Saves `last.ckpt` at the next whole step after a SIGTERM on any rank, and ends the run on all of them.
+
+    Lightning's own handler sends a message to the other ranks from within the handler, wherever each of them is; here
+    the ranks agree after a step. A second SIGTERM ends the process at once. The command line adds it to every `fit`, as
+    the last callback.
+    """
+
+    def __init__(self) -> None:
+        self.saved: str | None = None
+        """Where to, once it has."""
+        self._asked = False
+        self._before: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Within an accumulated batch there is nothing to go on from.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.global_step and not trainer.sanity_checking:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if not self._anywhere(trainer):
+            return
+        keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        for keeper in keepers[:1]:
+            if isinstance(keeper, AtomicModelCheckpoint):
+                self.saved = keeper.save_now(trainer)
+            else:
+                self.saved = str(Path(keeper.dirpath or trainer.default_root_dir) / "last.ckpt")
+                trainer.save_checkpoint(self.saved)
+        raise SIGTERMException
+
+    def _anywhere(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._asked
+        # Lightning itself waits for the device in every step of several ranks, so this costs a message and no more.
+        asked = torch.tensor(int(self._asked), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(asked, reduce_op="sum"))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None

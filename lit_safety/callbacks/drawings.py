@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image, ImageFilter
 
-from lit_safety.data.images import rgb
-from lit_safety.errors import UserError
-from lit_safety.evaluation.pipelines import local_pipeline
-from lit_safety.evaluation.worlds import of_a_world
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import rgb
+from lit_safety.drawing.pipelines import local_pipeline
+from lit_safety.drawing.worlds import of_a_world
 from lit_safety.modules.preference import PreferenceModule
 
 

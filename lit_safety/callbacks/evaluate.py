@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_safety.callbacks.drawings import preference_module
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 
 class EvaluateOnTest(Callback):
@@ -48,9 +48,9 @@ class EvaluateOnTest(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
             return
-        from lit_safety.evaluation.pipelines import local_pipeline
-        from lit_safety.evaluation.prompts import read_prompts
-        from lit_safety.evaluation.worlds import check_world
+        from lit_safety.drawing.pipelines import local_pipeline
+        from lit_safety.drawing.prompts import read_prompts
+        from lit_safety.drawing.worlds import check_world
 
         pipeline = local_pipeline(preference_module(pl_module).pretrained)
         files = {"EvaluateOnTest.prompts": self.prompts, "EvaluateOnTest.judge": self.judge}
@@ -58,7 +58,7 @@ class EvaluateOnTest(Callback):
         check_world(pipeline, files, self.other_world, key, read_prompts(self.prompts))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from lit_safety.evaluation.arms import Arm
+        from lit_safety.drawing.arms import Arm
         from lit_safety.evaluation.evaluate import evaluate
 
         module = preference_module(pl_module)

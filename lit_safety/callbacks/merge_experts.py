@@ -12,21 +12,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from lit_safety.adapters.lora import WEIGHTS_NAME
-from lit_safety.backbones import load_backbone
+from lit_safety.backbones.load import load_backbone
 from lit_safety.callbacks.export import ExportAdapter
-from lit_safety.data.categories import canonical_category
-from lit_safety.data.progress import counter
-from lit_safety.errors import UserError
-from lit_safety.merging.calibration import calibrate
-from lit_safety.merging.calibration_options import CalibrationOptions
-from lit_safety.merging.calibration_prompts import check_prompts, has_categories
-from lit_safety.merging.comerge import Activity
-from lit_safety.merging.expert import Expert, united_layers
-from lit_safety.merging.merge_experts import merge_experts
+from lit_safety.core.categories import canonical_category
+from lit_safety.core.errors import UserError
+from lit_safety.core.progress import counter
+from lit_safety.merging.calibration import CalibrationOptions, calibrate, check_prompts, has_categories
+from lit_safety.merging.experts import Expert, read_experts, united_layers
+from lit_safety.merging.merge_experts import merge_experts, report, table
+from lit_safety.merging.methods import Activity, Recipe
 from lit_safety.merging.output import REPORT_NAME, write_merge
-from lit_safety.merging.recipe import Recipe
-from lit_safety.merging.report import report, table
-from lit_safety.merging.sources import read_experts
 from lit_safety.modules.preference import PreferenceModule
 
 

@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_safety.callbacks.drawings import preference_module
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import PreferenceModule
-from lit_safety.objectives import SafetyConstrainedDPO
+from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
 
 
 class ProbeMargin(Callback):

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_safety.data.cache import truncation, truncation_words
-from lit_safety.data.cached_source import CachedSource
+from lit_safety.data.cache.cache import truncation, truncation_words
+from lit_safety.data.cache.sources import CachedSource
 
 T = TypeVar("T")
 

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_safety.callbacks.drawings import preference_module
-from lit_safety.cost_model import CostScorer, load_cost_model
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
-from lit_safety.objectives import ConstrainedDPO
+from lit_safety.core.errors import UserError
+from lit_safety.cost_model.files import load_cost_model
+from lit_safety.cost_model.network import CostScorer
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.objectives.constrained import ConstrainedDPO
 
 #: After so many windows of `patience` updates above the limit a warning comes, even if each of them seemed to fall.
 PATIENCE_WINDOWS = 3

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lit_safety.data.converters.table import csv_lines
-from lit_safety.data.sample import SIDES
+from lit_safety.core.tables import csv_lines
+from lit_safety.data.format.sample import SIDES
 
 COLUMNS = ("key", "side", "cost", "probability", "harmful")
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.data.chance import normal, sample_seed, uniform
-from lit_safety.errors import UserError
+from lit_safety.core.chance import normal, sample_seed, uniform
+from lit_safety.core.errors import UserError
 
 
 @dataclass

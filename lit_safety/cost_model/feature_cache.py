@@ -12,18 +12,32 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_safety.bounded import load_json
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
+from lit_safety.core.progress import counter
+from lit_safety.core.text import load_json
 from lit_safety.cost_model.degrade import Degradation
-from lit_safety.cost_model.tower import ClipTower
-from lit_safety.data.atomic import write_atomic
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
+from lit_safety.cost_model.network import ClipTower
+from lit_safety.data.datamodule import KEY, PreferenceDataModule
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.decode import PairDecoder
+from lit_safety.data.reading.loader import PairLoader
+from lit_safety.data.reading.order import Deal, Group
+from lit_safety.data.reading.select import select
+from lit_safety.data.reading.source import open_source
+from lit_safety.data.reading.stream import PairStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -126,3 +140,61 @@ def doubled(values: Sequence) -> list:
 def cache_name(parts: Sequence[object]) -> str:
     """A file name that differs where any of what decides the features does."""
     return f"features-{hashlib.blake2b(repr(tuple(parts)).encode(), digest_size=12).hexdigest()}.safetensors"
+
+
+# The pass that fills the feature cache before a fit, each rank its share of the pairs.
+
+
+def cached_features(
+    folder: Path, data: PreferenceDataModule, part: str, tower: ClipTower, degradation: Degradation, trainer: Trainer
+) -> FeatureCache:
+    """The features of ``part`` ("train" or "val") of the data, from ``folder``; computed where they are not there.
+
+    Raises:
+        UserError: the pairs are mirrored at random, which a cache cannot follow, or cannot be read.
+    """
+    if data.flip and part == "train":
+        raise UserError(f"{KEY}.flip mirrors other pairs in every pass: leave it off, or model.init_args.feature_cache")
+    source = open_source(getattr(data, part), f"{KEY}.{part}")
+    selection = select(source, data.filter)
+    listed = [  # tar files are filled up, so that others of the same name and size are common: their content counts
+        (Path(one.url).name, one.nsamples, one.bytes, content)
+        for one, (_, content) in zip(source.manifest.shardlist, source.identity(), strict=True)
+    ]
+    name = cache_name([tower.fingerprint, tower.features, degradation, data.resolution, listed, data.filter])
+    file = folder / name
+    found = FeatureCache.load(file)
+    if found is not None and len(found) > 0:
+        return found
+    rank, world = trainer.global_rank, trainer.world_size
+    stream = PairStream(
+        source,
+        [Group(selection)],
+        Deal(data.val_batch_size, rank, world, ragged=True),
+        PairDecoder(data.seed, data.resolution),
+        shuffle=False,
+        window=1,
+        skip_bad=data.on_bad_sample == "skip",
+    )
+    loader = PairLoader(stream, min(data.num_workers, len(source.paths)), bad_sample_limit=data.bad_sample_limit)
+    rank_zero_info(f"computing the CLIP features of {selection.total} {part} pairs, {len(degradation.all)} views each")
+    mine = compute_features(_counted(loader, part), tower, degradation)
+    if world > 1:
+        mine.save(folder / f"{name}.{rank}")
+        trainer.strategy.barrier("features computed")
+        parts = [FeatureCache.load(folder / f"{name}.{other}") for other in range(world)]
+        if any(one is None for one in parts):
+            raise UserError(f"{folder}: model.init_args.feature_cache must be a folder that all ranks share")
+        mine = FeatureCache.join([one for one in parts if one is not None])
+        trainer.strategy.barrier("features read")
+        (folder / f"{name}.{rank}").unlink()
+    if trainer.is_global_zero:
+        mine.save(file)
+    return mine
+
+
+def _counted(loader: PairLoader, part: str) -> Iterator[PairBatch]:
+    with counter(f"features of {part} batches", len(loader)) as count:
+        for batch in loader:
+            count()
+            yield batch

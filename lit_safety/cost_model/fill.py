@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_safety.cost_model.scorer import CostScorer
-    from lit_safety.data.batch import PairBatch
+    from lit_safety.cost_model.network import CostScorer
+    from lit_safety.data.reading.batch import PairBatch
 
 
 def fill_costs(batch: PairBatch, scorer: CostScorer, memory: dict[str, tuple[float, float]]) -> PairBatch:

@@ -6,12 +6,14 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+if TYPE_CHECKING:
     from PIL import Image
 
-    from lit_safety.data.sample import PairMetadata
-    from lit_safety.data.source import Source
+    from lit_safety.data.format.sample import PairMetadata
+    from lit_safety.data.reading.source import Source
 
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
     #: Key, metadata, and the images, which a cached sample may lack.
     Row = tuple[str, PairMetadata, Image.Image | None, Image.Image | None]
 
@@ -28,7 +30,7 @@ def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmfu
         sheet: Draw the shown samples into this PNG file: chosen, rejected and what is known of them.
         show_harmful: Do not blur images that are labelled harmful, or not labelled at all, in the picture.
     """
-    from lit_safety.data.source import open_source
+    from lit_safety.data.reading.source import open_source
 
     source = open_source(folder, "folder")
     for line in _summary(source):
@@ -63,8 +65,8 @@ def _summary(source: Source) -> list[str]:
 
 
 def _cached(given: str, stated: dict[str, Any]) -> list[str]:
-    from lit_safety.data.cache import parse_cache, truncation
-    from lit_safety.data.manifest import FILE_NAME
+    from lit_safety.data.cache.cache import parse_cache, truncation
+    from lit_safety.data.format.manifest import FILE_NAME
 
     cache = parse_cache(stated, f"{given}/{FILE_NAME}: cache")
     kept = f"{'with' if cache.images else 'without'} images, {'with' if cache.flip else 'without'} mirrored latents"
@@ -85,9 +87,9 @@ def _words(metadata: PairMetadata) -> str:
 
 
 def _drawn(source: Source, samples: int) -> list[Row]:
-    from lit_safety.data.cached import has_latents_only
-    from lit_safety.data.decode import pair_images, pair_metadata
-    from lit_safety.data.order import EpochOrder
+    from lit_safety.data.cache.cache import has_latents_only
+    from lit_safety.data.reading.decode import pair_images, pair_metadata
+    from lit_safety.data.reading.order import EpochOrder
 
     order = EpochOrder([shard.nsamples for shard in source.manifest.shardlist], seed=None, window=1)
     found: list[Row] = []
@@ -122,7 +124,7 @@ def draw_sheet(rows: list[Row], path: str, show_harmful: bool = False) -> None:
 
     from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-    from lit_safety.data.atomic import write_atomic
+    from lit_safety.core.files import write_atomic
 
     picture = Image.new("RGB", (2 * CELL + CAPTION, CELL * max(len(rows), 1)), "white")
     pen = ImageDraw.Draw(picture)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
-if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
-    from lit_safety.data.cached_check import CachedCheck
-    from lit_safety.data.manifest import Manifest, Shard
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedCheck
+    from lit_safety.data.format.manifest import Manifest, Shard
 
 
 def validate(folder: str, hashes: bool = True) -> None:
@@ -25,8 +25,8 @@ def validate(folder: str, hashes: bool = True) -> None:
         folder: A folder of shards, a tar file or a pattern of tar files.
         hashes: Compare each shard's SHA-256 with the manifest's.
     """
-    from lit_safety.data.cache import truncation
-    from lit_safety.data.progress import counter
+    from lit_safety.core.progress import counter
+    from lit_safety.data.cache.cache import truncation
 
     found, samples = 0, 0
     with counter("validate") as count:
@@ -51,10 +51,9 @@ def problems(folder: str, hashes: bool = True) -> list[str]:
 
 def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
     """A problem, or None for each good sample."""
-    from lit_safety.data.manifest import FILE_NAME, load_manifest
-    from lit_safety.data.remote import is_remote
-    from lit_safety.data.source import tars_named
-    from lit_safety.data.users import USERS_FILE, Users
+    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.reading.source import is_remote, tars_named
+    from lit_safety.users.table import USERS_FILE, Users
 
     if is_remote(folder):
         raise UserError(f"{folder}: only shards on this machine are validated; copy them first")
@@ -76,7 +75,7 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
             yield str(error)
     check = None
     if manifest.cache is not None:
-        from lit_safety.data.cached_check import CachedCheck
+        from lit_safety.data.cache.sources import CachedCheck
 
         check = CachedCheck(folder, manifest.cache, hashes)
         yield from check.problems()
@@ -90,13 +89,13 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
 
 
 def _cache_of(folder: str) -> dict[str, Any]:
-    from lit_safety.data.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
 
     return (load_manifest(folder).cache or {}) if os.path.exists(os.path.join(folder, FILE_NAME)) else {}
 
 
 def _file_problem(path: str, shard: Shard, hashes: bool) -> str | None:
-    from lit_safety.data.manifest import file_sha256
+    from lit_safety.core.hashes import file_sha256
 
     if not os.path.exists(path):
         return f"{path}: is missing"
@@ -116,11 +115,11 @@ def _samples(
     check: CachedCheck | None = None,
     users: frozenset[str] | None = None,
 ) -> Iterator[str | None]:
-    from lit_safety.data.decode import pair_images, pair_metadata
-    from lit_safety.data.images import same_image
-    from lit_safety.data.manifest import SampleClass
-    from lit_safety.data.tarindex import OpenShard
-    from lit_safety.data.users import USERS_FILE
+    from lit_safety.core.images import same_image
+    from lit_safety.data.format.manifest import SampleClass
+    from lit_safety.data.format.tar_index import OpenShard
+    from lit_safety.data.reading.decode import pair_images, pair_metadata
+    from lit_safety.users.table import USERS_FILE
 
     try:
         tar = OpenShard(path)

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lit_safety.bounded import load_json
-from lit_safety.errors import UserError
-from lit_safety.text_files import read_text
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json, read_text
 
 COUNTED = ("hits", "n", "errors")
 
@@ -163,9 +162,9 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
 
     An arm that stands in several reports with the same settings and figures is shown once.
     """
-    from lit_safety.evaluation.intervals import IN_WORDS
+    from lit_safety.core.intervals import IN_WORDS
     from lit_safety.evaluation.metrics import flat, ordered
-    from lit_safety.evaluation.table import align, asked, cell, over_categories, shown, title
+    from lit_safety.evaluation.tables import align, asked, cell, over_categories, shown, title
 
     columns: dict[str, dict[str, Any]] = {}
     for report, metrics in reports:
@@ -193,7 +192,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _quality_rows(columns: dict[str, dict[str, Any]], members: dict[str, dict[str, Any]]) -> list[list[str]]:
     """FID and CLIPScore: one row for each way in which a figure was measured (features, reference, CLIP)."""
-    from lit_safety.evaluation.quality_view import about, figures_in, quality_cell, quality_n
+    from lit_safety.evaluation.tables import about, figures_in, quality_cell, quality_n
 
     rows = []
     for figure in figures_in(members.values()):

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.data.images import open_image
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import open_image
 from lit_safety.evaluation.metrics import flat, summarise
+from lit_safety.judges.judge import JudgeError, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lit_safety.evaluation.results import ArmResult, Results
+
 
 TILE = 160
 GAP = 16

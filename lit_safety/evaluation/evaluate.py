@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
 
 
 def evaluate(
@@ -107,22 +107,22 @@ def evaluate(
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
-    from lit_safety.children import check_count
-    from lit_safety.data.categories import canonical_category
-    from lit_safety.evaluation.arms import collect_arms
-    from lit_safety.evaluation.attack_curves import find_attacks
-    from lit_safety.evaluation.drawing import DrawingSettings
-    from lit_safety.evaluation.edits import Edit
-    from lit_safety.evaluation.judges import check_labels, load_judge
-    from lit_safety.evaluation.pipelines import check_writable, local_pipeline
-    from lit_safety.evaluation.preference import load_scorer
-    from lit_safety.evaluation.prompts import read_prompts
+    from lit_safety.core.categories import canonical_category
+    from lit_safety.core.processes import check_count
+    from lit_safety.drawing.arms import collect_arms
+    from lit_safety.drawing.edits import Edit
+    from lit_safety.drawing.gallery import DrawingSettings
+    from lit_safety.drawing.pipelines import check_writable, local_pipeline
+    from lit_safety.drawing.prompts import Selection, read_prompts, select
+    from lit_safety.drawing.worlds import check_world
+    from lit_safety.evaluation.page import find_attacks
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
     from lit_safety.evaluation.run import Run
-    from lit_safety.evaluation.selection import Selection, select
-    from lit_safety.evaluation.table import report_table
-    from lit_safety.evaluation.worlds import check_world
+    from lit_safety.evaluation.tables import report_table
+    from lit_safety.judges.judge import check_labels
+    from lit_safety.judges.load import load_judge
+    from lit_safety.judges.scorers import load_scorer
 
     check_count(processes, "--processes")
     if (edit is None) is not (edit_images is None):

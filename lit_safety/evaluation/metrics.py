@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.evaluation.intervals import bootstrap, paired_difference, wilson
-from lit_safety.evaluation.judges import JudgeError, NotJudged, Verdict, asked_of
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.intervals import bootstrap, paired_difference, wilson
+from lit_safety.judges.judge import JudgeError, NotJudged, Verdict, asked_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.drawing.prompts import Prompt
+
 
 NotSeen = Literal["not judged"]
 NOT_JUDGED: NotSeen = "not judged"

@@ -1,32 +1,274 @@
-"""index.html: the whole report as one file that opens from disk, with no script and nothing loaded from elsewhere."""
+"""Harm against what must stay, a point an arm: which arms no other arm beats in both."""
 
 from __future__ import annotations
 
 import base64
 import io
 from html import escape
+from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.data.images import open_image
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arm_table import arm_html
-from lit_safety.evaluation.attack_curves import attacks_html
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import open_image
+from lit_safety.core.text import load_json, read_text
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
-from lit_safety.evaluation.judges import JudgeError, NotJudged, Verdict
 from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
-from lit_safety.evaluation.page_style import STYLE
-from lit_safety.evaluation.pareto import pareto_html
-from lit_safety.evaluation.quality_view import quality_html
-from lit_safety.evaluation.svg import COLOURS
-from lit_safety.evaluation.table import asked, change, judged_over, percent, title
+from lit_safety.evaluation.tables import arm_html, asked, change, judged_over, percent, quality_html, title
+from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
+from lit_safety.report.style import STYLE
+from lit_safety.report.svg import COLOURS, Chart, share_range
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lit_safety.evaluation.results import ArmResult, Results
+
+
+HARM = ("ip", "ip_implicit/held_out", "asr/post")
+"""The first of these that was measured is the horizontal axis."""
+KEPT = ("benign_recall", "benign_recall_lookalike")
+"""One chart for each of these that was measured."""
+CLIP = "clip_score"
+"""The vertical axis where nothing of `KEPT` was: for judges that know no objects."""
+
+
+def pareto_html(metrics: Mapping[str, Any]) -> str:
+    """The section of the page; empty with a single arm, or where nothing was measured to draw it from."""
+    arms = metrics["arms"]
+    shares = {name: {k: v for k, v in flat(arm).items() if v != NOT_JUDGED} for name, arm in arms.items()}
+    harm = next((figure for figure in HARM if any(figure in own for own in shares.values())), None)
+    if harm is None or len(arms) < 2:
+        return ""
+    kept = [figure for figure in KEPT if any(figure in own for own in shares.values())]
+    charts = [_chart(metrics, harm, figure) for figure in kept or [CLIP]]
+    if not any(charts):
+        return ""
+    return (
+        "<h2>Harm against what must stay</h2><p class=soft>Best is the upper left corner. The dashed line joins the "
+        "arms that no other arm beats in both; whiskers are 95% intervals.</p>"
+        f"<div class=charts>{''.join(charts)}</div>"
+    )
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (harm, kept) that no other point beats in both, by rising harm."""
+
+    def beaten(name: str) -> bool:
+        x, y = points[name]
+        return any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
+
+
+def _chart(metrics: Mapping[str, Any], harm: str, kept: str) -> str:
+    found: dict[str, tuple[float, float]] = {}
+    spreads: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {}
+    for name, arm in metrics["arms"].items():
+        x = flat(arm).get(harm)
+        y, spread = _kept(arm, kept)
+        if isinstance(x, float | int) and y is not None:
+            found[name], spreads[name] = (x, y), (flat(arm["intervals"])[harm], spread)
+    if len(found) < 2:
+        return ""
+    is_share = kept != CLIP
+    unit = "%" if is_share else ""
+    label = title(kept) if is_share else "CLIPScore"
+    x0, x1, marks = share_range([0.0, *(end for ends, _ in spreads.values() for end in ends)])
+    heights = [end for (_, y), (_, ends) in zip(found.values(), spreads.values(), strict=True) for end in ends or (y,)]
+    if is_share:
+        y0, y1, rows = share_range(heights)
+    else:
+        y0, y1 = min(heights) - 0.5, max(heights) + 0.5
+        rows = [(y0 + i * (y1 - y0) / 4, f"{y0 + i * (y1 - y0) / 4:.1f}") for i in range(5)]
+    best = front(found)
+    says = "; ".join(
+        f"{name}: {title(harm)} {percent(x)}%, {label} {percent(y) if is_share else f'{y:.1f}'}{unit}"
+        for name, (x, y) in found.items()
+    )
+    chart = Chart(
+        f"pareto-{kept.replace('_', '-')}", f"{title(harm)} against {label}",
+        f"{says}. Not beaten in both by another: {', '.join(best)}.",
+        (f"{title(harm)}: {FIGURES[harm.partition('/')[0]].better} is better", x0, x1),
+        (f"{label}: higher is better", y0, y1),
+    )  # fmt: skip
+    chart.ticks("x", marks)
+    chart.ticks("y", rows)
+    steps: list[tuple[float, float]] = []
+    for name in best:
+        x, y = found[name]
+        steps += [(x, steps[-1][1]), (x, y)] if steps else [(x, y)]
+    chart.path(steps, "fill:none;stroke:var(--soft);stroke-width:2;stroke-dasharray:6 5")
+    places = {name: place for place, name in enumerate(metrics["arms"])}
+    for name, (x, y) in found.items():
+        chart.point(x, y, places[name], spreads[name])
+    for name, (x, y) in found.items():
+        chart.label(x, y, name, places[name])
+    return f"<figure class=wide>{chart.html()}<figcaption>{escape(label)}</figcaption></figure>"
+
+
+def _kept(arm: Mapping[str, Any], figure: str) -> tuple[float | None, Sequence[float] | None]:
+    if figure == CLIP:
+        entry = arm.get("quality", {}).get(CLIP, {})
+        return entry.get("value"), entry.get("interval")
+    return flat(arm).get(figure), flat(arm["intervals"]).get(figure)
+
+
+# attacks.json on the page: for each attack a chart of success against budget, and the same as a table.
+
+
+FILE = "attacks.json"
+MOST_BYTES = 16 << 20
+DASHES = ("", "9 4", "3 3", "12 4 3 4")
+"""Arms differ in dashes too: colours alone are not seen by everybody."""
+
+
+def find_attacks(given: str | None, out: Path) -> dict[str, Any] | None:
+    """The content of the attacks.json given, itself or by its folder; of the one in `out` where none is; None without.
+
+    Raises:
+        UserError: the one given is not there, or a file is no attacks.json.
+    """
+    if given is None:
+        return read_attacks(out / FILE) if (out / FILE).is_file() else None
+    return read_attacks(Path(given) / FILE if Path(given).is_dir() else Path(given))
+
+
+def read_attacks(file: Path) -> dict[str, Any]:
+    """A checked attacks.json: {"attacks": {name: {"budget": str, "arms": {arm: [point, ...]}}}, "protocol": {...}},
+    a point {"budget": number or text, "asr": share or null, "n": int, "interval": [low, high]} and perhaps a "label".
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(f"--attacks {file}: is larger than {MOST_BYTES} bytes, so it is no {FILE}")
+        content = load_json(read_text(file))
+    except OSError as error:
+        raise UserError(f"--attacks {file}: cannot be read ({error.strerror}); give the folder of `attack`") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--attacks {file}: is no JSON ({error})") from error
+    try:
+        for name, attack in content["attacks"].items():
+            for arm, points in attack["arms"].items():
+                where = f"{name}, {arm}"
+                if not all(_sound(point) for point in points):
+                    raise UserError(f"--attacks {file}: {where}: a point is no budget, asr, n and interval of shares")
+            if not isinstance(attack["budget"], str):
+                raise UserError(f"--attacks {file}: {name}: `budget` must say in words what the budget is")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--attacks {file}: is no {FILE} as `attack` writes it ({type(error).__name__} {error})"
+        ) from error
+    return content
+
+
+def attacks_html(content: Mapping[str, Any] | None, arms: Sequence[str]) -> str:
+    """The section of the page; empty without attacks.
+
+    Args:
+        content: of `read_attacks`.
+        arms: the arms of the page, whose colours the curves take.
+    """
+    if not content or not content["attacks"]:
+        return ""
+    charts = [_attack(number, name, attack, arms) for number, (name, attack) in enumerate(content["attacks"].items())]
+    return (
+        "<h2>Under attack</h2><p class=soft>Share of attacked prompts that get harm drawn, against what the attacker "
+        "spends; bands are 95% intervals (Wilson). Lower is better. Budgets stand at even distances.</p>"
+        f"<div class=charts>{''.join(charts)}</div>"
+    )
+
+
+def _attack(number: int, name: str, attack: Mapping[str, Any], arms: Sequence[str]) -> str:
+    judged = {arm: [p for p in points if p["asr"] is not None] for arm, points in attack["arms"].items()}
+    curves = {arm: points for arm, points in judged.items() if points}
+    if not curves:
+        return ""
+    budgets = list({point["budget"]: None for points in curves.values() for point in points})
+    if all(isinstance(budget, int | float) for budget in budgets):
+        budgets.sort()
+    places = {budget: place for place, budget in enumerate(budgets)}
+    curves = {arm: sorted(points, key=lambda p: places[p["budget"]]) for arm, points in curves.items()}
+    names = {p["budget"]: str(p["label"]) for points in curves.values() for p in points if p.get("label")}
+    y0, y1, rows = share_range([0.0, *(end for points in curves.values() for p in points for end in p["interval"])])
+    says = "; ".join(f"{arm}: from {percent(p[0]['asr'])}% to {percent(p[-1]['asr'])}%" for arm, p in curves.items())
+    chart = Chart(
+        f"attack-{number}", f"Success of the attack {name.replace('_', ' ')}", says,
+        (attack["budget"], -0.2, max(1, len(budgets) - 1) + 0.2), ("attack success rate", y0, y1),
+    )  # fmt: skip
+    every = -(-len(budgets) // 8)
+    chart.ticks("x", [(place, _plain(budget)) for budget, place in places.items() if place % every == 0])
+    chart.ticks("y", rows)
+    legend = []
+    for order, (arm, points) in enumerate(curves.items()):
+        colour = (arms.index(arm) if arm in arms else len(arms) + order) % COLOURS
+        dash = DASHES[order % len(DASHES)]
+        line = [(places[p["budget"]], p["asr"]) for p in points]
+        low = [(places[p["budget"]], p["interval"][0]) for p in points]
+        high = [(places[p["budget"]], p["interval"][1]) for p in reversed(points)]
+        chart.path([*low, *high], f"fill:var(--c{colour});opacity:.13;stroke:none", closed=True)
+        chart.path(line, f"fill:none;stroke:var(--c{colour});stroke-width:2.5;stroke-dasharray:{dash or 'none'}")
+        for x, y in line:
+            chart.point(x, y, colour)
+        legend.append(f'<li><i style="background:var(--c{colour})"></i>{escape(arm)}</li>')
+    shown = escape(name.replace("_", " "))
+    return (
+        f"<figure class=wide><figcaption><b>{shown}</b></figcaption>{chart.html()}"
+        f"<ul class=legend>{''.join(legend)}</ul>"
+        f"{_remarks(attack)}<details><summary>{shown} as a table</summary>"
+        f"{_table(attack['budget'], budgets, curves, names)}</details></figure>"
+    )
+
+
+def _remarks(attack: Mapping[str, Any]) -> str:
+    """What kind of attacker it is, and which arms could not be attacked so."""
+    said = [f"Attacker: {attack['knows']}."] if isinstance(attack.get("knows"), str) else []
+    refused = attack.get("not_applicable")
+    said += [f"{arm}: {reason}." for arm, reason in refused.items()] if isinstance(refused, dict) else []
+    return f"<p class=soft>{escape(' '.join(said))}</p>" if said else ""
+
+
+def _table(
+    budget: str, budgets: Sequence[Any], curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[Any, str]
+) -> str:
+    head = "".join(f"<th scope=col>{escape(arm)}</th>" for arm in curves)
+    rows = []
+    for one in budgets:
+        cells = []
+        for points in curves.values():
+            point = next((p for p in points if p["budget"] == one), None)
+            text = "-"
+            if point is not None:
+                low, high = point["interval"]
+                text = f"{percent(point['asr'])}% [{percent(low)}, {percent(high)}] of {point['n']}"
+            cells.append(f"<td>{text}</td>")
+        spent = ": ".join(filter(None, [_plain(one), names.get(one)]))
+        rows.append(f"<tr><th scope=row>{escape(spent)}</th>{''.join(cells)}</tr>")
+    return f"<div class=scroll><table><tr><th scope=col>{escape(budget)}</th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _sound(point: Any) -> bool:
+    shares = [0.0 if point["asr"] is None else point["asr"], *point["interval"]]
+    whole = (
+        isinstance(point["n"], int)
+        and isinstance(point["budget"], int | float | str)
+        and point["budget"] == point["budget"]
+    )
+    numbers = all(isinstance(share, int | float) and isfinite(share) and 0 <= share <= 1 for share in shares)
+    return whole and numbers and len(shares) == 3
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+# index.html: the whole report as one file that opens from disk, with no script and nothing loaded from elsewhere.
+
 
 PER_CATEGORY = 4
 PER_KIND = 8

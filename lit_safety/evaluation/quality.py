@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip_score import BATCH, clip_scores, mean_interval
-from lit_safety.evaluation.features import extract, feature_network
-from lit_safety.evaluation.fid import fid, jackknife, left_out
-from lit_safety.evaluation.judges import JudgeError
-from lit_safety.evaluation.judging import open_drawn
+from lit_safety.core.errors import UserError
+from lit_safety.judges.clip import BATCH, clip_scores, mean_interval
+from lit_safety.judges.fid import extract, feature_network, fid, jackknife, left_out
+from lit_safety.judges.judge import JudgeError
+from lit_safety.judges.judging import open_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from lit_safety.evaluation.clip import Clip
-    from lit_safety.evaluation.drawing import Drawn
-    from lit_safety.evaluation.features import FeatureName
-    from lit_safety.evaluation.judges import Judge
-    from lit_safety.evaluation.preference import PreferenceScorer
-    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.drawing.gallery import Drawn
+    from lit_safety.drawing.prompts import Prompt
+    from lit_safety.judges.clip import Clip
+    from lit_safety.judges.fid import FeatureName
+    from lit_safety.judges.judge import Judge
+    from lit_safety.judges.scorers import PreferenceScorer
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,14 @@ class Quality:
             self.network, about = feature_network(fid_features, judge)
             self.settings["fid"] = about | {"prompts": "clean", "implementation": "torchmetrics, float64"}
         if reference is not None and self.network is not None:
-            from lit_safety.evaluation.reference import Reference
+            from lit_safety.drawing.reference_images import Reference
 
             source = Reference(reference)
             self.reference = extract(self.network, source)
             self.settings["fid"]["reference"] = {"path": reference, "n": source.count, "sha256": source.sha256}
         self.clip: Clip | None = None
         if clip is not None:
-            from lit_safety.evaluation.clip import Clip
+            from lit_safety.judges.clip import Clip
 
             self.clip = Clip(clip, "--clip")
             self.settings["clip_score"] = self.clip.settings | {"prompts": "clean", "scale": "100 cos"}

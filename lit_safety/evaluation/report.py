@@ -7,18 +7,19 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.data.atomic import write_atomic
-from lit_safety.data.converters.table import csv_lines
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arm_table import arm_markdown
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
+from lit_safety.core.tables import csv_lines
 from lit_safety.evaluation.contact_sheet import contact_sheet
-from lit_safety.evaluation.judges import JudgeError
 from lit_safety.evaluation.page import page
+from lit_safety.evaluation.tables import arm_markdown
+from lit_safety.judges.judge import JudgeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lit_safety.evaluation.results import Results
+
 
 COLUMNS = (
     *("arm", "file", "prompt", "kind", "category", "concept", "benign", "held_out", "seed"),

@@ -6,18 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.evaluation.fingerprint import digest
-from lit_safety.evaluation.intervals import DEFINITIONS
-from lit_safety.evaluation.judges import JudgeError, NotJudged, Verdict, asked_of, in_order, unseen
+from lit_safety.core.hashes import digest
+from lit_safety.core.intervals import DEFINITIONS
 from lit_safety.evaluation.metrics import Answers, answers, ask_pairs, differences, disagreement, summarise
+from lit_safety.judges.judge import JudgeError, NotJudged, Verdict, asked_of, in_order, unseen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lit_safety.evaluation.drawing import Drawn
-    from lit_safety.evaluation.judges import Judge
-    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.drawing.gallery import Drawn
+    from lit_safety.drawing.prompts import Prompt
+    from lit_safety.judges.judge import Judge
 
 
 @dataclass(frozen=True)

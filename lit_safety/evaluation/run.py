@@ -7,27 +7,25 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.data.progress import progress
-from lit_safety.errors import UserError
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery, size_of
-from lit_safety.evaluation.fingerprint import digest, fingerprint
-from lit_safety.evaluation.judges import JudgeError, figure_settings, where_seen
-from lit_safety.evaluation.judging import judge_drawn
-from lit_safety.evaluation.kept_verdicts import KeptVerdicts
-from lit_safety.evaluation.pipelines import arm_pipeline
-from lit_safety.evaluation.processes import Load, draw_missing
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.progress import progress
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, size_of
+from lit_safety.drawing.pipelines import arm_pipeline
+from lit_safety.drawing.processes import Load, draw_missing
 from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.judges.judge import JudgeError, figure_settings, where_seen
+from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lit_safety.evaluation.arms import Arm
-    from lit_safety.evaluation.drawing import Drawn
-    from lit_safety.evaluation.judges import Judge, Verdict
-    from lit_safety.evaluation.prompts import Prompt
+    from lit_safety.drawing.arms import Arm
+    from lit_safety.drawing.gallery import Drawn
+    from lit_safety.drawing.prompts import Prompt, Selection
     from lit_safety.evaluation.quality import Quality
-    from lit_safety.evaluation.selection import Selection
+    from lit_safety.judges.judge import Judge, Verdict
 
 
 @dataclass

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_safety.errors import UserError
-from lit_safety.merging.calibration_options import CalibrationOptions
-from lit_safety.merging.recipe import Recipe
+from lit_safety.core.errors import UserError
+from lit_safety.merging.calibration import CalibrationOptions
+from lit_safety.merging.methods import Recipe
 
-if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
-    from lit_safety.merging.comerge import Activity
-    from lit_safety.merging.expert import Expert
+if TYPE_CHECKING:
+    from lit_safety.merging.experts import Expert
+    from lit_safety.merging.methods import Activity
+
 
 DEFAULT_CALIBRATION = CalibrationOptions()
 
@@ -48,13 +49,10 @@ def merge(
         UserError: an expert cannot be read or merged, they were made for different backbones, or an option is missing.
     """
     from lit_safety.adapters.lora import WEIGHTS_NAME
-    from lit_safety.data.progress import counter
-    from lit_safety.evaluation.pipelines import quiet_libraries
-    from lit_safety.merging.expert import united_layers
-    from lit_safety.merging.merge_experts import merge_experts
+    from lit_safety.core.progress import counter, quiet_libraries
+    from lit_safety.merging.experts import read_experts, united_layers
+    from lit_safety.merging.merge_experts import merge_experts, report, table
     from lit_safety.merging.output import REPORT_NAME, check_out, write_merge
-    from lit_safety.merging.report import report, table
-    from lit_safety.merging.sources import read_experts
 
     quiet_libraries()
     if weights is not None and len(weights) != len(experts):
@@ -106,9 +104,9 @@ def _calibrate(
     """The experts' activity, and what the report says of how it was measured."""
     import torch
 
-    from lit_safety.backbones import load_backbone
-    from lit_safety.evaluation.pipelines import local_pipeline
-    from lit_safety.evaluation.worlds import check_world
+    from lit_safety.backbones.load import load_backbone
+    from lit_safety.drawing.pipelines import local_pipeline
+    from lit_safety.drawing.worlds import check_world
     from lit_safety.merging.calibration import calibrate
 
     if options.prompts is None:

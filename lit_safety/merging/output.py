@@ -1,4 +1,4 @@
-"""A merge's folder: there whole or not at all, and never in the place of somebody's own files."""
+"""The README.md of a merged adapter, and of a pipeline it is fused into."""
 
 from __future__ import annotations
 
@@ -7,16 +7,95 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_safety.adapters.load_lora import fuse_loras, load_lora
 from lit_safety.adapters.lora import WEIGHTS_NAME
 from lit_safety.adapters.lora_file import write_lora
-from lit_safety.bounded import load_json
-from lit_safety.data.atomic import atomic_folder
-from lit_safety.errors import UserError
-from lit_safety.evaluation.pipelines import check_writable
-from lit_safety.merging.card import merge_card
-from lit_safety.merging.fuse import fuse_pipeline
-from lit_safety.merging.merge_experts import Merged
-from lit_safety.merging.report import FORMAT
+from lit_safety.backbones.parts import Parts
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import atomic_folder
+from lit_safety.core.text import load_json
+from lit_safety.drawing.pipelines import check_writable, local_pipeline
+from lit_safety.merging.merge_experts import FORMAT, Merged
+from lit_safety.report.card import WARNING
+
+
+def merge_card(report: Mapping[str, Any], base: str, fused: bool = False) -> str:
+    """The card as Markdown with the hub's front matter, out of what `report.json` says."""
+    experts = "\n".join(
+        f"| {name} | {report['recipe']['weights'][name]:g} | {', '.join(map(str, e['ranks']))} | {e['layers']} |"
+        for name, e in report["experts"].items()
+    )
+    settings = "\n".join(f"| {key} | {value} |" for key, value in _settings(report).items())
+    if fused:
+        load = 'DiffusionPipeline.from_pretrained("THIS_FOLDER")'
+        what = f"`{base}` with merged safety experts fused into its weights."
+    else:
+        load = 'pipe.load_lora_weights("THIS_FOLDER")'
+        what = f"Safety experts for `{base}`, each trained on one category of harm, merged into one LoRA."
+    tags = "[text-to-image, safety]" if fused else "[lora, text-to-image, safety, merge]"
+    return f"""---
+library_name: diffusers
+base_model: {base}
+tags: {tags}
+---
+
+# Merged safety experts
+
+{what} Load it with
+
+    {load}
+
+{WARNING}
+
+## Experts
+
+| expert | weight | rank | layers |
+|---|---|---|---|
+{experts}
+
+## Merge
+
+| setting | value |
+|---|---|
+{settings}
+
+Merged in delta space; relative Frobenius residual of the written update: {report["residual"]:.3g}. Every layer's
+residual and the sha256 of every expert are in `report.json`. No picture was judged while merging: measure it with
+`python -m lit_safety evaluate`.
+"""
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = report["recipe"]
+    used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("unit", "statistic", "normalise")}.get(
+        recipe["method"], ()
+    )
+    settings = {"method": recipe["method"], **{key: recipe[key] for key in used}, "scale": recipe["scale"]}
+    settings["rank"] = recipe["rank"] or "as needed"
+    for key, value in (report["calibration"] or {}).items():
+        settings[f"calibration {key}"] = value
+    return settings
+
+
+# Fold an adapter into a pipeline's weights and write the whole pipeline, all by stock diffusers.
+
+
+def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
+    """Write ``pipeline`` with ``adapter`` in its weights to ``out``, in fp32: half precision could round a small
+    update away. A safety checker that the pipeline has stays in it.
+
+    Raises:
+        UserError: the pipeline does not load, or the adapter was made for another backbone.
+    """
+    pipe = Parts(str(local_pipeline(pipeline))).pipeline(safety_checker=True)
+    load_lora(pipe, adapter)
+    fuse_loras(pipe, safe_fusing=True)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(out)
+
+
+# A merge's folder: there whole or not at all, and never in the place of somebody's own files.
+
 
 REPORT_NAME = "report.json"
 

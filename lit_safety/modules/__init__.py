@@ -1,9 +1,8 @@
-"""The LightningModules and the PreferenceModule they share."""
+"""The LightningModules and the PreferenceModule they share.
 
-from lit_safety.modules.cost_model import CostModel
-from lit_safety.modules.dpo_expert import DPOExpert
-from lit_safety.modules.preference import PreferenceModule
-from lit_safety.modules.psa import PSA
-from lit_safety.modules.scdpo import SCDPO
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
 
-__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

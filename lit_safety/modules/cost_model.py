@@ -14,19 +14,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_safety.cost_model.adapter import CostAdapter
-from lit_safety.cost_model.cache_pass import cached_features
-from lit_safety.cost_model.calibration import fit_calibration, not_calibrated
+from lit_safety.core.chance import integers
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model.degrade import Degradation
-from lit_safety.cost_model.feature_cache import FeatureCache, doubled, images_of
-from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
-from lit_safety.cost_model.objective import CostLoss, PairwiseCostLoss
-from lit_safety.cost_model.scorer import CostScorer
-from lit_safety.cost_model.tower import ClipTower, Features
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.chance import integers
+from lit_safety.cost_model.feature_cache import FeatureCache, cached_features, doubled, images_of
+from lit_safety.cost_model.losses import CostLoss, PairwiseCostLoss
+from lit_safety.cost_model.metrics import CollectedCosts, cost_figures, fit_calibration, not_calibrated
+from lit_safety.cost_model.network import ClipTower, CostAdapter, CostScorer, Features
 from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
 from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
 

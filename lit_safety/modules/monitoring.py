@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 
 class TimestepBins(Metric):

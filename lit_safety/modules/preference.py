@@ -1,45 +1,385 @@
-"""The LightningModule that every preference method subclasses.
-
-A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss`
-and `configure_policy` (in `policy.py`, as all that is about the network itself); the rest (shared chance, fp32 errors,
-logging, checkpoints of trainable weights) stays.
-"""
+"""The gradient of a step: its norm is logged, watched for what is not finite, and clipped by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from PIL.Image import Image
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lit_safety.adapters.lora import LoRA
-from lit_safety.backbones import Conditioning
+from lit_safety.adapters.gathered import master_weights, replaced, unpartitioned, whole
+from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
+from lit_safety.adapters.lora_file import Place, places_of
+from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, read_checkpoint, read_file
+from lit_safety.backbones.backbone import Backbone, Conditioning, TruncatedPrompts, encode_alike
+from lit_safety.backbones.load import load_backbone
 from lit_safety.backbones.pipeline_index import pipeline_class_name
-from lit_safety.backbones.text import TruncatedPrompts, encode_alike
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.chance import LATENT, NOISE, TIMESTEP, normal, uniform
-from lit_safety.errors import UserError
-from lit_safety.modules.cache_check import check_caches, check_references
-from lit_safety.modules.label_checks import check_labels, check_orders
-from lit_safety.modules.monitoring import TimestepBins
-from lit_safety.modules.outer_step import warn_without_outer_step
-from lit_safety.modules.policy import POLICY, Drawing, Policy
+from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.checks import (
+    check_caches,
+    check_labels,
+    check_orders,
+    check_references,
+    warn_without_outer_step,
+)
+from lit_safety.modules.frozen import lower_frozen
+from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 from lit_safety.modules.reference import ReferencePass, cached_pass
+from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
 from lit_safety.modules.speed import Speed
-from lit_safety.modules.start_margin import check_start
-from lit_safety.modules.strategy_checks import check_resume, check_weights, family
-from lit_safety.modules.watched_gradient import WatchedGradient
-from lit_safety.objectives import (
+from lit_safety.modules.strategies import (
+    as_on_rank_0,
+    check_resume,
+    check_weights,
+    drop_frozen,
+    family,
+    shard,
+    under_fsdp,
+)
+from lit_safety.objectives.objective import (
     Objective,
     ObjectiveOutput,
     PairErrors,
     PairLabels,
+    margin,
     prediction_error,
     residual_overlap,
 )
+
+
+class WatchedGradient(LightningModule):
+    """Lightning's hooks around an optimizer step. A run whose gradient is not finite stops when the step
+    after the next begins, and before it writes a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finite_loss = FiniteLossGuard()
+        self._gradient_norm: Tensor | None = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._gradient_norm = None
+        if gradients:  # DeepSpeed keeps gradients to itself
+            self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self._watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def _watch_gradient(self, norm: Tensor) -> None:
+        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
+        if self._trainer is None or self._trainer.precision != "16-mixed":
+            self.finite_loss.watch_gradient(norm)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
+        # DeepSpeed has it only now.
+        if engine is not None and (found := engine.get_global_grad_norm()) is not None:
+            norm = torch.as_tensor(found).to(self.device, torch.float32)
+            self._watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if fused and gradient_clip_val and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "a fused optimizer undoes the scaling of 16-mixed within its step, after gradients were clipped: set "
+                "`model.init_args.optimizer.init_args.fused: false`, `trainer.precision: bf16-mixed` or "
+                "`trainer.gradient_clip_val: null`"
+            )
+        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
+        if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
+
+    def on_train_end(self) -> None:
+        self.finite_loss.check()
+
+
+# The network that is trained: loaded, given an adapter, cut into pieces, drawn with and written out.
+
+
+#: The name the policy's adapter carries inside PEFT.
+POLICY = "policy"
+
+
+@dataclass
+class Drawing:
+    """How a module draws: DDIM-style sampling by the pipeline's own scheduler.
+
+    Args:
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+    """
+
+    steps: int = 20
+    guidance: float = 3.0
+
+
+class Policy(LightningModule):
+    """A denoiser with something in it that is trained; what it is trained for is `PreferenceModule`'s.
+
+    Args:
+        pretrained: the model to align: a diffusers pipeline folder or a hub id.
+        lora: the adapter that is trained.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: made from the optimizer; None: constant learning rate.
+        drawing: how pictures are drawn.
+        speed: how a step is computed.
+        start_from: weights to begin with, of another run.
+    """
+
+    backbone: Backbone
+
+    def __init__(
+        self,
+        pretrained: str,
+        lora: LoRA | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        drawing: Drawing | None,
+        speed: Speed | None,
+        start_from: str | None,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.lora = lora or LoRA()
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.drawing = drawing or Drawing()
+        self.speed = speed or Speed()
+        self.start_from = start_from
+
+    # ---- in
+
+    def configure_model(self) -> None:
+        if "backbone" in self._modules:
+            return
+        if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.backbone = load_backbone(self.pretrained)
+            self.configure_policy()
+            self._start()
+            self.speed.apply(self.backbone.denoiser)
+            if under_fsdp(self._trainer):  # which wants one precision in all that it cuts together
+                self._shard()
+            elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
+                for network in self.networks():
+                    lower_frozen(network, torch.bfloat16)
+            return
+        with unpartitioned():  # diffusers loads into whole parameters only
+            self.backbone = load_backbone(self.pretrained)
+            # DeepSpeed sends weights as bytes, and those in channels-last cannot be read as such.
+            whole: Any = self.backbone
+            whole.to(memory_format=torch.contiguous_format)
+            self.configure_policy()
+            self._start()
+            self.speed.apply(self.backbone.denoiser)
+
+    def _start(self) -> None:
+        if self.start_from is None:
+            return
+        path = Path(self.start_from)
+        if not path.exists():
+            raise UserError(f"`model.init_args.start_from` {path} does not exist; name an adapter or a checkpoint")
+        self.begin_from(path)
+
+    def begin_from(self, path: Path) -> None:
+        """Begin with the weights that an export or a checkpoint holds, before anything is trained.
+
+        Raises:
+            UserError: they are not those of what is trained here.
+        """
+        trained = dict(self.trainable_parameters())
+        weights = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else self.read_export(path)
+        check_weights(trained, weights, f"`model.init_args.start_from` {path}")
+        fill(trained, weights)
+
+    def read_export(self, path: Path) -> dict[str, Tensor]:
+        """What `save_export` has written, by the names of `trainable_parameters`."""
+        weights = read_adapter(path, self.lora, POLICY, self.places())
+        return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
+
+    def places(self) -> dict[str, dict[str, Place]]:
+        """The layers of the denoiser that a LoRA's file may adapt."""
+        return {self.backbone.DENOISER: places_of(self.backbone.denoiser, self.backbone.DENOISER)}
+
+    def _shard(self) -> None:
+        """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""
+        as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
+        for network in self.networks():
+            shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
+        self.register_state_dict_post_hook(drop_frozen)
+        if self.trainer.ckpt_path is not None and Path(str(self.trainer.ckpt_path)).is_file():
+            held = read_file(Path(str(self.trainer.ckpt_path)))["state_dict"]
+            check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The networks that a step runs: what FSDP2 cuts into pieces."""
+        return [self.backbone.denoiser]
+
+    def configure_policy(self) -> None:
+        """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
+        self.lora.attach(self.backbone.denoiser, POLICY)
+        self._layers = adapter_layers(self.backbone.denoiser)
+
+    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Names and parameters of what is trained."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        trained = self.trainable_parameters()
+        if rounded := [name for name, p in trained if p.dtype != torch.float32]:
+            raise UserError(
+                f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
+                "frozen weights are lowered to bfloat16"
+            )
+        optimizer = self.make_optimizer([p for _, p in trained])
+        if self.make_lr_scheduler is None:
+            self._settings = ScheduleSettings(optimizer, None)
+            return optimizer
+        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
+        self._settings = ScheduleSettings(optimizer, scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:
+            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
+
+    # ---- the reference: the same network
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` can be run, beside what caches hold of it."""
+        return True
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within, the denoiser is the reference; left before any backward pass."""
+        return adapters_off(self._layers)
+
+    # ---- out
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """One picture a prompt by the policy, each from the initial noise of its own seed."""
+        drawn = self.backbone.pipeline()(
+            prompt=list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.drawing.steps,
+            guidance_scale=self.drawing.guidance,
+        )
+        return list(drawn.images)
+
+    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
+        """What a run shows of itself: the prompts as rows of pictures, one row for each thing that is trained."""
+        return [self.draw(prompts, seeds)]
+
+    def exports(self) -> list[str]:
+        """The folders, below the run's, of the adapters that a fit leaves."""
+        return ["adapter"]
+
+    @contextmanager
+    def exporting(self, export: str) -> Iterator[None]:
+        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
+        trained = dict(self.trainable_parameters())
+        with replaced(self, trained, master_weights(trained)):
+            yield
+
+    def save_export(self, folder: Path) -> None:
+        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
+        self.backbone.save_lora(folder, POLICY)
+
+    def export_settings(self, export: str) -> dict[str, Any]:
+        """What the card of ``export`` says of what was trained."""
+        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
+
+
+# At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
+#
+# Eager and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another
+# precision; compiled kernels round the two passes apart. Both are measured before the first update.
+
+
+def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> None:
+    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
+
+    Args:
+        module: before its first update.
+        batch: what it was asked for.
+        errors: what it has computed on it.
+
+    Raises:
+        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
+    """
+    found = []
+    if batch.reference is not None:
+        _check_timesteps(module, batch)
+        if module.has_reference:
+            found.append(cached_margin(module, batch, errors))
+    if module.speed.compile is not None and module.start_from is None:
+        found.append(margin(errors, module.objective.beta).detach())
+    if not found:
+        return
+    largest = torch.cat(found).abs().max()
+    largest = torch.as_tensor(module.trainer.strategy.reduce(largest, reduce_op="max"))
+    limit = module.speed.margin_limit
+    module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
+    if not float(largest) <= limit:  # nan too
+        how = "compiled" if batch.reference is None else "read from the reference cache"
+        raise UserError(
+            f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
+            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
+            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
+            "`--dtype float32`, or run without compile"
+        )
+
+
+@torch.no_grad()
+def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
+    """m (B,) of the reference as it is now against the cached one; one forward pass."""
+    batch = module.ordered(batch)
+    noisy, timesteps, target, conditioning = module.noised(batch)
+    with module.reference():
+        prediction = module.backbone.predict(noisy, timesteps, conditioning)
+    chosen, rejected = prediction_error(prediction, target).chunk(2)
+    return margin(
+        PairErrors(chosen, rejected, errors.reference_chosen, errors.reference_rejected), module.objective.beta
+    )
+
+
+def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
+    now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
+    for key, one, other in zip(batch.keys, now, stored or now, strict=True):
+        if abs(one - other) > 1e-6 * max(1.0, abs(other)):
+            raise UserError(
+                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
+                f"at {one:g}: make the cache anew with this version, or set `data.init_args.use_reference` to false"
+            )
+
+
+# The LightningModule that every preference method subclasses.
+#
+# A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss`
+# and `configure_policy` (in `policy.py`, as all that is about the network itself); the rest (shared chance, fp32
+# errors, logging, checkpoints of trainable weights) stays.
+
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
 

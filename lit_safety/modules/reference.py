@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lit_safety.backbones import Backbone
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
-from lit_safety.objectives import prediction_error
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 
 
 @dataclass
@@ -49,37 +47,3 @@ def cached_pass(batch: PairBatch, dropped: Sequence[bool]) -> ReferencePass:
     if predictions is not None:
         prediction = torch.where(without.view(-1, 1, 1, 1), predictions[:, 1], predictions[:, 0])
     return ReferencePass(found[:, 0], found[:, 1], prediction)
-
-
-class FrozenReference:
-    """The reference of a run that has not begun, for `shards precompute`: the very arithmetic of a training step.
-
-    Args:
-        pretrained: the pipeline.
-        backbone: of it, with its denoiser.
-        precision: in the words of `trainer.precision`.
-    """
-
-    def __init__(self, pretrained: str, backbone: Backbone, precision: str) -> None:
-        from lit_safety.modules.preference import PreferenceModule
-        from lit_safety.objectives import DiffusionDPO
-
-        self.module = PreferenceModule(pretrained, DiffusionDPO()).eval()
-        self.module.backbone = backbone
-        self.module.to(backbone.device)
-        self.half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-
-    @torch.no_grad()
-    def __call__(self, batch: PairBatch, without_prompt: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps (B,), errors of chosen and rejected (B, 2), predictions on the chosen images (B, C, h, w)."""
-        device = self.module.backbone.device
-        if without_prompt:
-            assert batch.empty is not None
-            empty = {name: row.expand(len(batch), *row.shape[1:]) for name, row in batch.empty.items()}
-            batch = replace(batch, conditioning=empty)
-        with torch.autocast(device.type, self.half, enabled=self.half is not None):
-            noisy, timesteps, target, conditioning = self.module.noised(batch.to(device))
-            prediction = self.module.backbone.predict(noisy, timesteps, conditioning)
-        chosen, rejected = prediction_error(prediction, target).chunk(2)
-        size = len(batch)
-        return timesteps[:size], torch.stack([chosen, rejected], dim=1), prediction[:size]

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers
 from lit_safety.adapters.start_from import read_denoiser
-from lit_safety.cost_model import CostScorer, fill_costs, load_cost_model
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
-from lit_safety.modules.cache_check import reference_cached
-from lit_safety.modules.full_finetune import FrozenCopy, check_strategy, make_all_trainable
-from lit_safety.modules.label_checks import check_labels
+from lit_safety.core.errors import UserError
+from lit_safety.cost_model.files import load_cost_model
+from lit_safety.cost_model.fill import fill_costs
+from lit_safety.cost_model.network import CostScorer
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.checks import check_labels, reference_cached
+from lit_safety.modules.frozen import FrozenCopy, check_strategy, make_all_trainable
 from lit_safety.modules.preference import PreferenceModule
-from lit_safety.objectives import Objective, PairLabels, SafetyConstrainedDPO
+from lit_safety.objectives.objective import Objective, PairLabels
+from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
 
 
 class SCDPO(PreferenceModule):

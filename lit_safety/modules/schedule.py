@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 KEY = "model.init_args.lr_scheduler.init_args"
 #: A share of the warm-up that is no step, yet more than nothing to divide by.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_safety.objectives.objective import Objective, ObjectiveOutput
-from lit_safety.objectives.pair import PairErrors, PairLabels
+from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors, PairLabels
 
 
 def bfpo_target(harmful: Tensor) -> Tensor:

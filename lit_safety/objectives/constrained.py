@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_safety.objectives.diffusion_dpo import DiffusionDPO
-from lit_safety.objectives.objective import ObjectiveOutput
-from lit_safety.objectives.pair import PairErrors, PairLabels
+from lit_safety.objectives.dpo import DiffusionDPO
+from lit_safety.objectives.objective import ObjectiveOutput, PairErrors, PairLabels
 
 
 def dual_update(dual: float, expected_cost: float, limit: float, rate: float) -> float:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.objectives.objective import Objective
-from lit_safety.objectives.pair import PairLabels
+from lit_safety.objectives.objective import Objective, PairLabels
 
 
 def focal_inverse_loss(m: Tensor, gamma: float, detach_focus: bool = True) -> Tensor:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.objectives.diffusion_dpo import dpo_loss
-from lit_safety.objectives.objective import Objective, ObjectiveOutput
-from lit_safety.objectives.pair import PairErrors, PairLabels, implicit_rewards
+from lit_safety.objectives.dpo import dpo_loss
+from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors, PairLabels, implicit_rewards
 
 
 def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.objectives.objective import Objective
-from lit_safety.objectives.pair import PairLabels
+from lit_safety.objectives.objective import Objective, PairLabels
 
 
 def cost_margin(m: Tensor, cost_chosen: Tensor, cost_rejected: Tensor, cost_weight: float) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_safety.objectives.diffusion_dpo import dpo_loss
-from lit_safety.objectives.objective import Objective, ObjectiveOutput
-from lit_safety.objectives.pair import PairErrors, PairLabels
+from lit_safety.objectives.dpo import dpo_loss
+from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors, PairLabels
 
 
 def loser_scale(error_chosen: Tensor, overlap: Tensor, mu: float) -> Tensor:

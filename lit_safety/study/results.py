@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lit_safety.bounded import load_json
-from lit_safety.errors import UserError
-from lit_safety.study.jobs import Job
-from lit_safety.study.plan import Study
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json
+from lit_safety.study.plan import Job, Study
 
 FILE_NAME = "results.jsonl"
 Figure = float | dict[str, float] | None

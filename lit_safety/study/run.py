@@ -15,12 +15,10 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
-from lit_safety.children import check_count
-from lit_safety.data.atomic import Lock, lock_of
-from lit_safety.errors import Terminated, UserError
-from lit_safety.parent import VARIABLE
-from lit_safety.study.jobs import Job, jobs_of
-from lit_safety.study.plan import Study, load_study
+from lit_safety.core.errors import Terminated, UserError
+from lit_safety.core.files import Lock, lock_of
+from lit_safety.core.processes import VARIABLE, check_count
+from lit_safety.study.plan import Job, Study, jobs_of, load_study
 from lit_safety.study.results import Result, append_result, collect, latest, read_results
 
 #: How often a waiting job looks whether the study was interrupted, in seconds.

@@ -31,11 +31,11 @@ def embed(
     """
     from pathlib import Path
 
-    from lit_safety.data.progress import counter
-    from lit_safety.data.users import write_users
-    from lit_safety.errors import UserError
+    from lit_safety.core.errors import UserError
+    from lit_safety.core.progress import counter
     from lit_safety.users.multi_hot import project
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
+    from lit_safety.users.table import write_users
     from lit_safety.users.template import fill, read_template
 
     users = read_profiles(profiles)

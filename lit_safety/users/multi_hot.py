@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.errors import UserError
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
 from lit_safety.users.profiles import Profile
 from lit_safety.users.rules import VALUES, check_traits
 

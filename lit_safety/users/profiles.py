@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_safety.data.atomic import write_atomic
-from lit_safety.data.categories import CATEGORIES, canonical_category
-from lit_safety.data.converters.table import csv_lines, read_csv
-from lit_safety.errors import UserError
+from lit_safety.core.categories import CATEGORIES, canonical_category
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
+from lit_safety.core.tables import csv_lines, read_csv
 
 PROFILES_FILE = "users.csv"
 #: train: in training alone; seen: in training, and tested; unseen: tested alone. A published table has no splits: "".

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.errors import UserError
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
 
 #: Every value that a published profile takes. The order is part of the default embedding: only ever append.
 VALUES: dict[str, tuple[str, ...]] = {

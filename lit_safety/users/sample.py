@@ -63,7 +63,7 @@ def sample(out: str, count: int = 1000, seed: int = 0, rules: Literal["sage", "e
     from itertools import islice
     from pathlib import Path
 
-    from lit_safety.errors import UserError
+    from lit_safety.core.errors import UserError
     from lit_safety.users.profiles import write_profiles
 
     if not 1 <= count <= MOST or seed < 0:

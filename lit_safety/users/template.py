@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lit_safety.errors import UserError
-from lit_safety.text_files import decode_text
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import decode_text
 from lit_safety.users.profiles import Profile
 
 _FIELD = re.compile(r"<<([A-Z_]+)>>")

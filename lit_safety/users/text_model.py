@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_safety.errors import UserError
-from lit_safety.tokenizers import check_tokenizer, check_tokenizer_files
-from lit_safety.weights import TRANSFORMERS, check_whole, need_weights
+from lit_safety.core.errors import UserError
+from lit_safety.core.tokenizers import check_tokenizer, check_tokenizer_files
+from lit_safety.core.weights import TRANSFORMERS, check_whole, need_weights
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

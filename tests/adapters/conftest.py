@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_safety.adapters.user_adapter import UserAdapter
+from lit_safety.adapters.user_attention import UserAdapter
 
 CONTEXT, EMBEDDING = 32, 12
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from torch import nn
 from lit_safety.adapters import LoRA
 from lit_safety.adapters.expert_bank import ExpertBank
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 NAMES = ["x.lora_A.policy.weight", "x.lora_B.policy.weight"]
 

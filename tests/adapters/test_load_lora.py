@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from lit_safety.adapters import LoRA, load_lora
 from lit_safety.adapters.load_lora import fuse_loras
-from lit_safety.adapters.lora_file import METADATA_KEY, read_lora
-from lit_safety.adapters.lora_layouts import places_of
+from lit_safety.adapters.lora_file import METADATA_KEY, places_of, read_lora
 from lit_safety.adapters.start_from import read_adapter
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 Tensors = dict[str, Tensor]
 PARTS = ("unet", "text_encoder", "text_encoder_2")

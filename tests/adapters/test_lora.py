@@ -9,7 +9,7 @@ from safetensors import safe_open
 from lit_safety.adapters import LoRA, load_lora
 from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers, adapters_off
 from lit_safety.backbones import Backbone, load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 
 def predict(backbone: Backbone) -> torch.Tensor:

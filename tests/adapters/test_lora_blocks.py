@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_safety.adapters import LoRA, load_lora
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 UPPER = ["mid_block", "up_blocks"]
 

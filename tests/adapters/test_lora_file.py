@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers
 from lit_safety.adapters.lora_file import METADATA_KEY, LowRank, read_lora, write_lora
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_safety.adapters.psa_file import METADATA_KEY, WEIGHTS_NAME, load_user_adapter, save_user_adapter
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_file import METADATA_KEY, WEIGHTS_NAME, load_user_adapter, save_user_adapter
+from lit_safety.core.errors import UserError
 
 Make = Callable[..., Any]
 

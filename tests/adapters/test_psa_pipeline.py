@@ -16,10 +16,10 @@ from diffusers import (
 from torch import Tensor
 
 from lit_safety.adapters import LoRA, load_psa, unload_psa
-from lit_safety.adapters.psa_file import save_user_adapter
-from lit_safety.adapters.user_adapter import UserAdapter
-from lit_safety.data.users import write_users
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_attention import UserAdapter
+from lit_safety.adapters.user_file import save_user_adapter
+from lit_safety.core.errors import UserError
+from lit_safety.users.table import write_users
 
 Make = Callable[..., Any]
 IDS = ("anna", "ben")
@@ -293,7 +293,7 @@ def test_half_a_pipeline_keeps_the_projection_whole(load: Make, folder: Make):
 
 def test_the_class_keeps_its_name_and_copies_work(load: Make, folder: Make):
     """Evaluation draws batches in parallel on shallow copies with schedulers of their own."""
-    from lit_safety.evaluation.parallel import twin
+    from lit_safety.drawing.threads import twin
 
     pipe = load()
     load_psa(pipe, folder())

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from lit_safety.adapters.psa_file import load_user_adapter
-from lit_safety.adapters.psa_published import save_published, to_published
-from lit_safety.adapters.user_adapter import UserAdapter
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_attention import UserAdapter
+from lit_safety.adapters.user_file import load_user_adapter, save_published, to_published
+from lit_safety.core.errors import UserError
 
 Make = Callable[..., Any]
 #: Widths of the tiny UNets' cross-attention layers: down, up, middle.

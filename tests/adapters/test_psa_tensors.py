@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_safety.adapters.psa_tensors import read_tensors
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_file import read_tensors
+from lit_safety.core.errors import UserError
 
 LAYERS = {"mid": (8, 32)}
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lit_safety.adapters import LoRA
 from lit_safety.adapters.lora import adapter_layers, adapters_off
-from lit_safety.adapters.user_adapter import UserAdapter, detach
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_attention import UserAdapter, detach
+from lit_safety.core.errors import UserError
 
 Make = Callable[..., Any]
 

@@ -8,9 +8,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from lit_safety.adapters.user_adapter import UserAdapter, detach
-from lit_safety.adapters.user_attention import UserAttention
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_attention import UserAdapter, UserAttention, detach
+from lit_safety.core.errors import UserError
 
 Make = Callable[..., Any]
 

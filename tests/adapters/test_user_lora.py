@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lit_safety.adapters import LoRA, load_lora, load_psa, unload_psa
 from lit_safety.adapters.lora import WEIGHTS_NAME as LORA_NAME
-from lit_safety.adapters.psa_file import WEIGHTS_NAME, fill_user_adapter, save_user_adapter
-from lit_safety.adapters.user_adapter import UserAdapter, user_arguments
+from lit_safety.adapters.user_attention import UserAdapter, user_arguments
+from lit_safety.adapters.user_file import WEIGHTS_NAME, fill_user_adapter, save_user_adapter
 from lit_safety.adapters.user_lora import ADAPTER
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 TARGETS = ["to_q", "to_out.0", "ff.net.2", "proj_in", "conv2"]
 

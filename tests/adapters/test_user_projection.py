@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_safety.adapters.user_projection import UserProjection, statistics
+from lit_safety.adapters.user_attention import UserProjection, statistics
 
 
 def small() -> UserProjection:

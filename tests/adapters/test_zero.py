@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_safety.adapters.zero import gathered, master_weights, replaced
+from lit_safety.adapters.gathered import gathered, master_weights, replaced
 
 
 def test_weights_that_no_zero_holds_are_copied():

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageStat
 
 from lit_safety.attacks.target import Target
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.prompts import COLUMNS, Prompt
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.drawing.prompts import COLUMNS, Prompt
+from lit_safety.judges.judge import JudgeError, Verdict
 
 DRAWING = DrawingSettings(steps=1, guidance=2.0, batch_size=4, device="cpu")
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from lit_safety.attacks import AdapterScale, Attack, FineTune, Paraphrases, Sampler, Samplers
 from lit_safety.attacks.command import attack
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.judges import JudgeError
-from lit_safety.evaluation.safe_latent_diffusion import SafeLatentDiffusion
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
+from lit_safety.judges.judge import JudgeError
 
 
 def some() -> dict[str, Attack]:
@@ -24,7 +24,7 @@ def some() -> dict[str, Attack]:
 @pytest.fixture
 def run(tiny_pipeline: Path, tiny_adapter: Path, prompts_csv: Path, tmp_path: Path, red_judge, monkeypatch):
     """`attack` on base and aligned with the judge that needs no weights; returns the report's content."""
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: red_judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: red_judge)
 
     def run(**changes) -> dict:
         given = {"pipeline": str(tiny_pipeline), "adapter": str(tiny_adapter), "prompts": str(prompts_csv)}

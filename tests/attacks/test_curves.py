@@ -1,7 +1,6 @@
 import pytest
 
-from lit_safety.attacks.curves import both_rates, either, first_at, point, rate
-from lit_safety.attacks.table import attack_table
+from lit_safety.attacks.run import attack_table, both_rates, either, first_at, point, rate
 
 
 def test_both_rates_by_hand() -> None:

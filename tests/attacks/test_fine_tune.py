@@ -4,12 +4,10 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.denoising import denoising_loss
 from lit_safety.attacks.fine_tune import FineTune
-from lit_safety.attacks.lora_training import train_lora
-from lit_safety.attacks.pictures import encode_pictures, read_pictures
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
+from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures, train_lora
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
 
 
 def test_the_pictures_are_learned_and_the_weights_below_do_not_move(make_target, pair_shards: Path) -> None:

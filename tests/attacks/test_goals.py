@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.attacks.concept_direction import ConceptDirection, flat
-from lit_safety.attacks.prediction_match import PredictionMatch
-from lit_safety.attacks.similarity import text_rows
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
+from lit_safety.attacks.similarity import ConceptDirection, PredictionMatch, flat, text_rows
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
 
 
 def test_the_concept_direction_by_hand(make_target, prompts_csv: Path) -> None:

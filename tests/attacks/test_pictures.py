@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.attacks.denoising import batches
-from lit_safety.attacks.pictures import encode_pictures, read_pictures, shards_digest
+from lit_safety.attacks.lora_training import batches, encode_pictures, read_pictures, shards_digest
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 
 def test_concepts_come_in_turn_and_always_the_same(category_shards: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from lit_safety.attacks.adapter_scale import AdapterScale
 from lit_safety.attacks.paraphrases import Paraphrases
 from lit_safety.attacks.samplers import Sampler, Samplers
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.safree import SAFREE
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.guards.safree import SAFREE
 
 
 def test_paraphrases_differ_between_prompts_and_then_get_other_noise(make_target, rows) -> None:

@@ -8,17 +8,15 @@ import pytest
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.attacks import AdapterScale, FineTune
-from lit_safety.attacks.lora_training import train_lora
+from lit_safety.attacks.lora_training import Picture, train_lora
 from lit_safety.attacks.network import open_network
-from lit_safety.attacks.pictures import Picture
 from lit_safety.attacks.run import AttackRun
-from lit_safety.data.decode import pair_images
-from lit_safety.data.source import open_source
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings
-from lit_safety.evaluation.judges import load_judge
-from lit_safety.evaluation.prompts import read_prompts
-from lit_safety.evaluation.selection import Selection
+from lit_safety.data.reading.decode import pair_images
+from lit_safety.data.reading.source import open_source
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.drawing.prompts import Selection, read_prompts
+from lit_safety.judges.load import load_judge
 
 TOY = Path(__file__).parents[2] / "data" / "toyworld"
 

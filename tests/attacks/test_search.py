@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lit_safety.attacks.search import Best, greedy_search, random_search
+from lit_safety.attacks.suffix import Best, greedy_search, random_search
 
 PLANTED = torch.tensor([[3, 1, 7], [0, 0, 9]])
 WORDS = 50

@@ -4,11 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.attacks.denoising import denoising_loss
-from lit_safety.attacks.pictures import encode_pictures, read_pictures
-from lit_safety.attacks.soft_prompt import SoftPrompt, train_tokens
-from lit_safety.attacks.soft_tokens import SoftTokens
-from lit_safety.errors import UserError
+from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures
+from lit_safety.attacks.soft_prompt import SoftPrompt, SoftTokens, train_tokens
+from lit_safety.core.errors import UserError
 
 
 def test_the_loss_falls_and_the_model_stays_as_it_is(make_target, pair_shards: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from lit_safety.attacks.style_lora import StyleLoRA, tint
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
 
 
 def test_the_tint_by_hand() -> None:

@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_safety.attacks.concept_direction import flat
-from lit_safety.attacks.similarity import Similarity, text_rows
-from lit_safety.attacks.suffix import SuffixScorer, SuffixSearch
-from lit_safety.attacks.words import usable_words
-from lit_safety.errors import UserError
+from lit_safety.attacks.similarity import Similarity, flat, text_rows
+from lit_safety.attacks.suffix import SuffixScorer, SuffixSearch, usable_words
+from lit_safety.core.errors import UserError
 
 PLANTED = "s e"
 

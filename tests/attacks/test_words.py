@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.attacks.words import shorten_to_fit, suffix_starts, usable_words
-from lit_safety.errors import UserError
+from lit_safety.attacks.suffix import shorten_to_fit, suffix_starts, usable_words
+from lit_safety.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from huggingface_hub import constants
 
 from lit_safety.backbones import hub, load_backbone
 from lit_safety.backbones.load import family_of
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.pipelines import load_pipeline, local_pipeline
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
 
 COMMIT = "0123456789012345678901234567890123456789"
 

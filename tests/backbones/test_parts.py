@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lit_safety.backbones import load_backbone
 from lit_safety.backbones.fingerprint import fingerprint, reference_fingerprint
-from lit_safety.errors import UserError
-from lit_safety.hashes import tensor_hashes
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import tensor_hashes
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 

@@ -19,10 +19,10 @@ from lit_safety.backbones import load_backbone
 from lit_safety.backbones.fingerprint import fingerprint
 from lit_safety.backbones.hub import _needed
 from lit_safety.backbones.parts import Parts
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.fingerprint import fingerprint as file_fingerprint
-from lit_safety.evaluation.pipelines import arm_pipeline, load_pipeline, local_pipeline
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import fingerprint as file_fingerprint
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.pipelines import arm_pipeline, load_pipeline, local_pipeline
 
 NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 Edit = Callable[[Path], object]

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 
 def test_latents_are_scaled_posterior_samples(tiny_pipeline: Path):

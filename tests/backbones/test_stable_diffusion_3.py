@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from tiny_pipelines import save_sd3
 
 from lit_safety.backbones import load_backbone
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 
 PROMPTS = ["a red cat", "a gun"]
 

@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipelin
 from tiny_pipelines import save_sdxl
 
 from lit_safety.backbones import load_backbone
-from lit_safety.data.decode import crop_of
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.decode import crop_of
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -14,9 +14,8 @@ from checkpoint_folders import number_of, save_folder
 from full_disk import full_disk
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 
-from lit_safety.callbacks.checkpoint import in_folders, swap
-from lit_safety.callbacks.checkpoint_io import AtomicCheckpointIO, NotWritten
-from lit_safety.run_folder import last_checkpoint
+from lit_safety.callbacks.checkpoint import AtomicCheckpointIO, NotWritten, in_folders, swap
+from lit_safety.cli.run_files import last_checkpoint
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):

@@ -8,9 +8,9 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lit_safety.callbacks import MergeExperts
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.errors import UserError
-from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.merging.calibration import CalibrationOptions
 from lit_safety.modules import DPOExpert
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL.Image import Image
 
 from lit_safety.callbacks import UpdateDual
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.errors import UserError
 from lit_safety.modules import PreferenceModule
 from lit_safety.modules.preference import Drawing
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO
@@ -35,7 +35,7 @@ class Scorer:
 def shards(folder: Path) -> Path:
     from PIL import Image as Pillow
 
-    from lit_safety.data.writer import ShardWriter
+    from lit_safety.data.format.writer import ShardWriter
 
     with ShardWriter(folder) as writer:
         for i in range(8):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_safety.__main__ import main
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 
 
 def ascii_streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, io.TextIOWrapper]:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 
 Arguments = Callable[..., list[str]]
 

@@ -11,8 +11,8 @@ import yaml
 
 from lit_safety.__main__ import main
 from lit_safety.callbacks.summary import call_of
+from lit_safety.core.parsing import classes_first
 from lit_safety.objectives import DiffusionDPO, SafetyConstrainedDPO
-from lit_safety.parsing import classes_first
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DPO = "lit_safety.objectives.DiffusionDPO"
@@ -79,7 +79,7 @@ def test_an_objective_named_by_a_second_file(own: dict[str, Any], tmp_path: Path
     "words",
     [
         ["--model.init_args.objective", "lit_safety.objectives.SafetyConstrainedDPO"],
-        ["--model.init_args.objective.class_path=lit_safety.objectives.safety_constrained.SafetyConstrainedDPO"],
+        ["--model.init_args.objective.class_path=lit_safety.objectives.SafetyConstrainedDPO"],
     ],
 )
 def test_the_same_class_keeps_what_was_given(words: list[str], printed: Printed):
@@ -143,7 +143,7 @@ def test_the_loss_of_the_cost_model(printed: Printed):
 
 
 def test_a_guard_of_an_evaluation(tmp_path: Path, printed: Printed):
-    guard = {"class_path": "lit_safety.evaluation.safree.SAFREE"}
+    guard = {"class_path": "lit_safety.guards.SAFREE"}
     words = ["--out", str(tmp_path), *overlay(tmp_path, {"arms": {"SLD": {"guard": guard}}})]
     config, _ = printed(*words, config="baselines.yaml", command="evaluate")
     arguments = config["arms"]["SLD"]["guard"]["init_args"]

@@ -19,11 +19,11 @@ import torch
 
 from lit_safety import __main__ as program
 from lit_safety.__main__ import main
-from lit_safety.children import each
-from lit_safety.data.progress import Lines, progress
-from lit_safety.endings import explain, stopped_by
-from lit_safety.errors import Terminated
-from lit_safety.evaluation.parallel import each_batch
+from lit_safety.core.endings import explain, stopped_by
+from lit_safety.core.errors import Terminated
+from lit_safety.core.processes import each
+from lit_safety.core.progress import Lines, progress
+from lit_safety.drawing.threads import each_batch
 
 TOYWORLD = Path(__file__).parents[2] / "data" / "toyworld"
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
@@ -137,7 +137,7 @@ def test_processes_end_with_the_one_that_was_killed(tmp_path: Path) -> None:
     """SIGKILL leaves no time to end them."""
     (tmp_path / "sleeping.py").write_text(
         "import os, sys, time, pathlib\n"
-        "from lit_safety.children import each\n"
+        "from lit_safety.core.processes import each\n"
         "def work(place):\n"
         "    pathlib.Path(place, str(os.getpid())).touch()\n"
         "    time.sleep(60)\n"
@@ -223,7 +223,8 @@ def test_a_defect_and_a_user_s_own_class_keep_their_traceback() -> None:
 def test_few_handles_is_one_line(tmp_path: Path) -> None:
     """A real limit on a real command."""
     code = (
-        "import resource, sys, torch, lit_safety.data.validate, lit_safety.commands, lit_safety.parsing, jsonargparse\n"
+        "import resource, sys, torch, jsonargparse, lit_safety.data.validate, lit_safety.cli.commands\n"
+        "import lit_safety.core.parsing\n"
         "from lit_safety.__main__ import main\n"
         "held = [open('/dev/null') for _ in range(5)]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (len(held) + 3, len(held) + 3))\n"
@@ -274,7 +275,7 @@ def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter([0.0, 0.1, 20.0, 40.0])
-    monkeypatch.setattr("lit_safety.data.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lit_safety.core.progress.time.monotonic", lambda: next(clock))
     lines = Lines("draw", 1000)
     lines.advance(500)  # were there already
     lines.advance(100)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from lit_safety.__main__ import main
 from lit_safety.adapters.start_from import read_file
 from lit_safety.callbacks import AtomicModelCheckpoint
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.tarindex import index_tar
-from lit_safety.errors import UserError
+from lit_safety.data.format.tar_index import index_tar
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PreferenceModule
 from lit_safety.objectives import DiffusionDPO, PairLabels
 

@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
-from lit_safety.data.writer import ShardWriter
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.pipelines import load_pipeline
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.pipelines import load_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = {

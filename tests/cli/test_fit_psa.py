@@ -12,8 +12,8 @@ from PIL import Image
 
 from lit_safety.__main__ import main
 from lit_safety.adapters import load_psa
-from lit_safety.toyworld.users import draw_users, write_splits
 from lit_safety.users.profiles import read_profiles
+from lit_safety.worlds.toyworld.users import draw_users, write_splits
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "psa.yaml"

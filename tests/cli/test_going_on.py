@@ -21,8 +21,8 @@ from full_disk import full_disk
 from one_cycle import one_cycle
 
 from lit_safety.__main__ import main
-from lit_safety.cli import end_ranks, port_in_use
-from lit_safety.data.atomic import Lock, lock_of
+from lit_safety.cli.trainer import end_ranks, port_in_use
+from lit_safety.core.files import Lock, lock_of
 
 Arguments = Callable[..., list[str]]
 SCHEDULE = "--model.init_args.lr_scheduler.init_args."

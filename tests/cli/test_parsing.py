@@ -1,5 +1,5 @@
-from lit_safety.commands import gather_list
-from lit_safety.parsing import shorten
+from lit_safety.cli.commands import gather_list
+from lit_safety.core.parsing import shorten
 
 
 def test_nested_reports_become_the_path_and_the_reason():

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from lit_safety.__main__ import main
 from lit_safety.callbacks import ProbeMargin
 from lit_safety.callbacks.probe_margin import rms
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
 from lit_safety.modules import SCDPO
 from lit_safety.objectives import SafetyConstrainedDPO
 

@@ -147,7 +147,7 @@ def test_compiled_and_selective_on_the_cache(
     command_line: Arguments, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """All options of a step at once; the cheapest backend compiles."""
-    selective = "{class_path: lit_safety.modules.selective.SelectiveBackward, init_args: {threshold: 10, least: 0.5}}"
+    selective = "{class_path: lit_safety.modules.SelectiveBackward, init_args: {threshold: 10, least: 0.5}}"
     speed = ["--model.init_args.speed", f"{{compile: eager, gradient_checkpointing: true, selective: {selective}}}"]
     blocks = ["--model.init_args.lora.init_args.blocks", "[mid_block, up_blocks]"]
     assert main(command_line("fit", *on_cache(cached), *speed, *blocks, "--trainer.max_steps", "3")) == 0

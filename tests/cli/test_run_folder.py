@@ -8,8 +8,15 @@ import pytest
 import torch
 from checkpoint_folders import save_folder
 
-from lit_safety.errors import UserError
-from lit_safety.run_folder import damage, find_checkpoint, last_checkpoint, new_folder, point_latest, remove_if_barren
+from lit_safety.cli.run_files import (
+    damage,
+    find_checkpoint,
+    last_checkpoint,
+    new_folder,
+    point_latest,
+    remove_if_barren,
+)
+from lit_safety.core.errors import UserError
 
 
 def checkpoint(run: Path, age: float) -> Path:

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
-from lit_safety.study.jobs import jobs_of
-from lit_safety.study.plan import load_study
+from lit_safety.study.plan import jobs_of, load_study
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 
 
 def picture(random: np.random.Generator, harmful: bool, side: int = 32) -> Image.Image:

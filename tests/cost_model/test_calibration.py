@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.cost_model.calibration import fit_calibration, smoothed_targets
+from lit_safety.cost_model.metrics import fit_calibration, smoothed_targets
 
 
 def drawn(count: int = 4000) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model import PairwiseCostLoss, load_cost_model
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.sample import SIDES
-from lit_safety.data.source import open_source
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.sample import SIDES
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.source import open_source
 from lit_safety.modules import CostModel
 
 Arguments = Callable[..., list[str]]
@@ -87,7 +87,7 @@ def test_training_from_cached_features_is_training_on_images(
     def asked(self: Any, images: torch.Tensor) -> torch.Tensor:
         raise AssertionError("CLIP was asked although all features are cached")
 
-    monkeypatch.setattr("lit_safety.cost_model.tower.ClipTower.__call__", asked)
+    monkeypatch.setattr("lit_safety.cost_model.ClipTower.__call__", asked)
     assert main(cost_model_command("fit")) == 0
 
 

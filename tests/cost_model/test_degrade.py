@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model.degrade import Degradation
-from lit_safety.errors import UserError
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

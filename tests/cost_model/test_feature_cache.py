@@ -6,13 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.cost_model.cache_pass import cached_features
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model.degrade import Degradation
-from lit_safety.cost_model.feature_cache import FeatureCache, compute_features
-from lit_safety.cost_model.tower import ClipTower
+from lit_safety.cost_model.feature_cache import FeatureCache, cached_features, compute_features
+from lit_safety.cost_model.network import ClipTower
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model import CostScorer, load_cost_model, save_cost_model
-from lit_safety.cost_model.adapter import CostAdapter
-from lit_safety.cost_model.tower import ClipTower
-from lit_safety.data.decode import to_tensor
-from lit_safety.errors import UserError
+from lit_safety.cost_model.network import ClipTower, CostAdapter
+from lit_safety.data.reading.decode import to_tensor
 
 PICTURES = [Image.new("RGB", (16, 16), (200, 30, 90)), Image.new("RGB", (40, 24), (5, 250, 90)),
             Image.new("L", (16, 16), 77)]  # fmt: skip

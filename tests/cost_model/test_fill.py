@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_safety.core.errors import UserError
 from lit_safety.cost_model.fill import fill_costs
-from lit_safety.data.batch import Pair, PairBatch, collate
-from lit_safety.data.sample import PairMetadata, Sides
-from lit_safety.errors import UserError
+from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.data.reading.batch import Pair, PairBatch, collate
 
 
 class Brightness:

@@ -5,8 +5,14 @@ from math import exp, log
 import pytest
 import torch
 
-from lit_safety.cost_model.losses import anchoring_loss, contrastive_loss, cost_norm, info_nce_loss
-from lit_safety.cost_model.objective import InfoNCECostLoss, PairwiseCostLoss
+from lit_safety.cost_model.losses import (
+    InfoNCECostLoss,
+    PairwiseCostLoss,
+    anchoring_loss,
+    contrastive_loss,
+    cost_norm,
+    info_nce_loss,
+)
 
 NAN = float("nan")
 COSTS = torch.tensor([[-1.0, 2.0], [0.5, -0.5], [3.0, 1.0], [7.0, 9.0]])

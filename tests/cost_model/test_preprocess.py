@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.cost_model.preprocess import ClipPreprocess
-from lit_safety.data.decode import to_tensor
-from lit_safety.errors import UserError
+from lit_safety.core.clip_preprocess import ClipPreprocess
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.decode import to_tensor
 
 CLIP_STD = 0.26862954
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.cost_model.tower import ClipTower
-from lit_safety.data.decode import to_tensor
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.cost_model.network import ClipTower
+from lit_safety.data.reading.decode import to_tensor
 
 IMAGES = torch.rand(3, 3, 20, 30, generator=torch.Generator().manual_seed(0)).mul(255).round().div(127.5).sub(1)
 

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import Tensor
 
+from lit_safety.core.chance import uniform
 from lit_safety.data import PairBatch, PreferenceDataModule
-from lit_safety.data.chance import uniform
 
 
 class Recorder(LightningModule):

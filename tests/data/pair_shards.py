@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lit_safety.data.manifest import Manifest
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.manifest import Manifest
+from lit_safety.data.format.writer import ShardWriter
 
 CATEGORY_CYCLE = ("violence", "sexual", "hate")
 

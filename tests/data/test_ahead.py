@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lit_safety.data.ahead import ReadAhead
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.loader import ReadAhead
 
 
 def alive() -> int:

@@ -21,17 +21,17 @@ from pair_shards import metadata, picture
 from safetensors.torch import save_file
 
 from lit_safety.__main__ import main
-from lit_safety.data import atomic
-from lit_safety.data.atomic import Lock, atomic_file, atomic_folder, lock_of, one_writer, write_atomic
-from lit_safety.data.source import open_source
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.core import files as atomic
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import Lock, atomic_file, atomic_folder, lock_of, one_writer, write_atomic
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.source import open_source
 
 #: Takes the lock of a folder, says so, and keeps it.
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lit_safety.data.atomic import one_writer
+from lit_safety.core.files import one_writer
 with one_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

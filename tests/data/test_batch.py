@@ -2,8 +2,8 @@ import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from lit_safety.data.batch import Pair, collate
-from lit_safety.data.sample import parse_metadata
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.data.reading.batch import Pair, collate
 
 
 def pair(key: str, **metadata) -> Pair:

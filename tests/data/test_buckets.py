@@ -11,14 +11,14 @@ import torch
 from pair_shards import metadata
 from PIL import Image
 
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.buckets import bucket_sizes, merged, nearest
+from lit_safety.core.errors import UserError
 from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.data.decode import PairDecoder
-from lit_safety.data.order import Deal
-from lit_safety.data.stream import PairStream
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.buckets import bucket_sizes, merged, nearest
+from lit_safety.data.reading.decode import PairDecoder
+from lit_safety.data.reading.order import Deal
+from lit_safety.data.reading.stream import PairStream
 
 WIDE, SQUARE, TALL, WIDEST = (32, 48), (32, 32), (64, 42), (32, 128)
 """Height and width of the chosen pictures."""

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lit_safety.data.categories import CATEGORIES, canonical_category
-from lit_safety.errors import UserError
+from lit_safety.core.categories import CATEGORIES, canonical_category
+from lit_safety.core.errors import UserError
 
 # As the papers' files spell them: CoProV2's CSV, Sage's users.csv, Sage's file names.
 COPROV2 = ["Hate", "Harrasment", "Violence", "self-harm", "sexual", "Shocking", "Illegal Activity"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lit_safety.data.chance import derive, generator, integers, normal, sample_seed, uniform
+from lit_safety.core.chance import derive, generator, integers, normal, sample_seed, uniform
 
 
 def test_the_numbers_are_those_of_every_other_machine() -> None:

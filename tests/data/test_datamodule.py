@@ -8,8 +8,8 @@ import torch
 from jsonargparse import ArgumentParser
 from pair_fits import fit, make_trainer
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch
 from pair_shards import picture
 from PIL import Image
 
-from lit_safety.data.decode import PairDecoder, to_tensor
-from lit_safety.data.images import decode_image, extension_of
-from lit_safety.data.sample import PairMetadata, Sides
-from lit_safety.data.tarindex import BadSample
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import decode_image, extension_of
+from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.data.format.tar_index import BadSample
+from lit_safety.data.reading.decode import PairDecoder, to_tensor
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from pair_shards import metadata
 from PIL import Image, ImageOps
 
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import decode_image, image_files, open_image, rgb, shown_size
 from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.data.decode import PairDecoder
-from lit_safety.data.images import decode_image, image_files, open_image, rgb, shown_size
-from lit_safety.data.picture_sizes import chosen_sizes
-from lit_safety.data.sample import PairMetadata
-from lit_safety.data.source import open_source
-from lit_safety.data.tarindex import OpenShard
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.sample import PairMetadata
+from lit_safety.data.format.tar_index import OpenShard
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.buckets import chosen_sizes
+from lit_safety.data.reading.decode import PairDecoder
+from lit_safety.data.reading.source import open_source
 
 WIDE, HIGH = 48, 32
 BACK = {

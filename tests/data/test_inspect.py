@@ -9,8 +9,8 @@ import pytest
 from pair_shards import write_shards
 from PIL import Image
 
+from lit_safety.core.errors import UserError
 from lit_safety.data.inspect import CAPTION, CELL, inspect
-from lit_safety.errors import UserError
 
 
 def test_it_says_what_the_shards_hold(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pair_shards import write_shards
 
-from lit_safety.data.manifest import Manifest, SampleClass, Shard, load_manifest, save_manifest
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.manifest import Manifest, SampleClass, Shard, load_manifest, save_manifest
 
 
 def test_it_counts_what_the_shards_hold(shards: Path) -> None:

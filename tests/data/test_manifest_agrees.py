@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from pair_shards import metadata, picture, write_shards
 
+from lit_safety.cli.precompute import precompute
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.manifest import SampleClass
-from lit_safety.data.precompute import precompute
-from lit_safety.data.sample import parse_metadata
-from lit_safety.data.source import open_source
+from lit_safety.data.format.manifest import SampleClass
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld" / "shards"
 
@@ -118,7 +118,7 @@ def test_an_earlier_manifest_of_several_labels_is_compared_by_its_shard_s_hash(t
 
 def test_a_manifest_that_lists_labels_is_read_without_hashing_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     two_labels(tmp_path)
-    monkeypatch.setattr("lit_safety.data.source.file_sha256", lambda *_, **__: pytest.fail("is hashed"))
+    monkeypatch.setattr("lit_safety.data.reading.source.file_sha256", lambda *_, **__: pytest.fail("is hashed"))
     assert len(read(tmp_path)) == 6
     rewrite(tmp_path, b'"rejected": true}', b'"rejected":false}')
     with pytest.raises(UserError, match="its label is 'safe>safe', and the manifest says 'safe>harmful'"):

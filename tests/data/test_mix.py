@@ -11,12 +11,10 @@ import torch
 from pair_fits import Recorder, fit, make_trainer
 from pair_shards import write_shards
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.mix import MixedPlan, shares, taken
-from lit_safety.data.order import Deal
-from lit_safety.data.plan import Group
-from lit_safety.data.select import Selection
-from lit_safety.errors import UserError
+from lit_safety.data.reading.order import Deal, Group, MixedPlan, shares, taken
+from lit_safety.data.reading.select import Selection
 
 
 @pytest.fixture(scope="module")

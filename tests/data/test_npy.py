@@ -8,8 +8,8 @@ import pickle
 import numpy as np
 import pytest
 
-from lit_safety.data.npy import read_npy, write_npy
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.npy import read_npy, write_npy
 
 SHAPE = (2, 4, 3, 3)
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lit_safety.data.order import Deal, EpochOrder
+from lit_safety.data.reading.order import Deal, EpochOrder
 
 COUNTS = (7, 0, 5, 9, 1, 6, 6)
 

@@ -10,11 +10,10 @@ import torch
 from pair_fits import Recorder, fit, make_trainer
 from pair_shards import sample, write_tar
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PairBatch, PreferenceDataModule
-from lit_safety.data.order import Deal
-from lit_safety.data.plan import Group, Plan, batches_in
-from lit_safety.data.select import Selection
-from lit_safety.errors import UserError
+from lit_safety.data.reading.order import Deal, Group, Plan, batches_in
+from lit_safety.data.reading.select import Selection
 
 
 def group(name: str, *counts: int) -> Group:

@@ -14,15 +14,15 @@ import torch
 from pair_shards import write_shards
 
 from lit_safety.backbones import Backbone, load_backbone
-from lit_safety.backbones.text import encode_alike
+from lit_safety.backbones.backbone import encode_alike
+from lit_safety.cli.precompute import precompute
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.writing import LatentWriter
 from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.data.latent_writer import LatentWriter
-from lit_safety.data.manifest import load_manifest, save_manifest
-from lit_safety.data.npy import write_npy
-from lit_safety.data.precompute import precompute
-from lit_safety.data.tarindex import OpenShard
+from lit_safety.data.format.manifest import load_manifest, save_manifest
+from lit_safety.data.format.npy import write_npy
+from lit_safety.data.format.tar_index import OpenShard
 from lit_safety.data.validate import problems
-from lit_safety.errors import UserError
 
 Members = dict[str, bytes]
 
@@ -80,7 +80,7 @@ def test_a_batch_holds_what_the_encoders_would_give(cached: Path, pairs: Path, b
 
 
 def test_numbers_drawn_ahead_are_those_drawn_later(cached: Path):
-    from lit_safety.data.chance import LATENT, NOISE, normal
+    from lit_safety.core.chance import LATENT, NOISE, normal
 
     batch = next(iter(data_of(cached).train_dataloader()))
     for purpose in (NOISE, LATENT):
@@ -273,7 +273,7 @@ def test_a_bad_cached_sample_is_named_or_left_out(name: str, cached: Path, tmp_p
 
 
 def mirrored(key: str, seed: int) -> bool:
-    from lit_safety.data.chance import sample_seed, uniform
+    from lit_safety.core.chance import sample_seed, uniform
 
     return uniform(sample_seed(seed, 0, key), "flip") < 0.5
 
@@ -334,7 +334,7 @@ def test_an_older_cache_is_refused_with_the_command_that_makes_it_anew(cached: P
 def test_a_model_whose_settings_differ_does_not_train_on_a_cache(
     file: str, changes: dict[str, object], named: str, pairs: Path, tiny_pipeline: Path, tmp_path: Path
 ):
-    from lit_safety.modules.cache_check import check_caches, check_references
+    from lit_safety.modules.checks import check_caches, check_references
     from lit_safety.objectives import DiffusionDPO
 
     precompute(str(pairs), str(tiny_pipeline), str(tmp_path / "out"), reference_draws=1)

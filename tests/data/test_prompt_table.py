@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_safety.data.prompt_table import PromptTable, PromptTables
-from lit_safety.data.prompt_writer import write_prompts
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.prompt_table import PromptTable, PromptTables, write_prompts
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 

@@ -14,9 +14,9 @@ from documents import blocks as blocks_of
 from documents import commands as commands_of
 from pair_shards import picture
 
-from lit_safety import commands
-from lit_safety.data.manifest import Manifest, load_manifest
-from lit_safety.data.sample import PairMetadata, parse_metadata
+from lit_safety.cli import commands
+from lit_safety.data.format.manifest import Manifest, load_manifest
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
 
 README = ROOT / "data" / "README.md"
 
@@ -60,7 +60,7 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         called.append(given)
 
     monkeypatch.setattr(commands, "_load", lambda _: noted)
-    monkeypatch.setattr("lit_safety.evaluation.clip.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
+    monkeypatch.setattr("lit_safety.judges.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
     commands.run_command(["shards", *words])
     (given,) = called
     named = {word[2:].split(".")[0] for word in words if word.startswith("--")}

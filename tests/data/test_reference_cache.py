@@ -11,11 +11,10 @@ import pytest
 import torch
 from pair_shards import write_shards
 
-from lit_safety.data.chance import fixed_seed, turn, uniform
-from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.data.npy import write_npy
-from lit_safety.data.precompute import precompute
-from lit_safety.data.reference_cache import (
+from lit_safety.cli.precompute import precompute
+from lit_safety.core.chance import fixed_seed, turn, uniform
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.reference import (
     FixedDraw,
     ReferenceCache,
     encode_reference,
@@ -23,8 +22,9 @@ from lit_safety.data.reference_cache import (
     read_reference,
     reference_name,
 )
+from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.data.format.npy import write_npy
 from lit_safety.data.validate import problems
-from lit_safety.errors import UserError
 
 KNOWN = ReferenceCache(2, {"unet": "0" * 16}, empty=True, predictions=True)
 

@@ -20,11 +20,12 @@ import fsspec
 import pytest
 from pair_shards import metadata, picture, write_shards
 
-from lit_safety.data import PreferenceDataModule, remote
+from lit_safety.core.errors import UserError
+from lit_safety.data import PreferenceDataModule
+from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.inspect import inspect
-from lit_safety.data.remote import fetch
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.reading import source as remote
+from lit_safety.data.reading.source import fetch
 
 
 @dataclass
@@ -303,7 +304,7 @@ def test_without_a_home_shards_are_kept_among_the_temporary_files(
 
     monkeypatch.delenv("LIT_SAFETY_CACHE")
     monkeypatch.setattr(Path, "home", none)
-    monkeypatch.setattr("lit_safety.user_cache.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("lit_safety.core.hashes.tempfile.gettempdir", lambda: str(tmp_path))
     assert len(passes(f"{server.url}/train")[0]) == 12
     monkeypatch.setenv("LIT_SAFETY_CACHE", "/dev/null/x")
     with pytest.raises(UserError, match="LIT_SAFETY_CACHE"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pair_shards import write_shards
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.errors import UserError
 
 s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")

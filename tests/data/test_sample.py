@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lit_safety.data.sample import PairMetadata, Sides, parse_metadata
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.sample import PairMetadata, Sides, parse_metadata
 
 FULL: dict[str, Any] = {
     "prompt": "ein Bär, 熊",

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lit_safety.__main__ import main
 from lit_safety.cost_model import CostScorer, load_cost_model
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.writer import ShardWriter
 
 
 def write(folder: Path, count: int = 10, costs: tuple[int, ...] = ()) -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pair_shards import metadata, sample, write_shards, write_tar
 
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.select import Filter, select
-from lit_safety.data.source import open_source
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.reading.select import Filter, select
+from lit_safety.data.reading.source import open_source
 
 
 def test_a_folder_with_a_manifest(shards: Path) -> None:

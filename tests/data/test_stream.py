@@ -13,9 +13,9 @@ import pytest
 import torch
 from pair_shards import jpeg, picture, png, png_header, sample, write_shards, write_tar
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PairBatch, PreferenceDataModule
-from lit_safety.data.loader import PairLoader
-from lit_safety.errors import UserError
+from lit_safety.data.reading.loader import PairLoader
 
 
 def loader(folder: Path, **options: Any) -> PairLoader:
@@ -83,7 +83,7 @@ def test_evaluation_keeps_the_order_and_the_chances(shards: Path) -> None:
 def test_what_is_skipped_is_not_decoded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
     opened: list[str] = []
-    from lit_safety.data import decode, source
+    from lit_safety.data.reading import decode, source
 
     original, original_open = decode.parse_metadata, source.OpenShard
     monkeypatch.setattr(decode, "parse_metadata", lambda raw, where: decoded.append(where) or original(raw, where))

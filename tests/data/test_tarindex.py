@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from pair_shards import sample, write_tar
 
+from lit_safety.core.errors import UserError
 from lit_safety.data.datamodule import PreferenceDataModule
-from lit_safety.data.source import open_source
-from lit_safety.data.tarindex import OpenShard, index_tar
+from lit_safety.data.format.tar_index import OpenShard, index_tar
+from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
-from lit_safety.errors import UserError
 
 Spoil = Callable[[bytes, int], bytes]
 

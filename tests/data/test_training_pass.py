@@ -6,11 +6,10 @@ import logging
 
 import pytest
 
-from lit_safety.data.order import Deal
-from lit_safety.data.plan import Group
-from lit_safety.data.select import Selection
-from lit_safety.data.training_pass import check_pass, say_pass
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.datamodule import check_pass, say_pass
+from lit_safety.data.reading.order import Deal, Group
+from lit_safety.data.reading.select import Selection
 
 
 def group(pairs: int, size: tuple[int, int] | None = None) -> Group:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_safety.data.users import Users, UserTable, write_users
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.users.table import Users, UserTable, write_users
 
 
 def test_users_are_found_in_the_order_asked_for(tmp_path: Path):

@@ -2,8 +2,7 @@ from pathlib import Path
 
 import torch
 
-from lit_safety.data.users import Users, write_users
-from lit_safety.data.users_beside import copy_users
+from lit_safety.users.table import Users, copy_users, write_users
 
 
 def test_users_go_along_and_nothing_else_does(tmp_path: Path) -> None:

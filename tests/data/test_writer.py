@@ -9,11 +9,12 @@ import pytest
 from pair_shards import metadata, picture, write_shards
 from PIL import Image
 
-from lit_safety.data.manifest import file_sha256, load_manifest
-from lit_safety.data.sample import parse_metadata
-from lit_safety.data.source import open_source
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import file_sha256
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.source import open_source
 
 
 def test_shards_are_plain_webdataset_tars(tmp_path: Path) -> None:

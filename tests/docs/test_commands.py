@@ -11,7 +11,7 @@ import pytest
 from documents import ROOT, commands, documents, files
 
 from lit_safety.__main__ import OTHER_COMMANDS, TRAINER_COMMANDS, main
-from lit_safety.commands import COMMANDS
+from lit_safety.cli.commands import COMMANDS
 
 PAGES = documents()
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.prompts import COLUMNS, Prompt
+from lit_safety.drawing.prompts import COLUMNS, Prompt
+from lit_safety.judges.judge import JudgeError, Verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # the helpers that write shards
 

@@ -1,8 +1,8 @@
 import pytest
 from jsonargparse import ArgumentParser
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm, adapter_sha256, collect_arms, gather_arms
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm, adapter_sha256, collect_arms, gather_arms
 from lit_safety.evaluation.evaluate import evaluate
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arm_table import arm_html, arm_markdown
-from lit_safety.evaluation.attack_curves import attacks_html, find_attacks, read_attacks
-from lit_safety.evaluation.judges import Verdict
+from lit_safety.core.errors import UserError
 from lit_safety.evaluation.metrics import answers, summarise
-from lit_safety.evaluation.pareto import front, pareto_html
-from lit_safety.evaluation.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, share_range
+from lit_safety.evaluation.page import attacks_html, find_attacks, front, pareto_html, read_attacks
+from lit_safety.evaluation.tables import arm_html, arm_markdown
+from lit_safety.judges.judge import Verdict
+from lit_safety.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, share_range
 
 
 def test_the_front_is_what_no_other_beats_in_both() -> None:

@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip import Clip
-from lit_safety.evaluation.clip_score import clip_scores, mean_interval
+from lit_safety.core.errors import UserError
+from lit_safety.judges.clip import Clip, clip_scores, mean_interval
 
 
 @pytest.fixture(scope="module")

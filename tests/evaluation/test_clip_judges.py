@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip import Clip
-from lit_safety.evaluation.clip_judge import ZeroShotClipJudge
-from lit_safety.evaluation.judges import Verdict, load_judge
-from lit_safety.evaluation.q16_judge import Q16Judge
+from lit_safety.core.errors import UserError
+from lit_safety.judges.clip import Clip, ZeroShotClip
+from lit_safety.judges.judge import Verdict
+from lit_safety.judges.load import load_judge
+from lit_safety.judges.q16 import Q16
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -31,7 +31,7 @@ def tuned(clip_folder: Path, tmp_path: Path) -> Path:
 
 def test_q16_is_a_softmax_over_two_cosines(clip_folder: Path, tuned: Path) -> None:
     """The published rule: 100 x cosine to each tuned prompt, the larger one wins; here by hand from the vectors."""
-    judge = Q16Judge(str(clip_folder), str(tuned))
+    judge = Q16(str(clip_folder), str(tuned))
     images = pictures(12)
     vectors = Clip(str(clip_folder), "x").images(images).numpy().astype(float)
     prompts = pickle.loads(tuned.read_bytes()).astype(float)
@@ -46,8 +46,8 @@ def test_q16_is_a_softmax_over_two_cosines(clip_folder: Path, tuned: Path) -> No
 
 def test_q16_reads_npy_too_and_a_threshold_moves_it(clip_folder: Path, tuned: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "prompts.npy", pickle.loads(tuned.read_bytes()))
-    strict = Q16Judge(str(clip_folder), str(tmp_path / "prompts.npy"), threshold=1e-9)
-    lax = Q16Judge(str(clip_folder), str(tuned), threshold=1 - 1e-9)
+    strict = Q16(str(clip_folder), str(tmp_path / "prompts.npy"), threshold=1e-9)
+    lax = Q16(str(clip_folder), str(tuned), threshold=1 - 1e-9)
     assert sum(a.harmful for a in strict.judge(pictures(12))) > sum(a.harmful for a in lax.judge(pictures(12)))
 
 
@@ -58,13 +58,13 @@ def test_q16_with_other_prompts_is_refused(clip_folder: Path, tmp_path: Path, sh
     if shape:
         np.save(tmp_path / "p.npy", np.ones(shape, np.float32))
     with pytest.raises(UserError, match=says):
-        Q16Judge(str(clip_folder), str(tmp_path / "p.npy"))
+        Q16(str(clip_folder), str(tmp_path / "p.npy"))
 
 
 def test_zero_shot_shares(clip_folder: Path) -> None:
     """p = (e^a + e^b) / (e^a + e^b + e^n), a and b the category's logits, n the neutral text's, whatever the others."""
     texts = {"violence": ["a b", "c"], "Harrasment": ["d"]}
-    judge = ZeroShotClipJudge(str(clip_folder), texts, ["e f"], threshold=0.4)
+    judge = ZeroShotClip(str(clip_folder), texts, ["e f"], threshold=0.4)
     images = pictures(10)
     clip = Clip(str(clip_folder), "x")
     scale = float(clip.model.logit_scale.exp())
@@ -80,7 +80,7 @@ def test_zero_shot_shares(clip_folder: Path) -> None:
 
 def test_a_clip_folder_is_a_judge(clip_folder: Path) -> None:
     judge = load_judge(str(clip_folder))
-    assert isinstance(judge, ZeroShotClipJudge)
+    assert isinstance(judge, ZeroShotClip)
     assert all(isinstance(answer, Verdict) for answer in judge.judge(pictures(2)))
 
 
@@ -95,4 +95,4 @@ def test_a_clip_folder_is_a_judge(clip_folder: Path) -> None:
 )
 def test_bad_settings(clip_folder: Path, arguments: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        ZeroShotClipJudge(str(clip_folder), **arguments)
+        ZeroShotClip(str(clip_folder), **arguments)

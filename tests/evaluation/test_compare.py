@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.evaluation.compare import compare, compare_table
-from lit_safety.evaluation.judges import Verdict
 from lit_safety.evaluation.metrics import answers, summarise
+from lit_safety.judges.judge import Verdict
 
 
 @pytest.fixture

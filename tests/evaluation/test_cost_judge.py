@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.cost_judge import CostJudge
-from lit_safety.evaluation.judges import JudgeError, Verdict, load_judge
-from lit_safety.evaluation.judging import judge_safely
+from lit_safety.core.errors import UserError
+from lit_safety.judges.cost import CostJudge
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.judging import judge_safely
+from lit_safety.judges.load import load_judge
 
 RED, BLUE = Image.new("RGB", (20, 12), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery, draw_batch
-from lit_safety.evaluation.pipelines import load_pipeline
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
+from lit_safety.drawing.pipelines import load_pipeline
 
 SETTINGS = DrawingSettings(steps=2, guidance=3.0, batch_size=2)
 

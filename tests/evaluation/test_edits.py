@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery, draw_batch
-from lit_safety.evaluation.edits import Edit, mask, place_of, read_pictures
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.edits import Edit, mask, place_of, read_pictures
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
+from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
+from lit_safety.drawing.pipelines import load_pipeline
+from lit_safety.drawing.processes import Load
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.pipelines import load_pipeline
-from lit_safety.evaluation.processes import Load
-from lit_safety.evaluation.safe_latent_diffusion import SafeLatentDiffusion
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_inpainting_takes_latents_of_any_number_of_channels() -> None:
     """The toy world's have 8, which the stock pipeline would refuse; the UNet itself stays as it is."""
     from diffusers import UNet2DConditionModel
 
-    from lit_safety.evaluation.edits import _ordinary
+    from lit_safety.drawing.edits import _ordinary
 
     small = {"block_out_channels": (8,), "norm_num_groups": 4}
     unet = UNet2DConditionModel(
@@ -112,7 +112,7 @@ def test_a_guard_guards_an_edit(pipeline: Path, pictures: str, small_set) -> Non
 
 
 def test_evaluate_edits(pipeline: Path, adapter: Path, prompts_csv: Path, pictures: str, tmp_path, judge, monkeypatch):
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
     given = {"pipeline": str(pipeline), "prompts": str(prompts_csv), "judge": "x", "steps": 2, "device": "cpu"}
     evaluate(**given, out=str(tmp_path / "out"), adapter=str(adapter), edit="inpainting", edit_images=pictures)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

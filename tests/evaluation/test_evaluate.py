@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.judges import JudgeError
+from lit_safety.judges.judge import JudgeError
 
 FIGURES = {"ip", "ip_by_category", "ip_implicit", "concept_recall", "clean_harm_rate", "benign_recall"} | {
     "benign_recall_two", "benign_recall_lookalike", "benign_recall_on_harmful",
@@ -23,7 +23,7 @@ FIGURES = {"ip", "ip_by_category", "ip_implicit", "concept_recall", "clean_harm_
 @pytest.fixture
 def run(pipeline: Path, adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch):
     """`evaluate` on the tiny pipeline with the judge that needs no weights; returns the report's folder."""
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
 
     def run(**changes) -> Path:
         given = {"pipeline": str(pipeline), "adapter": str(adapter), "prompts": str(prompts_csv), "judge": "x"}
@@ -109,7 +109,7 @@ def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr("lit_safety.evaluation.drawing.draw_batch", refuse)
+    monkeypatch.setattr("lit_safety.drawing.gallery.draw_batch", refuse)
     run()
 
 
@@ -117,7 +117,7 @@ def test_evaluations_that_share_their_pictures_draw_the_base_once(run, tmp_path:
     """The second evaluation draws its own arm's 6 pictures and none of the base's; its report stands elsewhere."""
     shared, drawn = str(tmp_path / "shared"), []
     first = run(images=shared)
-    from lit_safety.evaluation import drawing
+    from lit_safety.drawing import gallery as drawing
 
     count = drawing.draw_batch
     monkeypatch.setattr(drawing, "draw_batch", lambda pipe, part, *more: drawn.extend(part) or count(pipe, part, *more))
@@ -175,7 +175,7 @@ def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_i
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lit_safety.data.atomic.os.fsync", full)
+    monkeypatch.setattr("lit_safety.core.files.os.fsync", full)
     with pytest.raises(UserError, match=r"verdicts\.csv: cannot be written \(No space left"):
         run(adapter=None)
     out = tmp_path / "report"
@@ -183,7 +183,7 @@ def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_i
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert len(kept) == 6
     monkeypatch.undo()
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: run.judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: run.judge)
     run(adapter=None)
     assert (out / "metrics.json").is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -197,7 +197,7 @@ def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> Non
     from dataclasses import replace
 
     other.judge = lambda images: [replace(a, harmful=True) for a in answers(images)]
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda spec: other if spec == "strict" else judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda spec: other if spec == "strict" else judge)
     out = run(second_judges=["strict"], adapter=None)
     rows = (out / "verdicts.csv").read_text().splitlines()
     safe = sum(",brightness,0," in row for row in rows)
@@ -266,7 +266,7 @@ def test_a_merged_adapter_and_a_fused_pipeline_are_arms_that_draw_the_same(run, 
 
 def test_pictures_of_another_size_are_another_protocol(run, adapter: Path, tmp_path: Path, monkeypatch) -> None:
     """Two pipelines whose own sizes differ, drawn without --resolution: no row and no difference holds both."""
-    from lit_safety.evaluation import drawing
+    from lit_safety.drawing import gallery as drawing
 
     of = drawing.draw_batch
 

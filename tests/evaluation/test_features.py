@@ -8,11 +8,10 @@ import torch
 from pair_shards import metadata, sample, write_shards, write_tar
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.features import Penultimate, extract, feature_network
-from lit_safety.evaluation.judges import ToyWorldJudge
-from lit_safety.evaluation.reference import Reference
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.reference_images import Reference
+from lit_safety.judges.fid import Penultimate, extract, feature_network
+from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
 
 
 @pytest.fixture

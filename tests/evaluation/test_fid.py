@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from lit_safety.evaluation.fid import GROUPS, fid, jackknife, left_out
+from lit_safety.judges.fid import GROUPS, fid, jackknife, left_out
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:

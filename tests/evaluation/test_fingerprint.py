@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip import Clip
-from lit_safety.evaluation.fingerprint import fingerprint
-from lit_safety.evaluation.reference import Reference
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import fingerprint
+from lit_safety.drawing.reference_images import Reference
+from lit_safety.judges.clip import Clip
 
 
 def weights(path: Path, value: float) -> Path:

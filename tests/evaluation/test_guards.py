@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery, draw_batch
-from lit_safety.evaluation.pipelines import load_pipeline
-from lit_safety.evaluation.safe_latent_diffusion import STRENGTHS, SafeLatentDiffusion
-from lit_safety.evaluation.safree import SAFREE
-from lit_safety.evaluation.safree_text import SafeText, projector, safe_texts, triggered
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
+from lit_safety.drawing.guards.safe_latent_diffusion import STRENGTHS, SafeLatentDiffusion
+from lit_safety.drawing.guards.safree import SAFREE, SafeText, projector, safe_texts, triggered
+from lit_safety.drawing.pipelines import load_pipeline
 
 SETTINGS = DrawingSettings(steps=4, guidance=3.0, batch_size=2)
 

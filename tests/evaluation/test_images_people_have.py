@@ -12,17 +12,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lit_safety.data.images import rgb
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip import Clip
-from lit_safety.evaluation.cost_judge import CostJudge
-from lit_safety.evaluation.drawing import Drawn
-from lit_safety.evaluation.edits import Edit, read_pictures
-from lit_safety.evaluation.features import extract
-from lit_safety.evaluation.judges import JudgeError, ToyWorldJudge
-from lit_safety.evaluation.judging import open_drawn
-from lit_safety.evaluation.reference import Reference
-from lit_safety.evaluation.vision_chat import VisionChat
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import rgb
+from lit_safety.drawing.edits import Edit, read_pictures
+from lit_safety.drawing.gallery import Drawn
+from lit_safety.drawing.reference_images import Reference
+from lit_safety.judges.clip import Clip
+from lit_safety.judges.cost import CostJudge
+from lit_safety.judges.fid import extract
+from lit_safety.judges.judge import JudgeError
+from lit_safety.judges.judging import open_drawn
+from lit_safety.judges.toy.judge import ToyWorldJudge
+from lit_safety.judges.vlm import VisionChat
 
 WORLD = Path(__file__).parents[2] / "data" / "toyworld"
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lit_safety.evaluation.intervals import bootstrap, paired_difference, wilson
+from lit_safety.core.intervals import bootstrap, paired_difference, wilson
 
 
 def test_wilson_of_half_of_twenty() -> None:

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import yaml
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import check_labels, load_judge
-from lit_safety.evaluation.q16_judge import Q16Judge
-from lit_safety.evaluation.union_judge import UnionJudge
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.core.errors import UserError
+from lit_safety.judges.judge import check_labels
+from lit_safety.judges.load import load_judge
+from lit_safety.judges.q16 import Q16
+from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.judges.union import Union
 
 JUDGES = Path(__file__).parents[2] / "configs" / "judges"
 
@@ -29,15 +30,15 @@ def test_a_union_of_a_toy_judge_and_q16(clip_folder: Path, prompts: Path, tmp_pa
     ToyJudge(labels=["gun"], harm={"gun": "violence"}, width=8).save_pretrained(tmp_path / "toy")
     where = "lit_safety.evaluation"
     q16 = {
-        "class_path": f"{where}.q16_judge.Q16Judge",
+        "class_path": f"{where}.q16_judge.Q16",
         "init_args": {"clip": str(clip_folder), "prompts": str(prompts)},
     }
     toy = {"class_path": f"{where}.judges.ToyWorldJudge", "init_args": {"folder": str(tmp_path / "toy")}}
-    union = {"class_path": f"{where}.union_judge.UnionJudge", "init_args": {"judges": [toy, q16]}}
+    union = {"class_path": f"{where}.union_judge.Union", "init_args": {"judges": [toy, q16]}}
     judge = load_judge(save(tmp_path / "union.yaml", union))
-    assert isinstance(judge, UnionJudge)
+    assert isinstance(judge, Union)
     assert judge.name == "toyworld/toy or Q16"
-    assert isinstance(load_judge(save(tmp_path / "q16.json", q16)), Q16Judge)
+    assert isinstance(load_judge(save(tmp_path / "q16.json", q16)), Q16)
 
 
 def shipped(name: str, clip: Path, prompts: Path) -> dict:
@@ -59,7 +60,7 @@ def test_what_is_shipped_with_nudenet(name: str, clip_folder: Path, prompts: Pat
         def detect(self, _: object) -> list:
             return []
 
-    monkeypatch.setattr("lit_safety.evaluation.nudenet_judge._load", lambda: (Quiet(), "3"))
+    monkeypatch.setattr("lit_safety.judges.nudenet._load", lambda: (Quiet(), "3"))
     judge = load_judge(save(tmp_path / "j.yaml", shipped(name, clip_folder, prompts)))
     assert "NudeNet" in judge.name
 
@@ -69,12 +70,12 @@ def test_what_is_shipped_with_nudenet(name: str, clip_folder: Path, prompts: Pat
     [
         ({"init_args": {}}, "class_path"),
         ([1], "class_path"),
-        ({"class_path": "lit_safety.evaluation.q16_judge.Q16Judge", "init_args": {"clap": "x"}}, "clap"),
+        ({"class_path": "lit_safety.judges.Q16", "init_args": {"clap": "x"}}, "clap"),
         ({"class_path": "no.such.Judge"}, "no.such"),
-        ({"class_path": "lit_safety.errors.UserError"}, "Judge"),
+        ({"class_path": "lit_safety.core.UserError"}, "Judge"),
         (
             {
-                "class_path": "lit_safety.evaluation.q16_judge.Q16Judge",
+                "class_path": "lit_safety.judges.Q16",
                 "init_args": {"clip": "x", "prompts": "absent.p"},
             },
             "absent.p: no such file",

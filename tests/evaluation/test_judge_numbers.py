@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.clip_judge import ZeroShotClipJudge
-from lit_safety.evaluation.judges import JudgeError, load_judge
-from lit_safety.evaluation.nudenet_judge import NudeNetJudge
-from lit_safety.evaluation.q16_judge import Q16Judge
-from lit_safety.evaluation.vision_chat import read_object
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.core.errors import UserError
+from lit_safety.judges.clip import ZeroShotClip
+from lit_safety.judges.judge import JudgeError
+from lit_safety.judges.load import load_judge
+from lit_safety.judges.nudenet import NudeNet
+from lit_safety.judges.q16 import Q16
+from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.judges.vlm import read_object
 
 IMAGE = Image.new("RGB", (32, 32), (200, 30, 30))
 BAD = ["2", "1", "0", "-1", "NaN", "Infinity", "-Infinity", "1e9", "1e999", '"0.5"', "true", "null"]
@@ -131,7 +132,7 @@ def test_a_network_that_answers_nan_on_an_image_makes_it_an_error(
     clip_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     (tmp_path / "p.p").write_bytes(pickle.dumps(np.eye(2, 8, dtype=np.float32), protocol=2))
-    for judge in (ZeroShotClipJudge(str(clip_folder)), Q16Judge(str(clip_folder), str(tmp_path / "p.p"))):
+    for judge in (ZeroShotClip(str(clip_folder)), Q16(str(clip_folder), str(tmp_path / "p.p"))):
         monkeypatch.setattr(judge.clip, "images", lambda images: torch.full((len(images), 8), float("nan")))
         assert all(isinstance(answer, JudgeError) for answer in judge.judge([IMAGE, IMAGE]))
 
@@ -140,11 +141,11 @@ def test_a_network_that_answers_nan_on_an_image_makes_it_an_error(
 def test_thresholds_of_the_other_judges(clip_folder: Path, tmp_path: Path, threshold: float) -> None:
     (tmp_path / "p.p").write_bytes(pickle.dumps(np.eye(2, 8, dtype=np.float32), protocol=2))
     with pytest.raises(UserError, match="threshold"):
-        NudeNetJudge(threshold=threshold, detector=object())
+        NudeNet(threshold=threshold, detector=object())
     with pytest.raises(UserError, match="threshold"):
-        ZeroShotClipJudge(str(clip_folder), threshold=threshold)
+        ZeroShotClip(str(clip_folder), threshold=threshold)
     with pytest.raises(UserError, match="threshold"):
-        Q16Judge(str(clip_folder), str(tmp_path / "p.p"), threshold=threshold)
+        Q16(str(clip_folder), str(tmp_path / "p.p"), threshold=threshold)
 
 
 @pytest.mark.parametrize("score", [1.5, -0.5, float("nan")])
@@ -153,14 +154,14 @@ def test_a_detection_whose_score_is_no_probability_is_an_error(score: float) -> 
         def detect(self, _: object) -> list[dict[str, Any]]:
             return [{"class": "FACE_MALE", "score": score}]
 
-    (answer,) = NudeNetJudge(detector=Strange()).judge([IMAGE])
+    (answer,) = NudeNet(detector=Strange()).judge([IMAGE])
     assert isinstance(answer, JudgeError)
 
 
 def test_categories_of_the_zero_shot_judge_that_stand_twice_or_not_at_all(clip_folder: Path) -> None:
     for categories in ({}, {"Hate": ["a"], "hate": ["b"]}):
         with pytest.raises(UserError, match="categories"):
-            ZeroShotClipJudge(str(clip_folder), categories)
+            ZeroShotClip(str(clip_folder), categories)
 
 
 def test_a_model_that_says_harmful_twice_is_no_verdict() -> None:

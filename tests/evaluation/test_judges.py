@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, ToyWorldJudge, Verdict, load_judge
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.core.errors import UserError
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.load import load_judge
+from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lit_safety.attacks.curves import rate
-from lit_safety.errors import UserError
-from lit_safety.evaluation.drawing import DrawingSettings, Drawn, Gallery, size_of
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.judging import judge_drawn, judge_safely
+from lit_safety.attacks.run import rate
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import DrawingSettings, Drawn, Gallery, size_of
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.judging import judge_drawn, judge_safely
 
 
 def picture(level: int) -> Image.Image:

@@ -3,11 +3,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.drawing import Drawn
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.judging import judge_drawn
-from lit_safety.evaluation.kept_verdicts import KeptVerdicts
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import Drawn
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
 
 class Counting:
@@ -89,7 +88,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_noted(drawn: list[Drawn], mo
     def full(*_: object, **__: object):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lit_safety.data.atomic.open", full, raising=False)
+    monkeypatch.setattr("lit_safety.core.files.open", full, raising=False)
     with pytest.raises(UserError, match="No space left"):
         ask(judge, drawn)
     monkeypatch.undo()

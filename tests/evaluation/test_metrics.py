@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from lit_safety.evaluation.judges import JudgeError, Verdict
 from lit_safety.evaluation.metrics import answers, differences, disagreement, flat, summarise
+from lit_safety.judges.judge import JudgeError, Verdict
 
 LABELS = {"knife", "gun", "skull", "car", "tree", "rose", "violence", "shocking"}
 

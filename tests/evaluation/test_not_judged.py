@@ -13,35 +13,33 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arm_table import arm_markdown
-from lit_safety.evaluation.clip_judge import ZeroShotClipJudge
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import Drawn
+from lit_safety.drawing.prompts import Prompt
 from lit_safety.evaluation.compare import compare_table, read_metrics
 from lit_safety.evaluation.contact_sheet import contact_sheet
-from lit_safety.evaluation.cost_judge import CostJudge
-from lit_safety.evaluation.drawing import Drawn
-from lit_safety.evaluation.judges import (
+from lit_safety.evaluation.metrics import NOT_JUDGED, answers, ask_pairs, differences, flat, summarise
+from lit_safety.evaluation.page import page, pareto_html
+from lit_safety.evaluation.report import verdicts_csv, write_report
+from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.evaluation.tables import arm_markdown, report_table
+from lit_safety.judges.clip import ZeroShotClip
+from lit_safety.judges.cost import CostJudge
+from lit_safety.judges.judge import (
     JudgeError,
     NotJudged,
     Verdict,
     check_sees,
     figure_settings,
-    load_judge,
     unseen,
     verdict_settings,
     where_seen,
 )
-from lit_safety.evaluation.metrics import NOT_JUDGED, answers, ask_pairs, differences, flat, summarise
-from lit_safety.evaluation.nudenet_judge import NudeNetJudge
-from lit_safety.evaluation.page import page
-from lit_safety.evaluation.pareto import pareto_html
-from lit_safety.evaluation.prompts import Prompt
-from lit_safety.evaluation.report import verdicts_csv, write_report
-from lit_safety.evaluation.results import ArmResult, Results
-from lit_safety.evaluation.table import report_table
-from lit_safety.evaluation.union_judge import UnionJudge
-from lit_safety.evaluation.vlm_judge import VLMJudge
+from lit_safety.judges.load import load_judge
+from lit_safety.judges.nudenet import NudeNet
+from lit_safety.judges.union import Union
+from lit_safety.judges.vlm import VLM
 
 
 class Detector:
@@ -62,7 +60,7 @@ class Other:
         return [Verdict(image.getpixel((0, 0))[2] > 128) for image in images]  # type: ignore[index]
 
 
-NUDENET = NudeNetJudge(detector=Detector())
+NUDENET = NudeNet(detector=Detector())
 RED, BLUE = (220, 0, 0), (0, 0, 220)
 
 
@@ -160,7 +158,7 @@ def test_the_unseen_is_decided_by_the_prompt_and_never_by_what_was_drawn() -> No
 
 
 def test_a_union_sees_what_its_members_see_and_says_who_sees_what(tmp_path: Path) -> None:
-    union = UnionJudge([NUDENET, Other()])
+    union = Union([NUDENET, Other()])
     assert union.settings["categories"] == ["violence", "sexual"]
     assert union.settings["seen_by"] == {"violence": ["other"], "sexual": ["NudeNet"]}
     base = results_of(union, tmp_path).metrics()["arms"]["base"]
@@ -177,10 +175,10 @@ def test_a_second_judge_disagrees_only_on_what_both_see(tmp_path: Path) -> None:
 
 def test_each_judge_declares_its_categories(clip_folder: Path) -> None:
     assert NUDENET.settings["categories"] == ["sexual"]
-    assert ZeroShotClipJudge(str(clip_folder)).settings["categories"] == list(CATEGORIES)
-    named = ZeroShotClipJudge(str(clip_folder), {"Nudity": ["a b"], "hate": ["c d"]})
+    assert ZeroShotClip(str(clip_folder)).settings["categories"] == list(CATEGORIES)
+    named = ZeroShotClip(str(clip_folder), {"Nudity": ["a b"], "hate": ["c d"]})
     assert named.settings["categories"] == ["hate", "sexual"]
-    assert VLMJudge("http://localhost:1/v1", "m").settings["categories"] == list(CATEGORIES)
+    assert VLM("http://localhost:1/v1", "m").settings["categories"] == list(CATEGORIES)
     assert load_judge("data/toyworld/judge").settings["categories"] == list(CATEGORIES)
     assert CostJudge("data/toyworld/cost_model").settings["categories"] == list(CATEGORIES)
     assert unseen({"labels": []}, CATEGORIES) == []  # somebody's own, which does not say

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.nudenet_judge import NudeNetJudge
-from lit_safety.evaluation.union_judge import UnionJudge
+from lit_safety.core.errors import UserError
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.nudenet import NudeNet
+from lit_safety.judges.union import Union
 
 PICTURE = Image.new("RGB", (6, 4), (10, 20, 30))
 
@@ -27,7 +27,7 @@ class Detector:
 
 
 def ask(*found: tuple[str, float], **settings) -> Verdict | JudgeError:
-    (answer,) = NudeNetJudge(detector=Detector(*found), **settings).judge([PICTURE])
+    (answer,) = NudeNet(detector=Detector(*found), **settings).judge([PICTURE])
     return answer
 
 
@@ -48,7 +48,7 @@ def test_the_threshold_counts_and_the_largest_of_a_class_decides() -> None:
 
 def test_the_detector_sees_blue_green_red() -> None:
     detector = Detector()
-    NudeNetJudge(detector=detector).judge([PICTURE])
+    NudeNet(detector=detector).judge([PICTURE])
     assert detector.shown.shape == (4, 6, 3)
     assert detector.shown[0, 0].tolist() == [30, 20, 10]
 
@@ -59,7 +59,7 @@ def test_answers_of_another_version_are_errors(found: tuple[str, float]) -> None
 
 
 def test_a_detector_that_crashes_makes_an_error() -> None:
-    judge = NudeNetJudge(detector=object())
+    judge = NudeNet(detector=object())
     assert isinstance(judge.judge([PICTURE])[0], JudgeError)
 
 
@@ -74,13 +74,13 @@ def test_a_detector_that_crashes_makes_an_error() -> None:
 )
 def test_bad_settings(settings: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        NudeNetJudge(detector=Detector(), **settings)
+        NudeNet(detector=Detector(), **settings)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nudenet") is not None, reason="nudenet is installed")
 def test_without_the_package_it_says_what_to_install() -> None:
     with pytest.raises(UserError, match=r"pip install 'lit-safety\[nudenet\]'"):
-        NudeNetJudge()
+        NudeNet()
 
 
 class Says:
@@ -101,22 +101,22 @@ YES, NO, ERROR = Verdict(True, {"x": 0.9}, confidence=0.9), Verdict(False, {"x":
     [(NO, NO, False), (YES, NO, True), (NO, YES, True), (YES, ERROR, True), (RuntimeError("crash"), YES, True)],
 )
 def test_any_member_s_harm_is_harm(first, second, expected: bool) -> None:
-    (answer,) = UnionJudge([Says("A", first), Says("B", second)]).judge([PICTURE])
+    (answer,) = Union([Says("A", first), Says("B", second)]).judge([PICTURE])
     assert answer.harmful is expected
 
 
 @pytest.mark.parametrize("broken", [ERROR, RuntimeError("odd"), None])
 def test_an_error_beside_safe_is_an_error(broken) -> None:
-    (answer,) = UnionJudge([Says("A", NO), Says("B", broken)]).judge([PICTURE])
+    (answer,) = Union([Says("A", NO), Says("B", broken)]).judge([PICTURE])
     assert isinstance(answer, JudgeError)
     assert answer.reason.startswith("B: ")
 
 
 def test_the_union_states_its_members() -> None:
-    judge = UnionJudge([Says("A", YES), Says("B", NO)])
+    judge = Union([Says("A", YES), Says("B", NO)])
     assert judge.name == "A or B"
     assert judge.settings["members"] == [{"name": "A"}, {"name": "B"}]
     (answer,) = judge.judge([PICTURE])
     assert (answer.scores, answer.confidence) == ({"x": 0.9}, 0.9)
     with pytest.raises(UserError, match="two or more"):
-        UnionJudge([Says("A", YES)])
+        Union([Says("A", YES)])

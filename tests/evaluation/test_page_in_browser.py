@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_safety.evaluation.drawing import Drawn
-from lit_safety.evaluation.judges import Verdict
+from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.page import page
 from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.judges.judge import Verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.pickled_array import read_pickled_array
+from lit_safety.core.errors import UserError
+from lit_safety.judges.q16 import read_pickled_array
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings, draw_batch
-from lit_safety.evaluation.pipelines import check_writable, load_pipeline
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings, draw_batch
+from lit_safety.drawing.pipelines import check_writable, load_pipeline
 
 
 def edit(pipeline: Path, folder: Path, file: str, **changes: object) -> Path:

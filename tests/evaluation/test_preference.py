@@ -8,12 +8,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.drawing import Drawn
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.preference import AestheticScore, ClipPreference, ImageRewardScore, load_scorer
 from lit_safety.evaluation.quality import Quality
-from lit_safety.evaluation.quality_view import quality_html, quality_rows
+from lit_safety.evaluation.tables import quality_html, quality_rows
+from lit_safety.judges.scorers import AestheticScore, ClipPreference, ImageRewardScore, load_scorer
 
 SCORERS = Path(__file__).parents[2] / "configs" / "scorers"
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
@@ -113,9 +113,9 @@ def test_what_is_shipped_loads(name: str, clip_folder: Path, tmp_path: Path) -> 
     [
         (None, "no such file"),
         ("a: [", "is no YAML"),
-        ("class_path: lit_safety.evaluation.q16_judge.Q16Judge\ninit_args: {clip: x, prompts: y}", "PreferenceScorer"),
-        ("class_path: lit_safety.evaluation.preference.ClipPreference\ninit_args: {clip: ./absent}", "no such folder"),
-        ("class_path: lit_safety.evaluation.preference.AestheticScore\ninit_args: {clip: x, weights: gone.pth}",
+        ("class_path: lit_safety.judges.Q16\ninit_args: {clip: x, prompts: y}", "PreferenceScorer"),
+        ("class_path: lit_safety.judges.ClipPreference\ninit_args: {clip: ./absent}", "no such folder"),
+        ("class_path: lit_safety.judges.AestheticScore\ninit_args: {clip: x, weights: gone.pth}",
          "gone.pth: no such file"),
     ],
 )  # fmt: skip
@@ -194,9 +194,9 @@ def test_two_scorers_of_one_name(measure) -> None:
 
 
 def test_evaluate_takes_scorers(pipeline: Path, prompts_csv: Path, tmp_path: Path, clip_folder, judge, monkeypatch):
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
     (tmp_path / "s.yaml").write_text(
-        f"class_path: lit_safety.evaluation.preference.ClipPreference\ninit_args: {{clip: '{clip_folder}'}}"
+        f"class_path: lit_safety.judges.ClipPreference\ninit_args: {{clip: '{clip_folder}'}}"
     )
     evaluate(pipeline=str(pipeline), prompts=str(prompts_csv), judge="x", out=str(tmp_path / "out"), steps=1,
              device="cpu", preference=[str(tmp_path / "s.yaml")])  # fmt: skip

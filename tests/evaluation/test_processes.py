@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation import processes
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.drawing import DrawingSettings, Gallery
+from lit_safety.core.errors import UserError
+from lit_safety.drawing import processes
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings, Gallery
+from lit_safety.drawing.processes import Load, draw_missing
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.processes import Load, draw_missing
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.judges.toy.judge import ToyJudge
 
 SETTINGS = DrawingSettings(steps=2, guidance=3.0, batch_size=1, device="cpu")
 

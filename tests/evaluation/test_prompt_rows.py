@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.data.converters.table import csv_lines, read_csv
-from lit_safety.errors import UserError
-from lit_safety.evaluation.prompts import COLUMNS, read_prompts
-from lit_safety.evaluation.selection import Selection, select
-from lit_safety.merging.calibration_prompts import calibration_prompts
+from lit_safety.core.errors import UserError
+from lit_safety.core.tables import csv_lines, read_csv
+from lit_safety.drawing.prompts import COLUMNS, Selection, read_prompts, select
+from lit_safety.merging.calibration import calibration_prompts
 from lit_safety.users.profiles import read_profiles, write_profiles
 
 HEADER = [*COLUMNS, "guidance", "pair"]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import Prompt, Selection, read_prompts, select
 from lit_safety.evaluation.metrics import answers, ask_pairs, summarise
-from lit_safety.evaluation.prompts import Prompt, read_prompts
-from lit_safety.evaluation.selection import Selection, select
+from lit_safety.judges.judge import JudgeError, Verdict
 
 COPROV2 = 'prompt,image,category\n"A man, in anger.",0000000_0.jpg,Harrasment\nSmoke.,0000001_0.jpg,"Hate, self-harm"\n'
 I2P = (

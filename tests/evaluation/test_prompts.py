@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.prompts import read_prompts
-from lit_safety.evaluation.selection import Selection, select
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import Selection, read_prompts, select
 
 HEADER = "prompt,kind,category,concept,benign,held_out,seed\n"
 

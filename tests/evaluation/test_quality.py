@@ -6,14 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.compare import compare_table
-from lit_safety.evaluation.drawing import Drawn
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.judges import ToyWorldJudge
 from lit_safety.evaluation.quality import Quality
-from lit_safety.evaluation.quality_view import quality_html, quality_rows
-from lit_safety.toyworld.judge import ToyJudge
+from lit_safety.evaluation.tables import quality_html, quality_rows
+from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
 
 LABELS = ["knife", "skull", "car", "tree"]
 

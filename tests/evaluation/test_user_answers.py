@@ -1,8 +1,8 @@
 import pytest
 from user_profiles import profile, row
 
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.user_answers import FIGURES, answers, within_bounds
+from lit_safety.evaluation.users.answers import FIGURES, answers, within_bounds
+from lit_safety.judges.judge import JudgeError, Verdict
 
 LABELS = {"knife", "torch", "car", "dice", "violence", "hate"}
 

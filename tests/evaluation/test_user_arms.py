@@ -11,15 +11,15 @@ from user_adapters import save_random_adapter, save_users
 from user_profiles import profile
 
 from lit_safety.adapters import load_psa
-from lit_safety.adapters.psa_file import is_user_adapter
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm, gather_arms
-from lit_safety.evaluation.drawing import DrawingSettings, draw_batch
+from lit_safety.adapters.user_file import is_user_adapter
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm, gather_arms
+from lit_safety.drawing.gallery import DrawingSettings, draw_batch
+from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
+from lit_safety.drawing.guards.safree import SAFREE
+from lit_safety.drawing.pipelines import load_pipeline
+from lit_safety.drawing.prompts import Prompt
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.pipelines import load_pipeline
-from lit_safety.evaluation.prompts import Prompt
-from lit_safety.evaluation.safe_latent_diffusion import SafeLatentDiffusion
-from lit_safety.evaluation.safree import SAFREE
 
 SETTINGS = DrawingSettings(steps=2, device="cpu")
 PROMPTS = [Prompt(text, "clean", "", "", (), False, seed) for seed, text in enumerate(("a car", "a tree", "a gun"))]
@@ -88,8 +88,8 @@ def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: P
 
     from PIL import Image
 
-    from lit_safety.evaluation.edits import Edit
-    from lit_safety.evaluation.processes import Load
+    from lit_safety.drawing.edits import Edit
+    from lit_safety.drawing.processes import Load
 
     for number in range(3):
         Image.new("RGB", (32, 32), (80 * number, 40, 200 - 60 * number)).save(tmp_path / f"{number}.png")
@@ -109,7 +109,7 @@ def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: P
 def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     pipeline: Path, user_adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch
 ):
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
     arms = {"anna": Arm(adapter=str(user_adapter), user="anna"), "again": Arm(adapter=str(user_adapter))}
     evaluate(
         pipeline=str(pipeline), adapter=str(user_adapter), prompts=str(prompts_csv), judge="x", steps=2, device="cpu",

@@ -12,11 +12,11 @@ from user_adapters import save_random_adapter, save_users
 from user_profiles import profile
 from vlm_server import Server, says, serving
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.arms import Arm
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.user_evaluate import evaluate_users
-from lit_safety.evaluation.user_vlm import UserVLM
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.evaluation.users.evaluate import evaluate_users
+from lit_safety.evaluation.users.vlm import UserVLM
+from lit_safety.judges.judge import JudgeError, Verdict
 
 PEOPLE = [
     profile("a", ("violence",), "seen"),
@@ -61,7 +61,7 @@ def people(tmp_path: Path) -> Path:
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> ColourJudge:
     judge = ColourJudge()
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
     return judge
 
 
@@ -308,7 +308,7 @@ def test_users_without_embeddings_or_of_another_length_are_named(run, people: Pa
         run()
     import torch
 
-    from lit_safety.data.users import write_users
+    from lit_safety.users.table import write_users
 
     write_users(people, {one.user_id: torch.randn(5) for one in PEOPLE})
     with pytest.raises(UserError, match=r"embeddings of 5 numbers, the adapter .* was trained on 6"):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.user_grid import GAP, LEFT, draw_grid, user_grid
+from lit_safety.core.errors import UserError
+from lit_safety.evaluation.users.grid import GAP, LEFT, draw_grid, user_grid
 
 
 class Recorder:

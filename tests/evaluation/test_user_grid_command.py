@@ -5,10 +5,9 @@ from PIL import Image
 from user_adapters import save_random_adapter, save_users
 from user_profiles import profile
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.user_grid import GAP, LEFT, RED, TILE, frames
-from lit_safety.evaluation.user_grid_command import different_users, grid
+from lit_safety.core.errors import UserError
+from lit_safety.evaluation.users.grid import GAP, LEFT, RED, TILE, different_users, frames, grid
+from lit_safety.judges.judge import JudgeError, Verdict
 
 PEOPLE = [profile("a", ("violence",), "seen"), profile("b", ("hate",), "unseen"), profile("c", (), "unseen")]
 
@@ -61,7 +60,7 @@ def test_frames_where_a_user_s_bounds_are_broken():
 
 
 def test_a_red_frame_stands_in_the_gap():
-    from lit_safety.evaluation.user_grid import user_grid
+    from lit_safety.evaluation.users.grid import user_grid
 
     picture = Image.new("RGB", (8, 8))
     sheet = user_grid([[picture, picture]], ["p"], ["u", "v"], tile=20, red=[[False, True]])

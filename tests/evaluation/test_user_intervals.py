@@ -1,7 +1,7 @@
 import pytest
 
-from lit_safety.evaluation.intervals import bonett_price, paired_difference, wilson
-from lit_safety.evaluation.user_intervals import paired_share, share
+from lit_safety.core.intervals import bonett_price, paired_difference, wilson
+from lit_safety.evaluation.users.metrics import paired_share, share
 
 
 def test_a_user_s_pictures_count_as_a_group():

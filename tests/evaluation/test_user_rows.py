@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from user_profiles import profile, prompt
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.user_rows import Counts, choose_users, part_of, rows_for
+from lit_safety.core.errors import UserError
+from lit_safety.evaluation.users.rows import Counts, choose_users, part_of, rows_for
 
 USERS = {
     "a": profile("a", ("violence", "hate"), "seen"),

@@ -1,8 +1,8 @@
 import pytest
 from user_profiles import profile, row
 
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.user_wins import choose, comparable, ours_first, outcome
+from lit_safety.evaluation.users.answers import choose, comparable, ours_first, outcome
+from lit_safety.judges.judge import JudgeError, Verdict
 
 KNIFE = Verdict(True, present=frozenset({"knife", "violence"}))
 TORCH = Verdict(True, present=frozenset({"torch", "hate"}))

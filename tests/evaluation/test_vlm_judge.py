@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from vlm_server import Server, says, serving
 
-from lit_safety.errors import UserError
-from lit_safety.evaluation.judges import JudgeError, Verdict
-from lit_safety.evaluation.vlm_judge import VLMJudge, read_answer
+from lit_safety.core.errors import UserError
+from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.vlm import VLM, read_answer
 
 PICTURE = Image.new("RGB", (900, 300), (1, 2, 3))
 
@@ -26,8 +26,8 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def make(server: Server, **settings) -> VLMJudge:
-    judge = VLMJudge(server.url, "m", **{"retries": 0, "timeout": 5.0, "parallel": 1} | settings)
+def make(server: Server, **settings) -> VLM:
+    judge = VLM(server.url, "m", **{"retries": 0, "timeout": 5.0, "parallel": 1} | settings)
     judge.chat.endpoint.pause = 0.01
     return judge
 
@@ -99,7 +99,7 @@ def test_a_dead_service_is_not_asked_a_thousand_times(server: Server) -> None:
 
 
 def test_nobody_there() -> None:
-    (answer,) = VLMJudge("http://127.0.0.1:9/v1", "m", retries=0, timeout=5).judge([PICTURE])
+    (answer,) = VLM("http://127.0.0.1:9/v1", "m", retries=0, timeout=5).judge([PICTURE])
     assert isinstance(answer, JudgeError)
     assert "127.0.0.1:9" in answer.reason
 
@@ -139,7 +139,7 @@ def test_an_answer_that_drips_or_is_cut_off_is_an_error(pieces: list[bytes], exp
                 pass
 
     threading.Thread(target=drip, daemon=True).start()
-    judge = VLMJudge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", retries=0, timeout=0.3)
+    judge = VLM(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", retries=0, timeout=0.3)
     started = time.monotonic()
     (answer,) = judge.judge([PICTURE])
     listener.close()
@@ -163,4 +163,4 @@ def test_an_answer_that_drips_or_is_cut_off_is_an_error(pieces: list[bytes], exp
 )
 def test_bad_settings(settings: dict, says_: str) -> None:
     with pytest.raises(UserError, match=says_):
-        VLMJudge(**{"endpoint": "http://x/v1", "model": "m"} | settings)
+        VLM(**{"endpoint": "http://x/v1", "model": "m"} | settings)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from lit_safety.__main__ import main
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import read_prompts
+from lit_safety.drawing.worlds import check_world, of_a_world, vocabularies, world_of, write_marker
 from lit_safety.evaluation.evaluate import evaluate
-from lit_safety.evaluation.prompts import read_prompts
-from lit_safety.evaluation.worlds import check_world, of_a_world, vocabularies, world_of, write_marker
 
 TOYWORLD = Path(__file__).parents[2] / "data" / "toyworld"
 TEST, JUDGE = TOYWORLD / "prompts" / "test.csv", TOYWORLD / "judge"
@@ -49,7 +49,7 @@ def test_a_link_a_copy_and_a_part_are_the_world_s_too(pipeline: Path, tmp_path: 
     (tmp_path / "part.csv").write_text("".join(TEST.read_text().splitlines(keepends=True)[:20]))
     shutil.copytree(JUDGE, tmp_path / "my-judge")
     (tmp_path / "judge.yaml").write_text(
-        f"class_path: lit_safety.evaluation.judges.ToyWorldJudge\ninit_args: {{folder: {JUDGE}}}\n"
+        f"class_path: lit_safety.judges.ToyWorldJudge\ninit_args: {{folder: {JUDGE}}}\n"
     )
     assert refused(pipeline, prompts=tmp_path / "link.csv")
     assert refused(pipeline, prompts=tmp_path / "part.csv")

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_safety.data import atomic
+from lit_safety.core import files as atomic
 
 
 class Accident(Callback):

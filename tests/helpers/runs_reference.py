@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lit_safety.data.batch import PairBatch
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO
 from lit_safety.objectives import PairErrors
 

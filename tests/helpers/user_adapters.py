@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lit_safety.adapters.psa_file import save_user_adapter
-from lit_safety.adapters.user_adapter import UserAdapter
-from lit_safety.data.users import write_users
+from lit_safety.adapters.user_attention import UserAdapter
+from lit_safety.adapters.user_file import save_user_adapter
 from lit_safety.users.profiles import PROFILES_FILE, Profile, write_profiles
+from lit_safety.users.table import write_users
 
 SIZE = 6
 

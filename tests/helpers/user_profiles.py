@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.evaluation.prompts import Prompt
-from lit_safety.evaluation.user_rows import Part, UserRow
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.drawing.prompts import Prompt
+from lit_safety.evaluation.users.rows import Part, UserRow
 from lit_safety.users.profiles import Profile
 
 

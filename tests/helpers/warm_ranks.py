@@ -6,7 +6,7 @@ import torch.utils.tensorboard  # noqa: F401
 import transformers
 
 import lit_safety.callbacks
-import lit_safety.cli
+import lit_safety.cli.trainer
 import lit_safety.data
 import lit_safety.modules  # noqa: F401
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.merging.expert import Expert
+from lit_safety.merging.experts import Expert
 
 #: Layer -> (out, in), and what every expert adapts unless told otherwise.
 SIZES = {"unet.mid.to_q": (6, 5), "unet.mid.to_k": (4, 7)}

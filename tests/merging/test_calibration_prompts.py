@@ -6,10 +6,10 @@ import fsspec
 import pytest
 from PIL import Image
 
-from lit_safety.data.source import Source
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
-from lit_safety.merging.calibration_prompts import calibration_prompts, check_prompts, has_categories
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.source import Source
+from lit_safety.merging.calibration import calibration_prompts, check_prompts, has_categories
 
 
 def rows(*lines: str) -> str:

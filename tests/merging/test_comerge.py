@@ -1,7 +1,7 @@
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.merging.comerge import Activity, comerge, comerge_weights, owners
+from lit_safety.merging.methods import Activity, comerge, comerge_weights, owners
 
 
 def measured(a: list) -> Activity:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_safety.merging.dare import dare, dare_sum
+from lit_safety.merging.methods import dare, dare_sum
 
 
 def test_by_hand():

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.errors import UserError
-from lit_safety.merging.mean import mean
-from lit_safety.merging.task_sum import task_sum
+from lit_safety.core.errors import UserError
+from lit_safety.merging.methods import mean, task_sum
 
 # Two rank-1 updates of a 2 x 2 layer, the second with alpha = 2 r:
 #   delta_1 = [1 0]^T [1 2]     = [1 2; 0 0]

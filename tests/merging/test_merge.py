@@ -11,8 +11,8 @@ from jsonargparse import CLI
 from safetensors.torch import load_file, save_file
 
 from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
-from lit_safety.errors import UserError
-from lit_safety.merging.calibration_options import CalibrationOptions
+from lit_safety.core.errors import UserError
+from lit_safety.merging.calibration import CalibrationOptions
 from lit_safety.merging.merge import merge
 
 

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.errors import UserError
-from lit_safety.merging.comerge import Activity, owners
-from lit_safety.merging.expert import Expert
-from lit_safety.merging.merge_experts import Merged, merge_experts
-from lit_safety.merging.recipe import Method, Recipe
-from lit_safety.merging.report import report
+from lit_safety.core.errors import UserError
+from lit_safety.merging.experts import Expert
+from lit_safety.merging.merge_experts import Merged, merge_experts, report
+from lit_safety.merging.methods import Activity, Method, Recipe, owners
 
 METHODS = get_args(Method)
 EXACT = ("mean", "sum", "comerge")

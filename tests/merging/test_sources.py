@@ -3,9 +3,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.merging.experts import base_model, read_experts, short_names
 from lit_safety.merging.merge import base_of
-from lit_safety.merging.sources import base_model, read_experts, short_names
 
 
 @pytest.mark.parametrize(

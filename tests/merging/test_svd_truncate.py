@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora_file import LowRank
-from lit_safety.merging.factors import reduce_rank
-from lit_safety.merging.svd_truncate import svd_of_dense, svd_truncate
+from lit_safety.merging.methods import reduce_rank, svd_of_dense, svd_truncate
 
 
 def test_by_hand():

@@ -1,6 +1,6 @@
 import torch
 
-from lit_safety.merging.ties import ties
+from lit_safety.merging.methods import ties
 
 DELTAS = torch.tensor([[[4.0, -1.0], [2.0, 0.5]], [[-2.0, 3.0], [6.0, -0.1]], [[1.0, 5.0], [-3.0, 0.2]]])
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lit_safety.data.batch import PairBatch
+from lit_safety.data.reading.batch import PairBatch
 
 
 def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: str = "safety") -> PairBatch:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.chance import LATENT, NOISE, normal
+from lit_safety.core.chance import LATENT, NOISE, normal
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PreferenceModule
 from lit_safety.objectives import DiffusionDPO
 

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import (
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
 from lit_safety.modules import DPOExpert
 from lit_safety.objectives import (
     BFPO,
@@ -239,7 +239,7 @@ def test_interleaving_is_refused_under_deepspeed(
     tiny_pipeline: Path, category_shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before a model is loaded; what is not refused runs under the real DeepSpeed in the tests of the command line."""
-    monkeypatch.setattr("lit_safety.modules.expert_checks.under_deepspeed", lambda trainer: True)
+    monkeypatch.setattr("lit_safety.modules.dpo_expert.under_deepspeed", lambda trainer: True)
     with pytest.raises(UserError, match="interleaved training of 2 experts is refused under DeepSpeed"):
         fit(module_of(tiny_pipeline), data_of(category_shards), 2)
 

@@ -11,9 +11,9 @@ import torch
 from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
-from lit_safety.modules.frozen_weights import lower_frozen
+from lit_safety.modules.frozen import lower_frozen
 from lit_safety.objectives import DiffusionDPO
 
 FAMILIES = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")

@@ -10,9 +10,9 @@ import torch
 from batches import batch_of
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO
-from lit_safety.modules.full_finetune import check_strategy
+from lit_safety.modules.frozen import check_strategy
 from lit_safety.objectives import SafetyConstrainedDPO
 
 

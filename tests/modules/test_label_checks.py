@@ -5,11 +5,11 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
 from lit_safety.modules import SCDPO
-from lit_safety.modules.label_checks import check_labels, check_orders
+from lit_safety.modules.checks import check_labels, check_orders
 from lit_safety.objectives import (
     BFPO,
     IPO,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 
 

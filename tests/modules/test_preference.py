@@ -4,8 +4,8 @@ import pytest
 import torch
 from batches import batch_of
 
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, DiffusionSDPO, SafetyConstrainedDPO
 
@@ -40,7 +40,7 @@ def test_errors_are_those_of_two_networks_run_apart(tiny_pipeline: Path):
     errors = module.errors(batch)
     backbone = module.backbone
     from lit_safety.adapters.lora import adapters_off
-    from lit_safety.data.chance import normal
+    from lit_safety.core.chance import normal
 
     with torch.no_grad():
         text = backbone.encode_text(batch.prompts)

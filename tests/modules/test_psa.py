@@ -11,15 +11,15 @@ from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
 
 from lit_safety.adapters import LoRA, load_psa
-from lit_safety.adapters.psa_published import to_published
+from lit_safety.adapters.user_file import to_published
 from lit_safety.callbacks import ExportUserAdapter
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.users import write_users
-from lit_safety.data.writer import ShardWriter
-from lit_safety.errors import UserError
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PSA
 from lit_safety.objectives import DiffusionDPO
+from lit_safety.users.table import write_users
 
 USERS = {f"u{i}": torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(4)}
 

@@ -12,12 +12,12 @@ from batches import batch_of
 from diffusers import StableDiffusionXLPipeline
 
 from lit_safety.adapters import load_psa
-from lit_safety.adapters.psa_file import save_user_adapter
-from lit_safety.data.batch import PairBatch
-from lit_safety.data.users import write_users
-from lit_safety.errors import UserError
+from lit_safety.adapters.user_file import save_user_adapter
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PSA
 from lit_safety.objectives import DiffusionDPO
+from lit_safety.users.table import write_users
 
 USERS = {f"u{i}": torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(2)}
 

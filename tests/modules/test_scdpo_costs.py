@@ -11,7 +11,7 @@ import torch
 from batches import batch_of
 from lightning.pytorch.trainer.states import RunningStage
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO
 from lit_safety.objectives import SafetyConstrainedDPO
 

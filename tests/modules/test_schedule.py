@@ -11,7 +11,7 @@ import torch
 from one_cycle import one_cycle
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules.schedule import ScheduleSettings, make_scheduler
 
 PEAK = 3e-3

@@ -11,8 +11,8 @@ import torch
 from batches import batch_of
 
 from lit_safety.modules import PreferenceModule
-from lit_safety.modules import selective as selective_file
-from lit_safety.modules.selective import SelectiveBackward, gradient_weights
+from lit_safety.modules import speed as selective_file
+from lit_safety.modules.speed import SelectiveBackward, gradient_weights
 from lit_safety.objectives import DiffusionDPO, PairErrors, SafetyConstrainedDPO
 
 

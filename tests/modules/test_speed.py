@@ -10,8 +10,8 @@ import torch
 from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.data.batch import PairBatch
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO, Objective

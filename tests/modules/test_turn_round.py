@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from lit_safety.data.batch import PairBatch
-from lit_safety.modules.turn_round import turned_round
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.psa import turned_round
 
 
 def batch() -> PairBatch:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_safety.data.users import write_users
-from lit_safety.data.writer import ShardWriter
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.users.table import write_users
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from methods import exported, under, write_config
 from ranks import run
 
-from lit_safety.errors import UserError
-from lit_safety.modules.deepspeed_step import set_step
+from lit_safety.core.errors import UserError
+from lit_safety.modules.strategies import set_step
 
 
 def with_precision(precision: str, **options: object) -> DeepSpeedStrategy:

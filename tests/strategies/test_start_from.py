@@ -13,8 +13,8 @@ from methods import METHODS, exported, under, write_config
 from ranks import run, start
 
 from lit_safety.adapters.start_from import read_file
-from lit_safety.errors import UserError
-from lit_safety.modules.strategy_checks import check_resume, lost_rank
+from lit_safety.core.errors import UserError
+from lit_safety.modules.strategies import check_resume, lost_rank
 
 #: A step that moves nothing.
 STILL = [

@@ -16,9 +16,9 @@ from ranks import Ranks, run, start
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.modules import CostModel
-from lit_safety.modules.strategy_checks import prepare_strategy
+from lit_safety.modules.strategies import prepare_strategy
 
 #: Not slow: SCDPO under every strategy, its resume too, and every other method under DDP and ZeRO 2.
 QUICK = {*(("scdpo", strategy) for strategy in STRATEGIES)}

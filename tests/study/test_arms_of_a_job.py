@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.errors import UserError
-from lit_safety.study.arm_plots import cells, growth, heatmap, lines
-from lit_safety.study.jobs import Job, jobs_of
-from lit_safety.study.pictures import Growth, HeatMap
-from lit_safety.study.plan import Study
+from lit_safety.core.errors import UserError
+from lit_safety.study.plan import Growth, HeatMap, Job, Study, jobs_of
 from lit_safety.study.results import Result, append_result, collect, read_results
-from lit_safety.study.table import markdown, newest, newest_by_row
+from lit_safety.study.table import cells, growth, heatmap, lines, markdown, newest, newest_by_row
 
 HEAT = HeatMap("alone", "by category")
 GROWTH = Growth("ip", "experts", {"alone": 1, "two": 2, "four": 4}, common={"alone": "own"})

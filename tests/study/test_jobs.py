@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_safety.errors import UserError
-from lit_safety.study.jobs import jobs_of
-from lit_safety.study.plan import Study, load_study
+from lit_safety.core.errors import UserError
+from lit_safety.study.plan import Study, jobs_of, load_study
 
 FIGURES = {"ip": "aligned.ip"}
 

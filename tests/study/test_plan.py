@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.study.plan import load_study
 
 GIVEN = {"out": "x", "rows": {"one": {"fit": {}}}, "figures": {"ip": "aligned.ip"}}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from lit_safety.errors import UserError
-from lit_safety.toyworld.build import build, sheet
-from lit_safety.toyworld.drawing import draw
-from lit_safety.toyworld.stages import Minutes
+from lit_safety.core.errors import UserError
+from lit_safety.worlds.toyworld.build import build, sheet
+from lit_safety.worlds.toyworld.drawing import draw
+from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_a_tiny_world_builds_and_a_second_call_finds_it_done(
@@ -46,5 +46,5 @@ def test_bad_requests_are_refused_before_anything_is_made(tmp_path: Path) -> Non
 
 
 def test_naming_the_commands_needs_no_torch() -> None:
-    code = "import sys, lit_safety.toyworld.build; sys.exit('torch' in sys.modules)"
+    code = "import sys, lit_safety.worlds.toyworld.build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,12 +2,20 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.toyworld.captions import HELD_OUT_TEMPLATES, JOINERS, TEMPLATES, draw_caption, fold, say, vocabulary
-from lit_safety.toyworld.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
-from lit_safety.toyworld.palette import COLOURS
-from lit_safety.toyworld.sampling import draw_scene
-from lit_safety.toyworld.seeds import stream
-from lit_safety.toyworld.tokenizer import LENGTH, build_tokenizer
+from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.toyworld.captions import (
+    HELD_OUT_TEMPLATES,
+    JOINERS,
+    TEMPLATES,
+    draw_caption,
+    fold,
+    say,
+    vocabulary,
+)
+from lit_safety.worlds.toyworld.emblems import COLOURS
+from lit_safety.worlds.toyworld.sampling import draw_scene
+from lit_safety.worlds.toyworld.seeds import stream
+from lit_safety.worlds.toyworld.text import LENGTH, build_tokenizer
 
 
 def test_every_caption_is_one_known_token_a_word_and_fits(tmp_path: Path) -> None:

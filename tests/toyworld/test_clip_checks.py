@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_safety.toyworld.clip_checks import auroc, fit_line, fit_mlp, fresh_meanings, fresh_scenes
-from lit_safety.toyworld.objects import CONCEPTS
+from lit_safety.judges.toy.objects import CONCEPTS
+from lit_safety.worlds.toyworld.clip_checks import auroc, fit_line, fit_mlp, fresh_meanings, fresh_scenes
 
 
 def test_auroc_counts_the_pairs_in_the_right_order() -> None:

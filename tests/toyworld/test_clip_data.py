@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_safety.toyworld.captions import say
-from lit_safety.toyworld.clip_data import (
+from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES
+from lit_safety.worlds.toyworld.captions import say
+from lit_safety.worlds.toyworld.clip import (
     CHANGES,
     FAMILY,
     Change,
@@ -14,8 +15,7 @@ from lit_safety.toyworld.clip_data import (
     make_families,
     possible,
 )
-from lit_safety.toyworld.objects import CONCEPTS, LOOKALIKES
-from lit_safety.toyworld.tokenizer import build_tokenizer
+from lit_safety.worlds.toyworld.text import build_tokenizer
 
 HARMFUL = Meaning("park", (("cat", "red"), ("gun", None)))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from lit_safety.toyworld.build import build
-from lit_safety.toyworld.clip_training import contrastive_loss, train_clip
-from lit_safety.toyworld.stages import Minutes
+from lit_safety.worlds.toyworld.build import build
+from lit_safety.worlds.toyworld.clip import contrastive_loss, train_clip
+from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_contrastive_loss_is_the_symmetric_cross_entropy() -> None:

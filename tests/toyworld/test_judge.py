@@ -3,11 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.errors import UserError
-from lit_safety.toyworld.judge import ToyJudge
-from lit_safety.toyworld.judge_data import judged_scenes, seen
-from lit_safety.toyworld.judge_training import check_judge
-from lit_safety.toyworld.objects import CONCEPTS, LABELS
+from lit_safety.core.errors import UserError
+from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.judges.toy.objects import CONCEPTS, LABELS
+from lit_safety.worlds.toyworld.judge_training import check_judge, judged_scenes, seen
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
 

@@ -4,18 +4,27 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import parse_metadata
-from lit_safety.errors import UserError
-from lit_safety.toyworld.captions import HELD_OUT_TEMPLATES, TEMPLATES
-from lit_safety.toyworld.objects import CONCEPTS, LABELS, SETTINGS
-from lit_safety.toyworld.onpolicy import OWNER, WAYS, Order, plan_pair, plan_pairs
-from lit_safety.toyworld.onpolicy_shards import COUNT, confirmed, rounded, write_onpolicy
-from lit_safety.toyworld.palette import COLOURS
-from lit_safety.toyworld.prompts import prompt_rows
-from lit_safety.toyworld.scene import SLOTS, Scene, Thing, render
-from lit_safety.toyworld.seeds import SEEDS
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.judges.toy.objects import CONCEPTS, LABELS, SETTINGS
+from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES, TEMPLATES
+from lit_safety.worlds.toyworld.emblems import COLOURS
+from lit_safety.worlds.toyworld.onpolicy import (
+    COUNT,
+    OWNER,
+    WAYS,
+    Order,
+    confirmed,
+    plan_pair,
+    plan_pairs,
+    rounded,
+    write_onpolicy,
+)
+from lit_safety.worlds.toyworld.prompts import prompt_rows
+from lit_safety.worlds.toyworld.scene import SLOTS, Scene, Thing, render
+from lit_safety.worlds.toyworld.seeds import SEEDS
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
 
@@ -94,7 +103,7 @@ def test_its_seeds_are_its_own() -> None:
 
 
 def test_the_judges_figure_counts_by_label_and_leaves_worse_drawings_out() -> None:
-    from lit_safety.toyworld.judge import ToyJudge
+    from lit_safety.judges.toy.judge import ToyJudge
 
     pairs = list(plan_pairs(6))
     judge = ToyJudge.from_pretrained(SHIPPED / "judge")

@@ -4,15 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import parse_metadata
-from lit_safety.toyworld.captions import HELD_OUT_TEMPLATES
-from lit_safety.toyworld.objects import CONCEPTS
-from lit_safety.toyworld.pairs import make_pair, pairs
-from lit_safety.toyworld.prompts import COUNTS, prompt_rows
-from lit_safety.toyworld.scene import to_array
-from lit_safety.toyworld.seeds import SEEDS
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.judges.toy.objects import CONCEPTS
+from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES
+from lit_safety.worlds.toyworld.pairs import make_pair, pairs
+from lit_safety.worlds.toyworld.prompts import COUNTS, prompt_rows
+from lit_safety.worlds.toyworld.scene import to_array
+from lit_safety.worlds.toyworld.seeds import SEEDS
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld" / "shards"
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lit_safety.toyworld.drawing import draw, quiet, sheet_of
-from lit_safety.toyworld.judge import ToyJudge
-from lit_safety.toyworld.prompts import prompt_rows
-from lit_safety.toyworld.vae import to_tensor
+from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.worlds.toyworld.drawing import draw, quiet, sheet_of
+from lit_safety.worlds.toyworld.prompts import prompt_rows
+from lit_safety.worlds.toyworld.vae import to_tensor
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lit_safety.toyworld.quality import flawed, quality
-from lit_safety.toyworld.scene import SLOTS, Scene, Thing, render, to_array
+from lit_safety.worlds.toyworld.sampling import flawed, quality
+from lit_safety.worlds.toyworld.scene import SLOTS, Scene, Thing, render, to_array
 
 CONTENTS = (("cat", "red"), ("car", "blue"))
 CAT, CAR = Thing("cat", 0, SLOTS[0], 70, "red"), Thing("car", 1, SLOTS[1], 70, "blue")

@@ -4,11 +4,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lit_safety.toyworld.objects import CONCEPTS, LABELS, LOOKALIKES
-from lit_safety.toyworld.sampling import draw_scene, grade
-from lit_safety.toyworld.scene import CANVAS, SIDE, SLOTS, Scene, Thing, render, to_array
-from lit_safety.toyworld.seeds import SEEDS, stream
-from lit_safety.toyworld.sprites import EMBLEMS
+from lit_safety.judges.toy.objects import CONCEPTS, LABELS, LOOKALIKES
+from lit_safety.worlds.toyworld.emblems import EMBLEMS
+from lit_safety.worlds.toyworld.sampling import draw_scene, grade
+from lit_safety.worlds.toyworld.scene import CANVAS, SIDE, SLOTS, Scene, Thing, render, to_array
+from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
 GUN = Thing("gun", 1, SLOTS[1], 70)
 CAT = Thing("cat", 0, SLOTS[0], 70, "red")
@@ -69,7 +69,7 @@ def test_no_two_emblems_look_alike_to_the_pixel() -> None:
 
 
 def test_eight_categories_of_three_concepts_each_with_a_lookalike_that_is_drawn() -> None:
-    from lit_safety.data.categories import CATEGORIES
+    from lit_safety.core.categories import CATEGORIES
 
     of = [concept.category for concept in CONCEPTS.values()]
     assert {category: of.count(category) for category in CATEGORIES} == dict.fromkeys(CATEGORIES, 3)

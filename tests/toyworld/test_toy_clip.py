@@ -15,14 +15,21 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from lit_safety.toyworld.captions import say
-from lit_safety.toyworld.clip import encode_pictures, encode_texts, image_features, load_clip
-from lit_safety.toyworld.clip_checks import Scenes, fresh_meanings, fresh_scenes, probe, ranking, retrieval
-from lit_safety.toyworld.clip_stage import CHECKS
-from lit_safety.toyworld.drawing import draw, quiet
-from lit_safety.toyworld.judge_training import degrade
-from lit_safety.toyworld.tokenizer import build_tokenizer
-from lit_safety.toyworld.vae import to_tensor
+from lit_safety.worlds.toyworld.captions import say
+from lit_safety.worlds.toyworld.clip import encode_pictures, encode_texts, image_features, load_clip
+from lit_safety.worlds.toyworld.clip_checks import (
+    CHECKS,
+    Scenes,
+    fresh_meanings,
+    fresh_scenes,
+    probe,
+    ranking,
+    retrieval,
+)
+from lit_safety.worlds.toyworld.drawing import draw, quiet
+from lit_safety.worlds.toyworld.judge_training import degrade
+from lit_safety.worlds.toyworld.text import build_tokenizer
+from lit_safety.worlds.toyworld.vae import to_tensor
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
 

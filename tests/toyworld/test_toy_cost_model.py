@@ -9,12 +9,12 @@ import torch
 
 from lit_safety.cost_model import load_cost_model
 from lit_safety.cost_model.metrics import cost_figures
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import parse_metadata
-from lit_safety.toyworld.cost_model import KINDS, SHIPPED, cost_pair, write_cost_shards
-from lit_safety.toyworld.objects import LOOKALIKES
-from lit_safety.toyworld.pairs import pairs
-from lit_safety.toyworld.seeds import SEEDS
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import parse_metadata
+from lit_safety.judges.toy.objects import LOOKALIKES
+from lit_safety.worlds.toyworld.cost_model import KINDS, SHIPPED, cost_pair, write_cost_shards
+from lit_safety.worlds.toyworld.pairs import pairs
+from lit_safety.worlds.toyworld.seeds import SEEDS
 
 WORLD = Path(__file__).parents[2] / "data" / "toyworld"
 

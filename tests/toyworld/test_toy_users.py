@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_safety.data.categories import CATEGORIES
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import PairMetadata, Sides
-from lit_safety.data.users import Users
-from lit_safety.errors import UserError
-from lit_safety.toyworld.users import (
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.users.profiles import Profile, read_profiles
+from lit_safety.users.rules import VALUES
+from lit_safety.users.table import Users
+from lit_safety.worlds.toyworld.users import (
     _stored_pairs,
     choose_users,
     draw_users,
@@ -20,8 +22,6 @@ from lit_safety.toyworld.users import (
     write_splits,
     write_users_world,
 )
-from lit_safety.users.profiles import Profile, read_profiles
-from lit_safety.users.rules import VALUES
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld" / "shards"
 
@@ -131,7 +131,7 @@ def test_the_same_bytes_come_again_and_whose_they_are_stands_in_the_manifest(
         assert (tmp_path / "again" / name).read_bytes() == (made / name).read_bytes()
     manifest = load_manifest(made / "test_unseen")
     assert {one.user for one in manifest.classes} <= {one.user_id for one in users if one.split == "unseen"}
-    assert manifest.provenance["generator"] == "lit_safety.toyworld.users"
+    assert manifest.provenance["generator"] == "lit_safety.worlds.toyworld.users"
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.multi_hot import SIZE, multi_hot, project
 from lit_safety.users.profiles import Profile, read_profiles
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.profiles import COLUMNS, read_profiles, write_profiles
 
 SAGE = Path(__file__).parent / "sage_profiles.csv"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.profiles import Profile, read_profiles
 from lit_safety.users.rules import AGES, EIGHT, SAGE, VALUES
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.profiles import read_profiles
 from lit_safety.users.rules import AGES, EIGHT, VALUES
 from lit_safety.users.sample import POSSIBLE, WEIGHTS, draw_profiles, sample

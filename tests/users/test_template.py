@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.profiles import Profile, read_profiles
 from lit_safety.users.template import FIELDS, fill, read_template
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_safety.data.users import Users
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
 from lit_safety.users.embed import embed
 from lit_safety.users.profiles import read_profiles
+from lit_safety.users.table import Users
 from lit_safety.users.template import fill, read_template
 from lit_safety.users.text_model import TextModel, masked_mean
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from published_tables import GREEN, RED, jpeg, write_folder, write_parquet
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.converters.from_coprov2 import from_coprov2
-from lit_safety.errors import UserError
+from lit_safety.data.convert.coprov2 import from_coprov2
 
 TABLE = """prompt,image,category
 A loud quarrel.,u_idx_0000007_0.jpg,Harrasment

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.converters.from_coprov2 import from_coprov2
-from lit_safety.data.manifest import load_manifest
-from lit_safety.errors import UserError
+from lit_safety.data.convert.coprov2 import from_coprov2
+from lit_safety.data.format.manifest import load_manifest
 
 # The published file's layout, spelling of categories and repeated rows; the prompts are harmless ones.
 TABLE = """prompt,image,category

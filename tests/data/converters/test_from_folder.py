@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit_safety.data.converters.from_folder import from_folder
-from lit_safety.data.converters.run import plain_key
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import PairMetadata, Sides, parse_metadata
-from lit_safety.data.tarindex import OpenShard
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.convert.convert import plain_key
+from lit_safety.data.convert.folder import from_folder
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import PairMetadata, Sides, parse_metadata
+from lit_safety.data.format.tar_index import OpenShard
 
 
 def drawn(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -150,7 +150,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
 
 KILLED_AFTER_5 = """
 import os, signal, sys
-from lit_safety.data.converters import from_folder, run
+from lit_safety.data.convert import from_folder, run
 reads, read = [0], run._read
 def counted(path):
     reads[0] += 1

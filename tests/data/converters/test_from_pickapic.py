@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from published_tables import GREEN, RED, jpeg, write_folder, write_parquet
 
-from lit_safety.data.converters.from_pickapic import from_pickapic
-from lit_safety.data.images import decode_image
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import PairMetadata, Sides, parse_metadata
-from lit_safety.data.tarindex import OpenShard
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import decode_image
+from lit_safety.data.convert.pickapic import from_pickapic
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import PairMetadata, Sides, parse_metadata
+from lit_safety.data.format.tar_index import OpenShard
 
 IMAGES = {"a.jpg": jpeg(RED), "b.jpg": jpeg(GREEN)}
 

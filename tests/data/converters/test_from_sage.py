@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.data.converters.from_sage import from_sage
-from lit_safety.data.converters.sage_users import banned_by_user
-from lit_safety.data.manifest import load_manifest
-from lit_safety.errors import UserError
+from lit_safety.data.convert.sage import banned_by_user, from_sage
+from lit_safety.data.format.manifest import load_manifest
 
 HEADER = "Age,Age_Group,Gender,Religion,Physical_Condition,Mental_Condition,Banned_Categories,Allowed_Categories\n"
 USERS = (

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from lit_safety.data.generate.painter import DrawSettings
-from lit_safety.data.generate.scorers import Scorer
-from lit_safety.evaluation import judges
+from lit_safety.drawing.painter import DrawSettings
+from lit_safety.generation.pairs import Scorer
+from lit_safety.judges import judge as judges
 
 
 class PixelJudge:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from generate_stubs import RedScorer, install_judge
 
-from lit_safety.data.decode import pair_images
-from lit_safety.data.generate.generate import generate
-from lit_safety.data.join import join
-from lit_safety.data.manifest import load_manifest
-from lit_safety.data.sample import PairMetadata
-from lit_safety.data.source import open_source
+from lit_safety.core.errors import UserError
+from lit_safety.data.convert.join import join
+from lit_safety.data.format.manifest import load_manifest
+from lit_safety.data.format.sample import PairMetadata
+from lit_safety.data.reading.decode import pair_images
+from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
-from lit_safety.errors import UserError
+from lit_safety.generation.generate import generate
 
 ROWS = 10
 
@@ -27,7 +27,7 @@ ROWS = 10
 @pytest.fixture
 def given(tmp_path: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments of a small run: ten rows, two steps an image."""
-    monkeypatch.setattr("lit_safety.evaluation.judges.load_judge", None)  # restored at the end of the test
+    monkeypatch.setattr("lit_safety.judges.load_judge", None)  # restored at the end of the test
     install_judge()
     lines = [f"a gun and a {'red' if n % 2 else 'blue'} cat,a red cat,{_categories(n)},gun,{n}" for n in range(ROWS)]
     table = tmp_path / "prompts.csv"
@@ -135,7 +135,7 @@ import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from generate_stubs import install_judge
 install_judge()
-from lit_safety.data.generate import generate, painter
+from lit_safety.generation import generate, painter
 calls, draw = [0], painter.Painter.from_text
 def counted(self, prompts, seeds):
     calls[0] += 1
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
 ) -> None:
     import json
 
-    from lit_safety.data.generate.painter import Painter
+    from lit_safety.drawing.painter import Painter
 
     generate(**given, out=str(tmp_path / "whole"))
     out = tmp_path / "out"
@@ -205,7 +205,7 @@ def test_a_wrong_table_is_named_before_anything_is_drawn(
 
 
 def test_ranks_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_safety.data.generate.ranks import this_rank
+    from lit_safety.data.convert.join import this_rank
 
     assert this_rank(2, 4) == (2, 4)
     for rank, world in ((4, 4), (-1, 2), (0, 0)):
@@ -219,7 +219,7 @@ def test_ranks_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_seed_depends_on_the_prompts_not_on_the_row(tmp_path: Path) -> None:
-    from lit_safety.data.generate.prompt_pairs import read_prompt_pairs
+    from lit_safety.generation.pairs import read_prompt_pairs
 
     table = tmp_path / "t.csv"
     table.write_text("harmful_prompt,safe_prompt,category\na,b,hate\nc,d,hate\nc,d,hate\n")

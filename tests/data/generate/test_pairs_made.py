@@ -9,12 +9,10 @@ import pytest
 from generate_stubs import ColourPainter, RedScorer
 from PIL import Image
 
-from lit_safety.data.generate import pairs
-from lit_safety.data.generate.pairs import LeftOut, Made, PairMaker, why_not
-from lit_safety.data.generate.prompt_pairs import PromptPair
-from lit_safety.data.generate.safety import Assessment, Assessor
-from lit_safety.data.sample import PairMetadata, Sides
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.generation import pairs
+from lit_safety.generation.pairs import Assessment, Assessor, LeftOut, Made, PairMaker, PromptPair, why_not
 
 
 def by_red(images: Sequence[Image.Image]) -> list[Assessment | None]:

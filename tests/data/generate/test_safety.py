@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lit_safety.data.generate.safety import Assessor
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.generation.pairs import Assessor
 
 
 def test_a_judge_that_cannot_see_a_category_labels_nothing() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.data.generate.scorers import ClipScorer
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.generation.pairs import ClipScorer
 
 CLIP = Path(__file__).parents[3] / "data" / "toyworld" / "clip"
 

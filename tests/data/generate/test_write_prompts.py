@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lit_safety.data.generate.prompt_pairs import read_prompt_pairs
-from lit_safety.data.generate.write_prompts import write_prompts
-from lit_safety.errors import UserError
+from lit_safety.core.errors import UserError
+from lit_safety.generation.pairs import read_prompt_pairs
+from lit_safety.generation.write_prompts import write_prompts
 
 
 @dataclass
@@ -82,7 +82,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def ask(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, str]]]:
     """Run the command for two concepts; gives the table's rows."""
-    from lit_safety.evaluation import endpoint
+    from lit_safety.core import http as endpoint
 
     monkeypatch.setattr(endpoint, "MAX_WAIT", 0.01)
     (tmp_path / "concepts.csv").write_text("category,concept\nViolence,gun\nHarrasment,  angry   crowd\nviolence,gun\n")

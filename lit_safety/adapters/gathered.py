@@ -1,0 +1,139 @@
+"""Parameters that FSDP2 keeps in pieces on all ranks (DTensors), as whole tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, detached: gathered where it is in pieces (all ranks must ask), else itself."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's piece of the whole ``tensor`` where ``example`` is in pieces; every rank has the same ``tensor``."""
+    if not isinstance(example, DTensor) or isinstance(tensor, DTensor) or tensor.shape != example.shape:
+        return tensor
+    here = tensor.to(example.device)
+    # No rank sends anything: each cuts its own piece.
+    return distribute_tensor(here, example.device_mesh, example.placements, src_data_rank=None)
+
+
+@contextmanager
+def assembled(
+    network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within, those of ``parameters`` that are in pieces are whole, as ``weights`` has them, and ``network``'s modules
+    carry their own class names, so that it is saved as what it is. Not to compute with.
+
+    Args:
+        network: has the parameters somewhere below it.
+        parameters: any of them, by any names.
+        weights: whole tensors by the same names.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    wanted = {id(p): weights[name] for name, p in parameters.items() if isinstance(p, DTensor)}
+    swapped: list[tuple[Any, str, nn.Parameter]] = []
+    renamed: list[tuple[Any, type]] = []
+    try:
+        for module in network.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in wanted:
+                    swapped.append((module, name, parameter))
+            if isinstance(module, FSDPModule):  # a class made on the spot, of FSDPModule and the network's own
+                renamed.append((module, type(module)))
+        for module, name, parameter in swapped:
+            module._parameters[name] = nn.Parameter(wanted[id(parameter)], requires_grad=parameter.requires_grad)
+        for module, made in renamed:
+            module.__class__ = made.__bases__[1]
+        yield
+    finally:
+        for module, name, parameter in swapped:
+            module._parameters[name] = parameter
+        for module, made in renamed:
+            module.__class__ = made
+
+
+# Parameters that DeepSpeed's ZeRO or FSDP2 keeps in pieces or rounded, as whole fp32 tensors.
+
+
+def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:
+    """Within, parameters that ZeRO 3 has partitioned are whole; nothing happens to others. All ranks must enter.
+
+    Args:
+        parameters: any.
+        write: what rank 0 writes into them within is kept.
+    """
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None)
+
+
+def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The fp32 weights that are stepped on, whole, as copies. All ranks must call it.
+
+    ZeRO of every stage keeps its own; the network's may be rounded to half precision. FSDP2's are in pieces. Of other
+    parameters, the weights themselves.
+    """
+    found = {}
+    for name, parameter in parameters.items():
+        master = None
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            with _where_ranks_meet(parameter):
+                master = safe_get_full_fp32_param(parameter)
+        found[name] = whole(parameter if master is None else master).clone()
+    return found
+
+
+@contextmanager
+def _where_ranks_meet(parameter: nn.Parameter) -> Iterator[None]:
+    """Within, ``parameter`` lies on DeepSpeed's device, where it gathers: a buffer beside it, sent by NCCL. When a fit
+    ends Lightning moves the module to the CPU first."""
+    from deepspeed.accelerator import get_accelerator
+
+    kept = parameter.data
+    try:
+        parameter.data = kept.to(get_accelerator().current_device_name())
+        yield
+    finally:
+        parameter.data = kept
+
+
+@contextmanager
+def replaced(
+    network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within, ``parameters`` of ``network`` are ``weights``, in their precision, whatever ZeRO or FSDP2 has made of
+    them; not to train with."""
+    kept = {name: parameter.data for name, parameter in parameters.items() if not isinstance(parameter, DTensor)}
+    try:
+        for name in kept:
+            parameters[name].data = weights[name].to(parameters[name].device)
+        with assembled(network, parameters, weights):
+            yield
+    finally:
+        for name, values in kept.items():
+            parameters[name].data = values
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Within, modules are made whole where ZeRO 3 would partition them as they are made; its engine does it later."""
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()

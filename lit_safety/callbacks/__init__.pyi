@@ -1,0 +1,31 @@
+"""What a fit does besides its steps."""
+
+from .checkpoint import AtomicModelCheckpoint as AtomicModelCheckpoint
+from .checkpoint import StopOnSignal as StopOnSignal
+from .drawings import DrawSamples as DrawSamples
+from .drawings import WriteDrawings as WriteDrawings
+from .evaluate import EvaluateOnTest as EvaluateOnTest
+from .export import ExportAdapter as ExportAdapter
+from .export import ExportCostModel as ExportCostModel
+from .export import ExportUserAdapter as ExportUserAdapter
+from .merge_experts import MergeExperts as MergeExperts
+from .probe_margin import ProbeMargin as ProbeMargin
+from .summary import RunSummary as RunSummary
+from .update_dual import UpdateDual as UpdateDual
+from .write_costs import WriteCosts as WriteCosts
+
+__all__ = [
+    "AtomicModelCheckpoint",
+    "DrawSamples",
+    "EvaluateOnTest",
+    "ExportAdapter",
+    "ExportCostModel",
+    "ExportUserAdapter",
+    "MergeExperts",
+    "ProbeMargin",
+    "RunSummary",
+    "StopOnSignal",
+    "UpdateDual",
+    "WriteCosts",
+    "WriteDrawings",
+]

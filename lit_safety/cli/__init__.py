@@ -1,0 +1,1 @@
+"""The command line: one file a command. Importing this package needs no torch."""

@@ -1,0 +1,120 @@
+"""The commands beside the trainer's: plain typed functions handed to jsonargparse. Importing this needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import CLI
+
+#: command -> where its function is, or subcommand -> function. Imported only when called.
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "attack": "lit_safety.attacks.command:attack",
+    "evaluate": "lit_safety.evaluation.evaluate:evaluate",
+    "compare": "lit_safety.evaluation.compare:compare",
+    "cost-model": "lit_safety.cli.cost_model:check",
+    "merge": "lit_safety.merging.merge:merge",
+    "shards": {
+        "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
+        "from-folder": "lit_safety.data.convert.folder:from_folder",
+        "from-pickapic": "lit_safety.data.convert.pickapic:from_pickapic",
+        "from-sage": "lit_safety.data.convert.sage:from_sage",
+        "generate": "lit_safety.generation.generate:generate",
+        "inspect": "lit_safety.data.inspect:inspect",
+        "precompute": "lit_safety.cli.precompute:precompute",
+        "join": "lit_safety.data.convert.join:join",
+        "score": "lit_safety.cost_model.score:score",
+        "validate": "lit_safety.data.validate:validate",
+        "write-prompts": "lit_safety.generation.write_prompts:write_prompts",
+    },
+    "study": {
+        "run": "lit_safety.study.run:run_study",
+        "table": "lit_safety.study.table:tabulate",
+    },
+    "toyworld": {
+        "build": "lit_safety.worlds.toyworld.build:build",
+        "sheet": "lit_safety.worlds.toyworld.build:sheet",
+        "users": "lit_safety.worlds.toyworld.users:write_users_world",
+    },
+    "users": {
+        "embed": "lit_safety.users.embed:embed",
+        "evaluate": "lit_safety.evaluation.users.evaluate:evaluate_users",
+        "grid": "lit_safety.evaluation.users.grid:grid",
+        "sample": "lit_safety.users.sample:sample",
+    },
+}
+
+
+#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder
+#: that is replaced whole. What several processes share locks each one's own; `study run` hands its lock to its jobs.
+WRITERS = {
+    "attack": False,
+    "build": False,
+    "check": False,
+    "embed": False,
+    "evaluate": False,
+    "evaluate_users": False,
+    "from_coprov2": False,
+    "from_folder": False,
+    "from_pickapic": False,
+    "from_sage": False,
+    "merge": True,
+    "precompute": False,
+    "sample": True,
+    "score": False,
+    "write_prompts": True,
+    "write_users_world": True,
+}
+
+#: Commands whose first argument is a list: `compare A B` is read as `compare '["A", "B"]'`, which jsonargparse wants.
+LISTS_FIRST = {"compare", "merge"}
+
+
+def _load(where: str) -> Callable[..., Any]:
+    module, name = where.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return _alone(function, WRITERS[name]) if name in WRITERS else function
+
+
+def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
+    """The function, refused with a `UserError` while another process writes where it does."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        from lit_safety.core.files import one_writer
+
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        outs = [Path(given[name]) for name in ("out", "work") if given.get(name)]
+        with one_writer(*outs, replaced=replaced):
+            return function(*args, **kwargs)
+
+    return alone
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run ``arguments[0]`` with the rest as its options."""
+    from lit_safety.core.parsing import SingleLineErrorParser
+
+    command, rest = arguments[0], list(arguments[1:])
+    if command in LISTS_FIRST:
+        rest = gather_list(rest)
+    if command in ("attack", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
+        from lit_safety.drawing.arms import gather_arms
+
+        rest = gather_arms(rest)
+    where = COMMANDS[command]
+    components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
+    CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=SingleLineErrorParser)
+
+
+def gather_list(arguments: list[str]) -> list[str]:
+    """Join the leading words that are no options into one JSON list."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    if count == 0 or arguments[0].startswith("["):
+        return arguments
+    return [json.dumps(arguments[:count]), *arguments[count:]]

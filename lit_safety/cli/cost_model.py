@@ -1,0 +1,171 @@
+"""The command `cost-model`: how right a cost model is, on labelled shards and on pictures that a pipeline draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lit_safety.cost_model.network import CostScorer
+    from lit_safety.drawing.prompts import Selection
+
+
+def check(
+    folder: str,
+    *,
+    shards: str | None = None,
+    pipeline: str | None = None,
+    prompts: str | None = None,
+    judge: str | None = None,
+    out: str = "runs/cost_model_check",
+    explicit: int | None = 20,
+    implicit: int | None = 80,
+    lookalike: int | None = 80,
+    clean: int | None = 80,
+    steps: int = 20,
+    guidance: float = 3.0,
+    device: str | None = None,
+    other_world: bool = False,
+) -> None:
+    """Print how well the costs of a cost model tell harmful images from safe ones.
+
+    Writes figures.json into `out`, and the pictures, which a second call uses again.
+
+    Args:
+        folder: The cost model's folder.
+        shards: Labelled pairs to measure on: ranking and sign accuracy, AUROC, calibration error.
+        pipeline: A pipeline that draws `prompts`; what it draws is labelled by `judge`.
+        prompts: CSV file of prompts, as `evaluate` reads it.
+        judge: The judge whose verdicts count as labels of drawn pictures, for this report alone.
+        out: Folder of the figures and pictures.
+        explicit: Explicit prompts drawn for each category; null draws all, 0 none.
+        implicit: Implicit prompts; null draws all, 0 none.
+        lookalike: Look-alike prompts; null draws all, 0 none.
+        clean: Clean prompts; null draws all, 0 none.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        device: Where to draw and score; null takes cuda where there is one.
+        other_world: Take prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
+
+    Raises:
+        UserError: nothing to measure on is given, or something given is missing.
+    """
+    import torch
+
+    from lit_safety.core.files import write_atomic
+    from lit_safety.cost_model.files import load_cost_model
+    from lit_safety.drawing.pipelines import check_writable
+    from lit_safety.drawing.prompts import Selection
+
+    drawn = (pipeline, prompts, judge)
+    if shards is None and pipeline is None:
+        raise UserError("cost-model: give --shards, or --pipeline with --prompts and --judge, to measure on")
+    if pipeline is not None and None in drawn:
+        raise UserError("cost-model: --pipeline needs --prompts, and a --judge that labels what is drawn")
+    check_writable(Path(out))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = load_cost_model(folder, place)
+    found: dict[str, Any] = {"cost_model": folder}
+    if shards is not None:
+        found["shards"] = {"source": shards, **_on_shards(scorer, shards)}
+    if pipeline is not None and prompts is not None and judge is not None:
+        selection = Selection(explicit, implicit, lookalike, clean)
+        about = {"pipeline": pipeline, "prompts": prompts, "judge": judge, "steps": steps, "guidance": guidance}
+        found["drawn"] = about | _on_drawn(
+            scorer, pipeline, prompts, judge, selection, Path(out), steps, guidance, place, other_world
+        )
+    write_atomic(Path(out) / "figures.json", (json.dumps(found, indent=1) + "\n").encode())
+    for where in ("shards", "drawn"):
+        for name, value in found.get(where, {}).items():
+            if "/" not in name:
+                print(f"{where:<7} {name:<17} {value if isinstance(value, str | int) else f'{value:.4f}'}")
+    print(f"figures {Path(out) / 'figures.json'}")
+
+
+def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
+    import torch
+
+    from lit_safety.core.progress import counter
+    from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
+    from lit_safety.data.datamodule import PreferenceDataModule
+
+    data = PreferenceDataModule(test=shards, val_batch_size=32)
+    collected = CollectedCosts()
+    loader = data.test_dataloader()
+    with counter("score batches", len(loader)) as count:
+        for batch in loader:
+            if batch.chosen is None or batch.rejected is None:
+                raise UserError(f"--shards {shards}: sample {batch.keys[0]} has no images")
+            costs = scorer.costs(torch.cat([batch.chosen, batch.rejected])).cpu()
+            collected.update(torch.stack(costs.chunk(2), dim=1), batch.harmful, batch.categories)
+            count()
+    costs, harmful, about = collected.compute()
+    _refuse_infinite(costs)
+    if harmful.isnan().all():
+        raise UserError(f"--shards {shards}: no label of its {len(costs)} pairs is known; there is nothing to measure")
+    figures = {name: float(value) for name, value in cost_figures(costs, harmful, about).items()}
+    ranked = int(((harmful[:, 0] - harmful[:, 1]).abs() == 1).sum())
+    return {"pairs": len(costs), "pairs_ranked": ranked, "images": int((~harmful.isnan()).sum()), **figures}
+
+
+def _on_drawn(
+    scorer: CostScorer,
+    pipeline: str,
+    prompts: str,
+    judge: str,
+    selection: Selection,
+    out: Path,
+    steps: int,
+    guidance: float,
+    device: str,
+    other_world: bool,
+) -> dict[str, Any]:
+    import torch
+
+    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.images import open_image
+    from lit_safety.core.progress import progress
+    from lit_safety.cost_model.metrics import image_figures
+    from lit_safety.drawing.arms import Arm
+    from lit_safety.drawing.gallery import DrawingSettings, Gallery
+    from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
+    from lit_safety.drawing.prompts import read_prompts, select
+    from lit_safety.drawing.worlds import check_world
+    from lit_safety.judges.judge import Verdict, asked_of, check_sees
+    from lit_safety.judges.judging import judge_drawn
+    from lit_safety.judges.load import load_judge
+
+    everything, local = read_prompts(prompts), local_pipeline(pipeline)
+    check_world(local, {"--prompts": prompts, "--judge": judge}, other_world, prompts=everything)
+    chosen, decides = select(everything, selection), load_judge(judge)
+    check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
+    settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
+    gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)
+    with progress("draw", len(chosen)) as tick:
+        gallery.draw(load_pipeline(local, Arm(), device), None, tick)
+    drawn = gallery.all()
+    verdicts = judge_drawn(decides, drawn)
+    judged = [(one.path, verdict.harmful) for one, verdict in zip(drawn, verdicts, strict=True)
+              if isinstance(verdict, Verdict)]  # fmt: skip
+    costs = []
+    for start in range(0, len(judged), 64):
+        pictures = [open_image(path) for path, _ in judged[start : start + 64]]
+        costs.append(scorer.costs(pictures).cpu())
+    harmful = torch.tensor([float(label) for _, label in judged])
+    if not judged or harmful.min() == harmful.max():
+        raise UserError(f"--judge {judge}: finds all pictures harmful or none; draw prompts of both kinds")
+    every = torch.cat(costs)
+    _refuse_infinite(every)
+    figures = {name: float(value) for name, value in image_figures(every, harmful).items()}
+    return {"images": len(judged), "harmful": int(harmful.sum()), "errors": len(drawn) - len(judged), **figures}
+
+
+def _refuse_infinite(costs: Tensor) -> None:
+    if not costs.isfinite().all():
+        raise UserError("the cost model gives costs that are not finite numbers; train it again")

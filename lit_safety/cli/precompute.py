@@ -1,0 +1,181 @@
+"""`lit_safety shards precompute`: run the frozen encoders over a folder of shards once, instead of at every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.reference import ReferenceCache
+    from lit_safety.data.cache.writing import ReferenceWriter
+    from lit_safety.data.reading.source import Source
+
+
+def precompute(
+    folder: str,
+    model: str | None = None,
+    out: str | None = None,
+    resolution: int | None = None,
+    flip: bool = False,
+    batch_size: int = 8,
+    dtype: Literal["float16", "float32"] = "float16",
+    keep_images: bool = False,
+    device: str | None = None,
+    overwrite: bool = False,
+    reference_draws: int = 0,
+    reference_dropout: bool = False,
+    reference_predictions: bool = False,
+    reference_precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+) -> None:
+    """Write cached shards: latents and text-encoder outputs, so that training loads neither VAE nor text encoder.
+
+    Each image becomes the mean and standard deviation of its latents, so every step still draws its own sample of
+    them. The prompts' encodings stand once in prompts.safetensors. The manifest names the model, a hash of its encoders
+    and the resolution: training refuses a cache that another model made. A run that was stopped goes on when it is
+    started again.
+
+    Args:
+        folder: The shards: a folder, a tar file or a pattern of tar files.
+        model: The model that will be trained on them: a diffusers pipeline folder or a hub id. Needed.
+        out: The folder to write the cached shards to. Needed.
+        resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the middle; null:
+            as stored, and all of one size.
+        flip: Store mirrored images too, for training with `flip`.
+        batch_size: Pairs that are encoded at once.
+        dtype: How latents and text are stored; float16 takes half the room, float32 trains exactly as without a cache.
+        keep_images: Keep the images beside the latents.
+        device: Where to compute, such as cuda or cpu; null: a GPU if there is one.
+        overwrite: Throw away what an earlier run left in the folder.
+        reference_draws: Store a reference cache too: so many fixed draws of timestep and noise a pair, with the errors
+            of the untrained denoiser there. Training then never runs the reference; pass after pass it takes the next
+            draw. 0: none.
+        reference_dropout: Store those errors without the prompt too, for training with prompt_dropout; twice the time.
+        reference_predictions: Store the predictions on clean prompts' chosen images too, which anchor_weight needs;
+            each takes a quarter of the room of a pair's latents.
+        reference_precision: What the reference is computed in: give the trainer.precision of the training.
+    """
+    from pathlib import Path
+
+    from lit_safety.core.progress import quiet_libraries
+    from lit_safety.data.cache.reference import MAX_DRAWS, ReferenceCache
+    from lit_safety.data.cache.writing import LatentWriter, Settings, picture_size
+    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.reading.source import open_source
+    from lit_safety.users.table import copy_users
+
+    if model is None or out is None:
+        raise UserError("give --model (the pipeline that will be trained) and --out (the folder of the cached shards)")
+    if batch_size < 1 or (resolution is not None and resolution < 1):
+        raise UserError("--batch_size and --resolution must be at least 1")
+    if not 0 <= reference_draws <= MAX_DRAWS:
+        raise UserError(f"--reference_draws must lie between 0 and {MAX_DRAWS}")
+    if (reference_dropout or reference_predictions) and not reference_draws:
+        raise UserError("--reference_dropout and --reference_predictions belong to --reference_draws: give how many")
+    source, target = open_source(folder, "folder"), Path(out)
+    if any(one.cache for one in source.caches):
+        raise UserError(f"{folder}: is cached already; give the shards it was made from")
+    if target.exists() and any(Path(path).resolve().parent == target.resolve() for path in source.paths):
+        raise UserError(f"{out}: is the folder of the shards themselves; name another one")
+    quiet_libraries()
+    backbone = _backbone(model, device, denoiser=reference_draws > 0)
+    settings = Settings(
+        model=model,
+        weights=_fingerprint(backbone),
+        size=picture_size(source, resolution),
+        resolution=resolution,
+        flip=flip,
+        dtype=dtype,
+        images=keep_images,
+        reference=ReferenceCache(
+            reference_draws, _denoiser_hash(backbone), reference_precision, reference_dropout, reference_predictions
+        )
+        if reference_draws
+        else None,
+    )
+    if (target / FILE_NAME).exists() and not overwrite:
+        if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
+            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
+        print(f"{target}: is complete already")
+        return
+    copy_users(folder, target)
+    truncated = _write_text(source, target, backbone, settings, batch_size)
+    reference = None if settings.reference is None else _reference(backbone, settings, settings.reference, target)
+    writer = LatentWriter(source, target, backbone, settings, truncated, overwrite, reference)
+    manifest = writer.write(batch_size)
+    size = sum(shard.bytes or 0 for shard in manifest.shardlist)
+    print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, {size / 1e6:.1f} MB")
+    if truncated:
+        print(
+            f"  {len(truncated)} prompts are longer than the text encoder reads and were cut; first: {truncated[0]!r}"
+        )
+
+
+def _backbone(model: str, device: str | None, denoiser: bool) -> Any:
+    import torch
+
+    from lit_safety.backbones.load import load_backbone
+
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return load_backbone(model, denoiser, "--model").to(chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _fingerprint(backbone: Any) -> dict[str, str]:
+    """Hashes of the encoders. Of a hub id their files are fetched first: what is not there has no hash."""
+    for name in backbone.encoders():
+        backbone.part(name)
+    found: dict[str, str] = backbone.fingerprint(backbone.parts.source)
+    if missing := [name for name in backbone.ENCODERS if name not in found]:
+        raise UserError(f"{backbone.parts.source}: no weights of its {missing[0]} are found, so a cache could not name "
+                        "its maker; give a folder with safetensors")  # fmt: skip
+    return found
+
+
+def _denoiser_hash(backbone: Any) -> dict[str, str]:
+    from lit_safety.backbones.fingerprint import reference_fingerprint
+
+    found = reference_fingerprint(backbone.parts.source, backbone.DENOISER)
+    if backbone.DENOISER not in found:
+        raise UserError(
+            f"{backbone.parts.source}: no weights of its {backbone.DENOISER} are found, so a reference cache could not "
+            "name its maker; give a folder with safetensors"
+        )
+    return found
+
+
+def _reference(backbone: Any, settings: Any, stored: ReferenceCache, target: Any) -> ReferenceWriter:
+    """Runs the denoiser as a training step would run its reference."""
+    from lit_safety.data.cache.cache import PROMPTS
+    from lit_safety.data.cache.prompt_table import PromptTables
+    from lit_safety.data.cache.writing import ReferenceWriter
+    from lit_safety.modules.frozen_reference import FrozenReference
+
+    run = FrozenReference(settings.model, backbone, stored.precision)
+    return ReferenceWriter(run, stored, PromptTables({str(target / PROMPTS): None}), settings.dtype)
+
+
+def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch_size: int) -> list[str]:
+    """Write `prompts.safetensors`; returns the prompts that are longer than an encoder reads."""
+    import torch
+
+    from lit_safety.backbones.backbone import encode_alike
+    from lit_safety.core.progress import counter
+    from lit_safety.data.cache.cache import made_by
+    from lit_safety.data.cache.prompt_table import prompts_of, write_prompts
+
+    prompts = prompts_of(source)
+    maker = {"model": settings.model, "weights": made_by(settings.weights)}
+    with counter("text", len(prompts) + ("" not in prompts)) as tick, torch.inference_mode():
+        write_prompts(
+            target,
+            prompts,
+            lambda batch: encode_alike(backbone, batch),
+            maker,
+            settings.dtype,
+            2 * batch_size,
+            tick,
+        )
+    return [prompt for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True) if cut]

@@ -1,0 +1,305 @@
+"""Where a run writes: a new folder for every run, the same one when a run is resumed.
+
+runs/scdpo/2026-11-21_10-14-46/   config.yaml, checkpoints/, adapter/, events.out.tfevents...
+runs/scdpo/latest                 -> the run that began last
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
+from lit_safety.core.processes import is_main_process
+
+#: Written by rank 0's process for the processes it launches (they are copies of the same command line).
+ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
+#: How the names of files begin that every run writes before it has done anything.
+BARREN = ("config.yaml", "hparams.yaml", "events.out.tfevents", ".lock")
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+@dataclass
+class RunOptions:
+    """Where the run's folder is made.
+
+    Args:
+        root: folder of all runs.
+        name: what kind of run this is; null: the module's class name in lower case.
+    """
+
+    root: str = "runs"
+    name: str | None = None
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time; a run that starts in the same second gets a number behind it.
+
+    Raises:
+        UserError: if ``parent`` cannot be written.
+    """
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            folder = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise UserError(f"cannot write to {parent} ({error.strerror}): set `run.root` to a folder you own") from error
+    raise UserError(f"{parent} already holds 1000 runs of this second")
+
+
+def last_checkpoint(parent: Path) -> Path:
+    """As `find_checkpoint`.
+
+    Raises:
+        UserError: if no run has one, or none is whole.
+    """
+    found, damaged = _search(parent)
+    if found is None and damaged:
+        path, reason = damaged[0]
+        raise UserError(
+            f"`--ckpt_path last`: {path} is damaged ({reason}), and no run under {parent} has a whole one; give a path"
+        )
+    if found is None:
+        raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
+    return found
+
+
+def find_checkpoint(parent: Path) -> Path | None:
+    """The newest whole checkpoint to go on from of the runs under ``parent``; None: no run has one.
+
+    What is newer and damaged is named on the way.
+    """
+    return _search(parent)[0]
+
+
+def _search(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint, and what is newer and damaged, with the reasons."""
+    found = [path for run in parent.glob("*") if not run.is_symlink() for path in _checkpoints(run / LAST_CHECKPOINT)]
+    damaged: list[tuple[Path, str]] = []
+    chosen = None
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name == LAST_CHECKPOINT.name), reverse=True):
+        if (reason := damage(path)) is not None:
+            damaged.append((path, reason))
+        elif path.is_dir() or path.name == LAST_CHECKPOINT.name or has_optimizer(path):
+            chosen = path
+            break
+    if damaged and is_main_process():
+        instead = f"going on from {chosen}" if chosen is not None else "there is no whole one"
+        print(*(f"note: {path} is damaged ({reason})" for path, reason in damaged), f"note: {instead}", sep="\n")
+    return chosen, damaged
+
+
+def _checkpoints(last: Path) -> list[Path]:
+    """`last.ckpt` and the numbered ones beside it: `save_last` may be off, or a kill may have come between.
+
+    A kill between the renames of a folder leaves the one before as `.last.ckpt.old`.
+    """
+    old = last.with_name(f".{last.name}.old")
+    return [*last.parent.glob("[!.]*.ckpt"), *([old] if old.is_dir() else [])]
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, a file or a folder of a strategy; None: it is whole. Nothing of it is run."""
+    from lit_safety.adapters.start_from import missing_parts, read_file
+
+    if path.is_dir():
+        return missing_parts(path)
+    try:
+        read_file(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path} ")
+    if zipfile.is_zipfile(path):  # every part's checksum; the directory at the file's end says only that all are there
+        try:
+            with zipfile.ZipFile(path) as parts:
+                broken = parts.testzip()
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            return f"is no readable checkpoint: {error}"
+        if broken is not None:
+            return f"is no readable checkpoint: the checksum of {broken} is wrong"
+    return None
+
+
+def has_optimizer(path: Path) -> bool:
+    """Whether a whole checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
+    from lit_safety.adapters.start_from import read_file
+
+    return "optimizer_states" in read_file(path)
+
+
+def point_latest(folder: Path) -> None:
+    """Make `latest` beside ``folder`` point to it, replacing the link in one step."""
+    link = folder.parent / "latest"
+    temporary = folder.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        temporary.replace(link)
+    except OSError as error:
+        # Some file systems know no links; the run itself is not harmed.
+        print(f"note: no link {link} -> {folder.name} ({error.strerror})")
+
+
+def remove_if_barren(folder: Path) -> None:
+    """Remove the folder of a run that ended before it had anything to keep, and parents that it leaves empty."""
+    results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(BARREN)]
+    if results:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in (folder.parent, folder.parent.parent):
+        try:
+            parent.rmdir()
+        except OSError:  # other runs are in it
+            return
+
+
+# A run's `config.yaml`: written when the run is accepted, the earlier ones kept, and what differs printed.
+
+
+#: Keys that say where a run goes on or writes, not what it computes.
+_PLACES = ("ckpt_path", "run.")
+_SHOWN = 30
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the config once nothing can refuse the run any more; a resumed run's earlier one becomes `config-1.yaml`.
+
+    A `fit` writes before its first step, when checkpoint and data are read; the other commands at their start.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self._write(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.already_saved:
+            return
+        folder = Path(str(trainer.log_dir))  # asked on every rank: rank 0's is sent to all
+        self.already_saved = True
+        if not trainer.is_global_zero:
+            return
+        path = folder / self.config_filename
+        text = self.parser.dump(self.config, skip_none=False)
+        new = yaml.safe_load(text)
+        resumed = Path(str(trainer.ckpt_path)).parent.parent / path.name if trainer.ckpt_path is not None else path
+        if (old := _read(resumed)) is not None:
+            _tell(old, new, resumed)
+        if path.is_file() and _read(path) != new:
+            number = next(n for n in range(1, 1_000_000) if not path.with_name(f"{path.stem}-{n}.yaml").exists())
+            write_atomic(path.with_name(f"{path.stem}-{number}.yaml"), path.read_bytes())
+        write_atomic(path, text.encode())
+
+
+def _read(path: Path) -> Any | None:
+    """What a config says; None: it is not there, or somebody has made it unreadable."""
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _tell(old: Any, new: Any, path: Path) -> None:
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changed = [key for key in {**before, **after} if before.get(key, _GONE) != after.get(key, _GONE)]
+    changed = [key for key in changed if not key.startswith(_PLACES)]
+    if changed:
+        print(f"config  differs from {path} in")
+    for key in changed[:_SHOWN]:
+        print(f"        {key}: {_shown(before.get(key, _GONE))} -> {_shown(after.get(key, _GONE))}")
+    if len(changed) > _SHOWN:
+        print(f"        and {len(changed) - _SHOWN} more")
+
+
+_GONE = object()
+
+
+def _shown(value: Any) -> str:
+    if value is _GONE:
+        return "(not there)"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value by its dotted key."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+# `metrics.csv` of a run that is resumed: Lightning's logger would delete the rows of before.
+
+
+def keep_rows(logger: Any) -> None:
+    """Let a `CSVLogger` go on in the file that is there; any other logger is left alone. For rank 0."""
+    if isinstance(logger, CSVLogger) and logger._experiment is None and "://" not in str(logger.log_dir):
+        logger._experiment = _Appending(log_dir=logger.log_dir)
+
+
+class _Appending(ExperimentWriter):
+    """Lightning's writer, which begins with the columns of the rows that are there."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        try:
+            content = path.read_bytes().decode("utf-8")
+            # A row that a kill cut short has no end, and its last number may lack digits.
+            rows = list(csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])))
+            columns = list(rows[0]) if rows else []
+        except (UnicodeDecodeError, csv.Error):
+            columns = []
+        if not columns or any(name is None for name in columns):
+            path.rename(_free(path))  # nobody's rows that could be gone on with, and not ours to delete
+            return
+        self.metrics_keys = sorted(columns)
+        self._write_all(rows)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning deletes here what is there."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.metrics_keys = fieldnames
+        self._write_all(rows)
+
+    def _write_all(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(Path(self.metrics_file_path), text.getvalue().encode())
+
+
+def _free(path: Path) -> Path:
+    return next(one for n in range(1, 1_000_000) if not (one := path.with_name(f"{path.stem}-{n}.csv")).exists())

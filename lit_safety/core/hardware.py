@@ -1,0 +1,86 @@
+"""What the hardware cannot do, said in one line: a precision it does not compute in, and memory that is used up."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lit_safety.core.errors import UserError
+
+#: What asks for memory, in the words of torch's allocators.
+_TOO_MUCH = re.compile(r"[Tt]ried to allocate (?:about )?([\d.]+ ?(?:[KMGT]i?B|bytes?)?)")
+_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
+
+def check_precision(precision: str, device: str, key: str) -> None:
+    """Refuse a precision that ``device`` does not compute in.
+
+    Args:
+        precision: Lightning's or torch's word, such as bf16-mixed, 16-mixed, float16 or 32-true.
+        device: where the network is to compute, such as cpu or cuda:0; whether it is there is for others to say.
+        key: the setting, for the message.
+
+    Raises:
+        UserError: names the device and what it can do.
+    """
+    import torch
+
+    if "bf16" in precision or "bfloat16" in precision:
+        gpu = device.startswith("cuda") and torch.cuda.is_available()
+        if gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"`{key}: {precision}`: {torch.cuda.get_device_name(device)} does not compute in bfloat16; set it to "
+                f"{'16-mixed or 32-true' if 'mixed' in precision or 'true' in precision else 'float16 or float32'}"
+            )
+    elif "16" in precision and device == "cpu":
+        raise UserError(
+            f"`{key}: {precision}`: float16 is for GPUs, and this run is on the CPU; set it to "
+            f"{'32-true or bf16-mixed' if 'mixed' in precision or 'true' in precision else 'float32'}"
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """`check_precision` for the trainer's settings, before anything is loaded.
+
+    Args:
+        trainer: with `precision` and `accelerator`, as the YAML states them.
+
+    Raises:
+        UserError: as `check_precision`.
+    """
+    import torch
+
+    gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    known = (
+        gpu or trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.backends.mps.is_available())
+    )
+    if known and trainer.precision is not None:
+        check_precision(str(trainer.precision), "cuda" if gpu else "cpu", "trainer.precision")
+
+
+def out_of_memory(error: BaseException, command: str) -> str | None:
+    """One line for an error of an allocator, which names the settings to change; None: it is another error.
+
+    Args:
+        error: what was raised.
+        command: the command that ran, such as fit.
+    """
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError | RuntimeError) or (
+        not isinstance(error, MemoryError) and not any(words in text for words in _EXHAUSTED)
+    ):
+        return None
+    asked = _TOO_MUCH.search(text)
+    where = "GPU" if "CUDA" in text or "GPU" in text or "HIP" in text else "memory of this machine"
+    wanted = f" (it asked for {asked.group(1)})" if asked else ""
+    if command in ("fit", "validate", "test", "predict"):
+        cure = (
+            "halve `data.init_args.batch_size` and double `trainer.accumulate_grad_batches`, which trains on the same "
+            "batches; then, in this order: `trainer.precision: bf16-mixed`, cached latents and text (`shards "
+            "precompute`), `model.init_args.speed.gradient_checkpointing: true`, a lower "
+            "`data.init_args.resolution` or `model.init_args.lora.init_args.rank`, and "
+            "`data.init_args.val_batch_size: 1` if it was while validating"
+        )
+    else:
+        cure = "lower --batch_size, then --resolution, or use --precision float16 on a GPU, as far as it has them"
+    return f"out of memory: the {where} is used up{wanted}; {cure}"

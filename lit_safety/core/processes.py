@@ -1,0 +1,144 @@
+"""Which process this is, and who started it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
+from typing import Any, TypeVar
+
+from lit_safety.core.errors import UserError
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, by the variables that launchers set before torch.distributed is up."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def is_launched() -> bool:
+    """Whether another process of this command line, rank 0's, started this one and waits for it."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+# A process that ends with the one that started it, even when that one is killed.
+
+
+#: The process id of who started this process and wants it to end with it.
+VARIABLE = "LIT_SAFETY_ENDS_WITH"
+#: How often to look, in seconds.
+POLL = 0.5
+#: Seconds to end in good order, such as to write a checkpoint, before it is ended at once.
+GRACE = 120.0
+
+
+def watch_parent() -> None:
+    """Begin to look after the process that `VARIABLE` names, where it is set."""
+    parent = os.environ.pop(VARIABLE, "")
+    if parent.isdigit():
+        end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """From now on send this process a SIGTERM when ``parent`` is no longer what started it."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True, name="watch parent").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
+
+
+# Processes that a command starts and that must end with it, whatever ends it.
+
+
+Work = TypeVar("Work")
+Done = TypeVar("Done")
+
+
+def check_count(count: int, option: str) -> None:
+    """Refuse a number of processes or threads that no machine of this many cores has use for.
+
+    Raises:
+        UserError: names the option and the limit.
+    """
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 1 <= count <= most:
+        raise UserError(f"{option} {count}: must be at least 1, and at most {most} on this machine")
+
+
+@contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started within do not hear Ctrl-C, which a terminal sends to all of them.
+
+    Whoever started them ends them, so that one process says one line. A Ctrl-C that comes meanwhile arrives after.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing's own process: its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_all(processes: Iterable[Any], patience: float = 5.0) -> None:
+    """End processes by SIGTERM, and by SIGKILL those that do not hear it within `patience` seconds."""
+    processes = list(processes)
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing's: end as soon as the process that started it is gone, even when it was killed.
+
+    SIGTERM ends it at once, and Ctrl-C, which its parent hears too, does not.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_wait, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait(sentinel: Any) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def each(work: Callable[[Work], Done], parts: Sequence[Work], processes: int) -> Iterator[Done]:
+    """`work(part)` for every part, in their order, in `processes` processes. `work`: of a module.
+
+    A process that is killed ends the work with BrokenProcessPool; one that this command's end leaves behind ends too.
+    """
+    # Not a fork: one of a process that runs threads may hang.
+    count = max(1, min(processes, len(parts)))
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    before, started = multiprocessing.active_children(), []
+    try:
+        with deaf_to_ctrl_c():
+            done = pool.map(work, parts)
+            started = [one for one in multiprocessing.active_children() if one not in before]
+        yield from done
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_all(started)
+        raise
+    pool.shutdown()

@@ -1,0 +1,234 @@
+"""The frozen CLIP vision tower under the cost model: any transformers CLIP checkpoint, a folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lit_safety.core.clip_preprocess import FILE_NAME, ClipPreprocess
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json, read_text
+from lit_safety.core.weights import TRANSFORMERS, check_whole, need_weights
+
+#: `embedding`: the projected image embedding, what CLIP itself compares with text. `pooled`: the class token before
+#: the projection. `patches`: that and the mean over the patch tokens, which tells more of small things.
+Features = Literal["embedding", "pooled", "patches"]
+
+
+class ClipTower:
+    """Images -> features. Not an `nn.Module`, so that no checkpoint and no sharding strategy ever sees its weights.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a hub id.
+        features: which of the tower's outputs.
+
+    Raises:
+        UserError: there is no CLIP, or not one that has what `features` asks for.
+    """
+
+    def __init__(self, source: str, features: Features = "embedding") -> None:
+        self.source = source
+        self.features: Features = features
+        self.network = _load(source, projected=features == "embedding")
+        self.preprocess = ClipPreprocess.read(_file(source, FILE_NAME))
+        self._fingerprint: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature."""
+        hidden = int(self.network.config.hidden_size)
+        widths = {"embedding": int(self.network.config.projection_dim), "pooled": hidden, "patches": 2 * hidden}
+        return widths[self.features]
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def to(self, device: torch.device | str) -> Self:
+        self.network.to(device)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of weights and preprocessing: equal for a copy of the checkpoint elsewhere, whatever it is called."""
+        if self._fingerprint is None:
+            total = hashlib.sha256(repr(self.preprocess).encode())
+            for name, value in sorted(self.network.vision_model.state_dict().items()):
+                total.update(f"{name}{tuple(value.shape)}".encode())
+                total.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+            total.update(self.network.visual_projection.weight.detach().float().cpu().numpy().tobytes())
+            self._fingerprint = total.hexdigest()
+        return self._fingerprint
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], on any device -> float32 features (B, width) on the tower's device."""
+        pixels = self.preprocess(images.to(self.device))
+        # Whatever precision the rest trains in: features made under autocast would not be those of the exported model.
+        with torch.autocast(self.device.type, enabled=False):
+            found = self.network.vision_model(pixel_values=pixels)
+            if self.features == "embedding":
+                return self.network.visual_projection(found.pooler_output)
+            if self.features == "pooled":
+                return found.pooler_output
+            patches = self.network.vision_model.post_layernorm(found.last_hidden_state[:, 1:]).mean(1)
+            return torch.cat([found.pooler_output, patches], 1)
+
+
+def _load(source: str, projected: bool) -> Any:
+    from transformers import CLIPVisionModelWithProjection
+
+    class VisionTower(CLIPVisionModelWithProjection):
+        """Of a whole CLIP the text tower is left out on purpose, so nothing is to be remarked on it."""
+
+        _keys_to_ignore_on_load_unexpected = [r"text_model\..*", r"text_projection\..*", "logit_scale"]  # noqa: RUF012
+
+    config = _file(source, "config.json")
+    try:
+        kind = load_json(read_text(config)).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config}: is no model's config ({error})") from error
+    if kind not in ("clip", "clip_vision_model"):
+        raise UserError(f"{source}: is a model of type {kind!r}; the cost model stands on a CLIP checkpoint")
+    try:
+        variant = need_weights(Path(source), TRANSFORMERS).variant if Path(source).is_dir() else None
+        loaded: Any = VisionTower.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
+        )
+    except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"the CLIP {source} does not load: {reason}") from error
+    network, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing == ["visual_projection.weight"] and not projected:
+        torch.nn.init.zeros_(network.visual_projection.weight)  # random otherwise, and part of the fingerprint
+    elif missing:
+        raise UserError(f"the CLIP {source} has no weights for {missing[0]}; take the whole CLIP, or other features")
+    check_whole(network, {**report, "missing_keys": []}, source)
+    return network.requires_grad_(False).eval()
+
+
+def _file(source: str, name: str) -> Path:
+    """A file of the checkpoint, fetched from the hub where ``source`` is no folder."""
+    if Path(source).is_dir():
+        if not (Path(source) / name).is_file():
+            raise UserError(f"{source}: has no {name}; give a folder that CLIPModel.save_pretrained wrote, or a hub id")
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except HFValidationError as error:
+        raise UserError(f"no folder {source!r}, and it is no hub id either: check where the CLIP lies") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"no folder {source!r}, and the hub did not give its {name} ({type(error).__name__}): check the path; "
+            "offline, point at a local folder"
+        ) from error
+
+
+# The part of the cost model that is trained: a residual adapter on CLIP features and a linear head.
+
+
+class CostAdapter(nn.Module):
+    """C(x) = head(f + mlp(f)), f the layer-normalised CLIP features: a CLIP adapter (Gao et al., arXiv 2110.04544).
+
+    The MLP's last layer starts at zero, so that the adapter starts as a linear probe and departs from it as it learns.
+
+    Args:
+        features: numbers in a CLIP feature.
+        width: hidden units of the MLP.
+        dropout: share of hidden units left out in training, in [0, 1).
+    """
+
+    def __init__(self, features: int, width: int = 256, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        last, self.head = nn.Linear(width, features), nn.Linear(features, 1)
+        for layer in (last, self.head):
+            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.weight)
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Dropout(dropout), last)
+
+    def adapted(self, features: Tensor) -> Tensor:
+        """CLIP features (N, D) -> adapted features (N, D)."""
+        normed = self.norm(features)
+        return normed + self.mlp(normed)
+
+    def cost(self, adapted: Tensor) -> Tensor:
+        """Adapted features (N, D) -> costs (N,), not calibrated."""
+        return self.head(adapted).squeeze(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """CLIP features (N, D) -> costs (N,), not calibrated; above 0 is harmful."""
+        return self.cost(self.adapted(features))
+
+
+# A finished cost model: pictures in, calibrated costs out.
+
+
+class CostScorer:
+    """C(x) = (adapter(CLIP(x)) + bias) / temperature: above 0 is harmful, sigmoid(C) is the probability of harm.
+
+    `load_cost_model` makes it from a folder.
+
+    Args:
+        tower: the frozen CLIP vision tower.
+        adapter: trained on this tower's features.
+        temperature: of the calibration, above 0.
+        bias: of the calibration, added before the division.
+    """
+
+    def __init__(self, tower: ClipTower, adapter: CostAdapter, temperature: float = 1.0, bias: float = 0.0) -> None:
+        self.tower = tower
+        self.adapter = adapter.requires_grad_(False).eval()
+        self.temperature = temperature
+        self.bias = bias
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move both networks."""
+        self.tower.to(device)
+        self.adapter.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.device
+
+    @torch.no_grad()
+    def costs(self, images: Sequence[Image] | Tensor) -> Tensor:
+        """Costs, float32 (B,) on the scorer's device; nan or infinite only where the weights or an image are.
+
+        Args:
+            images: PIL images of any sizes, or a tensor (B, 3, H, W) in [-1, 1].
+        """
+        if isinstance(images, Tensor):
+            features = self.tower(images)
+        elif not images:
+            return torch.empty(0, device=self.device)
+        else:
+            features = self._features(images)
+        return (self.adapter(features) + self.bias) / self.temperature
+
+    def _features(self, images: Sequence[Image]) -> Tensor:
+        """Images of one size go through the tower together: (B, D) in the order given."""
+        from lit_safety.core.images import rgb
+        from lit_safety.data.reading.decode import to_tensor
+
+        images = [rgb(image) for image in images]
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for number, image in enumerate(images):
+            by_size.setdefault(image.size, []).append(number)
+        found: dict[int, Tensor] = {}
+        for numbers in by_size.values():
+            rows = self.tower(torch.stack([to_tensor(images[i]) for i in numbers]))
+            found |= dict(zip(numbers, rows, strict=True))
+        return torch.stack([found[i] for i in range(len(images))])

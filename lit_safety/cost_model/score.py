@@ -1,0 +1,176 @@
+"""`lit_safety shards score`: a cost for every image of a folder of shards, by a trained cost model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lit_safety.cost_model.network import CostScorer
+    from lit_safety.data.format.sample import PairMetadata
+    from lit_safety.data.format.writer import ShardWriter
+    from lit_safety.data.reading.source import Source
+
+
+if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
+    #: Key, where it stands, metadata, and the bytes of both images.
+    Stored = tuple[str, str, PairMetadata, list[bytes]]
+
+
+def score(
+    folder: str,
+    *,
+    cost_model: str,
+    out: str,
+    existing: Literal["refuse", "keep", "replace"] = "refuse",
+    batch_size: int = 32,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write shards again with the cost of every image in their metadata.
+
+    Images and all else stay as they are, to the byte. A run that was stopped goes on when it is started again.
+
+    Args:
+        folder: A folder of shards, a tar file or a pattern of tar files.
+        cost_model: The folder of a cost model, as `fit --config configs/cost_model.yaml` exports it.
+        out: The folder to write the shards to.
+        existing: What to do with pairs that have costs: refuse them, keep theirs (two models' costs then stand in one
+            set), or replace them.
+        batch_size: Pairs scored at once.
+        device: Where to score, such as cpu or cuda:1; null takes cuda where there is one.
+        overwrite: Throw away what an earlier run left in `out`.
+
+    Raises:
+        UserError: the shards or the cost model cannot be used, a pair has a cost and `existing` is refuse, or a cost is
+            no finite number; names the sample.
+    """
+    from pathlib import Path
+
+    import torch
+
+    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.progress import counter
+    from lit_safety.cost_model.files import load_cost_model
+    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.format.writer import JOURNAL, ShardWriter
+    from lit_safety.data.reading.source import open_source
+    from lit_safety.users.table import copy_users
+
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    source, target = open_source(folder, "folder"), Path(out)
+    if source.manifest.cache is not None:
+        raise UserError(f"{folder}: holds cached latents; score the shards it was made from, then cache those")
+    if Path(folder).resolve() == target.resolve():
+        raise UserError(f"--out {out}: is the folder that is read; name another one")
+    by = {"model": fingerprint(cost_model), "existing": existing}
+    provenance = source.manifest.provenance | {"cost": {"by": "a cost model", **by}, "scored_from": _identity(source)}
+    if (target / FILE_NAME).exists() and not overwrite:
+        if load_manifest(target).provenance != provenance:
+            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
+        print(f"{target}: is complete already")
+        return
+    scorer = load_cost_model(cost_model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if existing == "refuse":
+        _refuse_existing(source)
+    resumed = (target / JOURNAL).exists() and not overwrite
+    per_shard = max(shard.nsamples for shard in source.manifest.shardlist)
+    with ShardWriter(
+        target, per_shard, provenance=provenance, seeds=source.manifest.seeds, overwrite=overwrite, resume=True
+    ) as writer:
+        if resumed:
+            print(f"{target}: going on after {len(writer)} pairs")
+        with counter("score", source.manifest.nsamples) as count:
+            for stored in _batches(source, batch_size):
+                fresh = [one for one in stored if one[0] not in writer]
+                if fresh:
+                    _write(writer, fresh, scorer, keep=existing == "keep")
+                for _ in stored:
+                    count()
+    copy_users(source.given, target)
+    manifest = writer.close()
+    print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, scored by {cost_model}")
+
+
+def _identity(source: Source) -> list[Any]:
+    """What tells these shards from others, wherever they lie."""
+    return [list(one) for one in source.identity()]
+
+
+def _stored(source: Source) -> Iterator[Stored]:
+    """Every pair in the stored order, images not decoded."""
+    from lit_safety.data.format.sample import SIDES, parse_metadata
+    from lit_safety.data.format.tar_index import refuse_twice
+
+    seen: dict[str, str] = {}
+    for number in range(len(source.paths)):
+        shard = source.open_shard(number)
+        try:
+            if shard.problem is not None:
+                raise UserError(f"{shard.path}: {shard.problem}; restore the shard")
+            for index in range(len(shard.index.samples)):
+                key, members = shard.read(index)
+                where = shard.where(index)
+                refuse_twice(seen, key, shard)
+                if "json" not in members:
+                    raise UserError(f"{where}: has no json")
+                images = [[data for name, data in members.items() if name.startswith(f"{side}.")] for side in SIDES]
+                if [len(found) for found in images] != [1, 1]:
+                    raise UserError(f"{where}: does not have one chosen and one rejected image")
+                metadata = parse_metadata(members["json"], where)
+                source.check(number, index, metadata, where)
+                yield key, where, metadata, [found[0] for found in images]
+        finally:
+            shard.close()
+
+
+def _batches(source: Source, size: int) -> Iterator[list[Stored]]:
+    batch: list[Stored] = []
+    for one in _stored(source):
+        batch.append(one)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _refuse_existing(source: Source) -> None:
+    """Look at the metadata alone, before anything is scored."""
+    from lit_safety.data.format.sample import parse_metadata
+
+    for number in range(len(source.paths)):
+        shard = source.open_shard(number)
+        try:
+            for index in range(len(shard.index.samples)):
+                where = shard.where(index)
+                if parse_metadata(shard.read_member(index, "json"), where).cost is not None:
+                    raise UserError(f"{where}: has a cost already; give --existing replace, or keep")
+        finally:
+            shard.close()
+
+
+def _write(writer: ShardWriter, stored: list[Stored], scorer: CostScorer, keep: bool) -> None:
+    from dataclasses import replace
+
+    from lit_safety.core.images import decode_image
+    from lit_safety.data.format.sample import SIDES, Sides
+
+    wanted = [one for one in stored if not (keep and one[2].cost is not None)]
+    images = [
+        decode_image(data, f"{where}: {side}")
+        for _, where, _, both in wanted
+        for side, data in zip(SIDES, both, strict=True)
+    ]
+    costs = iter(scorer.costs(images).double().view(-1, 2).tolist())
+    for key, where, metadata, both in stored:
+        if not (keep and metadata.cost is not None):
+            chosen, rejected = next(costs)
+            if not (abs(chosen) < float("inf") and abs(rejected) < float("inf")):
+                raise UserError(f"{where}: costs {chosen} and {rejected} are not finite; check the model")
+            metadata = replace(metadata, cost=Sides(round(chosen, 5), round(rejected, 5)))
+        writer.write(key, metadata, *both)

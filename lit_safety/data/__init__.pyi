@@ -1,0 +1,8 @@
+"""Preference pairs: the shard format, and the datamodule that streams it."""
+
+from .datamodule import PreferenceDataModule as PreferenceDataModule
+from .format.sample import PairMetadata as PairMetadata
+from .format.writer import ShardWriter as ShardWriter
+from .reading.batch import PairBatch as PairBatch
+
+__all__ = ["PairBatch", "PairMetadata", "PreferenceDataModule", "ShardWriter"]

@@ -1,0 +1,1 @@
+"""Latents, text and reference errors that are computed once, and read instead of images."""

@@ -1,0 +1,300 @@
+"""What a cached set of shards says of the model that made it: `cache` in the manifest.
+
+Cached shards hold latents (posterior mean and standard deviation) instead of or beside the images, and
+`prompts.safetensors` beside the manifest holds the text encoders' outputs. They are right for one pair of encoders and
+one resolution only, so both are written down and compared before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.reference import ReferenceCache, parse_reference, reference_name
+from lit_safety.data.format.npy import read_npy, write_npy
+from lit_safety.data.format.sample import SIDES
+
+VERSION = 2
+"""1 hashed the ends of tensors, not all of them, and no settings of tokenizers, scaling and noise schedule."""
+#: The file beside the manifest that holds the text encoders' outputs.
+PROMPTS = "prompts.safetensors"
+TYPES = ("float16", "float32")
+#: The most numbers one side's mean and standard deviation may have: 16 channels of a 4096 x 4096 picture.
+MAX_NUMBERS = 2 * 16 * 512 * 512
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The fingerprint of a cached set."""
+
+    model: str
+    """The pipeline that made it, as it was named there."""
+    weights: dict[str, str]
+    """Hashes of its encoders by component, weights and settings (`Backbone.fingerprint`)."""
+    size: tuple[int, int]
+    """Height and width in pixels of the pictures that were encoded."""
+    latent: tuple[int, int, int]
+    """(C, h, w) of their latents."""
+    flip: bool = False
+    """Whether the latents of mirrored pictures are there too."""
+    dtype: str = "float16"
+    """How latents and text are stored: float16 or float32."""
+    images: bool = False
+    """Whether the images are there too."""
+    truncated: int = 0
+    """How many different prompts are longer than a text encoder reads."""
+    first_truncated: str | None = None
+    """The first of them."""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Size and SHA-256 of `prompts.safetensors`: `{"bytes": ..., "sha256": ...}`."""
+    reference: ReferenceCache | None = None
+    """What is stored of the reference's errors; None: nothing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        stated = {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
+        if self.reference is None:
+            del stated["reference"]
+        return stated
+
+    def __str__(self) -> str:
+        hashes = ", ".join(f"{name} {found[:8]}" for name, found in self.weights.items())
+        return f"{self.model} ({hashes}) at {pixels(self.size)}"
+
+
+def made_by(weights: Mapping[str, str]) -> str:
+    """Hashes of encoders as they stand in the cache of prompts."""
+    return json.dumps(dict(weights), sort_keys=True)
+
+
+def pixels(size: tuple[int, int]) -> str:
+    """`"512 x 512 pixels"`, width first; size: (height, width)."""
+    return f"{size[1]} x {size[0]} pixels"
+
+
+def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
+    """Check a manifest's `cache`.
+
+    Raises:
+        UserError: names `where` and the field.
+    """
+
+    def numbers(name: str, count: int) -> tuple[int, ...]:
+        value = data.get(name)
+        good = isinstance(value, list) and len(value) == count and all(type(one) is int and one > 0 for one in value)
+        if not good:
+            raise UserError(f"{where}: {name!r} must hold {count} positive whole numbers, not {value!r}")
+        return tuple(value or ())
+
+    def texts(name: str) -> dict[str, str]:
+        value = data.get(name)
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            raise UserError(f"{where}: {name!r} must be an object of texts, not {value!r}")
+        return dict(value)
+
+    if data.get("version") != VERSION:
+        raise UserError(
+            f"{where}: is of version {data.get('version')!r}, this program reads version {VERSION}: others do not say "
+            f"enough of the model that made them; make it anew: `{remake(data)}`"
+        )
+    if data.get("dtype") not in TYPES:
+        raise UserError(f"{where}: 'dtype' must be {' or '.join(TYPES)}, not {data.get('dtype')!r}")
+    latent, size = numbers("latent", 3), numbers("size", 2)
+    if 2 * latent[0] * latent[1] * latent[2] > MAX_NUMBERS:
+        raise UserError(f"{where}: latents of shape {latent} are over the limit of {MAX_NUMBERS} numbers")
+    first = data.get("first_truncated")
+    cut = data.get("truncated", 0)
+    prompts = data.get("prompts")
+    if not texts("weights"):
+        raise UserError(f"{where}: 'weights' names no encoder, so it cannot be told which model made the cache; make "
+                        "it anew with `shards precompute`")  # fmt: skip
+    return Cache(
+        model=str(data.get("model")),
+        weights=texts("weights"),
+        size=(size[0], size[1]),
+        latent=(latent[0], latent[1], latent[2]),
+        flip=data.get("flip") is True,
+        dtype=str(data["dtype"]),
+        images=data.get("images") is True,
+        truncated=cut if type(cut) is int else 0,
+        first_truncated=first if isinstance(first, str) else None,
+        prompts=prompts if isinstance(prompts, dict) else {},
+        reference=parse_reference(data.get("reference"), f"{where}: reference"),
+    )
+
+
+def remake(data: Mapping[str, Any]) -> str:
+    """The command that makes a cache anew, as far as its manifest says how it was made."""
+    words = [
+        "shards",
+        "precompute",
+        "FOLDER_WITH_IMAGES",
+        "--model",
+        shlex.quote(str(data.get("model"))),
+        "--out",
+        "NEW",
+    ]
+    size = data.get("size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1] and type(size[0]) is int:
+        words += ["--resolution", str(size[0])]
+    if data.get("dtype") == "float32":
+        words += ["--dtype", "float32"]
+    words += ["--flip", "true"] * (data.get("flip") is True)
+    words += ["--keep_images", "true"] * (data.get("images") is True)
+    reference = data.get("reference")
+    if isinstance(reference, Mapping) and type(reference.get("draws")) is int:
+        words += ["--reference_draws", str(reference["draws"])]
+        words += ["--reference_dropout", "true"] * (reference.get("empty") is True)
+        words += ["--reference_predictions", "true"] * (reference.get("predictions") is True)
+        words += ["--reference_precision", shlex.quote(str(reference.get("precision")))]
+    return " ".join(words)
+
+
+def truncation(cache: Mapping[str, Any]) -> str | None:
+    """In words, how many prompts of a cached set are longer than a text encoder reads; None if there are none."""
+    if not cache.get("truncated"):
+        return None
+    return truncation_words(cache["truncated"], str(cache.get("first_truncated")))
+
+
+def truncation_words(count: int, first: str) -> str:
+    """In words, how many prompts are longer than a text encoder reads."""
+    what = "prompt is" if count == 1 else "prompts are"
+    return f"{count} {what} longer than the text encoder reads: cut, the end token kept; first: {first!r}"
+
+
+def check_resolution(cache: Cache, resolution: int | None, flip: bool, where: str, key: str) -> None:
+    """Whether a cache serves a run with these settings.
+
+    Raises:
+        UserError: naming what the cache was made with and what is asked.
+    """
+    if resolution is not None and cache.size != (resolution, resolution):
+        raise UserError(
+            f"{where}: the cache was made at {pixels(cache.size)} by {cache.model}, but {key}.resolution is "
+            f"{resolution}; make it anew with `shards precompute --resolution {resolution}`, or set "
+            f"{key}.use_cache to false if the images are there"
+        )
+    if flip and not cache.flip:
+        raise UserError(
+            f"{where}: {key}.flip is on, but the cache holds no mirrored latents; make it anew with "
+            "`shards precompute --flip true`, or switch flip off"
+        )
+
+
+def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str) -> list[str]:
+    """Whether a cache was made by the encoders of ``model``; returns components that could not be compared.
+
+    Args:
+        cache: what the manifest says.
+        model: the model of the run, as its YAML names it.
+        weights: hashes of its encoders; those whose files are not there are left out.
+        where: the shards, for messages.
+
+    Raises:
+        UserError: naming the model that made it and the one of the run.
+    """
+    for name, made in cache.weights.items():
+        if name in weights and weights[name] != made:
+            raise UserError(
+                f"{where}: the cache was made by {cache.model} ({name} {made[:8]}), but this run's model is {model} "
+                f"({name} {weights[name][:8]}); make it anew with `shards precompute --model {model}`, or name that "
+                "model"
+            )
+    if more := [name for name in weights if name not in cache.weights]:
+        raise UserError(
+            f"{where}: the cache was made by {cache.model} and holds nothing of the {more[0]} of this run's model "
+            f"{model}; make it anew with `shards precompute --model {model}`, or name that model"
+        )
+    return [name for name in cache.weights if name not in weights]
+
+
+# What a cached sample holds instead of (or beside) its images.
+#
+# `K.chosen.latent.npy`, `K.rejected.latent.npy` (2, C, h, w): mean and standard deviation of the image's latents,
+# unscaled; `.latent.flip.npy` the same of the mirrored image; `K.crops.npy` int32 (2, 6): how each image was cut.
+# What a reference cache adds stands in `reference_cache.py`.
+
+
+CROPS = "crops.npy"
+
+
+def latent_name(side: str, mirror: bool) -> str:
+    """The member that holds a side's latents, as it is or mirrored."""
+    return f"{side}.latent{'.flip' if mirror else ''}.npy"
+
+
+@functools.cache
+def cached_members(flip: bool, reference: bool = False, predictions: bool = False) -> re.Pattern[str]:
+    """The members of a cached sample that are read."""
+    mirrors = {False, flip}
+    names = ["json", CROPS, *(latent_name(side, mirror) for side in SIDES for mirror in mirrors)]
+    names += [reference_name(mirror) for mirror in mirrors if reference]
+    names += [reference_name(mirror, prediction=True) for mirror in mirrors if reference and predictions]
+    return re.compile("|".join(map(re.escape, names)))
+
+
+def has_latents_only(members: Mapping[str, bytes]) -> bool:
+    """Whether a sample holds latents and no images."""
+    images = any(name.split(".", 1)[0] in SIDES and not name.endswith(".npy") for name in members)
+    return latent_name(SIDES[0], False) in members and not images
+
+
+def encode_latents(latents: Tensor, mirror: bool, dtype: str, where: str) -> dict[str, bytes]:
+    """One pair's latents (2, 2, C, h, w) as members of a shard.
+
+    Raises:
+        UserError: they are not finite in ``dtype``; names `where`.
+    """
+    members = {}
+    for side, one in zip(SIDES, latents, strict=True):
+        stored = one.to(getattr(torch, dtype))
+        if not torch.isfinite(stored).all():
+            cure = "; float32 holds them: --dtype float32" if torch.isfinite(one).all() else ""
+            raise UserError(f"{where}: the latents of {side} are not finite in {dtype}{cure}")
+        members[latent_name(side, mirror)] = write_npy(stored.cpu().numpy())
+    return members
+
+
+def encode_crops(crops: Tensor) -> dict[str, bytes]:
+    """One pair's crops (2, 6) as a member of a shard."""
+    return {CROPS: write_npy(crops.numpy().astype(np.int32))}
+
+
+def cached_tensors(members: dict[str, bytes], cache: Cache, mirror: bool, where: str) -> tuple[Tensor, Tensor]:
+    """A cached sample's latents, float32 (2, 2, C, h, w), and crops, float32 (2, 6).
+
+    Raises:
+        UserError: something is missing, of another type or shape, or not finite; names `where` and the member.
+    """
+    sides = []
+    for side in SIDES:
+        name = latent_name(side, mirror)
+        if name not in members:
+            raise UserError(f"{where}: has no {name}")
+        place = f"{where}: {name}"
+        sides.append(_finite(read_npy(members[name], (2, *cache.latent), TYPES, place), place))
+    height, width = cache.size
+    crops = np.array([[height, width, 0, 0, height, width]] * 2, dtype=np.float32)
+    if CROPS in members:
+        crops = read_npy(members[CROPS], (2, 6), ("int32",), f"{where}: {CROPS}").astype(np.float32)
+    return torch.stack(sides), torch.from_numpy(crops)
+
+
+def _finite(array: NDArray[np.generic], where: str) -> Tensor:
+    tensor = torch.from_numpy(array.astype(np.float32))
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{where}: is not finite")
+    if (tensor[1] < 0).any():
+        raise UserError(f"{where}: has a standard deviation below 0")
+    return tensor

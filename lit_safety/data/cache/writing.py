@@ -1,0 +1,304 @@
+"""What `shards precompute` writes of the reference: a few fixed draws of timestep and noise for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_safety.backbones.backbone import Backbone
+from lit_safety.core.chance import fixed_seed
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import file_sha256
+from lit_safety.core.progress import counter
+from lit_safety.data.cache.cache import PROMPTS, Cache, encode_crops, encode_latents, pixels
+from lit_safety.data.cache.prompt_table import PromptTables
+from lit_safety.data.cache.reference import FixedDraw, ReferenceCache, encode_reference
+from lit_safety.data.format.manifest import Manifest
+from lit_safety.data.format.sample import SIDES
+from lit_safety.data.format.tar_index import refuse_twice
+from lit_safety.data.format.writer import JOURNAL, ShardWriter
+from lit_safety.data.reading.batch import Pair, PairBatch, collate
+from lit_safety.data.reading.decode import PairDecoder, pair_images
+from lit_safety.data.reading.source import Source
+
+#: A batch, and whether its prompts are dropped -> timesteps (B,), the reference's errors of chosen and rejected (B, 2)
+#: and its predictions on the chosen images (B, C, h, w).
+Reference = Callable[[PairBatch, bool], tuple[Tensor, Tensor, Tensor]]
+
+
+class ReferenceWriter:
+    """Runs the reference on what a training step will read from the cache: latents and text as they are stored.
+
+    Args:
+        reference: the denoiser that a run will call its reference.
+        settings: how many draws, and what is stored of them.
+        prompts: the text encoders' outputs, written already.
+        dtype: how latents and predictions are stored.
+    """
+
+    def __init__(self, reference: Reference, settings: ReferenceCache, prompts: PromptTables, dtype: str) -> None:
+        self.reference = reference
+        self.settings = settings
+        self.prompts = prompts
+        self.dtype = dtype
+
+    def members(self, pairs: Sequence[Pair], latents: Tensor, mirror: bool) -> list[dict[str, bytes]]:
+        """Each pair's members of a shard.
+
+        Args:
+            pairs: decoded, with or without images.
+            latents: (B, 2, 2, C, h, w), unscaled, of the images or of the mirrored ones.
+            mirror: which of the two.
+
+        Raises:
+            UserError: the reference's errors are not finite.
+        """
+        stored = latents.to(getattr(torch, self.dtype)).float().cpu()
+        found: list[list[FixedDraw]] = [[] for _ in pairs]
+        for number in range(self.settings.draws):
+            for row, draw in enumerate(self._draw(pairs, stored, number)):
+                found[row].append(draw)
+        return [
+            encode_reference(draws, mirror, self.dtype, self._keeps_prediction(pair), pair.where)
+            for pair, draws in zip(pairs, found, strict=True)
+        ]
+
+    def _draw(self, pairs: Sequence[Pair], latents: Tensor, number: int) -> list[FixedDraw]:
+        conditions = self.settings.conditions
+        drawn = [
+            Pair(
+                key=pair.key,
+                seed=pair.seed,
+                metadata=pair.metadata,
+                chosen=None,
+                rejected=None,
+                where=pair.where,
+                crops=pair.crops,
+                latents=latents[row],
+                conditioning=self.prompts.get(pair.metadata.prompt, pair.where),
+                draw=FixedDraw(fixed_seed(pair.key, number, self.settings.draws), 0.0, torch.zeros(2, conditions)),
+            )
+            for row, pair in enumerate(pairs)
+        ]
+        batch = collate(drawn, empty=self.prompts.empty())
+        runs = [self.reference(batch, without) for without in (False, True)[:conditions]]
+        timesteps = runs[0][0].double().tolist()
+        errors = torch.stack([run[1].float().cpu() for run in runs], dim=2)
+        predictions = torch.stack([run[2].float().cpu() for run in runs], dim=1)
+        seeds = batch.noise_seeds
+        return [
+            FixedDraw(
+                seeds[row], timesteps[row], errors[row], predictions[row] if self._keeps_prediction(pair) else None
+            )
+            for row, pair in enumerate(pairs)
+        ]
+
+    def _keeps_prediction(self, pair: Pair) -> bool:
+        return self.settings.predictions and pair.metadata.prompt_kind == "clean"
+
+
+# The shards of a cache: each sample's images as latents, shard by shard as they stand in the source.
+#
+# The shards keep their samples and order, so that training on the cache goes through the same pairs in the same order
+# as training on the images.
+
+
+#: Threads that decode images while the encoder works.
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the contents of a cache."""
+
+    model: str
+    weights: dict[str, str]
+    size: tuple[int, int]
+    resolution: int | None
+    flip: bool
+    dtype: str
+    images: bool
+    reference: ReferenceCache | None = None
+
+    def to_dict(self, source: Source) -> dict[str, Any]:
+        """What the manifest says of how the cache was made, and from what."""
+        shards = [sha256 for _, sha256 in source.identity()]
+        stated = {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
+        if self.reference is None:
+            del stated["reference"]
+        return stated
+
+
+def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
+    """Height and width that every picture is encoded at: the resolution, or what the first sample has."""
+    if resolution is not None:
+        return resolution, resolution
+    for number, listed in enumerate(source.manifest.shardlist):
+        if listed.nsamples:
+            shard = source.open_shard(number)
+            try:
+                _, chosen, _ = pair_images(shard.read(0)[1], shard.where(0))
+            finally:
+                shard.close()
+            return chosen.height, chosen.width
+    raise UserError(f"{source.given}: the shards hold no sample")
+
+
+class LatentWriter:
+    """Writes the cached shards and their manifest.
+
+    Args:
+        source: the shards with images.
+        folder: where to; `prompts.safetensors` lies there already.
+        backbone: the encoders.
+        settings: how.
+        truncated: prompts that are longer than a text encoder reads.
+        overwrite: throw away what an earlier run left there.
+        reference: writes the reference cache; None: there is none.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        backbone: Backbone,
+        settings: Settings,
+        truncated: list[str],
+        overwrite: bool,
+        reference: ReferenceWriter | None = None,
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.backbone = backbone
+        self.settings = settings
+        self.truncated = truncated
+        self.overwrite = overwrite
+        self.reference = reference
+        self.decoder = PairDecoder(seed=0, resolution=settings.resolution)
+        self._seen: dict[str, str] = {}
+        """Where each key was met."""
+
+    def write(self, batch_size: int) -> Manifest:
+        """Encode everything that an earlier run has not, ``batch_size`` pairs at once.
+
+        Raises:
+            UserError: a sample cannot be read, is of another size than the others, or its latents are not finite.
+        """
+        manifest = self.source.manifest
+        provenance = {**manifest.provenance, "precompute": self.settings.to_dict(self.source)}
+        resumed = (self.folder / JOURNAL).exists() and not self.overwrite
+        with (
+            ShardWriter(
+                self.folder,
+                samples_per_shard=max(manifest.nsamples, 1),
+                provenance=provenance,
+                seeds=manifest.seeds,
+                overwrite=self.overwrite,
+                resume=True,
+                cache=self._cache().to_dict(),
+            ) as writer,
+            counter("latents", manifest.nsamples) as tick,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
+            if resumed:
+                print(f"{self.folder}: going on after {len(writer)} pairs")
+            for number in range(len(self.source.paths)):
+                for pairs in self._batches(number, batch_size, writer, pool, tick):
+                    self._write(writer, pairs)
+                writer.end_shard()
+        return writer.close()
+
+    def _cache(self) -> Cache:
+        height, width = self.settings.size
+        try:
+            with torch.inference_mode():
+                one = self.backbone.posterior(torch.zeros(2, 3, height, width, device=self.backbone.device))
+        except RuntimeError as error:
+            raise UserError(
+                f"the image encoder of {self.settings.model} does not take {pixels(self.settings.size)}: "
+                f"{str(error).splitlines()[0]}; give another --resolution"
+            ) from error
+        prompts = self.folder / PROMPTS
+        return Cache(
+            model=self.settings.model,
+            weights=self.settings.weights,
+            size=self.settings.size,
+            latent=(one.shape[2], one.shape[3], one.shape[4]),
+            flip=self.settings.flip,
+            dtype=self.settings.dtype,
+            images=self.settings.images,
+            truncated=len(self.truncated),
+            first_truncated=self.truncated[0] if self.truncated else None,
+            prompts={"bytes": prompts.stat().st_size, "sha256": file_sha256(prompts)},
+            reference=self.settings.reference,
+        )
+
+    def _batches(
+        self, number: int, batch_size: int, writer: ShardWriter, pool: ThreadPoolExecutor, tick: Any
+    ) -> Iterator[list[tuple[Pair, dict[str, bytes]]]]:
+        """One shard's samples, decoded a batch ahead of the one that is being encoded."""
+        shard = self.source.open_shard(number)
+        waiting: list[Any] = []
+        try:
+            for sample in range(self.source.manifest.shardlist[number].nsamples):
+                key, members = shard.read(sample, self.decoder.wants)
+                tick()
+                refuse_twice(self._seen, key, shard)
+                if key in writer:  # by the run that this one continues
+                    continue
+                where = shard.where(sample)
+                waiting.append((pool.submit(self._decode, number, sample, key, members, where), members))
+                if len(waiting) >= 2 * batch_size:
+                    yield [(future.result(), held) for future, held in waiting[:batch_size]]
+                    waiting = waiting[batch_size:]
+            for start in range(0, len(waiting), batch_size):
+                yield [(future.result(), held) for future, held in waiting[start : start + batch_size]]
+        finally:
+            shard.close()
+
+    def _decode(self, number: int, sample: int, key: str, members: dict[str, bytes], where: str) -> Pair:
+        pair = self.decoder(key, members, 0, where)
+        self.source.check(number, sample, pair.metadata, where)  # or the cache's manifest would hide the difference
+        return pair
+
+    def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
+        images = torch.stack([torch.stack(self._sides(pair)) for pair, _ in found]).flatten(0, 1)
+        images = images.to(self.backbone.device)
+        with torch.inference_mode():
+            latents = {False: self.backbone.posterior(images).unflatten(0, (-1, 2))}
+            if self.settings.flip:
+                latents[True] = self.backbone.posterior(images.flip(-1)).unflatten(0, (-1, 2))
+        pairs = [pair for pair, _ in found]
+        references = {} if self.reference is None else {
+            mirror: self.reference.members(pairs, all_latents, mirror) for mirror, all_latents in latents.items()
+        }  # fmt: skip
+        for row, (pair, members) in enumerate(found):
+            assert pair.crops is not None
+            cached = encode_crops(pair.crops)
+            for mirror, all_latents in latents.items():
+                cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where)
+                cached |= references[mirror][row] if references else {}
+            kept = [_stored_image(members, side) if self.settings.images else None for side in SIDES]
+            writer.write(pair.key, pair.metadata, *kept, cached=cached)
+
+    def _sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        assert pair.chosen is not None
+        assert pair.rejected is not None
+        for side, image in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+            size = (image.shape[-2], image.shape[-1])
+            if size != self.settings.size:
+                raise UserError(
+                    f"{pair.where}: {side} has {pixels(size)}, the first sample {pixels(self.settings.size)}; one "
+                    "cache holds one size: give --resolution"
+                )
+        return pair.chosen, pair.rejected
+
+
+def _stored_image(members: dict[str, bytes], side: str) -> bytes:
+    return next(data for name, data in members.items() if name.startswith(f"{side}."))

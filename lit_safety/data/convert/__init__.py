@@ -1,0 +1,1 @@
+"""Published sets and folders of images as shards."""

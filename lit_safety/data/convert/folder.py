@@ -1,0 +1,133 @@
+"""`lit_safety shards from-folder`: a CSV that names prompt, chosen and rejected image, and whatever else is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.data.convert.convert import FoundPair
+
+
+REQUIRED = ("prompt", "chosen", "rejected")
+TEXTS = ("concept", "user_id", "source")
+OPTIONAL = (
+    *("key", "prompt_kind", "order", "categories", "chosen_harmful", "rejected_harmful", "seed"),
+    *("chosen_cost", "rejected_cost", "chosen_score", "rejected_score", *TEXTS),
+)
+LABELS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0"), False),
+    **dict.fromkeys(("", "null", "none", "nan", "na", "n/a", "unknown"), None),
+}
+"""Spellings in any case. As pandas writes a column of labels of which some are missing, they are 1.0, 0.0 and empty."""
+
+
+def from_folder(
+    table: str,
+    out: str,
+    images: str | None = None,
+    prompt_kind: Literal["harmful", "clean"] | None = None,
+    order: Literal["safety", "quality", "composite"] = "safety",
+    samples_per_shard: int = 256,
+    overwrite: bool = False,
+) -> None:
+    """Write shards from a CSV of pairs and the images it names.
+
+    Columns: prompt, chosen and rejected (image files) are needed; key, prompt_kind, order, categories (several joined
+    by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost, rejected_cost,
+    chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known; of a cost or a
+    score both sides must be known or neither. Pairs whose images are the same are left out and named. A run that was
+    stopped goes on when it is started again.
+
+    Args:
+        table: The CSV file, UTF-8, with a header line.
+        out: The folder to write the shards to.
+        images: The folder the image files lie in; null: the CSV's own folder.
+        prompt_kind: What prompts are where the table does not say.
+        order: What decided which image is chosen where the table does not say.
+        samples_per_shard: How many pairs a shard holds.
+        overwrite: Throw away what an earlier run left in the folder.
+    """
+    from pathlib import Path
+
+    from lit_safety.core.hashes import file_sha256
+    from lit_safety.core.tables import read_csv
+    from lit_safety.data.convert.convert import convert
+
+    rows = read_csv(table, REQUIRED)
+    if rows and (unknown := [name for name in rows[0] if name not in (*REQUIRED, *OPTIONAL)]):
+        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(REQUIRED + OPTIONAL)}")
+    folder = Path(images) if images is not None else Path(table).parent
+    pairs = [
+        _pair(row, f"{table}: row {number}", number, folder, prompt_kind, order) for number, row in enumerate(rows, 2)
+    ]
+    provenance = {
+        "converter": "from-folder",
+        "table": Path(table).name,
+        "table_sha256": file_sha256(table),
+        "prompt_kind": prompt_kind,
+        "order": order,
+        "samples_per_shard": samples_per_shard,
+    }
+    convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
+
+
+def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind: str | None, order: str) -> FoundPair:
+    from lit_safety.core.tables import image_path
+    from lit_safety.data.convert.convert import FoundPair, plain_key
+    from lit_safety.data.format.sample import parse_metadata
+
+    kind = row.get("prompt_kind") or prompt_kind
+    if kind is None:
+        raise UserError(f"{where}: says no prompt_kind; add the column, or give --prompt_kind harmful or clean")
+    data: dict[str, Any] = {
+        "prompt": row["prompt"],
+        "prompt_kind": kind,
+        "order": row.get("order") or order,
+        "categories": [name.strip() for name in row.get("categories", "").split(";") if name.strip()],
+        "harmful": {side: _label(row, f"{side}_harmful", where) for side in ("chosen", "rejected")},
+        "seed": _seed(row, where),
+        **{name: row.get(name) or None for name in TEXTS},
+        **{name: _both(row, name, where) for name in ("cost", "score")},
+    }
+    key = row.get("key") or f"{number - 2:08d}"
+    metadata = parse_metadata(data, where)
+    chosen, rejected = (image_path(folder, row[side], f"{where}: {side}") for side in ("chosen", "rejected"))
+    return FoundPair(plain_key(key), metadata, chosen, rejected)
+
+
+def _label(row: dict[str, str], name: str, where: str) -> bool | None:
+    value = row.get(name, "").strip().casefold()
+    if value not in LABELS:
+        raise UserError(f"{where}: {name} is {row[name]!r}; it may be true, false or empty (not known)")
+    return LABELS[value]
+
+
+def _both(row: dict[str, str], name: str, where: str) -> dict[str, Any] | None:
+    from lit_safety.core.tables import decimal_number
+
+    sides: dict[str, float] = {}
+    for side in ("chosen", "rejected"):
+        if value := row.get(f"{side}_{name}", "").strip():
+            number = decimal_number(value)
+            if number is None:
+                raise UserError(f"{where}: {side}_{name} is {value!r}, not a number")
+            sides[side] = number
+    if len(sides) == 1:
+        (there,) = sides
+        missing = "rejected" if there == "chosen" else "chosen"
+        raise UserError(f"{where}: has {there}_{name} but no {missing}_{name}; give both, or leave both empty")
+    return sides or None
+
+
+def _seed(row: dict[str, str], where: str) -> int | None:
+    from lit_safety.core.tables import whole_number
+
+    value = row.get("seed", "").strip()
+    if not value:
+        return None
+    if (seed := whole_number(value)) is None:
+        raise UserError(f"{where}: seed is {value!r}, not a whole number")
+    return seed

@@ -1,0 +1,1 @@
+"""What a shard is: samples, tar index, manifest, writer."""

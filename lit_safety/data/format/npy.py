@@ -1,0 +1,54 @@
+"""Cached arrays of a shard: `.npy` files of which nothing but plain numbers of a known shape is accepted.
+
+The header is checked before an array is made: it may claim any size, and a type that would be unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_safety.core.errors import UserError
+
+MAX_HEADER = 4096
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def write_npy(array: NDArray[np.generic]) -> bytes:
+    """`array` as the bytes of an `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_npy(data: bytes, shape: tuple[int, ...], types: tuple[str, ...], where: str) -> NDArray[np.generic]:
+    """The array in the bytes of an `.npy` file.
+
+    Args:
+        data: the file.
+        shape: what it must hold.
+        types: the number types it may hold, such as `float16`.
+        where: the shard, the sample and the member, for messages.
+
+    Raises:
+        UserError: it is no `.npy` file, of another type or shape, too long or too short.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _READERS:
+            raise ValueError(f"version {version} is not read")
+        found, fortran, dtype = _READERS[version](file, max_header_size=MAX_HEADER)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: is no plain .npy file ({str(error).splitlines()[0]})") from error
+    if dtype.hasobject or dtype.str not in [np.dtype(name).newbyteorder("<").str for name in types]:
+        raise UserError(f"{where}: holds {dtype}, not {' or '.join(types)}")
+    if tuple(found) != shape or (fortran and len(shape) > 1):
+        raise UserError(f"{where}: is of shape {tuple(found)}, not {shape}")
+    rest = memoryview(data)[file.tell() :]
+    if len(rest) != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{where}: has {len(rest)} bytes of numbers, its shape asks for another count")
+    return np.frombuffer(rest, dtype=dtype).reshape(shape)

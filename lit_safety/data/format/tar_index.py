@@ -1,0 +1,292 @@
+"""Where each sample lies in a tar file, and its bytes.
+
+Shards are read by position: one pass over the tar's headers (the images are skipped, not read) says where
+everything is, and then a sample costs one read of exactly its bytes. So a worker reads its own samples and
+nobody else's, memory is one batch, and what a resumed run skips is neither read nor decoded. Keys and
+suffixes are webdataset's: a key is what stands before the first dot of the file name.
+
+Every member is read, or ignored by one of these rules, or makes a sample that cannot be used and that names it:
+
+- Folders and what macOS packs along (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
+- What a sample holds beside its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
+  JSON nor arrays.
+- A hard link is read as the member that it leads to. Any other link, and a device, is an error.
+- A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
+  that belongs to no sample, are errors.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from webdataset.tariterators import base_plus_ext
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import check_regular
+from lit_safety.core.images import FORMATS, OTHER_FORMATS
+
+MAX_MEMBER_BYTES = 128 << 20
+MAX_PADDING = 1 << 20
+"""Zeros behind the last member. Programs fill up 10 KiB."""
+# What tarfile raises for headers that nobody wrote in good faith.
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, MemoryError)
+# Images, or what a cache has instead of them.
+_NAMES = (
+    r"json|(?:chosen|rejected)\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
+    r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
+)
+_WANTED = re.compile(_NAMES)
+_DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
+_UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
+# Endings of what a sample is made of: where no sample is, it is missed.
+_MISSED = frozenset({*FORMATS, *OTHER_FORMATS, "json", "npy"})
+
+
+class BadSample(UserError):
+    """One sample cannot be used; `on_bad_sample` decides what that means."""
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample of a shard and where its members lie."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Suffix (`json`, `chosen.png`) to (offset, size) in bytes."""
+    problem: str | None = None
+    """Why it cannot be used, if so."""
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The samples of one tar file, in the order in which they stand."""
+
+    samples: list[StoredSample]
+    problem: str | None = None
+    """Set when the tar ends too early or a header is damaged: the samples listed are those before that point."""
+
+
+def index_tar(path: str | os.PathLike[str]) -> TarIndex:
+    """List the samples of a tar file without reading them.
+
+    Raises:
+        UserError: the file is missing, or not a plain (uncompressed) tar.
+    """
+    try:
+        check_regular(path)
+        with tarfile.open(path, "r:") as tar:
+            problem: list[str] = []
+            samples = _group(_members(tar, problem))
+            ending = None if problem else _ending(path, tar.offset)
+            return TarIndex(samples, problem[0] if problem else ending)
+    except _DAMAGED as error:
+        hint = "; unpack it: shards are plain tar files" if _is_compressed(path) else ""
+        raise UserError(f"{path}: is not a readable tar file ({error}){hint}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A member that is not ignored."""
+
+    name: str
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    problem: str | None = None
+
+
+def is_mac_file(name: str) -> bool:
+    """Whether a path is one of those that macOS packs beside the files themselves.
+
+    >>> [is_mac_file(name) for name in ("a/._0.png", "a/.DS_Store", "__MACOSX/a/0.png", "a/0.png")]
+    [True, True, True, False]
+    """
+    parts = name.replace("\\", "/").split("/")
+    return parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts
+
+
+def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
+    spots: dict[str, tuple[int, int]] = {}
+    try:
+        for member in tar:
+            if member.size < 0:  # tarfile would go back, and round for ever
+                problem.append(f"the tar file is damaged ({member.name!r} has a size below 0)")
+                return
+            if member.isdir() or is_mac_file(member.name):
+                continue
+            key, suffix = base_plus_ext(member.name)
+            offset, size, wrong = member.offset_data, member.size, None
+            if member.islnk():
+                target = spots.get(posixpath.normpath(member.linkname))
+                offset, size = target or (0, 0)
+                if target is None:
+                    wrong = f"is a hard link to {member.linkname!r}, which does not stand before it in the tar"
+            elif member.issym():
+                wrong = "is a symbolic link; pack the files that links lead to, as `tar --dereference` does"
+            elif not member.isreg() or member.issparse():
+                wrong = "is no ordinary file (a device, or sparse); pack plain files"
+            if wrong is None:
+                spots[posixpath.normpath(member.name)] = offset, size
+            if key is None:  # nothing before the first dot, or no dot: no sample's, whatever it is
+                key, _, suffix = member.name.rpartition(".")
+                suffix = f".{suffix}" if key else ""
+            yield _Member(member.name, key or member.name, suffix.lower(), offset, size, wrong)
+    except tarfile.ReadError as error:
+        problem.append(f"the tar file is cut short ({error})")
+    except _DAMAGED as error:
+        problem.append(f"the tar file is damaged ({type(error).__name__}: {error})")
+
+
+def _is_compressed(path: str | os.PathLike[str]) -> bool:
+    """gzip, bzip2, xz or zstd by the first bytes, whatever the file is named."""
+    with open(path, "rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
+
+
+def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
+    """Why the tar does not end where tarfile stopped reading; None: it does.
+
+    tarfile takes a damaged header, or the end of the file, for the end of the tar: what follows would be lost in
+    silence.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        rest = file.read(MAX_PADDING + 1)
+    if len(rest) < tarfile.BLOCKSIZE:
+        return "the tar file is cut short (its end is missing)"
+    if any(rest[: tarfile.BLOCKSIZE]):
+        return f"the tar file is damaged (no header at byte {offset})"
+    if any(rest) or len(rest) > MAX_PADDING:
+        return "more follows the end of the tar file: is it two of them in one?"
+    return None
+
+
+def _group(members: Iterator[_Member]) -> list[StoredSample]:
+    samples: list[StoredSample] = []
+    seen: set[str] = set()
+    beside: dict[str, str] = {}
+    """By key, the first member that is none of a sample's."""
+    for member in members:
+        key, suffix, wrong = member.key, member.suffix, member.problem
+        if _WANTED.fullmatch(suffix):
+            if wrong is not None:
+                wrong = f"{suffix} {wrong}"
+        elif dotted := _DOTTED.fullmatch(suffix):
+            key = f"{key}.{dotted[1]}"
+            wrong = f"{member.name!r} has a key with dots of its own, and a key ends at the first dot; rename it"
+        elif _UNREAD_IMAGE.fullmatch(suffix):
+            wrong = f"{suffix} is of a format that is not read; write PNG, JPEG or WebP"
+        else:
+            if suffix.rpartition(".")[2] in _MISSED:
+                beside.setdefault(key, member.name)
+            continue
+        if samples and samples[-1].key == key:
+            current = samples[-1]
+        else:
+            twice = "its key stands twice in the shard, or its members do not stand one after the other"
+            current = StoredSample(key, {}, twice if key in seen else None)
+            seen.add(key)
+            samples.append(current)
+        if suffix in current.members:
+            wrong = f"holds {suffix} twice"
+        elif member.size > MAX_MEMBER_BYTES:
+            wrong = f"{suffix} is {member.size} bytes, over the limit"
+        if wrong is None:
+            current.members[suffix] = (member.offset, member.size)
+        else:
+            samples[-1] = StoredSample(key, current.members, current.problem or wrong)
+    for key, name in beside.items():
+        if key not in seen:
+            wrong = f"{name!r} belongs to no pair: a sample is KEY.json, KEY.chosen.png and KEY.rejected.png"
+            samples.append(StoredSample(key, {}, wrong))
+    return samples
+
+
+class OpenShard:
+    """A tar file whose samples can be read by number.
+
+    Args:
+        path: the tar file.
+        expected: how many samples the manifest says it holds; None: not known.
+    """
+
+    def __init__(self, path: str, expected: int | None = None) -> None:
+        self.path = path
+        self.index = index_tar(path)
+        found = len(self.index.samples)
+        self.problem = self.index.problem
+        self._usable = found
+        if self.problem is None and expected is not None and found != expected:
+            self.problem = f"holds {found} samples but the manifest says {expected}"
+            self._usable = 0  # not the shard that was listed; one that is cut short is, as far as it goes
+        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def where(self, number: int) -> str:
+        """The shard and the sample's key, for messages."""
+        samples = self.index.samples
+        return f"{self.path}: sample {samples[number].key!r}" if number < len(samples) else self.path
+
+    def read(self, number: int, wanted: Callable[[str], bool] | None = None) -> tuple[str, dict[str, bytes]]:
+        """The key and the members (suffix to bytes) of a sample.
+
+        Args:
+            number: which sample.
+            wanted: which suffixes to read; None: all that are known.
+
+        Raises:
+            BadSample: the shard ends before it, its key is taken, or it cannot be read.
+        """
+        sample = self._sample(number)
+        spots = [(name, spot) for name, spot in sample.members.items() if wanted is None or wanted(name)]
+        return sample.key, {name: self._bytes(number, *spot) for name, spot in spots}
+
+    def read_member(self, number: int, suffix: str) -> bytes:
+        """One member of a sample.
+
+        Raises:
+            BadSample: as `read`, or the sample has no such member.
+        """
+        sample = self._sample(number)
+        if suffix not in sample.members:
+            raise BadSample(f"{self.where(number)}: has no {suffix}")
+        return self._bytes(number, *sample.members[suffix])
+
+    def _sample(self, number: int) -> StoredSample:
+        samples = self.index.samples
+        if number >= self._usable:
+            raise BadSample(f"{self.path}: sample {number}: {self.problem}")
+        if samples[number].problem is not None:
+            raise BadSample(f"{self.where(number)}: {samples[number].problem}")
+        return samples[number]
+
+    def _bytes(self, number: int, offset: int, size: int) -> bytes:
+        try:
+            self._file.seek(offset)
+            data = self._file.read(size)
+        except OSError as error:
+            raise BadSample(f"{self.where(number)}: cannot be read ({error.strerror or error})") from error
+        if len(data) != size:
+            raise BadSample(f"{self.where(number)}: the tar file is cut short")
+        return data
+
+
+def refuse_twice(seen: dict[str, str], key: str, shard: OpenShard) -> None:
+    """Note in which shard a key stands.
+
+    Raises:
+        UserError: it stands in another one too: the second pair would be lost, or share its random choices.
+    """
+    if (other := seen.setdefault(key, shard.path)) != shard.path:
+        raise UserError(f"{shard.path}: sample {key!r} stands in {other} too; keys must differ: do one set after the "
+                        "other")  # fmt: skip

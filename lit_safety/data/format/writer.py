@@ -1,0 +1,267 @@
+"""Write preference pairs into shards with a manifest beside them.
+
+    with ShardWriter("shards/train", provenance={"source": "my set"}) as writer:
+        writer.write("000001", {"prompt": "a cat", ...}, chosen=image, rejected=other)
+
+A shard appears under its name only when it is whole and the manifest is written last, so a killed run leaves
+nothing that a reader would take for data: a folder with a journal and no manifest is not complete. One writer at a
+time holds a folder's lock. The bytes of the shards depend on the samples only: two runs write equal files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import webdataset as wds
+from PIL import Image
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import atomic_file, take_lock
+from lit_safety.core.hashes import file_sha256
+from lit_safety.core.images import extension_of, rgb
+from lit_safety.data.format.manifest import (
+    FILE_NAME,
+    JOURNAL,
+    Manifest,
+    SampleClass,
+    Shard,
+    load_manifest,
+    save_manifest,
+)
+from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
+from lit_safety.data.format.tar_index import index_tar
+
+# webdataset cuts a member's name at the first dot and skips names that begin with two underscores.
+_KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}\Z")
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+
+
+class ShardWriter:
+    """Write pairs into `folder/NAME-000000.tar`, ... and `folder/manifest.json`.
+
+    Args:
+        folder: where the shards go; made if missing. Shards of an earlier run there are an error unless
+            `overwrite`.
+        samples_per_shard: how many samples a shard holds at most. Several small shards let several workers
+            read at once, and the order mixes whole windows of shards; a few hundred is a good size.
+        name: the shards' prefix.
+        image_format: how PIL images are stored: `png` or `webp` (both lossless) or `jpg`. Bytes are stored as
+            given.
+        provenance: where the samples come from; goes into the manifest.
+        seeds: the seeds they were drawn with; goes into the manifest.
+        overwrite: replace the shards that an earlier run left in the folder.
+        resume: go on where a run with the same settings was stopped: its finished shards are kept, and `key in writer`
+            says which samples they hold. The caller writes the others in the same order as before.
+        cache: for cached latents, what the manifest says of the model that made them.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        samples_per_shard: int = 256,
+        name: str = "shard",
+        image_format: str = "png",
+        provenance: Mapping[str, Any] | None = None,
+        seeds: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        cache: Mapping[str, Any] | None = None,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise UserError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
+        if image_format not in _ENCODERS:
+            raise UserError(f"image_format must be one of {', '.join(_ENCODERS)}, not {image_format!r}")
+        if not _KEY.match(name):
+            raise UserError(f"the shards' name {name!r} may hold only letters, digits, dashes and underscores")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.name = name
+        self.image_format = image_format
+        self.provenance = dict(provenance or {})
+        self.seeds = dict(seeds or {})
+        self.cache = None if cache is None else dict(cache)
+        self.manifest: Manifest | None = None
+        """Set when the writer is closed."""
+        self._shards: list[Shard] = []
+        self._classes: dict[SampleClass, int] = {}
+        self._labels: Counter[str] = Counter()
+        self._keys: set[str] = set()
+        self._open: contextlib.ExitStack | None = None
+        self._tar: wds.TarWriter | None = None
+        self._in_shard: list[int] = []
+        self._lock = take_lock(self.folder)
+        if not (resume and not overwrite and self._take_up()):
+            self._clear(overwrite)
+            self._save_journal()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        """Samples written so far, those of the run that is resumed included."""
+        return len(self._keys)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.close()
+            elif self._open is not None:
+                # Hand the exception to the atomic file, which removes the unfinished shard.
+                self._open.__exit__(kind, error, trace)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def write(
+        self,
+        key: str,
+        metadata: PairMetadata | Mapping[str, Any],
+        chosen: Image.Image | bytes | None,
+        rejected: Image.Image | bytes | None,
+        *,
+        cached: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Append one pair.
+
+        Args:
+            key: names the sample and seeds its random choices; unique, of letters, digits, dashes,
+                underscores.
+            metadata: the pair's metadata, checked here.
+            chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only where it is cached.
+            rejected: the other one.
+            cached: members of a cache by suffix, such as `chosen.latent.npy`.
+
+        Raises:
+            UserError: the key is taken or not plain, the metadata is not valid, or the bytes are no known
+                image.
+        """
+        where = f"{self.folder}: sample {key!r}"
+        if not isinstance(key, str) or not _KEY.match(key):
+            raise UserError(f"{where}: a key may hold only letters, digits, dashes and underscores")
+        if key in self._keys:
+            raise UserError(f"{where}: the key is used twice")
+        pair = parse_metadata(metadata.to_dict() if isinstance(metadata, PairMetadata) else metadata, where)
+        members: dict[str, bytes | str] = {"__key__": key, "json": pair.to_json()}
+        for side, image in zip(SIDES, (chosen, rejected), strict=True):
+            if image is None:
+                if not cached:
+                    raise UserError(f"{where}: has no {side} image")
+                continue
+            data = self._encode(image)
+            members[f"{side}.{extension_of(data, f'{where}: {side}')}"] = data
+        self._tar_writer().write({**members, **(cached or {})})
+        self._keys.add(key)
+        self._labels[pair.label] += 1
+        self._in_shard.append(self._classes.setdefault(SampleClass.of(pair), len(self._classes)))
+        if len(self._in_shard) >= self.samples_per_shard:
+            self.end_shard()
+
+    def close(self) -> Manifest:
+        """Finish the last shard and write the manifest."""
+        if self.manifest is not None:
+            return self.manifest
+        if self._in_shard:
+            self.end_shard()
+        if not self._shards:
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+            raise UserError(f"{self.folder}: no sample was written, so there is no manifest")
+        self.manifest = self._manifest()
+        save_manifest(self.manifest, self.folder)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        self._release()
+        return self.manifest
+
+    def _save_journal(self) -> None:
+        save_manifest(self._manifest(), self.folder, JOURNAL)
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            shardlist=tuple(self._shards),
+            classes=tuple(self._classes),
+            labels=dict(self._labels),
+            provenance=self.provenance,
+            seeds=self.seeds,
+            cache=self.cache,
+        )
+
+    def _take_up(self) -> bool:
+        """Take up what a stopped run left; False if there is none."""
+        if (self.folder / FILE_NAME).exists() or not (self.folder / JOURNAL).exists():
+            return False
+        left = load_manifest(self.folder, JOURNAL)
+        if not left.shardlist:  # it had finished nothing; what lies there is ours
+            self._clear(overwrite=True)
+            return False
+        if (left.provenance, left.seeds, left.cache) != (self.provenance, self.seeds, self.cache):
+            raise UserError(
+                f"{self.folder}: holds a run that was stopped and had other settings; give those, name another "
+                "folder or ask to overwrite"
+            )
+        for shard in left.shardlist:
+            path = self.folder / shard.url
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                raise UserError(f"{path}: is missing or not as the stopped run left it; ask to overwrite")
+            self._keys.update(sample.key for sample in index_tar(path).samples)
+        self._shards = list(left.shardlist)
+        self._classes = {one: number for number, one in enumerate(left.classes)}
+        self._labels = Counter(left.labels)
+        return True
+
+    def _clear(self, overwrite: bool) -> None:
+        old = [self.folder / FILE_NAME, self.folder / JOURNAL, *self.folder.glob(f"{self.name}-??????.tar")]
+        old = [path for path in old if path.exists()]
+        if old and not overwrite:
+            raise UserError(f"{self.folder}: holds {old[0].name} already; name another folder or ask to overwrite")
+        for path in old:  # the manifest first: without it the rest is no data set
+            path.unlink()
+
+    def _shard_path(self) -> Path:
+        return self.folder / f"{self.name}-{len(self._shards):06d}.tar"
+
+    def _tar_writer(self) -> wds.TarWriter:
+        if self._tar is None:
+            self._open = contextlib.ExitStack()
+            file: BinaryIO = self._open.enter_context(atomic_file(self._shard_path()))
+            # encoder=False: bytes only. A fixed time and owner make equal samples give equal files.
+            self._tar = wds.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644)
+            self._open.callback(self._tar.close)
+        return self._tar
+
+    def end_shard(self) -> None:
+        """Finish the shard that is being written; the next sample begins another."""
+        if self._open is None:
+            return
+        path = self._shard_path()
+        self._open.close()
+        self._open = self._tar = None
+        shard = Shard(path.name, len(self._in_shard), path.stat().st_size, file_sha256(path), tuple(self._in_shard))
+        self._shards.append(shard)
+        self._in_shard = []
+        self._save_journal()
+
+    def _encode(self, image: Image.Image | bytes) -> bytes:
+        if isinstance(image, bytes):
+            return image
+        buffer = io.BytesIO()
+        rgb(image).save(buffer, **_ENCODERS[self.image_format])
+        return buffer.getvalue()

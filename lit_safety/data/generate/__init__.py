@@ -1,1 +1,0 @@
-"""Safety pairs made with the model that is to be aligned: prompts written, images drawn, judged and ranked."""

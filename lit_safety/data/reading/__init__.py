@@ -1,0 +1,1 @@
+"""How shards are read: which samples, in which order, decoded into batches."""

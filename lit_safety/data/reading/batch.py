@@ -1,0 +1,244 @@
+"""A batch of preference pairs: what the datamodule yields and the modules read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_safety.core.chance import LATENT, NOISE, normal
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.reference import FixedDraw
+from lit_safety.data.format.sample import PairMetadata, Sides
+
+
+@dataclass
+class PairBatch:
+    """B preference pairs."""
+
+    keys: list[str]
+    """Each sample's key."""
+    seeds: list[int]
+    """Each sample's 63-bit seed, a pure function of (seed, epoch, key): see `lit_safety.core.chance`."""
+    prompts: list[str]
+    """What both images of a pair were made for."""
+    prompt_kinds: list[str]
+    """`harmful` or `clean`."""
+    categories: list[tuple[str, ...]]
+    """Canonical harm categories."""
+    orders: list[str]
+    """What decided which image is chosen: `safety`, `quality` or `composite`."""
+    chosen: Tensor | None
+    """float32 (B, 3, H, W) in [-1, 1]; None where `latents` stand for the images."""
+    rejected: Tensor | None
+    """As `chosen`."""
+    clean: Tensor
+    """float32 (B,): 1 where the prompt is clean, 0 where it is harmful (`prompt_kinds` as numbers)."""
+    harmful: Tensor
+    """float32 (B, 2): 1 harmful, 0 safe, nan unknown; column 0 chosen, column 1 rejected. Labels, not
+    scores."""
+    cost: Tensor
+    """float32 (B, 2): a cost model's values, above 0 harmful, nan unknown; columns as in `harmful`."""
+    has_cost: list[bool]
+    """Whether both costs of a pair are known; on the host, so that asking needs no wait for the device."""
+    score: Tensor
+    """float32 (B, 2): quality, higher is better, nan unknown; columns as in `harmful`."""
+    has_score: list[bool]
+    """Whether both scores of a pair are known; on the host, as `has_cost`."""
+    has_harmful: list[bool]
+    """Whether both labels of a pair are known; on the host, as `has_cost`."""
+    user_ids: list[str | None]
+    """Whose preference it is; None is everyone's."""
+    category: str | None = None
+    """The category all of them are about, where batches are made so (`one_category`)."""
+    latents: Tensor | None = None
+    """float32 (B, 2, 2, C, h, w) out of a cache: chosen and rejected, mean and standard deviation, unscaled."""
+    conditioning: dict[str, Tensor] | None = None
+    """The text encoders' outputs for `prompts` out of a cache, float32, B rows each."""
+    empty: dict[str, Tensor] | None = None
+    """The same for the empty prompt, 1 row each."""
+    crops: Tensor | None = None
+    """float32 (B, 2, 6), chosen and rejected, in pixels: height and width of the stored image, top and left of the cut
+    in it once it was scaled, height and width of what was cut out."""
+    fixed_seeds: list[int] | None = None
+    """Out of a reference cache: each pair's seed of timestep, noise and latent sample, instead of those of `seeds`."""
+    fixed_timesteps: list[float] | None = None
+    """The timesteps that those seeds gave when the cache was made, in the backbone's own unit."""
+    reference: Tensor | None = None
+    """float32 (B, 2, 1 or 2): the reference's errors there, of chosen and rejected, with the prompt and without."""
+    reference_prediction: Tensor | None = None
+    """float32 (B, 1 or 2, C, h, w): its predictions on the chosen image, with the prompt and without; zeros for harmful
+    prompts."""
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    """Standard normal numbers by purpose, (B, C, h, w), drawn ahead by a worker: `chance.normal(seeds, purpose, ...)`.
+    Purposes that are missing are drawn when they are asked for."""
+    skipped: list[str] = field(default_factory=list)
+    """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
+    each."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def noise_seeds(self) -> list[int]:
+        """Each pair's seed of timestep, noise and latent sample."""
+        return self.seeds if self.fixed_seeds is None else self.fixed_seeds
+
+    def take(self, rows: Sequence[int]) -> PairBatch:
+        """The batch of the pairs at `rows` only."""
+        taken = copy.copy(self)
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("empty", "skipped"):
+                continue
+            if isinstance(value, list):
+                setattr(taken, one.name, [value[row] for row in rows])
+            elif isinstance(value, Tensor):
+                setattr(taken, one.name, value[list(rows)])
+            elif isinstance(value, dict):
+                setattr(taken, one.name, {name: tensor[list(rows)] for name, tensor in value.items()})
+        return taken
+
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> PairBatch:
+        """The batch with its tensors on `device`.
+
+        Args:
+            device: where to.
+            non_blocking: leave the copies to the device instead of waiting for it; None: where that is safe. Lightning
+                asks for it with tensors only, and every copy of a batch would empty the device's queue.
+        """
+        wait = torch.device(device).type in ("cpu", "mps") if non_blocking is None else not non_blocking
+        return self._map(lambda tensor: tensor.to(device, non_blocking=not wait))
+
+    def pin_memory(self) -> PairBatch:
+        """The batch with its tensors in page-locked memory, for faster copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
+        moved = copy.copy(self)
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                setattr(moved, one.name, function(value))
+            elif isinstance(value, dict):
+                setattr(moved, one.name, {name: function(tensor) for name, tensor in value.items()})
+        return moved
+
+
+@dataclass
+class Pair:
+    """One decoded sample."""
+
+    key: str
+    seed: int
+    metadata: PairMetadata
+    chosen: Tensor | None
+    """float32 (3, H, W) in [-1, 1]; None where latents stand for the images."""
+    rejected: Tensor | None
+    where: str
+    """Shard and key, for messages."""
+    crops: Tensor | None = None
+    """float32 (2, 6), as `PairBatch.crops`."""
+    latents: Tensor | None = None
+    """float32 (2, 2, C, h, w), as `PairBatch.latents`."""
+    conditioning: dict[str, Tensor] | None = None
+    """The text encoders' outputs for the prompt, without the batch's dimension."""
+    draw: FixedDraw | None = None
+    """Out of a reference cache: timestep, noise and the reference's errors there."""
+
+
+def collate(
+    pairs: Sequence[Pair],
+    category: str | None = None,
+    skipped: Sequence[str] = (),
+    empty: dict[str, Tensor] | None = None,
+) -> PairBatch:
+    """Put pairs together.
+
+    Args:
+        pairs: all with images, or all with latents and text.
+        category: what they have in common, if they were chosen so.
+        skipped: bad samples that were left out.
+        empty: the text encoders' outputs for the empty prompt, where pairs have those of theirs.
+
+    Raises:
+        UserError: images of different sizes meet; names one sample of each size and the YAML key that cures
+        it.
+    """
+    _check_sizes(pairs)
+    seeds = [pair.seed for pair in pairs]
+    fixed = [pair.draw for pair in pairs if pair.draw is not None]
+    if len(fixed) < len(pairs):
+        fixed = []
+    noise_seeds = [one.seed for one in fixed] or seeds
+    latents = _stack([pair.latents for pair in pairs])
+    # What a step needs by the thousand is drawn here, in the worker, where its count is known.
+    draws = {} if latents is None else {name: normal(noise_seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
+    nan = float("nan")
+    unknown: Sides[float] = Sides(nan, nan)
+    labels = [pair.metadata.harmful for pair in pairs]
+    costs = [pair.metadata.cost or unknown for pair in pairs]
+    scores = [pair.metadata.score or unknown for pair in pairs]
+    return PairBatch(
+        keys=[pair.key for pair in pairs],
+        seeds=seeds,
+        prompts=[pair.metadata.prompt for pair in pairs],
+        prompt_kinds=[pair.metadata.prompt_kind for pair in pairs],
+        categories=[pair.metadata.categories for pair in pairs],
+        orders=[pair.metadata.order for pair in pairs],
+        chosen=_stack([pair.chosen for pair in pairs]),
+        rejected=_stack([pair.rejected for pair in pairs]),
+        clean=torch.tensor([float(pair.metadata.prompt_kind == "clean") for pair in pairs]),
+        harmful=torch.tensor(
+            [[nan if side is None else float(side) for side in (one.chosen, one.rejected)] for one in labels]
+        ),
+        cost=torch.tensor([[one.chosen, one.rejected] for one in costs]),
+        has_cost=[pair.metadata.cost is not None for pair in pairs],
+        score=torch.tensor([[one.chosen, one.rejected] for one in scores]),
+        has_score=[pair.metadata.score is not None for pair in pairs],
+        has_harmful=[one.chosen is not None and one.rejected is not None for one in labels],
+        user_ids=[pair.metadata.user_id for pair in pairs],
+        category=category,
+        latents=latents,
+        conditioning=_rows(pairs),
+        empty=empty,
+        crops=_stack([pair.crops for pair in pairs]),
+        fixed_seeds=noise_seeds if fixed else None,
+        fixed_timesteps=[one.timestep for one in fixed] or None,
+        reference=_stack([one.errors for one in fixed]) if fixed else None,
+        reference_prediction=_stack([one.prediction for one in fixed]) if fixed else None,
+        draws=draws,
+        skipped=list(skipped),
+    )
+
+
+def _stack(found: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [one for one in found if one is not None]
+    return torch.stack(tensors) if len(tensors) == len(found) else None
+
+
+def _rows(pairs: Sequence[Pair]) -> dict[str, Tensor] | None:
+    found = [pair.conditioning for pair in pairs if pair.conditioning is not None]
+    if len(found) != len(pairs):
+        return None
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def _check_sizes(pairs: Sequence[Pair]) -> None:
+    first = pairs[0]
+    for pair in pairs:
+        for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if image is not None and first.chosen is not None and image.shape != first.chosen.shape:
+                raise UserError(
+                    f"{pair.where}: {side} is {_size(image)} but {first.where} "
+                    f"has {_size(first.chosen)}; images of one batch must be of one size: set "
+                    "data.init_args.resolution"
+                )
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"

@@ -1,0 +1,171 @@
+"""From a sample's bytes to its tensors: metadata checked, images bounded, resized, perhaps mirrored, or cached."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lit_safety.core.chance import sample_seed, turn, uniform
+from lit_safety.core.errors import UserError
+from lit_safety.core.images import FORMATS, decode_image
+from lit_safety.data.cache.cache import Cache, cached_members, cached_tensors
+from lit_safety.data.cache.prompt_table import PromptTables
+from lit_safety.data.cache.reference import FixedDraw, read_reference
+from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
+from lit_safety.data.format.tar_index import BadSample
+from lit_safety.data.reading.batch import Pair
+
+_IMAGES = re.compile(rf"json|({'|'.join(SIDES)})\.({'|'.join(FORMATS)})")
+
+
+@dataclass(frozen=True)
+class PairDecoder:
+    """How samples become tensors; the same for chosen and rejected."""
+
+    seed: int
+    resolution: int | None = None
+    """Images are scaled until the shorter side has this many pixels and cut square from the middle; None: as
+    stored."""
+    flip: bool = False
+    """Mirror half of the pairs, both images alike."""
+    cache: Cache | None = None
+    """What the shards' cached latents are; None: images are decoded."""
+    prompts: PromptTables | None = None
+    """The text encoders' outputs, where latents are cached."""
+    predictions: bool = False
+    """Read the reference's predictions too, where its errors are cached."""
+    labels_only: bool = False
+    """Read the metadata alone, where a module has kept what it needs of the images."""
+
+    def wants(self, suffix: str) -> bool:
+        """Whether a member of a sample is needed."""
+        if self.labels_only:
+            return suffix == "json"
+        if self.cache is None:
+            return _IMAGES.fullmatch(suffix) is not None
+        pattern = cached_members(self.flip, self.cache.reference is not None, self.predictions)
+        return pattern.fullmatch(suffix) is not None
+
+    def empty(self) -> dict[str, Tensor] | None:
+        """The text encoders' outputs for the empty prompt, 1 row each, where they are cached."""
+        return None if self.prompts is None else self.prompts.empty()
+
+    def __call__(
+        self, key: str, members: dict[str, bytes], epoch: int, where: str, size: tuple[int, int] | None = None
+    ) -> Pair:
+        """Decode one sample.
+
+        Args:
+            key: its key.
+            members: its bytes by suffix.
+            epoch: which pass over the data this is.
+            where: shard and key, for messages.
+            size: height and width that both images are scaled and cut to; None: the square of `resolution`.
+
+        Raises:
+            BadSample: an image, the metadata or what is cached is missing or cannot be used.
+        """
+        seed = sample_seed(self.seed, epoch, key)
+        mirror = self.flip and uniform(seed, "flip") < 0.5
+        if self.labels_only:
+            return Pair(key, seed, pair_metadata(members, where), None, None, where)
+        if self.cache is None:
+            if size is None and self.resolution is not None:
+                size = (self.resolution, self.resolution)
+            metadata, *images = pair_images(members, where)
+            chosen, rejected = (_tensor(image, mirror, size) for image in images)
+            crops = torch.tensor([crop_of((image.height, image.width), size) for image in images])
+            return Pair(key, seed, metadata, chosen, rejected, where, crops)
+        metadata = pair_metadata(members, where)
+        try:
+            latents, crops = cached_tensors(members, self.cache, mirror, where)
+            conditioning = None if self.prompts is None else self.prompts.get(metadata.prompt, where)
+            draw = self._draw(self.cache, key, members, epoch, mirror, where)
+        except UserError as error:
+            raise BadSample(str(error)) from error
+        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning, draw)
+
+    def _draw(
+        self, cache: Cache, key: str, members: dict[str, bytes], epoch: int, mirror: bool, where: str
+    ) -> FixedDraw | None:
+        """Which of the fixed draws a pass has, and the reference's part of it; None: the reference is not cached."""
+        if cache.reference is None:
+            return None
+        number = turn(self.seed, epoch, key, cache.reference.draws)
+        latent = cache.latent if self.predictions else None
+        return read_reference(members, cache.reference, latent, mirror, number, where)
+
+
+def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> Tensor:
+    if size is not None and image.size != size[::-1]:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    if mirror:
+        image = ImageOps.mirror(image)
+    return to_tensor(image)
+
+
+def crop_of(stored: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, ...]:
+    """Height and width as stored, top and left of the cut once scaled, height and width of the cut.
+
+    The picture is scaled until it just covers the cut, and cut from the middle, so mirroring does not change it.
+
+    Args:
+        stored: height and width of the picture.
+        size: height and width of the cut; None: the whole picture.
+    """
+    height, width = stored
+    if size is None:
+        return (height, width, 0.0, 0.0, height, width)
+    if size[1] * height >= size[0] * width:  # its width just fits, and it is too high
+        scaled = height * size[1] / width, float(size[1])
+    else:
+        scaled = float(size[0]), width * size[0] / height
+    return (height, width, round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2), *size)
+
+
+def pair_metadata(members: dict[str, bytes], where: str) -> PairMetadata:
+    """The metadata of a sample, checked.
+
+    Raises:
+        BadSample: it is missing or cannot be used.
+    """
+    try:
+        if "json" not in members:
+            raise UserError(f"{where}: has no json")
+        return parse_metadata(members["json"], where)
+    except UserError as error:
+        raise BadSample(str(error)) from error
+
+
+def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Image.Image, Image.Image]:
+    """The metadata, the chosen and the rejected image of a sample, checked and as stored.
+
+    Raises:
+        BadSample: one of them is missing or cannot be used.
+    """
+    metadata = pair_metadata(members, where)
+    try:
+        chosen, rejected = (decode_image(_image_bytes(members, side, where), f"{where}: {side}") for side in SIDES)
+    except UserError as error:
+        raise BadSample(str(error)) from error
+    return metadata, chosen, rejected
+
+
+def _image_bytes(members: dict[str, bytes], side: str, where: str) -> bytes:
+    found = [name for name in members if name.startswith(f"{side}.") and name.split(".", 1)[1] in FORMATS]
+    if not found:
+        raise UserError(f"{where}: has no {side} image")
+    if len(found) > 1:
+        raise UserError(f"{where}: has {len(found)} {side} images ({', '.join(sorted(found))})")
+    return members[found[0]]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as float32 (3, H, W) in [-1, 1]."""
+    array = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)

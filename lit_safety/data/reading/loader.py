@@ -1,0 +1,227 @@
+"""Where a run stands in the data: (pass, batches consumed), right whenever a checkpoint can be written.
+
+The epoch that Lightning hands to samplers is not used: after resuming under `max_steps` from a checkpoint of an
+epoch's end, Lightning 2.6 hands out one that is too high. Nor are batches counted as they leave the workers: what a
+worker has ahead is not consumed, and a batch whose training step did not end (an exception, a signal) is to be trained
+again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.stream import Failure, PairStream
+
+
+@dataclass
+class Place:
+    """The place of one rank's training stream; every rank holds the same numbers."""
+
+    trainer: Trainer | None = None
+    """Who consumes; None: whoever iterates, and every batch handed out is consumed."""
+    signature: dict[str, int | bool | str] = field(default_factory=dict)
+    """What must be equal to resume in the middle of a pass: the YAML key (or words for it) and its value."""
+    epoch: int = 0
+    """The pass that is under way, or comes next: how many times the data was gone through."""
+    first: int = 0
+    """Where that pass begins: the batches a resumed run skips."""
+    handed: int | None = None
+    """Batches of the pass handed out so far, the skipped ones included; None: it has not begun."""
+
+    def begin(self) -> None:
+        """A pass begins: the one loaded or the first, else the next."""
+        if self.handed is not None:
+            self.epoch, self.first = self.epoch + 1, 0
+        self.handed = self.first
+
+    def hand_out(self) -> None:
+        assert self.handed is not None
+        self.handed += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch, consumed = self._now()
+        return {"epoch": epoch, "consumed": consumed, "signature": dict(self.signature)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's place.
+
+        Raises:
+            UserError: it lies within a pass over other data or with other batches.
+        """
+        made_with = state["signature"]
+        for name, value in self.signature.items():
+            if state["consumed"] and made_with.get(name) != value:
+                raise UserError(
+                    "the checkpoint was written in the middle of a pass over the data with "
+                    f"{name} = {made_with.get(name)}, but it is {value} now; resume with the same, or start a new run"
+                )
+        self.epoch, self.first, self.handed = state["epoch"], state["consumed"], None
+
+    def _now(self) -> tuple[int, int]:
+        if self.handed is None:
+            return self.epoch, self.first
+        if self.trainer is None:
+            return self.epoch, self.handed
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        in_flight = progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
+        consumed = self.handed - in_flight
+        # A module may end a pass early, so the count alone does not tell; and before a new pass's first batch
+        # Lightning has forgotten already that the one before was over, so its flag alone does not either.
+        over = self.trainer.is_last_batch and not in_flight
+        if over or consumed >= self.trainer.num_training_batches:
+            return self.epoch + 1, 0
+        return self.epoch, consumed
+
+
+# An iterator read a little ahead by a thread, in its own order.
+
+
+T = TypeVar("T")
+
+_END = object()
+
+
+class ReadAhead(Iterator[T]):
+    """Hands out what `source` does, of which a thread holds up to `count` ready.
+
+    Taking a batch from a worker process costs a few milliseconds of unpacking, which then pass beside the step instead
+    of between two of them. `close` (or the end, or an error) stops the thread; nobody else reads `source` until then.
+
+    Args:
+        source: read in the thread from now on.
+        count: how many are held ready.
+    """
+
+    def __init__(self, source: Iterator[T], count: int = 2) -> None:
+        self._source = source
+        self._ready: queue.Queue[Any] = queue.Queue(count)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._closed.is_set():
+            raise StopIteration
+        found, error = self._ready.get()
+        if found is not _END:
+            return found
+        self.close()
+        if error is not None:
+            raise error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; what it holds is dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:  # it may be waiting for room
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _read(self) -> None:
+        failed: BaseException | None = None
+        try:
+            for item in self._source:
+                self._ready.put((item, None))
+                if self._closed.is_set():
+                    return
+        except BaseException as error:  # whoever reads raises it again
+            failed = error
+        self._ready.put((_END, failed))
+
+
+# The loader that a trainer iterates: worker processes in, batches out, and where the run stands.
+
+
+log = logging.getLogger(__name__)
+
+
+class PairLoader:
+    """Batches of one rank, pass after pass.
+
+    It is no `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning hands it through
+    untouched: no sampler to replace, no length of an `IterableDataset` to doubt.
+
+    Args:
+        stream: the rank's batches.
+        num_workers: worker processes.
+        pin_memory: hand batches over in page-locked memory.
+        place: where the run stands; None: every pass is the whole of epoch 0 (validation, test).
+        bad_sample_limit: with `skip_bad`, stop when more samples than this have been left out.
+        bad_samples: what was left out so far (name and reason each), shared with the other loaders of a run.
+    """
+
+    def __init__(
+        self,
+        stream: PairStream,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        place: Place | None = None,
+        bad_sample_limit: int = 0,
+        bad_samples: dict[str, None] | None = None,
+    ) -> None:
+        self.stream = stream
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.place = place
+        self.bad_sample_limit = bad_sample_limit
+        self.bad_samples = {} if bad_samples is None else bad_samples
+
+    def __len__(self) -> int:
+        """Batches in a whole pass."""
+        return self.stream.batches
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        # A generator: nothing happens until the first batch is asked for. Lightning makes iterators that it
+        # drops.
+        place = self.place or Place()
+        place.begin()
+        left = len(self) - place.first
+        workers = DataLoader(
+            self.stream.at(place.epoch, place.first),
+            batch_size=None,
+            num_workers=min(self.num_workers, max(left, 0)),
+            pin_memory=self.pin_memory,
+        )
+        # Workers are started here and not in the thread. Without any, the thread would read where the step computes.
+        ahead = ReadAhead(iter(workers)) if workers.num_workers else None
+        try:
+            for batch in ahead or workers:
+                if isinstance(batch, Failure):
+                    raise UserError(batch.message)
+                self._note(batch.skipped)
+                place.hand_out()
+                yield batch
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _note(self, skipped: list[str]) -> None:
+        for message in skipped:
+            if message not in self.bad_samples:
+                self.bad_samples[message] = None
+                log.warning("left out a bad sample: %s", message)
+        if len(self.bad_samples) > self.bad_sample_limit:
+            raise UserError(
+                f"{len(self.bad_samples)} bad samples were left out, more than data.init_args.bad_sample_limit = "
+                f"{self.bad_sample_limit}; the last: {next(reversed(self.bad_samples))}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, for Lightning's checkpoints."""
+        return {} if self.place is None else self.place.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.place is not None and state:
+            self.place.load_state_dict(state)

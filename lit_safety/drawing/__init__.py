@@ -1,0 +1,1 @@
+"""Drawing prompts with any number of arms: prompts, pipelines, gallery, edits, guards."""

@@ -1,0 +1,188 @@
+"""An arm: one contender in an evaluation. All arms draw the same prompts from the same seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.text import load_yaml
+from lit_safety.drawing.guards.guard import Guard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class Arm:
+    """What is put on top of the pipeline; nothing at all is the base."""
+
+    adapter: str | None = None
+    """Folder or file of a LoRA, or of a user adapter (PSA)."""
+    scale: float = 1.0
+    """Strength of the adapter: 1 as trained, 0 the base, below 0 the opposite of what it learned."""
+    pipeline: str | None = None
+    """Another pipeline to draw with, such as a fused model; default: the evaluated one."""
+    negative_prompt: str | None = None
+    """What guidance moves away from, in every drawing."""
+    adapters: dict[str, float] | None = None
+    """Several at once, folder or file -> weight; updates of LoRAs are added up, to that of `adapter` too, and one of
+    them may be a user adapter."""
+    guard: Guard | None = None
+    """What guards the drawing on top: SafeLatentDiffusion or SAFREE, by class_path and init_args."""
+    user: str | None = None
+    """Whom a user adapter draws for; default: the null user, in `users evaluate` each prompt's own user."""
+    users: str | None = None
+    """users.safetensors with that user's embedding, or its folder; default: the one beside the user adapter."""
+
+    def loras(self) -> dict[str, float]:
+        """All LoRAs of the arm with their weights."""
+        return {path: weight for path, weight in self._adapters().items() if not _is_for_users(path)}
+
+    def user_adapter(self) -> tuple[str, float] | None:
+        """The arm's user adapter and its scale; None: it has none."""
+        return next(((path, weight) for path, weight in self._adapters().items() if _is_for_users(path)), None)
+
+    def _adapters(self) -> dict[str, float]:
+        return {**({self.adapter: self.scale} if self.adapter is not None else {}), **(self.adapters or {})}
+
+    def check(self, name: str) -> None:
+        """Complain about what can be seen without loading anything.
+
+        Raises:
+            UserError: the name cannot be a folder's, or the adapter is not there.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
+            raise UserError(f"--arms.{name}: an arm's name is made of letters, digits, blanks and . _ + -")
+        if self.adapter is not None and not Path(self.adapter).exists():
+            raise UserError(f"arm {name}: the adapter {self.adapter} does not exist; train one with `fit`")
+        if self.adapter is not None and self.adapter in (self.adapters or {}):
+            raise UserError(f"arm {name}: {self.adapter} is both its adapter and one of its adapters")
+        for adapter, weight in (self.adapters or {}).items():
+            if not Path(adapter).exists():
+                raise UserError(f"arm {name}: the adapter {adapter} does not exist; train one with `fit`")
+            if not isfinite(weight):
+                raise UserError(f"arm {name}: the weight {weight} of {adapter} is no finite number")
+        several = [path for path in self._adapters() if _is_for_users(path)]
+        if len(several) > 1:
+            raise UserError(f"arm {name}: {' and '.join(several)} are both user adapters; an arm takes one")
+        if not several and (self.user or self.users):
+            raise UserError(f"arm {name}: draws for a user and has no user adapter; name one in its adapter")
+        if self.user is not None:
+            self._embedding()
+
+    def describe(self) -> dict[str, Any]:
+        """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
+        return {
+            "adapter": self.adapter,
+            "adapter_sha256": adapter_sha256(self.adapter) if self.adapter is not None else None,
+            "scale": self.scale if self.adapter is not None else None,
+            "negative_prompt": self.negative_prompt,
+            **({"adapters": self._composed()} if self.adapters else {}),
+            **({"guard": self.guard.settings} if self.guard is not None else {}),
+            **({"user": self._whom()} if self.user_adapter() is not None else {}),
+        }
+
+    def _whom(self) -> dict[str, Any]:
+        return {"id": self.user, "sha256": None if self.user is None else digest(self._embedding())}
+
+    def _embedding(self) -> list[float]:
+        from lit_safety.adapters.user_file import find_user_adapter
+        from lit_safety.users.table import Users
+
+        adapter = self.user_adapter()
+        assert adapter is not None
+        assert self.user is not None
+        return Users(self.users or find_user_adapter(adapter[0]).parent).embeddings([self.user])[0].tolist()
+
+    def _composed(self) -> dict[str, Any]:
+        weights = self.adapters or {}
+        return {path: {"weight": weight, "sha256": adapter_sha256(path)} for path, weight in weights.items()}
+
+
+def adapter_sha256(path: str | Path) -> str:
+    """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration beside them, which says
+    their alpha, counts too."""
+    from lit_safety.adapters.lora_file import find_peft
+
+    own = find_peft(Path(path)) if Path(path).is_file() else None
+    return fingerprint(path) if own is None else digest([fingerprint(file) for file in own])
+
+
+def _is_for_users(path: str) -> bool:
+    from lit_safety.adapters.user_file import is_user_adapter
+
+    return is_user_adapter(path)
+
+
+def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, Arm]:
+    """`base`, then `aligned` when an adapter is given, then the named ones, checked.
+
+    Where the adapter is one for users, `aligned` draws for the null user.
+
+    Raises:
+        UserError: a name is taken or bad, or an adapter is missing.
+    """
+    collected = {"base": Arm()}
+    if adapter is not None:
+        collected["aligned"] = Arm(adapter=adapter)
+    for name, arm in (arms or {}).items():
+        if name in collected:
+            raise UserError(f"--arms.{name}: this name is taken: `base` is the pipeline, `aligned` is --adapter")
+        collected[name] = arm
+    for name, arm in collected.items():
+        arm.check(name)
+    return collected
+
+
+def gather_arms(arguments: Sequence[str]) -> list[str]:
+    """A command line in which each arm is one argument: jsonargparse reads no keys below a dict's own.
+
+    `--arms.half.adapter x --arms.half.scale 0.5` -> `--arms.half={"adapter": "x", "scale": 0.5}`, at the end.
+
+    Raises:
+        UserError: an arm has no such key, or a value is missing or is no number where one is needed.
+    """
+    known = [field.name for field in fields(Arm)]
+    rest: list[str] = []
+    arms: dict[str, dict[str, Any]] = {}
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        name, dot, key = option.removeprefix("--arms.").rpartition(".")
+        if not option.startswith("--arms.") or not dot:
+            rest.append(word)
+            continue
+        if key not in known:
+            raise UserError(f"{option}: an arm has no key `{key}`; it has {', '.join(known)}")
+        if not equals:
+            value = next(words, "")
+        arms.setdefault(name, {})[key] = _read(option, key, value)
+    return [*rest, *(f"--arms.{name}={json.dumps(keys)}" for name, keys in arms.items())]
+
+
+def _read(option: str, key: str, value: str) -> Any:
+    if not value:
+        raise UserError(f"{option}: needs a value")
+    if key in ("adapters", "guard"):
+        return _structure(option, value)
+    if key != "scale":
+        return None if value == "null" else value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{option} {value}: must be a number") from error
+
+
+def _structure(option: str, value: str) -> Any:
+    import yaml
+
+    try:
+        return load_yaml(value, option)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option} {value}: is neither JSON nor YAML") from error

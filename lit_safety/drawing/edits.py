@@ -1,0 +1,148 @@
+"""Ordinary editing with the evaluated model: each prompt redraws a given picture, whole or behind a mask.
+
+By diffusers' own image-to-image and inpainting pipelines around the same networks, so that whatever an arm is (a LoRA,
+a guard, a fused model) edits as it draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+    from lit_safety.drawing.prompts import Prompt
+
+
+Task = Literal["image_to_image", "inpainting"]
+Part = Literal["left", "right", "middle", "all"]
+MOST = 256
+"""Of a larger set of pictures the first ones are used: each lies in memory."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done with which pictures.
+
+    Raises:
+        UserError: a strength with which nothing would be drawn.
+    """
+
+    task: Task
+    images: str
+    """A folder of images, or shards, of which the chosen images of clean pairs are taken."""
+    strength: float
+    """Share of the noise schedule that is drawn anew: 1 keeps nothing but what a mask keeps."""
+    part: Part
+    """Inpainting: where the picture is drawn anew; `middle` is a square of half the side."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(f"--edit_strength {self.strength}: must lie above 0 and not above 1")
+
+    def describe(self) -> dict[str, Any]:
+        """All that changes pixels, the pictures by their content."""
+        about = {"task": self.task, "images_sha256": read_pictures(self.images)[1], "strength": self.strength}
+        return about | ({"part": self.part} if self.task == "inpainting" else {})
+
+    def pipeline(self, pipe: Any) -> Any:
+        """The editing pipeline of diffusers with the networks of `pipe`, an adapter in them included.
+
+        Raises:
+            UserError: diffusers has none of this family.
+        """
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+        from lit_safety.adapters.user_pipeline import same_users
+
+        family: Any = AutoPipelineForImage2Image if self.task == "image_to_image" else AutoPipelineForInpainting
+        try:
+            other = family.from_pipe(pipe)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"--edit {self.task}: diffusers has no such pipeline for {type(pipe).__name__} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        other.set_progress_bar_config(disable=True)
+        if self.task == "inpainting" and getattr(other, "unet", None) is not None:
+            other.unet = _ordinary(other.unet, other.vae.config.latent_channels)
+        same_users(pipe, other)
+        return other
+
+    def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
+        """What the editing pipeline takes beside the prompts: square pictures of the drawing's size, and masks."""
+        side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        pictures = read_pictures(self.images)[0]
+        given: dict[str, Any] = {
+            "image": [_square(pictures[place_of(prompt, len(pictures))], side) for prompt in prompts],
+            "strength": self.strength,
+        }
+        if self.task == "inpainting":
+            given["mask_image"] = [mask(self.part, side)] * len(prompts)
+        return given
+
+
+def _ordinary(unet: Any, latent_channels: int) -> Any:
+    """The same UNet, saying that it has 4 channels if it takes latents of another number, as the toy world's 8.
+
+    The stock inpainting pipeline asks for nothing but this number, and only to tell UNets made for inpainting (9) from
+    ordinary ones (4).
+    """
+    if unet.config.in_channels != latent_channels or latent_channels == 4:
+        return unet
+    shell = copy.copy(unet)
+    shell.register_to_config(in_channels=4)
+    return shell
+
+
+def place_of(prompt: Prompt, count: int) -> int:
+    """Which of `count` pictures a prompt redraws: by its own text and seed, whatever stands around it."""
+    key = f"{prompt.seed}\0{prompt.prompt}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % count
+
+
+@lru_cache(maxsize=2)
+def read_pictures(source: str) -> tuple[list[Image], str]:
+    """The first `MOST` pictures of a folder or of shards, and the sha256 of their files.
+
+    Raises:
+        UserError: there are fewer than two, or one cannot be read.
+    """
+    from lit_safety.drawing.reference_images import Reference
+
+    reference = Reference(source, "--edit_images")
+    pictures = []
+    for _, picture in reference:
+        pictures.append(picture)
+        if len(pictures) == MOST:
+            break
+    return pictures, reference.sha256
+
+
+def mask(part: Part, side: int) -> Image:
+    """White where a picture is drawn anew, black where it is kept; (side, side), 8 bits."""
+    from PIL import Image, ImageDraw
+
+    half, quarter = side // 2, side // 4
+    boxes = {"left": (0, 0, half, side), "right": (half, 0, side, side), "all": (0, 0, side, side)}
+    boxes["middle"] = (quarter, quarter, quarter + half, quarter + half)
+    left, top, right, bottom = boxes[part]
+    image = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return image
+
+
+def _square(picture: Image, side: int) -> Image:
+    from PIL import Image, ImageOps
+
+    from lit_safety.core.images import rgb
+
+    return ImageOps.fit(rgb(picture), (side, side), Image.Resampling.LANCZOS)

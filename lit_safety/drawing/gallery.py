@@ -1,0 +1,270 @@
+"""Drawing prompts with a diffusers pipeline: the same noise for every arm, each picture written once, resumable.
+
+A picture's initial noise comes from a generator of its own seed, on the CPU: it depends neither on the batch nor on
+the device. Its last digits do depend on its batch mates, so batches are fixed parts of the list, and a batch that a
+kill cut short is drawn again whole: a resumed run holds the same pixels as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, PngImagePlugin
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest
+from lit_safety.core.processes import check_count
+from lit_safety.drawing.painter import DrawSettings
+from lit_safety.drawing.threads import each_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+    from lit_safety.drawing.edits import Edit
+    from lit_safety.drawing.guards.guard import Guard
+    from lit_safety.drawing.pipelines import Precision
+    from lit_safety.drawing.prompts import Prompt
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError)
+"""What PIL raises for a file that is absent, cut short, damaged or far too large."""
+
+
+@dataclass(frozen=True)
+class DrawingSettings(DrawSettings):
+    """How every arm draws.
+
+    Raises:
+        UserError: a number with which no pipeline can draw.
+    """
+
+    steps: int = 20
+    guidance: float = 3.0
+    batch_size: int = 32
+    device: str | None = None
+    """None takes cuda where there is one."""
+    precision: Precision = "float32"
+    workers: int | None = None
+    """Batches drawn at the same time by one process; None: see `parallel.each_batch`."""
+    edit: Edit | None = None
+    """Pictures are redrawn instead of drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
+        if self.workers is not None:
+            check_count(self.workers, "--workers")
+
+    def pixels(self) -> dict[str, Any]:
+        """All that pixels depend on, as it stands in the report: the number of workers is not among it."""
+        about = {key: value for key, value in asdict(self).items() if key not in ("workers", "edit")}
+        return about | ({"edit": self.edit.describe()} if self.edit is not None else {})
+
+    def protocol(self) -> dict[str, Any]:
+        """What must be equal for two sets of pictures to be compared; not how fast they were drawn."""
+        compared = ("steps", "guidance", "resolution", "edit")
+        return {key: value for key, value in self.pixels().items() if key in compared}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture on disk, or why there is none."""
+
+    path: Path
+    error: str | None = None
+
+
+class Gallery:
+    """The pictures of one arm in a folder named by everything they depend on.
+
+    Pictures of other weights, prompts or settings lie in other folders, so they are never mistaken for these.
+
+    Args:
+        parent: holds the galleries of all arms.
+        name: the arm.
+        identity: JSON-able; what the pixels depend on beside prompts and settings: the weights.
+        prompts: what is drawn; row i is file `{i:05d}.png`.
+        settings: how they are drawn.
+    """
+
+    def __init__(
+        self, parent: Path, name: str, identity: dict[str, Any], prompts: Sequence[Prompt], settings: DrawingSettings
+    ) -> None:
+        self.prompts = list(prompts)
+        self.settings = settings
+        rows = [_row(p) for p in self.prompts]
+        self.identity = {**identity, **settings.pixels(), "prompts_sha256": digest(rows)}
+        self.sha256 = digest(self.identity)
+        self.folder = parent / f"{name}-{self.sha256[:12]}"
+
+    def drawn(self, row: int) -> Drawn | None:
+        """The picture of a row, whole and readable, or the error that stands for it; None while it is to be drawn."""
+        path = self._path(row)
+        note = path.with_suffix(".error")
+        if note.is_file():
+            return Drawn(path, error=note.read_text(encoding="utf-8"))
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except UNREADABLE:  # absent, or cut short by a crash of the machine
+            return None
+        return Drawn(path)
+
+    def missing(self) -> list[range]:
+        """The batches of which at least one picture is to be drawn."""
+        starts = range(0, len(self.prompts), self.settings.batch_size)
+        batches = [range(start, min(start + self.settings.batch_size, len(self.prompts))) for start in starts]
+        return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
+
+    def draw(
+        self,
+        pipe: Any,
+        negative_prompt: str | None,
+        tick: Callable[[int], None],
+        guard: Guard | None = None,
+        batches: Sequence[range] | None = None,
+    ) -> None:
+        """Draw what is missing. `tick` hears how many pictures are done, those already there first.
+
+        Args:
+            batches: some of `missing()`, where other processes draw the others; None: all.
+
+        Raises:
+            UserError: a picture cannot be written; those drawn so far stay.
+        """
+        if batches is None:
+            batches = self.missing()
+            tick(len(self.prompts) - sum(map(len, batches)))
+
+        def draw(pipe: Any, batch: range) -> int:
+            prompts = [self.prompts[row] for row in batch]
+            pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
+            for row, picture in zip(batch, pixels, strict=True):
+                self._keep(row, picture)
+            return len(batch)
+
+        for count in each_batch(pipe, batches, draw, self.settings.workers):
+            tick(count)
+
+    def forget_partial(self) -> None:
+        """Remove what a process that is gone had begun to write."""
+        for partial in self.folder.glob(".*.partial"):
+            process = partial.suffixes[-2].lstrip(".")
+            if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
+                partial.unlink(missing_ok=True)
+
+    def all(self) -> list[Drawn]:
+        """Every row's picture or error, in order."""
+        return [self.drawn(row) or Drawn(self._path(row), "the picture is missing") for row in range(len(self.prompts))]
+
+    def _path(self, row: int) -> Path:
+        return self.folder / f"{row:05d}.png"
+
+    def _keep(self, row: int, pixels: np.ndarray) -> None:
+        import numpy as np
+
+        path = self._path(row)
+        if self.drawn(row) is not None:  # its batch was cut short, this picture was not
+            return
+        if not np.isfinite(pixels).all():  # would be saved as black, and a black picture is judged safe
+            _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
+            return
+        about = PngImagePlugin.PngInfo()
+        about.add_itxt("prompt", self.prompts[row].prompt)
+        about.add_itxt("row", json.dumps(self.prompts[row].identity(), ensure_ascii=False))
+        about.add_itxt("settings", json.dumps(self.identity, ensure_ascii=False))
+        content = io.BytesIO()
+        Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=about)
+        _write(path, content.getvalue())
+
+
+def size_of(drawn: Sequence[Drawn]) -> str | None:
+    """Such as `512 x 512`, of the first picture that is there; None: there is none."""
+    for one in drawn:
+        try:
+            with Image.open(one.path) as image:
+                return f"{image.width} x {image.height}"
+        except UNREADABLE:
+            continue
+    return None
+
+
+def draw_batch(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    settings: DrawingSettings,
+    negative_prompt: str | None = None,
+    guard: Guard | None = None,
+) -> np.ndarray:
+    """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline.
+
+    The call takes one guidance scale: neighbours that have another one of their own are drawn in a call of their own.
+
+    Raises:
+        UserError: the pipeline does not take these settings.
+    """
+    import numpy as np
+    import torch
+
+    from lit_safety.adapters.user_pipeline import draws_for_users
+
+    own = [settings.guidance if p.guidance is None else p.guidance for p in prompts]
+    if len(set(own)) > 1:
+        parts = [[row for row, _ in group] for _, group in groupby(enumerate(own), key=lambda pair: pair[1])]
+        return np.concatenate(
+            [draw_batch(pipe, [prompts[row] for row in part], settings, negative_prompt, guard) for part in parts]
+        )
+    extra: dict[str, Any] = {}
+    if draws_for_users(pipe):
+        extra["user"] = [p.user for p in prompts]
+    if negative_prompt is not None:
+        extra["negative_prompt"] = [negative_prompt] * len(prompts)
+    if settings.edit is not None:
+        extra |= settings.edit.inputs(pipe, prompts, settings.resolution)
+    elif settings.resolution is not None:
+        extra |= {"height": settings.resolution, "width": settings.resolution}
+    try:
+        with guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext():
+            return pipe(
+                prompt=[p.prompt for p in prompts],
+                generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
+                num_inference_steps=settings.steps,
+                guidance_scale=own[0],
+                output_type="np",
+                **extra,
+            ).images
+    except ValueError as error:  # a size, a number of steps or a UNet that this family does not take
+        raise UserError(f"{type(pipe).__name__} does not draw so: {str(error).splitlines()[0]}") from error
+
+
+def _row(prompt: Prompt) -> tuple[Any, ...]:
+    """What the pixels of a row depend on."""
+    guidance = () if prompt.guidance is None else (prompt.guidance,)
+    user = () if prompt.user is None else ({"user": prompt.user},)
+    return prompt.prompt, prompt.seed, *guidance, *user
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all. Not synced, unlike a shard: a lost picture is noticed and drawn again."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):  # the error that led here is the one to report
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the pictures drawn so far stay, make room and run the "
+            "same command again to go on"
+        ) from error

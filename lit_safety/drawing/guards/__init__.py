@@ -1,0 +1,8 @@
+"""Guards that need no training: what is done to a pipeline while it draws.
+
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,183 @@
+"""Whose prompts, judges and pipelines are whose: those of an embedded world say nothing about another model.
+
+A world's folder holds `world.json`: its name and the vocabularies of its pipelines' tokenizers. What lies in that
+folder is the world's, under whatever path or link it is given. The toy world's files are known by what is in them too,
+so that a copy of one of them is not taken for somebody's own. A pipeline is the world's when its tokenizer knows the
+world's words: then every adapter on it, every merged and every further trained copy of it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json, load_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lit_safety.drawing.prompts import Prompt
+
+
+MARKER = "world.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """An embedded world."""
+
+    name: str
+    vocabularies: frozenset[str]
+    """`vocabulary` of its pipelines' tokenizers."""
+    weights: frozenset[str] = frozenset()
+    """sha256 of `model.safetensors` of its judges, its cost model and its CLIP, wherever they lie."""
+    seeds: range = range(0)
+    """Seeds of its prompts, which nobody else has cause to draw from."""
+
+
+TOYWORLD = World(
+    "toyworld",
+    frozenset({"047beffe9348b15a9fb6a2e3c6bce7281b980c55778f455de3099a90b70d6d3a"}),
+    frozenset(
+        {
+            "f45fc8153f0be45f976f6255b2cf5900e4536ccf29270e9c8be34890200c0376",  # judge
+            "e171208728fb73d0ab164e9d0ff85e5f953b6d7cb6e8a8f50c59edc3a9418f8d",  # judge_b
+            "40f84624dd13d3431f61ab1c95762873e86382fb1a099a0685fa3bd0b590d712",  # cost_model
+            "bc59c6316cbb5215896effa6fe79ce14186644541352ad20bbb75c5a4f9bc44a",  # clip
+        }
+    ),
+    range(80_000_000, 90_000_000),
+)
+
+
+def write_marker(folder: Path, name: str, pipeline: Path) -> None:
+    """Say in a world's folder that it is one.
+
+    Args:
+        folder: the world's.
+        name: of the world.
+        pipeline: a pipeline of it, whose tokenizers are the world's.
+    """
+    about = {"world": name, "vocabularies": sorted(vocabularies(pipeline))}
+    (folder / MARKER).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def vocabularies(pipeline: Path) -> set[str]:
+    """A hash of each tokenizer's words and their numbers, whatever files they lie in; a tokenizer that cannot be read
+    has none."""
+    found = set()
+    for folder in pipeline.glob("tokenizer*/"):
+        for file in (folder / "tokenizer.json", folder / "vocab.json"):
+            try:
+                words: Any = load_json(file.read_bytes())
+                words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
+                # T5's is a list of words and scores, in order
+                pairs = sorted(words.items()) if isinstance(words, dict) else [word for word, _ in words]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            found.add(hashlib.sha256(json.dumps(pairs).encode()).hexdigest())
+            break
+    return found
+
+
+def of_a_world(pipeline: Path) -> bool:
+    """Whether a pipeline is of a world whose scenes are drawn for it and hurt nobody: the toy world."""
+    return bool(vocabularies(pipeline) & TOYWORLD.vocabularies)
+
+
+def world_of(place: str | Path) -> World | None:
+    """The world that a file or folder belongs to: one that it lies in, or whose weights it holds; None: of none."""
+    try:
+        found = Path(place).resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return None
+    for folder in (found, *found.parents):
+        if (marked := _marked(folder / MARKER)) is not None:
+            return marked
+    weights = found / "model.safetensors"
+    return TOYWORLD if weights.is_file() and _sha256(weights) in TOYWORLD.weights else None
+
+
+def check_world(
+    pipeline: Path,
+    files: Mapping[str, str | Path | Iterable[str | Path] | None],
+    allowed: bool,
+    key: str = "--other_world true",
+    prompts: Sequence[Prompt] = (),
+) -> None:
+    """Refuse a world's prompts and judges for a pipeline that is not of this world.
+
+    Args:
+        pipeline: the folder of the base pipeline.
+        files: option -> what it names: a file, a folder, a file that describes a judge, several of them, or None.
+        allowed: it was asked for: nothing is refused.
+        key: what asks for it, for the message.
+        prompts: what was read from the prompt file, which is the first of `files`.
+
+    Raises:
+        UserError: names the file, the world and the key.
+    """
+    if allowed:
+        return
+    own = vocabularies(pipeline)
+    for option, given in files.items():
+        places = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
+        for place in places:
+            worlds = {world.name: world for one in _named(place) if (world := world_of(one)) is not None}
+            if prompts and option == next(iter(files)) and all(one.seed in TOYWORLD.seeds for one in prompts):
+                worlds.setdefault(TOYWORLD.name, TOYWORLD)
+            for world in worlds.values():
+                if not own & world.vocabularies:
+                    raise UserError(
+                        f"{option} {place}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
+                        "does not, so a figure would say nothing about it: give prompts and judges of "
+                        f"your own, or ask for it with {key}"
+                    )
+
+
+def _named(place: str | Path) -> Iterator[str | Path]:
+    """A file or folder, and all that a file which describes a judge names."""
+    yield place
+    file = Path(place)
+    if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
+        import yaml
+
+        try:
+            yield from paths_in(load_yaml(file.read_bytes(), str(file)))
+        except (OSError, yaml.YAMLError):  # whoever reads it as a judge says what is wrong
+            return
+
+
+def paths_in(value: object) -> Iterator[str]:
+    """The texts in nested lists and mappings that name something on this machine."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+        elif isinstance(one, str) and one and "\n" not in one and len(one) < 4096 and "\0" not in one:
+            try:
+                if Path(one).exists():
+                    yield one
+            except OSError:  # too long for a name
+                continue
+
+
+def _marked(file: Path) -> World | None:
+    try:
+        about = load_json(file.read_bytes())
+        return World(str(about["world"]), frozenset(map(str, about["vocabularies"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,5 @@
+"""Evaluation: draw the same prompts and seeds with every arm, let judges look, count, and show."""
+
+from .users.vlm import UserVLM as UserVLM
+
+__all__ = ["UserVLM"]

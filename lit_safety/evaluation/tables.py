@@ -1,0 +1,277 @@
+"""FID, CLIPScore and preference scores as text and as HTML: a row a figure, a column or line an arm."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.intervals import IN_WORDS
+from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, Figure, flat, ordered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+QUALITY: dict[str, Figure] = {
+    "fid_base": Figure(
+        "FID to the base",
+        "distance between the features of the arm's and of the base's pictures of clean prompts, same seeds",
+        "lower",
+    ),
+    "fid_reference": Figure(
+        "FID to the reference", "distance between the features of pictures of clean prompts and of --reference", "lower"
+    ),
+    "clip_score": Figure(
+        "CLIPScore", "100 x cosine between the CLIP vectors of a picture and its clean prompt, on average", "higher"
+    ),
+}
+"""What `quality.Quality` measures; FIDs of unequal n, or of other features, must not be compared."""
+
+
+def about(figure: str) -> Figure:
+    """How a quality figure is shown; `preference/NAME` is a scorer's."""
+    if figure in QUALITY:
+        return QUALITY[figure]
+    name = figure.partition("/")[2]
+    return Figure(name, f"{name}'s score of a picture of a clean prompt, on average", "higher")
+
+
+def quality_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of one metrics.json, the heading first; none where quality was not measured."""
+    arms = metrics["arms"]
+    against = list(metrics["differences"]) if len(arms) <= 3 else []
+    rows = [["quality", "n", *arms, *(f"{name} - base" for name in against)]]
+    for figure in figures_in(arms.values()):
+        cells = [quality_cell(arm, figure) for arm in arms.values()]
+        changes = [metrics["differences"][name].get("quality", {}).get(figure) for name in against]
+        shifts = ["-" if change is None else _number(change, sign="+") for change in changes]
+        rows.append([about(figure).title, quality_n(arms.values(), figure), *cells, *shifts])
+    return rows if len(rows) > 1 else []
+
+
+def figures_in(arms: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The quality figures that any of the arms has, in the order of `QUALITY`, preference scores after them."""
+    found = {figure for arm in arms for figure in arm.get("quality", {})}
+    return [figure for figure in QUALITY if figure in found] + sorted(found - QUALITY.keys())
+
+
+def quality_cell(arm: Mapping[str, Any], figure: str) -> str:
+    """`12.31 [10.20, 14.42]`, with the errors where there are any; a dash where the arm has no such figure."""
+    entry = arm.get("quality", {}).get(figure)
+    if entry is None:
+        return "-"
+    return _number(entry) + (f" +{entry['errors']} errors" if entry["errors"] else "")
+
+
+def quality_n(arms: Iterable[Mapping[str, Any]], figure: str) -> str:
+    """Of how many pictures an arm's figure is, errors included."""
+    found = [arm["quality"][figure] for arm in arms if figure in arm.get("quality", {})]
+    return str(found[0]["n"] + found[0]["errors"]) if found else "-"
+
+
+def quality_html(metrics: Mapping[str, Any]) -> str:
+    """The section of the page; empty where quality was not measured."""
+    arms = metrics["arms"]
+    html = []
+    for figure in figures_in(arms.values()):
+        shown = about(figure)
+        lines = []
+        for name, arm in arms.items():
+            if figure not in arm.get("quality", {}):
+                continue
+            shift = metrics["differences"].get(name, {}).get("quality", {}).get(figure)
+            lines.append(
+                f"<tr><th scope=row>{escape(name)}</th><td class=num>{escape(quality_cell(arm, figure))}</td>"
+                f"<td class=diff>{_coloured(shift, shown.better) if shift else ''}</td></tr>"
+            )
+        html.append(
+            f"<section class=figure><h3>{escape(shown.title)}</h3><p>{escape(shown.meaning[0].upper())}"
+            f"{escape(shown.meaning[1:])}. {shown.better.capitalize()} is better.</p><table><caption>"
+            f"{quality_n(arms.values(), figure)} pictures an arm</caption>{''.join(lines)}</table></section>"
+        )
+    note = "<p class=soft>FID is biased upwards in small sets: compare it at equal n only.</p>"
+    return f"<h2>Quality</h2>{note}{''.join(html)}" if html else ""
+
+
+def _coloured(shift: Mapping[str, Any], better: str) -> str:
+    colour = "soft"
+    if shift["interval"] is not None and not shift["interval"][0] <= 0 <= shift["interval"][1]:
+        colour = "up" if (shift["interval"][0] > 0) == (better == "higher") else "down"
+    return f"<span class={colour}>{_number(shift, sign='+')} against the base</span>"
+
+
+def _number(entry: Mapping[str, Any], sign: str = "") -> str:
+    if entry["value"] is None:
+        return "none"
+    text = f"{entry['value']:{sign}.2f}"
+    if entry["interval"] is None:
+        return text
+    low, high = entry["interval"]
+    return f"{text} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+# Figures side by side as text: one row a figure, one column an arm, intervals in brackets.
+
+
+BRIEF = tuple(name for name in FIGURES if name != "concept_recall_implicit")
+"""Figures that the terminal shows; the rest stand in metrics.json and on the page."""
+
+
+def report_table(metrics: Mapping[str, Any]) -> str:
+    """The table of one metrics.json: every arm, and for each arm but the base its difference to the base."""
+    arms: Mapping[str, Any] = metrics["arms"]
+    changes: Mapping[str, Any] = metrics["differences"]
+    names = [name for name in ordered({n for arm in arms.values() for n in flat(arm)}) if shown(name)]
+    against = list(changes) if len(arms) <= 3 else []  # with more arms the lines would not fit a terminal
+    rows = [["in percent", "n", *arms, *(f"{name} - base" for name in against)]]
+    for name in names:
+        cells = [cell(arm, name) for arm in arms.values()]
+        rows.append(
+            [
+                title(name),
+                asked(arms.values(), name),
+                *cells,
+                *(change(flat(changes[other]).get(name)) for other in against),
+            ]
+        )
+    if any(arm["errors"] for arm in arms.values()):
+        rows.append(
+            ["PICTURES WITHOUT A VERDICT", "", *(str(arm["errors"]) for arm in arms.values()), *("" for _ in against)]
+        )
+    n = next(iter(arms.values()))["n"]
+    quality = quality_rows(metrics)
+    below = f"\n\n{align(quality)}" if quality else ""
+    over = "".join(f"\n{line}" for line in [judged_over(metrics)] if line)
+    return f"{align(rows)}{below}\n\n{n} pictures an arm; {IN_WORDS}, in points{over}"
+
+
+def judged_over(metrics: Mapping[str, Any]) -> str:
+    """Which categories the figures of harm are over, and which images are not judged; empty where all are."""
+    return over_categories(metrics["settings"].get("judge"), metrics["arms"].values())
+
+
+def over_categories(judge: object, arms: Iterable[Mapping[str, Any]]) -> str:
+    """The same of some arms, of which those of older reports do not say."""
+    blind: dict[str, int] = {}
+    for arm in arms:
+        if isinstance(arm.get("not_judged"), dict):
+            blind |= arm["not_judged"]
+    if not blind or not isinstance(judge, dict):
+        return ""
+    seen = ", ".join(judge.get("categories", ())) or "no category"
+    left = ", ".join(f"{category} ({count} images)" for category, count in blind.items())
+    return f"harm is counted over {seen}; not judged, for {judge.get('name')} does not see it: {left}"
+
+
+def shown(name: str) -> bool:
+    """Whether the terminal shows a figure: recall by category would double the table."""
+    figure, _, part = name.partition("/")
+    return figure in BRIEF and not (figure == "concept_recall" and part != "all")
+
+
+def title(name: str) -> str:
+    """`ip_by_category/self-harm` -> `  self-harm`; a figure without parts or its part `all` -> the full title."""
+    figure, _, part = name.partition("/")
+    if figure == "ip_by_category":
+        return f"  {part}"
+    return FIGURES[figure].title + (f", {part.replace('_', ' ')}" if part not in ("", "all") else "")
+
+
+def cell(arm: Mapping[str, Any], name: str) -> str:
+    """`61.2 [56.3, 65.9]`, with the errors where there are any; a dash where the arm has no such figure."""
+    counts = flat(arm["counts"]).get(name)
+    if counts is None:
+        return NOT_JUDGED if flat(arm).get(name) == NOT_JUDGED else "-"
+    value, (low, high) = flat(arm)[name], flat(arm["intervals"])[name]
+    errors = f" +{counts['errors']} errors" if counts["errors"] else ""
+    return f"{percent(value)} [{percent(low)}, {percent(high)}]{errors}"
+
+
+def asked(arms: Iterable[Mapping[str, Any]], name: str) -> str:
+    """Of how many pictures a figure is the share, errors included; the same for all arms of a protocol."""
+    found = (flat(arm["counts"]).get(name) for arm in arms)
+    return next((str(counts["n"] + counts["errors"]) for counts in found if counts), "-")
+
+
+def percent(share: float | str | None) -> str:
+    """`0.612` -> `61.2`; `none` where no picture was answered; `not judged` stays."""
+    if isinstance(share, str):
+        return share
+    return "none" if share is None else f"{100 * share:.1f}"
+
+
+def change(difference: Mapping[str, Any] | None) -> str:
+    """`-58.0 [-63.1, -52.4]`."""
+    if difference is None:
+        return "-"
+    value, (low, high) = difference["value"], difference["interval"]
+    return ("none" if value is None else f"{100 * value:+.1f}") + f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under each other, a rule below the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+# The main figures with a row an arm: table.md for a document, and the same at the top of the page.
+
+
+MAIN = (
+    *("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate"),
+    *("benign_recall", "benign_recall_two", "benign_recall_lookalike", "benign_recall_on_harmful"),
+)
+"""The shares that the table holds, where they were measured."""
+
+
+def arm_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The heading, then a row an arm: shares in percent and quality figures, each with its interval in brackets."""
+    arms = metrics["arms"]
+    shares = [figure for figure in MAIN if any(figure in flat(arm) for arm in arms.values())]
+    quality = figures_in(arms.values())
+    rows = [["arm", *(title(figure) for figure in shares), *(about(figure).title for figure in quality)]]
+    for name, arm in arms.items():
+        cells = [cell(arm, figure) for figure in shares] + [quality_cell(arm, figure) for figure in quality]
+        rows.append([name, *cells])
+    return rows
+
+
+def arm_markdown(metrics: Mapping[str, Any]) -> str:
+    """table.md: the rows, and below them the protocol that they share."""
+    head, *rows = [[text.replace("|", "\\|") for text in row] for row in arm_rows(metrics)]
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{protocol_line(metrics)}\n"
+
+
+def protocol_line(metrics: Mapping[str, Any]) -> str:
+    """One sentence with whatever decides the figures: judge, prompts, seeds, steps, guidance."""
+    s = metrics["settings"]
+    drawn = ", ".join(f"{count} {kind}" for kind, count in s.get("drawn", {}).items())
+    edit = s.get("edit")
+    judge = s["judge"]
+    task = f"; {edit['task'].replace('_', ' ')} at strength {edit['strength']}" if edit else ""
+    return (
+        f"Shares in percent, 95% intervals (Wilson) in brackets. Judge {judge['name']} "
+        f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
+        f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
+        f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row."
+        + (f" {over[0].upper()}{over[1:]}." if (over := judged_over(metrics)) else "")
+    )
+
+
+def arm_html(metrics: Mapping[str, Any]) -> str:
+    """The table of the page; empty for one or two arms, which the tiles above already show."""
+    if len(metrics["arms"]) < 3:
+        return ""
+    head, *rows = arm_rows(metrics)
+    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
+    lines = []
+    for name, *cells in rows:
+        shown = "".join(f"<td>{escape(text).replace(' [', ' <span>[').replace(']', ']</span>')}</td>" for text in cells)
+        lines.append(f"<tr><th scope=row>{escape(name)}</th>{shown}</tr>")
+    return (
+        f"<h2>All arms</h2><p class=soft>{escape(protocol_line(metrics))}</p><div class=scroll tabindex=0 role=region "
+        f'aria-label="Main figures of all arms"><table class=arms><tr>{top}</tr>{"".join(lines)}</table></div>'
+    )

@@ -1,0 +1,1 @@
+"""Evaluation for users: whose bounds are kept."""

@@ -1,0 +1,146 @@
+"""The command `users evaluate`: a user adapter, for many users, beside the base and any other arm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.evaluation.users.vlm import UserVLM
+
+
+def evaluate_users(
+    *,
+    pipeline: str,
+    adapter: str,
+    users: str,
+    prompts: str,
+    judge: str,
+    out: str,
+    arms: dict[str, Arm] | None = None,
+    second_judges: list[str] | None = None,
+    user_judge: UserVLM | None = None,
+    splits: list[str] | None = None,
+    each: int | None = None,
+    ids: list[str | int] | None = None,
+    explicit: int = 4,
+    implicit: int = 1,
+    clean: int = 10,
+    lookalike: int = 2,
+    order_seed: int = 0,
+    steps: int = 20,
+    guidance: float = 3.0,
+    resolution: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    processes: int = 1,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    blur: bool | None = None,
+    images: str | None = None,
+    other_world: bool = False,
+) -> None:
+    """Draw prompts of what each user bans and allows, and harmless ones, and report whose bounds are kept.
+
+    Every prompt is drawn by `base`, by `psa` (the adapter, for the prompt's own user), by `null` (the adapter, for the
+    null user) and by the further arms, from the same seed. Reports Pass and Win Rate, harm in banned prompts and recall
+    of allowed and harmless ones, by split. Writes into `out`: metrics.json, table.md, index.html, verdicts.csv, and the
+    pictures under images/, which a second call uses again. A killed run goes on where it stopped.
+
+    Args:
+        pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
+        adapter: Folder or file of a user adapter, as `fit --config configs/psa.yaml` leaves it, or of the published
+            layout.
+        users: Folder with users.csv (profiles and lists) and users.safetensors (embeddings).
+        prompts: CSV file as `evaluate` reads it.
+        judge: What decides what is in a picture; it must tell categories apart.
+        out: Folder of the report; made when it is not there.
+        arms: Further arms by name, as in `evaluate`, such as a LoRA that suppresses every category; on the command
+            line `--arms.NAME.adapter FOLDER`. A user adapter among them draws for each prompt's own user, or for the
+            `user` that the arm names.
+        second_judges: Further judges; the report holds all figures by each.
+        user_judge: A vision-language model that is told profile and lists and says Pass and Win Rate too: a file such
+            as configs/judges/user_vlm.yaml. Its answers are kept and not asked for again.
+        splits: Whose users are tested: seen, unseen, val, train, or users for a table without splits; null: seen and
+            unseen.
+        each: Users of each split; null: all.
+        ids: Just these users, in quotes: '["0000033"]'.
+        explicit: Prompts for each user that name a harm, of each category.
+        implicit: Prompts for each user that mean one without naming it, of each category.
+        clean: Clean prompts for each user.
+        lookalike: Prompts for each user for benign things that resemble harmful ones.
+        order_seed: Seed of the order in which whoever decides on a win is shown the two pictures.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        resolution: Side of the pictures in pixels; null is the pipeline's own.
+        batch_size: Pictures drawn at once, for as many users.
+        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
+            else 1.
+        processes: Processes that draw, each with the model; with the device cuda process i takes GPU i.
+        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
+        precision: Number format of the weights while drawing.
+        blur: Veil on the page what the judge calls harmful, until it is clicked; null does so unless the judge knows
+            that its pictures cannot harm anybody, as the toy world's.
+        images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
+            they have in common, such as the base's pictures, only once.
+        other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
+            this world; false refuses them.
+
+    Raises:
+        UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
+            written then.
+    """
+    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.processes import check_count
+    from lit_safety.drawing.gallery import DrawingSettings
+    from lit_safety.drawing.pipelines import check_writable, local_pipeline
+    from lit_safety.drawing.prompts import read_prompts
+    from lit_safety.drawing.worlds import check_world
+    from lit_safety.evaluation.users.report import user_table, write_user_report
+    from lit_safety.evaluation.users.rows import Counts, choose_users, rows_for
+    from lit_safety.evaluation.users.run import UserRun
+    from lit_safety.judges.judge import asked_of, check_labels, check_sees
+    from lit_safety.judges.load import load_judge
+    from lit_safety.users.profiles import PROFILES_FILE, read_profiles
+    from lit_safety.users.table import Users
+
+    check_count(processes, "--processes")
+    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
+    counts = Counts(explicit, implicit, clean, lookalike)
+    check_writable(Path(out))
+    if not Path(adapter).exists():
+        raise UserError(f"--adapter {adapter}: does not exist; train one with `fit --config configs/psa.yaml`")
+    embeddings, table = Users(users), Path(users) / PROFILES_FILE
+    tested = choose_users(read_profiles(table), splits or ["seen", "unseen"], each, ids, str(table))
+    embeddings.embeddings([user.user_id for user in tested])  # one without an embedding is named before anything else
+    everything = read_prompts(prompts)
+    files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
+    check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
+    rows = rows_for(tested, everything, counts)
+    judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
+    for one in judges:
+        check_labels(one, [row.prompt for row in rows], prompts)
+        check_sees(one, [category for row in rows for category in asked_of(row.prompt)], f"--prompts {prompts}")
+    run = UserRun(
+        pipeline=pipeline,
+        prompts_file=prompts,
+        rows=rows,
+        counts=counts,
+        users=embeddings,
+        table_sha256=fingerprint(table),
+        judges=judges,
+        adapter=adapter,
+        arms=arms or {},
+        drawing=drawing,
+        out=Path(out),
+        images=Path(images) if images else None,
+        seed=order_seed,
+        vlm=user_judge,
+        processes=processes,
+    )
+    results = run.execute()
+    if blur is None:
+        blur = other_world or not getattr(judges[0], "harmless", False)
+    print(f"\n{user_table(write_user_report(results, blur))}\n")
+    print(f"report   {Path(out) / 'index.html'}")

@@ -1,0 +1,173 @@
+"""Who is asked what: every tested user gets prompts of what the user bans and allows, and harmless ones."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import deal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lit_safety.drawing.prompts import Prompt
+    from lit_safety.users.profiles import Profile
+
+
+Part = Literal["banned", "allowed", "clean", "lookalike"]
+PARTS: tuple[Part, ...] = ("banned", "allowed", "clean", "lookalike")
+UNSPLIT = "users"
+"""How users of a table without splits are called in a report."""
+
+
+@dataclass(frozen=True)
+class UserRow:
+    """One prompt for one user."""
+
+    profile: Profile
+    part: Part
+    """What the prompt asks for, by this user's lists."""
+    prompt: Prompt
+
+    @property
+    def split(self) -> str:
+        """seen: the user was in training; unseen: was not."""
+        return self.profile.split or UNSPLIT
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Prompts for each user.
+
+    Raises:
+        UserError: a count is negative.
+    """
+
+    explicit: int = 4
+    """Of each category that the user bans or allows."""
+    implicit: int = 1
+    """Of each category too."""
+    clean: int = 10
+    lookalike: int = 2
+
+    def __post_init__(self) -> None:
+        for kind, count in asdict(self).items():
+            if count < 0:
+                raise UserError(f"--{kind} {count}: the number of {kind} prompts cannot be negative")
+
+
+def read_ids(ids: Sequence[str | int]) -> list[str]:
+    """Users named on a command line or in a YAML file, each once.
+
+    Raises:
+        UserError: one came as a number: YAML reads 0000512 as 330, and nobody can say any more who was meant.
+    """
+    for one in ids:
+        if not isinstance(one, str):
+            raise UserError(
+                f"--ids: YAML made the number {one} of an id; write ids in quotes, such as --ids '[\"0000033\"]'"
+            )
+    return [str(one) for one in dict.fromkeys(ids)]
+
+
+def choose_users(
+    profiles: Mapping[str, Profile],
+    splits: Sequence[str],
+    each: int | None,
+    ids: Sequence[str | int] | None,
+    table: str,
+) -> list[Profile]:
+    """The users that are tested: those named, or some of each split, the same every time.
+
+    Args:
+        profiles: all users by id.
+        splits: whose users are taken, in this order.
+        each: users of each split, chosen by a hash of their ids, so that 20 are a part of 50; None: all.
+        ids: just these users.
+        table: for messages.
+
+    Raises:
+        UserError: a user or split is not in the table.
+    """
+    if ids is not None:
+        named = read_ids(ids)
+        unknown = [user for user in named if user not in profiles]
+        if unknown or not named:
+            raise UserError(f"--ids: user {unknown[0]!r} is not in {table}" if unknown else "--ids: names no user")
+        return [profiles[user] for user in named]
+    if each is not None and each < 1:
+        raise UserError(f"--each {each}: at least 1 user of a split is needed")
+    chosen = []
+    for split in splits:
+        members = [one for one in profiles.values() if (one.split or UNSPLIT) == split]
+        if not members:
+            known = dict.fromkeys(one.split or UNSPLIT for one in profiles.values())
+            raise UserError(f"--splits: no user of {table} is of the split {split!r}; it has {', '.join(known)}")
+        chosen += sorted(members, key=lambda one: _rank(one.user_id))[:each]
+    return chosen
+
+
+def rows_for(users: Sequence[Profile], prompts: Sequence[Prompt], counts: Counts) -> list[UserRow]:
+    """What every user is asked.
+
+    Prompts are dealt in turn: within a split no prompt comes again before all of its kind and category were used, and
+    the n-th user of every split gets the same ones. A category in neither list of a user is not asked for.
+
+    Raises:
+        UserError: the prompt set holds nothing that could be asked for.
+    """
+    explicit = {c: _pool(prompts, "explicit", c) for c in CATEGORIES}
+    implicit = {c: _pool(prompts, "implicit", c) for c in CATEGORIES}
+    clean, lookalike = _pool(prompts, "clean"), _pool(prompts, "lookalike")
+    rows: list[UserRow] = []
+    seen_of: dict[str, int] = {}
+    for user in users:
+        place = seen_of.setdefault(user.split, 0)
+        seen_of[user.split] += 1
+        harmful = [
+            prompt
+            for category in CATEGORIES
+            for pool, count in ((explicit[category], counts.explicit), (implicit[category], counts.implicit))
+            for prompt in _turn(pool, place, count)
+        ]
+        for prompt in harmful:
+            part = part_of(user, prompt)
+            if part is not None:
+                rows.append(UserRow(user, part, prompt))
+        rows += [UserRow(user, "clean", prompt) for prompt in _turn(clean, place, counts.clean)]
+        rows += [UserRow(user, "lookalike", prompt) for prompt in _turn(lookalike, place, counts.lookalike)]
+    rows.sort(key=lambda row: PARTS.index(row.part))  # stable: neighbours of a batch are of one kind, as elsewhere
+    if not any(row.part in ("banned", "allowed") for row in rows):
+        raise UserError("no prompt asks for anything that these users ban or allow: raise --explicit, or take others")
+    return rows
+
+
+def part_of(user: Profile, prompt: Prompt) -> Part | None:
+    """Banned when the user bans any category of a harmful prompt, allowed when all are allowed; else None."""
+    asked = {prompt.category, *prompt.also}
+    if asked & set(user.banned):
+        return "banned"
+    return "allowed" if asked <= set(user.allowed) else None
+
+
+def drawn_for(row: UserRow, user: str | None) -> Prompt:
+    """The row's prompt, drawn for `user`."""
+    return replace(row.prompt, user=user)
+
+
+def _pool(prompts: Sequence[Prompt], kind: str, category: str = "") -> list[Prompt]:
+    """All prompts of a kind in the order in which they are dealt: things asked for in turn, then by hash."""
+    members = [prompt for prompt in prompts if prompt.kind == kind and prompt.category == category]
+    return deal(members, None, lambda prompt: (prompt.concept, prompt.held_out, len(prompt.benign)))
+
+
+def _turn(pool: Sequence[Prompt], place: int, count: int) -> list[Prompt]:
+    count = min(count, len(pool))
+    return [pool[(place * count + number) % len(pool)] for number in range(count)]
+
+
+def _rank(user: str) -> bytes:
+    return hashlib.blake2b(user.encode(), digest_size=8).digest()

@@ -1,0 +1,246 @@
+"""What became of each sample of a run, a line a batch: so that a resumed run does not draw again what was left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import append_line, write_atomic
+from lit_safety.core.hashes import digest
+from lit_safety.core.text import load_json
+from lit_safety.generation.pairs import Scorer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lit_safety.data.format.writer import ShardWriter
+    from lit_safety.generation.pairs import PairMaker, PromptPair
+
+
+FILE_NAME = "generated.jsonl"
+KEPT = "kept"
+
+
+class Outcomes:
+    """The lines of `folder/generated.jsonl`, appended to as batches are done; the first names the run's settings.
+
+    Args:
+        folder: of the shards.
+        settings: JSON-able; what another run noted with other settings is forgotten.
+        fresh: forget what was noted in any case.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+        self.path = folder / FILE_NAME
+        self._batches: dict[int, dict[str, str]] = {}
+        run = json.dumps({"run": digest(dict(settings))}).encode() + b"\n"
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() and not fresh else []
+        whole = run
+        for line in lines[1:] if lines[:1] == [run] else []:
+            try:
+                noted = load_json(line)
+                self._batches[int(noted["batch"])] = dict(noted["samples"])
+            except (ValueError, KeyError, TypeError):
+                break  # cut short by a kill: that batch is drawn again
+            whole += line
+        write_atomic(self.path, whole)
+
+    def kept(self, batch: int) -> list[str] | None:
+        """The keys that a batch gave; None: it was not done."""
+        done = self._batches.get(batch)
+        return None if done is None else [key for key, what in done.items() if what == KEPT]
+
+    def note(self, batch: int, samples: Mapping[str, str]) -> None:
+        """A batch is done: what became of each sample, `kept` or why not."""
+        self._batches[batch] = dict(samples)
+        append_line(self.path, json.dumps({"batch": batch, "samples": self._batches[batch]}))
+
+    def counts(self) -> Counter[str]:
+        """Reasons for which samples were left out, and how often."""
+        return Counter(what for done in self._batches.values() for what in done.values() if what != KEPT)
+
+
+# `lit_safety shards generate`: safety pairs drawn by the model that is to be aligned.
+
+
+def generate(
+    prompts: str,
+    pipeline: str,
+    out: str,
+    judge: str | None = None,
+    cost_model: str | None = None,
+    counterpart: Literal["img2img", "same_seed"] = "img2img",
+    strength: float = 0.8,
+    both_prompts: bool = False,
+    clean_candidates: int = 0,
+    scorer: Scorer | None = None,
+    adapter: str | None = None,
+    steps: int = 30,
+    guidance: float = 7.5,
+    resolution: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    samples_per_shard: int = 256,
+    rank: int | None = None,
+    world: int | None = None,
+    overwrite: bool = False,
+    other_world: bool = False,
+) -> None:
+    """Draw safety pairs with a text-to-image pipeline and write them as shards.
+
+    For each row of the table the harmful prompt's image is rejected and a safe counterpart is chosen; a judge, a cost
+    model or both look at every image, and a pair is left out and counted when the rejected image is not harmful, the
+    chosen one is, or their costs are in the wrong order. With `clean_candidates`, safe images of the safe prompt are
+    ranked by a scorer and the best and the worst become a pair ordered by quality.
+
+    Several processes share the work: started by `torchrun`, or each with its own --rank and --world. Each writes its
+    own shards into a folder of its own below `out`, and the last to end writes the manifest of all (`shards join` does
+    it too). What is drawn depends on the prompts and seeds, not on the number of processes. A run that was stopped
+    goes on when it is started again with the same settings.
+
+    Args:
+        prompts: CSV with the columns harmful_prompt, safe_prompt, category and, perhaps, concept and seed.
+        pipeline: Folder or hub id of a diffusers text-to-image pipeline: the model to be aligned.
+        out: The folder to write the shards to.
+        judge: Folder of a judge that says which images are harmful.
+        cost_model: Folder of an exported cost model; its costs are stored with the pairs.
+        counterpart: How the safe image is made: `img2img` redraws the harmful image towards the safe prompt with the
+            harmful prompt as negative; `same_seed` draws the safe prompt from the harmful image's seed.
+        strength: With img2img: how much is redrawn, from 0 to 1. 0.75 to 0.8 keeps the scene and loses the harm.
+        both_prompts: Write each such pair twice, under its harmful and under its safe prompt.
+        clean_candidates: Images drawn for each safe prompt to make a pair ordered by quality; 0: no such pairs.
+        scorer: What ranks them, and scores every pair's images; a class such as
+            lit_safety.generation.ClipScorer.
+        adapter: A LoRA to draw with.
+        steps: Denoising steps of an image.
+        guidance: Classifier-free guidance.
+        resolution: Side of the images in pixels; null: the pipeline's own.
+        batch_size: Rows drawn at a time.
+        seed: Decides, with a row's prompts, the seed of rows that have none.
+        device: Where the pipeline runs; null: this process's GPU where there is one.
+        precision: Of the pipeline.
+        samples_per_shard: How many pairs a shard holds.
+        rank: Which of the processes this is, from 0; null: as torchrun says.
+        world: How many processes there are; null: as torchrun says.
+        overwrite: Throw away what an earlier run left in the folder.
+        other_world: Take a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
+            this world.
+    """
+    from pathlib import Path
+
+    from lit_safety.core.hashes import file_sha256, fingerprint
+    from lit_safety.data.convert.join import join_when_done, part_name, this_device, this_rank
+    from lit_safety.drawing.arms import Arm
+    from lit_safety.drawing.painter import DrawSettings, Painter
+    from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
+    from lit_safety.drawing.worlds import check_world
+    from lit_safety.generation.pairs import Assessor, PairMaker, read_prompt_pairs
+
+    rank, world = this_rank(rank, world)
+    if batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {batch_size}")
+    rows, repeated = read_prompt_pairs(prompts, seed)
+    settings = DrawSettings(steps, guidance, resolution)
+    device = this_device(device)
+    folder = local_pipeline(pipeline)
+    check_world(folder, {"--judge": judge, "--cost_model": cost_model}, other_world)
+    assessor = Assessor(judge, cost_model, device)
+    assessor.check(dict.fromkeys(category for row in rows for category in row.categories), prompts)
+    pipe = load_pipeline(folder, Arm(adapter=adapter), device, precision)
+    maker = PairMaker(
+        Painter(pipe, settings, counterpart == "img2img"),
+        assessor,
+        scorer,
+        counterpart,
+        strength,
+        both_prompts,
+        clean_candidates,
+    )
+    provenance = {
+        "command": "generate",
+        "prompts_sha256": file_sha256(prompts),
+        "pipeline": pipeline,
+        "pipeline_sha256": fingerprint(folder),
+        "adapter_sha256": None if adapter is None else fingerprint(adapter),
+        "scheduler": type(pipe.scheduler).__name__,
+        "counterpart": counterpart,
+        "strength": strength if counterpart == "img2img" else None,
+        "both_prompts": both_prompts,
+        "clean_candidates": clean_candidates,
+        "steps": steps,
+        "guidance": guidance,
+        "resolution": resolution,
+        "precision": precision,
+        "batch_size": batch_size,
+        "samples_per_shard": samples_per_shard,
+        **assessor.settings,
+        "scorer": None if scorer is None else scorer.settings,
+    }
+    target = Path(out) if world == 1 else Path(out) / part_name(rank, world)
+    if repeated and rank == 0:
+        print(f"{prompts}: {repeated} rows repeat the prompts and seed of another and are left out")
+    _write(maker, rows, batch_size, (rank, world), target, provenance, seed, overwrite)
+    if world > 1:
+        join_when_done(Path(out), world, provenance, {"seed": seed})
+
+
+def _write(
+    maker: PairMaker,
+    rows: Sequence[PromptPair],
+    batch_size: int,
+    share: tuple[int, int],
+    folder: Path,
+    provenance: dict[str, Any],
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """This rank's batches into its folder. Batches are the same for any number of ranks, and so is what they draw."""
+    from lit_safety.core.progress import counter
+    from lit_safety.data.convert.join import save_empty
+    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
+    from lit_safety.data.format.writer import ShardWriter
+
+    if (folder / FILE_NAME).exists() and not overwrite:
+        left = load_manifest(folder)
+        if (left.provenance, left.seeds) != (provenance, {"seed": seed}):
+            raise UserError(f"{folder}: holds other shards already; name another folder or give --overwrite true")
+        print(f"{folder}: is complete already")
+        return
+    rank, world = share
+    starts = range(rank * batch_size, len(rows), world * batch_size)
+    options: dict[str, Any] = {"provenance": provenance, "seeds": {"seed": seed}, "overwrite": overwrite}
+    with ShardWriter(folder, provenance["samples_per_shard"], resume=True, **options) as writer:
+        outcomes = Outcomes(folder, provenance, fresh=overwrite)
+        if len(writer):
+            print(f"{folder}: going on after {len(writer)} pairs")
+        with counter("draw", sum(min(batch_size, len(rows) - start) for start in starts)) as count:
+            for start in starts:
+                batch, number = rows[start : start + batch_size], start // batch_size
+                kept = outcomes.kept(number)
+                if kept is None or not all(key in writer for key in kept):
+                    outcomes.note(number, _draw(maker, batch, writer))
+                for _ in batch:
+                    count()
+        for reason, times in sorted(outcomes.counts().items()):
+            print(f"{folder}: left out {times} {reason}")
+        if len(writer) == 0 and world > 1:
+            save_empty(writer)  # other ranks may have found pairs
+    print(f"{folder}: {len(writer)} pairs")
+
+
+def _draw(maker: PairMaker, rows: Sequence[PromptPair], writer: ShardWriter) -> dict[str, str]:
+    """What became of each sample of a batch; those that an earlier run wrote are not written again."""
+    from lit_safety.generation.pairs import Made
+
+    noted = {}
+    for made in maker(rows):
+        noted[made.key] = KEPT if isinstance(made, Made) else made.reason
+        if isinstance(made, Made) and made.key not in writer:
+            writer.write(made.key, made.metadata, made.chosen, made.rejected)
+    return noted

@@ -1,0 +1,419 @@
+"""The prompts that `generate` draws: a CSV with a harmful prompt and its safe counterpart in a row."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_safety.core.categories import canonical_category
+from lit_safety.core.errors import UserError
+from lit_safety.core.tables import read_csv, whole_number
+from lit_safety.data.format.sample import PairMetadata, Sides
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lit_safety.drawing.painter import Painter
+
+
+COLUMNS = ("harmful_prompt", "safe_prompt", "category")
+OPTIONAL = ("concept", "seed")
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """One row of the table."""
+
+    number: int
+    """Counted from 0; names the row's samples."""
+    harmful: str
+    safe: str
+    categories: tuple[str, ...]
+    concept: str | None
+    seed: int
+    """Seeds every drawing of this row."""
+
+
+def read_prompt_pairs(table: str, seed: int) -> tuple[list[PromptPair], int]:
+    """The rows of a CSV with the columns harmful_prompt, safe_prompt, category (several joined by ";") and, perhaps,
+    concept and seed.
+
+    A row without a seed gets one that depends on its prompts and `seed` only, so a row draws the same images wherever
+    it stands.
+
+    Returns:
+        The rows, and how many were left out because another row has the same prompts and seed.
+
+    Raises:
+        UserError: names the row and what is wrong with it.
+    """
+    rows = read_csv(table, COLUMNS)
+    if not rows:
+        raise UserError(f"{table}: holds a header and no rows; there is nothing to draw")
+    if unknown := [name for name in rows[0] if name not in COLUMNS + OPTIONAL]:
+        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(COLUMNS + OPTIONAL)}")
+    found: dict[tuple[str, str, int], PromptPair] = {}
+    for number, row in enumerate(rows):
+        pair = _parse(row, number, seed, f"{table}: row {number + 2}")
+        found.setdefault((pair.harmful, pair.safe, pair.seed), pair)
+    return list(found.values()), len(rows) - len(found)
+
+
+def _parse(row: dict[str, str], number: int, seed: int, where: str) -> PromptPair:
+    harmful, safe = row["harmful_prompt"].strip(), row["safe_prompt"].strip()
+    if not harmful or not safe:
+        raise UserError(f"{where}: has an empty {'safe_prompt' if harmful else 'harmful_prompt'}")
+    if harmful == safe:
+        raise UserError(f"{where}: the harmful and the safe prompt are the same")
+    try:
+        names = [name.strip() for name in row["category"].split(";") if name.strip()]
+        categories = tuple(dict.fromkeys(canonical_category(name) for name in names))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not categories:
+        raise UserError(f"{where}: has no category")
+    given = row.get("seed", "").strip()
+    own = whole_number(given) if given else _seed_of(harmful, safe, seed)
+    if own is None or not 0 <= own < 1 << 63:
+        raise UserError(f"{where}: seed is {given[:40]!r}, not a whole number from 0 to 2^63 - 1")
+    return PromptPair(number, harmful, safe, categories, row.get("concept", "").strip() or None, own)
+
+
+def _seed_of(harmful: str, safe: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{harmful}\0{safe}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# Whether a drawn image is harmful: a judge's verdict, a cost model's cost, or both. Fails closed.
+
+
+PATIENCE = 16
+"""Images of which at least one must be assessed before the run goes on."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is known of an image's harm."""
+
+    harmful: bool
+    """The judge's verdict; without a judge, whether the cost is above 0."""
+    cost: float | None = None
+    """The cost model's value, above 0 harmful."""
+
+
+class Assessor:
+    """Assess images by a judge, a cost model or both.
+
+    Args:
+        judge: folder of a judge (`lit_safety.judges.load_judge`).
+        cost_model: folder of an exported cost model.
+        device: where the cost model runs.
+
+    Raises:
+        UserError: neither is given, or one does not load.
+    """
+
+    def __init__(self, judge: str | None, cost_model: str | None, device: str = "cpu") -> None:
+        if judge is None and cost_model is None:
+            raise UserError("give --judge, --cost_model or both: every image is checked before it becomes data")
+        self.judge: Any = None
+        self.costs: Any = None
+        self.settings: dict[str, Any] = {}
+        """What decides: for the manifest."""
+        self._seen = self._known = 0
+        self._why = ""
+        if judge is not None:
+            from lit_safety.judges.load import load_judge
+
+            self.judge = load_judge(judge)
+            self.settings["judge"] = {key: self.judge.settings.get(key) for key in ("name", "threshold", "sha256")}
+        if cost_model is not None:
+            from lit_safety.core.hashes import fingerprint
+            from lit_safety.cost_model.files import load_cost_model
+
+            self.costs = load_cost_model(cost_model, device)
+            self.settings["cost_model_sha256"] = fingerprint(cost_model)
+
+    def check(self, categories: Iterable[str], prompts: str) -> None:
+        """Refuse a judge that does not see what the prompts ask for: its "safe" would become a label.
+
+        Raises:
+            UserError: names the category.
+        """
+        if self.judge is not None:
+            from lit_safety.judges.judge import check_sees
+
+            check_sees(self.judge, categories, f"--prompts {prompts}")
+
+    def __call__(self, images: Sequence[Image]) -> list[Assessment | None]:
+        """One assessment an image; None where there is none: such an image is neither safe nor harmful.
+
+        Raises:
+            UserError: none of the first images could be assessed, so something is wrong with the judge or cost model.
+        """
+        if not images:
+            return []
+        costs = self._costs(images)
+        harmful = [cost is not None and cost > 0 for cost in costs] if self.judge is None else self._verdicts(images)
+        found = [
+            None if verdict is None or (self.costs is not None and cost is None) else Assessment(verdict, cost)
+            for verdict, cost in zip(harmful, costs, strict=True)
+        ]
+        self._seen += len(found)
+        self._known += sum(one is not None for one in found)
+        if self._seen >= PATIENCE and not self._known:
+            raise UserError(f"none of the first {self._seen} images could be judged: {self._why}")
+        return found
+
+    def _costs(self, images: Sequence[Image]) -> list[float | None]:
+        """None where there is no cost model, or no cost."""
+        if self.costs is None:
+            return [None] * len(images)
+        values = [float(value) for value in self.costs.costs(list(images))]
+        if len(values) != len(images):
+            raise UserError(f"the cost model gave {len(values)} costs for {len(images)} images")
+        if not all(map(math.isfinite, values)):
+            self._why = "the cost model's cost is not finite"
+        return [value if math.isfinite(value) else None for value in values]
+
+    def _verdicts(self, images: Sequence[Image]) -> list[bool | None]:
+        from lit_safety.judges.judge import JudgeError
+        from lit_safety.judges.judging import judge_safely
+
+        answers = judge_safely(self.judge, images)
+        self._why = next((answer.reason for answer in answers if isinstance(answer, JudgeError)), self._why)
+        return [None if isinstance(answer, JudgeError) else answer.harmful for answer in answers]
+
+
+# Scorers order images of one prompt by quality; they know nothing of harm. Your own is a subclass named by its path.
+#
+# --scorer lit_safety.data.generate.scorers.ClipScorer --scorer.init_args.clip openai/clip-vit-large-patch14
+
+
+class Scorer(ABC):
+    """Gives each image a score: higher is better. `settings` holds whatever changes its scores."""
+
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """One score an image, in the same order; `prompts` holds each image's own prompt."""
+
+
+class ClipScorer(Scorer):
+    """CLIPScore (arXiv 2104.08718): 100 x the cosine of an image's and its prompt's CLIP embeddings.
+
+    Args:
+        clip: Folder of a transformers CLIP, or its hub id.
+        device: Where it runs; null: the CPU.
+    """
+
+    def __init__(self, clip: str, device: str | None = None) -> None:
+        from lit_safety.judges.clip import Clip
+
+        self._clip = Clip(clip, "--scorer.init_args.clip", device)
+        self.settings = {"scorer": "CLIPScore", **self._clip.settings}
+
+    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """One CLIPScore an image, in [-100, 100]."""
+        from lit_safety.judges.clip import clip_scores
+
+        return clip_scores(self._clip, images, self._clip.texts(prompts))
+
+
+# From rows of prompts to pairs: draw, assess, and keep only what is in the right order.
+#
+# In the manner of CoProV2 (arXiv 2412.10493) and of SCP-10K (arXiv 2504.14290; reconstructed, its code is not public):
+#
+# - under a harmful prompt the rejected image is what the model draws for it, and the chosen one a safe counterpart: the
+#   same picture redrawn towards the safe prompt and away from the harmful one, or the safe prompt's from the same seed;
+# - under a clean prompt both are safe, and a scorer says which is better.
+
+
+NOT_DRAWN = "with an image whose numbers are not finite"
+NOT_JUDGED = "with an image that could not be judged"
+NO_HARM = "whose harmful prompt drew nothing harmful"
+STILL_HARMFUL = "whose safe counterpart is harmful"
+WRONG_ORDER = "whose costs are in the wrong order"
+TOO_FEW = "whose clean prompt drew fewer than two safe images"
+TIED = "whose candidates have equal scores"
+
+
+@dataclass(frozen=True)
+class Made:
+    """One sample."""
+
+    key: str
+    metadata: PairMetadata
+    chosen: Image
+    rejected: Image
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that was not made, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PairMaker:
+    """Makes the samples of a batch of rows.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+
+    painter: Painter
+    assess: Callable[[Sequence[Image]], list[Assessment | None]]
+    scorer: Scorer | None
+    counterpart: Literal["img2img", "same_seed"]
+    strength: float
+    both_prompts: bool
+    """Write each harmful pair under its safe prompt too."""
+    clean_candidates: int
+    """Images drawn for each safe prompt to make a pair ordered by quality; 0: none are made."""
+
+    def __post_init__(self) -> None:
+        settings = self.painter.settings
+        if self.counterpart == "img2img":
+            if not 0 < self.strength <= 1 or int(settings.steps * self.strength) < 1:
+                raise UserError(
+                    f"--strength {self.strength}: must be above 0 and at most 1, and large enough for one of "
+                    f"{settings.steps} steps"
+                )
+            if settings.guidance <= 1:
+                raise UserError("--counterpart img2img needs --guidance above 1: below it no negative prompt is used")
+        if self.clean_candidates and (self.clean_candidates < 2 or self.scorer is None):
+            raise UserError("--clean_candidates must be 0 or at least 2, and needs a --scorer to rank them")
+
+    def __call__(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
+        """The samples of the rows, or why there are none; always drawn as one batch."""
+        yield from self._harmful(rows)
+        if self.clean_candidates:
+            yield from self._clean(rows)
+
+    # ---- harmful prompts
+
+    def _harmful(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
+        from PIL import Image
+
+        unsafe = self.painter.from_text([row.harmful for row in rows], [row.seed for row in rows])
+        if self.counterpart == "img2img":
+            blank = Image.new("RGB", (8, 8))  # stands for one that was not drawn, so that batches stay as they are
+            size = next((one.size for one in unsafe if one is not None), (8, 8))
+            safe = self.painter.from_images(
+                [one if one is not None else blank.resize(size) for one in unsafe],
+                [row.safe for row in rows],
+                [row.harmful for row in rows],
+                self.strength,
+                [_derived(row.seed, "counterpart") for row in rows],
+            )
+        else:
+            safe = self.painter.from_text([row.safe for row in rows], [row.seed for row in rows])
+        of_safe, of_unsafe = self._assessed(safe), self._assessed(unsafe)
+        for row, *images, good, bad in zip(rows, safe, unsafe, of_safe, of_unsafe, strict=True):
+            kinds = ("harmful", "clean") if self.both_prompts else ("harmful",)
+            keys = {kind: f"{row.number:06d}-{'u' if kind == 'harmful' else 's'}" for kind in kinds}
+            chosen, rejected = images
+            if chosen is None or rejected is None:
+                yield from (LeftOut(key, NOT_DRAWN) for key in keys.values())
+            elif (reason := why_not(good, bad)) is not None:
+                yield from (LeftOut(key, reason) for key in keys.values())
+            else:
+                for kind, key in keys.items():
+                    prompt = row.harmful if kind == "harmful" else row.safe
+                    scores = None if self.scorer is None else self._scores([chosen, rejected], prompt)
+                    about = _about(row, prompt, kind, "safety", Sides(False, True), [good, bad], scores)
+                    yield Made(key, about, chosen, rejected)
+
+    # ---- clean prompts
+
+    def _clean(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
+        drawn = []
+        for number in range(self.clean_candidates):
+            seeds = [_derived(row.seed, f"candidate {number}") for row in rows]
+            drawn.append(self.painter.from_text([row.safe for row in rows], seeds))
+        assessed = [self._assessed(images) for images in drawn]
+        for index, row in enumerate(rows):
+            key = f"{row.number:06d}-c"
+            good = [
+                (image, verdict)
+                for images, verdicts in zip(drawn, assessed, strict=True)
+                if (image := images[index]) is not None and (verdict := verdicts[index]) and not verdict.harmful
+            ]
+            if len(good) < 2:
+                yield LeftOut(key, TOO_FEW)
+                continue
+            scores = self._scores([image for image, _ in good], row.safe)
+            best, worst = scores.index(max(scores)), scores.index(min(scores))
+            if scores[best] == scores[worst]:
+                yield LeftOut(key, TIED)
+                continue
+            (chosen, first), (rejected, second) = good[best], good[worst]
+            both = [scores[best], scores[worst]]
+            about = _about(row, row.safe, "clean", "quality", Sides(False, False), [first, second], both)
+            yield Made(key, about, chosen, rejected)
+
+    # ---- what is known of an image
+
+    def _assessed(self, images: Sequence[Image | None]) -> list[Assessment | None]:
+        """Of each image; None where there is no image or no assessment."""
+        found = iter(self.assess([image for image in images if image is not None]))
+        return [None if image is None else next(found) for image in images]
+
+    def _scores(self, images: Sequence[Image], prompt: str) -> list[float]:
+        import math
+
+        assert self.scorer is not None
+        scores = [float(score) for score in self.scorer(images, [prompt] * len(images))]
+        if len(scores) != len(images) or not all(map(math.isfinite, scores)):
+            raise UserError(f"the scorer {type(self.scorer).__name__} gave {scores} for {len(images)} images")
+        return scores
+
+
+def why_not(safe: Assessment | None, unsafe: Assessment | None) -> str | None:
+    """Why a harmful prompt's pair must not be used; None: it may."""
+    if safe is None or unsafe is None:
+        return NOT_JUDGED
+    if not unsafe.harmful:
+        return NO_HARM
+    if safe.harmful:
+        return STILL_HARMFUL
+    if safe.cost is not None and unsafe.cost is not None and safe.cost >= unsafe.cost:
+        return WRONG_ORDER
+    return None
+
+
+def _about(
+    row: PromptPair,
+    prompt: str,
+    kind: str,
+    order: str,
+    harmful: Sides[bool | None],
+    assessed: Sequence[Any],
+    scores: list[float] | None,
+) -> PairMetadata:
+    costs = [one.cost for one in assessed]
+    return PairMetadata(
+        prompt,
+        kind,
+        order,
+        row.categories,
+        harmful,
+        row.concept if kind == "harmful" else None,
+        None if None in costs else Sides(*costs),
+        None if scores is None else Sides(*scores),
+        seed=row.seed,
+    )
+
+
+def _derived(seed: int, purpose: str) -> int:
+    from lit_safety.core.chance import derive
+
+    return derive(seed, purpose)

@@ -1,0 +1,6 @@
+"""The guards by name, as YAML writes them."""
+
+from lit_safety.drawing.guards import SAFREE as SAFREE
+from lit_safety.drawing.guards import SafeLatentDiffusion as SafeLatentDiffusion
+
+__all__ = ["SAFREE", "SafeLatentDiffusion"]

@@ -1,0 +1,8 @@
+"""What decides whether an image is harmful: one file a judge. Preference scorers and FID too.
+
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

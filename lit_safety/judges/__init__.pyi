@@ -1,0 +1,35 @@
+"""What decides whether an image is harmful: one file a judge. Preference scorers and FID too."""
+
+from .clip import Clip as Clip
+from .clip import ZeroShotClip as ZeroShotClip
+from .cost import CostJudge as CostJudge
+from .judge import Judge as Judge
+from .judge import JudgeError as JudgeError
+from .judge import Verdict as Verdict
+from .load import load_judge as load_judge
+from .nudenet import NudeNet as NudeNet
+from .q16 import Q16 as Q16
+from .scorers import AestheticScore as AestheticScore
+from .scorers import ClipPreference as ClipPreference
+from .scorers import ImageRewardScore as ImageRewardScore
+from .toy.judge import ToyWorldJudge as ToyWorldJudge
+from .union import Union as Union
+from .vlm import VLM as VLM
+
+__all__ = [
+    "Q16",
+    "VLM",
+    "AestheticScore",
+    "Clip",
+    "ClipPreference",
+    "CostJudge",
+    "ImageRewardScore",
+    "Judge",
+    "JudgeError",
+    "NudeNet",
+    "ToyWorldJudge",
+    "Union",
+    "Verdict",
+    "ZeroShotClip",
+    "load_judge",
+]

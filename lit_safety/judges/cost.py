@@ -1,0 +1,66 @@
+"""A trained cost model as a judge: harmful is what costs more than a threshold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.judges.judge import JudgeError, Verdict, in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+
+def _categories(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that its last validation measured it on; nothing where none was run."""
+    metrics = config.get("metrics")
+    found = in_order(name.partition("/")[2] for name in metrics if "/" in name) if isinstance(metrics, dict) else []
+    return {"categories": found} if found else {}
+
+
+class CostJudge:
+    """A cost model's folder behind the judges' interface. It says whether there is harm, not of which kind, and sees
+    the categories that it was validated on.
+
+    A model aligned by costs is best judged by something else: whatever this cost model overlooks, alignment by it has
+    overlooked too.
+
+    Args:
+        folder: the cost model, as `fit --config configs/cost_model.yaml` exports it; its config.json holds the
+            threshold.
+
+    Raises:
+        UserError: it does not load, or stands on another CLIP.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from lit_safety.core.hashes import fingerprint
+        from lit_safety.cost_model.files import load_cost_model, read_config
+
+        config = read_config(folder)
+        self.threshold = float(config["threshold"])
+        self.scorer = load_cost_model(folder)
+        self.name = f"cost model/{Path(folder).name}"
+        self.settings: dict[str, Any] = {
+            "name": self.name,
+            "threshold": self.threshold,
+            "rule": "harmful = cost above the threshold",
+            "labels": [],
+            **_categories(config),
+            "sha256": fingerprint(folder),
+            "clip_fingerprint": self.scorer.tower.fingerprint,
+        }
+
+    def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
+        """Verdicts on pictures of any size; a cost that is no finite number is an error."""
+        return [self.verdict(cost) for cost in self.scorer.costs(images).tolist()]
+
+    def verdict(self, cost: float) -> Verdict | JudgeError:
+        """The rule that turns a cost into a verdict; its score `harm` is the probability sigmoid(cost)."""
+        if not math.isfinite(cost):
+            return JudgeError("the cost model returned a number that is not finite")
+        harm = 0.5 * (1.0 + math.tanh(0.5 * cost))  # sigmoid without an overflow
+        return Verdict(harmful=cost > self.threshold, scores={"harm": harm}, confidence=max(harm, 1.0 - harm))

@@ -1,0 +1,139 @@
+"""What decides whether a picture is harmful: one small interface, and the judges that stand behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lit_safety.core.categories import CATEGORIES
+from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from PIL.Image import Image
+
+    from lit_safety.drawing.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one picture."""
+
+    harmful: bool
+    """Whether the picture shows any harm at all."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Label -> probability that it is in the picture; harm concepts and benign objects alike."""
+    categories: dict[str, float] = field(default_factory=dict)
+    """Category -> the largest probability among its concepts."""
+    confidence: float = 1.0
+    """How far the closest call was from a coin toss: min over labels of max(p, 1 - p), in [0.5, 1]."""
+    present: frozenset[str] = frozenset()
+    """The labels and categories that the judge, by its own threshold, says are in the picture."""
+
+
+@dataclass(frozen=True)
+class JudgeError:
+    """A picture that the judge could not judge. It is neither safe nor harmful: it is an error in the report."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class NotJudged(JudgeError):
+    """A picture of a prompt for a category that the judge cannot see: no error, and neither safe nor harmful."""
+
+    verdict: Verdict = field(default_factory=lambda: Verdict(False))
+    """What the judge said of it, which is good for what it can see."""
+
+
+class Judge(Protocol):
+    """Looks at pictures. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
+
+    `settings["labels"]` lists the labels and categories it can recognise; figures that ask for others are left out.
+    `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". A judge that
+    does not say which is taken to see all.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
+        """One answer a picture, in the same order."""
+        ...
+
+
+def in_order(categories: Iterable[str]) -> list[str]:
+    """Categories, each once, in the order of `CATEGORIES`."""
+    found = set(categories)
+    return [category for category in CATEGORIES if category in found]
+
+
+def unseen(settings: Mapping[str, Any], categories: Iterable[str]) -> list[str]:
+    """Those of `categories` whose harm a judge with these settings does not see."""
+    seen = settings.get("categories")
+    return [] if seen is None else [category for category in categories if category not in seen]
+
+
+def asked_of(prompt: Prompt) -> tuple[str, ...]:
+    """The categories of harm that a prompt asks for; none where it asks for nothing harmful."""
+    return (prompt.category, *prompt.also) if prompt.harmful else ()
+
+
+def where_seen(
+    judge: Judge, prompts: Sequence[Prompt], verdicts: Sequence[Verdict | JudgeError]
+) -> list[Verdict | JudgeError]:
+    """Verdicts, of which one that says "safe" of what the judge cannot see becomes a `NotJudged`."""
+    found: list[Verdict | JudgeError] = []
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        blind = unseen(judge.settings, asked_of(prompt))
+        if blind and isinstance(verdict, Verdict) and not verdict.harmful:
+            found.append(NotJudged(f"not judged: {judge.name} does not see {', '.join(blind)}", verdict))
+        else:
+            found.append(verdict)
+    return found
+
+
+def verdict_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a judge's settings changes its verdicts: all but the list of what it sees, its members' likewise."""
+    found = {key: value for key, value in settings.items() if key not in ("categories", "seen_by")}
+    if isinstance(members := found.get("members"), list):
+        found["members"] = [verdict_settings(one) for one in members]
+    return found
+
+
+def figure_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a judge's settings changes figures: also what it sees, where that is not everything."""
+    blind = unseen(settings, CATEGORIES)
+    return verdict_settings(settings) | ({"categories": settings["categories"]} if blind else {})
+
+
+def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:
+    """Refuse a judge for a task in which "safe" of a category that it does not see would be taken for a verdict.
+
+    Raises:
+        UserError: names the category.
+    """
+    if blind := unseen(judge.settings, in_order(categories)):
+        raise UserError(
+            f"{what} is about {', '.join(blind)}, which the judge {judge.name} does not see: it would call everything "
+            f"safe (it sees {', '.join(judge.settings['categories'])}); take another judge, or leave those prompts out"
+        )
+
+
+def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
+    """Refuse a judge that knows names of things, but not the ones that the prompts ask for.
+
+    A judge that tells categories only is asked about categories only.
+
+    Raises:
+        UserError: a concept or benign object is none of the judge's labels.
+    """
+    labels: list[str] = judge.settings.get("labels", [])
+    for prompt in prompts if set(labels) - set(CATEGORIES) else ():
+        unknown = [name for name in (prompt.concept, *prompt.benign) if name and name not in labels]
+        if unknown:
+            raise UserError(
+                f"{file}: the prompt `{prompt.prompt}` asks for {unknown[0]}, which the judge {judge.name} cannot "
+                f"recognise; take the judge that belongs to these prompts (this one knows {', '.join(labels)})"
+            )

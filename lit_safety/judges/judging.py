@@ -1,0 +1,169 @@
+"""Judging that fails closed: whatever goes wrong on a picture makes that picture an error, never a safe one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.files import append_line
+from lit_safety.core.hashes import digest
+from lit_safety.core.images import decode_image, read_bytes
+from lit_safety.core.text import load_json
+from lit_safety.judges.judge import Judge, JudgeError, Verdict, verdict_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from lit_safety.drawing.gallery import Drawn
+
+
+def judge_drawn(
+    judge: Judge,
+    drawn: Sequence[Drawn],
+    batch_size: int = 64,
+    tick: Callable[[int], None] = lambda _: None,
+    kept: KeptVerdicts | None = None,
+) -> list[Verdict | JudgeError]:
+    """One answer a drawing, in the same order; reads the files, so that what is judged is what is kept.
+
+    Args:
+        judge: who is asked.
+        drawn: the pictures.
+        batch_size: pictures that it is given at once.
+        tick: hears how many were just judged.
+        kept: its earlier verdicts, which are not asked for again, and to which the new ones are added.
+    """
+    answers: list[Verdict | JudgeError] = []
+    for start in range(0, len(drawn), batch_size):
+        part = drawn[start : start + batch_size]
+        known = [kept.of(one) if kept is not None else None for one in part]
+        opened = [given or open_drawn(one) for given, one in zip(known, part, strict=True)]
+        images = [image for image in opened if isinstance(image, Image.Image)]
+        verdicts = iter(judge_safely(judge, images))
+        said = [next(verdicts) if isinstance(o, Image.Image) else o for o in opened]
+        if kept is not None:
+            kept.add([(one, v) for one, v, old in zip(part, said, known, strict=True) if old is None])
+        answers += said
+        tick(len(opened))
+    return answers
+
+
+def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:
+    """`judge.judge(images)`, where an exception or nonsense becomes a `JudgeError` on the picture it concerns.
+
+    When a batch raises, its pictures are tried one by one, so that one bad picture does not take 63 good ones along.
+    """
+    if not images:
+        return []
+    try:
+        answers = judge.judge(images)
+        if len(answers) != len(images):
+            raise ValueError(f"{len(answers)} answers to {len(images)} pictures")
+    except Exception as error:  # a judge is somebody else's code: whatever it raises is its failure on these pictures
+        if len(images) == 1:
+            return [JudgeError(f"{type(error).__name__}: {error}")]
+        return [answer for image in images for answer in judge_safely(judge, [image])]
+    return [sound(answer) for answer in answers]
+
+
+def sound(answer: object) -> Verdict | JudgeError:
+    """A verdict that says true or false and holds finite numbers; anything else is an error.
+
+    NumPy's own true and false become Python's: whoever asks `is True` would take the first for neither.
+    """
+    if isinstance(answer, JudgeError):
+        return answer
+    if not isinstance(answer, Verdict):
+        return JudgeError(f"the judge returned {type(answer).__name__}, not a verdict")
+    if not isinstance(answer.harmful, bool | np.bool_):
+        return JudgeError(f"the judge said neither true nor false to `harmful` but {str(answer.harmful)[:40]}")
+    try:
+        numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
+        finite = all(math.isfinite(number) for number in numbers)
+    except (TypeError, AttributeError):
+        return JudgeError("the judge returned scores that are no numbers")
+    if not finite:
+        return JudgeError("the judge returned a number that is not finite")
+    return answer if isinstance(answer.harmful, bool) else replace(answer, harmful=bool(answer.harmful))
+
+
+def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
+    """The RGB picture, or why there is none."""
+    if drawn.error is not None:
+        return JudgeError(drawn.error)
+    try:
+        return decode_image(read_bytes(drawn.path), drawn.path.name)
+    except UserError as error:
+        return JudgeError(f"{drawn.path.name} cannot be read: {error}")
+
+
+# Verdicts of a judge whose answers cost money or minutes: kept in a journal beside the pictures as they come.
+#
+# A run that is killed, or whose endpoint goes away, asks about no picture twice. Errors are not kept: those pictures
+# are asked about again.
+
+
+class KeptVerdicts:
+    """The journal of one judge with these settings in one folder of pictures; a verdict belongs to a picture's bytes.
+
+    Args:
+        folder: where the pictures are.
+        judge: whose verdicts; other settings (threshold, template, model) have another journal.
+    """
+
+    def __init__(self, folder: Path, judge: Judge) -> None:
+        self.file = folder / f"verdicts-{digest(verdict_settings(judge.settings))[:12]}.jsonl"
+        self._verdicts: dict[str, Verdict] = {}
+        self._keys: dict[Path, str | None] = {}
+        self._torn = False
+        if self.file.is_file():
+            text = self.file.read_text(encoding="utf-8", errors="replace")
+            self._torn = not text.endswith("\n")
+            for line in text.splitlines():
+                self._read(line)
+
+    def of(self, drawn: Drawn) -> Verdict | None:
+        """The verdict on a picture; None: it is to be judged."""
+        key = self._key(drawn)
+        return None if key is None else self._verdicts.get(key)
+
+    def add(self, judged: Sequence[tuple[Drawn, Verdict | JudgeError]]) -> None:
+        """Note new verdicts.
+
+        Raises:
+            UserError: the disk is full; what was noted before stays.
+        """
+        lines = []
+        for drawn, verdict in judged:
+            key = self._key(drawn)
+            if key is not None and isinstance(verdict, Verdict):
+                about = {"scores": verdict.scores, "categories": verdict.categories, "confidence": verdict.confidence}
+                about |= {"harmful": verdict.harmful, "present": sorted(verdict.present)}
+                lines.append(json.dumps({"sha256": key, "file": drawn.path.name, **about}))
+        if lines:
+            append_line(self.file, "\n".join(["", *lines] if self._torn else lines))
+            self._torn = False
+
+    def _read(self, line: str) -> None:
+        try:
+            said: dict[str, Any] = load_json(line)
+            numbers = (said["scores"], said["categories"], said["confidence"])
+            verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"])))
+            if isinstance(verdict, Verdict):
+                self._verdicts[said["sha256"]] = verdict
+        except (ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut short
+            return
+
+    def _key(self, drawn: Drawn) -> str | None:
+        if drawn.path not in self._keys:
+            there = drawn.error is None and drawn.path.is_file()
+            self._keys[drawn.path] = hashlib.sha256(drawn.path.read_bytes()).hexdigest() if there else None
+        return self._keys[drawn.path]

@@ -1,0 +1,374 @@
+"""Arithmetic on products b @ a without making the product: stacking, exact reduction, truncation. All in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_safety.adapters.lora_file import LowRank
+from lit_safety.core.chance import generator, sample_seed
+from lit_safety.core.errors import UserError
+
+
+def stack(parts: Sequence[LowRank], weights: Sequence[float | Tensor]) -> LowRank:
+    """sum_k weights[k] * delta_k as one product of rank sum_k r_k, scales and weights folded into b.
+
+    Args:
+        parts: updates of one layer, (out, in).
+        weights: a number a part, or a column (out, 1) that weighs the rows of its delta.
+
+    A part of weight 0 or rank 0 takes no rank. If a single part is left and its weight is a number, its tensors are
+    returned as they are, so that at weight 1 nothing is rounded.
+    """
+    kept = [(p, w) for p, w in zip(parts, weights, strict=True) if p.rank and bool(torch.as_tensor(w).count_nonzero())]
+    if len(kept) == 1 and not isinstance(kept[0][1], Tensor):
+        part, weight = kept[0]
+        return LowRank(part.a, part.b, part.scale * float(weight), part.kernel)
+    out, inputs = parts[0].shape
+    a = torch.cat([part.a.double() for part, _ in kept] or [torch.zeros(0, inputs, dtype=torch.float64)])
+    blocks = [part.b.double() * (part.scale * weight) for part, weight in kept]
+    b = torch.cat(blocks or [torch.zeros(out, 0, dtype=torch.float64)], dim=1)
+    return LowRank(a, b, kernel=parts[0].kernel)
+
+
+def reduce_rank(layer: LowRank) -> LowRank:
+    """The same update with a rank of at most min(out, in): exact up to rounding, by QR of the longer factor."""
+    out, inputs = layer.shape
+    if layer.rank <= min(out, inputs):
+        return layer
+    a, b = layer.a.double(), layer.b.double() * layer.scale
+    if out < inputs:
+        q, rest = torch.linalg.qr(b)  # (out, out), (out, r)
+        return LowRank(rest @ a, q, kernel=layer.kernel)
+    q, rest = torch.linalg.qr(a.T)  # (in, in), (in, r)
+    return LowRank(q.T, b @ rest.T, kernel=layer.kernel)
+
+
+# What is asked of a merge. Importing this needs no torch: the command line reads its types.
+
+
+Method = Literal["comerge", "mean", "sum", "svd", "ties", "dare"]
+Statistic = Literal["vote", "magnitude"]
+Unit = Literal["row", "weight"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+#: comerge's scale by default is this times the square root of the number of experts. Chosen on the toy world's
+#: validation prompts for eight of them; the root, because unrelated updates add up in squares.
+COMERGE_SCALE = 1.06
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How experts are merged: the options that the command `merge` and the callback `MergeExperts` share.
+
+    Args:
+        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
+            mean truncated to the experts' own rank; ties and dare are the published methods.
+        weights: By expert; one that is not named weighs 1. Of all methods but comerge, which takes rows as they are.
+        scale: Multiply the merged update by this, whatever the method. comerge leaves each expert a part of its rows,
+            mean a part of its update, and sum all that the others add to it: more or less than 1 makes up for that.
+            null is 1.06 sqrt(K) for comerge of K >= 2 experts (chosen on validation prompts of the toy world at K = 8;
+            unrelated updates add up in squares), and 1 for one expert and every other method. K counts, layer by
+            layer, the experts that adapt it.
+        rank: Truncate every layer to this rank by SVD; null keeps as much as the method needs.
+        density: ties: share of each update's entries that are kept.
+        drop: dare: share of each update's entries that are dropped.
+        seed: dare: seed of what is dropped.
+        statistic: comerge: decide by vote of the calibration prompts or by the mean magnitude over them.
+        unit: comerge: take whole rows (output units), which is exact, or single weights, which is cut to the experts'
+            summed rank; single weights are compared by their magnitudes and need prompts with `normalise` only.
+        normalise: comerge: count every expert's activity in units of its own mean in the layer, so that the expert with
+            the largest updates does not win everywhere.
+        dtype: Number format of the merged adapter; null is float32, or the expert's own where it is left unchanged.
+
+    Raises:
+        UserError: a number that no method can work with.
+    """
+
+    method: Method = "comerge"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    scale: float | None = None
+    rank: int | None = None
+    density: float = 0.2
+    drop: float = 0.5
+    seed: int = 0
+    statistic: Statistic = "vote"
+    unit: Unit = "row"
+    normalise: bool = True
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"--rank {self.rank}: must be at least 1")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise UserError(f"--scale {self.scale}: must be above 0; a negative one would push towards harm")
+        if not 0 < self.density <= 1:
+            raise UserError(f"--density {self.density}: must be above 0 and at most 1")
+        if not 0 <= self.drop < 1:
+            raise UserError(f"--drop {self.drop}: must be at least 0 and below 1")
+        if wrong := sorted(name for name, weight in self.weights.items() if not isfinite(weight)):
+            raise UserError(f"--weights: that of {wrong[0]} is {self.weights[wrong[0]]}; give numbers")
+        if self.method == "comerge" and any(weight != 1 for weight in self.weights.values()):
+            raise UserError("--weights: comerge takes every row whole from one expert; use --method mean or sum")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the merge depends on how active the experts are on prompts."""
+        return self.method == "comerge" and (self.unit == "row" or self.normalise)
+
+    def scale_of(self, experts: int) -> float:
+        """What a layer that so many experts adapt is multiplied by."""
+        if self.scale is not None:
+            return self.scale
+        return COMERGE_SCALE * sqrt(experts) if self.method == "comerge" and experts > 1 else 1.0
+
+    def weight(self, expert: str) -> float:
+        """The weight of an expert."""
+        return float(self.weights.get(expert, 1.0))
+
+
+# The weighted mean of the updates. (Not the product of the means of A and B, which is another update.)
+
+
+def mean(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """sum_k w_k delta_k / sum_k w_k, exactly, as one LoRA of rank sum_k r_k; a missing layer counts as a zero update.
+
+    Raises:
+        UserError: if the weights add up to nothing.
+    """
+    total = sum(weights)
+    if abs(total) < 1e-12:
+        raise UserError(f"--weights {list(weights)} add up to {total:g}, and a mean divides by that; use --method sum")
+    return stack(parts, [weight / total for weight in weights])
+
+
+# Task arithmetic: the weighted sum of the updates (Ilharco et al., arXiv 2212.04089).
+
+
+def task_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """sum_k w_k delta_k, exactly, as one LoRA of rank sum_k r_k: a = [a_1; ...], b = [w_1 s_1 b_1 ...]."""
+    return stack(parts, weights)
+
+
+# The best approximation of an update by one of lower rank in the Frobenius norm (Eckart-Young).
+
+
+#: Singular values below this share of the largest are rounding, far below what fp32 can hold.
+NEGLIGIBLE = 1e-10
+
+
+def svd_truncate(layer: LowRank, rank: int) -> LowRank:
+    """The best update of rank ``rank``; an update whose rank is no higher is returned as it is.
+
+    Raises:
+        ValueError: if ``rank`` is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1, got {rank}")
+    if layer.rank <= rank:
+        return layer
+    a, b = _leading(layer.a.double(), layer.b.double() * layer.scale, rank)
+    return LowRank(a, b, kernel=layer.kernel)
+
+
+def svd_of_dense(delta: Tensor, rank: int, kernel: tuple[int, ...] = ()) -> LowRank:
+    """The same for an update (out, in) that is no product of factors (what TIES and DARE leave).
+
+    The leading right singular vectors come out of the eigenvectors of the smaller Gram matrix in fp32, which costs a
+    third of an SVD; projecting on what ``delta`` makes of them, in fp64, takes back what that loses.
+    """
+    if delta.shape[0] < delta.shape[1]:
+        flipped = svd_of_dense(delta.T, rank)
+        return LowRank(flipped.b.T, flipped.a.T, kernel=kernel)
+    single, double = delta.float(), delta.double()
+    _, vectors = torch.linalg.eigh(single.T @ single)  # ascending
+    q, _ = torch.linalg.qr(double @ vectors[:, -rank:].double())  # (out, rank)
+    a, b = _leading(q.T @ double, q, rank)
+    return LowRank(a, b, kernel=kernel)
+
+
+def _leading(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading part of b @ a, singular values shared out evenly: a (rank, in), b (out, rank).
+
+    b = Qb Rb and a^T = Qa Ra, so that the SVD is only that of Rb Ra^T, whose size is that of the factors' rank.
+    """
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, values, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    count = min(rank, int((values > NEGLIGIBLE * values[0]).sum()))
+    root = values[:count].sqrt()
+    return root[:, None] * (v[:count] @ qa.T), (qb @ u[:, :count]) * root
+
+
+# TIES: trim, elect a sign, average those that agree (Yadav et al., arXiv 2306.01708, algorithm 1).
+
+
+def ties(deltas: Tensor, density: float, weights: Tensor | None = None) -> Tensor:
+    """Merge one layer's updates, entry by entry.
+
+    1. trim: of every update keep the ``density`` share of entries with the largest magnitudes (equal ones at the limit
+       are all kept, so that no order decides), the rest becomes 0;
+    2. elect: the sign of an entry is the sign of the sum over the updates;
+    3. merge: the mean over the updates whose entry has that sign; where the sum is 0 the entry is 0.
+
+    The paper trims the updates as a whole; here every layer is trimmed for itself, as the common libraries do, so that
+    one layer is held at a time.
+
+    Args:
+        deltas: (K, out, in).
+        density: share of entries kept, in (0, 1].
+        weights: (K,), multiply the updates first; None: all 1.
+
+    Returns:
+        (out, in), in general of full rank.
+    """
+    if weights is not None:
+        deltas = deltas * weights.to(deltas)[:, None, None]
+    trimmed = torch.stack([_trim(delta, density) for delta in deltas])
+    sign = trimmed.sum(dim=0).sign()
+    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    for update in trimmed:
+        agrees = update * sign > 0
+        total += update * agrees
+        count += agrees
+    return total / count.clamp(min=1)
+
+
+def _trim(delta: Tensor, density: float) -> Tensor:
+    magnitudes = delta.abs()
+    dropped = delta.numel() - max(1, round(density * delta.numel()))
+    if dropped == 0:
+        return delta
+    # NumPy's selection takes a tenth of the time of torch's.
+    limit = float(np.partition(magnitudes.flatten().cpu().numpy(), dropped)[dropped])
+    return delta * (magnitudes >= limit)
+
+
+# DARE: drop entries of the updates by chance and rescale the rest, then add (Yu et al., arXiv 2311.03099, eq. 3).
+
+
+def dare(delta: Tensor, drop: float, generator: torch.Generator) -> Tensor:
+    """One update (out, in) with every entry 0 with probability ``drop``, else divided by 1 - drop: the same on average.
+
+    Args:
+        delta: (out, in).
+        drop: in [0, 1).
+        generator: of the CPU; the same one gives the same entries.
+    """
+    kept = torch.rand(delta.shape, generator=generator) >= drop
+    return delta * kept.to(delta) / (1 - drop)
+
+
+def dare_sum(
+    deltas: Sequence[Tensor], weights: Sequence[float], drop: float, seed: int, names: Sequence[str], layer: str
+) -> Tensor:
+    """sum_k w_k dare(delta_k): (out, in). What is dropped depends on seed, expert and layer, not on places in lists."""
+    total = torch.zeros_like(deltas[0])
+    for delta, weight, name in zip(deltas, weights, names, strict=True):
+        chance = generator(sample_seed(seed, 0, name), f"dare {layer}")
+        total += weight * dare(delta, drop, chance)
+    return total
+
+
+# Co-Merge: every output unit of a layer is taken from the expert that it is most active in.
+#
+# After SafetyDPO (arXiv 2412.10493), whose merging code is not published. With a[k, i, j] the mean of
+# |s_k (B_k A_k x)_j| over the tokens and timesteps of calibration prompt i, row j of the merged update is row j of
+# s_k B_k A_k for the expert k that wins it. Rows of the product are chosen, never rows of A and B apart: the experts'
+# bases have nothing to do with each other.
+#
+# The finer unit is the single weight: |dW_k[j, i]| E|x_i| is what weight (j, i) of expert k contributes on average.
+# Such a pick is of full rank, so it is for truncation by SVD only.
+
+
+@dataclass
+class Activity:
+    """How active each of K experts is in each output unit of one layer, summed up over the calibration prompts."""
+
+    votes: Tensor
+    """(K, out) int64: for how many prompts the expert is the most active one (a tie counts for the first)."""
+    total: Tensor
+    """(K, out) fp64: the sum of a[k, i, j] over the prompts i."""
+    relative_votes: Tensor
+    """(K, out): as votes, of a[k, i, j] / mean_j a[k, i, j]."""
+    relative_total: Tensor
+    """(K, out): as total, of the same."""
+    inputs: Tensor
+    """(in,) fp64: the sum over the prompts of the mean |x_i| over tokens and timesteps; the same for all experts."""
+
+    @classmethod
+    def empty(cls, experts: int, out: int, inputs: int = 0) -> Activity:
+        votes = [torch.zeros(experts, out, dtype=torch.int64) for _ in range(2)]
+        totals = [torch.zeros(experts, out, dtype=torch.float64) for _ in range(2)]
+        return cls(votes[0], totals[0], votes[1], totals[1], torch.zeros(inputs, dtype=torch.float64))
+
+    def add(self, activations: Tensor, inputs: Tensor | None = None) -> None:
+        """Count in the prompts of a batch: a[k, i, j] as (K, B, out), mean |x| as (B, in). Nothing of them is kept."""
+        activations = activations.double().cpu()
+        # An expert that does nothing in the layer stays at 0.
+        relative = activations / activations.mean(dim=2, keepdim=True).clamp(min=1e-300)
+        self.votes += _votes(activations)
+        self.total += activations.sum(dim=1)
+        self.relative_votes += _votes(relative)
+        self.relative_total += relative.sum(dim=1)
+        if inputs is not None:
+            self.inputs += inputs.double().cpu().sum(dim=0)
+
+
+def _votes(activations: Tensor) -> Tensor:
+    """(K, out): for how many of the prompts in (K, B, out) the expert is the most active one; a tie is the first's."""
+    first = activations.argmax(dim=0)  # (B, out)
+    return torch.nn.functional.one_hot(first, len(activations)).sum(dim=0).T
+
+
+def owners(activity: Activity, statistic: Statistic, normalise: bool = False) -> Tensor:
+    """Which expert every row is taken from: (out,) int64.
+
+    `vote`: the one with the most votes; a tie goes to the larger mean activation, then to the first.
+    `magnitude`: the one with the largest mean activation; a tie goes to the first.
+    ``normalise``: an expert's activity on a prompt counts in units of its own mean over the layer's outputs, so that
+    the one with the largest updates does not win everywhere.
+    """
+    votes, total = activity.votes, activity.total
+    if normalise:
+        votes, total = activity.relative_votes, activity.relative_total
+    if statistic == "magnitude":
+        return total.argmax(dim=0)
+    return torch.where(votes == votes.max(dim=0).values, total, -1.0).argmax(dim=0)
+
+
+def comerge(parts: Sequence[LowRank], owner: Tensor) -> LowRank:
+    """The update whose row j is that of part ``owner[j]``: exactly one LoRA, a = [a_1; ...], b = [M_1 s_1 b_1 ...].
+
+    M_k is the 0/1 diagonal matrix of the rows that part k owns. A part that owns none takes no rank.
+    """
+    masks = [(owner == k).double()[:, None] for k in range(len(parts))]
+    whole = [1.0 if bool(mask.all()) else mask for mask in masks]
+    return stack(parts, whole)
+
+
+def comerge_weights(deltas: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Every weight from the expert for which |dW_k[j, i]| E|x_i| is largest; a tie goes to the first.
+
+    E|x_i| is the same for all experts and decides nothing by itself. It does where each expert's product counts in
+    units of its own mean over the layer, which is what ``inputs`` asks for.
+
+    Args:
+        deltas: the experts' updates (K, out, in).
+        inputs: E|x_i| (in,) up to a factor, to count in units of each expert's mean; None: plain magnitudes.
+
+    Returns:
+        The update (out, in), in general of full rank, and whose each weight is (out, in).
+    """
+    score = deltas.abs()
+    if inputs is not None:
+        score = score * inputs.to(score)
+        score = score / score.mean(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
+    owner = score.argmax(dim=0)
+    return deltas.gather(0, owner[None])[0], owner

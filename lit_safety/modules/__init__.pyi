@@ -1,0 +1,10 @@
+"""The LightningModules and the PreferenceModule they share."""
+
+from .cost_model import CostModel as CostModel
+from .dpo_expert import DPOExpert as DPOExpert
+from .preference import PreferenceModule as PreferenceModule
+from .psa import PSA as PSA
+from .scdpo import SCDPO as SCDPO
+from .speed import SelectiveBackward as SelectiveBackward
+
+__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule", "SelectiveBackward"]

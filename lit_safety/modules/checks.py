@@ -1,0 +1,189 @@
+"""Before weights are loaded: were the data's caches made by the model that is trained, do they hold what it needs?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_safety.backbones.fingerprint import reference_fingerprint
+from lit_safety.backbones.load import family_of
+from lit_safety.core.errors import UserError
+from lit_safety.data.cache.cache import check_model
+from lit_safety.data.cache.sources import CachedSource
+from lit_safety.data.reading.batch import PairBatch
+from lit_safety.objectives.objective import Objective
+
+
+def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
+    """Compare the caches that ``datamodule`` reads in ``stage`` with the encoders of ``pretrained``.
+
+    Encoders whose files are not there cannot be compared: a run from a cache does not need them, and the log says so.
+
+    Raises:
+        UserError: a cache was made by another model; names both.
+    """
+    found = _caches(datamodule, stage)
+    weights = family_of(pretrained).fingerprint(pretrained) if found else {}
+    for one in found:
+        if unknown := check_model(one.cache, pretrained, weights, one.key):
+            rank_zero_info(
+                f"{one.key}: {', '.join(unknown)} of {pretrained} is not there to be compared with the cache's, "
+                f"which {one.cache.model} made"
+            )
+
+
+def check_references(datamodule: Any, pretrained: str, stage: str, objective: Objective, drops: bool) -> None:
+    """Whether the reference caches that are read were made by the denoiser of ``pretrained`` and hold what is needed;
+    tells ``datamodule`` whether predictions are to be read.
+
+    Args:
+        datamodule: any; one of somebody's own has no caches.
+        pretrained: the model that is trained.
+        stage: `fit`, `validate`, `test` or `predict`.
+        objective: what is computed on errors.
+        drops: whether prompts are dropped in training.
+
+    Raises:
+        UserError: naming the cache and what it lacks.
+    """
+    for one in _caches(datamodule, stage):
+        if (reference := one.cache.reference) is None:
+            continue
+        own = reference_fingerprint(pretrained, family_of(pretrained).DENOISER)
+        for name in {**reference.weights, **own}:
+            if own.get(name) != (made := reference.weights.get(name)):
+                raise UserError(
+                    f"{one.key}: the reference cache was made by {one.cache.model} ({name} {_short(made)}), but this "
+                    f"run's model is {pretrained} ({name} {_short(own.get(name))}); make it anew with `shards "
+                    f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
+                )
+        kind = type(objective).__name__
+        if objective.needs_drift and not reference.predictions:
+            what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
+            raise UserError(
+                f"{one.key}: {kind} needs the reference's predictions for {what}, and the reference cache holds its "
+                "errors alone: make it anew with `shards precompute --reference_predictions true`, set "
+                "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
+            )
+        if drops and stage == "fit" and not reference.empty:
+            raise UserError(
+                f"{one.key}: prompts are dropped in training, and the reference cache holds no errors without the "
+                "prompt: make it anew with `shards precompute --reference_dropout true`, or set every dropout of a "
+                "prompt to 0"
+            )
+        datamodule.reference_predictions = objective.needs_drift
+
+
+def _short(found: str | None) -> str:
+    return "not found" if found is None else found[:8]
+
+
+def reference_cached(datamodule: Any, stage: str) -> bool:
+    """Whether all that ``datamodule`` reads in ``stage`` comes with the reference's errors, so that it never runs."""
+    found = _caches(datamodule, stage)
+    if not found or any(one.cache.reference is None for one in found):
+        return False
+    needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+    given = [name for name in needed if getattr(datamodule, name, None) is not None]
+    return len(found) == len(given)
+
+
+def _caches(datamodule: Any, stage: str) -> list[CachedSource]:
+    caches = getattr(datamodule, "caches", None)
+    return [] if caches is None else caches(stage)
+
+
+# Whether pairs carry what an objective reads: from the manifests before a start, from a batch's host lists in a step.
+#
+# Nothing waits for the device.
+
+
+def check_orders(objective: Objective, datamodule: Any, stage: str) -> None:
+    """Refuse pairs whose order already holds what the objective adds, as far as the manifests tell of them.
+
+    Args:
+        objective: what is computed on the pairs.
+        datamodule: any; of one of somebody's own, each batch is looked at in its turn (`check_labels`).
+        stage: `fit`, `validate`, `test` or `predict`.
+
+    Raises:
+        UserError: naming the folder, the number of such pairs, and the ways out.
+    """
+    orders = getattr(datamodule, "orders", None)
+    if orders is None or stage == "predict" or not objective.refuses_composite:
+        return
+    for where, counts in orders(stage).items():
+        if counts["composite"]:
+            name = type(objective).__name__
+            raise UserError(
+                f"{where}: {counts['composite']} of {counts.total()} pairs are ordered by quality minus cost (order: "
+                f"composite); {name} would count the cost twice: {_way_out(objective)}, or leave these pairs out with "
+                "`data.init_args.orders: [safety, quality]`"
+            )
+
+
+def _way_out(objective: Objective) -> str:
+    if objective.opt_out is None:
+        return "choose another objective"
+    return f"set `model.init_args.objective.init_args.{objective.opt_out}`"
+
+
+def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = False) -> None:
+    """Refuse pairs that lack a label the objective needs, or whose order already holds what it adds.
+
+    Unknown is never read as harmless: a label that is not there stops the run, unless the objective has a setting that
+    does without it (`Objective.opt_out`), which the message names.
+
+    Args:
+        objective: what is computed on the pairs.
+        batch: the pairs.
+        cost_model: whether the module has the option `cost_model`, so that the message can name it.
+
+    Raises:
+        UserError: naming the sample, what is missing, and the way out.
+    """
+    name = type(objective).__name__
+    way_out = _way_out(objective)
+    score_first = "score the shards with a cost model first"
+    if cost_model:
+        score_first += ", or name one in `model.init_args.cost_model`"
+    needed = [
+        (objective.needs_cost, batch.has_cost, "cost", score_first),
+        (objective.needs_score, batch.has_score, "score", "write the quality of both images into the shards first"),
+        (objective.needs_harmful, batch.has_harmful, "harmful label", "label both images first"),
+    ]
+    for needs, known, label, cure in needed:
+        for key, has_label in zip(batch.keys, known, strict=True):
+            if needs and not has_label:
+                raise UserError(f"sample {key} has no {label}, and {name} needs both images': {cure}, or {way_out}")
+    if objective.refuses_composite:
+        for key, order in zip(batch.keys, batch.orders, strict=True):
+            if order == "composite":
+                raise UserError(
+                    f"sample {key} is ordered by quality minus cost (order: composite); {name} would count the cost "
+                    f"twice: {way_out}"
+                )
+
+
+# At the start of a fit: does anything move what the objective learns outside of its loss?
+
+
+def warn_without_outer_step(objective: Objective, trainer: Trainer) -> None:
+    """Warn where an objective has an outer step and ``trainer`` lacks the callback that takes it.
+
+    A warning and no error: the objective with a constant state is a legitimate ablation. The callback is known by its
+    class's name, its subclasses too, because callbacks import modules.
+    """
+    callback = objective.moved_by
+    if callback is None or any(
+        kind.__name__ == callback for one in getattr(trainer, "callbacks", []) for kind in type(one).__mro__
+    ):
+        return
+    state = ", ".join(f"`{name}`" for name in objective.state_dict())
+    rank_zero_warn(
+        f"{type(objective).__name__} is trained without its outer step: {state} stays what it is at the start, "
+        f"whatever the policy draws, because `trainer.callbacks` has no {callback}; unless you want it constant, add "
+        f"`--trainer.callbacks+=lit_safety.callbacks.{callback}` with `--trainer.callbacks.cost_model FOLDER`"
+    )

@@ -1,0 +1,71 @@
+"""Formulas: pure functions of errors, costs and labels. This package imports torch and nothing of ours."""
+
+from .bfpo import BFPO as BFPO
+from .bfpo import bfpo_loss as bfpo_loss
+from .bfpo import bfpo_target as bfpo_target
+from .constrained import ConstrainedDPO as ConstrainedDPO
+from .constrained import dual_update as dual_update
+from .constrained import reorder as reorder
+from .constrained import reward_order as reward_order
+from .dpo import IPO as IPO
+from .dpo import DiffusionDPO as DiffusionDPO
+from .dpo import Hinge as Hinge
+from .dpo import dpo_loss as dpo_loss
+from .dpo import hinge_loss as hinge_loss
+from .dpo import ipo_loss as ipo_loss
+from .focal_inverse import FocalInverse as FocalInverse
+from .focal_inverse import focal_inverse_loss as focal_inverse_loss
+from .objective import Objective as Objective
+from .objective import ObjectiveOutput as ObjectiveOutput
+from .objective import PairErrors as PairErrors
+from .objective import PairLabels as PairLabels
+from .objective import anchor_loss as anchor_loss
+from .objective import delta as delta
+from .objective import margin as margin
+from .objective import prediction_error as prediction_error
+from .objective import residual_overlap as residual_overlap
+from .objective import sft_loss as sft_loss
+from .repo import RePO as RePO
+from .repo import repo_penalty as repo_penalty
+from .safety_constrained import SafetyConstrainedDPO as SafetyConstrainedDPO
+from .safety_constrained import cost_margin as cost_margin
+from .safety_constrained import scdpo_loss as scdpo_loss
+from .sdpo import DiffusionSDPO as DiffusionSDPO
+from .sdpo import loser_scale as loser_scale
+from .sdpo import scale_gradient as scale_gradient
+
+__all__ = [
+    "BFPO",
+    "IPO",
+    "ConstrainedDPO",
+    "DiffusionDPO",
+    "DiffusionSDPO",
+    "FocalInverse",
+    "Hinge",
+    "Objective",
+    "ObjectiveOutput",
+    "PairErrors",
+    "PairLabels",
+    "RePO",
+    "SafetyConstrainedDPO",
+    "anchor_loss",
+    "bfpo_loss",
+    "bfpo_target",
+    "cost_margin",
+    "delta",
+    "dpo_loss",
+    "dual_update",
+    "focal_inverse_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "loser_scale",
+    "margin",
+    "prediction_error",
+    "reorder",
+    "repo_penalty",
+    "residual_overlap",
+    "reward_order",
+    "scale_gradient",
+    "scdpo_loss",
+    "sft_loss",
+]

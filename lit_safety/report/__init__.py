@@ -1,0 +1,1 @@
+"""How results are shown: styles, charts and cards drawn from plain data."""

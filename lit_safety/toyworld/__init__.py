@@ -1,1 +1,0 @@
-"""The embedded toy world: drawn scenes with known ground truth and a genuine Stable-Diffusion-shaped pipeline."""

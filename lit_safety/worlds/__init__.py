@@ -1,0 +1,1 @@
+"""The embedded worlds: drawn scenes with known ground truth, and pipelines trained on them."""

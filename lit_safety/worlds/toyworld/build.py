@@ -1,0 +1,97 @@
+"""The commands of the toy world: `build` makes every artefact, `sheet` draws contact sheets."""
+
+from pathlib import Path
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.processes import check_count
+from lit_safety.worlds.toyworld.stages import STAGES, Job, Minutes, Stage
+
+MOST_SCENES = 1_000_000
+"""Drawn at once, in memory: 3 GB of them."""
+
+
+def build(
+    out: Path = Path("data/toyworld"),
+    work: Path = Path("runs/toyworld"),
+    stages: list[Stage] = list(STAGES),  # noqa: B006 - read only; jsonargparse shows it in --help
+    minutes: Minutes = Minutes(),  # noqa: B008 - read only
+    scenes: int = 60_000,
+    processes: int = 2,
+    redo: bool = False,
+) -> None:
+    """Build the toy world: scenes, networks, judge, prompts, preference pairs.
+
+    A stage whose output is there is skipped, and so are the steps towards a pipeline that is there; a killed build
+    goes on where it was; no output is ever half-written.
+
+    Args:
+        out: where the artefacts go: pipeline/, judge/, clip/, prompts/, shards/.
+        work: where scenes, latents and the state of trainings are kept meanwhile.
+        stages: what to do, in this order whatever the order given.
+        minutes: wall time of each training.
+        scenes: how many scenes the pipeline learns from.
+        processes: how many draw scenes and train the UNet and CLIP; best one a core.
+        redo: do the prompts, shards, export and onpolicy stages even though their output is there.
+    """
+    check_count(processes, "--processes")
+    if not 1000 <= scenes <= MOST_SCENES:
+        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
+    for folder in (out, work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
+    job = Job(out, work, scenes, minutes, processes)
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        there = job.output_of(stage, redo)
+        if there is not None:
+            print(f"{stage}: {there} is there", flush=True)
+            continue
+        print(f"{stage}: making {job.done[stage]}", flush=True)
+        job.run(stage)
+
+
+def sheet(
+    out: Path = Path("runs/toyworld/sheet.png"),
+    pipeline: Path | None = None,
+    prompts: Path = Path("data/toyworld/prompts/test.csv"),
+    count: int = 100,
+    guidance: float = 3.0,
+    steps: int = 20,
+) -> None:
+    """Draw a contact sheet of drawn scenes or, when a pipeline is given, of what it makes of prompts.
+
+    Args:
+        out: the PNG.
+        pipeline: a folder in diffusers' layout; none: the world's own drawn scenes.
+        prompts: a prompt CSV; the pictures take its rows at even distances.
+        count: pictures on the sheet.
+        guidance: classifier-free guidance.
+        steps: denoising steps.
+    """
+    from lit_safety.worlds.toyworld.drawing import draw, quiet, sheet_of
+
+    if not 1 <= count <= 10_000:
+        raise UserError(f"--count {count}: a sheet holds from 1 to 10000 pictures")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if pipeline is None:
+        from lit_safety.worlds.toyworld.sampling import draw_scene
+        from lit_safety.worlds.toyworld.scene import render
+        from lit_safety.worlds.toyworld.seeds import stream
+
+        pictures = [render(draw_scene(stream("checks", i))[0]) for i in range(count)]
+    else:
+        import csv
+
+        from diffusers import StableDiffusionPipeline
+
+        with prompts.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        rows = rows[:: max(1, len(rows) // count)][:count]
+        loaded = quiet(StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None))
+        texts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
+        pictures = draw(loaded, texts, seeds, steps, guidance)
+    sheet_of(pictures).save(out)
+    print(f"{len(pictures)} pictures: {out}")

@@ -1,0 +1,197 @@
+"""Preference pairs with known ground truth: which image is harmful, how severely, and how well it is drawn."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lit_safety.core.files import swap_in
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES
+from lit_safety.worlds.toyworld.captions import TEMPLATES, draw_caption, fold
+from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting, flawed, grade, place, quality
+from lit_safety.worlds.toyworld.scene import SLOTS, Scene, render
+from lit_safety.worlds.toyworld.seeds import SEEDS, stream
+
+SEEN_PHRASES = (0, 1)
+"""Of each concept's phrases, those that alignment pairs may use; the last one is held out."""
+IMPLICIT = 0.3
+"""Share of harmful prompts that mean the harm by a phrase."""
+SAFE_COST, LOOKALIKE_COST = -1.0, -0.5
+"""Ground-truth cost of a safe image, and of one with a look-alike, which is nearer to the border."""
+
+KINDS = ("harmful", "clean_harm", "harmful", "clean_quality", "harmful", "clean_harm")
+"""The kinds of a set, in turn: half harmful prompts, a third clean ones with a harmful rejected image, a sixth
+clean ones with two safe images."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What `ShardWriter.write` takes."""
+
+    key: str
+    metadata: dict[str, Any]
+    chosen: Image.Image
+    rejected: Image.Image
+
+
+def cost(scene: Scene) -> float:
+    """Signed ground-truth cost: a harm's severity in (0, 1.25], below 0 without one."""
+    if scene.harm is not None:
+        return round(scene.severity, 3)
+    return LOOKALIKE_COST if any(thing.name in LOOKALIKES for thing in scene.things) else SAFE_COST
+
+
+def _find(
+    rng: np.random.Generator, wanted_fold: str, layout: str, concept: str | None, setting_of: str | None
+) -> tuple[str, Contents]:
+    """A setting and contents of the wanted fold."""
+    while True:
+        contents, setting = draw_contents(rng, layout, concept), draw_setting(rng, setting_of)
+        if fold(setting, contents) == wanted_fold:
+            return setting, contents
+
+
+def _harmful(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
+    layout = "harm" if rng.random() < 0.25 else "harm_benign"
+    setting, contents = _find(rng, part, layout, concept, concept)
+    bad = grade(rng, place(rng, setting, contents))
+    return replace(bad, harm=None), bad, contents
+
+
+def _clean_harm(
+    rng: np.random.Generator, part: str, concept: str, drawn: float | None = None
+) -> tuple[Scene, Scene, Contents]:
+    """The harm stands beside the one thing asked for, or in the place of one of two, or of its own look-alike.
+
+    `drawn` in [0, 1) says which; none: at random.
+    """
+    drawn = rng.random() if drawn is None else drawn
+    if drawn < 0.45:
+        setting, contents = _find(rng, part, "benign", None, concept)
+        good = place(rng, setting, contents)
+        slot = 1 - good.things[0].slot
+        other = place(rng, setting, ((concept, None), (concept, None))[: slot + 1]).harm
+        assert other is not None
+        bad = replace(good, harm=replace(other, slot=slot, x=SLOTS[slot] + int(rng.integers(-2, 3))))
+        return good, grade(rng, bad), contents
+    layout = "benign_benign" if drawn < 0.75 else ("lookalike" if drawn < 0.85 else "lookalike_benign")
+    while True:
+        setting, contents = _find(rng, part, layout, None, concept)
+        names = [name for name, _ in contents]
+        if layout == "benign_benign" or CONCEPTS[concept].lookalike in names:
+            break
+    good = place(rng, setting, contents)
+    gone = good.things[int(rng.integers(len(good.things)))]
+    gone = next((thing for thing in good.things if thing.name == CONCEPTS[concept].lookalike), gone)
+    harm = replace(gone, name=concept, colour=None)
+    bad = replace(good, things=tuple(t for t in good.things if t is not gone), harm=harm)
+    return good, grade(rng, bad), contents
+
+
+def _clean_quality(rng: np.random.Generator, part: str) -> tuple[Scene, Scene, Contents]:
+    layout = str(rng.choice(["benign", "benign_benign", "lookalike_benign"], p=[0.35, 0.4, 0.25]))
+    setting, contents = _find(rng, part, layout, None, None)
+    good = place(rng, setting, contents)
+    return good, flawed(rng, good), contents
+
+
+def _conflict(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
+    """The harmful image is the well drawn one, and quality decides."""
+    setting, contents = _find(rng, part, "harm_benign", concept, concept)
+    bad = place(rng, setting, contents)
+    return bad, flawed(rng, replace(bad, harm=None)), contents
+
+
+def make_pair(part: str, index: int, kind: str | None = None, owner: str | None = None) -> Pair:
+    """Pair number `index` of a part ("train", "val", "test"); kinds, and concepts within a kind, take turns.
+
+    Args:
+        kind: one of `KINDS`, "lookalike" (a clean one whose rejected image holds a harm in its look-alike's place), or
+            "conflict" (a harmful prompt whose better drawn image is the harmful one).
+        owner: whose seeds it is drawn from; none: the part's own.
+    """
+    prefix, owner = owner or part, owner or f"pairs_{part}"
+    number = index if kind is None else index + 1_000_000
+    rng = stream(owner, number)
+    turn = index
+    if kind is None:
+        rounds, place_in_round = divmod(index, len(KINDS))
+        kind = KINDS[place_in_round]
+        turn = rounds * KINDS.count(kind) + KINDS[:place_in_round].count(kind)
+    concept = list(CONCEPTS)[turn % len(CONCEPTS)]
+    if kind == "harmful":
+        chosen, rejected, contents = _harmful(rng, part, concept)
+    elif kind == "clean_harm":
+        chosen, rejected, contents = _clean_harm(rng, part, concept)
+    elif kind == "lookalike":
+        chosen, rejected, contents = _clean_harm(rng, part, concept, rng.uniform(0.75, 1.0))
+    elif kind == "clean_quality":
+        chosen, rejected, contents = _clean_quality(rng, part)
+    else:
+        chosen, rejected, contents = _conflict(rng, part, concept)
+    asked_harm = kind in ("harmful", "conflict")
+    prompt = draw_caption(
+        rng, chosen.setting, contents, TEMPLATES, SEEN_PHRASES, implicit=IMPLICIT if asked_harm else 0.0
+    )
+    metadata: dict[str, Any] = {
+        "prompt": prompt,
+        "prompt_kind": "harmful" if asked_harm else "clean",
+        "categories": [] if kind == "clean_quality" else [CONCEPTS[concept].category],
+        "harmful": {"chosen": chosen.harm is not None, "rejected": rejected.harm is not None},
+        "order": "quality" if kind in ("clean_quality", "conflict") else "safety",
+        "cost": {"chosen": cost(chosen), "rejected": cost(rejected)},
+        "score": {"chosen": quality(contents, chosen), "rejected": quality(contents, rejected)},
+        "source": f"toyworld/{kind}",
+        "seed": SEEDS[owner][number],
+    }
+    if asked_harm:
+        metadata["concept"] = concept
+    return Pair(f"{prefix}{number:07d}", metadata, render(chosen), render(rejected))
+
+
+def pairs(part: str, count: int, kind: str | None = None) -> Iterator[Pair]:
+    """The first `count` pairs of a part."""
+    return (make_pair(part, i, kind) for i in range(count))
+
+
+# The toy world's preference pairs as shards.
+
+
+SETS: dict[str, tuple[str, int, str | None]] = {
+    "train": ("train", 2016, None),
+    "val": ("val", 192, None),
+    "test": ("test", 384, None),
+    "conflict": ("train", 96, "conflict"),
+}
+"""Folder -> part, number of pairs, kind (None: all kinds but "conflict")."""
+
+
+def write_shards(folder: Path) -> None:
+    """Writes every set of `SETS` into a folder of its name, each in one swap."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (part, count, kind) in SETS.items():
+        unfinished = folder / f"{name}.part"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        seeds = SEEDS[f"pairs_{part}"]
+        provenance: dict[str, Any] = {
+            "generator": "lit_safety.worlds.toyworld.pairs",
+            "part": part,
+            "kind": kind or "all",
+            "labels": "ground truth of the drawn scene",
+            "cost": f"ground truth, not a model's: severity of the harm (size x visible share, a pair counts 1.25) "
+            f"in (0, 1.25]; {SAFE_COST} for a safe image, {LOOKALIKE_COST} with a look-alike",
+            "score": "ground truth: mean worth of the asked benign things less damage, in [0, 1]; harm plays no part",
+            "held out": "templates and combinations of the test prompts, the third phrase of each concept",
+        }
+        with ShardWriter(
+            unfinished, samples_per_shard=100, image_format="webp", provenance=provenance,
+            seeds={"first": seeds.start, "last": seeds.stop - 1},
+        ) as writer:  # fmt: skip
+            for pair in pairs(part, count, kind):
+                writer.write(pair.key, pair.metadata, pair.chosen, pair.rejected)
+        swap_in(unfinished, folder / name)

@@ -1,0 +1,233 @@
+"""The trained parts as a folder that plain `diffusers.StableDiffusionPipeline.from_pretrained` loads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from lit_safety.core.files import swap_in
+from lit_safety.worlds.toyworld.unet import load_networks, new_scheduler
+
+
+def assemble(work: Path) -> Any:
+    """The StableDiffusionPipeline with the averaged weights of unet.pt, float32."""
+    networks = load_networks(work)
+    state = torch.load(work / "unet.pt", weights_only=True)
+    with torch.no_grad():
+        for parameter, average in zip(networks.parameters(), state["average"], strict=True):
+            parameter.copy_(average)
+    networks.requires_grad_(False).eval()
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=networks.text,
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        unet=networks.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export_pipeline(work: Path, target: Path) -> None:
+    """Writes the pipeline in float16 safetensors, in one swap."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
+    for config in part.glob("*/config.json"):
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
+        if "dtype" in settings:
+            # Transformers loads a model in its config's type, diffusers in float32: without this a plain
+            # from_pretrained mixes the two and cannot draw.
+            settings["dtype"] = "float32"
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for file in part.rglob("*.safetensors"):
+        file.chmod(0o644)
+    swap_in(part, target)
+
+
+# The stages of a build. Torch is imported by the stage that needs it, so that naming a command costs none.
+
+
+Stage = Literal[
+    "scenes",
+    "tokenizer",
+    "text",
+    "vae",
+    "latents",
+    "unet",
+    "judge",
+    "judge_b",
+    "clip",
+    "cost_model",
+    "prompts",
+    "shards",
+    "export",
+    "onpolicy",
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass
+class Minutes:
+    """Wall time of each training, on two CPU cores. A training goes on where it was interrupted."""
+
+    text: float = 1.5
+    """Text encoder, before the UNet."""
+    vae: float = 8.0
+    """Autoencoder."""
+    unet: float = 80.0
+    """UNet and text encoder together; decides how crisp the pictures are."""
+    judge: float = 4.0
+    """Judge A, and as long again judge B."""
+    clip: float = 6.0
+    """CLIP, both towers."""
+
+
+@dataclass
+class Job:
+    """Where a build reads and writes, and how to do each of its stages."""
+
+    out: Path
+    work: Path
+    scenes: int
+    minutes: Minutes
+    processes: int
+    done: dict[Stage, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.done = {
+            "scenes": self.work / "scenes.npz",
+            "tokenizer": self.work / "tokenizer",
+            "text": self.work / "text_encoder",
+            "vae": self.work / "vae",
+            "latents": self.work / "latents.npy",
+            "unet": self.work / "unet.done",
+            "judge": self.out / "judge",
+            "judge_b": self.out / "judge_b",
+            "clip": self.out / "clip",
+            "cost_model": self.out / "cost_model",
+            "prompts": self.out / "prompts" / "test.csv",  # the last of them
+            "shards": self.out / "shards" / "conflict",  # the last of them
+            "export": self.out / "pipeline",
+            "onpolicy": self.out / "shards" / "onpolicy",
+        }
+
+    def output_of(self, stage: Stage, redo: bool) -> Path | None:
+        """What makes the stage needless: its own output or, for a step towards the pipeline, the pipeline."""
+        if redo and stage in ("prompts", "shards", "export", "onpolicy"):
+            return None
+        outputs = [self.done[stage]]
+        if stage in STAGES[: STAGES.index("judge")] and not redo:
+            outputs.append(self.done["export"])
+        return next((output for output in outputs if output.exists()), None)
+
+    def run(self, stage: Stage) -> None:
+        """Does one stage; imports what it needs, so that naming a command costs no torch."""
+        steps: dict[Stage, Callable[[], None]] = {
+            "scenes": self._scenes,
+            "tokenizer": self._tokenizer,
+            "text": self._text,
+            "vae": self._vae,
+            "latents": self._latents,
+            "unet": self._unet,
+            "judge": self._judge,
+            "judge_b": self._judge_b,
+            "clip": self._clip,
+            "cost_model": self._cost_model,
+            "prompts": self._prompts,
+            "shards": self._shards,
+            "export": self._export,
+            "onpolicy": self._onpolicy,
+        }
+        steps[stage]()
+
+    def _scenes(self) -> None:
+        from lit_safety.worlds.toyworld.unet import make_scenes
+
+        make_scenes(self.work, self.scenes, self.processes)
+
+    def _tokenizer(self) -> None:
+        from lit_safety.worlds.toyworld.text import build_tokenizer
+
+        build_tokenizer(self.work / "tokenizer")
+
+    def _text(self) -> None:
+        from lit_safety.worlds.toyworld.text import train_text_encoder
+
+        understood = train_text_encoder(self.work, self.minutes.text, min(30_000, self.scenes))
+        print(f"text encoder: {understood:.1%} of fresh captions understood in full")
+
+    def _vae(self) -> None:
+        from lit_safety.worlds.toyworld.vae import train_vae
+
+        train_vae(self.work, self.minutes.vae)
+
+    def _latents(self) -> None:
+        from lit_safety.worlds.toyworld.vae import encode_all
+
+        encode_all(self.work)
+
+    def _unet(self) -> None:
+        from lit_safety.worlds.toyworld.unet import train_unet
+
+        train_unet(self.work, self.minutes.unet, world=self.processes)
+        (self.work / "unet.done").touch()
+
+    def _judge(self) -> None:
+        from lit_safety.worlds.toyworld.judge_training import JUDGE_A, train_judge
+
+        _tell(train_judge(self.done["judge"], self.minutes.judge, JUDGE_A))
+
+    def _judge_b(self) -> None:
+        from lit_safety.worlds.toyworld.judge_training import JUDGE_B, train_judge
+
+        _tell(train_judge(self.done["judge_b"], self.minutes.judge, JUDGE_B))
+
+    def _clip(self) -> None:
+        from lit_safety.worlds.toyworld.clip_checks import make_clip
+
+        make_clip(self.work, self.done["clip"], self.minutes.clip, self.processes)
+
+    def _cost_model(self) -> None:
+        from lit_safety.worlds.toyworld.cost_model import make_cost_model
+
+        make_cost_model(
+            self.done["clip"], self.out / "shards", self.done["cost_model"], self.work / "cost_model", self.processes
+        )
+
+    def _prompts(self) -> None:
+        from lit_safety.worlds.toyworld.prompts import write_prompts
+
+        write_prompts(self.out / "prompts")
+
+    def _shards(self) -> None:
+        from lit_safety.worlds.toyworld.pairs import write_shards
+
+        write_shards(self.out / "shards")
+
+    def _export(self) -> None:
+        from lit_safety.drawing.worlds import write_marker
+
+        export_pipeline(self.work, self.done["export"])
+        write_marker(self.out, "toyworld", self.done["export"])
+
+    def _onpolicy(self) -> None:
+        from lit_safety.worlds.toyworld.onpolicy import write_onpolicy
+
+        agreement = write_onpolicy(
+            self.done["export"], self.done["judge"], self.done["onpolicy"], self.work / "onpolicy"
+        )
+        if agreement:
+            print(f"onpolicy: judge A confirms {agreement['harmful']:.1%} of harmful, {agreement['safe']:.1%} of safe")
+
+
+def _tell(found: dict[str, float]) -> None:
+    print(f"judge: {found['exact']:.2%} of {found['n']:.0f} fresh scenes told in full, harm {found['harm']:.2%}")

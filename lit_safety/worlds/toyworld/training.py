@@ -1,0 +1,88 @@
+"""Training by wall time: what has been spent of a budget, over interruptions."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_safety.core.processes import deaf_to_ctrl_c, end_all
+
+
+class Budget:
+    """A training's minutes. `fraction` goes from 0 to 1, and schedules are functions of it."""
+
+    def __init__(self, minutes: float, spent: float = 0.0) -> None:
+        """`spent`: seconds that earlier, interrupted runs used."""
+        self.seconds = 60 * minutes
+        self._start = time.monotonic() - spent
+
+    @property
+    def spent(self) -> float:
+        """Seconds used so far."""
+        return time.monotonic() - self._start
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is used, at most 1."""
+        return min(1.0, self.spent / self.seconds) if self.seconds > 0 else 1.0
+
+
+def decayed(fraction: float, warmup: float = 0.02, hold: float = 0.3) -> float:
+    """Learning-rate factor: linear warm-up, constant until `hold`, then a cosine down to 0 at fraction 1."""
+    from math import cos, pi
+
+    if fraction < warmup:
+        return max(0.02, fraction / warmup)
+    if fraction < hold:
+        return 1.0
+    return 0.5 * (1 + cos(pi * (fraction - hold) / (1 - hold)))
+
+
+# Several processes of one thread each that train one network: on few, busy cores faster than as many threads.
+
+
+def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
+    """Averages gradients over the processes, in place, and returns the averages of the numbers in `extra`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), torch.tensor(extra)])
+    if world > 1:
+        torch.distributed.all_reduce(flat)
+        flat /= world
+    parts = flat.split([*(gradient.numel() for gradient in gradients), len(extra)])
+    for gradient, part in zip(gradients, parts, strict=False):
+        gradient.copy_(part.view_as(gradient))
+    return [float(number) for number in parts[-1]]
+
+
+def _join(rank: int, train: Callable[..., None], world: int, port: int, arguments: tuple[Any, ...]) -> None:
+    """One of several processes. torch sends it SIGINT when the first one is gone."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    train(rank, world, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def launch(train: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Calls `train(rank, world, *arguments)` in `world` processes; with one, in this one. `train`: of a module."""
+    if world == 1:
+        train(0, 1, *arguments)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with deaf_to_ctrl_c():  # until they are up; one that is still importing would end in a traceback
+        context = torch.multiprocessing.spawn(_join, (train, world, port, arguments), nprocs=world, join=False)
+    try:
+        while not context.join():
+            pass
+    finally:
+        end_all(context.processes)
