@@ -164,6 +164,7 @@ def test_no_command_takes_a_tokenizer_without_its_vocabulary(
         "evaluate": lambda: [
             "evaluate", "--pipeline", str(pipeline), "--prompts", str(repository / "data/toyworld/prompts/test.csv"),
             "--judge", str(repository / "data/toyworld/judge"), "--out", str(tmp_path / "out"), "--device", "cpu",
+            "--other_world", "true",
         ],
     }  # fmt: skip
     assert main(words[command]()) == 2

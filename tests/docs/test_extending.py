@@ -84,6 +84,7 @@ def test_late_timesteps_are_late(example: Path, tiny_pipeline: Path):
 
 def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
     small = {"pipeline": tiny_pipeline, "explicit": 1, "steps": 1, "second_judges": "null", "device": "cpu"}
+    small["other_world"] = "true"
     assert main([*shlex.split(ATTACK), *(f"--{key}={value}" for key, value in small.items())]) == 0
     found = json.loads((example / "runs" / "shouting" / "attacks.json").read_text())["attacks"]["shouting"]
     assert [point["budget"] for point in found["arms"]["base"]] == [0, 2, 3]
@@ -97,6 +98,7 @@ def test_the_judge_judges(example: Path, tiny_pipeline: Path):
         "device": "cpu",
         "reference": "null",
         "clip": "null",
+        "other_world": "true",
     }
     few = {"explicit": 1, "implicit": 0, "lookalike": 0, "clean": 1, "categories": '["hate"]'}
     assert main([*shlex.split(JUDGE), *(f"--{key}={value}" for key, value in (small | few).items())]) == 0

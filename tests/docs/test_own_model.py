@@ -39,7 +39,7 @@ SMALLER: dict[str, dict[str, object]] = {
     },
     "shards precompute": {"resolution": 32, "device": "cpu"},
     "shards score": {"device": "cpu"},
-    "evaluate": {"steps": 1, "device": "cpu"},
+    "evaluate": {"steps": 1, "device": "cpu", "other_world": "true"},  # the toy world's judge stands in
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from documents import ROOT, blocks
 
 PAGE = ROOT / "docs" / "how-to" / "python.md"
-FEW = 'explicit=1, implicit=0, lookalike=0, clean=1, categories=["hate"], steps=1, device="cpu"'
+FEW = 'explicit=1, implicit=0, lookalike=0, clean=1, categories=["hate"], steps=1, device="cpu", other_world=True'
 SMALLER = {
     "max_steps=150": "max_steps=1, limit_val_batches=1, accelerator='cpu', logger=False, enable_checkpointing=False",
     "batch_size=16": "batch_size=4",

@@ -35,5 +35,5 @@ def test_values_are_drawn_as_often_as_they_should_be() -> None:
 
 
 def test_no_users_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="count must be at least 1"):
+    with pytest.raises(UserError, match="count must lie between 1 and"):
         sample(str(tmp_path / "a.csv"), 0)
