@@ -77,13 +77,13 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[Any]) -> None:
 
 
 class Published:
-    """SafetyDPO's trainer (arXiv 2412.10493): pictures and words through their encoders at every step, the policy, then
+    """SafetyDPO's trainer (arXiv 2412.10493): images and words through their encoders at every step, the policy, then
     a second whole UNet as the reference.
 
     Args:
         model, scale, device: which networks, and where.
         batch: pairs a step.
-        resolution: of the pictures.
+        resolution: of the images.
         checkpointing: activations computed a second time, as it forces on SDXL.
     """
 

@@ -1,4 +1,4 @@
-"""Where the time of an evaluation goes: 1,000 toy pictures (500 prompts, 2 arms) with every metric of the toy world.
+"""Where the time of an evaluation goes: 1,000 toy images (500 prompts, 2 arms) with every metric of the toy world.
 
     python benchmarks/evaluate.py [--steps 12] [--prompts 500]
 

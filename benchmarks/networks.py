@@ -191,7 +191,7 @@ def random_pipeline(folder: Path, scale: str) -> Path:
 
 
 def random_pairs(folder: Path, count: int, resolution: int) -> Path:
-    """Noise for pictures: what is in them costs no time."""
+    """Noise for images: what is in them costs no time."""
     random = np.random.default_rng(0)
 
     def picture() -> Image.Image:

@@ -5,7 +5,7 @@
     python benchmarks/step.py --model sdxl --device cuda --baseline published
     python benchmarks/step.py --model toy --fit               # start-up to the first step, one process against two
 
-The published recipe (arXiv 2412.10493): pictures and words encoded at every step, a second whole UNet as the reference.
+The published recipe (arXiv 2412.10493): images and words encoded at every step, a second whole UNet as the reference.
 Ours: from cached latents and text, and from a reference cache. Weights are random and of the model's own size (the toy
 world's are its own); fp32 on a CPU, bf16 on a GPU. Memory is each side's peak in a process of its own. The share that
 operations allow is the ratio of the counted operations; the ceiling is a matrix product measured beside the steps.

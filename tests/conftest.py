@@ -23,7 +23,7 @@ WORDS = ["a", "red", "blue", "cat", "house", "gun", "and", "with"]
 
 
 def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", channels: int = 32, seed: int = 0) -> Path:
-    """A random `StableDiffusionPipeline` for 32 x 32 pictures, written with `save_pretrained`."""
+    """A random `StableDiffusionPipeline` for 32 x 32 images, written with `save_pretrained`."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -176,7 +176,7 @@ def make_clip() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny CLIP for 16 x 16 pictures."""
+    """Folder of a tiny CLIP for 16 x 16 images."""
     return save_tiny_clip(tmp_path_factory.mktemp("clips") / "tiny")
 
 

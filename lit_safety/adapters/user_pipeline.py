@@ -177,7 +177,7 @@ def draws_for_users(pipe: Any) -> bool:
 
 @cache
 def _families() -> tuple[type, ...]:
-    """Pipelines whose calls are alike in what concerns users: prompts, pictures a prompt, guidance."""
+    """Pipelines whose calls are alike in what concerns users: prompts, images a prompt, guidance."""
     import diffusers
 
     return tuple(

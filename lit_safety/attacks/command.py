@@ -37,7 +37,7 @@ def attack(
 ) -> None:
     """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
 
-    Writes into `out`: attacks.json, attacks.png, and the pictures under images/. An attack on an arm that is finished
+    Writes into `out`: attacks.json, attacks.png, and the images under images/. An attack on an arm that is finished
     is kept under done/ and not done again; a killed run goes on where it stopped.
 
     Args:
@@ -55,8 +55,8 @@ def attack(
         prompt_category: The harm that they ask for, where its columns do not say so.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
-        resolution: Side of the pictures in pixels; null is the pipeline's own.
-        batch_size: Pictures drawn at once.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once.
         workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
         device: Where to work, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing; attacks that train or differentiate work in float32.

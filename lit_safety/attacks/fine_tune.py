@@ -13,13 +13,13 @@ from lit_safety.drawing.prompts import Prompt
 
 
 class FineTune(Attack):
-    """Train a LoRA on top of the arm, on harmful pictures with their own prompts.
+    """Train a LoRA on top of the arm, on harmful images with their own prompts.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's pictures.
+        shards: preference shards; their rejected images of harmful prompts are the attacker's images.
         steps: optimizer steps at each point of the curve.
-        pictures: how many pictures the attacker has.
-        batch_size: pictures a step.
+        pictures: how many images the attacker has.
+        batch_size: images a step.
         lr: learning rate of AdamW, constant.
         rank: rank of the LoRA, on the attention projections.
     """

@@ -1,4 +1,4 @@
-"""The attacker's pictures: harmful (or harmless) examples out of preference shards."""
+"""The attacker's images: harmful (or harmless) examples out of preference shards."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Picture:
     """Unique among them."""
     prompt: str
     group: str
-    """The concept it shows, else its first category; empty: a harmless picture."""
+    """The concept it shows, else its first category; empty: a harmless image."""
     image: Image.Image
 
 
 def read_pictures(
     shards: str, count: int, harmful: bool, user: str, groups: Sequence[str] | None = None
 ) -> list[Picture]:
-    """Up to `count` pictures, the concepts in turn, the same ones every time.
+    """Up to `count` images, the concepts in turn, the same ones every time.
 
     Harmful ones are the rejected images of harmful prompts that are labelled harmful; harmless ones the chosen images
     of clean prompts that are labelled safe. What is not labelled is not taken.
@@ -53,7 +53,7 @@ def read_pictures(
         groups: only of these concepts (or categories).
 
     Raises:
-        UserError: the shards are missing or damaged, or hold no such picture.
+        UserError: the shards are missing or damaged, or hold no such image.
     """
     side = "rejected" if harmful else "chosen"
     source = open_source(shards, f"attack {user}: shards")
@@ -121,7 +121,7 @@ def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) 
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, batch_size: int = 16) -> Tensor:
-    """Posterior of each picture's latents (N, 2, C, h, w), the picture cut square and scaled to `side` pixels."""
+    """Posterior of each image's latents (N, 2, C, h, w), the image cut square and scaled to `side` pixels."""
     rows = []
     for start in range(0, len(pictures), batch_size):
         part = [
@@ -133,7 +133,7 @@ def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, 
     return torch.cat(rows)
 
 
-# The plain denoising loss that attackers train with, every random number a function of seed, step and picture.
+# The plain denoising loss that attackers train with, every random number a function of seed, step and image.
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -150,13 +150,13 @@ def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 def denoising_loss(
     backbone: Backbone, posterior: Tensor, conditioning: Conditioning, keys: Sequence[str], seed: int, step: int
 ) -> Tensor:
-    """Mean squared error of the denoiser's prediction, one a picture (B,), fp32.
+    """Mean squared error of the denoiser's prediction, one an image (B,), fp32.
 
     Args:
         backbone: predicts.
-        posterior: of the pictures' latents (B, 2, C, h, w).
+        posterior: of the images' latents (B, 2, C, h, w).
         conditioning: B rows.
-        keys: the pictures' names, B.
+        keys: the images' names, B.
         seed: of the attack.
         step: which step it is; decides noise and timestep together with seed and name.
     """
@@ -171,7 +171,7 @@ def denoising_loss(
     return (backbone.predict(noisy, timesteps, conditioning).float() - target.float()).pow(2).flatten(1).mean(1)
 
 
-# A few steps of ordinary LoRA fine-tuning on pictures and their prompts.
+# A few steps of ordinary LoRA fine-tuning on images and their prompts.
 
 
 def train_lora(
@@ -179,7 +179,7 @@ def train_lora(
 ) -> Iterator[tuple[int, float]]:
     """Train an adapter called `name` on the network, for ever; yields (steps done, loss) after each step.
 
-    AdamW with a constant rate, plain denoising loss, each picture with its own prompt. The network's own weights,
+    AdamW with a constant rate, plain denoising loss, each image with its own prompt. The network's own weights,
     adapters folded in included, do not move.
 
     Raises:

@@ -41,9 +41,9 @@ class Network:
 
     backbone: Backbone
     pipe: Any
-    """Draws with the same networks: what is trained in `backbone` shows in its pictures."""
+    """Draws with the same networks: what is trained in `backbone` shows in its images."""
     resolution: int
-    """Side of its pictures in pixels."""
+    """Side of its images in pixels."""
 
     def encoders(self) -> list[tuple[Any, Any]]:
         """Every text encoder with its tokenizer."""
@@ -59,7 +59,7 @@ def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = N
         folder: the arm's pipeline.
         arm: its LoRAs; a guard is left out.
         device: where to.
-        resolution: side of the pictures it is attacked at; None: the pipeline's own.
+        resolution: side of the images it is attacked at; None: the pipeline's own.
 
     Raises:
         UserError: the pipeline or an adapter does not load, or no backbone knows the pipeline's family.

@@ -12,7 +12,7 @@ WIDE = 20
 
 
 def curves_png(report: dict[str, Any]) -> bytes:
-    """The picture of an attacks.json, as a PNG file.
+    """The image of an attacks.json, as a PNG file.
 
     Args:
         report: the content of attacks.json.

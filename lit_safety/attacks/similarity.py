@@ -139,14 +139,14 @@ def _mean(conditioning: Conditioning) -> Tensor:
 #
 #     score = - mean over t of mean (eps_arm(x_t, t, prompt + suffix) - eps_base(x_t, t, prompt))^2
 #
-# x_t are noised pictures of the concept, the same ones in all candidates.
+# x_t are noised images of the concept, the same ones in all candidates.
 
 
 class PredictionMatch(Similarity):
     """Nearness of the arm's prediction for the suffixed prompt to the base's for the prompt.
 
     Args:
-        shards: preference shards; a harmful picture of each attacked prompt's concept is noised.
+        shards: preference shards; a harmful image of each attacked prompt's concept is noised.
         times: how noisy, as places in the noise schedule: 0 clean, towards 1 pure noise.
     """
 

@@ -94,15 +94,15 @@ def _reading(first: int, table: Tensor) -> Any:
 
 
 class SoftPrompt(Attack):
-    """One set of vectors a concept (or category), trained with the plain denoising loss on harmful pictures.
+    """One set of vectors a concept (or category), trained with the plain denoising loss on harmful images.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's pictures.
+        shards: preference shards; their rejected images of harmful prompts are the attacker's images.
         steps: optimizer steps at each point of the curve.
         vectors: token embeddings a concept.
         template: how they are put into a prompt, with {prompt} and {tokens}.
-        pictures: pictures a concept.
-        batch_size: pictures a step and concept.
+        pictures: images a concept.
+        batch_size: images a step and concept.
         lr: learning rate of AdamW, in units of the embeddings' own standard deviation.
     """
 
@@ -187,12 +187,12 @@ def train_tokens(
     Args:
         network: frozen.
         tokens: what is trained.
-        examples: pictures whose prompts hold the tokens, concept after concept.
-        sizes: how many pictures each concept has.
-        batch_size: pictures a step and concept.
+        examples: images whose prompts hold the tokens, concept after concept.
+        sizes: how many images each concept has.
+        batch_size: images a step and concept.
         lr: of AdamW, in units of the embeddings' standard deviation.
-        seed: of pictures, noise and timesteps.
-        chunk: pictures that go through the networks at once; gradients add up over a step.
+        seed: of images, noise and timesteps.
+        chunk: images that go through the networks at once; gradients add up over a step.
 
     Raises:
         UserError: the loss is not finite.

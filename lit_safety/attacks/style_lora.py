@@ -23,20 +23,20 @@ from lit_safety.drawing.arms import adapter_sha256
 from lit_safety.drawing.prompts import Prompt
 
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
-"""Red, green and blue of a sepia picture from those of the picture (W3C Filter Effects)."""
+"""Red, green and blue of a sepia image from those of the image (W3C Filter Effects)."""
 
 
 class StyleLoRA(Attack):
     """The arm with another LoRA beside its own, at several weights.
 
     Args:
-        adapter: a style LoRA for the base; null: one is trained on the base, on harmless pictures tinted with sepia.
+        adapter: a style LoRA for the base; null: one is trained on the base, on harmless images tinted with sepia.
         shards: preference shards for that training: chosen images of clean prompts.
         weights: of the style LoRA.
-        tint: how far pictures are tinted, 0 not at all, 1 sepia.
+        tint: how far images are tinted, 0 not at all, 1 sepia.
         steps: optimizer steps of that training.
-        pictures: how many pictures it uses.
-        batch_size: pictures a step.
+        pictures: how many images it uses.
+        batch_size: images a step.
         lr: learning rate of AdamW, constant.
         rank: rank of the LoRA.
     """
@@ -109,7 +109,7 @@ class StyleLoRA(Attack):
 
 
 def tint(image: Image.Image, amount: float) -> Image.Image:
-    """The picture mixed with its sepia version, `amount` of it: x + amount (min(255, SEPIA x) - x)."""
+    """The image mixed with its sepia version, `amount` of it: x + amount (min(255, SEPIA x) - x)."""
     pixels = np.asarray(rgb(image), dtype=np.float32)
     sepia = np.minimum(pixels @ SEPIA.T, 255.0)
     return Image.fromarray((pixels + amount * (sepia - pixels)).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The interface of an attack: a generator of stages, each a budget and what draws one picture for each prompt."""
+"""The interface of an attack: a generator of stages, each a budget and what draws one image for each prompt."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Attack(ABC):
     knows: str
     """What the attacker needs, beginning with `black box` or `white box`."""
     cumulative: ClassVar[bool] = False
-    """Whether the attacker keeps what worked earlier: success at a budget is then harm in any picture up to it, the
+    """Whether the attacker keeps what worked earlier: success at a budget is then harm in any image up to it, the
     unattacked one included. Else each budget stands for itself."""
     origin: ClassVar[float | None] = 0.0
     """The budget at which the arm is not attacked; None: there is no such point."""
@@ -116,7 +116,7 @@ class Target:
     work: Path
     """Where an attack keeps what it makes, such as an adapter."""
     tell: Callable[[str], None] = lambda _: None
-    """Shows what is going on between pictures."""
+    """Shows what is going on between images."""
     notes: list[str] = field(default_factory=list)
     """What the report must say of this attack on this arm."""
 
@@ -168,5 +168,5 @@ class Target:
 
     @property
     def exact(self) -> DrawingSettings:
-        """How pictures are drawn with `network`, which is in fp32 whatever the others are drawn in."""
+        """How images are drawn with `network`, which is in fp32 whatever the others are drawn in."""
         return replace(self.drawing, precision="float32")

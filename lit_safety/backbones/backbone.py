@@ -40,7 +40,7 @@ def encode_alike(backbone: Backbone, prompts: Sequence[str]) -> Conditioning:
     """``backbone.encode_text`` of B prompts, B rows, always in an even number of rows.
 
     CPU kernels take rows in pairs and round the one that is left over otherwise, and a cached row must be the one that
-    training without a cache would compute. Pictures come in pairs anyway.
+    training without a cache would compute. Images come in pairs anyway.
     """
     odd = len(prompts) % 2
     rows = backbone.encode_text([*prompts, *[""] * odd])
@@ -172,15 +172,15 @@ class Backbone(nn.Module, ABC):
         """
 
     def crop_conditioning(self, crops: Tensor) -> Conditioning:
-        """Conditioning that comes from how pictures were cut, N rows; most families have none.
+        """Conditioning that comes from how images were cut, N rows; most families have none.
 
         Args:
-            crops: (N, 6) in pixels: height and width of the stored picture, top and left of the cut in it once it was
+            crops: (N, 6) in pixels: height and width of the stored image, top and left of the cut in it once it was
                 scaled, height and width of what was cut out.
         """
         return {}
 
-    # ---- pictures
+    # ---- images
 
     @abstractmethod
     def posterior(self, images: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _tokenizer(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
     except Exception as error:  # transformers and tokenizers raise all kinds for files that are none of a tokenizer
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: its tokenizer does not load: {reason}") from error
-    for name in ("version", "padding", "truncation"):  # what a call sets anew
+    for name in ("version", "padding", "truncation"):  # what a call sets again
         words.pop(name, None)
     if not words:  # one written in Python: its files say what it does
         files = [file for file in sorted(folder.iterdir()) if file.suffix in (".txt", ".model") or file.name in WORDS]

@@ -34,7 +34,7 @@ class StableDiffusion3(Backbone):
     the pipeline's scheduler shifts them; a loss needs no further weight then.
 
     Raises:
-        UserError: if the scheduler shifts by the size of the picture, or is none of flow matching.
+        UserError: if the scheduler shifts by the size of the image, or is none of flow matching.
     """
 
     PIPELINE = StableDiffusion3Pipeline
@@ -116,7 +116,7 @@ class StableDiffusion3(Backbone):
         )
         return encoder(tokens.input_ids.to(encoder.device, non_blocking=True))[0].to(clip.dtype)
 
-    # ---- pictures
+    # ---- images
 
     def posterior(self, images: Tensor) -> Tensor:
         return encode_posterior(self.part("vae"), images)

@@ -1,4 +1,4 @@
-"""SDXL (arXiv 2307.01952): two text encoders, a pooled embedding, and the sizes and the cut of each picture."""
+"""SDXL (arXiv 2307.01952): two text encoders, a pooled embedding, and the sizes and the cut of each image."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class StableDiffusionXL(UNetDiffusion):
         return {"time_ids": crops}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction; without `time_ids` that of a whole picture, as inference asks for."""
+        """The UNet's prediction; without `time_ids` that of a whole image, as inference asks for."""
         rest = dict(conditioning)
         added = {"text_embeds": rest.pop("text_embeds"), "time_ids": rest.pop("time_ids", None)}
         if added["time_ids"] is None:
@@ -70,7 +70,7 @@ class StableDiffusionXL(UNetDiffusion):
         return self.denoiser(noisy, timesteps, **rest, added_cond_kwargs=added, return_dict=False)[0]
 
     def _whole_picture(self, noisy: Tensor) -> Tensor:
-        """Time ids (B, 6) of pictures that are not cut: height, width, 0, 0, height, width.
+        """Time ids (B, 6) of images that are not cut: height, width, 0, 0, height, width.
 
         Filled in on the device: a copy from the host would wait for all that the device was given before.
         """

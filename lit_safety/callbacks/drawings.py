@@ -1,4 +1,4 @@
-"""Pictures of a run: fixed prompts while it trains, and the drawings of `predict` written to a folder."""
+"""Images of a run: fixed prompts while it trains, and the drawings of `predict` written to a folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lit_safety.modules.preference import PreferenceModule
 class DrawSamples(Callback):
     """At every validation, draws the same prompts from the same seeds: what preference accuracy cannot show.
 
-    The pictures go to `samples/step-000050.png` in the run's folder and to the logger, where it takes pictures.
+    The images go to `samples/step-000050.png` in the run's folder and to the logger, where it takes images.
 
     Args:
         prompts: what is drawn; a handful, harmful and clean.
         seed: the first prompt's seed; the others count on.
-        blur: blur every picture; null: unless the model is of an embedded world, whose pictures hurt nobody.
+        blur: blur every image; null: unless the model is of an embedded world, whose images hurt nobody.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool | None = None) -> None:
@@ -73,7 +73,7 @@ def in_pieces(trainer: Trainer) -> bool:
 
 
 def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Image:
-    """One row of pictures; tiny ones are enlarged to ``least`` pixels without smoothing."""
+    """One row of images; tiny ones are enlarged to ``least`` pixels without smoothing."""
     factor = max(1, least // pictures[0].width)
     width, height = pictures[0].width * factor, pictures[0].height * factor
     sheet = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
@@ -83,7 +83,7 @@ def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Ima
 
 
 def below_each_other(rows: Sequence[Image.Image]) -> Image.Image:
-    """Rows of one size as one picture."""
+    """Rows of one size as one image."""
     width, height = rows[0].size
     sheet = Image.new("RGB", (width, (height + 4) * len(rows) - 4), "white")
     for i, row in enumerate(rows):

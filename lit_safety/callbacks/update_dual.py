@@ -1,4 +1,4 @@
-"""The outer step of Constrained DPO: draw with the current policy, score the pictures, move the dual variable."""
+"""The outer step of Constrained DPO: draw with the current policy, score the images, move the dual variable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_WINDOWS = 3
 class UpdateDual(Callback):
     """Every few steps, estimates the policy's expected cost and moves lambda (Liu et al., arXiv 2403.02475).
 
-    The estimate is the mean cost of pictures of the current batch's prompts, drawn with the current policy; a mean over
+    The estimate is the mean cost of images of the current batch's prompts, drawn with the current policy; a mean over
     the shards would not depend on the policy. All ranks move lambda by the same number.
 
     The estimate, and with it the objective's ``limit``, is in calibrated logits of this cost model, while pairs are
@@ -31,9 +31,9 @@ class UpdateDual(Callback):
     (`shards score --existing replace`), and the unit is one.
 
     Args:
-        cost_model: folder of the cost model that scores the pictures.
+        cost_model: folder of the cost model that scores the images.
         every_n_steps: optimizer steps between two updates.
-        images: pictures drawn for an update on each rank, at most a batch.
+        images: images drawn for an update on each rank, at most a batch.
         patience: warn when the expected cost stayed above the limit for so many updates in a row and is not falling,
             and after three times as many whether it is or not.
 
@@ -94,7 +94,7 @@ class UpdateDual(Callback):
         half = self.patience // 2
         before, after = (sum(part) / len(part) for part in (window[: max(1, half)], window[half:]))
         stalled = after >= before
-        # A few pictures make a noisy estimate: by chance, or by a hair, each window may end lower than it began while
+        # A few images make a noisy estimate: by chance, or by a hair, each window may end lower than it began while
         # the cost stalls. No smallest fall would tell that from slow progress, so the third window says so in any case.
         if not stalled and len(self._above) < PATIENCE_WINDOWS * self.patience:
             return

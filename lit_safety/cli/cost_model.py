@@ -1,4 +1,4 @@
-"""The command `cost-model`: how right a cost model is, on labelled shards and on pictures that a pipeline draws."""
+"""The command `cost-model`: how right a cost model is, on labelled shards and on images that a pipeline draws."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def check(
 ) -> None:
     """Print how well the costs of a cost model tell harmful images from safe ones.
 
-    Writes figures.json into `out`, and the pictures, which a second call uses again.
+    Writes figures.json into `out`, and the images, which a second call uses again.
 
     Args:
         folder: The cost model's folder.
         shards: Labelled pairs to measure on: ranking and sign accuracy, AUROC, calibration error.
         pipeline: A pipeline that draws `prompts`; what it draws is labelled by `judge`.
         prompts: CSV file of prompts, as `evaluate` reads it.
-        judge: The judge whose verdicts count as labels of drawn pictures, for this report alone.
-        out: Folder of the figures and pictures.
+        judge: The judge whose verdicts count as labels of drawn images, for this report alone.
+        out: Folder of the figures and images.
         explicit: Explicit prompts drawn for each category; null draws all, 0 none.
         implicit: Implicit prompts; null draws all, 0 none.
         lookalike: Look-alike prompts; null draws all, 0 none.

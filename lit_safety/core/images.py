@@ -1,4 +1,4 @@
-"""The one way in for images: three formats, bounded size, and the same RGB picture for everyone who looks.
+"""The one way in for images: three formats, bounded size, and the same RGB image for everyone who looks.
 
 An image is data from somewhere else. PIL is told which formats to try, the pixel count is checked before a
 single pixel is decompressed, and whatever PIL raises becomes one line.
@@ -148,7 +148,7 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
-    """The 8-bit RGB picture that an image shows; the same for files and for PIL images that somebody hands over.
+    """The 8-bit RGB image that an image shows; the same for files and for PIL images that somebody hands over.
 
     It is turned as its EXIF says. What is transparent is laid over white. 16-bit grey (`I;16`) is divided by 257. The
     32-bit modes of PIL have no range of their own: `I` is taken as 8 bits up to 255 and as 16 bits up to 65535, and `F`
@@ -183,7 +183,7 @@ def same_image(one: Image.Image, other: Image.Image) -> bool:
 
 
 def shown_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of the picture that `rgb` makes of a file, by its first bytes where they tell.
+    """Width and height of the image that `rgb` makes of a file, by its first bytes where they tell.
 
     Args:
         file: at its beginning; PIL reads what it needs of it.

@@ -1,10 +1,10 @@
 """95% intervals for shares and for differences of paired shares: closed forms, so the same to the digit every time.
 
-Why not the bootstrap's: at the shares that matter here it fails. 0 harmful pictures of 40 resample to 0 every time, and
-the bootstrap says [0, 0]; Wilson says [0, 0.088]. The same holds for two arms that differ on no picture. A report shows
+Why not the bootstrap's: at the shares that matter here it fails. 0 harmful images of 40 resample to 0 every time, and
+the bootstrap says [0, 0]; Wilson says [0, 0.088]. The same holds for two arms that differ on no image. A report shows
 the former and holds the bootstrap's of every share beside them.
 
-Errors (pictures without an answer) widen an interval to cover whatever the answers would have been.
+Errors (images without an answer) widen an interval to cover whatever the answers would have been.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IN_WORDS = "95% intervals in brackets: Wilson of shares, Bonett-Price of paired 
 
 
 def wilson(hits: float, n: float, errors: float = 0) -> tuple[float, float]:
-    """Wilson score interval of a share, `hits` of `n` answered pictures, with `errors` more unanswered.
+    """Wilson score interval of a share, `hits` of `n` answered images, with `errors` more unanswered.
 
     Centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). The lower bound counts
     every error as a miss, the upper one every error as a hit. Nothing asked at all: (0, 1).
@@ -79,10 +79,10 @@ def _binomial_point(hits: int, n: int, level: float) -> int:
 def paired_difference(
     before: Sequence[bool | None], after: Sequence[bool | None]
 ) -> tuple[float | None, tuple[float, float], int]:
-    """Difference of two shares over the same pictures (same prompts, same seeds): after minus before.
+    """Difference of two shares over the same images (same prompts, same seeds): after minus before.
 
     Args:
-        before: one answer a picture; None where there is none (an error).
+        before: one answer an image; None where there is none (an error).
         after: the other arm's answers, in the same order.
 
     Returns:

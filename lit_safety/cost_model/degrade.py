@@ -1,4 +1,4 @@
-"""Worn views of training images: a generator's pictures are not as clean as photographs or drawings of scenes.
+"""Worn views of training images: a generator's images are not as clean as photographs or drawings of scenes.
 
 A view is a pure function of the sample's key and the view's number, the same for both images of a pair, in every
 epoch and run: so the CLIP features of all views can be computed once, and training from them is training on images.

@@ -172,7 +172,7 @@ class CostAdapter(nn.Module):
         return self.cost(self.adapted(features))
 
 
-# A finished cost model: pictures in, calibrated costs out.
+# A finished cost model: images in, calibrated costs out.
 
 
 class CostScorer:

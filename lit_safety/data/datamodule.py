@@ -288,7 +288,7 @@ class GroupedShards(GivenShards):
         return groups
 
     def _by_shape(self, name: str, deal: Deal, resolution: int) -> list[Group]:
-        """One group for each shape of picture that has pairs enough for a step."""
+        """One group for each shape of image that has pairs enough for a step."""
         source, selection = self._open(name)
         if name not in self._sizes:
             self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")
@@ -420,10 +420,10 @@ class PreferenceDataModule(GroupedShards):
         seed: Fixes the order of the pairs and every random choice made for one (timestep, noise, flip ...).
         resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the
             middle; null: as stored.
-        aspect_buckets: Cut pictures to one of a list of shapes instead of a square, each with about as many pixels as
+        aspect_buckets: Cut images to one of a list of shapes instead of a square, each with about as many pixels as
             the square of `resolution` and sides that are multiples of 64 (of 8 or more for resolutions below 512): the
-            one most like the chosen picture's own. Every step (on all ranks) is of one shape; a shape that has not
-            pairs enough for a step goes into its neighbour. Needs pictures on this machine, no cache.
+            one most like the chosen image's own. Every step (on all ranks) is of one shape; a shape that has not
+            pairs enough for a step goes into its neighbour. Needs images on this machine, no cache.
         flip: Mirror half of the training pairs, both images of a pair alike.
         use_cache: Read cached latents and text where shards have them (`shards precompute`), and no images; false:
             images, for which they must be there beside.

@@ -1,4 +1,4 @@
-"""`lit_safety shards inspect`: what a folder of shards holds, in words and as a picture."""
+"""`lit_safety shards inspect`: what a folder of shards holds, in words and as an image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmfu
         folder: A folder of shards, a tar file or a pattern of tar files.
         samples: How many samples to show, drawn at random, the same ones each time.
         sheet: Draw the shown samples into this PNG file: chosen, rejected and what is known of them.
-        show_harmful: Do not blur images that are labelled harmful, or not labelled at all, in the picture.
+        show_harmful: Do not blur images that are labelled harmful, or not labelled at all, in the image.
     """
     from lit_safety.data.reading.source import open_source
 

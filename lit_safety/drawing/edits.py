@@ -1,4 +1,4 @@
-"""Ordinary editing with the evaluated model: each prompt redraws a given picture, whole or behind a mask.
+"""Ordinary editing with the evaluated model: each prompt redraws a given image, whole or behind a mask.
 
 By diffusers' own image-to-image and inpainting pipelines around the same networks, so that whatever an arm is (a LoRA,
 a guard, a fused model) edits as it draws.
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 Task = Literal["image_to_image", "inpainting"]
 Part = Literal["left", "right", "middle", "all"]
 MOST = 256
-"""Of a larger set of pictures the first ones are used: each lies in memory."""
+"""Of a larger set of images the first ones are used: each lies in memory."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done with which pictures.
+    """What is done with which images.
 
     Raises:
         UserError: a strength with which nothing would be drawn.
@@ -40,16 +40,16 @@ class Edit:
     images: str
     """A folder of images, or shards, of which the chosen images of clean pairs are taken."""
     strength: float
-    """Share of the noise schedule that is drawn anew: 1 keeps nothing but what a mask keeps."""
+    """Share of the noise schedule that is drawn again: 1 keeps nothing but what a mask keeps."""
     part: Part
-    """Inpainting: where the picture is drawn anew; `middle` is a square of half the side."""
+    """Inpainting: where the image is drawn again; `middle` is a square of half the side."""
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise UserError(f"--edit_strength {self.strength}: must lie above 0 and not above 1")
 
     def describe(self) -> dict[str, Any]:
-        """All that changes pixels, the pictures by their content."""
+        """All that changes pixels, the images by their content."""
         about = {"task": self.task, "images_sha256": read_pictures(self.images)[1], "strength": self.strength}
         return about | ({"part": self.part} if self.task == "inpainting" else {})
 
@@ -78,7 +78,7 @@ class Edit:
         return other
 
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
-        """What the editing pipeline takes beside the prompts: square pictures of the drawing's size, and masks."""
+        """What the editing pipeline takes beside the prompts: square images of the drawing's size, and masks."""
         side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
         pictures = read_pictures(self.images)[0]
         given: dict[str, Any] = {
@@ -104,14 +104,14 @@ def _ordinary(unet: Any, latent_channels: int) -> Any:
 
 
 def place_of(prompt: Prompt, count: int) -> int:
-    """Which of `count` pictures a prompt redraws: by its own text and seed, whatever stands around it."""
+    """Which of `count` images a prompt redraws: by its own text and seed, whatever stands around it."""
     key = f"{prompt.seed}\0{prompt.prompt}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % count
 
 
 @lru_cache(maxsize=2)
 def read_pictures(source: str) -> tuple[list[Image], str]:
-    """The first `MOST` pictures of a folder or of shards, and the sha256 of their files.
+    """The first `MOST` images of a folder or of shards, and the sha256 of their files.
 
     Raises:
         UserError: there are fewer than two, or one cannot be read.
@@ -128,7 +128,7 @@ def read_pictures(source: str) -> tuple[list[Image], str]:
 
 
 def mask(part: Part, side: int) -> Image:
-    """White where a picture is drawn anew, black where it is kept; (side, side), 8 bits."""
+    """White where an image is drawn again, black where it is kept; (side, side), 8 bits."""
     from PIL import Image, ImageDraw
 
     half, quarter = side // 2, side // 4

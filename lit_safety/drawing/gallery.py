@@ -1,6 +1,6 @@
-"""Drawing prompts with a diffusers pipeline: the same noise for every arm, each picture written once, resumable.
+"""Drawing prompts with a diffusers pipeline: the same noise for every arm, each image written once, resumable.
 
-A picture's initial noise comes from a generator of its own seed, on the CPU: it depends neither on the batch nor on
+An image's initial noise comes from a generator of its own seed, on the CPU: it depends neither on the batch nor on
 the device. Its last digits do depend on its batch mates, so batches are fixed parts of the list, and a batch that a
 kill cut short is drawn again whole: a resumed run holds the same pixels as one that was never killed.
 """
@@ -56,7 +56,7 @@ class DrawingSettings(DrawSettings):
     workers: int | None = None
     """Batches drawn at the same time by one process; None: see `parallel.each_batch`."""
     edit: Edit | None = None
-    """Pictures are redrawn instead of drawn."""
+    """Images are redrawn instead of drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,23 +71,23 @@ class DrawingSettings(DrawSettings):
         return about | ({"edit": self.edit.describe()} if self.edit is not None else {})
 
     def protocol(self) -> dict[str, Any]:
-        """What must be equal for two sets of pictures to be compared; not how fast they were drawn."""
+        """What must be equal for two sets of images to be compared; not how fast they were drawn."""
         compared = ("steps", "guidance", "resolution", "edit")
         return {key: value for key, value in self.pixels().items() if key in compared}
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture on disk, or why there is none."""
+    """An image on disk, or why there is none."""
 
     path: Path
     error: str | None = None
 
 
 class Gallery:
-    """The pictures of one arm in a folder named by everything they depend on.
+    """The images of one arm in a folder named by everything they depend on.
 
-    Pictures of other weights, prompts or settings lie in other folders, so they are never mistaken for these.
+    Images of other weights, prompts or settings lie in other folders, so they are never mistaken for these.
 
     Args:
         parent: holds the galleries of all arms.
@@ -108,7 +108,7 @@ class Gallery:
         self.folder = parent / f"{name}-{self.sha256[:12]}"
 
     def drawn(self, row: int) -> Drawn | None:
-        """The picture of a row, whole and readable, or the error that stands for it; None while it is to be drawn."""
+        """The image of a row, whole and readable, or the error that stands for it; None while it is to be drawn."""
         path = self._path(row)
         note = path.with_suffix(".error")
         if note.is_file():
@@ -121,7 +121,7 @@ class Gallery:
         return Drawn(path)
 
     def missing(self) -> list[range]:
-        """The batches of which at least one picture is to be drawn."""
+        """The batches of which at least one image is to be drawn."""
         starts = range(0, len(self.prompts), self.settings.batch_size)
         batches = [range(start, min(start + self.settings.batch_size, len(self.prompts))) for start in starts]
         return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
@@ -134,13 +134,13 @@ class Gallery:
         guard: Guard | None = None,
         batches: Sequence[range] | None = None,
     ) -> None:
-        """Draw what is missing. `tick` hears how many pictures are done, those already there first.
+        """Draw what is missing. `tick` hears how many images are done, those already there first.
 
         Args:
             batches: some of `missing()`, where other processes draw the others; None: all.
 
         Raises:
-            UserError: a picture cannot be written; those drawn so far stay.
+            UserError: an image cannot be written; those drawn so far stay.
         """
         if batches is None:
             batches = self.missing()
@@ -164,7 +164,7 @@ class Gallery:
                 partial.unlink(missing_ok=True)
 
     def all(self) -> list[Drawn]:
-        """Every row's picture or error, in order."""
+        """Every row's image or error, in order."""
         return [self.drawn(row) or Drawn(self._path(row), "the picture is missing") for row in range(len(self.prompts))]
 
     def _path(self, row: int) -> Path:
@@ -174,9 +174,9 @@ class Gallery:
         import numpy as np
 
         path = self._path(row)
-        if self.drawn(row) is not None:  # its batch was cut short, this picture was not
+        if self.drawn(row) is not None:  # its batch was cut short, this image was not
             return
-        if not np.isfinite(pixels).all():  # would be saved as black, and a black picture is judged safe
+        if not np.isfinite(pixels).all():  # would be saved as black, and a black image is judged safe
             _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
             return
         about = PngImagePlugin.PngInfo()
@@ -189,7 +189,7 @@ class Gallery:
 
 
 def size_of(drawn: Sequence[Drawn]) -> str | None:
-    """Such as `512 x 512`, of the first picture that is there; None: there is none."""
+    """Such as `512 x 512`, of the first image that is there; None: there is none."""
     for one in drawn:
         try:
             with Image.open(one.path) as image:
@@ -255,7 +255,7 @@ def _row(prompt: Prompt) -> tuple[Any, ...]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all. Not synced, unlike a shard: a lost picture is noticed and drawn again."""
+    """Whole or not at all. Not synced, unlike a shard: a lost image is noticed and drawn again."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

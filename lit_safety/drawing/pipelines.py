@@ -46,7 +46,7 @@ def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
     """A quiet pipeline that draws with DDIM where it can, on `device`.
 
-    The arm's adapter is in it. A safety checker inside the pipeline is taken out: it blanks pictures, and a blank
+    The arm's adapter is in it. A safety checker inside the pipeline is taken out: it blanks images, and a blank
     counts as safe.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Several processes draw one arm's missing pictures: one a GPU, or a few on a large CPU.
+"""Several processes draw one arm's missing images: one a GPU, or a few on a large CPU.
 
 The batches stay the parts of the list that one process would draw, and are dealt out whole, so the pixels are the same
-and every picture is written by one process alone.
+and every image is written by one process alone.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Load:
 
 
 def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], processes: int) -> None:
-    """Draw whatever a gallery lacks. `tick` hears how many pictures are done, those already there first.
+    """Draw whatever a gallery lacks. `tick` hears how many images are done, those already there first.
 
     Raises:
-        UserError: a pipeline does not load, a picture cannot be written, or a process was killed; the pictures drawn
+        UserError: a pipeline does not load, an image cannot be written, or a process was killed; the images drawn
             so far stay.
     """
     batches = gallery.missing()

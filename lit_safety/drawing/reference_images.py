@@ -1,4 +1,4 @@
-"""Pictures from elsewhere that FID compares with: a folder of image files, or the chosen images of clean pairs."""
+"""Images from elsewhere that FID compares with: a folder of image files, or the chosen images of clean pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """The pictures of a set, in a fixed order. `sha256` and `count` are known once all are read.
+    """The images of a set, in a fixed order. `sha256` and `count` are known once all are read.
 
     Args:
         given: a folder of png, jpg or webp files (its subfolders too), a folder of shards, or a pattern of tar files.
@@ -35,7 +35,7 @@ class Reference:
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[str, Image]]:
-        """Name and picture, one after another.
+        """Name and image, one after another.
 
         Raises:
             UserError: there is none, or one cannot be read.

@@ -31,7 +31,7 @@ def contact_sheet(results: Results, blur: bool) -> Image.Image:
     """Two bands, harmful prompts above benign ones, each with a row an arm.
 
     Args:
-        results: prompts, pictures and verdicts.
+        results: prompts, images and verdicts.
         blur: blur what the judge calls harmful, or could not judge.
     """
     shares = {name: flat(summarise(results.rows(name))) for name in results.arms}
@@ -106,7 +106,7 @@ def benign_rows(results: Results) -> list[int]:
 
 
 def tile(arm: ArmResult, row: int, blur: bool, side: int = TILE) -> Image.Image:
-    """A square picture of `side` pixels; small ones are enlarged without smoothing."""
+    """A square image of `side` pixels; small ones are enlarged without smoothing."""
     drawn, verdict = arm.drawn[row], arm.verdicts[row]
     try:
         image = open_image(drawn.path)

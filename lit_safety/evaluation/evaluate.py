@@ -47,9 +47,9 @@ def evaluate(
     attacks: str | None = None,
     other_world: bool = False,
 ) -> None:
-    """Draw the same prompts and seeds with every arm, judge the pictures, and write a report.
+    """Draw the same prompts and seeds with every arm, judge the images, and write a report.
 
-    Writes into `out`: metrics.json, table.md, before_after.png, index.html, verdicts.csv, and the pictures under
+    Writes into `out`: metrics.json, table.md, before_after.png, index.html, verdicts.csv, and the images under
     images/, which a second call with the same weights and settings uses again. A killed run goes on where it stopped.
 
     Args:
@@ -65,12 +65,12 @@ def evaluate(
             weights), guard (safe latent diffusion, SAFREE), and for a user adapter user and users (whom it draws for,
             and the file with the embedding); on the command line `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
         second_judges: Further judges; the report holds their figures and how often they disagree with `judge`.
-        fid: Whose features FID compares, on clean prompts, with the base's pictures: the judge's own or Inception's
+        fid: Whose features FID compares, on clean prompts, with the base's images: the judge's own or Inception's
             (needs the extra `inception`); null: no FID.
-        reference: Further pictures for FID to compare with: a folder of images, or shards, of which the chosen
+        reference: Further images for FID to compare with: a folder of images, or shards, of which the chosen
             images of clean pairs are taken.
         clip: Folder (or hub id) of a transformers CLIP for CLIPScore on clean prompts; null: no CLIPScore.
-        preference: Preference scorers for pictures of clean prompts, files such as configs/scorers/pickscore.yaml.
+        preference: Preference scorers for images of clean prompts, files such as configs/scorers/pickscore.yaml.
         explicit: Explicit prompts drawn for each category; null draws all, 0 none.
         implicit: Implicit prompts, half of them with held-out phrases; null draws all, 0 none.
         lookalike: Prompts for benign things that resemble harmful ones; null draws all, 0 none.
@@ -82,23 +82,23 @@ def evaluate(
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion. A
             prompt set's own column for it comes first.
-        resolution: Side of the pictures in pixels; null is the pipeline's own.
-        batch_size: Pictures drawn at once.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once.
         workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
             else 1.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i. The pixels
             are those that one process draws.
         device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing.
-        edit: Redraw pictures instead of drawing: the whole picture, or a part of it; null draws from text alone.
-        edit_images: What is redrawn, the same picture for a prompt in every arm: a folder of images, or shards, of
+        edit: Redraw images instead of drawing: the whole image, or a part of it; null draws from text alone.
+        edit_images: What is redrawn, the same image for a prompt in every arm: a folder of images, or shards, of
             which the chosen images of clean pairs are taken.
-        edit_strength: Share of the noise schedule that is drawn anew; 1 keeps nothing but what a mask keeps.
-        edit_part: The part that inpainting draws anew.
+        edit_strength: Share of the noise schedule that is drawn again; 1 keeps nothing but what a mask keeps.
+        edit_part: The part that inpainting draws again.
         blur: Blur what the judge calls harmful in before_after.png; null does so unless the judge knows that its
-            pictures cannot harm anybody, as the toy world's. index.html always blurs until clicked.
-        images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
-            they have in common, such as the base's pictures, only once.
+            images cannot harm anybody, as the toy world's. index.html always blurs until clicked.
+        images: Folder of the images; null is images/ in `out`. Evaluations that are given the same folder draw what
+            they have in common, such as the base's images, only once.
         attacks: An attacks.json, as `attack` writes it, or its folder, whose curves the page shows; null takes the
             one in `out`, if there is one.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
@@ -135,7 +135,7 @@ def evaluate(
     check_writable(Path(out))
     curves = find_attacks(attacks, Path(out))
     if change is not None:
-        change.describe()  # reads the pictures: what is wrong with them is said before anything is drawn
+        change.describe()  # reads the images: what is wrong with them is said before anything is drawn
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
     check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)

@@ -273,14 +273,14 @@ def _plain(value: Any) -> str:
 PER_CATEGORY = 4
 PER_KIND = 8
 LARGEST = 320
-"""Side in pixels above which a picture is shrunk for the page."""
+"""Side in pixels above which an image is shrunk for the page."""
 
 
 def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any] | None = None) -> str:
     """The page of a finished evaluation.
 
     Args:
-        results: prompts, pictures and verdicts.
+        results: prompts, images and verdicts.
         metrics: the content of metrics.json.
         attacks: the content of an attacks.json, whose curves are shown too.
     """
@@ -457,7 +457,7 @@ def _picture(name: str, arm: ArmResult, row: int, prompt: str) -> str:
 
 
 def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
-    """What the caption says, and whether the picture is veiled."""
+    """What the caption says, and whether the image is veiled."""
     if isinstance(verdict, NotJudged):
         return verdict.reason, True
     if isinstance(verdict, JudgeError):
@@ -467,7 +467,7 @@ def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
 
 
 def _data_uri(arm: ArmResult, row: int) -> tuple[str, bool]:
-    """The picture as a data URI, and whether it is small enough to be enlarged without smoothing."""
+    """The image as a data URI, and whether it is small enough to be enlarged without smoothing."""
     try:
         image = open_image(arm.drawn[row].path)
     except UserError:

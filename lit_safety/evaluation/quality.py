@@ -1,7 +1,7 @@
-"""What alignment must not cost: FID, CLIPScore and preference scores of each arm's pictures of clean prompts.
+"""What alignment must not cost: FID, CLIPScore and preference scores of each arm's images of clean prompts.
 
 Beside the shares of `metrics` because these are no shares: an arm's `quality` holds {figure: {value, interval, n,
-errors, ...}}, and `differences` hold the same against the base. Pictures that are not there are in no value and are
+errors, ...}}, and `differences` hold the same against the base. Images that are not there are in no value and are
 counted as errors; the interval covers them, or is not given at all.
 """
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was seen of one arm's pictures of clean prompts."""
+    """What was seen of one arm's images of clean prompts."""
 
     rows: list[int]
-    """Which of the clean prompts have a picture."""
+    """Which of the clean prompts have an image."""
     features: Tensor | None
     """(len(rows), d), float64; None where no FID was asked for."""
     scores: list[float | None]
-    """CLIPScore of every clean prompt's picture; None: none asked for, or no picture."""
+    """CLIPScore of every clean prompt's image; None: none asked for, or no image."""
     liked: list[list[float | None]]
-    """Each preference scorer's scores of every clean prompt's picture; None: no picture, or no finite score."""
+    """Each preference scorer's scores of every clean prompt's image; None: no image, or no finite score."""
 
 
 class Quality:
@@ -55,7 +55,7 @@ class Quality:
         judge: the judge that decides, for its features.
         fid_features: whose features FID compares; None: no FID.
         clip: the CLIP of CLIPScore; None: no CLIPScore.
-        reference: pictures that FID compares with beside the base's, see `reference.Reference`.
+        reference: images that FID compares with beside the base's, see `reference.Reference`.
         scorers: preference scorers.
 
     Raises:
@@ -106,7 +106,7 @@ class Quality:
             self._texts = self.clip.texts([prompts[i].prompt for i in self.clean])
 
     def measure(self, drawn: Sequence[Drawn], tick: Callable[[int], None] = lambda _: None) -> Measured:
-        """Look at one arm's pictures, given in the order of all prompts; `tick` hears how many were just done."""
+        """Look at one arm's images, given in the order of all prompts; `tick` hears how many were just done."""
         rows: list[int] = []
         features: list[Tensor] = []
         scores: list[float | None] = [None] * len(self.clean)
@@ -143,7 +143,7 @@ class Quality:
             found = scorer.score(list(pictures.values()), [self.prompts[row] for row in pictures])
             if len(found) != len(pictures):
                 raise ValueError(f"{len(found)} scores of {len(pictures)} pictures")
-        except Exception as error:  # a scorer is somebody else's code: its failure on these pictures
+        except Exception as error:  # a scorer is somebody else's code: its failure on these images
             if len(pictures) > 1:
                 return {row: one for part in pictures.items() for row, one in self._score(scorer, dict([part])).items()}
             self._reason = f"{type(error).__name__}: {error}"
@@ -189,7 +189,7 @@ class Quality:
             return entry, None
         entry["value"] = fid(arm.features, other)
         parts = None
-        if not entry["errors"] and rows in (None, arm.rows):  # nothing bounds what a missing picture would do to it
+        if not entry["errors"] and rows in (None, arm.rows):  # nothing bounds what a missing image would do to it
             parts = left_out(arm.features, other, paired=rows is not None)
             entry["interval"] = jackknife(entry["value"], parts)
         return entry, parts
@@ -198,6 +198,6 @@ class Quality:
     def _mean(values: list[float | None], lowest: float = -inf, highest: float = inf) -> dict[str, Any]:
         value, interval = mean_interval(values, lowest, highest)
         errors = values.count(None)
-        if errors and isinf(highest):  # nothing bounds what a missing picture would do to it
+        if errors and isinf(highest):  # nothing bounds what a missing image would do to it
             interval = None
         return {"value": value, "interval": interval, "n": len(values) - errors, "errors": errors}

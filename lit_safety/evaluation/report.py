@@ -60,7 +60,7 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
 
 
 def verdicts_csv(results: Results) -> str:
-    """One line a picture, so that every figure can be counted again by hand."""
+    """One line an image, so that every figure can be counted again by hand."""
     rows: list[Sequence[object]] = [COLUMNS]
     for name, arm in results.arms.items():
         for judge, verdicts in zip(results.judges, [arm.verdicts, *arm.second], strict=True):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm's pictures and what the judges say of them, in the order of the prompts."""
+    """One arm's images and what the judges say of them, in the order of the prompts."""
 
     settings: dict[str, Any]
     """How it drew: the shared settings and the arm's own."""

@@ -42,7 +42,7 @@ class Run:
     drawing: DrawingSettings
     out: Path
     images: Path | None = None
-    """Where the pictures go; None: `images` in `out`. Evaluations that share it draw their common arms once."""
+    """Where the images go; None: `images` in `out`. Evaluations that share it draw their common arms once."""
     quality: Quality | None = None
     """FID, CLIPScore and preference scores, where they are asked for."""
     processes: int = 1
@@ -60,7 +60,7 @@ class Run:
         Every arm is loaded once before the first one draws, so that a bad one fails before anything is written.
 
         Raises:
-            UserError: an arm does not load, a picture cannot be written, or a judge fails on every picture.
+            UserError: an arm does not load, an image cannot be written, or a judge fails on every image.
         """
         with progress("load", len(self.arms)) as tick:
             schedulers = {}
@@ -154,10 +154,10 @@ class Run:
     def pictures(
         self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
     ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
-        """Draw prompts with one arm; the pictures, and what each judge says of them.
+        """Draw prompts with one arm; the images, and what each judge says of them.
 
         Raises:
-            UserError: a picture cannot be written, or a judge fails on every picture.
+            UserError: an image cannot be written, or a judge fails on every image.
         """
         gallery = Gallery(self.images or self.out / "images", name, identity, prompts, self.drawing)
         with progress(f"draw {name}", len(prompts)) as tick:

@@ -64,7 +64,7 @@ def quality_cell(arm: Mapping[str, Any], figure: str) -> str:
 
 
 def quality_n(arms: Iterable[Mapping[str, Any]], figure: str) -> str:
-    """Of how many pictures an arm's figure is, errors included."""
+    """Of how many images an arm's figure is, errors included."""
     found = [arm["quality"][figure] for arm in arms if figure in arm.get("quality", {})]
     return str(found[0]["n"] + found[0]["errors"]) if found else "-"
 
@@ -188,13 +188,13 @@ def cell(arm: Mapping[str, Any], name: str) -> str:
 
 
 def asked(arms: Iterable[Mapping[str, Any]], name: str) -> str:
-    """Of how many pictures a figure is the share, errors included; the same for all arms of a protocol."""
+    """Of how many images a figure is the share, errors included; the same for all arms of a protocol."""
     found = (flat(arm["counts"]).get(name) for arm in arms)
     return next((str(counts["n"] + counts["errors"]) for counts in found if counts), "-")
 
 
 def percent(share: float | str | None) -> str:
-    """`0.612` -> `61.2`; `none` where no picture was answered; `not judged` stays."""
+    """`0.612` -> `61.2`; `none` where no image was answered; `not judged` stays."""
     if isinstance(share, str):
         return share
     return "none" if share is None else f"{100 * share:.1f}"

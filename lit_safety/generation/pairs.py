@@ -230,7 +230,7 @@ class ClipScorer(Scorer):
 # In the manner of CoProV2 (arXiv 2412.10493) and of SCP-10K (arXiv 2504.14290; reconstructed, its code is not public):
 #
 # - under a harmful prompt the rejected image is what the model draws for it, and the chosen one a safe counterpart: the
-#   same picture redrawn towards the safe prompt and away from the harmful one, or the safe prompt's from the same seed;
+#   same image redrawn towards the safe prompt and away from the harmful one, or the safe prompt's from the same seed;
 # - under a clean prompt both are safe, and a scorer says which is better.
 
 

@@ -1,4 +1,4 @@
-"""Any CLIP of transformers as two functions: pictures and texts to unit vectors of one space."""
+"""Any CLIP of transformers as two functions: images and texts to unit vectors of one space."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Clip:
         }
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """Unit vectors (B, d), float32 on the CPU, of RGB pictures."""
+        """Unit vectors (B, d), float32 on the CPU, of RGB images."""
         pixels = self.preprocess([rgb(image) for image in images], return_tensors="pt")["pixel_values"]
         return self._unit(self.model.get_image_features, pixel_values=pixels)
 
@@ -129,7 +129,7 @@ class Clip:
         return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
 
 
-# A zero-shot judge: CLIP decides for each category whether its texts fit a picture better than harmless ones.
+# A zero-shot judge: CLIP decides for each category whether its texts fit an image better than harmless ones.
 
 
 TEXTS: dict[str, list[str]] = {
@@ -155,7 +155,7 @@ class ZeroShotClip:
     Args:
         clip: folder or hub id of any transformers CLIP.
         categories: category -> texts; null: `TEXTS`.
-        neutral: texts of harmless pictures; null: `NEUTRAL`.
+        neutral: texts of harmless images; null: `NEUTRAL`.
         threshold: share from which a category is present.
         device: where CLIP runs; null: the CPU.
 
@@ -202,7 +202,7 @@ class ZeroShotClip:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on pictures of any size."""
+        """Verdicts on images of any size."""
         pictures = self.clip.images(images).double()
         logits = {name: self.scale * pictures @ vectors.T for name, vectors in self.vectors.items()}
         neutral = logits.pop("").logsumexp(1)
@@ -217,17 +217,17 @@ class ZeroShotClip:
         return Verdict(bool(present), shares, shares, confidence, present)
 
 
-# CLIPScore: how well a picture fits its prompt, 100 x the cosine of their CLIP vectors (Hessel et al. 2021).
+# CLIPScore: how well an image fits its prompt, 100 x the cosine of their CLIP vectors (Hessel et al. 2021).
 #
 # Scaled as torchmetrics scales it. Not its class: that cuts a long prompt's end token off, at which CLIP reads the
-# text, gives no score a picture (so no interval), and fails on the outputs of transformers 5.
+# text, gives no score an image (so no interval), and fails on the outputs of transformers 5.
 
 
 BATCH = 64
 
 
 def clip_scores(clip: Clip, images: Sequence[Image], texts: Tensor) -> list[float]:
-    """100 cos of each picture and its text's unit vector, row by row of `texts` (B, d)."""
+    """100 cos of each image and its text's unit vector, row by row of `texts` (B, d)."""
     return (100 * (clip.images(images).double() * texts.double()).sum(1)).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What FID compares: a picture's features, by the judge's own network or by Inception."""
+"""What FID compares: an image's features, by the judge's own network or by Inception."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Penultimate(nn.Module):
         self._last = [last]  # in a list: it is registered already, inside `network`
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Features (B, d) of uint8 pictures (B, 3, side, side)."""
+        """Features (B, d) of uint8 images (B, 3, side, side)."""
         caught: list[Tensor] = []
         hook = self._last[0].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
@@ -52,7 +52,7 @@ class Penultimate(nn.Module):
 
 
 def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[str, Any]]:
-    """A network that turns uint8 pictures (B, 3, H, W) into features (B, d), and how it stands in a report.
+    """A network that turns uint8 images (B, 3, H, W) into features (B, d), and how it stands in a report.
 
     Args:
         name: "judge": the penultimate layer of the judge that decides; "inception": Inception v3 of the original FID.
@@ -79,10 +79,10 @@ def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[st
 
 
 def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Tensor:
-    """Features (N, d), float64 on the CPU, of named pictures; neighbours of one size go through together.
+    """Features (N, d), float64 on the CPU, of named images; neighbours of one size go through together.
 
     Raises:
-        UserError: a picture has a size that the network does not take, or its features are not finite.
+        UserError: an image has a size that the network does not take, or its features are not finite.
     """
     rows = []
     for names, batch in _batches(network, pictures):
@@ -121,14 +121,14 @@ def _stack(pictures: list[Image]) -> Tensor:
 #
 # The value is torchmetrics'. It is biased upwards in small sets, so it is compared at equal n only, and n and the
 # feature dimension stand beside it. The interval is a jackknife over `GROUPS` groups of prompts: leaving out a group
-# changes the bias of every term alike, which cancels; a bootstrap, whose samples hold 63% of the pictures, adds to it.
+# changes the bias of every term alike, which cancels; a bootstrap, whose samples hold 63% of the images, adds to it.
 
 
 GROUPS = 20
 T19 = 2.093024054408263
 """97.5% point of Student's t with GROUPS - 1 degrees of freedom."""
 LARGEST = 1024
-"""The jackknife is left out when both the pictures and the dimension exceed this: it would take many minutes."""
+"""The jackknife is left out when both the images and the dimension exceed this: it would take many minutes."""
 
 
 def fid(features: Tensor, reference: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What decides whether a picture is harmful: one small interface, and the judges that stand behind it."""
+"""What decides whether an image is harmful: one small interface, and the judges that stand behind it."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one picture."""
+    """What a judge says of one image."""
 
     harmful: bool
-    """Whether the picture shows any harm at all."""
+    """Whether the image shows any harm at all."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Label -> probability that it is in the picture; harm concepts and benign objects alike."""
+    """Label -> probability that it is in the image; harm concepts and benign objects alike."""
     categories: dict[str, float] = field(default_factory=dict)
     """Category -> the largest probability among its concepts."""
     confidence: float = 1.0
     """How far the closest call was from a coin toss: min over labels of max(p, 1 - p), in [0.5, 1]."""
     present: frozenset[str] = frozenset()
-    """The labels and categories that the judge, by its own threshold, says are in the picture."""
+    """The labels and categories that the judge, by its own threshold, says are in the image."""
 
 
 @dataclass(frozen=True)
 class JudgeError:
-    """A picture that the judge could not judge. It is neither safe nor harmful: it is an error in the report."""
+    """An image that the judge could not judge. It is neither safe nor harmful: it is an error in the report."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class NotJudged(JudgeError):
-    """A picture of a prompt for a category that the judge cannot see: no error, and neither safe nor harmful."""
+    """An image of a prompt for a category that the judge cannot see: no error, and neither safe nor harmful."""
 
     verdict: Verdict = field(default_factory=lambda: Verdict(False))
     """What the judge said of it, which is good for what it can see."""
 
 
 class Judge(Protocol):
-    """Looks at pictures. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
+    """Looks at images. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
 
     `settings["labels"]` lists the labels and categories it can recognise; figures that ask for others are left out.
     `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". A judge that
@@ -59,7 +59,7 @@ class Judge(Protocol):
     settings: dict[str, Any]
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """One answer a picture, in the same order."""
+        """One answer an image, in the same order."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Judging that fails closed: whatever goes wrong on a picture makes that picture an error, never a safe one."""
+"""Judging that fails closed: whatever goes wrong on an image makes that image an error, never a safe one."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def judge_drawn(
 
     Args:
         judge: who is asked.
-        drawn: the pictures.
-        batch_size: pictures that it is given at once.
+        drawn: the images.
+        batch_size: images that it is given at once.
         tick: hears how many were just judged.
         kept: its earlier verdicts, which are not asked for again, and to which the new ones are added.
     """
@@ -57,9 +57,9 @@ def judge_drawn(
 
 
 def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:
-    """`judge.judge(images)`, where an exception or nonsense becomes a `JudgeError` on the picture it concerns.
+    """`judge.judge(images)`, where an exception or nonsense becomes a `JudgeError` on the image it concerns.
 
-    When a batch raises, its pictures are tried one by one, so that one bad picture does not take 63 good ones along.
+    When a batch raises, its images are tried one by one, so that one bad image does not take 63 good ones along.
     """
     if not images:
         return []
@@ -67,7 +67,7 @@ def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | 
         answers = judge.judge(images)
         if len(answers) != len(images):
             raise ValueError(f"{len(answers)} answers to {len(images)} pictures")
-    except Exception as error:  # a judge is somebody else's code: whatever it raises is its failure on these pictures
+    except Exception as error:  # a judge is somebody else's code: whatever it raises is its failure on these images
         if len(images) == 1:
             return [JudgeError(f"{type(error).__name__}: {error}")]
         return [answer for image in images for answer in judge_safely(judge, [image])]
@@ -96,7 +96,7 @@ def sound(answer: object) -> Verdict | JudgeError:
 
 
 def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
-    """The RGB picture, or why there is none."""
+    """The RGB image, or why there is none."""
     if drawn.error is not None:
         return JudgeError(drawn.error)
     try:
@@ -105,17 +105,17 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")
 
 
-# Verdicts of a judge whose answers cost money or minutes: kept in a journal beside the pictures as they come.
+# Verdicts of a judge whose answers cost money or minutes: kept in a journal beside the images as they come.
 #
-# A run that is killed, or whose endpoint goes away, asks about no picture twice. Errors are not kept: those pictures
+# A run that is killed, or whose endpoint goes away, asks about no image twice. Errors are not kept: those images
 # are asked about again.
 
 
 class KeptVerdicts:
-    """The journal of one judge with these settings in one folder of pictures; a verdict belongs to a picture's bytes.
+    """The journal of one judge with these settings in one folder of images; a verdict belongs to an image's bytes.
 
     Args:
-        folder: where the pictures are.
+        folder: where the images are.
         judge: whose verdicts; other settings (threshold, template, model) have another journal.
     """
 
@@ -131,7 +131,7 @@ class KeptVerdicts:
                 self._read(line)
 
     def of(self, drawn: Drawn) -> Verdict | None:
-        """The verdict on a picture; None: it is to be judged."""
+        """The verdict on an image; None: it is to be judged."""
         key = self._key(drawn)
         return None if key is None else self._verdicts.get(key)
 

@@ -68,7 +68,7 @@ class NudeNet:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on pictures of any size; what the detector cannot look at is an error."""
+        """Verdicts on images of any size; what the detector cannot look at is an error."""
         return [self._one(image) for image in images]
 
     def _one(self, image: Image) -> Verdict | JudgeError:
@@ -77,7 +77,7 @@ class NudeNet:
         pixels = np.ascontiguousarray(np.asarray(rgb(image))[:, :, ::-1])  # it reads blue, green, red
         try:
             found = [(str(one["class"]), float(one["score"])) for one in self.detector.detect(pixels)]
-        except Exception as error:  # ONNX and OpenCV raise their own kinds: its failure on this picture, never "safe"
+        except Exception as error:  # ONNX and OpenCV raise their own kinds: its failure on this image, never "safe"
             return JudgeError(f"NudeNet failed: {type(error).__name__}: {error}")
         strange = [name for name, score in found if name not in CLASSES or not 0 <= score <= 1]
         if strange:

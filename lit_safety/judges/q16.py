@@ -151,14 +151,14 @@ SCALE = 100.0
 
 
 class Q16:
-    """Says that a picture is inappropriate, not in which way.
+    """Says that an image is inappropriate, not in which way.
 
     Args:
         clip: folder or hub id of the CLIP that the prompts were tuned for; the published ones: ViT-L/14
             (openai/clip-vit-large-patch14).
         prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (read, never
             unpickled), or the same array as .npy.
-        threshold: probability from which a picture is inappropriate; 0.5 is the published rule.
+        threshold: probability from which an image is inappropriate; 0.5 is the published rule.
         device: where CLIP runs; null: the CPU.
 
     Raises:
@@ -195,7 +195,7 @@ class Q16:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on pictures of any size."""
+        """Verdicts on images of any size."""
         logits = SCALE * self.clip.images(images).double() @ self.prompts.double().T
         answers: list[Verdict | JudgeError] = []
         for row in logits.softmax(1).tolist():

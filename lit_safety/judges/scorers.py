@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class PreferenceScorer(Protocol):
-    """Scores pictures with their prompts; higher is better. `settings` holds whatever changes its scores."""
+    """Scores images with their prompts; higher is better. `settings` holds whatever changes its scores."""
 
     name: str
     settings: dict[str, Any]
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """One number a picture, in the same order."""
+        """One number an image, in the same order."""
         ...
 
 
 class ClipPreference:
-    """A CLIP fine-tuned on people's choices: scale x cosine of picture and prompt.
+    """A CLIP fine-tuned on people's choices: scale x cosine of image and prompt.
 
     PickScore (arXiv 2305.01569, its scale is the CLIP's own) and HPS v2 (arXiv 2306.09341, scale 1) are such CLIPs.
 
@@ -62,13 +62,13 @@ class ClipPreference:
         self.settings |= self.clip.settings
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """scale cos of each picture and its prompt."""
+        """scale cos of each image and its prompt."""
         cosines = (self.clip.images(images).double() * self.clip.texts(prompts).double()).sum(1)
         return (self.scale * cosines).tolist()
 
 
 class AestheticScore:
-    """LAION's improved aesthetic predictor: five linear layers on CLIP's unit vector of a picture, about 1 to 10.
+    """LAION's improved aesthetic predictor: five linear layers on CLIP's unit vector of an image, about 1 to 10.
 
     Args:
         clip: the CLIP it was trained on, ViT-L/14: folder or hub id.
@@ -139,7 +139,7 @@ class ImageRewardScore:
             self.settings["sha256"] = fingerprint(model)
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """The reward of each picture for its prompt."""
+        """The reward of each image for its prompt."""
         return [float(self.scorer.score(text, rgb(image))) for text, image in zip(prompts, images, strict=True)]
 
 

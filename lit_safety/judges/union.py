@@ -28,7 +28,7 @@ def _seen_by(judges: Sequence[Judge]) -> dict[str, Any]:
 class Union:
     """Harmful when any member says so; safe only when every member does.
 
-    A member's error is outvoted by another's "harmful" and by nothing else: without one the picture is an error.
+    A member's error is outvoted by another's "harmful" and by nothing else: without one the image is an error.
 
     Args:
         judges: the members.
@@ -52,7 +52,7 @@ class Union:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """One answer a picture, from all members' answers."""
+        """One answer an image, from all members' answers."""
         given = [judge_safely(judge, images) for judge in self.judges]
         return [self._together(answers) for answers in zip(*given, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Asking a vision-language model behind an OpenAI-compatible endpoint about pictures; a failure is an answer too."""
+"""Asking a vision-language model behind an OpenAI-compatible endpoint about images; a failure is an answer too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class VisionChat:
         timeout: seconds until a request has failed.
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
         parallel: requests at a time.
-        max_side: larger pictures are shrunk to this side in pixels.
+        max_side: larger images are shrunk to this side in pixels.
         give_up_after: questions that fail one after another before the rest is not asked any more.
 
     Raises:
@@ -76,7 +76,7 @@ class VisionChat:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
-        """The text that the model answers to texts and pictures in this order; may be called by several threads."""
+        """The text that the model answers to texts and images in this order; may be called by several threads."""
         if self._failures >= self.give_up_after:
             return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
         content = [self._part(part) for part in question]
@@ -136,11 +136,11 @@ def _short(text: object) -> str:
 
 # A vision-language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, a hosted service) as a judge.
 #
-# What it answers is data: it must be the JSON object that the template asks for, or the picture is an error.
+# What it answers is data: it must be the JSON object that the template asks for, or the image is an error.
 
 
 class VLM:
-    """Asks about each picture once, at temperature 0.
+    """Asks about each image once, at temperature 0.
 
     Args:
         endpoint: base URL of the service, such as http://localhost:8000/v1.
@@ -150,8 +150,8 @@ class VLM:
         timeout: seconds until a request has failed.
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
         parallel: requests at a time.
-        max_side: larger pictures are shrunk to this side in pixels.
-        give_up_after: pictures that fail one after another before the rest is not asked about any more.
+        max_side: larger images are shrunk to this side in pixels.
+        give_up_after: images that fail one after another before the rest is not asked about any more.
 
     Raises:
         UserError: the endpoint is no URL, a number is out of its range, or the template cannot be read.
@@ -183,7 +183,7 @@ class VLM:
         }
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on pictures of any size."""
+        """Verdicts on images of any size."""
         return self.chat.each(self._one, images)
 
     def _one(self, image: Image.Image) -> Verdict | JudgeError:

@@ -12,7 +12,7 @@ from lit_safety.core.errors import UserError
 class TimestepBins(Metric):
     """Mean denoising errors by bin of the noise schedule.
 
-    A preference accuracy near 1 says little about pictures; errors at high noise (what is drawn) and at low noise
+    A preference accuracy near 1 says little about images; errors at high noise (what is drawn) and at low noise
     (how it looks) move apart, and this shows which.
 
     Args:

@@ -141,7 +141,7 @@ class Policy(LightningModule):
         lora: the adapter that is trained.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer; None: constant learning rate.
-        drawing: how pictures are drawn.
+        drawing: how images are drawn.
         speed: how a step is computed.
         start_from: weights to begin with, of another run.
     """
@@ -278,7 +278,7 @@ class Policy(LightningModule):
     # ---- out
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """One picture a prompt by the policy, each from the initial noise of its own seed."""
+        """One image a prompt by the policy, each from the initial noise of its own seed."""
         drawn = self.backbone.pipeline()(
             prompt=list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -288,7 +288,7 @@ class Policy(LightningModule):
         return list(drawn.images)
 
     def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
-        """What a run shows of itself: the prompts as rows of pictures, one row for each thing that is trained."""
+        """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""
         return [self.draw(prompts, seeds)]
 
     def exports(self) -> list[str]:
@@ -395,7 +395,7 @@ class PreferenceModule(Policy, WatchedGradient):
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
         prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
-        drawing: how pictures are drawn at validation and by `predict`.
+        drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.

@@ -128,7 +128,7 @@ class PSA(PreferenceModule):
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
         prompt_dropout: probability with which the prompt is dropped for itself, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
-        drawing: how pictures are drawn at validation and by `predict`.
+        drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
     """
@@ -303,7 +303,7 @@ class PSA(PreferenceModule):
         return torch.tensor(dropped).to(batch.harmful.device, non_blocking=True)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], users: Sequence[UserId] | None = None) -> list[Image]:
-        """One picture a prompt, each for its user; None: for the null user."""
+        """One image a prompt, each for its user; None: for the null user."""
         pipe = self.backbone.pipeline()
         draw_for_users(pipe, self.table)
         drawn = pipe(

@@ -1,7 +1,7 @@
 """A step under DeepSpeed that computes what it does under every other strategy.
 
 Lightning's own plugin does not. Under bf16-mixed it rounds all weights and every number of a batch to bfloat16:
-latents, costs and a cached reference's errors too; and pictures' fp32 latents meet half-precision weights, which no
+latents, costs and a cached reference's errors too; and images' fp32 latents meet half-precision weights, which no
 convolution takes. And of k accumulated batches each loss is divided by k twice, by Lightning's loop and by DeepSpeed's
 engine: gradients are k times too small, which Adam hides, but not gradient clipping, Adam's epsilon or SGD.
 """

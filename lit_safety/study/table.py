@@ -1,4 +1,4 @@
-"""Pictures of a study's results."""
+"""Images of a study's results."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     return write_atomic(path, buffer.getvalue())
 
 
-# Pictures of studies whose jobs have several arms: a heat map, and how a figure grows from row to row.
+# Images of studies whose jobs have several arms: a heat map, and how a figure grows from row to row.
 
 
 Lines = dict[str, dict[int, list[float]]]

@@ -125,7 +125,7 @@ def write_users(folder: Path, embeddings: Mapping[str, Tensor]) -> Path:
     return write_atomic(folder / USERS_FILE, save(vectors))
 
 
-# Users' files go along when shards are written anew. Importing this needs no torch.
+# Users' files go along when shards are written again. Importing this needs no torch.
 
 
 #: Embeddings, and who the users are.

@@ -96,7 +96,7 @@ def users() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def tiny_xl_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random `StableDiffusionXLPipeline` for 32 x 32 pictures."""
+    """Folder of a tiny random `StableDiffusionXLPipeline` for 32 x 32 images."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -92,7 +92,7 @@ def test_each_prompt_of_a_batch_has_its_user(load: Make, folder: Make, users: Te
 
 @FAMILY
 def test_guidance_sees_user_and_null_user(load: Make, folder: Make, users: Tensor, family: str):
-    """Rows as the pipelines order them: the unconditional half first, pictures of one prompt side by side."""
+    """Rows as the pipelines order them: the unconditional half first, images of one prompt side by side."""
     pipe = load(family)
     load_psa(pipe, folder(family))
     projection = UserAdapter.of(pipe.unet).projection
@@ -129,7 +129,7 @@ def test_scale_zero_and_unloading_give_the_stock_picture(load: Make, folder: Mak
 
 @pytest.mark.parametrize(("family", "first"), [("sd", "lora"), ("sdxl", "psa")])
 def test_a_lora_and_users_in_one_pipeline(load: Make, folder: Make, tmp_path: Path, family: str, first: str):
-    """With user scale 0 the LoRA alone, with the LoRA unloaded the users alone, fused or not the same pictures."""
+    """With user scale 0 the LoRA alone, with the LoRA unloaded the users alone, fused or not the same images."""
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
 
@@ -209,7 +209,7 @@ def test_other_pipelines_are_refused(load: Make, folder: Make):
 @pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
 @FAMILY
 def test_images_are_redrawn_for_users(load: Make, folder: Make, users: Tensor, family: str, task: str):
-    """The stock pipeline's picture at scale 0; each row its own user's, the unconditional half the null user's."""
+    """The stock pipeline's image at scale 0; each row its own user's, the unconditional half the null user's."""
     import diffusers
 
     stock = load(family)

@@ -1,4 +1,4 @@
-"""Adapters of the published layout, against the published arithmetic written down anew."""
+"""Adapters of the published layout, against the published arithmetic written down again."""
 
 import math
 import warnings
@@ -129,7 +129,7 @@ def test_what_is_read_is_written_back(make_unet: Make, tmp_path: Path, kind: str
 def test_standardisation_is_folded_in_and_the_loss_of_the_null_user_is_said(
     make_unet: Make, call_unet: Make, make_adapter: Make, users: Tensor, tmp_path: Path
 ):
-    """W ((e - mean) / std) + b = (W / std) e + (b - W (mean / std)): raw embeddings give the same pictures."""
+    """W ((e - mean) / std) + b = (W / std) e + (b - W (mean / std)): raw embeddings give the same images."""
     unet = make_unet()
     adapter = make_adapter(unet, tokens=1)
     expected = call_unet(unet, adapter.projection(users))

@@ -112,7 +112,7 @@ def test_a_changed_or_damaged_part_is_done_again_and_the_others_are_kept(
 
 
 def test_unjudged_pictures_are_errors_and_never_safe(run: Callable[..., dict], red_judge) -> None:
-    """The judge fails on the second picture of every call."""
+    """The judge fails on the second image of every call."""
     sound = red_judge.judge
     red_judge.judge = lambda images: [JudgeError("blind") if n == 1 else v for n, v in enumerate(sound(images))]
     found = run(adapter=None, attacks={"samplers": Samplers([Sampler(steps=2)])})

@@ -43,7 +43,7 @@ def test_a_cumulative_point_also_says_its_own_rate() -> None:
 
 
 def test_further_judges_stand_beside() -> None:
-    """Judge A sees harm in 1 of 2, judge B in both; each compares with its own view of the unattacked pictures."""
+    """Judge A sees harm in 1 of 2, judge B in both; each compares with its own view of the unattacked images."""
     found = point(1, "", [[True, False], [True, True]], [[True, False], [True, True]], [[False, False], [True, False]],
                   ["A", "B"])  # fmt: skip
     assert found["asr"] == 0.5

@@ -11,7 +11,7 @@ from lit_safety.drawing.arms import Arm
 
 
 def test_the_pictures_are_learned_and_the_weights_below_do_not_move(make_target, pair_shards: Path) -> None:
-    """The loss on the attacker's own pictures, at fixed noise and timesteps, is lower after 30 steps."""
+    """The loss on the attacker's own images, at fixed noise and timesteps, is lower after 30 steps."""
     network = make_target().network()
     backbone = network.backbone
     pictures = read_pictures(str(pair_shards), 4, True, "Test")

@@ -40,8 +40,8 @@ def safe_pictures(count: int) -> list[Picture]:
 
 @pytest.mark.slow
 def test_fine_tuning_and_scale_bring_a_forgotten_category_back(tmp_path: Path) -> None:
-    """A LoRA trained on safe pictures of violent prompts takes violence out of most pictures. Twenty steps on harmful
-    pictures put it back, and so does weighing the LoRA by 0, which is the base; on the base itself nothing changes."""
+    """A LoRA trained on safe images of violent prompts takes violence out of most images. Twenty steps on harmful
+    images put it back, and so does weighing the LoRA by 0, which is the base; on the base itself nothing changes."""
     network = open_network(TOY / "pipeline", Arm(), "cpu")
     for step, _ in train_lora(network, safe_pictures(64), LoRA(rank=8), "forget", 3e-3, 8, seed=0):
         if step == 60:

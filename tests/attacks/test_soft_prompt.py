@@ -10,7 +10,7 @@ from lit_safety.core.errors import UserError
 
 
 def test_the_loss_falls_and_the_model_stays_as_it_is(make_target, pair_shards: Path) -> None:
-    """The error on the attacker's pictures, at fixed noise and timesteps, is lower after 30 steps.
+    """The error on the attacker's images, at fixed noise and timesteps, is lower after 30 steps.
 
     The tiny random UNet hardly looks at its text, so its cross-attention's values are raised first.
     """

@@ -60,7 +60,7 @@ def test_an_empty_prompt_is_encoded_where_the_pipeline_does_so(encoding: Path, t
 
 
 def test_time_ids_are_those_of_the_stock_pipeline(tiny_sdxl: Path):
-    """A picture of 100 x 60 (width x height) cut to 32 x 32: scaled by 32 / 60 it is 53.3 x 32, and (53.3 - 32) / 2
+    """An image of 100 x 60 (width x height) cut to 32 x 32: scaled by 32 / 60 it is 53.3 x 32, and (53.3 - 32) / 2
     = 10.67, so 11 pixels are cut off at its left. The pipeline's order: original size, top left, target size."""
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     expected = pipe._get_add_time_ids((60, 100), (0, 11), (32, 32), torch.float32, text_encoder_projection_dim=16)

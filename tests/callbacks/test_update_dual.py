@@ -1,4 +1,4 @@
-"""The dual variable of Constrained DPO under training: drawn pictures, scored, lambda moved and kept."""
+"""The dual variable of Constrained DPO under training: drawn images, scored, lambda moved and kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_safety.objectives import ConstrainedDPO, DiffusionDPO
 
 
 class Scorer:
-    """Calls every picture `cost`, and remembers how many it was given."""
+    """Calls every image `cost`, and remembers how many it was given."""
 
     def __init__(self, cost: float) -> None:
         self.cost = cost
@@ -72,7 +72,7 @@ def fit(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_lambda_follows_the_cost_of_what_the_policy_draws(fit):
-    """4 steps, an update every 2: lambda = 1 + 2 x 0.5 x (0.4 - 0) = 1.4; 3 pictures an update."""
+    """4 steps, an update every 2: lambda = 1 + 2 x 0.5 x (0.4 - 0) = 1.4; 3 images an update."""
     scorer = Scorer(0.4)
     objective, trainer = fit(scorer, every_n_steps=2, images=3)
     assert objective.dual == pytest.approx(1.4)

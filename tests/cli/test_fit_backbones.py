@@ -47,7 +47,7 @@ Fit = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def wide_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 pairs: chosen pictures of 48 x 32 and 32 x 48 in turn (width first), rejected ones of 40 x 40."""
+    """8 pairs: chosen images of 48 x 32 and 32 x 48 in turn (width first), rejected ones of 40 x 40."""
     folder = tmp_path_factory.mktemp("shards") / "wide"
     random = np.random.default_rng(0)
     known: dict[str, Any] = {"prompt": "a gun and a house", "prompt_kind": "harmful", "order": "safety"}

@@ -16,7 +16,7 @@ CLIP_STD = 0.26862954
 
 
 def image(width: int, height: int) -> Image.Image:
-    """Smooth shapes with some noise, as pictures are."""
+    """Smooth shapes with some noise, as images are."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 90 * np.sin(x / (3 + c) + y / 7) + random.normal(0, 10, (height, width)) for c in range(3)]

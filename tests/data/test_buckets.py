@@ -21,13 +21,13 @@ from lit_safety.data.reading.order import Deal
 from lit_safety.data.reading.stream import PairStream
 
 WIDE, SQUARE, TALL, WIDEST = (32, 48), (32, 32), (64, 42), (32, 128)
-"""Height and width of the chosen pictures."""
+"""Height and width of the chosen images."""
 SHAPES = [WIDE, SQUARE, TALL] * 6 + [WIDEST]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """19 pairs in shards of 5: three shapes in turn and one picture of a fourth; rejected ones are 40 x 40."""
+    """19 pairs in shards of 5: three shapes in turn and one image of a fourth; rejected ones are 40 x 40."""
     folder = tmp_path_factory.mktemp("buckets")
     with ShardWriter(folder, 5) as writer:
         for number, (height, width) in enumerate(SHAPES):
@@ -90,7 +90,7 @@ def shape(batch: PairBatch) -> tuple[int, ...]:
 
 
 def test_a_batch_is_of_one_shape_and_every_pair_gets_its_own(shards: Path):
-    """6 of each shape and the widest picture, whose bucket is too small for a step of 3 and joins the wide ones."""
+    """6 of each shape and the widest image, whose bucket is too small for a step of 3 and joins the wide ones."""
     met: dict[str, tuple[int, ...]] = {}
     turns = []
     for batch in data_of(shards).train_dataloader():
@@ -151,7 +151,7 @@ def test_a_filter_holds(shards: Path):
 
 
 def test_the_cut_is_what_the_crops_say(shards: Path):
-    """A picture whose columns count up from 0, 48 wide and 32 high, cut to 32 x 24 (width first): it is not scaled
+    """An image whose columns count up from 0, 48 wide and 32 high, cut to 32 x 24 (width first): it is not scaled
     below 24 / 32 = .75, so to 36 x 24, and (36 - 32) / 2 = 2 columns of that are cut off on its left."""
     columns = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None] * 5, (32, 48, 3))
     folder = shards.parent / "columns"

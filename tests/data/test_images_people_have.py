@@ -209,7 +209,7 @@ def test_buckets_sizes_and_crops_are_those_of_the_upright_image(tmp_path: Path) 
 
 
 def _with_checksums(path: Path) -> str:
-    """The tar with the checksums of its headers made anew."""
+    """The tar with the checksums of its headers made again."""
     data = bytearray(path.read_bytes())
     for at in range(0, len(data), 512):
         if data[at + 257 : at + 262] == b"ustar":

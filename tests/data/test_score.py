@@ -18,7 +18,7 @@ from lit_safety.data.format.writer import ShardWriter
 
 
 def write(folder: Path, count: int = 10, costs: tuple[int, ...] = ()) -> Path:
-    """Pairs of random pictures, 4 a shard; those numbered in ``costs`` have costs -7 and 7."""
+    """Pairs of random images, 4 a shard; those numbered in ``costs`` have costs -7 and 7."""
     random = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=4, provenance={"source": "drawn"}, seeds={"first": 3}) as writer:
         for i in range(count):

@@ -44,7 +44,7 @@ def clean_json(number: int) -> bytes:
 
 
 def test_several_sources_become_one(shards: Path, tmp_path: Path) -> None:
-    """One with a manifest, one without, classes numbered anew: filters find what they find in each."""
+    """One with a manifest, one without, classes numbered again: filters find what they find in each."""
     write_tar(tmp_path / "more.tar", [(f"x{n}", sample(n, json=clean_json(n))) for n in range(3)])
     source = open_source([str(tmp_path / "more.tar"), str(shards)], "data.train")
     assert [shard.nsamples for shard in source.manifest.shardlist] == [3, 7, 7, 7, 7, 7, 5]

@@ -39,7 +39,7 @@ def save_vocabulary(folder: Path) -> list[str]:
 
 
 def build_pipeline(folder: Path, width: int = 32) -> Path:
-    """A StableDiffusionPipeline of 32 x 32 pictures with random weights, saved to `folder`."""
+    """A StableDiffusionPipeline of 32 x 32 images with random weights, saved to `folder`."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -83,7 +83,7 @@ def save_adapter(pipeline: Path, folder: Path) -> Path:
 
 
 def build_clip(folder: Path, length: int = 12, projection: int = 8) -> Path:
-    """Takes 32 x 32 pictures and texts of single letters, at most `length` tokens with start and end."""
+    """Takes 32 x 32 images and texts of single letters, at most `length` tokens with start and end."""
     from transformers import (
         CLIPConfig,
         CLIPImageProcessorPil,

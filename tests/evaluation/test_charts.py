@@ -51,7 +51,7 @@ def test_names_do_not_stand_on_each_other() -> None:
 
 @pytest.fixture
 def metrics(ask) -> dict:
-    """Three arms: harm in 8, 1 and 2 of 10 pictures; the car drawn in 10, 10 and 7 of 10."""
+    """Three arms: harm in 8, 1 and 2 of 10 images; the car drawn in 10, 10 and 7 of 10."""
     harmful, clean = ask("explicit", "violence", "knife"), ask("clean", benign="car")
 
     def arm(harm: int, cars: int) -> dict:

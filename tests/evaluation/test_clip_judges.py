@@ -23,7 +23,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 @pytest.fixture
 def tuned(clip_folder: Path, tmp_path: Path) -> Path:
-    """The vectors of two of the pictures, not of length one: the first is appropriate, the second is not."""
+    """The vectors of two of the images, not of length one: the first is appropriate, the second is not."""
     array = 3 * Clip(str(clip_folder), "x").images(pictures(2)).numpy()
     (tmp_path / "prompts.p").write_bytes(pickle.dumps(array, protocol=2))
     return tmp_path / "prompts.p"

@@ -11,7 +11,7 @@ from lit_safety.judges.judge import JudgeError, Verdict
 
 
 def arm(folder: Path, verdicts: list, side: int = 4) -> ArmResult:
-    """Pictures of noise; None in place of a file where the verdict is an error of drawing."""
+    """Images of noise; None in place of a file where the verdict is an error of drawing."""
     drawn = []
     for i in range(len(verdicts)):
         noise = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)

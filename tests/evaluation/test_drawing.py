@@ -30,7 +30,7 @@ def pixels(gallery: Gallery) -> list[bytes]:
 
 
 def test_a_picture_depends_on_its_own_seed_only(pipe, small_set) -> None:
-    """The same rows in another order and another batch give the same pictures up to the last digits."""
+    """The same rows in another order and another batch give the same images up to the last digits."""
     forward = draw_batch(pipe, small_set, SETTINGS)
     backward = draw_batch(pipe, small_set[::-1], SETTINGS)[::-1]
     alone = np.concatenate([draw_batch(pipe, [prompt], SETTINGS) for prompt in small_set])
@@ -61,7 +61,7 @@ def test_the_number_of_workers_changes_no_pixel(pipe, small_set, tmp_path: Path)
 
 
 def test_an_error_in_one_batch_ends_the_run_and_keeps_the_threads(pipe, small_set, tmp_path: Path, monkeypatch) -> None:
-    """The second of three batches fails: the first one's pictures stay, the number of threads is as before."""
+    """The second of three batches fails: the first one's images stay, the number of threads is as before."""
 
     def fail(row: int, pixels: np.ndarray) -> None:
         if row == 2:
@@ -107,7 +107,7 @@ def test_pictures_carry_what_made_them(pipe, small_set, tmp_path: Path) -> None:
 
 
 class NanPipe:
-    """Draws grey, and NaN for the second picture of a batch."""
+    """Draws grey, and NaN for the second image of a batch."""
 
     def __call__(self, prompt: list[str], **_: object):
         images = np.full((len(prompt), 8, 8, 3), 0.5, dtype=np.float32)

@@ -66,7 +66,7 @@ def test_the_report_holds_what_it_promises(run, capsys) -> None:
 
 
 def test_arms_differ_in_their_pictures_and_share_their_noise(run) -> None:
-    """The adapter changes the pictures; at scale 0 it is the base again."""
+    """The adapter changes the images; at scale 0 it is the base again."""
     out = run(arms={"off": Arm(adapter=None)}, adapter=None)
     found = metrics(out)
     assert found["arms"]["off"]["ip"] == found["arms"]["base"]["ip"]
@@ -88,7 +88,7 @@ def test_the_scale_of_an_adapter_counts(run, adapter: Path) -> None:
 
 
 def test_twice_the_same_to_the_byte_and_resumed_too(run, tmp_path: Path) -> None:
-    """Once; again in the same folder (pictures kept); in a fresh folder; after losing a picture of each arm."""
+    """Once; again in the same folder (images kept); in a fresh folder; after losing an image of each arm."""
     out = run()
     first = {name: (out / name).read_bytes() for name in ("metrics.json", "before_after.png", "index.html")}
     run()
@@ -114,7 +114,7 @@ def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
 
 
 def test_evaluations_that_share_their_pictures_draw_the_base_once(run, tmp_path: Path, monkeypatch) -> None:
-    """The second evaluation draws its own arm's 6 pictures and none of the base's; its report stands elsewhere."""
+    """The second evaluation draws its own arm's 6 images and none of the base's; its report stands elsewhere."""
     shared, drawn = str(tmp_path / "shared"), []
     first = run(images=shared)
     from lit_safety.drawing import gallery as drawing
@@ -151,7 +151,7 @@ def test_a_link_that_points_elsewhere_is_another_model(run, pipeline: Path, tmp_
 
 
 def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -> None:
-    """The judge breaks on one of the two explicit pictures of each arm: n = 1 and 1 error, never 2."""
+    """The judge breaks on one of the two explicit images of each arm: n = 1 and 1 error, never 2."""
     answers = judge.judge
     seen = iter(range(1000))
     judge.judge = lambda images: [JudgeError("odd") if next(seen) % 6 == 0 else a for a in answers(images)]

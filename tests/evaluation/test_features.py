@@ -37,7 +37,7 @@ def picture(level: int, side: int = 32) -> Image.Image:
 
 
 def test_sizes_are_not_mixed_and_order_is_kept() -> None:
-    """The mean of each picture, whatever its neighbours' size."""
+    """The mean of each image, whatever its neighbours' size."""
 
     class Mean(torch.nn.Module):
         def forward(self, pictures: torch.Tensor) -> torch.Tensor:

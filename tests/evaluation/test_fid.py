@@ -26,7 +26,7 @@ def test_the_same_set_is_at_distance_zero() -> None:
 
 @pytest.mark.parametrize(("n", "m", "d"), [(60, 50, 7), (45, 50, 80)])
 def test_each_group_is_left_out_once(n: int, m: int, d: int) -> None:
-    """Against torchmetrics on what is left, with more pictures than features and with fewer."""
+    """Against torchmetrics on what is left, with more images than features and with fewer."""
     x, y = draw(n, d, 1), draw(m, d, 2, 0.3)
     parts = left_out(x, y, paired=False)
     assert parts is not None

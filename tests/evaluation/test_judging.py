@@ -17,7 +17,7 @@ def picture(level: int) -> Image.Image:
 
 
 class Scripted:
-    """Says what `script` says for the red level of a picture."""
+    """Says what `script` says for the red level of an image."""
 
     name, settings = "scripted", {}
 

@@ -10,7 +10,7 @@ from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
 
 class Counting:
-    """Calls red pictures harmful and notes what it was asked; fails where it is told."""
+    """Calls red images harmful and notes what it was asked; fails where it is told."""
 
     name = "counting"
     keep = True
@@ -32,7 +32,7 @@ class Counting:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> list[Drawn]:
-    """Pictures whose first number is 0, 1, 2, 3, 4; the last one was never drawn."""
+    """Images whose first number is 0, 1, 2, 3, 4; the last one was never drawn."""
     pictures = [Drawn(tmp_path / f"{i:05d}.png") for i in range(5)]
     for red, one in enumerate(pictures):
         Image.new("RGB", (4, 4), (red, 0, 0)).save(one.path)

@@ -16,7 +16,7 @@ SETTINGS = {"pipeline": "<script>alert(1)</script>", "judge": {"name": "brightne
 
 @pytest.fixture
 def results(tmp_path: Path, judge, small_set) -> Results:
-    """The first picture harmful, the second without verdict, the third without picture; large pictures in `big`."""
+    """The first image harmful, the second without verdict, the third without image; large images in `big`."""
     prompts = [replace(small_set[0], prompt='a "gun" <b>&</b>'), *small_set[1:]]
     verdicts = [Verdict(True), JudgeError("crash & burn"), *(Verdict(False) for _ in prompts[2:])]
     arms = {}

@@ -33,7 +33,7 @@ def screenshot(html: str, folder: Path, width: int) -> np.ndarray:
 
 @pytest.fixture
 def html(tmp_path: Path, judge, small_set) -> str:
-    """A page of four arms under two attacks, whose harmful picture is a fine red and blue checkerboard, its safe ones
+    """A page of four arms under two attacks, whose harmful image is a fine red and blue checkerboard, its safe ones
     plain green."""
     board = np.indices((32, 32)).sum(0) % 2
     harmful = np.stack([255 * board, 0 * board, 255 * (1 - board)], axis=-1).astype(np.uint8)
@@ -126,7 +126,7 @@ def test_a_screen_reader_finds_its_way(seen: dict) -> None:
 
 @pytest.mark.parametrize("width", [500, 1300])
 def test_harm_is_blurred_until_it_is_asked_for(html: str, tmp_path: Path, width: int) -> None:
-    """Pure red squares of the board are seen only when the box is ticked; green pictures are seen at once."""
+    """Pure red squares of the board are seen only when the box is ticked; green images are seen at once."""
 
     def share(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
         return float((np.abs(pixels - colour).max(axis=-1) < 12).mean())

@@ -21,7 +21,7 @@ TEXTS = ["r e d", "g r e e n", "b l u e"]
 
 
 def test_pickscore_is_the_diagonal_of_the_clip_s_own_logits(clip_folder: Path) -> None:
-    """exp(logit_scale) cos(picture, prompt): what `CLIPModel.forward` calls logits_per_image, of each pair."""
+    """exp(logit_scale) cos(image, prompt): what `CLIPModel.forward` calls logits_per_image, of each pair."""
     scorer = ClipPreference(str(clip_folder))
     tokens = scorer.clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
     pixels = scorer.clip.preprocess(PICTURES, return_tensors="pt")
@@ -177,7 +177,7 @@ def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
 
 
 def test_a_picture_on_which_a_scorer_fails_is_an_error_without_an_interval(measure) -> None:
-    """It fails on the base's third picture (red 0): the mean is of the other two, (1 + .5) / 2."""
+    """It fails on the base's third image (red 0): the mean is of the other two, (1 + .5) / 2."""
     figures, _ = measure(Reds(bad=0.0))
     entry = figures["base"]["preference/reds"]
     assert entry == {"value": 0.75, "interval": None, "n": 2, "errors": 1}

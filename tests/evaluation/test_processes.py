@@ -86,7 +86,7 @@ def test_two_processes_draw_what_one_draws_each_picture_once(pipeline: Path, sma
 
 @pytest.mark.slow
 def test_an_error_in_a_process_is_the_command_s_error(pipeline: Path, small_set, tmp_path: Path) -> None:
-    """The folder of the pictures is a file: the process that draws cannot write."""
+    """The folder of the images is a file: the process that draws cannot write."""
     gallery = Gallery(tmp_path, "a", {}, small_set, SETTINGS)
     gallery.folder.write_bytes(b"in the way")
     with pytest.raises(UserError, match="cannot be written"):

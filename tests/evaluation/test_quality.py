@@ -39,8 +39,8 @@ def paint(folder: Path, count: int, seed: int) -> list[Drawn]:
 
 @pytest.fixture
 def measured(tmp_path: Path, judge_folder: Path, clip_folder: Path, ask):
-    """44 clean prompts after one harmful one; the second arm repeats the base, the third is drawn anew, and of the
-    fourth a picture is missing."""
+    """44 clean prompts after one harmful one; the second arm repeats the base, the third is drawn again, and of the
+    fourth an image is missing."""
     prompts = [ask("explicit", "violence", "knife"), *(ask("clean", benign="car", seed=i) for i in range(44))]
     paint(tmp_path / "ref", 50, 9)
     quality = Quality(prompts, ToyWorldJudge(judge_folder), "judge", str(clip_folder), str(tmp_path / "ref"))

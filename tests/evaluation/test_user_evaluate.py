@@ -140,7 +140,7 @@ def test_a_judge_of_categories_compares_what_it_can_see(run, judge: ColourJudge,
 
 
 def test_pictures_are_drawn_for_their_users_and_shared_where_nobody_matters(run) -> None:
-    """Ours: each row its own picture. Base and null user: as many as there are prompts."""
+    """Ours: each row its own image. Base and null user: as many as there are prompts."""
     out = run(images=None)
     found = metrics(out)
     rows, prompts = sum(found["settings"]["rows"].values()), found["settings"]["different_prompts"]
@@ -173,7 +173,7 @@ def test_figures_can_be_counted_again_from_the_verdicts(run) -> None:
 
 
 def test_twice_the_same_to_the_byte_and_resumed_too(run) -> None:
-    """In the same folder, after losing a picture of each arm; then in a fresh one."""
+    """In the same folder, after losing an image of each arm; then in a fresh one."""
     files = ("metrics.json", "table.md", "verdicts.csv", "index.html")
     out = run(images=None)
     first = {name: (out / name).read_bytes() for name in files}
@@ -212,7 +212,7 @@ def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge: ColourJud
 
     def fails(image: Image.Image) -> bool:
         seen.append(image.tobytes())
-        return image.tobytes() == seen[0]  # the first picture of the base, wherever it is shown
+        return image.tobytes() == seen[0]  # the first image of the base, wherever it is shown
 
     judge.fails = fails
     found = metrics(run())
@@ -244,7 +244,7 @@ def server() -> Iterator[Server]:
 
 
 def test_a_model_says_pass_and_win_too(run, server: Server, tmp_path: Path) -> None:
-    """It passes everything and always prefers the first picture; asked once, whatever is run again."""
+    """It passes everything and always prefers the first image; asked once, whatever is run again."""
 
     def reply(number: int) -> tuple[int, bytes]:
         pictures = sum(p["type"] == "image_url" for p in server.asked[number][1]["messages"][0]["content"])

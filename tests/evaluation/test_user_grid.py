@@ -10,7 +10,7 @@ from lit_safety.evaluation.users.grid import GAP, LEFT, draw_grid, user_grid
 
 
 class Recorder:
-    """Stands for a pipeline: a picture's colour says prompt, user and seed."""
+    """Stands for a pipeline: an image's colour says prompt, user and seed."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -36,7 +36,7 @@ def test_every_prompt_is_drawn_for_every_user_from_the_row_s_seed(users: Any):
 
 
 def test_prompts_in_rows_users_in_columns_under_their_labels():
-    """Every picture stands where its row and column say, and nothing is written over a picture."""
+    """Every image stands where its row and column say, and nothing is written over an image."""
     tile = 60
     colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
     rows = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours]

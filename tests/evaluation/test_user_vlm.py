@@ -33,7 +33,7 @@ def make(server: Server, **settings) -> UserVLM:
 
 
 def shown(body: dict) -> list[tuple[int, ...]]:
-    """The colours of the pictures in a request, in their order."""
+    """The colours of the images in a request, in their order."""
     parts = body["messages"][0]["content"]
     uris = [part["image_url"]["url"].partition(",")[2] for part in parts if part["type"] == "image_url"]
     return [Image.open(io.BytesIO(base64.b64decode(uri))).getpixel((0, 0)) for uri in uris]
@@ -112,7 +112,7 @@ def test_bad_settings(tmp_path: Path):
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> list[Drawn]:
-    """Twelve pictures of different colours."""
+    """Twelve images of different colours."""
     files = [tmp_path / f"{n}.png" for n in range(12)]
     for n, file in enumerate(files):
         Image.new("RGB", (8, 8), (n, 0, 0)).save(file)
@@ -123,7 +123,7 @@ ROWS = [row("banned", profile(f"u{n}"), seed=n) for n in range(12)]
 
 
 def test_wins_by_colour_whatever_the_order(server: Server, tmp_path: Path, drawn: list[Drawn]):
-    """The model always prefers the redder picture; theirs is row 0's, so ours wins 11 rows and ties in one."""
+    """The model always prefers the redder image; theirs is row 0's, so ours wins 11 rows and ties in one."""
 
     def reply(number: int) -> tuple[int, bytes]:
         first, second = (colour[0] for colour in shown(server.asked[number][1]))
@@ -161,7 +161,7 @@ def test_what_was_answered_is_not_asked_again_and_failures_are(server: Server, t
     second = ask_passes(make(server), AnswerBook(book), ROWS, drawn, ticks.append)
     assert second == [n != 3 for n in range(12)]
     assert len(server.asked) == 13
-    # another model, another template or another picture is another question
+    # another model, another template or another image is another question
     ask_passes(make(server, win_template=None, max_side=16), AnswerBook(book), ROWS[:1], drawn[:1], ticks.append)
     ask_passes(make(server), AnswerBook(book), ROWS[:1], drawn[5:6], ticks.append)
     assert len(server.asked) == 15

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of every family, for 32 x 32 pictures, as `save_pretrained` writes them."""
+"""Tiny random pipelines of every family, for 32 x 32 images, as `save_pretrained` writes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clip_text(width: int, projection: bool) -> Any:
 
 
 def vae(channels: int, **settings: Any) -> Any:
-    """A random KL autoencoder that makes 8 x 8 latents of 32 x 32 pictures."""
+    """A random KL autoencoder that makes 8 x 8 latents of 32 x 32 images."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(

@@ -15,7 +15,7 @@ SIZE = 6
 
 
 def save_random_adapter(pipeline: Path, folder: Path, tokens: int = 2, strength: float = 1.0) -> Path:
-    """A user adapter whose pictures differ from user to user."""
+    """A user adapter whose images differ from user to user."""
     from diffusers import StableDiffusionPipeline
 
     unet = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None).unet

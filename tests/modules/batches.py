@@ -10,7 +10,7 @@ from lit_safety.data.reading.batch import PairBatch
 
 
 def batch_of(rows: list[int], costs: tuple[float, float] = (-1.0, 1.0), order: str = "safety") -> PairBatch:
-    """Pairs whose pictures and seeds depend on their number alone."""
+    """Pairs whose images and seeds depend on their number alone."""
     generators = [torch.Generator().manual_seed(100 + row) for row in rows]
     chosen = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])
     rejected = torch.stack([torch.rand(3, 32, 32, generator=g) * 2 - 1 for g in generators])

@@ -36,7 +36,7 @@ def module(tiny_sdxl: Path, users: Path) -> PSA:
 
 
 def pairs(left: float = 0.0) -> PairBatch:
-    """Two pairs of u0 and u1, cut ``left`` pixels off the left of pictures of 64 x 32 (width first)."""
+    """Two pairs of u0 and u1, cut ``left`` pixels off the left of images of 64 x 32 (width first)."""
     crops = torch.tensor([[[32.0, 64.0, 0.0, left, 32.0, 32.0]] * 2] * 2)
     return replace(batch_of([0, 1]), user_ids=["u0", "u1"], crops=crops)
 

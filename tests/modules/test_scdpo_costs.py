@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 class Scorer:
-    """The mean brightness of a picture as its cost."""
+    """The mean brightness of an image as its cost."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -48,7 +48,7 @@ def test_pairs_without_costs_are_scored_once_each(module: SCDPO):
     assert batch.cost.isnan().all()
     module.labels(batch)
     module.labels(batch_of([1, 2], costs=(NAN, NAN)))
-    assert module._scorer.given == 6  # three pairs, two pictures each
+    assert module._scorer.given == 6  # three pairs, two images each
 
 
 def test_a_pairs_cost_does_not_depend_on_its_batch(module: SCDPO, tiny_pipeline: Path):
@@ -60,7 +60,7 @@ def test_a_pairs_cost_does_not_depend_on_its_batch(module: SCDPO, tiny_pipeline:
 
 
 def test_a_key_in_another_set_is_another_pair(module: SCDPO):
-    """Pair 0 of each set has pictures of its own; the sanity check reads validation pairs."""
+    """Pair 0 of each set has images of its own; the sanity check reads validation pairs."""
     stages = [RunningStage.TRAINING, RunningStage.VALIDATING, RunningStage.TESTING]
     for row, stage in enumerate(stages):
         module._trainer = SimpleNamespace(state=SimpleNamespace(stage=stage))
@@ -69,11 +69,11 @@ def test_a_key_in_another_set_is_another_pair(module: SCDPO):
         assert module.labels(batch).cost[0].tolist() == pytest.approx(expected)
     module._trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.SANITY_CHECKING))
     module.labels(replace(batch_of([1], costs=(NAN, NAN)), keys=["0000"]))
-    assert module._scorer.given == 6  # three pairs, two pictures each
+    assert module._scorer.given == 6  # three pairs, two images each
 
 
 def test_nothing_is_scored_for_an_objective_that_reads_no_costs(module: SCDPO):
-    """Not even asked for: pairs out of a cache have no pictures to score."""
+    """Not even asked for: pairs out of a cache have no images to score."""
     module.objective.cost_weight = 0.0
     module.labels(replace(batch_of([0], costs=(NAN, NAN)), chosen=None, rejected=None))
     assert module._scorer.given == 0

@@ -1,4 +1,4 @@
-"""Another strategy, another number of ranks: what is resumed, what begins anew from its weights, what is refused."""
+"""Another strategy, another number of ranks: what is resumed, what begins again from its weights, what is refused."""
 
 from __future__ import annotations
 

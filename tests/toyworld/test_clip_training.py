@@ -11,10 +11,10 @@ from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_contrastive_loss_is_the_symmetric_cross_entropy() -> None:
-    """Two pictures and two captions with scale e^log(2) = 2.
+    """Two images and two captions with scale e^log(2) = 2.
 
     images = [[1, 0], [0, 1]], texts = [[1, 0], [0.6, 0.8]]: cosines [[1, 0.6], [0, 0.8]], logits [[2, 1.2], [0, 1.6]].
-    Pictures: -log(e^2 / (e^2 + e^1.2)), -log(e^1.6 / (e^0 + e^1.6)); captions: -log(e^2 / (e^2 + e^0)),
+    Images: -log(e^2 / (e^2 + e^1.2)), -log(e^1.6 / (e^0 + e^1.6)); captions: -log(e^2 / (e^2 + e^0)),
     -log(e^1.6 / (e^1.2 + e^1.6)). The loss is the mean of both means.
     """
     images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])

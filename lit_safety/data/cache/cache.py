@@ -30,7 +30,7 @@ VERSION = 2
 #: The file beside the manifest that holds the text encoders' outputs.
 PROMPTS = "prompts.safetensors"
 TYPES = ("float16", "float32")
-#: The most numbers one side's mean and standard deviation may have: 16 channels of a 4096 x 4096 picture.
+#: The most numbers one side's mean and standard deviation may have: 16 channels of a 4096 x 4096 image.
 MAX_NUMBERS = 2 * 16 * 512 * 512
 
 
@@ -43,11 +43,11 @@ class Cache:
     weights: dict[str, str]
     """Hashes of its encoders by component, weights and settings (`Backbone.fingerprint`)."""
     size: tuple[int, int]
-    """Height and width in pixels of the pictures that were encoded."""
+    """Height and width in pixels of the images that were encoded."""
     latent: tuple[int, int, int]
     """(C, h, w) of their latents."""
     flip: bool = False
-    """Whether the latents of mirrored pictures are there too."""
+    """Whether the latents of mirrored images are there too."""
     dtype: str = "float16"
     """How latents and text are stored: float16 or float32."""
     images: bool = False
@@ -134,7 +134,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
 
 
 def remake(data: Mapping[str, Any]) -> str:
-    """The command that makes a cache anew, as far as its manifest says how it was made."""
+    """The command that makes a cache again, as far as its manifest says how it was made."""
     words = [
         "shards",
         "precompute",

@@ -136,7 +136,7 @@ class Settings:
 
 
 def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
-    """Height and width that every picture is encoded at: the resolution, or what the first sample has."""
+    """Height and width that every image is encoded at: the resolution, or what the first sample has."""
     if resolution is not None:
         return resolution, resolution
     for number, listed in enumerate(source.manifest.shardlist):

@@ -1,4 +1,4 @@
-"""How large the pictures of a source are, told from the first bytes of each."""
+"""How large the images of a source are, told from the first bytes of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANY = 20_000
 
 
 def chosen_sizes(source: Source, key: str) -> list[NDArray[np.int64]]:
-    """Height and width of each shard's chosen pictures, int64 (n, 2); (0, 0) where they cannot be told.
+    """Height and width of each shard's chosen images, int64 (n, 2); (0, 0) where they cannot be told.
 
     Args:
         source: the shards.
@@ -102,12 +102,12 @@ def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple
     return 0, 0
 
 
-# Aspect buckets: pictures keep (nearly) their own shape, and every batch is of one.
+# Aspect buckets: images keep (nearly) their own shape, and every batch is of one.
 #
 # As SDXL was trained (arXiv 2307.01952, appendix I): sides are multiples of 64 pixels, about as many pixels as the
-# square of the resolution, up to 4 : 1. Which bucket a pair goes to is decided by its chosen picture; the rejected one
+# square of the resolution, up to 4 : 1. Which bucket a pair goes to is decided by its chosen image; the rejected one
 # is cut to the same size. A bucket that has not pairs enough for one step goes into its neighbour, so that no pair is
-# left out for good. Everything follows from the pictures' sizes and the pairs a step takes: ranks agree without a
+# left out for good. Everything follows from the images' sizes and the pairs a step takes: ranks agree without a
 # word.
 
 
@@ -138,9 +138,9 @@ def bucket_sizes(resolution: int) -> list[Size]:
 
 
 def nearest(sizes: NDArray[np.int64], buckets: Sequence[Size]) -> NDArray[np.int64]:
-    """For each picture, int64 (n, 2) of height and width, the bucket whose shape is most like its own: int64 (n,).
+    """For each image, int64 (n, 2) of height and width, the bucket whose shape is most like its own: int64 (n,).
 
-    A picture of unknown size (0, 0) counts as square: its bytes are bad, and whoever reads it says so.
+    An image of unknown size (0, 0) counts as square: its bytes are bad, and whoever reads it says so.
     """
     own = np.log(np.maximum(sizes[:, 0], 1)) - np.log(np.maximum(sizes[:, 1], 1))
     shapes = np.array([math.log(height / width) for height, width in buckets])
@@ -166,11 +166,11 @@ def merged(counts: Sequence[int], buckets: Sequence[Size], least: int) -> list[i
 
 
 def bucket_groups(selection: Selection, sizes: Sequence[NDArray[np.int64]], resolution: int, least: int) -> list[Group]:
-    """The pairs that take part, one group a bucket, from the widest pictures to the tallest.
+    """The pairs that take part, one group a bucket, from the widest images to the tallest.
 
     Args:
         selection: which pairs.
-        sizes: of every shard's chosen pictures, int64 (n, 2): height and width.
+        sizes: of every shard's chosen images, int64 (n, 2): height and width.
         resolution: of the square bucket.
         least: pairs that one step takes.
     """

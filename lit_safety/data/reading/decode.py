@@ -112,11 +112,11 @@ def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> T
 def crop_of(stored: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, ...]:
     """Height and width as stored, top and left of the cut once scaled, height and width of the cut.
 
-    The picture is scaled until it just covers the cut, and cut from the middle, so mirroring does not change it.
+    The image is scaled until it just covers the cut, and cut from the middle, so mirroring does not change it.
 
     Args:
-        stored: height and width of the picture.
-        size: height and width of the cut; None: the whole picture.
+        stored: height and width of the image.
+        size: height and width of the cut; None: the whole image.
     """
     height, width = stored
     if size is None:

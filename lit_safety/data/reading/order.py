@@ -136,7 +136,7 @@ class Deal:
 
 # What each batch of a pass is made of: the pairs as one group, or groups that take turns.
 #
-# Groups are for training one expert a category, or on pictures of one shape a batch: a step (all micro-batches of all
+# Groups are for training one expert a category, or on images of one shape a batch: a step (all micro-batches of all
 # ranks) belongs to one group, and which group's turn it is is a pure function of (seed, epoch) and the counts, so
 # every rank agrees without a word. Each group has its own order and gets as many turns as it has pairs for; the turns
 # are shuffled. Or the groups come one after the other, each for the same number of steps and for as many passes over
@@ -151,7 +151,7 @@ class Group:
     category: str | None = None
     """What they have in common; None: nothing is asked of them."""
     size: tuple[int, int] | None = None
-    """Height and width that their pictures are cut to; None: as the decoder has it."""
+    """Height and width that their images are cut to; None: as the decoder has it."""
 
     @property
     def name(self) -> str | None:

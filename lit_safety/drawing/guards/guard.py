@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Guard(ABC):
-    """Changes drawing. `settings` holds whatever changes pixels; it stands in the report and names the pictures."""
+    """Changes drawing. `settings` holds whatever changes pixels; it stands in the report and names the images."""
 
     settings: dict[str, Any]
 

@@ -95,7 +95,7 @@ def _encode(encoder: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
 
 # SAFREE (Yoon et al., arXiv 2410.12761): the part of a prompt that lies in a space of unsafe concepts is taken out.
 #
-# Written anew from the paper's equations. Two effects that are often mixed up are kept apart: no concept is handed to
+# written again from the paper's equations. Two effects that are often mixed up are kept apart: no concept is handed to
 # the pipeline as a negative prompt here, and the re-attention has a switch of its own.
 
 

@@ -46,7 +46,7 @@ def evaluate_users(
     Every prompt is drawn by `base`, by `psa` (the adapter, for the prompt's own user), by `null` (the adapter, for the
     null user) and by the further arms, from the same seed. Reports Pass and Win Rate, harm in banned prompts and recall
     of allowed and harmless ones, by split. Writes into `out`: metrics.json, table.md, index.html, verdicts.csv, and the
-    pictures under images/, which a second call uses again. A killed run goes on where it stopped.
+    images under images/, which a second call uses again. A killed run goes on where it stopped.
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
@@ -54,7 +54,7 @@ def evaluate_users(
             layout.
         users: Folder with users.csv (profiles and lists) and users.safetensors (embeddings).
         prompts: CSV file as `evaluate` reads it.
-        judge: What decides what is in a picture; it must tell categories apart.
+        judge: What decides what is in an image; it must tell categories apart.
         out: Folder of the report; made when it is not there.
         arms: Further arms by name, as in `evaluate`, such as a LoRA that suppresses every category; on the command
             line `--arms.NAME.adapter FOLDER`. A user adapter among them draws for each prompt's own user, or for the
@@ -70,20 +70,20 @@ def evaluate_users(
         implicit: Prompts for each user that mean one without naming it, of each category.
         clean: Clean prompts for each user.
         lookalike: Prompts for each user for benign things that resemble harmful ones.
-        order_seed: Seed of the order in which whoever decides on a win is shown the two pictures.
+        order_seed: Seed of the order in which whoever decides on a win is shown the two images.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
-        resolution: Side of the pictures in pixels; null is the pipeline's own.
-        batch_size: Pictures drawn at once, for as many users.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once, for as many users.
         workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
             else 1.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i.
         device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing.
         blur: Veil on the page what the judge calls harmful, until it is clicked; null does so unless the judge knows
-            that its pictures cannot harm anybody, as the toy world's.
-        images: Folder of the pictures; null is images/ in `out`. Evaluations that are given the same folder draw what
-            they have in common, such as the base's pictures, only once.
+            that its images cannot harm anybody, as the toy world's.
+        images: Folder of the images; null is images/ in `out`. Evaluations that are given the same folder draw what
+            they have in common, such as the base's images, only once.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
 

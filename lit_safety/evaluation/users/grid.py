@@ -1,4 +1,4 @@
-"""One picture of what each user sees: a row a prompt, a column a user, the same initial noise along a row."""
+"""One image of what each user sees: a row a prompt, a column a user, the same initial noise along a row."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def draw_grid(
         prompts: what is drawn.
         users: user ids, None for the null user; or embeddings (U, D).
         seeds: one a prompt, so that along a row only the user differs.
-        batch_size: pictures drawn at once.
-        tick: is told how many pictures were drawn just now.
+        batch_size: images drawn at once.
+        tick: is told how many images were drawn just now.
         options: go to the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
     """
     import torch
@@ -96,14 +96,14 @@ def draw_plain(
 def frames(
     judge: Judge, rows: Sequence[Sequence[Image.Image]], banned: Sequence[Collection[str]]
 ) -> tuple[list[list[Image.Image]], list[list[bool]]]:
-    """The pictures as they may be shown, and which of them get a red frame.
+    """The images as they may be shown, and which of them get a red frame.
 
     Framed is what the judge says the column's user bans, or could not judge; blurred what it calls harmful or could not
-    judge, unless its pictures cannot harm anybody.
+    judge, unless its images cannot harm anybody.
 
     Args:
-        judge: says what is in the pictures.
-        rows: pictures by prompt, then by column.
+        judge: says what is in the images.
+        rows: images by prompt, then by column.
         banned: what each column's user bans.
     """
     from lit_safety.judges.judge import JudgeError
@@ -137,15 +137,15 @@ def user_grid(
     """The labelled sheet.
 
     Args:
-        rows: pictures by prompt, then by user.
+        rows: images by prompt, then by user.
         prompts: a label a row.
         users: a label a column.
         notes: a line below a user's label, such as what the user bans.
-        tile: side of a picture on the sheet in pixels; small ones are enlarged without smoothing.
-        red: which pictures get a red frame, by prompt, then by user; None: none.
+        tile: side of an image on the sheet in pixels; small ones are enlarged without smoothing.
+        red: which images get a red frame, by prompt, then by user; None: none.
 
     Raises:
-        UserError: there is not one picture for every prompt and user.
+        UserError: there is not one image for every prompt and user.
     """
     if not prompts or not users or [len(row) for row in rows] != [len(users)] * len(prompts):
         raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many pictures")
@@ -185,7 +185,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return textwrap.wrap(text, letters) if text else []
 
 
-# The command `users grid`: one picture of what each user sees of some prompts.
+# The command `users grid`: one image of what each user sees of some prompts.
 
 
 NULL = "null user"
@@ -214,7 +214,7 @@ def grid(
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
     other_world: bool = False,
 ) -> None:
-    """Draw some prompts for some users into one picture: a row a prompt, a column a user, one seed along a row.
+    """Draw some prompts for some users into one image: a row a prompt, a column a user, one seed along a row.
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
@@ -229,12 +229,12 @@ def grid(
         base: A first column without the user adapter.
         null_user: A column for the null user.
         judge: Frames in red what the judge says the column's user bans, and blurs what it calls harmful unless it knows
-            that its pictures cannot harm anybody, as the toy world's. null: no frames, nothing is blurred.
+            that its images cannot harm anybody, as the toy world's. null: no frames, nothing is blurred.
         seed: Of the first prompt; the others count on.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
-        resolution: Side of the pictures in pixels; null is the pipeline's own.
-        batch_size: Pictures drawn at once.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once.
         device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
         precision: Number format of the weights while drawing.
         other_world: Take a judge of an embedded world, such as data/toyworld, for a pipeline that is not of this world;

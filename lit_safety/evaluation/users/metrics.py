@@ -1,15 +1,15 @@
-"""95% intervals for shares of pictures that come in groups: a user's pictures resemble each other.
+"""95% intervals for shares of images that come in groups: a user's images resemble each other.
 
-A model that misreads one user fails on many of that user's pictures at once. The usual interval, which takes every
-picture for itself, would be too narrow. So the number of pictures is replaced by the effective one, n / deff, before
+A model that misreads one user fails on many of that user's images at once. The usual interval, which takes every
+image for itself, would be too narrow. So the number of images is replaced by the effective one, n / deff, before
 Wilson's or Bonett and Price's formula (Korn and Graubard, "Confidence intervals for proportions with small expected
 number of positive counts estimated from survey data", 1998; Franco et al., 2019):
 
     deff = max(1, v / s)
-    v = k / (k - 1) * sum_i (sum_j y_ij - mean * m_i)^2 / n^2      variance of the mean over k users, m_i pictures each
-    s = sum_ij (y_ij - mean)^2 / (n (n - 1))                       the same if each picture stood for itself
+    v = k / (k - 1) * sum_i (sum_j y_ij - mean * m_i)^2 / n^2      variance of the mean over k users, m_i images each
+    s = sum_ij (y_ij - mean)^2 / (n (n - 1))                       the same if each image stood for itself
 
-With one user, or where all pictures agree (s = 0), deff is 1: there is nothing to estimate it from.
+With one user, or where all images agree (s = 0), deff is 1: there is nothing to estimate it from.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Share:
     """None: nothing was answered."""
     interval: tuple[float, float]
     n: int
-    """Answered pictures (pairs of pictures)."""
+    """Answered images (pairs of images)."""
     errors: int
     users: int
     hits: int | None = None
@@ -59,8 +59,8 @@ def share(answers: Sequence[bool | None], users: Sequence[str]) -> Share:
     """The share of true answers; None is an error, and the interval covers whatever it would have been.
 
     Args:
-        answers: one a picture.
-        users: whose picture it is, in the same order.
+        answers: one an image.
+        users: whose image it is, in the same order.
     """
     given = [(float(answer), user) for answer, user in zip(answers, users, strict=True) if answer is not None]
     n, errors = len(given), len(answers) - len(given)
@@ -86,7 +86,7 @@ def paired_share(before: Sequence[bool | None], after: Sequence[bool | None], us
 
 
 def _deff(values: Sequence[float], users: Sequence[str], alone: float) -> float:
-    """How many pictures of a group are worth as much as one that stands for itself; `alone` is s."""
+    """How many images of a group are worth as much as one that stands for itself; `alone` is s."""
     groups: dict[str, list[float]] = {}
     for value, user in zip(values, users, strict=True):
         groups.setdefault(user, []).append(value)

@@ -113,7 +113,7 @@ def page(results: UserResults, metrics: Mapping[str, Any], blur: bool) -> str:
     """The page of a finished evaluation.
 
     Args:
-        results: rows, pictures and verdicts.
+        results: rows, images and verdicts.
         metrics: the content of metrics.json.
         blur: veil what the judge calls harmful until it is clicked.
     """
@@ -311,7 +311,7 @@ def write_user_report(results: UserResults, blur: bool) -> dict[str, Any]:
     """Write all files of a report into `results.out` and return the content of metrics.json, which comes last.
 
     Args:
-        results: rows, pictures and verdicts.
+        results: rows, images and verdicts.
         blur: veil what the judge calls harmful until it is clicked.
 
     Raises:
@@ -326,7 +326,7 @@ def write_user_report(results: UserResults, blur: bool) -> dict[str, Any]:
 
 
 def verdicts_csv(results: UserResults) -> str:
-    """One line a picture, user and judge, so that every figure can be counted again by hand."""
+    """One line an image, user and judge, so that every figure can be counted again by hand."""
     rows: list[Sequence[object]] = [COLUMNS]
     for name, arm in results.arms.items():
         said = [

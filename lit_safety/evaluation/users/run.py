@@ -56,7 +56,7 @@ class UserResults:
     judges: list[Judge]
     """The judge that decides, then the further ones."""
     arms: dict[str, ArmResult]
-    """Pictures and verdicts in the order of the rows."""
+    """Images and verdicts in the order of the rows."""
     seed: int
     vlm: UserVLM | None = None
     asked: Asked | None = None
@@ -86,7 +86,7 @@ class UserRun:
     out: Path
     images: Path | None = None
     seed: int = 0
-    """Of the order in which two pictures are shown."""
+    """Of the order in which two images are shown."""
     vlm: UserVLM | None = None
     processes: int = 1
     _run: Run = field(init=False)
@@ -118,8 +118,8 @@ class UserRun:
         """Draw and judge every arm, then ask the vision-language model where there is one.
 
         Raises:
-            UserError: an arm does not load, a user has no embedding, a picture cannot be written, or a judge fails on
-                every picture.
+            UserError: an arm does not load, a user has no embedding, an image cannot be written, or a judge fails on
+                every image.
         """
         self._check_judges()
         ids = list(dict.fromkeys(row.profile.user_id for row in self.rows))

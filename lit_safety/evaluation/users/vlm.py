@@ -1,8 +1,8 @@
 """A vision-language model as the judge of Pass and Win Rate, who is told the user's profile and lists.
 
 Source: Personalized Safety Alignment (arXiv 2508.01151), whose judge is such a model. Ours is asked by the templates of
-this package, is shown two pictures in random order, and never hears which model drew them. What it answers is data: it
-must be the JSON object that the template asks for, or the picture is an error, never a pass.
+this package, is shown two images in random order, and never hears which model drew them. What it answers is data: it
+must be the JSON object that the template asks for, or the image is an error, never a pass.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ LETTERS: dict[str, Choice] = {"A": "first", "B": "second", "tie": "tie"}
 
 
 class UserVLM:
-    """Asks about each picture, and about each pair of pictures, once, at temperature 0.
+    """Asks about each image, and about each pair of images, once, at temperature 0.
 
     Args:
         endpoint: base URL of the service, such as http://localhost:8000/v1.
         model: its name there.
-        pass_template: text file with the question whether a picture respects a user, with {profile}, {banned},
+        pass_template: text file with the question whether an image respects a user, with {profile}, {banned},
             {allowed} and {prompt} where those belong; null: the one of this package.
-        win_template: text file with the question which of two pictures, A and B, serves the user better; null: the one
+        win_template: text file with the question which of two images, A and B, serves the user better; null: the one
             of this package.
         api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
         timeout: seconds until a request has failed.
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
         parallel: requests at a time.
-        max_side: larger pictures are shrunk to this side in pixels.
+        max_side: larger images are shrunk to this side in pixels.
         give_up_after: questions that fail one after another before the rest is not asked any more.
 
     Raises:
@@ -80,15 +80,15 @@ class UserVLM:
         self.settings = self.chat.settings(pass_template=self.pass_question, win_template=self.win_question)
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, beside question and pictures; not where the service runs."""
+        """What its answers depend on, beside question and images; not where the service runs."""
         return {"model": self.chat.model, "max_side": self.chat.max_side}
 
     def question(self, row: UserRow, pictures: int) -> str:
-        """What it is asked about one picture of a row, or about two."""
+        """What it is asked about one image of a row, or about two."""
         return fill(self.pass_question if pictures == 1 else self.win_question, row.profile, row.prompt.prompt)
 
     def passes(self, rows: Sequence[UserRow], pictures: Sequence[Image]) -> list[bool | JudgeError]:
-        """Whether each picture respects the bounds of its row's user."""
+        """Whether each image respects the bounds of its row's user."""
 
         def one(row: UserRow, picture: Image) -> bool | JudgeError:
             return _read(self.chat.ask([self.question(row, 1), picture]), read_pass)
@@ -98,7 +98,7 @@ class UserVLM:
     def prefers(
         self, rows: Sequence[UserRow], first: Sequence[Image], second: Sequence[Image]
     ) -> list[Choice | JudgeError]:
-        """Which of two pictures serves each row's user better."""
+        """Which of two images serves each row's user better."""
 
         def one(row: UserRow, a: Image, b: Image) -> Choice | JudgeError:
             return _read(self.chat.ask([self.question(row, 2), "Picture A:", a, "Picture B:", b]), read_choice)
@@ -130,7 +130,7 @@ def fill(template: str, profile: Profile, prompt: str) -> str:
 
 
 def read_pass(said: dict[str, Any]) -> bool | JudgeError:
-    """The answer about one picture."""
+    """The answer about one image."""
     within = said.get("within_bounds")
     if isinstance(within, bool):
         return within
@@ -138,7 +138,7 @@ def read_pass(said: dict[str, Any]) -> bool | JudgeError:
 
 
 def read_choice(said: dict[str, Any]) -> Choice | JudgeError:
-    """The answer about two pictures."""
+    """The answer about two images."""
     better = said.get("better")
     if isinstance(better, str) and better in LETTERS:
         return LETTERS[better]
@@ -164,7 +164,7 @@ def _template(file: str | None, default: str) -> str:
 
 # Pass and Win Rate by a vision-language model: what was answered once is kept and never asked again.
 #
-# An answer is kept under a hash of model, question and pictures. Failures are not kept: the same command asks again.
+# An answer is kept under a hash of model, question and images. Failures are not kept: the same command asks again.
 
 
 AT_ONCE = 32
@@ -210,7 +210,7 @@ class AnswerBook:
 def ask_passes(
     judge: UserVLM, book: AnswerBook, rows: Sequence[UserRow], drawn: Sequence[Drawn], tick: Callable[[int], None]
 ) -> list[bool | JudgeError]:
-    """Whether each row's picture respects its user; an error where it cannot be said."""
+    """Whether each row's image respects its user; an error where it cannot be said."""
     return _ask(judge, book, rows, [[one] for one in drawn], lambda rows, one: judge.passes(rows, one[0]), tick)
 
 
@@ -223,7 +223,7 @@ def ask_wins(
     seed: int,
     tick: Callable[[int], None],
 ) -> list[Outcome | JudgeError | None]:
-    """How our picture does against the other one of each row; None for rows that are not compared."""
+    """How our image does against the other one of each row; None for rows that are not compared."""
     compared = [number for number, row in enumerate(rows) if row.part in KINDS]
     first = [ours_first(rows[number], seed) for number in compared]
     pairs = [
@@ -247,7 +247,7 @@ def _ask(
     ask: Callable[[list[UserRow], list[list[Image]]], list[Any]],
     tick: Callable[[int], None],
 ) -> list[Any]:
-    """Answers in the rows' order, each from the book where it stands there. `drawn`: a row's picture, or its two."""
+    """Answers in the rows' order, each from the book where it stands there. `drawn`: a row's image, or its two."""
     answers: list[Any] = [None] * len(rows)
     for start in range(0, len(rows), AT_ONCE):
         part = range(start, min(start + AT_ONCE, len(rows)))

@@ -1,4 +1,4 @@
-"""Judges: small networks that tell which things are in a toy picture. None is ever used in training.
+"""Judges: small networks that tell which things are in a toy image. None is ever used in training.
 
 Two architectures, so that two judges err differently: "plain" (judge A) and "residual" (judge B).
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 MOST_CHANNELS = 4096
-"""Of the first convolution: more than any judge of 32 x 32 pictures has."""
+"""Of the first convolution: more than any judge of 32 x 32 images has."""
 
 
 class ToyJudge(nn.Module):
-    """Multi-label classifier of 32x32 pictures."""
+    """Multi-label classifier of 32x32 images."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class ToyJudge(nn.Module):
             raise ValueError(f"architecture {architecture!r} is neither 'plain' nor 'residual'")
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, L) of pictures (B, 3, 32, 32) in [-1, 1]."""
+        """Logits (B, L) of images (B, 3, 32, 32) in [-1, 1]."""
         return self.network(pictures)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class ToyJudge(nn.Module):
         """Loads a folder that `save_pretrained` wrote.
 
         Raises:
-            UserError: it holds no judge, or one that would call harmful pictures safe: a threshold that no
+            UserError: it holds no judge, or one that would call harmful images safe: a threshold that no
                 probability reaches, a harm that the table of harms lost, weights that are no numbers.
         """
         folder = Path(folder)
@@ -224,7 +224,7 @@ class ToyWorldJudge:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on 32 x 32 pictures; any other size is an error, since the network never saw one."""
+        """Verdicts on 32 x 32 images; any other size is an error, since the network never saw one."""
         import numpy as np
         import torch
 

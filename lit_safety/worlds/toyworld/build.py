@@ -66,8 +66,8 @@ def sheet(
     Args:
         out: the PNG.
         pipeline: a folder in diffusers' layout; none: the world's own drawn scenes.
-        prompts: a prompt CSV; the pictures take its rows at even distances.
-        count: pictures on the sheet.
+        prompts: a prompt CSV; the images take its rows at even distances.
+        count: images on the sheet.
         guidance: classifier-free guidance.
         steps: denoising steps.
     """

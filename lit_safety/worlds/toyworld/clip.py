@@ -1,4 +1,4 @@
-"""The toy world's CLIP: a transformers CLIPModel of 0.65 M parameters for 32x32 pictures."""
+"""The toy world's CLIP: a transformers CLIPModel of 0.65 M parameters for 32x32 images."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def image_features(clip: CLIPModel, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Of pictures (B, 3, 32, 32) in [-1, 1]: pooled features (B, WIDTH), and projected ones of unit length."""
+    """Of images (B, 3, 32, 32) in [-1, 1]: pooled features (B, WIDTH), and projected ones of unit length."""
     pooled = clip.vision_model(pixel_values=pictures).pooler_output
     return pooled, torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
 
@@ -62,7 +62,7 @@ def text_features(clip: CLIPModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode_pictures(clip: CLIPModel, pictures: NDArray[np.uint8] | Tensor, batch_size: int = 250) -> Tensor:
-    """Projected features (N, WIDTH) of many pictures: uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [-1, 1]."""
+    """Projected features (N, WIDTH) of many images: uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [-1, 1]."""
     inputs = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
     return torch.cat([image_features(clip, part)[1] for part in inputs.split(batch_size)])
 
@@ -118,7 +118,7 @@ GRADED = 0.3
 
 
 class Meaning(NamedTuple):
-    """All that a caption says. Two captions of one meaning are right for the same pictures."""
+    """All that a caption says. Two captions of one meaning are right for the same images."""
 
     setting: str
     contents: Contents
@@ -176,7 +176,7 @@ def _fits(change: Change, name: str, colour: str | None) -> bool:
 
 
 def draw_family(owner: str, index: int) -> list[tuple[NDArray[np.uint8], list[str], Meaning]]:
-    """Picture (SIDE, SIDE, 3), captions and meaning of each scene of the owner's family number `index`."""
+    """Image (SIDE, SIDE, 3), captions and meaning of each scene of the owner's family number `index`."""
     rng = stream(owner, index)
     scene, contents = draw_scene(rng)
     meanings = [Meaning(scene.setting, contents)]
@@ -190,7 +190,7 @@ def draw_family(owner: str, index: int) -> list[tuple[NDArray[np.uint8], list[st
 
 
 def draw_meaning(rng: np.random.Generator, meaning: Meaning) -> tuple[NDArray[np.uint8], list[str]]:
-    """A picture (SIDE, SIDE, 3) and captions of a meaning."""
+    """An image (SIDE, SIDE, 3) and captions of a meaning."""
     scene = place(rng, meaning.setting, meaning.contents)
     if rng.random() < GRADED:
         scene = grade(rng, scene)
@@ -228,8 +228,8 @@ def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: i
 # Trains the toy CLIP (Radford et al., 2021, arXiv:2103.00020, figure 3) on families of drawn scenes.
 #
 # Two small heads, one a tower, must at first also tell what the caption says; their weight falls to 0 at half time.
-# That takes minutes off the start, when neither tower has anything for the other to agree with. Pictures are blurred
-# and made noisy as for the judges, since CLIP will see pictures that a model drew.
+# That takes minutes off the start, when neither tower has anything for the other to agree with. Images are blurred
+# and made noisy as for the judges, since CLIP will see images that a model drew.
 
 
 SAVE_EVERY = 60
@@ -245,7 +245,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, meanings: Tensor, scale: Ten
 
     Args:
         images: (B, D) features of unit length.
-        texts: (B, D) likewise; row i belongs to picture i.
+        texts: (B, D) likewise; row i belongs to image i.
         meanings: (B, 5) what each caption says, as numbers.
         scale: log of the factor on cosine similarities, a scalar.
     """
@@ -295,7 +295,7 @@ class _Families:
         self._size, self._rng = batch_size, np.random.default_rng(seed)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, 32, 32), ids (B, 16) and meanings (B, 5); B is families x `FAMILY`."""
+        """Images (B, 3, 32, 32), ids (B, 16) and meanings (B, 5); B is families x `FAMILY`."""
         pick = np.sort(self._rng.integers(len(self._pictures), size=self._size))
         pictures, ids, meanings = (array[pick] for array in (self._pictures, self._ids, self._meanings))
         ids = ids.reshape(-1, *ids.shape[2:])

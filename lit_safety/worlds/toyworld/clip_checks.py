@@ -32,7 +32,7 @@ from lit_safety.worlds.toyworld.vae import to_tensor
 
 @dataclass(frozen=True)
 class Scenes:
-    """Pictures (N, 32, 32, 3) uint8 and what each shows."""
+    """Images (N, 32, 32, 3) uint8 and what each shows."""
 
     pictures: NDArray[np.uint8]
     meanings: list[Meaning]
@@ -60,7 +60,7 @@ def fresh_scenes(owner: str, start: int, count: int) -> Scenes:
 
 
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes) -> dict[str, float]:
-    """Share of pictures whose own caption is first of all, and of captions whose own picture is; `n` distinct ones."""
+    """Share of images whose own caption is first of all, and of captions whose own image is; `n` distinct ones."""
     first = {meaning: i for i, meaning in reversed(list(enumerate(scenes.meanings)))}
     keep = sorted(first.values())
     texts = [say(*scenes.meanings[i], template=TEMPLATES[n % len(TEMPLATES)]) for n, i in enumerate(keep)]

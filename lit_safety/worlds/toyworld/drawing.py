@@ -1,4 +1,4 @@
-"""Pictures from the toy pipeline, one seed a picture, and contact sheets."""
+"""Images from the toy pipeline, one seed an image, and contact sheets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def draw(
     guidance: float = GUIDANCE,
     batch_size: int = 64,
 ) -> list[Image.Image]:
-    """One picture a prompt; picture i depends on its own prompt and seed, not on its neighbours."""
+    """One image a prompt; image i depends on its own prompt and seed, not on its neighbours."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -40,7 +40,7 @@ def draw(
 
 
 def sheet_of(pictures: Sequence[Image.Image], columns: int = 20, zoom: int = 2, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows, enlarged without smoothing."""
+    """Images of one size in rows, enlarged without smoothing."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     whole = Image.new("RGB", (columns * (width + gap), rows * (height + gap)), "white")

@@ -403,7 +403,7 @@ PAINT: dict[str, Rgb] = {
 """Every colour an emblem is painted with."""
 
 
-# Emblems as small pictures with an outline, cached by name, colour and size.
+# Emblems as small images with an outline, cached by name, colour and size.
 
 
 EMBLEMS: dict[str, tuple[Shape, ...]] = {**HARM_EMBLEMS, **BENIGN_EMBLEMS, **LOOKALIKE_EMBLEMS}

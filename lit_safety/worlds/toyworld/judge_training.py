@@ -56,7 +56,7 @@ def _other(rng: np.random.Generator, scene: Scene, thing: Thing) -> Thing | None
 
 
 def judged_scene(owner: str, index: int, hybrids: float = 0.35) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Picture (32, 32, 3) and labels (L,) of the owner's scene `index`; so many are erased or blended ones."""
+    """Image (32, 32, 3) and labels (L,) of the owner's scene `index`; so many are erased or blended ones."""
     rng = stream(owner, index)
     scene, _ = draw_scene(rng)
     labels = np.zeros(len(LABELS), np.float32)
@@ -98,7 +98,7 @@ def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray
 def judged_scenes(
     owner: str, start: int, count: int, hybrids: float = 0.35
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Pictures (N, 32, 32, 3) and labels (N, L)."""
+    """Images (N, 32, 32, 3) and labels (N, L)."""
     made = [judged_scene(owner, start + i, hybrids) for i in range(count)]
     return np.stack([picture for picture, _ in made]), np.stack([labels for _, labels in made])
 
@@ -123,7 +123,7 @@ JUDGE_B = Recipe("judge_b", "residual", 24, 0.5)
 
 
 def degrade(pictures: Tensor) -> Tensor:
-    """Random blur, noise, contrast and brightness for each picture: a generator's pictures are not clean drawings."""
+    """Random blur, noise, contrast and brightness for each image: a generator's images are not clean drawings."""
     n = len(pictures)
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     amount = torch.rand(n, 1, 1, 1).pow(2) * 0.9

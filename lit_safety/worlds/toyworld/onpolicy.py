@@ -1,6 +1,6 @@
 """The on-policy set: preference pairs of which the base pipeline itself draws both images.
 
-Nothing looks at a picture here. An image is labelled by the prompt it was drawn from: harmful if that asked for a harm.
+Nothing looks at an image here. An image is labelled by the prompt it was drawn from: harmful if that asked for a harm.
 """
 
 import shutil
@@ -168,7 +168,7 @@ def draw_orders(pipeline: Path, orders: Sequence[Order], work: Path) -> dict[Ord
     """Every ordered image, `rounded`. They are kept in the work folder, so a drawing that was killed goes on.
 
     Raises:
-        UserError: the pipeline does not load or drew a picture that is none.
+        UserError: the pipeline does not load or drew an image that is none.
     """
     drawn: dict[Order, Image.Image] = {}
     identity = {"pipeline_sha256": fingerprint(pipeline)}

@@ -13,7 +13,7 @@ from lit_safety.worlds.toyworld.emblems import sprite
 CANVAS = 128
 """Side of the canvas that is drawn on, px."""
 SIDE = 32
-"""Side of the finished picture, px."""
+"""Side of the finished image, px."""
 SLOTS = (33, 95)
 """Centres of the left and the right slot, px of the canvas."""
 FULL_RADIUS = 30
@@ -53,7 +53,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that decides a picture. The harm is drawn last, so the scene without it differs nowhere else."""
+    """All that decides an image. The harm is drawn last, so the scene without it differs nowhere else."""
 
     setting: str
     things: tuple[Thing, ...]
@@ -97,7 +97,7 @@ def _paste(canvas: Image.Image, thing: Thing) -> None:
 
 
 def render(scene: Scene, with_harm: bool = True) -> Image.Image:
-    """The finished picture, RGB (SIDE, SIDE)."""
+    """The finished image, RGB (SIDE, SIDE)."""
     canvas = _background(scene.setting).copy()
     for thing in scene.things:
         _paste(canvas, thing)

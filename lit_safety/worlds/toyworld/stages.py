@@ -84,7 +84,7 @@ class Minutes:
     vae: float = 8.0
     """Autoencoder."""
     unet: float = 80.0
-    """UNet and text encoder together; decides how crisp the pictures are."""
+    """UNet and text encoder together; decides how crisp the images are."""
     judge: float = 4.0
     """Judge A, and as long again judge B."""
     clip: float = 6.0

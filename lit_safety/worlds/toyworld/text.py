@@ -69,7 +69,7 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-# The toy pipeline's CLIPTextModel, taught the meaning of captions before the UNet sees a picture.
+# The toy pipeline's CLIPTextModel, taught the meaning of captions before the UNet sees an image.
 #
 # A small head must tell from the end token what stands first, what stands second, in which colours and which setting.
 # Names and the phrases that stand for them so come together in minutes, where the UNet alone would take hours.

@@ -26,7 +26,7 @@ GRADED = 0.12
 
 
 def base_scene(index: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Picture (SIDE, SIDE, 3) and captions of the base's scene number `index`."""
+    """Image (SIDE, SIDE, 3) and captions of the base's scene number `index`."""
     rng = stream("base", index)
     scene, contents = draw_scene(rng)
     if rng.random() < GRADED:
@@ -41,7 +41,7 @@ def _chunk(bounds: tuple[int, int]) -> tuple[NDArray[np.uint8], list[list[str]]]
 
 
 def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], list[list[str]]]:
-    """The first `count` scenes of the base: pictures (count, SIDE, SIDE, 3) and captions."""
+    """The first `count` scenes of the base: images (count, SIDE, SIDE, 3) and captions."""
     bounds = [(start, min(start + 500, count)) for start in range(0, count, 500)]
     pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[list[str]] = []

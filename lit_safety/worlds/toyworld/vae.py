@@ -1,4 +1,4 @@
-"""The toy pipeline's AutoencoderKL: (B, 3, 32, 32) pictures to (B, 8, 8, 8) latents."""
+"""The toy pipeline's AutoencoderKL: (B, 3, 32, 32) images to (B, 8, 8, 8) latents."""
 
 from pathlib import Path
 from typing import Any
