@@ -26,7 +26,7 @@ OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
     "attack": "attack models in several ways, and plot how often that works against what it costs",
     "compare": "print several metrics.json in one table",
-    "cost-model": "how right a cost model is, on labelled shards and on drawn pictures",
+    "cost-model": "how right a cost model is, on labelled shards and on drawn images",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",

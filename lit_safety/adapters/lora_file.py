@@ -48,7 +48,7 @@ REFUSED_SETTINGS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA: it also cuts the base model's own weights",
-    "monteclora_config": "MonteCLoRA: its update is drawn anew at every pass",
+    "monteclora_config": "MonteCLoRA: its update is drawn again at every pass",
     "arrow_config": "Arrow: it chooses among adapters for every token",
     "alora_invocation_tokens": "aLoRA: it is on for a part of the tokens only",
     "target_parameters": "a LoRA on bare parameters (target_parameters)",

@@ -185,7 +185,7 @@ class UserAttention(nn.Module):
             )
         if users.shape[:2] != (query.shape[0], self.tokens):
             raise UserError(
-                f"user tokens of shape {tuple(users.shape)} for {query.shape[0]} rows of pictures and an adapter of "
+                f"user tokens of shape {tuple(users.shape)} for {query.shape[0]} rows of images and an adapter of "
                 f"{self.tokens} tokens: give one set of tokens a row"
             )
         users = users.to(self.to_v_user.weight.dtype)

@@ -24,7 +24,7 @@ class FineTune(Attack):
         rank: rank of the LoRA, on the attention projections.
     """
 
-    budget: ClassVar[str] = "optimizer steps of a LoRA on harmful pictures"
+    budget: ClassVar[str] = "optimizer steps of a LoRA on harmful images"
     knows = "white box: trains the weights"
 
     def __init__(

@@ -159,7 +159,7 @@ def _on_drawn(
         costs.append(scorer.costs(pictures).cpu())
     harmful = torch.tensor([float(label) for _, label in judged])
     if not judged or harmful.min() == harmful.max():
-        raise UserError(f"--judge {judge}: finds all pictures harmful or none; draw prompts of both kinds")
+        raise UserError(f"--judge {judge}: finds all images harmful or none; draw prompts of both kinds")
     every = torch.cat(costs)
     _refuse_infinite(every)
     figures = {name: float(value) for name, value in image_figures(every, harmful).items()}

@@ -20,9 +20,9 @@ Z = 1.959963984540054
 """97.5% point of the normal distribution."""
 
 DEFINITIONS: dict[str, str] = {
-    "intervals": "of shares: Wilson's score interval, 95%; a picture without a verdict counts as safe for the lower "
+    "intervals": "of shares: Wilson's score interval, 95%; an image without a verdict counts as safe for the lower "
     "and as harmful for the upper end",
-    "bootstrap": "of shares: 95% percentile interval of the bootstrap over pictures, in the limit of all resamples",
+    "bootstrap": "of shares: 95% percentile interval of the bootstrap over images, in the limit of all resamples",
     "differences": "paired over prompts and seeds, after minus before; Bonett-Price interval, 95%",
     "quality": "FID: jackknife over 20 groups of prompts, 95%; CLIPScore and preference: mean -+ 1.96 standard errors",
 }

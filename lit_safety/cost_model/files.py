@@ -28,7 +28,7 @@ def cost_model_card(config: dict[str, Any]) -> str:
     measured = f"| figure | value |\n|---|---|\n{metrics}" if metrics else "No validation was run: not calibrated."
     if reason is None:
         meaning = "above 0 harmful, below 0 safe, and sigmoid(C) the probability that it is harmful."
-        about = "The calibration was fitted on these very pictures; `test` measures on others."
+        about = "The calibration was fitted on these very images; `test` measures on others."
         if (fitted := config.get("calibration")) is not None:
             about = f"It was calibrated on {fitted['images']} labelled images, {fitted['harmful']} of them harmful: " \
                     "these very ones; `test` measures on others."  # fmt: skip

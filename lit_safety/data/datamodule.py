@@ -52,7 +52,7 @@ def check_settings(data: Any) -> None:
     if data.aspect_buckets:
         if data.resolution is None:
             raise UserError(
-                f"{KEY}.aspect_buckets: true cuts pictures to about resolution^2 pixels: set {KEY}.resolution"
+                f"{KEY}.aspect_buckets: true cuts images to about resolution^2 pixels: set {KEY}.resolution"
             )
         if data.one_category or data.weights is not None:
             other = "one_category" if data.one_category else "weights"
@@ -138,7 +138,7 @@ class GivenShards(LightningDataModule):
             cached = cached_source(source, self.use_reference) if self.use_cache else None
             if cached is not None and self.aspect_buckets:
                 raise UserError(
-                    f"{source.key}: is a cache, which holds pictures of one size, and {KEY}.aspect_buckets is on: name "
+                    f"{source.key}: is a cache, which holds images of one size, and {KEY}.aspect_buckets is on: name "
                     f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
                 )
             if cached is not None:
@@ -151,7 +151,7 @@ class GivenShards(LightningDataModule):
             if one.cache and one.cache.get("images") is not True:
                 raise UserError(
                     f"{source.key}: {KEY}.use_cache is false, but {one.given} holds latents and no images; name the "
-                    "shards it was made from, or make it anew with `shards precompute --keep_images true`"
+                    "shards it was made from, or make it again with `shards precompute --keep_images true`"
                 )
 
     def caches(self, stage: str | None = "fit") -> list[CachedSource]:

@@ -64,7 +64,7 @@ def _steps(folder: str, hashes: bool) -> Iterator[str | None]:
         return
     manifest = load_manifest(folder)
     if not manifest.shardlist:
-        yield f"{os.path.join(folder, FILE_NAME)}: lists no shards; write the shards anew"
+        yield f"{os.path.join(folder, FILE_NAME)}: lists no shards; write the shards again"
     users = None
     if (Path(folder) / USERS_FILE).exists():
         try:

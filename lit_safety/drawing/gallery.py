@@ -165,7 +165,7 @@ class Gallery:
 
     def all(self) -> list[Drawn]:
         """Every row's image or error, in order."""
-        return [self.drawn(row) or Drawn(self._path(row), "the picture is missing") for row in range(len(self.prompts))]
+        return [self.drawn(row) or Drawn(self._path(row), "the image is missing") for row in range(len(self.prompts))]
 
     def _path(self, row: int) -> Path:
         return self.folder / f"{row:05d}.png"
@@ -265,6 +265,6 @@ def _write(path: Path, content: bytes) -> None:
         with suppress(OSError):  # the error that led here is the one to report
             partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the pictures drawn so far stay, make room and run the "
+            f"{path}: cannot be written ({error.strerror}); the images drawn so far stay, make room and run the "
             "same command again to go on"
         ) from error

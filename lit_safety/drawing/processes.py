@@ -94,7 +94,7 @@ def _listen(readers: dict[Any, Any], tick: Callable[[int], None]) -> None:
                 if process.exitcode:
                     raise UserError(
                         f"the drawing process {process.name.split()[-1]} ended with status {process.exitcode} (killed, "
-                        "or out of memory?); the pictures drawn so far stay, run the same command again to go on"
+                        "or out of memory?); the images drawn so far stay, run the same command again to go on"
                     ) from None
                 continue
             if isinstance(said, str):

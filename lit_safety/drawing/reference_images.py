@@ -49,7 +49,7 @@ class Reference:
             self._hash.update(content)
             yield name, decode_image(content, name)
         if self.count < 2:
-            what = "chosen images of clean pairs" if shards else "png, jpg or webp pictures"
+            what = "chosen images of clean pairs" if shards else "png, jpg or webp images"
             raise UserError(f"{self.option} {self.given}: holds {self.count} {what}; many are needed")
 
     def _from_files(self, folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -43,7 +43,7 @@ def read_metrics(report: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is no JSON ({error})") from error
     if not isinstance(metrics, dict) or metrics.get("format") != 1:
-        raise UserError(f"{file}: is no metrics.json of format 1; write it anew with `evaluate`")
+        raise UserError(f"{file}: is no metrics.json of format 1; write it again with `evaluate`")
     arms = metrics.get("arms")
     needed = {"protocol", "settings", "counts", "intervals"}
     if not isinstance(arms, dict) or not all(isinstance(arm, dict) and needed <= arm.keys() for arm in arms.values()):
@@ -107,7 +107,7 @@ def _check_share(share: Any, counts: Any, interval: Any, where: str, key: str) -
         raise UserError(f"{where}.{key}: must be a share from 0 to 1 or null, not {_brief(share)}")
     if (share is None) != (right is None) or (right is not None and abs(share - right) > 1e-6):
         raise UserError(f"{where}.{key}: is {_brief(share)}, and its own counts say {counts['hits']} of {counts['n']}; "
-                        "write the report anew with `evaluate`")  # fmt: skip
+                        "write the report again with `evaluate`")  # fmt: skip
     ends = interval if isinstance(interval, list) else []
     if len(ends) != 2 or not all(_is_number(end, 0, 1) for end in ends) or ends[0] > ends[1]:
         raise UserError(f"{where}.intervals.{key}: must be two shares, the lower first, not {_brief(interval)}")

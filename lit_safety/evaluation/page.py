@@ -290,7 +290,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         "<h2>Before and after</h2><p class=soft>One prompt of each kind, chosen by the base alone: the first on which "
         "it drew what was asked. Each card is one prompt, drawn from one seed by every arm. What the judge calls "
         "harmful is blurred: click it, or press space on it, to see it.</p>",
-        "<p><label><input type=checkbox id=all> show all harmful pictures</label></p>",
+        "<p><label><input type=checkbox id=all> show all harmful images</label></p>",
         _cards(results, harmful_rows(results)),
         "<h3>Harmless prompts</h3>",
         _cards(results, benign_rows(results)),
@@ -298,12 +298,12 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         pareto_html(metrics),
         attacks_html(attacks, list(results.arms)),
         _protocol(attacks),
-        "<h2>Figures</h2><p class=soft>Share of pictures, with its 95% interval (whisker; Wilson, and the "
+        "<h2>Figures</h2><p class=soft>Share of images, with its 95% interval (whisker; Wilson, and the "
         "bootstrap's in metrics.json). Differences are paired: same prompts, same seeds (Bonett-Price).</p>",
         f"<p>{escape(over[0].upper() + over[1:])}.</p>" if (over := judged_over(metrics)) else "",
         _figures(metrics),
         quality_html(metrics),
-        "<h2>More pictures</h2><p class=soft>At even distances through the prompt set, not chosen.</p>",
+        "<h2>More images</h2><p class=soft>At even distances through the prompt set, not chosen.</p>",
         _pictures(results, {*harmful_rows(results), *benign_rows(results)}),
         "<h2>Settings</h2>",
         _settings(metrics),
@@ -330,7 +330,7 @@ def _head(results: Results, metrics: Mapping[str, Any]) -> str:
     return (
         f"<header><p class=soft>lit_safety evaluate</p><h1>How safe is {escape(str(metrics['settings']['pipeline']))}"
         f"?</h1><p class=lead>{escape(', '.join(results.arms))} drew the same {len(results.prompts)} prompts "
-        f"from the same seeds; {escape(results.judges[0].name)} judged the pictures.{versus}</p></header>"
+        f"from the same seeds; {escape(results.judges[0].name)} judged the images.{versus}</p></header>"
         f"<div class=tiles>{''.join(tiles)}</div>"
     )
 
@@ -350,7 +350,7 @@ def _errors(metrics: Mapping[str, Any]) -> str:
         for name, arm in failed.items()
     )
     return (
-        f"<div class=alarm role=alert><b>Pictures without a verdict</b><ul>{items}</ul>They count neither as safe nor "
+        f"<div class=alarm role=alert><b>Images without a verdict</b><ul>{items}</ul>They count neither as safe nor "
         "as harmful; the intervals cover both.</div>"
     )
 
@@ -398,7 +398,7 @@ def _bars(metrics: Mapping[str, Any], name: str, part: str) -> str:
     if n == "-":
         n = "no"
     label = f"{escape(part.replace('_', ' '))}, " if part not in ("", "all") else ""
-    return f"<table><caption>{label}{n} pictures an arm</caption>{''.join(rows)}</table>"
+    return f"<table><caption>{label}{n} images an arm</caption>{''.join(rows)}</table>"
 
 
 def _shift(name: str, shift: Mapping[str, Any] | None) -> str:
@@ -444,8 +444,8 @@ def _picture(name: str, arm: ArmResult, row: int, prompt: str) -> str:
     source, small = _data_uri(arm, row)
     label = escape(name)
     if not source:
-        reason = escape(verdict.reason if isinstance(verdict, JudgeError) else "no picture")
-        return f"<figure><div class=none>{reason}</div><figcaption><b>{label}</b>: no picture</figcaption></figure>"
+        reason = escape(verdict.reason if isinstance(verdict, JudgeError) else "no image")
+        return f"<figure><div class=none>{reason}</div><figcaption><b>{label}</b>: no image</figcaption></figure>"
     says, bad = _says(verdict)
     alt = escape(f"{name}, drawn for: {prompt}. {says}", quote=True)
     image = f'<img{" class=small" if small else ""} src="{source}" alt="{alt}" loading=lazy>'

@@ -79,7 +79,7 @@ class Quality:
             raise UserError("--reference: is what FID compares with; give --fid judge or --fid inception too")
         if len(self.clean) < 2 and (fid_features or clip or scorers):
             raise UserError(
-                "--fid, --clip and --preference look at pictures of clean prompts, and fewer than 2 are drawn; raise "
+                "--fid, --clip and --preference look at images of clean prompts, and fewer than 2 are drawn; raise "
                 "--clean"
             )
         names = [scorer.name for scorer in self.scorers]
@@ -130,7 +130,7 @@ class Quality:
         for own, scorer in zip(liked, self.scorers, strict=True):
             if rows and own.count(None) == len(own):
                 raise UserError(
-                    f"--preference: {scorer.name} failed on every picture: {self._reason}; the pictures stay, leave it "
+                    f"--preference: {scorer.name} failed on every image: {self._reason}; the images stay, leave it "
                     "out to get the report"
                 )
         return Measured(rows, torch.cat(features) if features else None, scores, liked)
@@ -142,7 +142,7 @@ class Quality:
         try:
             found = scorer.score(list(pictures.values()), [self.prompts[row] for row in pictures])
             if len(found) != len(pictures):
-                raise ValueError(f"{len(found)} scores of {len(pictures)} pictures")
+                raise ValueError(f"{len(found)} scores of {len(pictures)} images")
         except Exception as error:  # a scorer is somebody else's code: its failure on these images
             if len(pictures) > 1:
                 return {row: one for part in pictures.items() for row, one in self._score(scorer, dict([part])).items()}

@@ -55,7 +55,7 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
         for name, content in files.items():
             write_atomic(results.out / name, content)
     except UserError as error:
-        raise UserError(f"{error}; the pictures stay, make room and run the same command again") from error
+        raise UserError(f"{error}; the images stay, make room and run the same command again") from error
     return metrics
 
 

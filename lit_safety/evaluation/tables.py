@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 QUALITY: dict[str, Figure] = {
     "fid_base": Figure(
         "FID to the base",
-        "distance between the features of the arm's and of the base's pictures of clean prompts, same seeds",
+        "distance between the features of the arm's and of the base's images of clean prompts, same seeds",
         "lower",
     ),
     "fid_reference": Figure(
-        "FID to the reference", "distance between the features of pictures of clean prompts and of --reference", "lower"
+        "FID to the reference", "distance between the features of images of clean prompts and of --reference", "lower"
     ),
     "clip_score": Figure(
-        "CLIPScore", "100 x cosine between the CLIP vectors of a picture and its clean prompt, on average", "higher"
+        "CLIPScore", "100 x cosine between the CLIP vectors of an image and its clean prompt, on average", "higher"
     ),
 }
 """What `quality.Quality` measures; FIDs of unequal n, or of other features, must not be compared."""
@@ -87,7 +87,7 @@ def quality_html(metrics: Mapping[str, Any]) -> str:
         html.append(
             f"<section class=figure><h3>{escape(shown.title)}</h3><p>{escape(shown.meaning[0].upper())}"
             f"{escape(shown.meaning[1:])}. {shown.better.capitalize()} is better.</p><table><caption>"
-            f"{quality_n(arms.values(), figure)} pictures an arm</caption>{''.join(lines)}</table></section>"
+            f"{quality_n(arms.values(), figure)} images an arm</caption>{''.join(lines)}</table></section>"
         )
     note = "<p class=soft>FID is biased upwards in small sets: compare it at equal n only.</p>"
     return f"<h2>Quality</h2>{note}{''.join(html)}" if html else ""
@@ -142,7 +142,7 @@ def report_table(metrics: Mapping[str, Any]) -> str:
     quality = quality_rows(metrics)
     below = f"\n\n{align(quality)}" if quality else ""
     over = "".join(f"\n{line}" for line in [judged_over(metrics)] if line)
-    return f"{align(rows)}{below}\n\n{n} pictures an arm; {IN_WORDS}, in points{over}"
+    return f"{align(rows)}{below}\n\n{n} images an arm; {IN_WORDS}, in points{over}"
 
 
 def judged_over(metrics: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[st
     if name == "judge":
         network = getattr(judge, "features", None)
         if not isinstance(network, nn.Module):
-            raise UserError(f"--fid judge: the judge {judge.name} gives no features of pictures; use --fid inception")
+            raise UserError(f"--fid judge: the judge {judge.name} gives no features of images; use --fid inception")
         about = {"features": judge.name, "features_sha256": judge.settings.get("sha256")}
         return network.eval(), {**about, "dimension": network.num_features}
     from torchmetrics.image.fid import FrechetInceptionDistance

@@ -66,7 +66,7 @@ def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | 
     try:
         answers = judge.judge(images)
         if len(answers) != len(images):
-            raise ValueError(f"{len(answers)} answers to {len(images)} pictures")
+            raise ValueError(f"{len(answers)} answers to {len(images)} images")
     except Exception as error:  # a judge is somebody else's code: whatever it raises is its failure on these images
         if len(images) == 1:
             return [JudgeError(f"{type(error).__name__}: {error}")]

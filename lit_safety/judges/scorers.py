@@ -105,7 +105,7 @@ class AestheticScore:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = layers
         self.name = "aesthetic score"
         self.settings: dict[str, Any] = {
-            "name": self.name, "rule": "linear layers on the picture's unit vector",
+            "name": self.name, "rule": "linear layers on the image's unit vector",
             "weights_sha256": fingerprint(weights), **self.clip.settings,
         }  # fmt: skip
 

@@ -78,7 +78,7 @@ class VisionChat:
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
         """The text that the model answers to texts and images in this order; may be called by several threads."""
         if self._failures >= self.give_up_after:
-            return JudgeError(f"not asked: {self._failures} pictures before this one got no answer from the endpoint")
+            return JudgeError(f"not asked: {self._failures} images before this one got no answer from the endpoint")
         content = [self._part(part) for part in question]
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         try:

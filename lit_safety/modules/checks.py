@@ -56,7 +56,7 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
             if own.get(name) != (made := reference.weights.get(name)):
                 raise UserError(
                     f"{one.key}: the reference cache was made by {one.cache.model} ({name} {_short(made)}), but this "
-                    f"run's model is {pretrained} ({name} {_short(own.get(name))}); make it anew with `shards "
+                    f"run's model is {pretrained} ({name} {_short(own.get(name))}); make it again with `shards "
                     f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
                 )
         kind = type(objective).__name__
@@ -64,13 +64,13 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
             what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
             raise UserError(
                 f"{one.key}: {kind} needs the reference's predictions for {what}, and the reference cache holds its "
-                "errors alone: make it anew with `shards precompute --reference_predictions true`, set "
+                "errors alone: make it again with `shards precompute --reference_predictions true`, set "
                 "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
             )
         if drops and stage == "fit" and not reference.empty:
             raise UserError(
                 f"{one.key}: prompts are dropped in training, and the reference cache holds no errors without the "
-                "prompt: make it anew with `shards precompute --reference_dropout true`, or set every dropout of a "
+                "prompt: make it again with `shards precompute --reference_dropout true`, or set every dropout of a "
                 "prompt to 0"
             )
         datamodule.reference_predictions = objective.needs_drift

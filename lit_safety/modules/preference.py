@@ -370,7 +370,7 @@ def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
         if abs(one - other) > 1e-6 * max(1.0, abs(other)):
             raise UserError(
                 f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
-                f"at {one:g}: make the cache anew with this version, or set `data.init_args.use_reference` to false"
+                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
             )
 
 

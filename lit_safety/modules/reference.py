@@ -38,7 +38,7 @@ def cached_pass(batch: PairBatch, dropped: Sequence[bool]) -> ReferencePass:
     if errors.shape[2] < 2:
         raise UserError(
             f"sample {batch.keys[list(dropped).index(True)]}: its prompt is dropped, and the reference cache holds "
-            "no errors without the prompt: make it anew with `shards precompute --reference_dropout true`, or set "
+            "no errors without the prompt: make it again with `shards precompute --reference_dropout true`, or set "
             "every dropout of a prompt to 0"
         )
     without = torch.tensor(dropped).to(errors.device, non_blocking=True)

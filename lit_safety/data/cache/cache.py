@@ -105,7 +105,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
     if data.get("version") != VERSION:
         raise UserError(
             f"{where}: is of version {data.get('version')!r}, this program reads version {VERSION}: others do not say "
-            f"enough of the model that made them; make it anew: `{remake(data)}`"
+            f"enough of the model that made them; make it again: `{remake(data)}`"
         )
     if data.get("dtype") not in TYPES:
         raise UserError(f"{where}: 'dtype' must be {' or '.join(TYPES)}, not {data.get('dtype')!r}")
@@ -117,7 +117,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
     prompts = data.get("prompts")
     if not texts("weights"):
         raise UserError(f"{where}: 'weights' names no encoder, so it cannot be told which model made the cache; make "
-                        "it anew with `shards precompute`")  # fmt: skip
+                        "it again with `shards precompute`")  # fmt: skip
     return Cache(
         model=str(data.get("model")),
         weights=texts("weights"),
@@ -182,12 +182,12 @@ def check_resolution(cache: Cache, resolution: int | None, flip: bool, where: st
     if resolution is not None and cache.size != (resolution, resolution):
         raise UserError(
             f"{where}: the cache was made at {pixels(cache.size)} by {cache.model}, but {key}.resolution is "
-            f"{resolution}; make it anew with `shards precompute --resolution {resolution}`, or set "
+            f"{resolution}; make it again with `shards precompute --resolution {resolution}`, or set "
             f"{key}.use_cache to false if the images are there"
         )
     if flip and not cache.flip:
         raise UserError(
-            f"{where}: {key}.flip is on, but the cache holds no mirrored latents; make it anew with "
+            f"{where}: {key}.flip is on, but the cache holds no mirrored latents; make it again with "
             "`shards precompute --flip true`, or switch flip off"
         )
 
@@ -208,13 +208,13 @@ def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str
         if name in weights and weights[name] != made:
             raise UserError(
                 f"{where}: the cache was made by {cache.model} ({name} {made[:8]}), but this run's model is {model} "
-                f"({name} {weights[name][:8]}); make it anew with `shards precompute --model {model}`, or name that "
+                f"({name} {weights[name][:8]}); make it again with `shards precompute --model {model}`, or name that "
                 "model"
             )
     if more := [name for name in weights if name not in cache.weights]:
         raise UserError(
             f"{where}: the cache was made by {cache.model} and holds nothing of the {more[0]} of this run's model "
-            f"{model}; make it anew with `shards precompute --model {model}`, or name that model"
+            f"{model}; make it again with `shards precompute --model {model}`, or name that model"
         )
     return [name for name in cache.weights if name not in weights]
 

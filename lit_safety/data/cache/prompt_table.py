@@ -58,7 +58,7 @@ class PromptTable:
             slices = {name: self._file.get_slice(name) for name in self.names}
             kinds = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: is no readable cache of prompts ({error}); make the cache anew") from error
+            raise UserError(f"{self.path}: is no readable cache of prompts ({error}); make the cache again") from error
         rows = len(hashes) if hashes.ndim else 0
         wrong = [n for n, (kind, shape) in kinds.items() if kind not in _TYPES or len(shape) < 2 or shape[0] != rows]
         if hashes.dtype is not torch.uint8 or tuple(hashes.shape) != (rows, HASH_BYTES) or wrong or not self.names:
@@ -93,7 +93,7 @@ class PromptTable:
         found = {name: one[row].float() for name, one in self._slices.items()}
         for name, tensor in found.items():
             if not torch.isfinite(tensor).all():
-                raise UserError(f"{self.path}: {name} of the prompt {prompt!r} is not finite; make the cache anew")
+                raise UserError(f"{self.path}: {name} of the prompt {prompt!r} is not finite; make the cache again")
         return found
 
     def empty(self) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class PromptTable:
         if self._empty is None:
             found = self.get("")
             if found is None:
-                raise UserError(f"{self.path}: lacks the empty prompt; make the cache anew with `shards precompute`")
+                raise UserError(f"{self.path}: lacks the empty prompt; make the cache again with `shards precompute`")
             self._empty = {name: row[None] for name, row in found.items()}
         return self._empty
 
@@ -136,7 +136,7 @@ class PromptTables:
                 if table.shapes != found[0].shapes:
                     raise UserError(
                         f"{table.path}: its rows are {table.shapes}, those of {found[0].path} {found[0].shapes}; make "
-                        "one of the caches anew"
+                        "one of the caches again"
                     )
             self._tables = found
         return self._tables
@@ -152,7 +152,7 @@ class PromptTables:
             if found is not None:
                 return found
         raise UserError(
-            f"{where}: its prompt {prompt!r} is missing in {' and '.join(self.paths)}; make the cache anew with "
+            f"{where}: its prompt {prompt!r} is missing in {' and '.join(self.paths)}; make the cache again with "
             "`shards precompute`"
         )
 

@@ -76,7 +76,7 @@ def parse_reference(data: Any, where: str) -> ReferenceCache | None:
         raise UserError(f"{where}: 'draws' must be a whole number from 1 to {MAX_DRAWS}")
     weights = data.get("weights")
     if not isinstance(weights, dict) or not weights or not all(isinstance(one, str) for one in weights.values()):
-        raise UserError(f"{where}: 'weights' must name the denoiser's hash; make the cache anew")
+        raise UserError(f"{where}: 'weights' must name the denoiser's hash; make the cache again")
     if data.get("precision") not in PRECISIONS:
         raise UserError(f"{where}: 'precision' must be one of {', '.join(PRECISIONS)}, not {data.get('precision')!r}")
     return ReferenceCache(

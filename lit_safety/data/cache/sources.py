@@ -51,12 +51,12 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
         if (its.weights, its.size, its.latent) != (cache.weights, cache.size, cache.latent):
             raise UserError(
                 f"{source.key}: the cache {first.given} was made by {cache}, the cache {other.given} by {its}; "
-                "make one of them anew"
+                "make one of them again"
             )
         if reference and its.reference != cache.reference:
             raise UserError(
                 f"{source.key}: the reference caches of {first.given} and {other.given} differ (draws, denoiser, "
-                "precision, or only one has one); make one of them anew, or set data.init_args.use_reference to false"
+                "precision, or only one has one); make one of them again, or set data.init_args.use_reference to false"
             )
     for one, its in found:
         if not is_remote(one.prompts):  # what is wrong with it is better known before a model is loaded
@@ -85,7 +85,7 @@ def check_prompts(table: PromptTable, cache: Cache) -> None:
     if (stated is not None and stated != made_by(cache.weights)) or size not in (None, os.path.getsize(table.path)):
         raise UserError(
             f"{table.path}: is not the file the manifest was made with (another model or size); restore it or make the "
-            "cache anew with `shards precompute`"
+            "cache again with `shards precompute`"
         )
 
 

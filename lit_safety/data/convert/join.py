@@ -72,7 +72,7 @@ def join(folder: str, overwrite: bool = False) -> None:
 
     top = Path(folder)
     if (top / FILE_NAME).exists() and not overwrite:
-        raise UserError(f"{top}: holds a {FILE_NAME} already; give --overwrite true to write it anew")
+        raise UserError(f"{top}: holds a {FILE_NAME} already; give --overwrite true to write it again")
     names = sorted(path.parent.name for path in top.glob(f"*/{FILE_NAME}"))
     if not names:
         raise UserError(f"{top}: has no sub-folder with a {FILE_NAME}")

@@ -39,11 +39,11 @@ def chosen_sizes(source: Source, key: str) -> list[NDArray[np.int64]]:
     for path in source.paths:
         if is_remote(path):
             raise UserError(
-                f"{source.key}: {key} must know the sizes of all pictures first, and {path} is not on this machine; "
+                f"{source.key}: {key} must know the sizes of all images first, and {path} is not on this machine; "
                 "copy the shards here"
             )
     if source.manifest.nsamples > MANY:
-        rank_zero_info(f"{source.key}: reading the sizes of {source.manifest.nsamples} pictures")
+        rank_zero_info(f"{source.key}: reading the sizes of {source.manifest.nsamples} images")
     found = []
     for path, listed in zip(source.paths, source.manifest.shardlist, strict=True):
         stat = os.stat(path)

@@ -448,7 +448,7 @@ class Source:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
         if found != sha256:
             raise UserError(
-                f"{path}: is not what its manifest says (its SHA-256 differs); restore it or write the shards anew"
+                f"{path}: is not what its manifest says (its SHA-256 differs); restore it or write the shards again"
             )
 
     def check(self, number: int, sample: int, metadata: PairMetadata, where: str) -> None:
@@ -465,7 +465,7 @@ class Source:
         """
         manifest = self.manifest
         if said := manifest.difference(manifest.shardlist[number], sample, SampleClass.of(metadata)):
-            raise BadSample(f"{where}: {said}; restore shard and {FILE_NAME} together, or write the shards anew")
+            raise BadSample(f"{where}: {said}; restore shard and {FILE_NAME} together, or write the shards again")
 
 
 def open_source(given: str | Sequence[str], key: str) -> Source:
@@ -497,7 +497,7 @@ def _over_the_network(folder: str, key: str) -> Source:
         raise UserError(f"{key}: {error}; give a folder of shards with its {FILE_NAME}") from error
     manifest = load_manifest(copy.parent)
     if not manifest.shardlist:
-        raise UserError(f"{key}: {folder}/{FILE_NAME} lists no shards; write the shards anew or give another folder")
+        raise UserError(f"{key}: {folder}/{FILE_NAME} lists no shards; write the shards again or give another folder")
     paths = tuple(f"{folder}/{shard.url}" for shard in manifest.shardlist)
     return Source(key, folder, manifest, paths, (FolderCache(folder, manifest.cache),))
 
@@ -561,7 +561,7 @@ def _refuse_twice(paths: Sequence[str], given: str, key: str) -> None:
 def _with_manifest(folder: Path, key: str) -> Source:
     manifest = load_manifest(folder)
     if not manifest.shardlist:
-        raise UserError(f"{key}: {folder / FILE_NAME} lists no shards; write the shards anew or give another folder")
+        raise UserError(f"{key}: {folder / FILE_NAME} lists no shards; write the shards again or give another folder")
     paths = []
     for shard in manifest.shardlist:
         path = folder / shard.url
@@ -570,12 +570,12 @@ def _with_manifest(folder: Path, key: str) -> Source:
         except OSError as error:
             raise UserError(
                 f"{key}: the shard {path} is missing although {folder / FILE_NAME} lists it; restore "
-                "it or write the shards anew"
+                "it or write the shards again"
             ) from error
         if shard.bytes is not None and size != shard.bytes:
             raise UserError(
                 f"{key}: the shard {path} has {size} bytes but {folder / FILE_NAME} says {shard.bytes}; "
-                "copy it again or write the shards anew"
+                "copy it again or write the shards again"
             )
         paths.append(str(path))
     return Source(key, str(folder), manifest, tuple(paths), (FolderCache(str(folder), manifest.cache),))

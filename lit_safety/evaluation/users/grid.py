@@ -148,7 +148,7 @@ def user_grid(
         UserError: there is not one image for every prompt and user.
     """
     if not prompts or not users or [len(row) for row in rows] != [len(users)] * len(prompts):
-        raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many pictures")
+        raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many images")
     bold, small = ImageFont.load_default(17), ImageFont.load_default(15)
     above = [_wrap(user, bold, tile) for user in users]
     below = [_wrap((notes or {}).get(user, ""), small, tile) for user in users]

@@ -101,7 +101,7 @@ class UserVLM:
         """Which of two images serves each row's user better."""
 
         def one(row: UserRow, a: Image, b: Image) -> Choice | JudgeError:
-            return _read(self.chat.ask([self.question(row, 2), "Picture A:", a, "Picture B:", b]), read_choice)
+            return _read(self.chat.ask([self.question(row, 2), "Image A:", a, "Image B:", b]), read_choice)
 
         return self.chat.each(one, rows, first, second)
 

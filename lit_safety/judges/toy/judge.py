@@ -234,7 +234,7 @@ class ToyWorldJudge:
         images = [rgb(image) for image in images]
         fitting = [i for i, image in enumerate(images) if image.size == (self.side, self.side)]
         answers: list[Verdict | JudgeError] = [
-            JudgeError(f"the picture is {w} x {h}, this judge was trained on {self.side} x {self.side}")
+            JudgeError(f"the image is {w} x {h}, this judge was trained on {self.side} x {self.side}")
             for w, h in (image.size for image in images)
         ]
         if fitting:
