@@ -55,7 +55,7 @@ def reorder(errors: PairErrors, labels: PairLabels, swap: Tensor) -> tuple[PairE
 class ConstrainedDPO(DiffusionDPO):
     """Constrained DPO: Diffusion-DPO on pairs ordered by score - lambda * cost, with lambda as the dual variable.
 
-    Which image the shard calls chosen does not matter: the pair is ordered again at every step, by scores and costs that
+    Which image the shard calls chosen does not matter: the pair is ordered again at every step by scores and costs that
     must both be known. A tie says nothing, so its preference loss is 0. Everything logged and `sft_weight` are about
     the new order; only the anchor keeps to the shard's chosen image. Lambda moves when `update` is called and at no
     other time: at 0, pairs are ordered by quality alone and a harmful image may be the chosen one.
