@@ -87,9 +87,9 @@ def slug(heading: str) -> str:
 
 @cache
 def packages() -> dict[str, tuple[str, ...]]:
-    """Each package that exports names, and the names: `__all__` of its __init__.py."""
+    """Each package that exports names, and the names: `__all__` of its __init__.pyi."""
     found = {}
-    for file in sorted((ROOT / "lit_safety").glob("*/__init__.py")):
+    for file in sorted((ROOT / "lit_safety").glob("*/__init__.pyi")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and any(
                 isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
