@@ -19,10 +19,10 @@ from lit_safety.core.errors import UserError
 
 @dataclass
 class Degradation:
-    """How training images are worn; view 0 is always the image itself.
+    """How training images are degraded; view 0 is always the image itself.
 
     Args:
-        views: worn views of each image beside the image itself; 0: none.
+        views: degraded views of each image next to the image itself; 0: none.
         blur: largest factor by which a view is shrunk before it is enlarged again, at least 1.
         contrast: contrast lies within 1 - contrast and 1 + contrast.
         noise: largest standard deviation of added noise, where an image spans [-1, 1].

@@ -41,7 +41,7 @@ class CostModel(LightningModule):
         width: hidden units of the adapter.
         dropout: share of them left out in training, in [0, 1).
         loss: the loss on a batch of costs.
-        degradation: how training images are worn, so that costs hold for what a generator draws.
+        degradation: how training images are degraded, so that costs hold for what a generator draws.
         feature_cache: folder in which CLIP features are kept by what decides them, computed once before the first
             step; null: computed in every step.
         optimizer: made from the adapter's parameters.

@@ -90,7 +90,7 @@ def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path)
     model = CostModel(
         str(clip),
         width=WIDTH,
-        degradation=Degradation(views=1),  # with so many pairs, one worn view of each is enough
+        degradation=Degradation(views=1),  # with so many pairs, one degraded view of each is enough
         feature_cache=str(work / "features"),
         optimizer=lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05),
         lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS, pct_start=0.1),
