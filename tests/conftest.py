@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +13,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Plain modules that tests and the processes they start share (`class_path: strategies_cpu.DeepSpeedCPU`).
-HELPERS = str(Path(__file__).parent / "helpers")
-sys.path.insert(0, HELPERS)
-os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+# pytest looks for `tests.helpers` in the root (setup.cfg); so do the processes that tests start
+# (`class_path: tests.helpers.strategies_cpu.DeepSpeedCPU`).
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+pytest_plugins = ["tests.fixtures.evaluation", "tests.fixtures.shards"]
 
 WORDS = ["a", "red", "blue", "cat", "house", "gun", "and", "with"]
 
@@ -91,7 +92,7 @@ def wide_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random SDXL."""
-    from tiny_pipelines import save_sdxl
+    from tests.helpers.tiny_pipelines import save_sdxl
 
     return save_sdxl(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl")
 
@@ -99,7 +100,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random SD3 with all three text encoders."""
-    from tiny_pipelines import save_sd3
+    from tests.helpers.tiny_pipelines import save_sd3
 
     return save_sd3(tmp_path_factory.mktemp("pipelines") / "tiny-sd3")
 

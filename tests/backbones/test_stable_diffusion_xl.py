@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline
-from tiny_pipelines import save_sdxl
 
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.decode import crop_of
+from tests.helpers.tiny_pipelines import save_sdxl
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ def difference(one: Weights, other: Weights) -> float:
 
 
 def zero(stage: int) -> list[str]:
-    strategy = {"class_path": "strategies_cpu.DeepSpeedCPU", "init_args": {"stage": stage}}
+    strategy = {"class_path": "tests.helpers.strategies_cpu.DeepSpeedCPU", "init_args": {"stage": stage}}
     return ["--trainer.strategy", json.dumps(strategy)]
 
 
@@ -207,7 +207,7 @@ def test_phases_on_two_ranks_of_deepspeed_and_their_resume(command_line: Argumen
     assert (latest / "adapter" / "report.json").is_file()
     stop = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     stop += ["--trainer.callbacks.every_n_train_steps", "6", "--trainer.callbacks.save_last", "true"]
-    stop += ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "6"]
+    stop += ["--trainer.callbacks+=tests.helpers.stop_at.StopAt", "--trainer.callbacks.step", "6"]
     done = run_apart(command_line("fit", *two, *stop))
     assert done.returncode == 0, done.stderr
     done = run_apart(command_line("fit", *two, "--ckpt_path", "last"))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pair_shards import write_shards
 from PIL import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.inspect import CAPTION, CELL, inspect
+from tests.helpers.pair_shards import write_shards
 
 
 def test_it_says_what_the_shards_hold(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

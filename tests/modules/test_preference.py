@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, DiffusionSDPO, SafetyConstrainedDPO
+from tests.helpers.batches import batch_of
 
 
 def module_of(folder: Path, objective=None, **settings) -> PreferenceModule:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from methods import METHODS, exported, under, write_config
-from ranks import run, start
 
 from lit_safety.adapters.start_from import read_file
 from lit_safety.core.errors import UserError
 from lit_safety.modules.strategies import check_resume, lost_rank
+from tests.helpers.methods import METHODS, exported, under, write_config
+from tests.helpers.ranks import run, start
 
 #: A step that moves nothing.
 STILL = [
