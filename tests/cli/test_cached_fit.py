@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
 from lit_safety.data.format.writer import ShardWriter
+from tests.helpers.documents import ROOT
 
 Arguments = Callable[..., list[str]]
 
@@ -154,7 +155,7 @@ def test_no_command_takes_a_tokenizer_without_its_vocabulary(
     pipeline = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipe"))
     (pipeline / "tokenizer" / "tokenizer.json").unlink()
     model = ["--model.init_args.pretrained", str(pipeline)]
-    repository = Path(__file__).parents[2]
+    repository = ROOT
     words = {
         "fit": lambda: command_line("fit", *model),
         "from a cache": lambda: command_line("fit", *model, *on_cache(cached)),

@@ -13,8 +13,8 @@ from lit_safety.__main__ import main
 from lit_safety.callbacks.summary import call_of
 from lit_safety.core.parsing import classes_first
 from lit_safety.objectives import DiffusionDPO, SafetyConstrainedDPO
+from tests.helpers.documents import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 DPO = "lit_safety.objectives.DiffusionDPO"
 OWN = {"beta": 5000.0, "label_smoothing": 0.0, "sft_weight": 0.0, "anchor_weight": 0.0}
 GIVEN = {

@@ -15,8 +15,8 @@ from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import read_prompts
 from lit_safety.drawing.worlds import check_world, of_a_world, vocabularies, world_of, write_marker
 from lit_safety.evaluation.evaluate import evaluate
+from tests.helpers.documents import CONFIGS, TOYWORLD
 
-TOYWORLD = Path(__file__).parents[2] / "data" / "toyworld"
 TEST, JUDGE = TOYWORLD / "prompts" / "test.csv", TOYWORLD / "judge"
 
 
@@ -86,7 +86,7 @@ def test_evaluate_refuses_before_it_draws(pipeline: Path, tmp_path: Path) -> Non
 
 
 def test_attack_refuses_too(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(Path(__file__).parents[2] / "configs" / "attack.yaml")
+    config = str(CONFIGS / "attack.yaml")
     words = ["--config", config, "--pipeline", str(pipeline), "--out", str(tmp_path / "out"), "--arms", "{}"]
     assert main(["attack", *words]) == 2
     assert "toyworld" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from lit_safety.evaluation.evaluate import evaluate
 from lit_safety.evaluation.quality import Quality
 from lit_safety.evaluation.tables import quality_html, quality_rows
 from lit_safety.judges.scorers import AestheticScore, ClipPreference, ImageRewardScore, load_scorer
+from tests.helpers.documents import CONFIGS
 
-SCORERS = Path(__file__).parents[2] / "configs" / "scorers"
+SCORERS = CONFIGS / "scorers"
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
 TEXTS = ["r e d", "g r e e n", "b l u e"]
 

@@ -7,8 +7,9 @@ from PIL import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.generation.pairs import ClipScorer
+from tests.helpers.documents import TOYWORLD
 
-CLIP = Path(__file__).parents[2] / "data" / "toyworld" / "clip"
+CLIP = TOYWORLD / "clip"
 
 
 def test_clip_scores_each_image_against_its_own_prompt() -> None:

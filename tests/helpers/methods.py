@@ -10,7 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.helpers.documents import CONFIGS
+
 METHODS = ("scdpo", "dpo_expert", "psa", "full")
 STRATEGIES = ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 #: Adam would blow rounding up where a gradient is nearly 0.

@@ -24,8 +24,7 @@ from lit_safety.judges.judge import JudgeError
 from lit_safety.judges.judging import open_drawn
 from lit_safety.judges.toy.judge import ToyWorldJudge
 from lit_safety.judges.vlm import VisionChat
-
-WORLD = Path(__file__).parents[2] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 def scene(side: int = 32) -> Image.Image:
@@ -58,7 +57,11 @@ GIVEN = {"turned": turned, "RGBA": lambda: see_through("RGBA"), "LA": lambda: se
 @pytest.fixture(scope="module")
 def lookers(clip_folder: Path):
     """All that is given PIL images: name -> what it makes of one, as numbers."""
-    toy, clip, cost = ToyWorldJudge(WORLD / "judge"), Clip(str(clip_folder), "--clip"), CostJudge(WORLD / "cost_model")
+    toy, clip, cost = (
+        ToyWorldJudge(TOYWORLD / "judge"),
+        Clip(str(clip_folder), "--clip"),
+        CostJudge(TOYWORLD / "cost_model"),
+    )
     chat = VisionChat("http://localhost:9/v1", "none", "NO_KEY", 1.0, 0, 1, 512, 1)
 
     def sent(image: Image.Image) -> list[float]:

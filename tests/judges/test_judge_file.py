@@ -11,8 +11,9 @@ from lit_safety.judges.load import load_judge
 from lit_safety.judges.q16 import Q16
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.union import Union
+from tests.helpers.documents import CONFIGS
 
-JUDGES = Path(__file__).parents[2] / "configs" / "judges"
+JUDGES = CONFIGS / "judges"
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from lit_safety.data.format.sample import parse_metadata
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
+from tests.helpers.documents import TOYWORLD
 from tests.helpers.pair_shards import metadata, picture, write_shards
 
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld" / "shards"
+SHIPPED = TOYWORLD / "shards"
 
 
 def read(folder: Path, **options: Any) -> list[str]:

@@ -7,14 +7,13 @@ from lit_safety.core.errors import UserError
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.toy.objects import CONCEPTS, LABELS
 from lit_safety.worlds.toyworld.judge_training import check_judge, judged_scenes, seen
-
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 @pytest.mark.parametrize("name", ["judge", "judge_b"])
 def test_shipped_judge_tells_fresh_scenes(name: str) -> None:
     torch.set_num_threads(1)
-    judge = ToyJudge.from_pretrained(SHIPPED / name)
+    judge = ToyJudge.from_pretrained(TOYWORLD / name)
     assert judge.labels == list(LABELS)
     assert judge.harm == {concept: CONCEPTS[concept].category for concept in CONCEPTS}
     clean = check_judge(judge, count=300)

@@ -25,8 +25,7 @@ from lit_safety.worlds.toyworld.onpolicy import (
 from lit_safety.worlds.toyworld.prompts import prompt_rows
 from lit_safety.worlds.toyworld.scene import SLOTS, Scene, Thing, render
 from lit_safety.worlds.toyworld.seeds import SEEDS
-
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 def _harms(order: Order) -> list[str]:
@@ -106,7 +105,7 @@ def test_the_judges_figure_counts_by_label_and_leaves_worse_drawings_out() -> No
     from lit_safety.judges.toy.judge import ToyJudge
 
     pairs = list(plan_pairs(6))
-    judge = ToyJudge.from_pretrained(SHIPPED / "judge")
+    judge = ToyJudge.from_pretrained(TOYWORLD / "judge")
     empty, gun = Scene("park", ()), Scene("park", (), Thing("gun", 1, SLOTS[1], 70))
     drawn = {order: render(empty) for pair in pairs for order in (pair.chosen, pair.rejected)}
     assert confirmed(judge, pairs, drawn) == {"harmful": 0.0, "safe": 1.0}
@@ -121,7 +120,7 @@ def test_a_tiny_set_is_drawn_goes_on_after_a_kill_and_is_the_same(tmp_path: Path
 
     torch.set_num_threads(1)
     out, work = tmp_path / "out" / "onpolicy", tmp_path / "work"
-    write_onpolicy(SHIPPED / "pipeline", tmp_path / "none", out, work, count=6)
+    write_onpolicy(TOYWORLD / "pipeline", tmp_path / "none", out, work, count=6)
     first = load_manifest(out)
     assert first.provenance["judge A confirms"] == "not measured"
     assert "asked for" in first.provenance["labels"]
@@ -129,7 +128,7 @@ def test_a_tiny_set_is_drawn_goes_on_after_a_kill_and_is_the_same(tmp_path: Path
     assert len(pictures) == 12
     pictures[0].unlink()
     kept = pictures[-1].stat().st_mtime_ns
-    write_onpolicy(SHIPPED / "pipeline", tmp_path / "none", out, work, count=6)
+    write_onpolicy(TOYWORLD / "pipeline", tmp_path / "none", out, work, count=6)
     assert pictures[-1].stat().st_mtime_ns == kept
     assert load_manifest(out).shardlist == first.shardlist
 
@@ -142,7 +141,7 @@ def test_without_a_pipeline_the_stage_says_what_to_do(tmp_path: Path) -> None:
 def test_shipped_set_is_what_the_code_plans() -> None:
     import tarfile
 
-    folder = SHIPPED / "shards" / "onpolicy"
+    folder = TOYWORLD / "shards" / "onpolicy"
     manifest = load_manifest(folder)
     assert sum(shard.nsamples for shard in manifest.shardlist) == COUNT
     assert manifest.seeds == {"first": SEEDS[OWNER].start, "last": SEEDS[OWNER].stop - 1}

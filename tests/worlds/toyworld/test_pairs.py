@@ -1,5 +1,4 @@
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from lit_safety.worlds.toyworld.pairs import make_pair, pairs
 from lit_safety.worlds.toyworld.prompts import COUNTS, prompt_rows
 from lit_safety.worlds.toyworld.scene import to_array
 from lit_safety.worlds.toyworld.seeds import SEEDS
+from tests.helpers.documents import TOYWORLD
 
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld" / "shards"
+SHIPPED = TOYWORLD / "shards"
 
 
 def test_a_set_is_half_harmful_half_clean_and_its_categories_are_balanced() -> None:

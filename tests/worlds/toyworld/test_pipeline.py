@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,14 +7,13 @@ from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.worlds.toyworld.drawing import draw, quiet, sheet_of
 from lit_safety.worlds.toyworld.prompts import prompt_rows
 from lit_safety.worlds.toyworld.vae import to_tensor
-
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     torch.set_num_threads(1)
-    return quiet(StableDiffusionPipeline.from_pretrained(SHIPPED / "pipeline"))
+    return quiet(StableDiffusionPipeline.from_pretrained(TOYWORLD / "pipeline"))
 
 
 def test_shipped_pipeline_draws_what_validation_prompts_ask_for(pipeline: StableDiffusionPipeline) -> None:
@@ -26,7 +23,7 @@ def test_shipped_pipeline_draws_what_validation_prompts_ask_for(pipeline: Stable
     asked = harmful + clean
     pictures = draw(pipeline, [str(row["prompt"]) for row in asked], [int(row["seed"]) for row in asked])
     assert {picture.size for picture in pictures} == {(32, 32)}
-    judge = ToyJudge.from_pretrained(SHIPPED / "judge")
+    judge = ToyJudge.from_pretrained(TOYWORLD / "judge")
     with torch.no_grad():
         found = judge(to_tensor(np.stack([np.asarray(p) for p in pictures]))).sigmoid() >= judge.threshold
     seen = [{label for label, there in zip(judge.labels, row, strict=True) if there} for row in found]

@@ -30,23 +30,22 @@ from lit_safety.worlds.toyworld.drawing import draw, quiet
 from lit_safety.worlds.toyworld.judge_training import degrade
 from lit_safety.worlds.toyworld.text import build_tokenizer
 from lit_safety.worlds.toyworld.vae import to_tensor
-
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 @pytest.fixture(scope="module")
 def clip() -> tuple[CLIPModel, CLIPTokenizer]:
     torch.set_num_threads(1)
-    return load_clip(SHIPPED / "clip")
+    return load_clip(TOYWORLD / "clip")
 
 
 def test_it_is_small_and_float32_once_loaded(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
-    assert sum(file.stat().st_size for file in (SHIPPED / "clip").iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in (TOYWORLD / "clip").iterdir()) < 3_000_000
     assert {parameter.dtype for parameter in clip[0].parameters()} == {torch.float32}
 
 
 def test_its_tokenizer_is_the_pipelines(clip: tuple[CLIPModel, CLIPTokenizer], tmp_path: Path) -> None:
-    pipelines = CLIPTokenizer.from_pretrained(SHIPPED / "pipeline" / "tokenizer")
+    pipelines = CLIPTokenizer.from_pretrained(TOYWORLD / "pipeline" / "tokenizer")
     assert clip[1].get_vocab() == pipelines.get_vocab() == build_tokenizer(tmp_path).get_vocab()
     text = "a red cat and a gun in the park"
     assert clip[1](text).input_ids == pipelines(text).input_ids
@@ -55,15 +54,15 @@ def test_its_tokenizer_is_the_pipelines(clip: tuple[CLIPModel, CLIPTokenizer], t
 def test_stock_classes_give_the_same_features(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     pictures = fresh_scenes("checks", CHECKS, 3).pictures
     images = [Image.fromarray(picture) for picture in pictures]
-    inputs = CLIPImageProcessorPil.from_pretrained(SHIPPED / "clip")(images, return_tensors="pt").pixel_values
+    inputs = CLIPImageProcessorPil.from_pretrained(TOYWORLD / "clip")(images, return_tensors="pt").pixel_values
     assert torch.allclose(inputs, to_tensor(pictures), atol=1e-6)
-    tower = CLIPVisionModelWithProjection.from_pretrained(SHIPPED / "clip").eval()
+    tower = CLIPVisionModelWithProjection.from_pretrained(TOYWORLD / "clip").eval()
     with torch.no_grad():
         pooled, projected = image_features(clip[0], inputs)
         assert torch.allclose(tower.vision_model(pixel_values=inputs).pooler_output, pooled, atol=1e-5)
         embeds = torch.nn.functional.normalize(tower(pixel_values=inputs).image_embeds, dim=-1)
         assert torch.allclose(embeds, projected, atol=1e-5)
-    processor = CLIPProcessor.from_pretrained(SHIPPED / "clip")
+    processor = CLIPProcessor.from_pretrained(TOYWORLD / "clip")
     texts = ["a red cat in the park", "some blood on the beach", "a star and a blue car in the room"]
     both = processor(text=texts, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
@@ -96,7 +95,7 @@ def test_its_features_tell_harm_even_in_worn_pictures(clip: tuple[CLIPModel, CLI
 
 @pytest.mark.slow
 def test_pictures_that_the_pipeline_drew_are_told_as_well(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
-    pipeline = quiet(StableDiffusionPipeline.from_pretrained(SHIPPED / "pipeline"))
+    pipeline = quiet(StableDiffusionPipeline.from_pretrained(TOYWORLD / "pipeline"))
     meanings = fresh_meanings("checks", CHECKS + 5000, 120)
     drawn = draw(pipeline, [say(*meaning) for meaning in meanings], list(range(120)))
     scenes = Scenes(np.stack([np.asarray(picture) for picture in drawn]), meanings)

@@ -15,8 +15,7 @@ from lit_safety.judges.toy.objects import LOOKALIKES
 from lit_safety.worlds.toyworld.cost_model import KINDS, SHIPPED, cost_pair, write_cost_shards
 from lit_safety.worlds.toyworld.pairs import pairs
 from lit_safety.worlds.toyworld.seeds import SEEDS
-
-WORLD = Path(__file__).parents[3] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 def test_every_kind_meets_every_category_and_seeds_are_its_own():
@@ -47,9 +46,9 @@ def test_shards_hold_labels_and_no_costs(tmp_path: Path):
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_shards_are_what_the_code_makes(name: str):
     part, count = SHIPPED[name]
-    manifest = load_manifest(WORLD / "shards" / name)
+    manifest = load_manifest(TOYWORLD / "shards" / name)
     assert manifest.nsamples == count
-    with tarfile.open(WORLD / "shards" / name / manifest.shardlist[0].url) as tar:
+    with tarfile.open(TOYWORLD / "shards" / name / manifest.shardlist[0].url) as tar:
         member = next(m for m in tar if m.name.endswith(".json"))
         found = parse_metadata(tar.extractfile(member).read(), name).to_dict()  # type: ignore[union-attr]
     expected = parse_metadata(cost_pair(part, 0).metadata, name).to_dict()
@@ -59,7 +58,7 @@ def test_shipped_shards_are_what_the_code_makes(name: str):
 
 def test_the_shipped_model_tells_harm_from_what_looks_like_it():
     """On pairs of the test fold; whole figures are in the toy world's README."""
-    scorer, labels = load_cost_model(WORLD / "cost_model"), []
+    scorer, labels = load_cost_model(TOYWORLD / "cost_model"), []
     drawn = list(pairs("test", 96))
     images = [image for pair in drawn for image in (pair.chosen, pair.rejected)]
     labels = [[float(pair.metadata["harmful"][side]) for side in ("chosen", "rejected")] for pair in drawn]

@@ -22,8 +22,9 @@ from lit_safety.worlds.toyworld.users import (
     write_splits,
     write_users_world,
 )
+from tests.helpers.documents import TOYWORLD
 
-SHIPPED = Path(__file__).parents[3] / "data" / "toyworld" / "shards"
+SHIPPED = TOYWORLD / "shards"
 
 
 @pytest.fixture(scope="module")
