@@ -75,7 +75,7 @@ MUTATIONS = (
     ),
     _mutation(
         "LoRA's alpha", "lora_alpha=self.alpha,", "lora_alpha=self.rank,",
-        "adapters/lora.py", "adapters/test_lora.py::test_round_trip_through_stock_diffusers",
+        "adapters/lora.py", "adapters/test_lora.py::test_scale_zero_is_the_base_and_scale_is_linear_in_the_update",
     ),
     _mutation(
         "the interval", "p * (1 - p) / n + spread / (4 * n)", "p * (1 - p) / n + spread / (2 * n)",

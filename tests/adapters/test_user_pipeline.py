@@ -195,7 +195,7 @@ def test_bad_users_are_named(load: Make, folder: Make, users: Tensor, tmp_path: 
     with pytest.raises(UserError, match=r"'anna' cannot be looked up.*users=FILE"):
         draw(pipe, user="anna")
     write_users(tmp_path / "elsewhere", {"anna": users[0, :7]})
-    with pytest.raises(UserError, match=r"embeddings of 7 numbers, the adapter .* was trained on 12"):
+    with pytest.raises(UserError, match=r"7 numbers.* 12"):
         load_psa(pipe, place, users=tmp_path / "elsewhere")
 
 
@@ -264,7 +264,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_old_one_in_place(load: Make, fo
     (tmp_path / "psa_adapter.bin").write_bytes(b"damaged")
     with pytest.raises(UserError, match="no torch file"):
         load_psa(pipe, tmp_path / "psa_adapter.bin")
-    with pytest.raises(UserError, match=r"embeddings of 12 numbers, the adapter .* was trained on 7"):
+    with pytest.raises(UserError, match=r"12 numbers.* 7"):
         load_psa(pipe, folder(embedding=7))
     with pytest.raises(UserError, match="scale nan"):
         load_psa(pipe, folder(), scale=float("nan"))

@@ -70,7 +70,7 @@ def test_damaged_files_are_named(tmp_path: Path):
     whole = tmp_path / "whole.bin"
     torch.save({"psa_adapter": {"a": torch.zeros(8)}}, whole)
     (tmp_path / "cut.bin").write_bytes(whole.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"cut\.bin is no torch file in the zip format"):
+    with pytest.raises(UserError, match=r"cut\.bin"):
         read_tensors(tmp_path / "cut.bin", LAYERS)
     save_file({"a": torch.zeros(8)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])

@@ -24,7 +24,7 @@ def test_harmless_pictures_are_the_chosen_ones_of_clean_prompts(pair_shards: Pat
 
 
 def test_shards_without_such_pictures_are_refused(pair_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"attack Test: .* hold no rejected image labelled harmful"):
+    with pytest.raises(UserError, match=r"attack Test: .*rejected"):
         read_pictures(str(pair_shards), 5, True, "Test", groups=["sexual"])
     with pytest.raises(UserError, match="attack Test: shards"):
         read_pictures(str(tmp_path / "nothing"), 5, True, "Test")

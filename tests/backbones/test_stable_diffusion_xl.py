@@ -120,7 +120,7 @@ def test_what_is_no_sdxl_is_refused_by_name(tiny_sdxl: Path, tiny_pipeline: Path
     shutil.copytree(tiny_pipeline, tmp_path / "pipe")
     index = tmp_path / "pipe" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(UserError, match="the UNet of an SDXL takes text and sizes"):
+    with pytest.raises(UserError, match="SDXL"):
         load_backbone(str(tmp_path / "pipe"))
     shutil.copytree(tiny_sdxl, tmp_path / "edm")
     EDMEulerScheduler().save_pretrained(tmp_path / "edm" / "scheduler")

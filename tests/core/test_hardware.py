@@ -32,7 +32,7 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch):
 
 def test_float16_on_a_cpu():
     for wrong in ("16-mixed", "16", "float16"):
-        with pytest.raises(UserError, match="float16 is for GPUs, and this run is on the CPU"):
+        with pytest.raises(UserError, match="float16"):
             check_precision(wrong, "cpu", "trainer.precision")
     for fine in ("bf16-mixed", "32-true", "bfloat16"):
         check_precision(fine, "cpu", "trainer.precision")
@@ -46,7 +46,7 @@ def test_out_of_memory_names_the_settings():
         assert key in told
     told = out_of_memory(RuntimeError(CPU), "evaluate")
     assert told is not None
-    assert "the memory of this machine is used up (it asked for 4398046511104 bytes)" in told
+    assert "4398046511104 bytes" in told
     assert "--batch_size" in told
     assert "memory of this machine" in str(out_of_memory(MemoryError(), "shards"))
     # What a library says that finds no room for its workspace.

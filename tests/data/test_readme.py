@@ -60,7 +60,7 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         called.append(given)
 
     monkeypatch.setattr(commands, "_load", lambda _: noted)
-    monkeypatch.setattr("lit_safety.judges.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
+    monkeypatch.setattr("lit_safety.judges.clip.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
     commands.run_command(["shards", *words])
     (given,) = called
     named = {word[2:].split(".")[0] for word in words if word.startswith("--")}

@@ -112,7 +112,7 @@ def test_a_guard_guards_an_edit(pipeline: Path, pictures: str, small_set) -> Non
 
 
 def test_evaluate_edits(pipeline: Path, adapter: Path, prompts_csv: Path, pictures: str, tmp_path, judge, monkeypatch):
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: judge)
     given = {"pipeline": str(pipeline), "prompts": str(prompts_csv), "judge": "x", "steps": 2, "device": "cpu"}
     evaluate(**given, out=str(tmp_path / "out"), adapter=str(adapter), edit="inpainting", edit_images=pictures)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -109,7 +109,7 @@ def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: P
 def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     pipeline: Path, user_adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch
 ):
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: judge)
     arms = {"anna": Arm(adapter=str(user_adapter), user="anna"), "again": Arm(adapter=str(user_adapter))}
     evaluate(
         pipeline=str(pipeline), adapter=str(user_adapter), prompts=str(prompts_csv), judge="x", steps=2, device="cpu",

@@ -188,5 +188,5 @@ def test_a_judge_that_fails_makes_nothing_safe_and_is_not_borne_for_ever() -> No
     image = Image.new("RGB", (8, 8))
     failing = assessor(judge=Failing(), costs=Costs([1.0] * 8))
     assert failing([image] * 8) == [None] * 8
-    with pytest.raises(UserError, match="none of the first 16 images could be judged: RuntimeError: out of order"):
+    with pytest.raises(UserError, match=r"16 images .*out of order"):
         failing([image] * 8)

@@ -220,7 +220,7 @@ def test_what_is_no_chat_answer_is_of_no_use(
     server: Server, ask: Callable[..., list[dict[str, str]]], raw: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.raw = raw
-    with pytest.raises(UserError, match="not one pair of prompts came of it"):
+    with pytest.raises(UserError, match="not one pair"):
         ask(attempts=1)
     assert "the server's answer is no chat answer" in capsys.readouterr().out
 
@@ -235,7 +235,7 @@ def test_more_can_be_asked_for_later_and_other_questions_cannot(
     more = ask(per_concept=4)
     assert [row for row in more if row in first] == first
     assert len(server.asked) == 4
-    with pytest.raises(UserError, match="holds answers of another model or to other questions"):
+    with pytest.raises(UserError, match="another model"):
         ask(model="other")
     assert len(ask(model="other", overwrite=True)) == 8
 
@@ -245,7 +245,7 @@ def test_templates_of_ones_own(server: Server, ask: Callable[..., list[dict[str,
     with pytest.raises(UserError, match=r"safe_prompts\.txt: cannot be read"):
         ask(templates=str(tmp_path))
     (tmp_path / "safe_prompts.txt").write_text("$count $concept $category\n$prompts\n$more")
-    with pytest.raises(UserError, match=r"must hold \$category, \$concept, \$count, \$prompts and no other name"):
+    with pytest.raises(UserError, match=r"\$category, \$concept, \$count, \$prompts"):
         ask(templates=str(tmp_path))
     (tmp_path / "safe_prompts.txt").write_text("$count $concept $category\n$prompts\n")
     assert len(ask(templates=str(tmp_path))) == 8

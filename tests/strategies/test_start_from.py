@@ -58,7 +58,7 @@ def test_a_checkpoint_of_another_strategy_is_refused_with_the_way_on(tmp_path: P
         with pytest.raises(UserError, match=r"was written under .*start_from"):
             check_resume(trainer(strategy, path))
     check_resume(trainer(ddp, pieces, what=TrainerFn.PREDICTING))  # a file has the weights whole
-    with pytest.raises(UserError, match="written by 2 ranks of DeepSpeed, and here are 4"):
+    with pytest.raises(UserError, match=r"2 ranks of DeepSpeed.* 4"):
         check_resume(trainer(zero2, folder, world_size=4))
     (tmp_path / "e").mkdir()
     with pytest.raises(UserError, match="no checkpoint of DeepSpeed or FSDP2"):

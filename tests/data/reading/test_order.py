@@ -46,7 +46,9 @@ def test_without_a_seed_the_stored_order_is_kept() -> None:
     assert whole(EpochOrder(COUNTS, seed=None, window=2)) == everything()
 
 
-@pytest.mark.parametrize(("world", "batch_size", "accumulate"), [(1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "batch_size", "accumulate"), [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 4, 1), (2, 2, 2), (4, 1, 2)]
+)
 def test_every_deal_steps_on_the_same_samples(world: int, batch_size: int, accumulate: int) -> None:
     """Steps of 8 out of 34: four steps of positions 0-7, 8-15, 16-23, 24-31; two samples are left over."""
     deals = [Deal(batch_size, rank, world, accumulate) for rank in range(world)]

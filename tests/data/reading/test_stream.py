@@ -170,7 +170,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
 
 def test_a_batch_of_bad_samples_only(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(str(n), sample(n, rejected_png=None)) for n in range(4)])
-    with pytest.raises(UserError, match=r"no good sample is left for a batch: .*has no rejected image"):
+    with pytest.raises(UserError, match=r"rejected image"):
         keys(loader(tmp_path, on_bad_sample="skip"))
 
 
@@ -247,7 +247,7 @@ def test_links_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fit_together(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0", sample(0)), ("1", sample(1, chosen_png=png(1, 16), rejected_png=png(1, 16)))])
-    with pytest.raises(UserError, match=r"images of one batch must be of one size: set data\.init_args\.resolution"):
+    with pytest.raises(UserError, match=r"data\.init_args\.resolution"):
         keys(loader(tmp_path, batch_size=2))
     assert next(iter(loader(tmp_path, batch_size=2, resolution=8))).chosen.shape == (2, 3, 8, 8)
     assert picture(0).size == (8, 8)
