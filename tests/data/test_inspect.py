@@ -47,7 +47,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_command_line_learns_the_signatures_without_torch() -> None:
-    modules = ("inspect", "validate", *(f"converters.from_{name}" for name in ("folder", "coprov2", "sage")))
+    modules = ("inspect", "validate", "convert.folder", "convert.coprov2", "convert.sage")
     imports = ", ".join(f"lit_safety.data.{module}" for module in modules)
     code = f"import sys, {imports}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
