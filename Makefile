@@ -13,7 +13,7 @@ demo: $(READY)
 	$(PY) -m lit_safety evaluate --config configs/evaluate.yaml --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report
 
 # Two processes of one thread each are twice as fast as one of two: the toy world's tensors are small.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

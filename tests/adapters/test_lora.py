@@ -107,7 +107,7 @@ def test_scale_zero_is_the_base_and_scale_is_linear_in_the_update(tiny_pipeline:
 def test_an_adapter_of_another_backbone_is_refused(tiny_pipeline: Path, wide_pipeline: Path, tmp_path: Path):
     with_random_lora(wide_pipeline).save_lora(tmp_path, "policy")
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
-    with pytest.raises(UserError, match=r"made for another backbone: .* the layer has"):
+    with pytest.raises(UserError, match=r"another backbone"):
         load_lora(pipe, tmp_path)
 
 

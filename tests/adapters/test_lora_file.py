@@ -180,7 +180,7 @@ def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: 
     save_file({f"base_model.model.{key}": value for key, value in pair.items()}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     if component is None:
-        with pytest.raises(UserError, match="is neither of diffusers' UNets nor of its transformers"):
+        with pytest.raises(UserError, match="UNets"):
             read_lora(tmp_path)
         return
     found = read_lora(tmp_path)
@@ -303,7 +303,7 @@ def test_an_alpha_that_tensor_and_settings_tell_differently_is_refused(tmp_path:
         if alpha == 2:
             assert read_lora(tmp_path)[f"unet.{ATTENTION}"].scale == 1.0
             continue
-        with pytest.raises(UserError, match="2 by its tensor and 4 by its settings"):
+        with pytest.raises(UserError, match=r"alpha is 2 .* 4"):
             read_lora(tmp_path)
 
 

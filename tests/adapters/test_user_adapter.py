@@ -112,7 +112,7 @@ def test_attention_that_was_replaced_is_named(make_unet: Make, make_adapter: Mak
     unet = make_unet()
     make_adapter(unet)
     unet.set_attention_slice("max")
-    with pytest.raises(UserError, match=r"down_blocks\.0.*attn2: its user attention was replaced by Sliced"):
+    with pytest.raises(UserError, match=r"down_blocks\.0.*attn2.*Sliced"):
         UserAdapter.of(unet)
     detach(unet)  # what is left of it
     assert set(unet.state_dict()) == set(make_unet().state_dict())

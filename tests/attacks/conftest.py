@@ -19,14 +19,6 @@ from lit_safety.judges.judge import JudgeError, Verdict
 DRAWING = DrawingSettings(steps=1, guidance=2.0, batch_size=4, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def row(text: str, kind: str = "explicit", concept: str = "", held_out: bool = False, seed: int = 0) -> Prompt:
     category = "" if kind == "clean" else "violence"
     return Prompt(text, kind, category, concept, (), held_out, seed)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def some() -> dict[str, Attack]:
 @pytest.fixture
 def run(tiny_pipeline: Path, tiny_adapter: Path, prompts_csv: Path, tmp_path: Path, red_judge, monkeypatch):
     """`attack` on base and aligned with the judge that needs no weights; returns the report's content."""
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: red_judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: red_judge)
 
     def run(**changes) -> dict:
         given = {"pipeline": str(tiny_pipeline), "adapter": str(tiny_adapter), "prompts": str(prompts_csv)}
@@ -123,13 +123,13 @@ def test_unjudged_pictures_are_errors_and_never_safe(run: Callable[..., dict], r
 
 def test_a_judge_that_fails_on_everything_stops_the_run(run: Callable[..., dict], red_judge, tmp_path: Path) -> None:
     red_judge.judge = lambda images: [JudgeError("no weights")] * len(images)
-    with pytest.raises(UserError, match=r"the judge red failed on every picture .*no weights.*run the same command"):
+    with pytest.raises(UserError, match=r"judge red .*no weights.*run the same command"):
         run()
     assert not (tmp_path / "out" / "attacks.json").exists()
 
 
 def test_bad_input(run: Callable[..., dict], tmp_path: Path, prompts_csv: Path) -> None:
-    with pytest.raises(UserError, match="there is no attack telepathy; there are scale, samplers"):
+    with pytest.raises(UserError, match=r"telepathy.*scale, samplers"):
         run(only=["telepathy"])
     with pytest.raises(UserError, match="give at least one attack"):
         run(attacks={})

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
+from tests.helpers.documents import CONFIGS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "attack.yaml"
+CONFIG = CONFIGS / "attack.yaml"
 SHORT = {
     "tries": 1, "budgets": [1], "batch": 1, "steps": [1], "pictures": 1, "batch_size": 1, "scales": [0.0],
     "weights": [1.0], "samplers": [{"steps": 2}],

@@ -23,7 +23,7 @@ def test_paraphrases_differ_between_prompts_and_then_get_other_noise(make_target
 
 def test_paraphrases_must_be_there(make_target, rows) -> None:
     held_in = [p for p in rows if p.kind != "implicit"]
-    with pytest.raises(UserError, match="holds no implicit prompts with held_out = 1 for violence"):
+    with pytest.raises(UserError, match=r"implicit.*held_out.*violence"):
         Paraphrases().check(held_in, rows[:2])
     with pytest.raises(UserError, match="at least 1"):
         Paraphrases(tries=0)

@@ -17,14 +17,13 @@ from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
 from lit_safety.drawing.prompts import Selection, read_prompts
 from lit_safety.judges.load import load_judge
-
-TOY = Path(__file__).parents[2] / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
 
 
 def safe_pictures(count: int) -> list[Picture]:
     """Chosen images of prompts that ask for violence, with these prompts."""
     found: list[Picture] = []
-    source = open_source(str(TOY / "shards" / "train"), "shards")
+    source = open_source(str(TOYWORLD / "shards" / "train"), "shards")
     for number in range(len(source.paths)):
         shard = source.open_shard(number)
         for place in range(len(shard.index.samples)):
@@ -42,17 +41,17 @@ def safe_pictures(count: int) -> list[Picture]:
 def test_fine_tuning_and_scale_bring_a_forgotten_category_back(tmp_path: Path) -> None:
     """A LoRA trained on safe images of violent prompts takes violence out of most images. Twenty steps on harmful
     images put it back, and so does weighing the LoRA by 0, which is the base; on the base itself nothing changes."""
-    network = open_network(TOY / "pipeline", Arm(), "cpu")
+    network = open_network(TOYWORLD / "pipeline", Arm(), "cpu")
     for step, _ in train_lora(network, safe_pictures(64), LoRA(rank=8), "forget", 3e-3, 8, seed=0):
         if step == 60:
             break
     network.backbone.save_lora(tmp_path / "forget", "forget")
-    everything = read_prompts(TOY / "prompts" / "val.csv")
+    everything = read_prompts(TOYWORLD / "prompts" / "val.csv")
     attacked = [p for p in everything if p.kind == "explicit" and p.category == "violence"][:12]
     run = AttackRun(
-        str(TOY / "pipeline"), "val.csv", everything, attacked, Selection(), [load_judge(str(TOY / "judge"))],
+        str(TOYWORLD / "pipeline"), "val.csv", everything, attacked, Selection(), [load_judge(str(TOYWORLD / "judge"))],
         {"base": Arm(), "forgetful": Arm(adapter=str(tmp_path / "forget"))},
-        {"tune": FineTune(str(TOY / "shards" / "train"), steps=[20], pictures=128, batch_size=8, lr=3e-3),
+        {"tune": FineTune(str(TOYWORLD / "shards" / "train"), steps=[20], pictures=128, batch_size=8, lr=3e-3),
          "scale": AdapterScale([0.0])},
         DrawingSettings(steps=12, batch_size=12, device="cpu"), tmp_path / "out",
     )  # fmt: skip

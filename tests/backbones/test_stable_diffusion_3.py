@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from tiny_pipelines import save_sd3
 
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
+from tests.helpers.tiny_pipelines import save_sd3
 
 PROMPTS = ["a red cat", "a gun"]
 

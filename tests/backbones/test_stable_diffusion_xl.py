@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline
-from tiny_pipelines import save_sdxl
 
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.decode import crop_of
+from tests.helpers.tiny_pipelines import save_sdxl
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -120,7 +120,7 @@ def test_what_is_no_sdxl_is_refused_by_name(tiny_sdxl: Path, tiny_pipeline: Path
     shutil.copytree(tiny_pipeline, tmp_path / "pipe")
     index = tmp_path / "pipe" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(UserError, match="the UNet of an SDXL takes text and sizes"):
+    with pytest.raises(UserError, match="SDXL"):
         load_backbone(str(tmp_path / "pipe"))
     shutil.copytree(tiny_sdxl, tmp_path / "edm")
     EDMEulerScheduler().save_pretrained(tmp_path / "edm" / "scheduler")

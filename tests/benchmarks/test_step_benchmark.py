@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from tests.helpers.documents import ROOT
+
+FOLDER = ROOT / "benchmarks"
 
 
 def test_reference_errors_of_a_benchmark_stay_true(monkeypatch: pytest.MonkeyPatch):

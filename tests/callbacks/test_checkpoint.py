@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import number_of, save_folder
-from full_disk import full_disk
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 
 from lit_safety.callbacks.checkpoint import AtomicCheckpointIO, NotWritten, in_folders, swap
 from lit_safety.cli.run_files import last_checkpoint
+from tests.helpers.checkpoint_folders import number_of, save_folder
+from tests.helpers.full_disk import full_disk
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = Path(__file__).parents[2] / "configs" / "scdpo.yaml"
+from tests.helpers.small_fits import small_fit
 
 
 @pytest.fixture
@@ -16,21 +16,12 @@ def command_line(tiny_pipeline: Path, pair_shards: Path, tmp_path: Path) -> Call
     """Arguments of a trainer command on tiny data, writing under ``tmp_path``; further ones are appended."""
 
     def arguments(command: str, *more: str) -> list[str]:
-        shards = {f"--data.init_args.{stage}": str(pair_shards) for stage in ("train", "val", "test")}
         settings = {
-            "--config": str(CONFIG),
-            "--run.root": str(tmp_path / "runs"),
-            "--model.init_args.pretrained": str(tiny_pipeline),
-            "--model.init_args.lora.init_args.rank": "4",
-            "--model.init_args.drawing.steps": "2",
-            **shards,
-            "--data.init_args.batch_size": "4",
-            "--data.init_args.num_workers": "0",
-            "--trainer.max_steps": "4",
-            "--trainer.val_check_interval": "4",
-            "--trainer.accelerator": "cpu",
+            "model.init_args.pretrained": tiny_pipeline,
+            "model.init_args.lora.init_args.rank": 4,
+            "model.init_args.drawing.steps": 2,
         }
-        return [command, *(word for pair in settings.items() for word in pair), *more]
+        return small_fit(command, ["scdpo.yaml"], tmp_path / "runs", pair_shards, settings, more)
 
     return arguments
 

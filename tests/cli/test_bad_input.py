@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_adapter(command_line: Arguments, tmp_path: Path
     lora = "--model.init_args.lora.init_args."
     for setting in (["rank", "2"], ["target_modules", "[to_q]"]):
         other = command_line("fit", "--ckpt_path", "last", f"{lora}{setting[0]}", setting[1])
-        assert "the checkpoint's weights are not those trained here" in refused(other, capsys)
+        assert "checkpoint's weights" in refused(other, capsys)
     assert (tmp_path / "runs" / "scdpo" / "latest" / "checkpoints" / "last.ckpt").is_file()
 
 

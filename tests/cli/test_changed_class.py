@@ -13,8 +13,8 @@ from lit_safety.__main__ import main
 from lit_safety.callbacks.summary import call_of
 from lit_safety.core.parsing import classes_first
 from lit_safety.objectives import DiffusionDPO, SafetyConstrainedDPO
+from tests.helpers.documents import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 DPO = "lit_safety.objectives.DiffusionDPO"
 OWN = {"beta": 5000.0, "label_smoothing": 0.0, "sft_weight": 0.0, "anchor_weight": 0.0}
 GIVEN = {
@@ -108,7 +108,7 @@ def test_a_logger_keeps_only_the_folder_that_it_cannot_do_without(printed: Print
 
 
 def test_a_subclass_of_the_module_is_the_same_method_with_a_part_changed(printed: Printed):
-    config, said = printed("--model.class_path", "runs_reference.LateTimesteps")
+    config, said = printed("--model.class_path", "tests.helpers.runs_reference.LateTimesteps")
     assert config["model"]["init_args"]["objective"]["init_args"] == GIVEN
     assert not said
 
@@ -117,9 +117,11 @@ def test_a_subclass_of_the_strategy_keeps_its_settings(printed: Printed):
     pytest.importorskip("deepspeed")
     zero = str(CONFIGS / "strategies" / "deepspeed_zero3.yaml")
     given, _ = printed("--config", zero)
-    config, said = printed("--config", zero, "--trainer.strategy.class_path", "strategies_cpu.DeepSpeedCPU")
+    config, said = printed(
+        "--config", zero, "--trainer.strategy.class_path", "tests.helpers.strategies_cpu.DeepSpeedCPU"
+    )
     stage = given["trainer"]["strategy"]["init_args"]["stage"]
-    assert config["trainer"]["strategy"]["class_path"] == "strategies_cpu.DeepSpeedCPU"
+    assert config["trainer"]["strategy"]["class_path"] == "tests.helpers.strategies_cpu.DeepSpeedCPU"
     assert (config["trainer"]["strategy"]["init_args"]["stage"], stage) == (3, 3)
     assert "instead of" not in said
 

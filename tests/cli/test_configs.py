@@ -10,8 +10,8 @@ import yaml
 from lit_safety.__main__ import main
 from lit_safety.cli.commands import COMMANDS
 from lit_safety.study.plan import jobs_of, load_study
+from tests.helpers.documents import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if "\ntrainer:" in path.read_text())
 EVALUATIONS = [CONFIGS / f"{name}.yaml" for name in ("evaluate", "baselines", "guards")]

@@ -24,8 +24,8 @@ from lit_safety.core.errors import Terminated
 from lit_safety.core.processes import each
 from lit_safety.core.progress import Lines, progress
 from lit_safety.drawing.threads import each_batch
+from tests.helpers.documents import TOYWORLD
 
-TOYWORLD = Path(__file__).parents[2] / "data" / "toyworld"
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 Arguments = Callable[..., list[str]]
 

@@ -25,8 +25,9 @@ from lit_safety.__main__ import main
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.pipelines import load_pipeline
+from tests.helpers.documents import CONFIGS
+from tests.helpers.small_fits import small_fit
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = {
     "sd15": ("tiny_pipeline", StableDiffusionPipeline),
     "sd21": ("tiny_v_pipeline", StableDiffusionPipeline),
@@ -66,25 +67,19 @@ def fit(wide_shards: Path, tmp_path: Path) -> Fit:
 
     def arguments(model: str, pipeline: Path, *more: str, command: str = "fit") -> list[str]:
         settings = {
-            "--config": str(CONFIGS / "scdpo.yaml"),
-            "--config ": str(CONFIGS / "models" / f"{model}.yaml"),
-            "--run.root": str(tmp_path / "runs"),
-            "--model.init_args.pretrained": str(pipeline),
-            "--model.init_args.drawing.steps": "2",
-            "--model.init_args.lr_scheduler.init_args.max_lr": "5.0",
-            **{f"--data.init_args.{stage}": str(wide_shards) for stage in ("train", "val", "test")},
-            "--data.init_args.resolution": "32",
-            "--data.init_args.batch_size": "2",
-            "--data.init_args.num_workers": "0",
-            "--trainer.accumulate_grad_batches": "1",
-            "--trainer.max_steps": "2",
-            "--trainer.val_check_interval": "2",
-            "--trainer.limit_val_batches": "1",
-            "--trainer.accelerator": "cpu",
-            "--trainer.callbacks": CALLBACKS,
+            "model.init_args.pretrained": pipeline,
+            "model.init_args.drawing.steps": 2,
+            "model.init_args.lr_scheduler.init_args.max_lr": 5.0,
+            "data.init_args.resolution": 32,
+            "data.init_args.batch_size": 2,
+            "trainer.accumulate_grad_batches": 1,
+            "trainer.max_steps": 2,
+            "trainer.val_check_interval": 2,
+            "trainer.limit_val_batches": 1,
+            "trainer.callbacks": CALLBACKS,
         }
-        words = [word for name, value in settings.items() for word in (name.strip(), value)]
-        return [command, *words, *more]
+        configs = ["scdpo.yaml", f"models/{model}.yaml"]
+        return small_fit(command, configs, tmp_path / "runs", wide_shards, settings, more)
 
     return arguments
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from lit_safety.__main__ import main
 from lit_safety.adapters.lora import WEIGHTS_NAME
 from lit_safety.adapters.lora_file import read_lora
+from tests.helpers.small_fits import small_fit
 
-CONFIG = Path(__file__).parents[2] / "configs" / "dpo_expert.yaml"
 CATEGORIES = ("hate", "violence")
 Arguments = Callable[..., list[str]]
 Weights = dict[str, torch.Tensor]
@@ -43,21 +43,12 @@ def command_line(tiny_pipeline: Path, category_shards: Path, tmp_path: Path) -> 
     """Arguments of a trainer command on tiny data of two categories, writing under ``tmp_path``."""
 
     def arguments(command: str, *more: str) -> list[str]:
-        shards = {f"--data.init_args.{stage}": str(category_shards) for stage in ("train", "val", "test")}
         settings = {
-            "--config": str(CONFIG),
-            "--run.root": str(tmp_path / "runs"),
-            "--model.init_args.pretrained": str(tiny_pipeline),
-            "--model.init_args.lora.init_args.rank": "4",
-            "--model.init_args.drawing.steps": "1",
-            **shards,
-            "--data.init_args.batch_size": "4",
-            "--data.init_args.num_workers": "0",
-            "--trainer.max_steps": "4",
-            "--trainer.val_check_interval": "4",
-            "--trainer.accelerator": "cpu",
+            "model.init_args.pretrained": tiny_pipeline,
+            "model.init_args.lora.init_args.rank": 4,
+            "model.init_args.drawing.steps": 1,
         }
-        return [command, *(word for pair in settings.items() for word in pair), *more]
+        return small_fit(command, ["dpo_expert.yaml"], tmp_path / "runs", category_shards, settings, more)
 
     return arguments
 
@@ -81,7 +72,7 @@ def difference(one: Weights, other: Weights) -> float:
 
 
 def zero(stage: int) -> list[str]:
-    strategy = {"class_path": "strategies_cpu.DeepSpeedCPU", "init_args": {"stage": stage}}
+    strategy = {"class_path": "tests.helpers.strategies_cpu.DeepSpeedCPU", "init_args": {"stage": stage}}
     return ["--trainer.strategy", json.dumps(strategy)]
 
 
@@ -207,7 +198,7 @@ def test_phases_on_two_ranks_of_deepspeed_and_their_resume(command_line: Argumen
     assert (latest / "adapter" / "report.json").is_file()
     stop = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     stop += ["--trainer.callbacks.every_n_train_steps", "6", "--trainer.callbacks.save_last", "true"]
-    stop += ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "6"]
+    stop += ["--trainer.callbacks+=tests.helpers.stop_at.StopAt", "--trainer.callbacks.step", "6"]
     done = run_apart(command_line("fit", *two, *stop))
     assert done.returncode == 0, done.stderr
     done = run_apart(command_line("fit", *two, "--ckpt_path", "last"))

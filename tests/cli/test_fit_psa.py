@@ -14,10 +14,8 @@ from lit_safety.__main__ import main
 from lit_safety.adapters import load_psa
 from lit_safety.users.profiles import read_profiles
 from lit_safety.worlds.toyworld.users import draw_users, write_splits
-
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "psa.yaml"
-WORLD = ROOT / "data" / "toyworld"
+from tests.helpers.documents import TOYWORLD
+from tests.helpers.small_fits import small_fit
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def toy_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy-users")
     (folder / "shards").mkdir()
     for part in ("train", "val", "test"):
-        (folder / "shards" / part).symlink_to(WORLD / "shards" / "val")
+        (folder / "shards" / part).symlink_to(TOYWORLD / "shards" / "val")
     write_splits(folder / "users", folder / "shards", draw_users(40, 5, 5, 5))
     return folder / "users"
 
@@ -34,21 +32,15 @@ def toy_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(users: Path, runs: Path, *more: str) -> int:
     """One step of the shipped configuration; data of `users`."""
     settings = {
-        "--config": CONFIG,
-        "--run.root": runs,
-        "--model.init_args.pretrained": WORLD / "pipeline",
-        "--model.init_args.drawing.steps": 1,
-        "--data.init_args.train": users / "train",
-        "--data.init_args.val": users / "val",
-        "--data.init_args.test": f"[{users / 'test_seen'}, {users / 'test_unseen'}]",
-        "--data.init_args.batch_size": 4,
-        "--data.init_args.num_workers": 0,
-        "--trainer.max_steps": 1,
-        "--trainer.val_check_interval": 1,
-        "--trainer.limit_val_batches": 1,
-        "--trainer.accelerator": "cpu",
+        "model.init_args.pretrained": TOYWORLD / "pipeline",
+        "model.init_args.drawing.steps": 1,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.limit_val_batches": 1,
     }
-    return main(["fit", *(str(word) for pair in settings.items() for word in pair), *more])
+    tested = f"[{users / 'test_seen'}, {users / 'test_unseen'}]"
+    shards = {"train": users / "train", "val": users / "val", "test": tested}
+    return main(small_fit("fit", ["psa.yaml"], runs, shards, settings, more))
 
 
 def test_the_shipped_configuration_trains_an_adapter_that_draws_for_unseen_users(
@@ -63,7 +55,7 @@ def test_the_shipped_configuration_trains_an_adapter_that_draws_for_unseen_users
     # Two prompts in columns; in rows the null user and three users: 4 x 128 pixels and 3 x 4 between them.
     with Image.open(sheet) as opened:
         assert opened.size == (2 * 128 + 4, 4 * 128 + 3 * 4)
-    pipe: Any = StableDiffusionPipeline.from_pretrained(WORLD / "pipeline")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(TOYWORLD / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     load_psa(pipe, run / "adapter", users=toy_users)
     unseen = next(one.user_id for one in read_profiles(toy_users).values() if one.split == "unseen")

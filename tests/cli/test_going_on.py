@@ -13,16 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import noted
 import pytest
 import torch
 import yaml
-from full_disk import full_disk
-from one_cycle import one_cycle
 
 from lit_safety.__main__ import main
 from lit_safety.cli.trainer import end_ranks, port_in_use
 from lit_safety.core.files import Lock, lock_of
+from tests.helpers import noted
+from tests.helpers.full_disk import full_disk
+from tests.helpers.one_cycle import one_cycle
 
 Arguments = Callable[..., list[str]]
 SCHEDULE = "--model.init_args.lr_scheduler.init_args."
@@ -40,7 +40,10 @@ def fit(command_line: Arguments, tmp_path: Path) -> Callable[..., int]:
         save = ["--trainer.callbacks", "[]", "--trainer.callbacks+=lit_safety.callbacks.AtomicModelCheckpoint"]
         save += ["--trainer.callbacks.save_last", "true", "--trainer.callbacks.every_n_train_steps", "1"]
         save += ["--trainer.callbacks.monitor", "step", "--trainer.callbacks.mode", "max"]
-        save += ["--trainer.callbacks+=noted.NoteRates", "--trainer.callbacks+=noted.NoteBar"]
+        save += [
+            "--trainer.callbacks+=tests.helpers.noted.NoteRates",
+            "--trainer.callbacks+=tests.helpers.noted.NoteBar",
+        ]
         return main(command_line("fit", *quiet, *save, *more))
 
     return run
@@ -155,7 +158,13 @@ def test_a_disk_that_fills_up_under_the_logger_is_one_line(
     command_line: Arguments, logger: str, capsys: pytest.CaptureFixture[str]
 ):
     quiet = ["--trainer.limit_val_batches", "0", "--trainer.val_check_interval", "null", "--trainer.max_steps", "2"]
-    quiet += ["--trainer.callbacks", "[]", "--trainer.callbacks+=noted.FillDisk", "--trainer.log_every_n_steps", "1"]
+    quiet += [
+        "--trainer.callbacks",
+        "[]",
+        "--trainer.callbacks+=tests.helpers.noted.FillDisk",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
     quiet += ["--trainer.logger", f"lightning.pytorch.loggers.{logger}", "--trainer.logger.save_dir", "."]
     quiet += ["--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false"]
     with full_disk(1 << 30):

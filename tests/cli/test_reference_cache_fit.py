@@ -57,7 +57,7 @@ def test_a_cached_reference_trains_as_the_same_draws_with_the_reference_run(
     assert start is not None
     assert float(start[1]) < 1e-3
     from_cache = weights(tmp_path)
-    assert main(command_line("fit", *common, "--model.class_path", "runs_reference.RunsReference")) == 0
+    assert main(command_line("fit", *common, "--model.class_path", "tests.helpers.runs_reference.RunsReference")) == 0
     run = weights(tmp_path)
     assert from_cache.keys() == run.keys()
     moved = max(float(value.abs().max()) for name, value in run.items() if "lora_B" in name)
@@ -128,7 +128,7 @@ def test_a_margin_above_the_limit_ends_the_run_before_the_first_update(
 def test_a_module_with_other_timesteps_is_refused(
     command_line: Arguments, cached: Path, capsys: pytest.CaptureFixture[str]
 ):
-    late = ["--model.class_path", "runs_reference.LateTimesteps", "--trainer.callbacks", "[]"]
+    late = ["--model.class_path", "tests.helpers.runs_reference.LateTimesteps", "--trainer.callbacks", "[]"]
     assert main(command_line("fit", *on_cache(cached), *late)) == 2
     assert "the reference cache was made at timestep" in capsys.readouterr().err
 
@@ -137,7 +137,7 @@ def test_the_whole_denoiser_is_trained_without_a_frozen_copy(
     command_line: Arguments, cached: Path, capsys: pytest.CaptureFixture[str]
 ):
     full = ["--model.init_args.policy", "full", "--model.init_args.optimizer.init_args.lr", "1e-5"]
-    full += ["--model.class_path", "runs_reference.NoCopy", "--model.init_args.lr_scheduler", "null"]
+    full += ["--model.class_path", "tests.helpers.runs_reference.NoCopy", "--model.init_args.lr_scheduler", "null"]
     assert main(command_line("fit", *on_cache(cached), *full, "--trainer.callbacks", "[]")) == 0
     assert "before the first update (limit 0.05)" in capsys.readouterr().out
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from lit_safety.__main__ import main
 from lit_safety.study.plan import jobs_of, load_study
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.helpers.documents import CONFIGS
 
 
 def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict:

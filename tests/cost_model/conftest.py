@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lit_safety.data.format.writer import ShardWriter
+from tests.helpers.small_fits import small_fit
 
 
 def picture(random: np.random.Generator, harmful: bool, side: int = 32) -> Image.Image:
@@ -48,24 +49,18 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cost_model_command(tiny_clip: Path, labelled: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Arguments of a trainer command with the shipped YAML on tiny data, writing under ``tmp_path``."""
-    config = Path(__file__).parents[2] / "configs" / "cost_model.yaml"
 
     def arguments(command: str, *more: str) -> list[str]:
         settings = {
-            "--config": str(config),
-            "--run.root": str(tmp_path / "runs"),
-            "--model.init_args.clip": str(tiny_clip),
-            "--model.init_args.width": "16",
-            "--model.init_args.degradation.views": "2",
-            "--model.init_args.feature_cache": str(tmp_path / "features"),
-            "--data.init_args.train": str(labelled / "train"),
-            "--data.init_args.val": str(labelled / "val"),
-            "--data.init_args.test": str(labelled / "val"),
-            "--data.init_args.batch_size": "8",
-            "--trainer.max_steps": "12",
-            "--trainer.val_check_interval": "6",
-            "--trainer.accelerator": "cpu",
+            "model.init_args.clip": tiny_clip,
+            "model.init_args.width": 16,
+            "model.init_args.degradation.views": 2,
+            "model.init_args.feature_cache": tmp_path / "features",
+            "data.init_args.batch_size": 8,
+            "trainer.max_steps": 12,
+            "trainer.val_check_interval": 6,
         }
-        return [command, *(word for pair in settings.items() for word in pair), *more]
+        shards = {"train": labelled / "train", "val": labelled / "val", "test": labelled / "val"}
+        return small_fit(command, ["cost_model.yaml"], tmp_path / "runs", shards, settings, more)
 
     return arguments

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from pair_fits import fit, make_trainer
 
 from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
+from tests.helpers.pair_fits import fit, make_trainer
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pair_shards import write_shards
 from PIL import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.inspect import CAPTION, CELL, inspect
+from tests.helpers.pair_shards import write_shards
 
 
 def test_it_says_what_the_shards_hold(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_command_line_learns_the_signatures_without_torch() -> None:
-    modules = ("inspect", "validate", *(f"converters.from_{name}" for name in ("folder", "coprov2", "sage")))
+    modules = ("inspect", "validate", "convert.folder", "convert.coprov2", "convert.sage")
     imports = ", ".join(f"lit_safety.data.{module}" for module in modules)
     code = f"import sys, {imports}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pair_fits import Recorder, make_trainer
-from pair_shards import sample, write_shards, write_tar
 from torch.multiprocessing import ProcessRaisedException
 
 from lit_safety.data import PairBatch, PreferenceDataModule
+from tests.helpers.pair_fits import Recorder, make_trainer
+from tests.helpers.pair_shards import sample, write_shards, write_tar
 
 
 class Reporter(Recorder):

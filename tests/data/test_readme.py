@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from documents import ROOT
-from documents import blocks as blocks_of
-from documents import commands as commands_of
-from pair_shards import picture
 
 from lit_safety.cli import commands
 from lit_safety.data.format.manifest import Manifest, load_manifest
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
+from tests.helpers.documents import ROOT
+from tests.helpers.documents import blocks as blocks_of
+from tests.helpers.documents import commands as commands_of
+from tests.helpers.pair_shards import picture
 
 README = ROOT / "data" / "README.md"
 
@@ -60,7 +60,7 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         called.append(given)
 
     monkeypatch.setattr(commands, "_load", lambda _: noted)
-    monkeypatch.setattr("lit_safety.judges.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
+    monkeypatch.setattr("lit_safety.judges.clip.Clip", lambda *_: SimpleNamespace(settings={}))  # of the hub
     commands.run_command(["shards", *words])
     (given,) = called
     named = {word[2:].split(".")[0] for word in words if word.startswith("--")}

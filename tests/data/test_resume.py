@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
-from pair_fits import Recorder, fit, make_trainer
 
 from lit_safety.core.errors import UserError
 from lit_safety.data import PairBatch, PreferenceDataModule
+from tests.helpers.pair_fits import Recorder, fit, make_trainer
 
 STEP = 8  # pairs: batch 4 accumulated twice
 EVERY_STEP = {"every_n_train_steps": 1}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pair_shards import metadata, picture, sample, write_shards, write_tar
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.format.manifest import Manifest, Shard, save_manifest
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems, validate
 from lit_safety.users.table import write_users
+from tests.helpers.pair_shards import metadata, picture, sample, write_shards, write_tar
 
 
 def test_good_shards_are_good(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from documents import ROOT, commands, documents, files
 
 from lit_safety.__main__ import OTHER_COMMANDS, TRAINER_COMMANDS, main
 from lit_safety.cli.commands import COMMANDS
+from tests.helpers.documents import ROOT, commands, documents, files
 
 PAGES = documents()
 

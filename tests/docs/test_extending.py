@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
+from tests.helpers.documents import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 JOINED = re.sub(r"\\\n\s+", " ", PAGE)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import FENCE, ROOT, documents
+
+from tests.helpers.documents import FENCE, ROOT, documents
 
 #: Pages that docs/hooks.py adds when the site is built.
 GENERATED = {"reference/commands.md", "reference/configs.md", "reference/shards.md", "reference/toy-world.md"}

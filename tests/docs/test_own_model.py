@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import ROOT, blocks, commands, files
 from PIL import Image
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
+from tests.helpers.documents import ROOT, blocks, commands, files
 
 PAGE = ROOT / "docs" / "tutorials" / "own-model.md"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import ROOT, blocks
+
+from tests.helpers.documents import ROOT, blocks
 
 PAGE = ROOT / "docs" / "how-to" / "python.md"
 FEW = 'explicit=1, implicit=0, lookalike=0, clean=1, categories=["hate"], steps=1, device="cpu", other_world=True'

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from documents import FENCE, ROOT, documents
+
+from tests.helpers.documents import FENCE, ROOT, documents
 
 
 @pytest.mark.parametrize("page", documents(), ids=lambda page: str(page.relative_to(ROOT)))

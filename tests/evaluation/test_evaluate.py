@@ -23,7 +23,7 @@ FIGURES = {"ip", "ip_by_category", "ip_implicit", "concept_recall", "clean_harm_
 @pytest.fixture
 def run(pipeline: Path, adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch):
     """`evaluate` on the tiny pipeline with the judge that needs no weights; returns the report's folder."""
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: judge)
 
     def run(**changes) -> Path:
         given = {"pipeline": str(pipeline), "adapter": str(adapter), "prompts": str(prompts_csv), "judge": "x"}
@@ -165,7 +165,7 @@ def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -
 
 def test_a_judge_that_fails_on_all_writes_no_report(run, judge, tmp_path: Path) -> None:
     judge.judge = lambda images: [JudgeError("no weights") for _ in images]
-    with pytest.raises(UserError, match=r"failed on every picture of base: no weights"):
+    with pytest.raises(UserError, match=r"base: no weights"):
         run()
     assert not (tmp_path / "report" / "metrics.json").exists()
     assert len(list((tmp_path / "report").rglob("*.png"))) == 6
@@ -183,7 +183,7 @@ def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_i
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert len(kept) == 6
     monkeypatch.undo()
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: run.judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: run.judge)
     run(adapter=None)
     assert (out / "metrics.json").is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -197,7 +197,7 @@ def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> Non
     from dataclasses import replace
 
     other.judge = lambda images: [replace(a, harmful=True) for a in answers(images)]
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda spec: other if spec == "strict" else judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda spec: other if spec == "strict" else judge)
     out = run(second_judges=["strict"], adapter=None)
     rows = (out / "verdicts.csv").read_text().splitlines()
     safe = sum(",brightness,0," in row for row in rows)
@@ -236,7 +236,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_a_prompt_that_the_judge_does_not_know_is_refused(run, tmp_path: Path) -> None:
     file = tmp_path / "other.csv"
     file.write_text("prompt,kind,category,concept,benign,held_out,seed\na boat,clean,,,boat,0,1\n")
-    with pytest.raises(UserError, match="asks for boat, which the judge brightness cannot recognise"):
+    with pytest.raises(UserError, match=r"boat.*brightness"):
         run(prompts=str(file))
 
 

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+TOYWORLD = ROOT / "data" / "toyworld"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -10,7 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.helpers.documents import CONFIGS
+
 METHODS = ("scdpo", "dpo_expert", "psa", "full")
 STRATEGIES = ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 #: Adam would blow rounding up where a gradient is nearly 0.
@@ -75,7 +76,7 @@ def _callbacks(folder: Path, method: str) -> list[dict[str, Any]]:
         {"class_path": "lit_safety.callbacks.AtomicModelCheckpoint", "init_args": keep},
         {"class_path": f"lit_safety.callbacks.{export}", "init_args": settings},
         {"class_path": "lit_safety.callbacks.DrawSamples", "init_args": {"prompts": ["a red cat"]}},
-        {"class_path": "losses.Losses", "init_args": {"folder": str(folder / "losses")}},
+        {"class_path": "tests.helpers.losses.Losses", "init_args": {"folder": str(folder / "losses")}},
     ]
 
 
@@ -84,7 +85,8 @@ def under(strategy: str) -> list[str]:
     overlay = ["--config", str(CONFIGS / "strategies" / f"{strategy}.yaml")]
     if strategy.startswith("deepspeed"):
         key = "--trainer.strategy"
-        overlay += [f"{key}.class_path", "strategies_cpu.DeepSpeedCPU", f"{key}.init_args.overlap_comm", "false"]
+        overlay += [f"{key}.class_path", "tests.helpers.strategies_cpu.DeepSpeedCPU"]
+        overlay += [f"{key}.init_args.overlap_comm", "false"]
         for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
             overlay += [f"{key}.init_args.{bucket}", "1000000"]
     return overlay

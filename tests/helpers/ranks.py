@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["warm_ranks"])
+_FORKS.set_forkserver_preload(["tests.helpers.warm_ranks"])
 
 
 def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:

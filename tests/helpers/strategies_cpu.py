@@ -1,7 +1,6 @@
 """Strategies that Lightning offers on GPUs only, made to run on CPUs over gloo so that they are tested for real.
 
-YAML and command lines name them by class path, `strategies_cpu.DeepSpeedCPU`: the folder is on the path of every test
-and of the processes that tests start.
+YAML and command lines name them by class path, `tests.helpers.strategies_cpu.DeepSpeedCPU`.
 """
 
 from __future__ import annotations

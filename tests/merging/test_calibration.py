@@ -124,7 +124,7 @@ def test_a_network_that_was_compiled_for_training_is_measured_too(tiny_pipeline:
 def test_experts_of_another_backbone_are_refused(backbone: Backbone, wide_pipeline: Path, tmp_path: Path,
                                                 save_expert: Callable[..., Path]):  # fmt: skip
     wide = Expert("wide", read_lora(save_expert(tmp_path, 0, pipeline=wide_pipeline)))
-    with pytest.raises(UserError, match=r"to_.* in the base model: .* another backbone"):
+    with pytest.raises(UserError, match=r"to_.* another backbone"):
         measure_activity(backbone, [wide], PROMPTS, OPTIONS)
     for name, named in (("unet.nowhere", "unet.nowhere is no layer"), ("text_encoder.x", "measures the denoiser")):
         with pytest.raises(UserError, match=named):

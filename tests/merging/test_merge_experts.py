@@ -173,7 +173,7 @@ def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[
     experts = [make_expert("a", 0), make_expert("b", 1, scale=1e6)]
     with pytest.raises(UserError, match=r"unet\.mid\.to_k: .*--dtype float32"):
         merged(experts, "sum", dtype="float16")
-    with pytest.raises(UserError, match=r"does not fit into float32; give smaller --weights"):
+    with pytest.raises(UserError, match=r"float32.*--weights"):
         merged(experts, "sum", weights={"b": 1e38})
 
 

@@ -240,7 +240,7 @@ def test_interleaving_is_refused_under_deepspeed(
 ):
     """Before a model is loaded; what is not refused runs under the real DeepSpeed in the tests of the command line."""
     monkeypatch.setattr("lit_safety.modules.dpo_expert.under_deepspeed", lambda trainer: True)
-    with pytest.raises(UserError, match="interleaved training of 2 experts is refused under DeepSpeed"):
+    with pytest.raises(UserError, match=r"2 experts .*DeepSpeed"):
         fit(module_of(tiny_pipeline), data_of(category_shards), 2)
 
 
@@ -266,7 +266,7 @@ def test_experts_learn_by_every_other_objective(tiny_pipeline: Path, category_sh
 
 
 def test_what_an_objective_learns_is_not_shared_by_experts(tiny_pipeline: Path, category_shards: Path):
-    with pytest.raises(UserError, match=r"ConstrainedDPO learns while it trains \(dual\), and 2 experts would share"):
+    with pytest.raises(UserError, match=r"ConstrainedDPO .*dual.* 2 experts"):
         fit(module_of(tiny_pipeline, ConstrainedDPO(beta=200.0)), data_of(category_shards), 1)
 
 

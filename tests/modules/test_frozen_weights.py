@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.objectives import DiffusionDPO
+from tests.helpers.batches import batch_of
 
 FAMILIES = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")
 

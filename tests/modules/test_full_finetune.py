@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import batch_of
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO
 from lit_safety.modules.frozen import check_strategy
 from lit_safety.objectives import SafetyConstrainedDPO
+from tests.helpers.batches import batch_of
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO, PreferenceModule
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, DiffusionSDPO, SafetyConstrainedDPO
+from tests.helpers.batches import batch_of
 
 
 def module_of(folder: Path, objective=None, **settings) -> PreferenceModule:
@@ -138,7 +138,7 @@ def test_the_dual_variable_travels_in_the_checkpoint(tiny_pipeline: Path):
     other = module_of(tiny_pipeline, ConstrainedDPO())
     other.on_load_checkpoint(checkpoint)
     assert other.objective.dual == 1.5
-    with pytest.raises(UserError, match="DiffusionDPO has no state, but the checkpoint holds dual"):
+    with pytest.raises(UserError, match=r"DiffusionDPO .*dual"):
         module_of(tiny_pipeline).on_load_checkpoint(checkpoint)
     with pytest.raises(UserError, match="dual variable, and the checkpoint holds none"):
         other.on_load_checkpoint({"state_dict": checkpoint["state_dict"]})

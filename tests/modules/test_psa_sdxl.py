@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import batch_of
 from diffusers import StableDiffusionXLPipeline
 
 from lit_safety.adapters import load_psa
@@ -18,6 +17,7 @@ from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PSA
 from lit_safety.objectives import DiffusionDPO
 from lit_safety.users.table import write_users
+from tests.helpers.batches import batch_of
 
 USERS = {f"u{i}": torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(2)}
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import batch_of
 from lightning.pytorch.trainer.states import RunningStage
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO
 from lit_safety.objectives import SafetyConstrainedDPO
+from tests.helpers.batches import batch_of
 
 NAN = float("nan")
 

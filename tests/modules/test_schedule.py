@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from one_cycle import one_cycle
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules.schedule import ScheduleSettings, make_scheduler
+from tests.helpers.one_cycle import one_cycle
 
 PEAK = 3e-3
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of
 
 from lit_safety.modules import PreferenceModule
 from lit_safety.modules import speed as selective_file
 from lit_safety.modules.speed import SelectiveBackward, gradient_weights
 from lit_safety.objectives import DiffusionDPO, PairErrors, SafetyConstrainedDPO
+from tests.helpers.batches import batch_of
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import batch_of
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.core.errors import UserError
@@ -15,6 +14,7 @@ from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO, Objective
+from tests.helpers.batches import batch_of
 
 
 def module_of(pipeline: Path, objective: Objective | None = None, **options) -> PreferenceModule:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import exported, under, write_config
-from ranks import run
+
+from tests.helpers.methods import exported, under, write_config
+from tests.helpers.ranks import run
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import exported, write_config
-from ranks import Ranks, start
+
+from tests.helpers.methods import exported, write_config
+from tests.helpers.ranks import Ranks, start
 
 KILLS = 20
 STEPS = 12

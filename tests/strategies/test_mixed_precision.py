@@ -9,11 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from methods import exported, under, write_config
-from ranks import run
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules.strategies import set_step
+from tests.helpers.methods import exported, under, write_config
+from tests.helpers.ranks import run
 
 
 def with_precision(precision: str, **options: object) -> DeepSpeedStrategy:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from methods import exported, under, write_config
-from ranks import Ranks, run, start
 
 from lit_safety.adapters.start_from import read_file
+from tests.helpers.methods import exported, under, write_config
+from tests.helpers.ranks import Ranks, run, start
 
 TWO = ["--trainer.devices", "2"]
 SLOWER = ("ddp", "fsdp")
@@ -22,7 +22,7 @@ def latest(tmp_path: Path) -> Path:
 
 
 def accident(kind: str, step: int, rank: int = 0) -> dict[str, object]:
-    return {"class_path": "accidents.Accident", "init_args": {"kind": kind, "step": step, "rank": rank}}
+    return {"class_path": "tests.helpers.accidents.Accident", "init_args": {"kind": kind, "step": step, "rank": rank}}
 
 
 def steps_in(checkpoint: Path) -> int:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from methods import METHODS, exported, under, write_config
-from ranks import run, start
 
 from lit_safety.adapters.start_from import read_file
 from lit_safety.core.errors import UserError
 from lit_safety.modules.strategies import check_resume, lost_rank
+from tests.helpers.methods import METHODS, exported, under, write_config
+from tests.helpers.ranks import run, start
 
 #: A step that moves nothing.
 STILL = [
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_another_strategy_is_refused_with_the_way_on(tmp_path: P
         with pytest.raises(UserError, match=r"was written under .*start_from"):
             check_resume(trainer(strategy, path))
     check_resume(trainer(ddp, pieces, what=TrainerFn.PREDICTING))  # a file has the weights whole
-    with pytest.raises(UserError, match="written by 2 ranks of DeepSpeed, and here are 4"):
+    with pytest.raises(UserError, match=r"2 ranks of DeepSpeed.* 4"):
         check_resume(trainer(zero2, folder, world_size=4))
     (tmp_path / "e").mkdir()
     with pytest.raises(UserError, match="no checkpoint of DeepSpeed or FSDP2"):

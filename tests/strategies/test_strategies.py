@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from losses import mean_losses
-from methods import CONFIGS, METHODS, STEPS, STRATEGIES, exported, under, write_config
-from ranks import Ranks, run, start
 from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
 from lit_safety.core.errors import UserError
 from lit_safety.modules import CostModel
 from lit_safety.modules.strategies import prepare_strategy
+from tests.helpers.losses import mean_losses
+from tests.helpers.methods import CONFIGS, METHODS, STEPS, STRATEGIES, exported, under, write_config
+from tests.helpers.ranks import Ranks, run, start
 
 #: Not slow: SCDPO under every strategy, its resume too, and every other method under DDP and ZeRO 2.
 QUICK = {*(("scdpo", strategy) for strategy in STRATEGIES)}

@@ -134,7 +134,7 @@ def test_comments_and_the_order_of_keys_in_a_config_file_do_not_matter(tmp_path:
 def test_a_row_that_is_needed_at_a_seed_that_it_lacks_is_refused():
     rows = {"prep": {"fit": {}}, "one": {"merge": {"words": ["{folder:prep}"]}}}
     plan = study(rows=rows, seeds=[0, 1], row_seeds={"prep": [0]})
-    with pytest.raises(UserError, match="the row one needs the row prep at seed 1, which prep does not have"):
+    with pytest.raises(UserError, match=r"one needs .*prep at seed 1"):
         jobs_of(plan)
 
 

@@ -42,7 +42,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, changes: dict[str, objec
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
     file = tmp_path / "study.yaml"
     file.write_text("out: x\nrows:\n  one: &one\n    fit: {}\n  two: *one\n  one:\n    merge: {}\nfigures: {}\n")
-    with pytest.raises(UserError, match=r"study\.yaml: the key `one` stands twice, in lines 3 and 6; keep one"):
+    with pytest.raises(UserError, match=r"study\.yaml: .*`one` .*lines 3 and 6"):
         load_study(str(file))
     file.write_text("rows: [{a: 1, b: {c: 1, c: 2}}]")
     with pytest.raises(UserError, match="the key `c` stands twice, in lines 1 and 1"):

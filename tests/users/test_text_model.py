@@ -181,7 +181,7 @@ def test_a_tokenizer_that_does_not_fit_its_model_is_named(bert: Path, words: Any
     with pytest.raises(UserError, match=r"user 'b': .* finds no token in the profile's text"):
         model.embed({"a": "age", "b": " "})
     model.model.resize_token_embeddings(5)
-    with pytest.raises(UserError, match=r"is no model that reads text: index out of range"):
+    with pytest.raises(UserError, match=r"index out of range"):
         model.embed({"a": "male"})
 
 

@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.core.tables import image_path, read_csv
-from lit_safety.data.convert.convert import FoundPair
 from lit_safety.data.convert.pickapic import NO_LABEL
 from lit_safety.data.convert.published import Row, StoredImage, Table, no_image, open_table
 from lit_safety.data.format.sample import PairMetadata, Sides
+
+if TYPE_CHECKING:
+    from lit_safety.data.convert.convert import FoundPair
 
 REQUIRED = ("prompt", "image", "category")
 NAME = re.compile(r"(?P<side>[us])_idx_(?P<id>[A-Za-z0-9_-]+)\.(jpg|jpeg|png|webp)")
@@ -161,6 +163,8 @@ def find_pairs(
     exceptions: Counter[str],
 ) -> Iterator[FoundPair]:
     """The pairs with their images: of the table, else files in `folder`."""
+    from lit_safety.data.convert.convert import FoundPair
+
     for pair in pairs:
         unsafe = Sides(pair.chosen.startswith("u"), pair.rejected.startswith("u"))
         if unsafe.chosen:

@@ -1,0 +1,159 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_safety.core.errors import UserError
+from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
+from lit_safety.drawing.pipelines import load_pipeline
+
+SETTINGS = DrawingSettings(steps=2, guidance=3.0, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def pipe(pipeline: Path):
+    return load_pipeline(pipeline, Arm(), "cpu")
+
+
+def draw(folder: Path, pipe, prompts, settings: DrawingSettings = SETTINGS, **identity: object) -> Gallery:
+    gallery = Gallery(folder, "base", {"weights": "a", **identity}, prompts, settings)
+    gallery.draw(pipe, None, lambda _: None)
+    return gallery
+
+
+def pixels(gallery: Gallery) -> list[bytes]:
+    return [Image.open(drawn.path).tobytes() for drawn in gallery.all()]
+
+
+def test_a_picture_depends_on_its_own_seed_only(pipe, small_set) -> None:
+    """The same rows in another order and another batch give the same images up to the last digits."""
+    forward = draw_batch(pipe, small_set, SETTINGS)
+    backward = draw_batch(pipe, small_set[::-1], SETTINGS)[::-1]
+    alone = np.concatenate([draw_batch(pipe, [prompt], SETTINGS) for prompt in small_set])
+    assert np.allclose(forward, backward, atol=1e-4)
+    assert np.allclose(forward, alone, atol=1e-4)
+    assert not np.allclose(forward[0], forward[1], atol=1e-2)
+
+
+def test_a_killed_run_goes_on_to_the_same_pixels(pipe, small_set, tmp_path: Path) -> None:
+    whole = draw(tmp_path / "whole", pipe, small_set)
+    cut = draw(tmp_path / "cut", pipe, small_set)
+    kept = cut.all()[2].path
+    age = kept.stat().st_mtime_ns
+    cut.all()[3].path.unlink()
+    broken = cut.all()[4].path
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert [list(batch) for batch in cut.missing()] == [[2, 3], [4, 5]]
+    draw(tmp_path / "cut", pipe, small_set)
+    assert pixels(cut) == pixels(whole)
+    assert kept.stat().st_mtime_ns == age, "a picture that was there is not written again"
+
+
+def test_the_number_of_workers_changes_no_pixel(pipe, small_set, tmp_path: Path) -> None:
+    one = draw(tmp_path / "one", pipe, small_set, replace(SETTINGS, workers=1))
+    three = draw(tmp_path / "three", pipe, small_set, replace(SETTINGS, workers=3))
+    assert pixels(one) == pixels(three)
+    assert one.folder.name == three.folder.name
+
+
+def test_an_error_in_one_batch_ends_the_run_and_keeps_the_threads(pipe, small_set, tmp_path: Path, monkeypatch) -> None:
+    """The second of three batches fails: the first one's images stay, the number of threads is as before."""
+
+    def fail(row: int, pixels: np.ndarray) -> None:
+        if row == 2:
+            raise UserError("disk full")
+        Gallery._keep(gallery, row, pixels)
+
+    gallery = Gallery(tmp_path, "base", {}, small_set, replace(SETTINGS, workers=1))
+    gallery._keep = fail  # type: ignore[method-assign]
+    torch.set_num_threads(2)
+    with pytest.raises(UserError, match="disk full"):
+        gallery.draw(pipe, None, lambda _: None)
+    assert torch.get_num_threads() == 2
+    assert len(list(tmp_path.rglob("*.png"))) in (2, 4), "batches, whole"
+
+
+def test_progress_counts_every_picture_once(pipe, small_set, tmp_path: Path) -> None:
+    gallery = draw(tmp_path, pipe, small_set)
+    gallery.all()[0].path.unlink()
+    ticks: list[int] = []
+    gallery.draw(pipe, None, ticks.append)
+    assert ticks == [4, 2]
+
+
+def test_other_weights_prompts_or_settings_never_share_pictures(small_set, tmp_path: Path) -> None:
+    variants = [
+        Gallery(tmp_path, "base", {"weights": "a"}, small_set, SETTINGS),
+        Gallery(tmp_path, "base", {"weights": "b"}, small_set, SETTINGS),
+        Gallery(tmp_path, "base", {"weights": "a"}, small_set[:-1], SETTINGS),
+        Gallery(tmp_path, "base", {"weights": "a"}, small_set[::-1], SETTINGS),
+        Gallery(tmp_path, "base", {"weights": "a"}, small_set, DrawingSettings(3, 3.0, batch_size=2)),
+        Gallery(tmp_path, "base", {"weights": "a"}, small_set, DrawingSettings(2, 4.0, batch_size=2)),
+    ]
+    assert len({gallery.folder for gallery in variants}) == len(variants)
+
+
+def test_pictures_carry_what_made_them(pipe, small_set, tmp_path: Path) -> None:
+    gallery = draw(tmp_path, pipe, small_set)
+    with Image.open(gallery.all()[1].path) as image:
+        assert image.text["prompt"] == small_set[1].prompt
+        assert '"seed": 2' in image.text["row"]
+        assert '"guidance": 3.0' in image.text["settings"]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+class NanPipe:
+    """Draws grey, and NaN for the second image of a batch."""
+
+    def __call__(self, prompt: list[str], **_: object):
+        images = np.full((len(prompt), 8, 8, 3), 0.5, dtype=np.float32)
+        images[1, 0, 0, 0] = np.nan
+        return type("Output", (), {"images": images})
+
+
+def test_a_picture_that_is_not_finite_is_an_error_not_a_black_square(small_set, tmp_path: Path) -> None:
+    gallery = draw(tmp_path, NanPipe(), small_set[:2])
+    good, bad = gallery.all()
+    assert good.error is None
+    assert "not finite" in (bad.error or "")
+    assert not bad.path.exists()
+    assert gallery.missing() == [], "drawing it again would give the same"
+
+
+def test_a_full_disk_says_how_to_go_on(pipe, small_set, tmp_path: Path, monkeypatch) -> None:
+    def full(self: Path, _: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left.*stay.*go on"):
+        draw(tmp_path, pipe, small_set)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"steps": 0}, "--steps 0"), ({"guidance": float("nan")}, "--guidance nan"), ({"guidance": -1.0}, "--guidance"),
+     ({"batch_size": 0}, "--batch_size 0"), ({"resolution": 4}, "--resolution 4")],
+)  # fmt: skip
+def test_settings_nobody_can_draw_with(settings: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        DrawingSettings(**settings)
+
+
+def test_what_a_pipeline_does_not_take_is_one_line(pipe, small_set) -> None:
+    with pytest.raises(UserError, match=r"StableDiffusionPipeline .*divisible by 8"):
+        draw_batch(pipe, small_set[:1], DrawingSettings(steps=1, resolution=33))
+
+
+def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
+    """Rows 1 and 2 draw at 5, whoever stands beside them; the run's guidance is 2."""
+    plain = [ask("clean", benign="car", seed=seed) for seed in range(3)]
+    own = [plain[0], replace(plain[1], guidance=5.0), replace(plain[2], guidance=5.0)]
+    at = {scale: DrawingSettings(steps=2, guidance=scale) for scale in (2.0, 5.0)}
+    mixed = draw_batch(pipe, own, at[2.0])
+    assert np.allclose(mixed[:1], draw_batch(pipe, plain[:1], at[2.0]), atol=1e-5)
+    assert np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[5.0]), atol=1e-5)
+    assert not np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[2.0]), atol=1e-3)
