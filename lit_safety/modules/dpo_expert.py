@@ -25,7 +25,7 @@ from lit_safety.adapters.gathered import replaced
 from lit_safety.adapters.start_from import read_experts
 from lit_safety.core.categories import CATEGORIES, canonical_category
 from lit_safety.core.errors import UserError
-from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.data.protocols import Consecutive, PairData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, PreferenceModule
 from lit_safety.modules.strategies import check_weights
@@ -73,7 +73,7 @@ def check_experts(trainer: Trainer, objective: Objective, names: Sequence[str], 
             f"{len(names)} experts would share what it learns: take another objective, or train one category at a "
             "time and `merge` them"
         )
-    for callback in getattr(trainer, "callbacks", []):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise UserError(
                 f"{type(callback).__name__} would average {len(names)} experts with each other: leave it out, or "
@@ -133,8 +133,8 @@ class DPOExpert(PreferenceModule):
 
     def _experts(self) -> list[str]:
         """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""
-        data = getattr(self._trainer, "datamodule", None)
-        if not self._fitting or not isinstance(data, PreferenceDataModule):
+        data = datamodule_of(self._trainer)
+        if not self._fitting or not isinstance(data, PairData):
             return self.categories or list(CATEGORIES)
         found = data.training_categories()
         if not found:
@@ -158,7 +158,8 @@ class DPOExpert(PreferenceModule):
 
     @property
     def _consecutive(self) -> bool:
-        return bool(getattr(getattr(self.trainer, "datamodule", None), "consecutive", False))
+        data = datamodule_of(self.trainer)
+        return isinstance(data, Consecutive) and data.consecutive
 
     def configure_policy(self) -> None:
         super().configure_policy()

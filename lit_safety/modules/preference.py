@@ -25,13 +25,14 @@ from lit_safety.backbones.load import load_backbone
 from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
+from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
     check_orders,
     check_references,
-    warn_without_outer_step,
+    warn_if_not_moved,
 )
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
@@ -322,7 +323,7 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
 
     Args:
         module: before its first update.
-        batch: what it was asked for.
+        batch: what it was asked for, as `ordered` gives it.
         errors: what it has computed on it.
 
     Raises:
@@ -354,7 +355,6 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
 @torch.no_grad()
 def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
     """m (B,) of the reference as it is now against the cached one; one forward pass."""
-    batch = module.ordered(batch)
     noisy, timesteps, target, conditioning = module.noised(batch)
     with module.reference():
         prediction = module.backbone.predict(noisy, timesteps, conditioning)
@@ -429,12 +429,12 @@ class PreferenceModule(Policy, WatchedGradient):
     def setup(self, stage: str) -> None:
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
         pipeline_class_name(self.pretrained)
-        data = getattr(self.trainer, "datamodule", None)
+        data = datamodule_of(self.trainer)
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
         check_orders(self.objective, data, stage)
         if stage == "fit":
-            warn_without_outer_step(self.objective, self.trainer)
+            warn_if_not_moved(self.objective, self.trainer.callbacks)  # type: ignore[attr-defined]
         check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(
@@ -466,8 +466,10 @@ class PreferenceModule(Policy, WatchedGradient):
         Chosen and rejected go through the network in one pass of 2B. The reference is the same network with its
         adapters off, run first so that its activations are gone when the policy's are kept for the backward pass; or
         its errors come with the batch out of a reference cache.
+
+        Args:
+            batch: as `ordered` gives it.
         """
-        batch = self.ordered(batch)
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
         policy = self.backbone.predict(noisy, timesteps, conditioning)
@@ -486,7 +488,8 @@ class PreferenceModule(Policy, WatchedGradient):
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
     def ordered(self, batch: PairBatch) -> PairBatch:
-        """The batch with its pairs in the order they are trained in; doing it twice changes nothing more."""
+        """The batch with the images of each pair in the order they are trained in: asked once, before all else of a
+        step. What is computed on a batch (`errors`, `loss`, `labels`, `noised`) takes it as it then is."""
         return batch
 
     def reference_pass(
@@ -567,6 +570,7 @@ class PreferenceModule(Policy, WatchedGradient):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
+        batch = self.ordered(batch)
         if self.speed.selective is not None:
             loss, output, errors = self.speed.selective.step(self, batch)
         else:
@@ -592,6 +596,7 @@ class PreferenceModule(Policy, WatchedGradient):
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
         # Seeds of evaluation batches do not change with the epoch: same pairs, timesteps and noise every time.
+        batch = self.ordered(batch)
         errors = self.errors(batch)
         output = self.loss(errors, batch)
         logs = {f"{stage}/{name}": values.mean() for name, values in output.logs.items()}

@@ -35,8 +35,6 @@ class Steps(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def ordered(self, batch: PairBatch) -> PairBatch: ...
-
     def errors(self, batch: PairBatch) -> PairErrors: ...
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput: ...
@@ -66,8 +64,12 @@ class SelectiveBackward:
         return (weights / self.threshold).clamp(self.least, 1.0)
 
     def step(self, module: Steps, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
-        """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient."""
-        batch = module.ordered(batch)
+        """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient.
+
+        Args:
+            module: whose step it is.
+            batch: as the module's `ordered` gives it.
+        """
         with torch.no_grad():
             errors = module.errors(batch)
         output, weights = gradient_weights(module, errors, batch)
