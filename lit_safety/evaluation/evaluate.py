@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
@@ -46,7 +46,7 @@ def evaluate(
     images: str | None = None,
     attacks: str | None = None,
     other_world: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Draw the same prompts and seeds with every arm, judge the images, and write a report.
 
     Writes into `out`: metrics.json, table.md, before_after.png, index.html, verdicts.csv, and the images under
@@ -104,6 +104,8 @@ def evaluate(
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
 
+    Returns: the report's figures and settings, as they stand in metrics.json.
+
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
@@ -151,5 +153,7 @@ def evaluate(
     results = run.execute()
     if blur is None:
         blur = other_world or not getattr(judges[0], "harmless", False)
-    print(f"\n{report_table(write_report(results, blur, curves))}\n")
+    metrics = write_report(results, blur, curves)
+    print(f"\n{report_table(metrics)}\n")
     print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")
+    return metrics

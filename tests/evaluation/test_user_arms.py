@@ -109,7 +109,7 @@ def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: P
 def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     pipeline: Path, user_adapter: Path, prompts_csv: Path, tmp_path: Path, judge, monkeypatch
 ):
-    monkeypatch.setattr("lit_safety.judges.load_judge", lambda _: judge)
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: judge)
     arms = {"anna": Arm(adapter=str(user_adapter), user="anna"), "again": Arm(adapter=str(user_adapter))}
     evaluate(
         pipeline=str(pipeline), adapter=str(user_adapter), prompts=str(prompts_csv), judge="x", steps=2, device="cpu",
@@ -140,9 +140,12 @@ def test_test_of_psa_judges_the_null_user(user_adapter: Path, pipeline: Path, tm
     module.configure_model()
     monkeypatch.setattr(module, "exporting", lambda _: nullcontext())
     asked: dict = {}
-    monkeypatch.setattr("lit_safety.evaluation.evaluate.evaluate", lambda **given: asked.update(given))
+    found = {"arms": {"aligned": {"ip": 0.5}}}
+    monkeypatch.setattr("lit_safety.evaluation.evaluate.evaluate", lambda **given: asked.update(given) or found)
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
-    EvaluateOnTest(prompts="p.csv", judge="j").on_test_end(trainer, module)
+    callback = EvaluateOnTest(prompts="p.csv", judge="j")
+    callback.on_test_end(trainer, module)
+    assert callback.metrics == found
     assert is_user_adapter(asked["adapter"])
     assert Path(asked["adapter"]) == tmp_path / "adapter"
 
