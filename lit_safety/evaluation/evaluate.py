@@ -115,7 +115,7 @@ def evaluate(
     from lit_safety.drawing.edits import Edit
     from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
-    from lit_safety.drawing.prompts import Selection, read_prompts, select
+    from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.page import find_attacks
     from lit_safety.evaluation.quality import Quality
@@ -132,7 +132,7 @@ def evaluate(
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers, change)
     named = tuple(canonical_category(name) for name in categories) if categories is not None else None
-    selection = Selection(explicit, implicit, lookalike, clean, adversarial, named)
+    selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
     curves = find_attacks(attacks, Path(out))
@@ -141,7 +141,7 @@ def evaluate(
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
     check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)
-    chosen = select(everything, selection)
+    chosen = choose_prompts(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)

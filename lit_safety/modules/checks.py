@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_safety.backbones.fingerprint import reference_fingerprint
+from lit_safety.backbones.fingerprint import reference_hashes
 from lit_safety.backbones.load import family_of
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_model
@@ -28,7 +28,7 @@ def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
         UserError: a cache was made by another model; names both.
     """
     found = _caches(datamodule, stage)
-    weights = family_of(pretrained).fingerprint(pretrained) if found else {}
+    weights = family_of(pretrained).encoder_hashes(pretrained) if found else {}
     for one in found:
         if unknown := check_model(one.cache, pretrained, weights, one.key):
             rank_zero_info(
@@ -54,7 +54,7 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
     for one in _caches(datamodule, stage):
         if (reference := one.cache.reference) is None:
             continue
-        own = reference_fingerprint(pretrained, family_of(pretrained).DENOISER)
+        own = reference_hashes(pretrained, family_of(pretrained).DENOISER)
         for name in {**reference.weights, **own}:
             if own.get(name) != (made := reference.weights.get(name)):
                 raise UserError(

@@ -37,7 +37,7 @@ def under_deepspeed(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
-def begin_phase(trainer: Trainer, module: LightningModule, bank: ExpertBank, name: str) -> None:
+def begin_expert(trainer: Trainer, module: LightningModule, bank: ExpertBank, name: str) -> None:
     """End the phase of the expert that is in the network and begin that of ``name``: on all ranks, between steps."""
     strategy: Any = trainer.strategy
     if not under_deepspeed(trainer):
@@ -215,7 +215,7 @@ class DPOExpert(PreferenceModule):
                     "GradientAccumulationScheduler out"
                 )
             if self._consecutive:
-                begin_phase(self.trainer, self, self.bank, category)
+                begin_expert(self.trainer, self, self.bank, category)
             else:
                 self.bank.activate(category, self.trainer.optimizers[0])
         self.bank.batches[category] += 1

@@ -41,7 +41,7 @@ class Cache:
     model: str
     """The pipeline that made it, as it was named there."""
     weights: dict[str, str]
-    """Hashes of its encoders by component, weights and settings (`Backbone.fingerprint`)."""
+    """Hashes of its encoders by component, weights and settings (`Backbone.encoder_hashes`)."""
     size: tuple[int, int]
     """Height and width in pixels of the images that were encoded."""
     latent: tuple[int, int, int]
