@@ -1,4 +1,4 @@
-"""What PSA looks at before it trains: are the users' pairs there, and is every user's embedding?"""
+"""PSA: each user's own bounds (Personalized Safety Alignment, arXiv 2508.01151)."""
 
 from __future__ import annotations
 
@@ -28,74 +28,6 @@ from lit_safety.modules.speed import Speed
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
-
-
-def check_folders(data: object) -> None:
-    """Refuse folders of pairs that are not there, and say how they are made.
-
-    Raises:
-        UserError: names key, folder and command.
-    """
-    for name, folders in shards_of(data).items():
-        for folder in folders:
-            plain = not any(sign in folder for sign in "{*?[:")
-            if plain and not Path(folder).exists():
-                raise UserError(
-                    f"data.init_args.{name}: {folder} does not exist. PSA trains on the pairs of users: make the toy "
-                    "world's with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` does"
-                )
-
-
-def check_users(data: object, stage: str | None, table: UserTable) -> None:
-    """Refuse pairs of users who have no embedding, before the first step and not in the middle of a run.
-
-    Raises:
-        UserError: names the first such user.
-    """
-    if not isinstance(data, PairData):
-        return
-    for key, users in data.users(stage).items():
-        if missing := sorted(users - set(table.ids)):
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
-                f"{key}: holds pairs of user {missing[0]!r}{others}, who is not in {' or '.join(table.files)}: embed "
-                "all users (`python -m lit_safety users embed`)"
-            )
-
-
-# Pairs whose order is turned round.
-
-
-def swapped(batch: PairBatch, swap: Tensor) -> PairBatch:
-    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
-
-    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
-
-    Raises:
-        UserError: the batch holds the reference's predictions, which a cache has of the chosen images alone.
-    """
-    if batch.reference_prediction is not None:
-        raise UserError(
-            "images of pairs are swapped, and the reference cache holds predictions of the chosen image alone: set "
-            "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
-        )
-
-    def columns(values: Tensor) -> Tensor:
-        return torch.where(swap.view(-1, *[1] * (values.ndim - 1)), values.flip(1), values)
-
-    changed: dict[str, Any] = {name: columns(getattr(batch, name)) for name in ("harmful", "cost", "score")}
-    for name in ("latents", "crops", "reference"):
-        if (values := getattr(batch, name)) is not None:
-            changed[name] = columns(values)
-    if batch.chosen is not None and batch.rejected is not None:
-        where = swap.view(-1, 1, 1, 1)
-        changed["chosen"] = torch.where(where, batch.rejected, batch.chosen)
-        changed["rejected"] = torch.where(where, batch.chosen, batch.rejected)
-    return replace(batch, **changed)
-
-
-# PSA: each user's own bounds (Personalized Safety Alignment, arXiv 2508.01151).
-
 
 #: Users for whom a run draws its samples, beside the null user.
 SHOWN = 3
@@ -340,3 +272,70 @@ class PSA(PreferenceModule):
 def _dropout(seed: int) -> float:
     """One number decides, so that dropping the user and dropping user and prompt exclude each other."""
     return uniform(seed, "user-dropout")
+
+
+# What is done to a pair that is trained for the null user.
+
+
+def swapped(batch: PairBatch, swap: Tensor) -> PairBatch:
+    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
+
+    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
+
+    Raises:
+        UserError: the batch holds the reference's predictions, which a cache has of the chosen images alone.
+    """
+    if batch.reference_prediction is not None:
+        raise UserError(
+            "images of pairs are swapped, and the reference cache holds predictions of the chosen image alone: set "
+            "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
+        )
+
+    def columns(values: Tensor) -> Tensor:
+        return torch.where(swap.view(-1, *[1] * (values.ndim - 1)), values.flip(1), values)
+
+    changed: dict[str, Any] = {name: columns(getattr(batch, name)) for name in ("harmful", "cost", "score")}
+    for name in ("latents", "crops", "reference"):
+        if (values := getattr(batch, name)) is not None:
+            changed[name] = columns(values)
+    if batch.chosen is not None and batch.rejected is not None:
+        where = swap.view(-1, 1, 1, 1)
+        changed["chosen"] = torch.where(where, batch.rejected, batch.chosen)
+        changed["rejected"] = torch.where(where, batch.chosen, batch.rejected)
+    return replace(batch, **changed)
+
+
+# What PSA looks at before it trains: are the users' pairs there, and is every user's embedding?
+
+
+def check_folders(data: object) -> None:
+    """Refuse folders of pairs that are not there, and say how they are made.
+
+    Raises:
+        UserError: names key, folder and command.
+    """
+    for name, folders in shards_of(data).items():
+        for folder in folders:
+            plain = not any(sign in folder for sign in "{*?[:")
+            if plain and not Path(folder).exists():
+                raise UserError(
+                    f"data.init_args.{name}: {folder} does not exist. PSA trains on the pairs of users: make the toy "
+                    "world's with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` does"
+                )
+
+
+def check_users(data: object, stage: str | None, table: UserTable) -> None:
+    """Refuse pairs of users who have no embedding, before the first step and not in the middle of a run.
+
+    Raises:
+        UserError: names the first such user.
+    """
+    if not isinstance(data, PairData):
+        return
+    for key, users in data.users(stage).items():
+        if missing := sorted(users - set(table.ids)):
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"{key}: holds pairs of user {missing[0]!r}{others}, who is not in {' or '.join(table.files)}: embed "
+                "all users (`python -m lit_safety users embed`)"
+            )

@@ -1,11 +1,4 @@
-"""Selective backward: pairs that teach little are trained on at random, and count more when they are.
-
-A forward pass without gradient tells each pair's gradient weight w. Pairs with w below a threshold stay in with
-probability q = max(least, w / threshold), the others with q = 1; what stays in goes forward again, then backward, and
-its loss counts 1 / q times. The expectation over the draw is the whole batch's gradient: E[1{u < q} / q] = 1 for each
-pair. It saves time once less than B / (F + B) of the pairs stay in (F forward, B backward; about half for a LoRA). The
-draw reads the weights on the host, so a step waits for the device once.
-"""
+"""How a step is computed, for speed or memory; what it teaches stays the same."""
 
 from __future__ import annotations
 
@@ -21,6 +14,57 @@ from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErro
 
 if TYPE_CHECKING:
     from lit_safety.data.reading.batch import PairBatch
+
+
+@dataclass
+class Speed:
+    """Options of a step.
+
+    Args:
+        compile: backend of torch.compile for the denoiser's repeated blocks, such as inductor; null: not compiled.
+        gradient_checkpointing: compute activations a second time in the backward pass instead of keeping them: less
+            memory, a slower step.
+        selective: train on all pairs that still teach something and on a random part of the others; null: on all.
+        margin_limit: the largest |m| in logits that a cached or compiled reference may show before the first update.
+    """
+
+    compile: str | None = None
+    gradient_checkpointing: bool = False
+    selective: SelectiveBackward | None = None
+    margin_limit: float = 0.05
+
+    def apply(self, denoiser: nn.Module) -> None:
+        """Prepare the denoiser, its adapters attached.
+
+        Raises:
+            UserError: torch knows no such backend, or the denoiser does not name its repeated blocks.
+        """
+        network: Any = denoiser
+        if self.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.compile is None:
+            return
+        import torch._dynamo
+
+        if self.compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
+            raise UserError(f"`model.init_args.speed.compile: {self.compile}` is none of {', '.join(known)}")
+        # Adapters on and off, training and not, are some graphs each, and two blocks of a kind share them.
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+        try:
+            network.compile_repeated_blocks(backend=self.compile)
+        except ValueError as error:
+            raise UserError(
+                f"`model.init_args.speed.compile`: {type(denoiser).__name__} names no repeated blocks; leave it null"
+            ) from error
+
+
+# Selective backward: pairs that teach little are trained on at random, and count more when they are.
+#
+# A forward pass without gradient tells each pair's gradient weight w. Pairs with w below a threshold stay in with
+# probability q = max(least, w / threshold), the others with q = 1; what stays in goes forward again, then backward, and
+# its loss counts 1 / q times. The expectation over the draw is the whole batch's gradient: E[1{u < q} / q] = 1 for each
+# pair. It saves time once less than B / (F + B) of the pairs stay in (F forward, B backward; about half for a LoRA).
+# The draw reads the weights on the host, so a step waits for the device once.
 
 
 #: The errors that a loss has a gradient for.
@@ -107,48 +151,3 @@ def gradient_weights(module: Steps, errors: PairErrors, batch: PairBatch) -> tup
     unit = (0.5 * module.objective.beta) ** 2 * (errors.policy_chosen + errors.policy_rejected)
     weights = (torch.stack(squares).sum(0) / unit.clamp(min=1e-30)).sqrt()
     return ObjectiveOutput(output.loss.detach(), output.logs), weights
-
-
-# How a step is computed, for speed or memory; what it teaches stays the same.
-
-
-@dataclass
-class Speed:
-    """Options of a step.
-
-    Args:
-        compile: backend of torch.compile for the denoiser's repeated blocks, such as inductor; null: not compiled.
-        gradient_checkpointing: compute activations a second time in the backward pass instead of keeping them: less
-            memory, a slower step.
-        selective: train on all pairs that still teach something and on a random part of the others; null: on all.
-        margin_limit: the largest |m| in logits that a cached or compiled reference may show before the first update.
-    """
-
-    compile: str | None = None
-    gradient_checkpointing: bool = False
-    selective: SelectiveBackward | None = None
-    margin_limit: float = 0.05
-
-    def apply(self, denoiser: nn.Module) -> None:
-        """Prepare the denoiser, its adapters attached.
-
-        Raises:
-            UserError: torch knows no such backend, or the denoiser does not name its repeated blocks.
-        """
-        network: Any = denoiser
-        if self.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        if self.compile is None:
-            return
-        import torch._dynamo
-
-        if self.compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
-            raise UserError(f"`model.init_args.speed.compile: {self.compile}` is none of {', '.join(known)}")
-        # Adapters on and off, training and not, are some graphs each, and two blocks of a kind share them.
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-        try:
-            network.compile_repeated_blocks(backend=self.compile)
-        except ValueError as error:
-            raise UserError(
-                f"`model.init_args.speed.compile`: {type(denoiser).__name__} names no repeated blocks; leave it null"
-            ) from error
