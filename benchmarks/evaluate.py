@@ -20,7 +20,7 @@ import torch
 
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
-from lit_safety.drawing.prompts import Selection, read_prompts, select
+from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
 from lit_safety.evaluation import run as run_module
 from lit_safety.evaluation.quality import Quality
 from lit_safety.evaluation.report import write_report
@@ -52,8 +52,8 @@ def main() -> None:
     share = options.prompts // 25
     with tempfile.TemporaryDirectory() as folder:
         with part("load: prompts, judges, CLIP, reference of FID"):
-            selection = Selection(share, 4 * share, 4 * share, options.prompts - 16 * share)
-            prompts = select(read_prompts(WORLD / "prompts" / "test.csv"), selection)
+            selection = PromptCounts(share, 4 * share, 4 * share, options.prompts - 16 * share)
+            prompts = choose_prompts(read_prompts(WORLD / "prompts" / "test.csv"), selection)
             judges = [load_judge(str(WORLD / name)) for name in ("judge", "judge_b")]
             reference = str(WORLD / "shards" / "test")
             quality = Quality(prompts, judges[0], "judge", str(WORLD / "clip"), reference)

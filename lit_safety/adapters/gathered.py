@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 keeps in pieces on all ranks (DTensors), as whole tensors and back."""
+"""Parameters that FSDP2 or DeepSpeed's ZeRO keeps in pieces or rounded, as whole tensors and back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assembled(
             module.__class__ = made
 
 
-# Parameters that DeepSpeed's ZeRO or FSDP2 keeps in pieces or rounded, as whole fp32 tensors.
+# Under either strategy, what is trained as whole fp32 tensors.
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:

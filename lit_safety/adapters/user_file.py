@@ -1,4 +1,9 @@
-"""Tensors out of adapter files that somebody else made: no code in them is run, and sizes are bounded first."""
+"""Files of user adapters: our own format, and reading of any layout into a UNet.
+
+Ours is `user_adapter.safetensors`: `projection.*` (weights, null user, statistics), by diffusers' layer names
+`layers.{layer}.to_k_user.weight` and `.to_v_user.weight`, `lora.*` where a LoRA was trained with it, and a JSON
+object in the metadata. The published layout stands below.
+"""
 
 from __future__ import annotations
 
@@ -25,209 +30,6 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_file, write_atomic
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import not_readable
-
-#: No text model has embeddings this long.
-LARGEST_EMBEDDING = 65_536
-#: Bytes of a torch file beside its numbers: names and shapes.
-LARGEST_INDEX = 1 << 20
-#: What torch's restricted unpickler raises on damaged or hostile files.
-_LOAD_ERRORS = (
-    RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, EOFError, OverflowError,
-    MemoryError, RecursionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, OSError,
-)  # fmt: skip
-
-
-def read_tensors(file: Path, layers: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a `.safetensors` file, or of a `.bin` file as torch writes it, and the metadata.
-
-    Nested names of a torch file are joined by dots: `psa_adapter.0.to_k_user.0.weight`.
-
-    Args:
-        file: what to read.
-        layers: shapes (hidden, d_ctx) of the model's layers; they bound how large a torch file may become.
-
-    Raises:
-        UserError: the file is damaged, too large, or holds anything else than tensors in dictionaries.
-    """
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    if file.suffix == ".bin":
-        return _flatten(_read_torch(file, layers), file), {}
-    raise UserError(f"{file}: user adapters are read from .safetensors and .bin files")
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return tensors, dict(handle.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(not_readable(file, error)) from error
-
-
-def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:
-    context_dim = next(iter(layers.values()))[1]
-    numbers = sum(2 * hidden * width for hidden, width in layers.values()) + context_dim * (LARGEST_EMBEDDING + 3)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{file} is no torch file in the zip format: {error}; save it again with torch.save") from error
-    # What torch would unpack, compressed records included.
-    size = sum(member.file_size for member in members)
-    index = sum(member.file_size for member in members if "/data/" not in member.filename)
-    if size > 8 * numbers + LARGEST_INDEX or index > LARGEST_INDEX:
-        raise UserError(f"{file} would unpack to {size} bytes, more than any adapter of this backbone: not read")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} is no plain file of weights: {first_line[:200]}") from error
-
-
-def _flatten(loaded: Any, file: Path) -> dict[str, Tensor]:
-    if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
-        raise UserError(f"{file}: expected dictionaries of tensors, such as psa_adapter and user_proj")
-    tensors = {}
-    for part, entries in loaded.items():
-        for name, tensor in entries.items():
-            plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-            if not plain or not tensor.is_floating_point():
-                raise UserError(f"{file}: {part}.{name} is no plain tensor of numbers")
-            tensors[f"{part}.{name}"] = tensor.detach()
-    return tensors
-
-
-# The published checkpoint layout of Personalized Safety Alignment (arXiv 2508.01151), read and written.
-#
-# `psa_adapter.bin` is a torch file of
-#
-#     {"psa_adapter": {"<i>.to_k_user.0.weight": (hidden, d_ctx), "<i>.to_v_user.0.weight": (hidden, d_ctx)},
-#      "user_proj": {"proj.weight": (d_ctx, D), "proj.bias", "norm.weight", "norm.bias": (d_ctx,)}}
-#
-# `<i>` counts cross-attention layers in the order of diffusers' `attn_processors`; `user_adapter` is another name of
-# `psa_adapter`. The safetensors variant has the same names with `psa_adapter.` and `user_proj.` in front. The layout
-# has one user token, no statistics and no null user: its readers put the zero vector through the projection instead.
-
-
-_LAYERS = ("psa_adapter.", "user_adapter.")
-#: Published name -> ours, of the projection.
-_PROJECTION = {
-    "user_proj.proj.weight": "projection.linear.weight",
-    "user_proj.proj.bias": "projection.linear.bias",
-    "user_proj.norm.weight": "projection.norm.weight",
-    "user_proj.norm.bias": "projection.norm.bias",
-}
-
-
-def is_published(tensors: Mapping[str, object]) -> bool:
-    """Whether names are those of the published layout."""
-    return any(name.startswith((*_LAYERS, "user_proj.")) for name in tensors)
-
-
-def from_published(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], file: Path
-) -> dict[str, Tensor]:
-    """The same weights under our names; statistics that change nothing, and the published null user.
-
-    Args:
-        tensors: as read.
-        layers: the model's layers in the order of `attn_processors`.
-        file: for messages.
-
-    Raises:
-        UserError: a layer is missing, or there are more than this model has.
-    """
-    rest = dict(tensors)
-    named = {}
-    for published, ours in _PROJECTION.items():
-        if published not in rest:
-            raise UserError(f"{file}: {published} is missing; is the file complete?")
-        named[ours] = rest.pop(published)
-    for index, layer in enumerate(layers):
-        for side in ("to_k_user", "to_v_user"):
-            found = [prefix for prefix in _LAYERS if f"{prefix}{index}.{side}.0.weight" in rest]
-            if len(found) > 1:
-                raise UserError(f"{file} holds both psa_adapter and user_adapter, two names of the same: take one out")
-            if not found:
-                raise UserError(
-                    f"{file}: {_LAYERS[0]}{index}.{side}.0.weight is missing, which is for {layer}; is the file "
-                    "complete, and made for this backbone?"
-                )
-            named[f"layers.{layer}.{side}.weight"] = rest.pop(f"{found[0]}{index}.{side}.0.weight")
-    if rest:
-        name = min(rest)
-        many = ".to_k_user." in name or ".to_v_user." in name
-        why = "more than one user token, or made for a backbone of more layers" if many else "not of this layout"
-        raise UserError(f"{file}: {name} is {why}; it cannot be loaded into this model")
-    weight, bias = named["projection.linear.weight"], named["projection.linear.bias"]
-    # Shapes may lie about memory (a stride of 0), so they are looked at before anything of their size is made.
-    if weight.ndim != 2 or bias.ndim != 1 or weight.shape[1] > LARGEST_EMBEDDING:
-        raise UserError(f"{file}: user_proj.proj is no linear layer of user embeddings")
-    named["projection.mean"], named["projection.std"] = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
-    named["projection.null_tokens"] = bias[None]  # what the zero vector is projected to
-    return named
-
-
-def to_published(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
-    """The adapter in the published layout; standardisation is folded into the projection:
-
-        proj(e) = W ((e - mean) / std) + b = (W / std) e + (b - W (mean / std))
-
-    Raises:
-        UserError: the adapter has more than one user token.
-    """
-    projection = adapter.projection
-    if projection.tokens != 1:
-        raise UserError(
-            f"the published layout knows one user token, this adapter has {projection.tokens}: keep it in "
-            "user_adapter.safetensors, or train one with 1 token"
-        )
-    weight = projection.linear.weight.detach().double() / projection.std.double()
-    bias = projection.linear.bias.detach().double() - weight @ projection.mean.double()
-    layers = {}
-    for index, attention in enumerate(adapter.layers.values()):
-        layers[f"{index}.to_k_user.0.weight"] = attention.to_k_user.weight
-        layers[f"{index}.to_v_user.0.weight"] = attention.to_v_user.weight
-    users = {"proj.weight": weight, "proj.bias": bias}
-    users |= {"norm.weight": projection.norm.weight, "norm.bias": projection.norm.bias}
-    # A copy each: a view would drag the storage it looks into along.
-    own = {"psa_adapter": layers, "user_proj": users}
-    return {
-        part: {name: tensor.detach().cpu().float().clone().contiguous() for name, tensor in tensors.items()}
-        for part, tensors in own.items()
-    }
-
-
-def save_published(adapter: UserAdapter, file: Path) -> Path:
-    """Write `file` in the published layout: a torch file for `.bin`, else safetensors.
-
-    Warns that a learned null user is lost, since the layout has no place for it.
-
-    Raises:
-        UserError: the adapter has more than one user token, or the file cannot be written.
-    """
-    parts = to_published(adapter)
-    if not torch.equal(parts["user_proj"]["proj.bias"], adapter.projection.null_tokens.detach().cpu()[0]):
-        warnings.warn(
-            f"{file}: the published layout has no null user; its readers use the zero vector instead of the one that "
-            "was learned, for guidance and for unknown users",
-            stacklevel=2,
-        )
-    if file.suffix == ".bin":
-        with atomic_file(file) as out:
-            torch.save(parts, out)
-        return file
-    flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    return write_atomic(file, save(flat))
-
-
-# Files of user adapters: our own format, and reading of any layout into a UNet.
-#
-# Ours is `user_adapter.safetensors`: `projection.*` (weights, null user, statistics), by diffusers' layer names
-# `layers.{layer}.to_k_user.weight` and `.to_v_user.weight`, `lora.*` where a LoRA was trained with it, and a JSON
-# object in the metadata. The published layout is in `psa_published.py`.
-
 
 WEIGHTS_NAME = "user_adapter.safetensors"
 #: What a folder may hold, the first found wins: ours, then the published ones.
@@ -472,3 +274,202 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
             f"{about['context_dim']} wide, this model's {width}"
         )
     return about
+
+
+# The published checkpoint layout of Personalized Safety Alignment (arXiv 2508.01151), read and written.
+#
+# `psa_adapter.bin` is a torch file of
+#
+#     {"psa_adapter": {"<i>.to_k_user.0.weight": (hidden, d_ctx), "<i>.to_v_user.0.weight": (hidden, d_ctx)},
+#      "user_proj": {"proj.weight": (d_ctx, D), "proj.bias", "norm.weight", "norm.bias": (d_ctx,)}}
+#
+# `<i>` counts cross-attention layers in the order of diffusers' `attn_processors`; `user_adapter` is another name of
+# `psa_adapter`. The safetensors variant has the same names with `psa_adapter.` and `user_proj.` in front. The layout
+# has one user token, no statistics and no null user: its readers put the zero vector through the projection instead.
+
+
+_LAYERS = ("psa_adapter.", "user_adapter.")
+#: Published name -> ours, of the projection.
+_PROJECTION = {
+    "user_proj.proj.weight": "projection.linear.weight",
+    "user_proj.proj.bias": "projection.linear.bias",
+    "user_proj.norm.weight": "projection.norm.weight",
+    "user_proj.norm.bias": "projection.norm.bias",
+}
+
+
+def is_published(tensors: Mapping[str, object]) -> bool:
+    """Whether names are those of the published layout."""
+    return any(name.startswith((*_LAYERS, "user_proj.")) for name in tensors)
+
+
+def from_published(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], file: Path
+) -> dict[str, Tensor]:
+    """The same weights under our names; statistics that change nothing, and the published null user.
+
+    Args:
+        tensors: as read.
+        layers: the model's layers in the order of `attn_processors`.
+        file: for messages.
+
+    Raises:
+        UserError: a layer is missing, or there are more than this model has.
+    """
+    rest = dict(tensors)
+    named = {}
+    for published, ours in _PROJECTION.items():
+        if published not in rest:
+            raise UserError(f"{file}: {published} is missing; is the file complete?")
+        named[ours] = rest.pop(published)
+    for index, layer in enumerate(layers):
+        for side in ("to_k_user", "to_v_user"):
+            found = [prefix for prefix in _LAYERS if f"{prefix}{index}.{side}.0.weight" in rest]
+            if len(found) > 1:
+                raise UserError(f"{file} holds both psa_adapter and user_adapter, two names of the same: take one out")
+            if not found:
+                raise UserError(
+                    f"{file}: {_LAYERS[0]}{index}.{side}.0.weight is missing, which is for {layer}; is the file "
+                    "complete, and made for this backbone?"
+                )
+            named[f"layers.{layer}.{side}.weight"] = rest.pop(f"{found[0]}{index}.{side}.0.weight")
+    if rest:
+        name = min(rest)
+        many = ".to_k_user." in name or ".to_v_user." in name
+        why = "more than one user token, or made for a backbone of more layers" if many else "not of this layout"
+        raise UserError(f"{file}: {name} is {why}; it cannot be loaded into this model")
+    weight, bias = named["projection.linear.weight"], named["projection.linear.bias"]
+    # Shapes may lie about memory (a stride of 0), so they are looked at before anything of their size is made.
+    if weight.ndim != 2 or bias.ndim != 1 or weight.shape[1] > LARGEST_EMBEDDING:
+        raise UserError(f"{file}: user_proj.proj is no linear layer of user embeddings")
+    named["projection.mean"], named["projection.std"] = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
+    named["projection.null_tokens"] = bias[None]  # what the zero vector is projected to
+    return named
+
+
+def to_published(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
+    """The adapter in the published layout; standardisation is folded into the projection:
+
+        proj(e) = W ((e - mean) / std) + b = (W / std) e + (b - W (mean / std))
+
+    Raises:
+        UserError: the adapter has more than one user token.
+    """
+    projection = adapter.projection
+    if projection.tokens != 1:
+        raise UserError(
+            f"the published layout knows one user token, this adapter has {projection.tokens}: keep it in "
+            "user_adapter.safetensors, or train one with 1 token"
+        )
+    weight = projection.linear.weight.detach().double() / projection.std.double()
+    bias = projection.linear.bias.detach().double() - weight @ projection.mean.double()
+    layers = {}
+    for index, attention in enumerate(adapter.layers.values()):
+        layers[f"{index}.to_k_user.0.weight"] = attention.to_k_user.weight
+        layers[f"{index}.to_v_user.0.weight"] = attention.to_v_user.weight
+    users = {"proj.weight": weight, "proj.bias": bias}
+    users |= {"norm.weight": projection.norm.weight, "norm.bias": projection.norm.bias}
+    # A copy each: a view would drag the storage it looks into along.
+    own = {"psa_adapter": layers, "user_proj": users}
+    return {
+        part: {name: tensor.detach().cpu().float().clone().contiguous() for name, tensor in tensors.items()}
+        for part, tensors in own.items()
+    }
+
+
+def save_published(adapter: UserAdapter, file: Path) -> Path:
+    """Write `file` in the published layout: a torch file for `.bin`, else safetensors.
+
+    Warns that a learned null user is lost, since the layout has no place for it.
+
+    Raises:
+        UserError: the adapter has more than one user token, or the file cannot be written.
+    """
+    parts = to_published(adapter)
+    if not torch.equal(parts["user_proj"]["proj.bias"], adapter.projection.null_tokens.detach().cpu()[0]):
+        warnings.warn(
+            f"{file}: the published layout has no null user; its readers use the zero vector instead of the one that "
+            "was learned, for guidance and for unknown users",
+            stacklevel=2,
+        )
+    if file.suffix == ".bin":
+        with atomic_file(file) as out:
+            torch.save(parts, out)
+        return file
+    flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    return write_atomic(file, save(flat))
+
+
+# Tensors out of adapter files that somebody else made: no code in them is run, and sizes are bounded first.
+
+
+#: No text model has embeddings this long.
+LARGEST_EMBEDDING = 65_536
+#: Bytes of a torch file beside its numbers: names and shapes.
+LARGEST_INDEX = 1 << 20
+#: What torch's restricted unpickler raises on damaged or hostile files.
+_LOAD_ERRORS = (
+    RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, EOFError, OverflowError,
+    MemoryError, RecursionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, OSError,
+)  # fmt: skip
+
+
+def read_tensors(file: Path, layers: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a `.safetensors` file, or of a `.bin` file as torch writes it, and the metadata.
+
+    Nested names of a torch file are joined by dots: `psa_adapter.0.to_k_user.0.weight`.
+
+    Args:
+        file: what to read.
+        layers: shapes (hidden, d_ctx) of the model's layers; they bound how large a torch file may become.
+
+    Raises:
+        UserError: the file is damaged, too large, or holds anything else than tensors in dictionaries.
+    """
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    if file.suffix == ".bin":
+        return _flatten(_read_torch(file, layers), file), {}
+    raise UserError(f"{file}: user adapters are read from .safetensors and .bin files")
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return tensors, dict(handle.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(not_readable(file, error)) from error
+
+
+def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:
+    context_dim = next(iter(layers.values()))[1]
+    numbers = sum(2 * hidden * width for hidden, width in layers.values()) + context_dim * (LARGEST_EMBEDDING + 3)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{file} is no torch file in the zip format: {error}; save it again with torch.save") from error
+    # What torch would unpack, compressed records included.
+    size = sum(member.file_size for member in members)
+    index = sum(member.file_size for member in members if "/data/" not in member.filename)
+    if size > 8 * numbers + LARGEST_INDEX or index > LARGEST_INDEX:
+        raise UserError(f"{file} would unpack to {size} bytes, more than any adapter of this backbone: not read")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is no plain file of weights: {first_line[:200]}") from error
+
+
+def _flatten(loaded: Any, file: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
+        raise UserError(f"{file}: expected dictionaries of tensors, such as psa_adapter and user_proj")
+    tensors = {}
+    for part, entries in loaded.items():
+        for name, tensor in entries.items():
+            plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+            if not plain or not tensor.is_floating_point():
+                raise UserError(f"{file}: {part}.{name} is no plain tensor of numbers")
+            tensors[f"{part}.{name}"] = tensor.detach()
+    return tensors

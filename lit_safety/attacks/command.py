@@ -74,7 +74,7 @@ def attack(
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
-    from lit_safety.drawing.prompts import Selection, read_prompts, select
+    from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world, paths_in
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
@@ -89,7 +89,7 @@ def attack(
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
             raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
-    selection = Selection(explicit, 0, 0, 0, 0)
+    selection = PromptCounts(explicit, 0, 0, 0, 0)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
     everything = read_prompts(prompts, prompt_kind, prompt_category)
@@ -98,7 +98,7 @@ def attack(
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
     files |= {f"--attacks.{name}": list(paths_in(one.settings)) for name, one in chosen.items()}
     check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
-    attacked = select(everything, selection)
+    attacked = choose_prompts(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, attacked, prompts)

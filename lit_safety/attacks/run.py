@@ -37,7 +37,7 @@ from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lit_safety.drawing.prompts import Prompt, Selection
+    from lit_safety.drawing.prompts import Prompt, PromptCounts
 
 
 Outcomes = list[bool | None]
@@ -170,7 +170,7 @@ class AttackRun:
     prompts_file: str
     everything: list[Prompt]
     attacked: list[Prompt]
-    selection: Selection
+    selection: PromptCounts
     judges: list[Judge]
     """The judge that decides, then the further ones."""
     arms: dict[str, Arm]

@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_metadata
-from lit_safety.backbones.fingerprint import fingerprint
+from lit_safety.backbones.fingerprint import part_hashes
 from lit_safety.backbones.parts import NoDenoiser, Parts
 from lit_safety.backbones.pipeline_index import KEY
 
@@ -144,12 +144,12 @@ class Backbone(nn.Module, ABC):
         self.parts.check_files(self.encoders())
 
     @classmethod
-    def fingerprint(cls, source: str) -> dict[str, str]:
+    def encoder_hashes(cls, source: str) -> dict[str, str]:
         """What decides a cache of latents and text made by the pipeline at ``source``, told from its files.
 
         Hashes of the encoders by component; an encoder whose files are not there is left out.
         """
-        return fingerprint(source, cls.ENCODERS)
+        return part_hashes(source, cls.ENCODERS)
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether some text encoder does not read all of it."""

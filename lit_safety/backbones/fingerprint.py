@@ -62,7 +62,7 @@ WORDS = ("vocab.json", "tokenizer.json")
 ABSENT = "absent"
 
 
-def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
+def part_hashes(source: str, parts: Sequence[str]) -> dict[str, str]:
     """Hashes of the ``parts`` of a pipeline by name, 16 hexadecimal digits each; parts without files are left out, and
     those that the pipeline ships without are `absent`.
 
@@ -77,15 +77,15 @@ def fingerprint(source: str, parts: Sequence[str]) -> dict[str, str]:
     return {part: found for part, found in hashes.items() if found is not None}
 
 
-def reference_fingerprint(source: str, denoiser: str) -> dict[str, str]:
+def reference_hashes(source: str, denoiser: str) -> dict[str, str]:
     """What decides the reference's errors beside latents and text: hashes of the ``denoiser``, of the noise schedule
     (`scheduler`) and of how latents are scaled (`latent scaling`).
 
     Raises:
-        UserError: as `fingerprint`.
+        UserError: as `part_hashes`.
     """
     index = pipeline_index(source)
-    found = fingerprint(source, [denoiser, "scheduler"])
+    found = part_hashes(source, [denoiser, "scheduler"])
     if "vae" in index.components:
         settings = _network_settings(index.folder / "vae", index.components["vae"])
         scaling = {name: settings[name] for name in SCALING if name in settings}

@@ -43,8 +43,8 @@ class StableDiffusionXL(UNetDiffusion):
         self.pixels_a_latent = 2 ** (len(parts.config("vae").get("block_out_channels", (0,) * 4)) - 1)
 
     @classmethod
-    def fingerprint(cls, source: str) -> dict[str, str]:
-        found = super().fingerprint(source)
+    def encoder_hashes(cls, source: str) -> dict[str, str]:
+        found = super().encoder_hashes(source)
         return found | {"empty prompt": "zeros" if _zeros(pipeline_index(source).settings) else "encoded"}
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -43,7 +43,7 @@ class DrawSamples(Callback):
         preference_module(pl_module).backbone.check_files()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not (trainer.is_global_zero or in_pieces(trainer)):
+        if trainer.sanity_checking or not (trainer.is_global_zero or weights_are_sharded(trainer)):
             return
         seeds = [self.seed + i for i in range(len(self.prompts))]
         rows = preference_module(pl_module).draw_rows(self.prompts, seeds)
@@ -66,7 +66,7 @@ class DrawSamples(Callback):
         return self.blur
 
 
-def in_pieces(trainer: Trainer) -> bool:
+def weights_are_sharded(trainer: Trainer) -> bool:
     """Whether the network's weights lie in pieces on all ranks, so that all must take part when one draws."""
     strategy = trainer.strategy
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -44,6 +45,8 @@ class EvaluateOnTest(Callback):
         self.lookalike = lookalike
         self.clean = clean
         self.other_world = other_world
+        self.metrics: dict[str, Any] | None = None
+        """What the last test found, as it stands in `report/metrics.json`; on rank 0 alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
@@ -75,7 +78,7 @@ class EvaluateOnTest(Callback):
         if not trainer.is_global_zero:
             return
         whole = export == "pipeline"
-        evaluate(
+        self.metrics = evaluate(
             pipeline=module.pretrained,
             prompts=self.prompts,
             judge=self.judge,

@@ -13,6 +13,7 @@ from lit_safety.adapters.user_file import WEIGHTS_NAME, save_published
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
 from lit_safety.cost_model.files import save_cost_model
+from lit_safety.data.protocols import Batched, Seeded, WithTrain, datamodule_of
 from lit_safety.modules.cost_model import CostModel
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.modules.psa import PSA
@@ -62,7 +63,6 @@ class ExportAdapter(Callback):
         print(f"{export}: {folder}")
 
     def _facts(self, trainer: Trainer, module: PreferenceModule, export: str) -> CardFacts:
-        data = getattr(trainer, "datamodule", None)
         settings = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
         settings["steps"] = trainer.global_step
         group = trainer.optimizers[0].param_groups[0]
@@ -73,7 +73,7 @@ class ExportAdapter(Callback):
             metrics = {k: v for k, v in metrics.items() if k.endswith(f"/{own['category']}")}
         return CardFacts(
             base_model=module.pretrained,
-            data=str(getattr(data, "train", "unknown")),
+            data=str(_train_shards(trainer)),
             method=f"{type(module).__name__} with {type(module.objective).__name__}",
             settings=settings | own,
             metrics=metrics,
@@ -100,17 +100,18 @@ class ExportCostModel(Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / "cost_model")
-        data = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
+        per_rank = data.batch_size if isinstance(data, Batched) else 0
         loss = {name: value for name, value in vars(pl_module.loss).items() if not name.startswith("_")}
         settings = {
-            "data": getattr(data, "train", "unknown"),
+            "data": _train_shards(trainer),
             "loss": type(pl_module.loss).__name__,
             **loss,
             "degradation": vars(pl_module.degradation),
             "steps": trainer.global_step,
-            "pairs a step": getattr(data, "batch_size", 0) * trainer.world_size * trainer.accumulate_grad_batches,
+            "pairs a step": per_rank * trainer.world_size * trainer.accumulate_grad_batches,
             "learning_rate": trainer.optimizers[0].defaults["lr"],
-            "seed": getattr(data, "seed", None),
+            "seed": data.seed if isinstance(data, Seeded) else None,
         }
         save_cost_model(folder, pl_module.scorer(), pl_module.figures, settings, pl_module.calibration)
         print(f"cost model: {folder}")
@@ -160,10 +161,16 @@ class ExportUserAdapter(Callback):
                 print(f"adapter: {folder / WEIGHTS_NAME}")
 
 
+def _train_shards(trainer: Trainer) -> str | list[str] | None:
+    """The training pairs, as a card names them."""
+    data = datamodule_of(trainer)
+    return data.train if isinstance(data, WithTrain) else "unknown"
+
+
 def _card(trainer: Trainer, module: PSA) -> str:
     objective = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
     settings = objective | {
-        "data": getattr(getattr(trainer, "datamodule", None), "train", "unknown"),
+        "data": _train_shards(trainer),
         "user_tokens": module.user_tokens,
         "embedding_dim": module.table.dimension,
         "user_dropout": module.user_dropout,

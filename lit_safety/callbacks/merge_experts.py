@@ -17,6 +17,7 @@ from lit_safety.callbacks.export import ExportAdapter
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.core.progress import counter
+from lit_safety.data.protocols import WithTrain, datamodule_of
 from lit_safety.merging.calibration import CalibrationOptions, calibrate, check_prompts, has_categories
 from lit_safety.merging.experts import Expert, read_experts, united_layers
 from lit_safety.merging.merge_experts import merge_experts, report, table
@@ -101,7 +102,8 @@ class MergeExperts(ExportAdapter):
 
     def _prompts(self, trainer: Trainer, names: list[str]) -> tuple[str | list[str], CalibrationOptions]:
         """Where the calibration's prompts are, and the options with the categories that are taken of them."""
-        source = self.calibration.prompts or getattr(getattr(trainer, "datamodule", None), "train", None)
+        data = datamodule_of(trainer)
+        source = self.calibration.prompts or (data.train if isinstance(data, WithTrain) else None)
         if source is None:
             raise UserError("`MergeExperts.calibration.prompts` is not given, and the data names no training shards")
         options = self.calibration

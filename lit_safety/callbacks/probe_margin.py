@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_safety.callbacks.drawings import preference_module
 from lit_safety.core.errors import UserError
+from lit_safety.data.protocols import WithVal, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
@@ -45,13 +46,14 @@ class ProbeMargin(Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
             rank_zero_info("the margin is not probed: the weights are spread over the ranks; probe on one process")
             return
-        data = getattr(trainer, "datamodule", None)
-        if data is None or data.val is None:
+        data = datamodule_of(trainer)
+        if not isinstance(data, WithVal) or data.val is None:
             rank_zero_info("the margin is not probed: `data.init_args.val` is not given")
             return
-        batches = [batch.to(module.device) for batch in islice(data.val_dataloader(), self.steps)]
+        batches = [module.ordered(batch.to(module.device)) for batch in islice(data.val_dataloader(), self.steps)]
         with trainer.precision_plugin.forward_context(), restored(module), on_validation_pairs(trainer):
-            with without_cost(module):
+            objective = module.objective
+            with objective.without_cost() if isinstance(objective, SafetyConstrainedDPO) else nullcontext():
                 train(module, islice(cycle(batches), self.steps))
                 m = margins(module, batches)
             offset = cost_offsets(module, batches)
@@ -92,20 +94,6 @@ def on_validation_pairs(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.training = True
-
-
-@contextmanager
-def without_cost(module: PreferenceModule) -> Iterator[None]:
-    """SC-DPO with lambda = 0; other objectives as they are."""
-    objective = module.objective
-    if not isinstance(objective, SafetyConstrainedDPO):
-        yield
-        return
-    weight, objective.cost_weight = objective.cost_weight, 0.0
-    try:
-        yield
-    finally:
-        objective.cost_weight = weight
 
 
 def train(module: PreferenceModule, batches: Iterable[PairBatch]) -> None:

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_safety.data.cache.cache import truncation, truncation_words
 from lit_safety.data.cache.sources import CachedSource
+from lit_safety.data.protocols import Batched, LeavingOut, PairData, datamodule_of
+from lit_safety.modules.preference import PreferenceModule
 
 T = TypeVar("T")
 
@@ -25,13 +27,13 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        per_rank = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        data = datamodule_of(trainer)
         accumulation, ranks = trainer.accumulate_grad_batches, trainer.world_size
         # ZeRO 3 keeps a piece of each and knows how many numbers it has in all.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters() if p.requires_grad)
-        if per_rank is not None:
-            print(f"batch   {per_rank} pairs x {accumulation} accumulated x {ranks} ranks = "
-                  f"{per_rank * accumulation * ranks} pairs an optimizer step")  # fmt: skip
+        if isinstance(data, Batched):
+            print(f"batch   {data.batch_size} pairs x {accumulation} accumulated x {ranks} ranks = "
+                  f"{data.batch_size * accumulation * ranks} pairs an optimizer step")  # fmt: skip
         for name in ("objective", "loss"):
             loss = vars(pl_module).get(name) or pl_module._modules.get(name)
             if loss is not None:
@@ -53,9 +55,10 @@ class RunSummary(Callback):
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        truncated = getattr(pl_module, "truncated", None)
-        mine = (dict.fromkeys(getattr(datamodule, "bad_samples", ())), getattr(truncated, "prompts", {}))
+        data = datamodule_of(trainer)
+        left_out = dict.fromkeys(data.bad_samples) if isinstance(data, LeavingOut) else {}
+        truncated = pl_module.truncated.prompts if isinstance(pl_module, PreferenceModule) else {}
+        mine = (left_out, truncated)
         everyone = on_all_ranks(mine)
         if not trainer.is_global_zero:
             return
@@ -78,8 +81,8 @@ def call_of(made: object) -> str:
 
 def cached_sources(trainer: Trainer) -> list[CachedSource]:
     """The caches that a fit reads; a datamodule of somebody's own has none."""
-    caches = getattr(getattr(trainer, "datamodule", None), "caches", None)
-    return [] if caches is None else caches("fit")
+    data = datamodule_of(trainer)
+    return data.caches("fit") if isinstance(data, PairData) else []
 
 
 def on_all_ranks(value: T) -> list[T]:

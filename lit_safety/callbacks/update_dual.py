@@ -1,8 +1,8 @@
-"""The outer step of Constrained DPO: draw with the current policy, score the images, move the dual variable."""
+"""The dual variable of Constrained DPO: draw with the current policy, score the images, move lambda by their cost."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +15,7 @@ from lit_safety.cost_model.files import load_cost_model
 from lit_safety.cost_model.network import CostScorer
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.constrained import ConstrainedDPO
+from lit_safety.objectives.objective import Objective
 
 #: After so many windows of `patience` updates above the limit a warning comes, even if each of them seemed to fall.
 PATIENCE_WINDOWS = 3
@@ -41,6 +42,9 @@ class UpdateDual(Callback):
         UserError: at the start of a fit, if the objective is not `ConstrainedDPO` or the cost model does not load.
     """
 
+    #: The objectives whose state this callback changes while they are trained.
+    moves: ClassVar[type[Objective]] = ConstrainedDPO
+
     def __init__(self, cost_model: str, every_n_steps: int = 25, images: int = 16, patience: int = 8) -> None:
         if min(every_n_steps, images, patience) < 1:
             raise UserError("`UpdateDual`: every_n_steps, images and patience must be at least 1")
@@ -56,9 +60,9 @@ class UpdateDual(Callback):
         if stage != "fit":
             return
         objective = preference_module(pl_module).objective
-        if not isinstance(objective, ConstrainedDPO):
+        if not isinstance(objective, self.moves):
             raise UserError(
-                f"`UpdateDual` moves the dual variable of ConstrainedDPO, and the objective is "
+                f"`UpdateDual` moves the dual variable of {self.moves.__name__}, and the objective is "
                 f"{type(objective).__name__}: leave the callback out"
             )
         self._scorer = load_cost_model(self.cost_model)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_safety.cost_model.network import CostScorer
-    from lit_safety.drawing.prompts import Selection
+    from lit_safety.drawing.prompts import PromptCounts
 
 
 def check(
@@ -61,7 +61,7 @@ def check(
     from lit_safety.core.files import write_atomic
     from lit_safety.cost_model.files import load_cost_model
     from lit_safety.drawing.pipelines import check_writable
-    from lit_safety.drawing.prompts import Selection
+    from lit_safety.drawing.prompts import PromptCounts
 
     drawn = (pipeline, prompts, judge)
     if shards is None and pipeline is None:
@@ -75,7 +75,7 @@ def check(
     if shards is not None:
         found["shards"] = {"source": shards, **_on_shards(scorer, shards)}
     if pipeline is not None and prompts is not None and judge is not None:
-        selection = Selection(explicit, implicit, lookalike, clean)
+        selection = PromptCounts(explicit, implicit, lookalike, clean)
         about = {"pipeline": pipeline, "prompts": prompts, "judge": judge, "steps": steps, "guidance": guidance}
         found["drawn"] = about | _on_drawn(
             scorer, pipeline, prompts, judge, selection, Path(out), steps, guidance, place, other_world
@@ -119,7 +119,7 @@ def _on_drawn(
     pipeline: str,
     prompts: str,
     judge: str,
-    selection: Selection,
+    selection: PromptCounts,
     out: Path,
     steps: int,
     guidance: float,
@@ -135,7 +135,7 @@ def _on_drawn(
     from lit_safety.drawing.arms import Arm
     from lit_safety.drawing.gallery import DrawingSettings, Gallery
     from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
-    from lit_safety.drawing.prompts import read_prompts, select
+    from lit_safety.drawing.prompts import choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
     from lit_safety.judges.judge import Verdict, asked_of, check_sees
     from lit_safety.judges.judging import judge_drawn
@@ -143,7 +143,7 @@ def _on_drawn(
 
     everything, local = read_prompts(prompts), local_pipeline(pipeline)
     check_world(local, {"--prompts": prompts, "--judge": judge}, other_world, prompts=everything)
-    chosen, decides = select(everything, selection), load_judge(judge)
+    chosen, decides = choose_prompts(everything, selection), load_judge(judge)
     check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
     settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
     gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)

@@ -127,7 +127,7 @@ def _fingerprint(backbone: Any) -> dict[str, str]:
     """Hashes of the encoders. Of a hub id their files are fetched first: what is not there has no hash."""
     for name in backbone.encoders():
         backbone.part(name)
-    found: dict[str, str] = backbone.fingerprint(backbone.parts.source)
+    found: dict[str, str] = backbone.encoder_hashes(backbone.parts.source)
     if missing := [name for name in backbone.ENCODERS if name not in found]:
         raise UserError(f"{backbone.parts.source}: no weights of its {missing[0]} are found, so a cache could not name "
                         "its maker; give a folder with safetensors")  # fmt: skip
@@ -135,9 +135,9 @@ def _fingerprint(backbone: Any) -> dict[str, str]:
 
 
 def _denoiser_hash(backbone: Any) -> dict[str, str]:
-    from lit_safety.backbones.fingerprint import reference_fingerprint
+    from lit_safety.backbones.fingerprint import reference_hashes
 
-    found = reference_fingerprint(backbone.parts.source, backbone.DENOISER)
+    found = reference_hashes(backbone.parts.source, backbone.DENOISER)
     if backbone.DENOISER not in found:
         raise UserError(
             f"{backbone.parts.source}: no weights of its {backbone.DENOISER} are found, so a reference cache could not "
@@ -164,12 +164,12 @@ def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch
     from lit_safety.backbones.backbone import encode_alike
     from lit_safety.core.progress import counter
     from lit_safety.data.cache.cache import made_by
-    from lit_safety.data.cache.prompt_table import prompts_of, write_prompts
+    from lit_safety.data.cache.prompt_table import prompts_of, write_prompt_table
 
     prompts = prompts_of(source)
     maker = {"model": settings.model, "weights": made_by(settings.weights)}
     with counter("text", len(prompts) + ("" not in prompts)) as tick, torch.inference_mode():
-        write_prompts(
+        write_prompt_table(
             target,
             prompts,
             lambda batch: encode_alike(backbone, batch),

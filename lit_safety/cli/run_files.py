@@ -30,7 +30,7 @@ from lit_safety.core.processes import is_main_process
 #: Written by rank 0's process for the processes it launches (they are copies of the same command line).
 ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
 #: How the names of files begin that every run writes before it has done anything.
-BARREN = ("config.yaml", "hparams.yaml", "events.out.tfevents", ".lock")
+BEFORE_TRAINING = ("config.yaml", "hparams.yaml", "events.out.tfevents", ".lock")
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
@@ -160,9 +160,9 @@ def point_latest(folder: Path) -> None:
         print(f"note: no link {link} -> {folder.name} ({error.strerror})")
 
 
-def remove_if_barren(folder: Path) -> None:
+def remove_if_untrained(folder: Path) -> None:
     """Remove the folder of a run that ended before it had anything to keep, and parents that it leaves empty."""
-    results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(BARREN)]
+    results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(BEFORE_TRAINING)]
     if results:
         return
     shutil.rmtree(folder, ignore_errors=True)

@@ -38,7 +38,7 @@ from lit_safety.cli.run_files import (
     last_checkpoint,
     new_folder,
     point_latest,
-    remove_if_barren,
+    remove_if_untrained,
 )
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import FULL, Lock, lock_of
@@ -172,7 +172,7 @@ class LitSafetyCLI(LightningCLI):
             super().instantiate_classes()
         except BaseException as error:
             if self.is_new:
-                remove_if_barren(self.folder)
+                remove_if_untrained(self.folder)
             # Settings that a class refuses, and SLURM's that do not fit them.
             if isinstance(error, ValueError | MisconfigurationException) or "SLURM" in str(error):
                 raise UserError(str(error)) from error
@@ -199,7 +199,7 @@ class LitSafetyCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except BaseException as error:
             if self.is_new and not self.point_latest.begun:
-                remove_if_barren(self.folder)
+                remove_if_untrained(self.folder)
             end_ranks(self.trainer, 0.0 if port_in_use(error) else RANKS_END)
             if isinstance(error, SIGTERMException):
                 saved = self.stop_on_signal.saved

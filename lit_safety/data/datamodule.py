@@ -1,10 +1,10 @@
-"""Settings of the datamodule that are wrong by themselves, said before anything is opened."""
+"""The LightningDataModule that every method trains from: preference pairs streamed from shards."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
@@ -21,383 +21,17 @@ from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.cache.sources import CachedSource, cached_source
 from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
 from lit_safety.data.reading.decode import PairDecoder
-from lit_safety.data.reading.loader import PairLoader, Place
+from lit_safety.data.reading.loader import DataPosition, PairLoader
 from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches, shares
 from lit_safety.data.reading.select import Filter, Selection, select, take
 from lit_safety.data.reading.source import Source, open_source
 from lit_safety.data.reading.stream import PairStream
 
 KEY = "data.init_args"
+"""Where the arguments stand in a run's YAML."""
 
 
-def check_settings(data: Any) -> None:
-    """What can be said of a `PreferenceDataModule`'s settings by themselves.
-
-    Raises:
-        UserError: one is out of its range, or two do not go together; names the keys.
-    """
-    for name, least in (
-        ("batch_size", 1),
-        ("val_batch_size", 1),
-        ("num_workers", 0),
-        ("shuffle_window", 1),
-        ("bad_sample_limit", 0),
-    ):
-        if getattr(data, name) < least:
-            raise UserError(f"{KEY}.{name} must be at least {least}, not {getattr(data, name)}")
-    if data.resolution is not None and data.resolution < 1:
-        raise UserError(f"{KEY}.resolution must be at least 1 pixel, not {data.resolution}")
-    if data.consecutive and not data.one_category:
-        raise UserError(f"{KEY}.consecutive: true is about batches of one category: set {KEY}.one_category: true")
-    if data.aspect_buckets:
-        if data.resolution is None:
-            raise UserError(
-                f"{KEY}.aspect_buckets: true cuts images to about resolution^2 pixels: set {KEY}.resolution"
-            )
-        if data.one_category or data.weights is not None:
-            other = "one_category" if data.one_category else "weights"
-            raise UserError(f"{KEY}.aspect_buckets divides batches, {KEY}.{other} too: leave one of them out")
-    if data.weights is not None:
-        entries = len(data.train) if isinstance(data.train, list) else 0
-        if len(data.weights) != entries or not all(0 < weight < float("inf") for weight in data.weights):
-            raise UserError(
-                f"{KEY}.weights must hold a number above 0 for each entry of the list {KEY}.train, which has "
-                f"{entries or 'none: it is no list'}"
-            )
-        if data.one_category:
-            raise UserError(f"{KEY}.weights mixes batches, {KEY}.one_category divides them: leave one of them out")
-    if data.on_bad_sample not in ("error", "skip"):
-        raise UserError(f"{KEY}.on_bad_sample must be error or skip, not {data.on_bad_sample!r}")
-
-
-# The shards that a datamodule is given: opened, checked and looked up before a model is touched.
-
-
-class GivenShards(LightningDataModule):
-    """What stands in the shards of `train`, `val` and `test`, as far as can be known without reading samples.
-
-    Its attributes are `PreferenceDataModule`'s arguments.
-    """
-
-    train: str | list[str] | None
-    val: str | list[str] | None
-    test: str | list[str] | None
-    num_workers: int
-    resolution: int | None
-    aspect_buckets: bool
-    flip: bool
-    use_cache: bool
-    use_reference: bool
-    filter: Filter
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._opened: dict[str, tuple[Source, Selection]] = {}
-        self._caches: dict[str, CachedSource] = {}
-
-    def check_sources(self, stage: str | None = "fit") -> None:
-        """Find the shards a stage reads and check what can be known without reading them.
-
-        Cheap, and safe to call before weights are loaded; `setup` calls it too.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None: all that is given.
-
-        Raises:
-            UserError: shards are missing, empty or filtered away, or there are more workers than shards.
-        """
-        for name in self._needed(stage):
-            self._open(name)
-        if "train" in self._opened:
-            shards = len(self._opened["train"][0].paths)
-            if self.num_workers > shards:
-                raise UserError(
-                    f"{KEY}.num_workers is {self.num_workers} but {KEY}.train has only {shards} "
-                    f"shard{'s' if shards > 1 else ''}; lower it to {shards}, or write more, smaller shards"
-                )
-
-    def _needed(self, stage: str | None) -> list[str]:
-        if stage == "fit":
-            if self.train is None:
-                raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
-            return ["train"] if self.val is None else ["train", "val"]
-        if stage == "validate" and self.val is None:
-            raise UserError(f"{KEY}.val is not given; name a folder of shards to validate on")
-        if stage in ("test", "predict") and self.test is None:
-            raise UserError(f"{KEY}.test is not given; name a folder of shards to {stage} on")
-        given = {"validate": ["val"], "test": ["test"], "predict": ["test"]}.get(str(stage), ["train", "val", "test"])
-        return [name for name in given if getattr(self, name) is not None]
-
-    def _open(self, name: str) -> tuple[Source, Selection]:
-        if name not in self._opened:
-            given: str | Sequence[str] = getattr(self, name)
-            source = open_source(given, f"{KEY}.{name}")
-            self._opened[name] = source, select(source, self.filter)
-            if not self.use_cache:
-                self._check_images(source)
-            cached = cached_source(source, self.use_reference) if self.use_cache else None
-            if cached is not None and self.aspect_buckets:
-                raise UserError(
-                    f"{source.key}: is a cache, which holds images of one size, and {KEY}.aspect_buckets is on: name "
-                    f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
-                )
-            if cached is not None:
-                check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
-                self._caches[name] = cached
-        return self._opened[name]
-
-    def _check_images(self, source: Source) -> None:
-        for one in source.caches:
-            if one.cache and one.cache.get("images") is not True:
-                raise UserError(
-                    f"{source.key}: {KEY}.use_cache is false, but {one.given} holds latents and no images; name the "
-                    "shards it was made from, or make it again with `shards precompute --keep_images true`"
-                )
-
-    def caches(self, stage: str | None = "fit") -> list[CachedSource]:
-        """What a stage reads from caches instead of images, so that a model can be compared with its maker.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        return [self._caches[name] for name in self._needed(stage) if name in self._caches]
-
-    def users(self, stage: str | None = "fit") -> dict[str, frozenset[str]]:
-        """Ids of the users whose pairs a stage reads, by YAML key, as far as the manifests say.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        return {
-            f"{KEY}.{name}": frozenset(
-                one.user
-                for one in self._opened[name][0].manifest.classes
-                if one.user is not None and self.filter.takes(one)
-            )
-            for name in self._needed(stage)
-        }
-
-    def labels(self, name: str) -> dict[str, int]:
-        """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`; filters do not count.
-
-        Raises:
-            UserError: as `open_source`.
-        """
-        return dict(self._open(name)[0].manifest.labels)
-
-    def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
-        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
-        manifests say.
-
-        Raises:
-            UserError: as `check_sources`.
-        """
-        self.check_sources(stage)
-        counts: dict[str, Counter[str]] = {}
-        for source in (self._opened[name][0] for name in self._needed(stage)):
-            shards, classes = iter(source.manifest.shardlist), source.manifest.classes
-            for folder, length in zip(source.caches, source.parts or (len(source.paths),), strict=True):
-                found = counts.setdefault(f"{source.key}: {folder.given}", Counter())
-                for number, pairs in Counter(n for one in islice(shards, length) for n in one.classes or ()).items():
-                    if self.filter.takes(classes[number]):
-                        found[classes[number].order] += pairs
-        return counts
-
-
-# What the batches of the given shards are made of, as far as can be known before one is read.
-
-
-class GroupedShards(GivenShards):
-    """Which pairs are batched with each other, how batches are dealt to ranks and steps, and what tells them apart from
-    those of other settings.
-
-    Its attributes are `PreferenceDataModule`'s arguments.
-    """
-
-    batch_size: int
-    seed: int
-    shuffle_window: int
-    one_category: bool
-    uncategorised: bool
-    consecutive: bool
-    weights: list[float] | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: dict[str, list[NDArray[np.int64]]] = {}
-
-    # ---- how batches are dealt
-
-    def _ranks(self) -> tuple[int, int]:
-        """This rank among those that get different data; ranks that share a model by tensors get the same."""
-        sharded = {} if self.trainer is None else (self.trainer.distributed_sampler_kwargs or {})
-        return sharded.get("rank", 0), sharded.get("num_replicas", 1)
-
-    def _train_deal(self) -> Deal:
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return Deal(self.batch_size, *self._ranks(), accumulate=accumulate)
-
-    def _steps_each(self, categories: int) -> int | None:
-        """How many steps each category is trained for where they come one after the other."""
-        if not self.consecutive:
-            return None
-        steps = -1 if self.trainer is None else self.trainer.max_steps
-        if steps < 1 or steps % categories:
-            raise UserError(
-                f"{KEY}.consecutive: true divides trainer.max_steps evenly among {categories} categories: set it to a "
-                f"multiple of {categories}, not {steps}"
-            )
-        return steps // categories
-
-    # ---- which pairs are batched with each other
-
-    def training_categories(self) -> list[str]:
-        """The categories that steps are made of, in the order of their turns where they are consecutive.
-
-        Empty without `one_category`.
-
-        Raises:
-            UserError: there are no shards to train on.
-        """
-        if self.train is None:
-            raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
-        groups = self._groups("train", self._train_deal()) if self.one_category else []
-        return [group.category for group in groups if group.category is not None]
-
-    def _groups(self, name: str, deal: Deal, warn: bool = False) -> list[Group]:
-        """The pairs of `train`, `val` or `test` as one group, or as several."""
-        if name == "train" and self.weights is not None:
-            return self._by_source(name)
-        if self.aspect_buckets and self.resolution is not None:
-            return self._by_shape(name, deal, self.resolution)
-        if self.one_category:
-            return self._by_category(name, deal, warn)
-        return [Group(self._open(name)[1])]
-
-    def _by_source(self, name: str) -> list[Group]:
-        """One group for each entry of the list that the pairs come from."""
-        source, selection = self._open(name)
-        groups, start = [], 0
-        for number, shards in enumerate(source.parts):
-            groups.append(Group(selection.part(start, start + shards)))
-            start += shards
-            if not groups[-1].selection.total:
-                raise UserError(f"{source.key}[{number}]: no sample is left after the filter, and it has a weight")
-        return groups
-
-    def _by_shape(self, name: str, deal: Deal, resolution: int) -> list[Group]:
-        """One group for each shape of image that has pairs enough for a step."""
-        source, selection = self._open(name)
-        if name not in self._sizes:
-            self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")
-        least = 1 if deal.ragged else deal.batch_size * deal.world * deal.accumulate
-        return bucket_groups(selection, self._sizes[name], resolution, least)
-
-    def _by_category(self, name: str, deal: Deal, warn: bool) -> list[Group]:
-        """One group for each category that has pairs enough for a step."""
-        source, _ = self._open(name)
-        groups = []
-        for category in self.filter.categories or CATEGORIES:
-            own = replace(self.filter, categories=(category,), uncategorised=False)
-            found = take(source, own)
-            if found.total and name == "train" and self.uncategorised:
-                found = take(source, replace(own, uncategorised=True))
-            if deal.batches(found.total):
-                groups.append(Group(found, category))
-            elif found.total and warn:
-                rank_zero_warn(f"{source.key}: the {found.total} pairs of {category} are too few for a step: left out")
-        return groups
-
-    # ---- what tells them from those of other settings
-
-    def _signature(self, groups: Sequence[Group], deal: Deal, steps_each: int | None) -> dict[str, int | bool | str]:
-        """What must be equal to resume in the middle of a pass over the training pairs: `Place.signature`."""
-        signature: dict[str, int | bool | str] = {
-            f"{KEY}.batch_size x ranks": deal.batch_size * deal.world,
-            "trainer.accumulate_grad_batches": deal.accumulate,
-            f"pairs in {KEY}.train": self._open("train")[1].total,
-            f"the fingerprint of {KEY}.train and its filters": self._fingerprint(),
-            f"{KEY}.seed": self.seed,
-            f"{KEY}.shuffle_window": self.shuffle_window,
-            f"{KEY}.one_category": self.one_category,
-            f"{KEY}.uncategorised": self.uncategorised,
-        }
-        if self.aspect_buckets:
-            signature[f"{KEY}.resolution with {KEY}.aspect_buckets"] = str(self.resolution)
-        if steps_each is not None:
-            signature["the steps of one category"] = steps_each
-        if self.weights is not None:
-            weights, sizes = [float(one) for one in self.weights], [group.selection.total for group in groups]
-            signature[f"{KEY}.weights and the pairs of each"] = f"{weights} of {sizes}"
-        return signature
-
-    def _fingerprint(self) -> str:
-        """Differs when other pairs take part, or others together; the same for a copy of the shards elsewhere."""
-        listed = [(one.nsamples, one.bytes, one.sha256) for one in self._open("train")[0].manifest.shardlist]
-        parts = (listed, self.filter, "shapes") if self.aspect_buckets else (listed, self.filter)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
-
-
-# A pass over the training pairs, before it begins: whether it has a step, and what it takes of them.
-
-
-def check_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequence[float] | None) -> None:
-    """Whether a pass has a step.
-
-    Args:
-        groups: the pairs that are batched with each other; none where no category has pairs enough for a step.
-        deal: how they are dealt to steps.
-        pairs: how many take part, those in no group included.
-        weights: in which proportion each batch is made of all groups; None: a batch is made of one.
-
-    Raises:
-        UserError: the pairs are too few.
-    """
-    batches = batches_in(groups, deal) if weights is None else mixed_batches(groups, deal)
-    if batches:
-        return
-    held = (
-        f"{pairs} pairs, fewer than one step takes"
-        if groups
-        else f"no category with as many pairs as one step takes, of {pairs}"
-    )
-    raise UserError(
-        f"{KEY}.train has {held}: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x "
-        f"{deal.accumulate} (trainer.accumulate_grad_batches)"
-    )
-
-
-def say_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequence[float] | None) -> None:
-    """Log what a pass takes and leaves out. Arguments are those of `check_pass`.
-
-    Raises:
-        UserError: a weight is too small for its group to be seen in a pass.
-    """
-    if weights is not None:
-        _say_mix(groups, deal, weights)
-    elif dropped := sum(deal.dropped(group.selection.total) for group in groups):
-        rank_zero_info(f"a pass leaves out {dropped} of {pairs} training pairs, others each time")
-    if shapes := ", ".join(f"{group.name} ({group.selection.total})" for group in groups if group.size is not None):
-        rank_zero_info(f"pairs by shape: {shapes}")
-
-
-def _say_mix(groups: Sequence[Group], deal: Deal, weights: Sequence[float]) -> None:
-    each = shares(weights, mixed_batches(groups, deal) * deal.batch_size * deal.world)
-    for number, (share, group, weight) in enumerate(zip(each, groups, weights, strict=True)):
-        if not share:
-            raise UserError(f"{KEY}.weights[{number}] is {weight}: not one pair in a pass of {sum(each)}; raise it")
-        rank_zero_info(f"a pass takes {share} pairs of the {group.selection.total} of {KEY}.train[{number}]")
-
-
-# The LightningDataModule that every method trains from.
-
-
-__all__ = ["KEY", "PreferenceDataModule"]
-
-
-class PreferenceDataModule(GroupedShards):
+class PreferenceDataModule(LightningDataModule):
     """Streams preference pairs from shards as `PairBatch`.
 
     The order of the training pairs and every random choice made for one are pure functions of `seed` and the
@@ -483,8 +117,6 @@ class PreferenceDataModule(GroupedShards):
         self.flip = flip
         self.use_cache = use_cache
         self.use_reference = use_reference
-        self.reference_predictions = False
-        """Whether a module reads the reference's predictions too."""
         self.one_category = one_category
         self.uncategorised = uncategorised
         self.consecutive = consecutive
@@ -494,12 +126,15 @@ class PreferenceDataModule(GroupedShards):
         self.weights = weights
         self.aspect_buckets = aspect_buckets
         self.filter = replace(Filter.of(categories, kinds, orders, users, KEY), uncategorised=uncategorised)
-        self.place = Place()
+        self.position = DataPosition()
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
-        self.labels_only: frozenset[str] = frozenset()
-        """Of train, val and test, what a module reads no images of: it has kept what it needs of them."""
+        self._predictions = False
+        self._without_images: frozenset[str] = frozenset()
+        self._opened: dict[str, tuple[Source, Selection]] = {}
+        self._caches: dict[str, CachedSource] = {}
+        self._sizes: dict[str, list[NDArray[np.int64]]] = {}
         check_settings(self)
 
     # ---- Lightning's hooks
@@ -515,12 +150,12 @@ class PreferenceDataModule(GroupedShards):
         steps_each = self._steps_each(len(groups))
         say_pass(groups, deal, pairs, self.weights)
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that goes on where it was
-            self.place = Place()
-        self.place.trainer = trainer
-        self.place.signature = self._signature(groups, deal, steps_each)
+            self.position = DataPosition()
+        self.position.trainer = trainer
+        self.position.signature = self._signature(groups, deal, steps_each)
 
     def train_dataloader(self) -> PairLoader:
-        return self._loader("train", self._train_deal(), self.num_workers, place=self.place)
+        return self._loader("train", self._train_deal(), self.num_workers, position=self.position)
 
     def val_dataloader(self) -> PairLoader | list[Any]:
         return [] if self.val is None else self._evaluation_loader("val")
@@ -532,11 +167,256 @@ class PreferenceDataModule(GroupedShards):
         return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data; Lightning restores this on every resume, a loader's only on some."""
-        return self.place.state_dict()
+        """The position in the training data; Lightning restores this on every resume, a loader's only on some."""
+        return self.position.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.place.load_state_dict(state_dict)
+        self.position.load_state_dict(state_dict)
+
+    # ---- what the shards hold, as far as can be known before a sample is read
+
+    def check_sources(self, stage: str | None = "fit") -> None:
+        """Find the shards a stage reads and check what can be known without reading them.
+
+        Cheap, and safe to call before weights are loaded; `setup` calls it too.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; None: all that is given.
+
+        Raises:
+            UserError: shards are missing, empty or filtered away, or there are more workers than shards.
+        """
+        for name in self._needed(stage):
+            self._open(name)
+        if "train" in self._opened:
+            shards = len(self._opened["train"][0].paths)
+            if self.num_workers > shards:
+                raise UserError(
+                    f"{KEY}.num_workers is {self.num_workers} but {KEY}.train has only {shards} "
+                    f"shard{'s' if shards > 1 else ''}; lower it to {shards}, or write more, smaller shards"
+                )
+
+    def caches(self, stage: str | None = "fit") -> list[CachedSource]:
+        """What a stage reads from caches instead of images, so that a model can be compared with its maker.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        return [self._caches[name] for name in self._needed(stage) if name in self._caches]
+
+    def users(self, stage: str | None = "fit") -> dict[str, frozenset[str]]:
+        """Ids of the users whose pairs a stage reads, by YAML key, as far as the manifests say.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        return {
+            f"{KEY}.{name}": frozenset(
+                one.user
+                for one in self._opened[name][0].manifest.classes
+                if one.user is not None and self.filter.takes(one)
+            )
+            for name in self._needed(stage)
+        }
+
+    def labels(self, name: str) -> dict[str, int]:
+        """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`; filters do not count.
+
+        Raises:
+            UserError: as `open_source`.
+        """
+        return dict(self._open(name)[0].manifest.labels)
+
+    def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
+        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
+        manifests say.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        counts: dict[str, Counter[str]] = {}
+        for source in (self._opened[name][0] for name in self._needed(stage)):
+            shards, classes = iter(source.manifest.shardlist), source.manifest.classes
+            for folder, length in zip(source.caches, source.parts or (len(source.paths),), strict=True):
+                found = counts.setdefault(f"{source.key}: {folder.given}", Counter())
+                for number, pairs in Counter(n for one in islice(shards, length) for n in one.classes or ()).items():
+                    if self.filter.takes(classes[number]):
+                        found[classes[number].order] += pairs
+        return counts
+
+    def training_categories(self) -> list[str]:
+        """The categories that steps are made of, in the order of their turns where they are consecutive.
+
+        Empty without `one_category`.
+
+        Raises:
+            UserError: there are no shards to train on.
+        """
+        if self.train is None:
+            raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
+        groups = self._groups("train", self._train_deal()) if self.one_category else []
+        return [group.category for group in groups if group.category is not None]
+
+    # ---- what a module may ask for before its batches are made
+
+    def read_predictions(self, wanted: bool) -> None:
+        """Whether batches out of a reference cache hold the reference's predictions too; at first they do not."""
+        self._predictions = wanted
+
+    def skip_images(self, sets: Iterable[str]) -> None:
+        """Decode no images of these of `train`, `val` and `test` from now on; their batches hold the rest."""
+        self._without_images = frozenset(sets)
+
+    # ---- the shards that are given: opened and checked once
+
+    def _needed(self, stage: str | None) -> list[str]:
+        if stage == "fit":
+            if self.train is None:
+                raise UserError(f"{KEY}.train is not given; name a folder of shards to train on")
+            return ["train"] if self.val is None else ["train", "val"]
+        if stage == "validate" and self.val is None:
+            raise UserError(f"{KEY}.val is not given; name a folder of shards to validate on")
+        if stage in ("test", "predict") and self.test is None:
+            raise UserError(f"{KEY}.test is not given; name a folder of shards to {stage} on")
+        given = {"validate": ["val"], "test": ["test"], "predict": ["test"]}.get(str(stage), ["train", "val", "test"])
+        return [name for name in given if self._given(name) is not None]
+
+    def _given(self, name: str) -> str | list[str] | None:
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def _open(self, name: str) -> tuple[Source, Selection]:
+        """The shards of `train`, `val` or `test`, and which of their pairs the filters take.
+
+        Raises:
+            UserError: they are not given, missing or filtered away, or their cache does not fit these settings.
+        """
+        if name not in self._opened:
+            given = self._given(name)
+            if given is None:
+                raise UserError(f"{KEY}.{name} is not given; name a folder of shards")
+            source = open_source(given, f"{KEY}.{name}")
+            self._opened[name] = source, select(source, self.filter)
+            if not self.use_cache:
+                self._check_images(source)
+            cached = cached_source(source, self.use_reference) if self.use_cache else None
+            if cached is not None and self.aspect_buckets:
+                raise UserError(
+                    f"{source.key}: is a cache, which holds images of one size, and {KEY}.aspect_buckets is on: name "
+                    f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
+                )
+            if cached is not None:
+                check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
+                self._caches[name] = cached
+        return self._opened[name]
+
+    def _check_images(self, source: Source) -> None:
+        for one in source.caches:
+            if one.cache and one.cache.get("images") is not True:
+                raise UserError(
+                    f"{source.key}: {KEY}.use_cache is false, but {one.given} holds latents and no images; name the "
+                    "shards it was made from, or make it again with `shards precompute --keep_images true`"
+                )
+
+    # ---- how batches are dealt
+
+    def _ranks(self) -> tuple[int, int]:
+        """This rank among those that get different data; ranks that share a model by tensors get the same."""
+        sharded = {} if self.trainer is None else (self.trainer.distributed_sampler_kwargs or {})
+        return sharded.get("rank", 0), sharded.get("num_replicas", 1)
+
+    def _train_deal(self) -> Deal:
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return Deal(self.batch_size, *self._ranks(), accumulate=accumulate)
+
+    def _steps_each(self, categories: int) -> int | None:
+        """How many steps each category is trained for where they come one after the other."""
+        if not self.consecutive:
+            return None
+        steps = -1 if self.trainer is None else self.trainer.max_steps
+        if steps < 1 or steps % categories:
+            raise UserError(
+                f"{KEY}.consecutive: true divides trainer.max_steps evenly among {categories} categories: set it to a "
+                f"multiple of {categories}, not {steps}"
+            )
+        return steps // categories
+
+    # ---- which pairs are batched with each other
+
+    def _groups(self, name: str, deal: Deal, warn: bool = False) -> list[Group]:
+        """The pairs of `train`, `val` or `test` as one group, or as several."""
+        if name == "train" and self.weights is not None:
+            return self._by_source(name)
+        if self.aspect_buckets and self.resolution is not None:
+            return self._by_shape(name, deal, self.resolution)
+        if self.one_category:
+            return self._by_category(name, deal, warn)
+        return [Group(self._open(name)[1])]
+
+    def _by_source(self, name: str) -> list[Group]:
+        """One group for each entry of the list that the pairs come from."""
+        source, selection = self._open(name)
+        groups, start = [], 0
+        for number, shards in enumerate(source.parts):
+            groups.append(Group(selection.part(start, start + shards)))
+            start += shards
+            if not groups[-1].selection.total:
+                raise UserError(f"{source.key}[{number}]: no sample is left after the filter, and it has a weight")
+        return groups
+
+    def _by_shape(self, name: str, deal: Deal, resolution: int) -> list[Group]:
+        """One group for each shape of image that has pairs enough for a step."""
+        source, selection = self._open(name)
+        if name not in self._sizes:
+            self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")
+        least = 1 if deal.ragged else deal.batch_size * deal.world * deal.accumulate
+        return bucket_groups(selection, self._sizes[name], resolution, least)
+
+    def _by_category(self, name: str, deal: Deal, warn: bool) -> list[Group]:
+        """One group for each category that has pairs enough for a step."""
+        source, _ = self._open(name)
+        groups = []
+        for category in self.filter.categories or CATEGORIES:
+            own = replace(self.filter, categories=(category,), uncategorised=False)
+            found = take(source, own)
+            if found.total and name == "train" and self.uncategorised:
+                found = take(source, replace(own, uncategorised=True))
+            if deal.batches(found.total):
+                groups.append(Group(found, category))
+            elif found.total and warn:
+                rank_zero_warn(f"{source.key}: the {found.total} pairs of {category} are too few for a step: left out")
+        return groups
+
+    # ---- what tells them from those of other settings
+
+    def _signature(self, groups: Sequence[Group], deal: Deal, steps_each: int | None) -> dict[str, int | bool | str]:
+        """What must be equal to resume in the middle of a pass over the training pairs: `DataPosition.signature`."""
+        signature: dict[str, int | bool | str] = {
+            f"{KEY}.batch_size x ranks": deal.batch_size * deal.world,
+            "trainer.accumulate_grad_batches": deal.accumulate,
+            f"pairs in {KEY}.train": self._open("train")[1].total,
+            f"the fingerprint of {KEY}.train and its filters": self._fingerprint(),
+            f"{KEY}.seed": self.seed,
+            f"{KEY}.shuffle_window": self.shuffle_window,
+            f"{KEY}.one_category": self.one_category,
+            f"{KEY}.uncategorised": self.uncategorised,
+        }
+        if self.aspect_buckets:
+            signature[f"{KEY}.resolution with {KEY}.aspect_buckets"] = str(self.resolution)
+        if steps_each is not None:
+            signature["the steps of one category"] = steps_each
+        if self.weights is not None:
+            weights, sizes = [float(one) for one in self.weights], [group.selection.total for group in groups]
+            signature[f"{KEY}.weights and the pairs of each"] = f"{weights} of {sizes}"
+        return signature
+
+    def _fingerprint(self) -> str:
+        """Differs when other pairs take part, or others together; the same for a copy of the shards elsewhere."""
+        listed = [(one.nsamples, one.bytes, one.sha256) for one in self._open("train")[0].manifest.shardlist]
+        parts = (listed, self.filter, "shapes") if self.aspect_buckets else (listed, self.filter)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
     # ---- loaders
 
@@ -555,12 +435,13 @@ class PreferenceDataModule(GroupedShards):
         cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
         flip = self.flip and training
         return PairDecoder(
-            self.seed, self.resolution, flip, cache, prompts, self.reference_predictions, name in self.labels_only
+            self.seed, self.resolution, flip, cache, prompts, self._predictions, name in self._without_images
         )
 
-    def _loader(self, name: str, deal: Deal, num_workers: int, place: Place | None = None) -> PairLoader:
-        training = place is not None
-        overfit = getattr(self.trainer, "overfit_batches", 0)  # then every pass is the same
+    def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:
+        training = position is not None
+        trainer: Any = self.trainer
+        overfit = 0 if trainer is None else trainer.overfit_batches  # then every pass is the same
         source, _ = self._open(name)
         groups = self._groups(name, deal)
         stream = PairStream(
@@ -575,5 +456,99 @@ class PreferenceDataModule(GroupedShards):
             weights=self.weights if training else None,
         )
         return PairLoader(
-            stream, num_workers, torch.cuda.is_available(), place, self.bad_sample_limit, self.bad_samples
+            stream, num_workers, torch.cuda.is_available(), position, self.bad_sample_limit, self.bad_samples
         )
+
+
+# What is wrong with the settings by themselves, said before anything is opened.
+
+
+def check_settings(data: PreferenceDataModule) -> None:
+    """What can be said of a datamodule's settings by themselves.
+
+    Raises:
+        UserError: one is out of its range, or two do not go together; names the keys.
+    """
+    for name, given, least in (
+        ("batch_size", data.batch_size, 1),
+        ("val_batch_size", data.val_batch_size, 1),
+        ("num_workers", data.num_workers, 0),
+        ("shuffle_window", data.shuffle_window, 1),
+        ("bad_sample_limit", data.bad_sample_limit, 0),
+    ):
+        if given < least:
+            raise UserError(f"{KEY}.{name} must be at least {least}, not {given}")
+    if data.resolution is not None and data.resolution < 1:
+        raise UserError(f"{KEY}.resolution must be at least 1 pixel, not {data.resolution}")
+    if data.consecutive and not data.one_category:
+        raise UserError(f"{KEY}.consecutive: true is about batches of one category: set {KEY}.one_category: true")
+    if data.aspect_buckets:
+        if data.resolution is None:
+            raise UserError(
+                f"{KEY}.aspect_buckets: true cuts images to about resolution^2 pixels: set {KEY}.resolution"
+            )
+        if data.one_category or data.weights is not None:
+            other = "one_category" if data.one_category else "weights"
+            raise UserError(f"{KEY}.aspect_buckets divides batches, {KEY}.{other} too: leave one of them out")
+    if data.weights is not None:
+        entries = len(data.train) if isinstance(data.train, list) else 0
+        if len(data.weights) != entries or not all(0 < weight < float("inf") for weight in data.weights):
+            raise UserError(
+                f"{KEY}.weights must hold a number above 0 for each entry of the list {KEY}.train, which has "
+                f"{entries or 'none: it is no list'}"
+            )
+        if data.one_category:
+            raise UserError(f"{KEY}.weights mixes batches, {KEY}.one_category divides them: leave one of them out")
+    if data.on_bad_sample not in ("error", "skip"):
+        raise UserError(f"{KEY}.on_bad_sample must be error or skip, not {data.on_bad_sample!r}")
+
+
+# A pass over the training pairs, before it begins: whether it has a step, and what it takes of them.
+
+
+def check_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequence[float] | None) -> None:
+    """Whether a pass has a step.
+
+    Args:
+        groups: the pairs that are batched with each other; none where no category has pairs enough for a step.
+        deal: how they are dealt to steps.
+        pairs: how many take part, those in no group included.
+        weights: in which proportion each batch is made of all groups; None: a batch is made of one.
+
+    Raises:
+        UserError: the pairs are too few.
+    """
+    batches = batches_in(groups, deal) if weights is None else mixed_batches(groups, deal)
+    if batches:
+        return
+    held = (
+        f"{pairs} pairs, fewer than one step takes"
+        if groups
+        else f"no category with as many pairs as one step takes, of {pairs}"
+    )
+    raise UserError(
+        f"{KEY}.train has {held}: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x "
+        f"{deal.accumulate} (trainer.accumulate_grad_batches)"
+    )
+
+
+def say_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequence[float] | None) -> None:
+    """Log what a pass takes and leaves out. Arguments are those of `check_pass`.
+
+    Raises:
+        UserError: a weight is too small for its group to be seen in a pass.
+    """
+    if weights is not None:
+        _say_mix(groups, deal, weights)
+    elif dropped := sum(deal.dropped(group.selection.total) for group in groups):
+        rank_zero_info(f"a pass leaves out {dropped} of {pairs} training pairs, others each time")
+    if shapes := ", ".join(f"{group.name} ({group.selection.total})" for group in groups if group.size is not None):
+        rank_zero_info(f"pairs by shape: {shapes}")
+
+
+def _say_mix(groups: Sequence[Group], deal: Deal, weights: Sequence[float]) -> None:
+    each = shares(weights, mixed_batches(groups, deal) * deal.batch_size * deal.world)
+    for number, (share, group, weight) in enumerate(zip(each, groups, weights, strict=True)):
+        if not share:
+            raise UserError(f"{KEY}.weights[{number}] is {weight}: not one pair in a pass of {sum(each)}; raise it")
+        rank_zero_info(f"a pass takes {share} pairs of the {group.selection.total} of {KEY}.train[{number}]")

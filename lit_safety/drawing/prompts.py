@@ -350,7 +350,7 @@ def _seed_of(row: str, occurrence: int) -> int:
 
 
 @dataclass(frozen=True)
-class Selection:
+class PromptCounts:
     """How many prompts of each kind are drawn; None takes all there are, 0 none."""
 
     explicit: int | None = 40
@@ -372,7 +372,7 @@ class Selection:
                 raise UserError(f"--{kind} {count}: the number of {kind} prompts cannot be negative")
 
 
-def select(prompts: Iterable[Prompt], selection: Selection) -> list[Prompt]:
+def choose_prompts(prompts: Iterable[Prompt], selection: PromptCounts) -> list[Prompt]:
     """A balanced part of a prompt set, the same every time, in the order of the kinds and of the file.
 
     Rows are ordered by a hash of their content and dealt round robin over their strata (concepts, categories by

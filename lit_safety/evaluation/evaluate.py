@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
@@ -46,7 +46,7 @@ def evaluate(
     images: str | None = None,
     attacks: str | None = None,
     other_world: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Draw the same prompts and seeds with every arm, judge the images, and write a report.
 
     Writes into `out`: metrics.json, table.md, before_after.png, index.html, verdicts.csv, and the images under
@@ -104,6 +104,8 @@ def evaluate(
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
 
+    Returns: the report's figures and settings, as they stand in metrics.json.
+
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
@@ -113,7 +115,7 @@ def evaluate(
     from lit_safety.drawing.edits import Edit
     from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
-    from lit_safety.drawing.prompts import Selection, read_prompts, select
+    from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.page import find_attacks
     from lit_safety.evaluation.quality import Quality
@@ -130,7 +132,7 @@ def evaluate(
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
     drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers, change)
     named = tuple(canonical_category(name) for name in categories) if categories is not None else None
-    selection = Selection(explicit, implicit, lookalike, clean, adversarial, named)
+    selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
     curves = find_attacks(attacks, Path(out))
@@ -139,7 +141,7 @@ def evaluate(
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
     check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)
-    chosen = select(everything, selection)
+    chosen = choose_prompts(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
@@ -151,5 +153,7 @@ def evaluate(
     results = run.execute()
     if blur is None:
         blur = other_world or not getattr(judges[0], "harmless", False)
-    print(f"\n{report_table(write_report(results, blur, curves))}\n")
+    metrics = write_report(results, blur, curves)
+    print(f"\n{report_table(metrics)}\n")
     print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")
+    return metrics

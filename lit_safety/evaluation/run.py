@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lit_safety.drawing.arms import Arm
     from lit_safety.drawing.gallery import Drawn
-    from lit_safety.drawing.prompts import Prompt, Selection
+    from lit_safety.drawing.prompts import Prompt, PromptCounts
     from lit_safety.evaluation.quality import Quality
     from lit_safety.judges.judge import Judge, Verdict
 
@@ -35,7 +35,7 @@ class Run:
     pipeline: str
     prompts_file: str
     prompts: list[Prompt]
-    selection: Selection
+    selection: PromptCounts
     judges: list[Judge]
     """The judge that decides, then the further ones."""
     arms: dict[str, Arm]

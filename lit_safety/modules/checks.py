@@ -1,22 +1,25 @@
-"""Before weights are loaded: were the data's caches made by the model that is trained, do they hold what it needs?"""
+"""What is compared before weights are loaded, and what is asked of every batch: caches, orders, labels, callbacks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import ClassVar, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_safety.backbones.fingerprint import reference_fingerprint
+from lit_safety.backbones.fingerprint import reference_hashes
 from lit_safety.backbones.load import family_of
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_model
 from lit_safety.data.cache.sources import CachedSource
+from lit_safety.data.protocols import PairData, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
 
+# Were the data's caches made by the model that is trained, and do they hold what it needs?
 
-def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
+
+def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
     """Compare the caches that ``datamodule`` reads in ``stage`` with the encoders of ``pretrained``.
 
     Encoders whose files are not there cannot be compared: a run from a cache does not need them, and the log says so.
@@ -25,7 +28,7 @@ def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
         UserError: a cache was made by another model; names both.
     """
     found = _caches(datamodule, stage)
-    weights = family_of(pretrained).fingerprint(pretrained) if found else {}
+    weights = family_of(pretrained).encoder_hashes(pretrained) if found else {}
     for one in found:
         if unknown := check_model(one.cache, pretrained, weights, one.key):
             rank_zero_info(
@@ -34,7 +37,7 @@ def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
             )
 
 
-def check_references(datamodule: Any, pretrained: str, stage: str, objective: Objective, drops: bool) -> None:
+def check_references(datamodule: object, pretrained: str, stage: str, objective: Objective, drops: bool) -> None:
     """Whether the reference caches that are read were made by the denoiser of ``pretrained`` and hold what is needed;
     tells ``datamodule`` whether predictions are to be read.
 
@@ -51,7 +54,7 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
     for one in _caches(datamodule, stage):
         if (reference := one.cache.reference) is None:
             continue
-        own = reference_fingerprint(pretrained, family_of(pretrained).DENOISER)
+        own = reference_hashes(pretrained, family_of(pretrained).DENOISER)
         for name in {**reference.weights, **own}:
             if own.get(name) != (made := reference.weights.get(name)):
                 raise UserError(
@@ -73,26 +76,25 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
                 "prompt: make it again with `shards precompute --reference_dropout true`, or set every dropout of a "
                 "prompt to 0"
             )
-        datamodule.reference_predictions = objective.needs_drift
+        if isinstance(datamodule, PairData):
+            datamodule.read_predictions(objective.needs_drift)
 
 
 def _short(found: str | None) -> str:
     return "not found" if found is None else found[:8]
 
 
-def reference_cached(datamodule: Any, stage: str) -> bool:
+def reference_cached(datamodule: object, stage: str) -> bool:
     """Whether all that ``datamodule`` reads in ``stage`` comes with the reference's errors, so that it never runs."""
     found = _caches(datamodule, stage)
     if not found or any(one.cache.reference is None for one in found):
         return False
     needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
-    given = [name for name in needed if getattr(datamodule, name, None) is not None]
-    return len(found) == len(given)
+    return len(found) == len(shards_of(datamodule).keys() & set(needed))
 
 
-def _caches(datamodule: Any, stage: str) -> list[CachedSource]:
-    caches = getattr(datamodule, "caches", None)
-    return [] if caches is None else caches(stage)
+def _caches(datamodule: object, stage: str) -> list[CachedSource]:
+    return datamodule.caches(stage) if isinstance(datamodule, PairData) else []
 
 
 # Whether pairs carry what an objective reads: from the manifests before a start, from a batch's host lists in a step.
@@ -100,7 +102,7 @@ def _caches(datamodule: Any, stage: str) -> list[CachedSource]:
 # Nothing waits for the device.
 
 
-def check_orders(objective: Objective, datamodule: Any, stage: str) -> None:
+def check_orders(objective: Objective, datamodule: object, stage: str) -> None:
     """Refuse pairs whose order already holds what the objective adds, as far as the manifests tell of them.
 
     Args:
@@ -111,10 +113,9 @@ def check_orders(objective: Objective, datamodule: Any, stage: str) -> None:
     Raises:
         UserError: naming the folder, the number of such pairs, and the ways out.
     """
-    orders = getattr(datamodule, "orders", None)
-    if orders is None or stage == "predict" or not objective.refuses_composite:
+    if not isinstance(datamodule, PairData) or stage == "predict" or not objective.refuses_composite:
         return
-    for where, counts in orders(stage).items():
+    for where, counts in datamodule.orders(stage).items():
         if counts["composite"]:
             name = type(objective).__name__
             raise UserError(
@@ -170,20 +171,26 @@ def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = Fals
 # At the start of a fit: does anything move what the objective learns outside of its loss?
 
 
-def warn_without_outer_step(objective: Objective, trainer: Trainer) -> None:
-    """Warn where an objective has an outer step and ``trainer`` lacks the callback that takes it.
+@runtime_checkable
+class MovesObjective(Protocol):
+    """A callback that changes what an objective learns outside of its loss; it says so by a class attribute."""
 
-    A warning and no error: the objective with a constant state is a legitimate ablation. The callback is known by its
-    class's name, its subclasses too, because callbacks import modules.
+    moves: ClassVar[type[Objective]]
+
+
+def warn_if_not_moved(objective: Objective, callbacks: Iterable[object]) -> None:
+    """Warn where an objective is to be moved by a callback and no one of ``callbacks`` says that it moves it.
+
+    A warning and no error: the objective with a constant state is a legitimate ablation.
     """
     callback = objective.moved_by
-    if callback is None or any(
-        kind.__name__ == callback for one in getattr(trainer, "callbacks", []) for kind in type(one).__mro__
-    ):
+    if callback is None:
+        return
+    if any(isinstance(one, MovesObjective) and isinstance(objective, one.moves) for one in callbacks):
         return
     state = ", ".join(f"`{name}`" for name in objective.state_dict())
     rank_zero_warn(
-        f"{type(objective).__name__} is trained without its outer step: {state} stays what it is at the start, "
+        f"{type(objective).__name__} is trained and nothing moves {state}: it stays what it is at the start, "
         f"whatever the policy draws, because `trainer.callbacks` has no {callback}; unless you want it constant, add "
         f"`--trainer.callbacks+=lit_safety.callbacks.{callback}` with `--trainer.callbacks.cost_model FOLDER`"
     )

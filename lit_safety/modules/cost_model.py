@@ -22,6 +22,7 @@ from lit_safety.cost_model.losses import CostLoss, PairwiseCostLoss
 from lit_safety.cost_model.metrics import CollectedCosts, cost_figures, fit_calibration, not_calibrated
 from lit_safety.cost_model.network import ClipTower, CostAdapter, CostScorer, Features
 from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.data.protocols import PairData, WithVal, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
 from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
@@ -118,8 +119,8 @@ class CostModel(LightningModule):
             self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
 
     def on_fit_start(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PreferenceDataModule):
+        data = datamodule_of(self.trainer)
+        if isinstance(data, PairData):
             check_both_labels(data)
         if self.feature_cache is None:
             return
@@ -132,7 +133,7 @@ class CostModel(LightningModule):
             cached_features(Path(self.feature_cache), data, part, self.tower, views, self.trainer)
             for part, views in wanted
         ]
-        data.labels_only = frozenset(part for part, _ in wanted)  # from here on nothing decodes an image
+        data.skip_images(part for part, _ in wanted)  # from here on nothing decodes an image
 
     def scorer(self) -> CostScorer:
         """The model as it stands, calibration included; its adapter is a copy, the tower is shared."""
@@ -186,8 +187,8 @@ class CostModel(LightningModule):
         if self._calibrated_at == self.trainer.global_step:
             self._warn_if_not_calibrated()
             return
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or getattr(data, "val", None) is None:
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, WithVal) or data.val is None:
             rank_zero_warn("no validation pairs are given: costs are not calibrated, only their sign and order count")
             return
         self.eval()
@@ -273,17 +274,18 @@ class CostModel(LightningModule):
         self.log_dict(figures, sync_dist=True)
 
 
-def check_both_labels(data: PreferenceDataModule) -> None:
+def check_both_labels(data: PairData) -> None:
     """Refuse training pairs that teach nothing of harm, as far as their manifest tells.
 
     Raises:
         UserError: no image is labelled harmful, or none safe; names the folder.
     """
     labels = data.labels("train")
+    given = ", ".join(shards_of(data).get("train", []))
     for label, other in (("harmful", "safe"), ("safe", "harmful")):
         if labels and not any(count and label in name.split(">") for name, count in labels.items()):
             only = f"its known labels are all {other}" if any(other in name for name in labels) else "no label is known"
             raise UserError(
-                f"data.init_args.train {data.train}: no image is labelled {label} ({only}), so a cost model learns "
+                f"data.init_args.train {given}: no image is labelled {label} ({only}), so a cost model learns "
                 "nothing from it; give pairs with images of both labels"
             )

@@ -1,9 +1,4 @@
-"""One expert after the other, each with a fresh optimizer and schedule: what DeepSpeed needs, and what any may do.
-
-ZeRO flattens what it trains into partitions of its own when its engine is made, and hands zeros to what got no
-gradient. So an expert's turn under DeepSpeed is an engine of its own: at the end of a phase the fp32 weights are
-gathered, the engine is taken down, the next expert's weights are put in, and a new engine is made around them.
-"""
+"""DPOExpert: one LoRA for each category of harm, trained in one fit and merged after (SafetyDPO, arXiv 2412.10493)."""
 
 from __future__ import annotations
 
@@ -25,64 +20,12 @@ from lit_safety.adapters.gathered import replaced
 from lit_safety.adapters.start_from import read_experts
 from lit_safety.core.categories import CATEGORIES, canonical_category
 from lit_safety.core.errors import UserError
-from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.data.protocols import Consecutive, PairData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, PreferenceModule
 from lit_safety.modules.strategies import check_weights
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors
-
-
-def under_deepspeed(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
-
-
-def begin_phase(trainer: Trainer, module: LightningModule, bank: ExpertBank, name: str) -> None:
-    """End the phase of the expert that is in the network and begin that of ``name``: on all ranks, between steps."""
-    strategy: Any = trainer.strategy
-    if not under_deepspeed(trainer):
-        bank.activate(name)
-        strategy.setup_optimizers(trainer)
-        return
-    # Before the engine is taken down: the weights that rest are its optimizer's, in fp32.
-    bank.activate(name)
-    strategy.deepspeed_engine.destroy()
-    strategy.model = module
-    strategy.init_deepspeed()
-
-
-# What is refused where several experts are trained in one fit.
-
-
-def check_experts(trainer: Trainer, objective: Objective, names: Sequence[str], consecutive: bool) -> None:
-    """Complain where the experts ``names`` would not be trained as they should; a single one may do anything.
-
-    Raises:
-        UserError: they would move while they idle, share what an objective learns, or be averaged with each other.
-    """
-    if len(names) == 1:
-        return
-    if under_deepspeed(trainer) and not consecutive:
-        raise UserError(
-            f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
-            "weights: set `data.init_args.consecutive: true`, or train with ddp"
-        )
-    if state := objective.state_dict():
-        raise UserError(
-            f"DPOExpert: {type(objective).__name__} learns while it trains ({', '.join(sorted(state))}), and "
-            f"{len(names)} experts would share what it learns: take another objective, or train one category at a "
-            "time and `merge` them"
-        )
-    for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-            raise UserError(
-                f"{type(callback).__name__} would average {len(names)} experts with each other: leave it out, or "
-                "train one category at a time"
-            )
-
-
-# DPOExpert: one LoRA for each category of harm, trained in one fit and merged after (SafetyDPO, arXiv 2412.10493).
-
 
 #: What is logged for every expert by itself, `loss/<category>` and so on.
 BY_CATEGORY = ("rewards/margins", "rewards/accuracies")
@@ -133,8 +76,8 @@ class DPOExpert(PreferenceModule):
 
     def _experts(self) -> list[str]:
         """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""
-        data = getattr(self._trainer, "datamodule", None)
-        if not self._fitting or not isinstance(data, PreferenceDataModule):
+        data = datamodule_of(self._trainer)
+        if not self._fitting or not isinstance(data, PairData):
             return self.categories or list(CATEGORIES)
         found = data.training_categories()
         if not found:
@@ -158,7 +101,8 @@ class DPOExpert(PreferenceModule):
 
     @property
     def _consecutive(self) -> bool:
-        return bool(getattr(getattr(self.trainer, "datamodule", None), "consecutive", False))
+        data = datamodule_of(self.trainer)
+        return isinstance(data, Consecutive) and data.consecutive
 
     def configure_policy(self) -> None:
         super().configure_policy()
@@ -214,7 +158,7 @@ class DPOExpert(PreferenceModule):
                     "GradientAccumulationScheduler out"
                 )
             if self._consecutive:
-                begin_phase(self.trainer, self, self.bank, category)
+                begin_expert(self.trainer, self, self.bank, category)
             else:
                 self.bank.activate(category, self.trainer.optimizers[0])
         self.bank.batches[category] += 1
@@ -289,3 +233,58 @@ class DPOExpert(PreferenceModule):
         if self.categories is None and not self._fitting:
             self.bank.names = list(checkpoint["experts"]["names"])
         self.bank.load_state_dict(checkpoint["experts"])
+
+
+# One expert after the other, each with a fresh optimizer and schedule: what DeepSpeed needs, and what any may do.
+#
+# ZeRO flattens what it trains into partitions of its own when its engine is made, and hands zeros to what got no
+# gradient. So an expert's turn under DeepSpeed is an engine of its own: at the end of a phase the fp32 weights are
+# gathered, the engine is taken down, the next expert's weights are put in, and a new engine is made around them.
+
+
+def under_deepspeed(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def begin_expert(trainer: Trainer, module: LightningModule, bank: ExpertBank, name: str) -> None:
+    """End the phase of the expert that is in the network and begin that of ``name``: on all ranks, between steps."""
+    strategy: Any = trainer.strategy
+    if not under_deepspeed(trainer):
+        bank.activate(name)
+        strategy.setup_optimizers(trainer)
+        return
+    # Before the engine is taken down: the weights that rest are its optimizer's, in fp32.
+    bank.activate(name)
+    strategy.deepspeed_engine.destroy()
+    strategy.model = module
+    strategy.init_deepspeed()
+
+
+# What is refused where several experts are trained in one fit.
+
+
+def check_experts(trainer: Trainer, objective: Objective, names: Sequence[str], consecutive: bool) -> None:
+    """Complain where the experts ``names`` would not be trained as they should; a single one may do anything.
+
+    Raises:
+        UserError: they would move while they idle, share what an objective learns, or be averaged with each other.
+    """
+    if len(names) == 1:
+        return
+    if under_deepspeed(trainer) and not consecutive:
+        raise UserError(
+            f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
+            "weights: set `data.init_args.consecutive: true`, or train with ddp"
+        )
+    if state := objective.state_dict():
+        raise UserError(
+            f"DPOExpert: {type(objective).__name__} learns while it trains ({', '.join(sorted(state))}), and "
+            f"{len(names)} experts would share what it learns: take another objective, or train one category at a "
+            "time and `merge` them"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise UserError(
+                f"{type(callback).__name__} would average {len(names)} experts with each other: leave it out, or "
+                "train one category at a time"
+            )

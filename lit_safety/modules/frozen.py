@@ -1,4 +1,4 @@
-"""Frozen weights in the precision that autocast computes in: half the memory, the same numbers, no cast at each use."""
+"""Weights that are not trained: in half precision beside a LoRA, or copied as the reference of a full fine-tune."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch import nn
 
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.core.errors import UserError
+
+# Frozen weights in the precision that autocast computes in: half the memory, the same numbers, no cast at each use.
+
 
 #: Layers whose weights autocast casts at every use. Normalisations it computes in fp32, on some devices, and they are
 #: small: theirs stay as they are.

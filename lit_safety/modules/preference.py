@@ -1,4 +1,8 @@
-"""The gradient of a step: its norm is logged, watched for what is not finite, and clipped by."""
+"""The LightningModule that every preference method subclasses.
+
+A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss` and
+`configure_policy`; the rest (shared chance, fp32 errors, logging, checkpoints of trainable weights) stays.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,14 @@ from lit_safety.backbones.load import load_backbone
 from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
+from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
     check_orders,
     check_references,
-    warn_without_outer_step,
+    warn_if_not_moved,
 )
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
@@ -57,64 +62,7 @@ from lit_safety.objectives.objective import (
     residual_overlap,
 )
 
-
-class WatchedGradient(LightningModule):
-    """Lightning's hooks around an optimizer step. A run whose gradient is not finite stops when the step
-    after the next begins, and before it writes a checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.finite_loss = FiniteLossGuard()
-        self._gradient_norm: Tensor | None = None
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._gradient_norm = None
-        if gradients:  # DeepSpeed keeps gradients to itself
-            self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
-            self._watch_gradient(norm)
-            self.log("grad_norm", norm)
-
-    def _watch_gradient(self, norm: Tensor) -> None:
-        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
-        if self._trainer is None or self._trainer.precision != "16-mixed":
-            self.finite_loss.watch_gradient(norm)
-
-    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        super().optimizer_step(*arguments, **named)
-        engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
-        # DeepSpeed has it only now.
-        if engine is not None and (found := engine.get_global_grad_norm()) is not None:
-            norm = torch.as_tensor(found).to(self.device, torch.float32)
-            self._watch_gradient(norm)
-            self.log("grad_norm", norm)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if fused and gradient_clip_val and self.trainer.precision == "16-mixed":
-            raise UserError(
-                "a fused optimizer undoes the scaling of 16-mixed within its step, after gradients were clipped: set "
-                "`model.init_args.optimizer.init_args.fused: false`, `trainer.precision: bf16-mixed` or "
-                "`trainer.gradient_clip_val: null`"
-            )
-        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
-        if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
-
-    def on_train_end(self) -> None:
-        self.finite_loss.check()
-
-
-# The network that is trained: loaded, given an adapter, cut into pieces, drawn with and written out.
-
+__all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
 #: The name the policy's adapter carries inside PEFT.
 POLICY = "policy"
@@ -133,17 +81,21 @@ class Drawing:
     guidance: float = 3.0
 
 
-class Policy(LightningModule):
-    """A denoiser with something in it that is trained; what it is trained for is `PreferenceModule`'s.
+class PreferenceModule(LightningModule):
+    """Preference optimisation of a text-to-image model against its own frozen self.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
+        objective: the loss on a batch of pairs.
         lora: the adapter that is trained.
         optimizer: made from the trainable parameters.
-        lr_scheduler: made from the optimizer; None: constant learning rate.
-        drawing: how images are drawn.
-        speed: how a step is computed.
-        start_from: weights to begin with, of another run.
+        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
+        prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
+        timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
+        drawing: how images are drawn at validation and by `predict`.
+        speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
+        start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
+            another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
     """
 
     backbone: Backbone
@@ -151,23 +103,102 @@ class Policy(LightningModule):
     def __init__(
         self,
         pretrained: str,
-        lora: LoRA | None,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        drawing: Drawing | None,
-        speed: Speed | None,
-        start_from: str | None,
+        objective: Objective,
+        lora: LoRA | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        prompt_dropout: float = 0.0,
+        timestep_bins: int = 4,
+        drawing: Drawing | None = None,
+        speed: Speed | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 <= prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), got {prompt_dropout}")
         self.pretrained = pretrained
+        self.objective = objective
         self.lora = lora or LoRA()
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        self.prompt_dropout = prompt_dropout
         self.drawing = drawing or Drawing()
         self.speed = speed or Speed()
         self.start_from = start_from
+        self.finite_loss = FiniteLossGuard()
+        self._gradient_norm: Tensor | None = None
+        self.validation_errors = TimestepBins(timestep_bins)
+        self.truncated = TruncatedPrompts()
+        # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
+        self.strict_loading = False
 
-    # ---- in
+    # ---- before anything is loaded ----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
+        pipeline_class_name(self.pretrained)
+        data = datamodule_of(self.trainer)
+        check_caches(data, self.pretrained, stage)
+        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
+        check_orders(self.objective, data, stage)
+        if stage == "fit":
+            warn_if_not_moved(self.objective, self.trainer.callbacks)  # type: ignore[attr-defined]
+        check_resume(self.trainer)
+        if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+            raise UserError(
+                f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
+                "it: use bf16-mixed, or 32-true"
+            )
+
+    # ---- what a researcher overrides --------------------------------------------------------------------------
+
+    def configure_policy(self) -> None:
+        """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
+        self.lora.attach(self.backbone.denoiser, POLICY)
+        self._layers = adapter_layers(self.backbone.denoiser)
+
+    def conditioning(self, batch: PairBatch) -> Conditioning:
+        """The text encoders' outputs for the batch's prompts, B rows, some prompts dropped in training.
+
+        They come with the batch where a cache holds them; else they are encoded here.
+        """
+        dropped = self.dropped_prompts(batch)
+        if batch.conditioning is None or batch.empty is None:
+            return self.encode_text(["" if no else prompt for no, prompt in zip(dropped, batch.prompts, strict=True)])
+        if not any(dropped):
+            return batch.conditioning
+        without = torch.tensor(dropped).to(self.device, non_blocking=True)
+        return {
+            name: torch.where(without.view(-1, *[1] * (rows.ndim - 1)), batch.empty[name], rows)
+            for name, rows in batch.conditioning.items()
+        }
+
+    def errors(self, batch: PairBatch) -> PairErrors:
+        """Denoising errors of policy and reference on chosen and rejected, at a shared timestep and noise.
+
+        Chosen and rejected go through the network in one pass of 2B. The reference is the same network with its
+        adapters off, run first so that its activations are gone when the policy's are kept for the backward pass; or
+        its errors come with the batch out of a reference cache.
+
+        Args:
+            batch: as `ordered` gives it.
+        """
+        noisy, timesteps, target, conditioning = self.noised(batch)
+        reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
+        policy = self.backbone.predict(noisy, timesteps, conditioning)
+        policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
+        drift = None
+        if self.objective.needs_drift and reference.prediction is not None:
+            drift = prediction_error(policy[: len(batch)], reference.prediction)
+            drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
+        overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
+        return PairErrors(policy_chosen, policy_rejected, reference.chosen, reference.rejected, drift, overlap)
+
+    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
+        """Loss of each pair (B,) and what to log."""
+        return self.objective(errors, self.labels(batch))
+
+    # ---- the network: loaded, given an adapter, cut for the strategy ------------------------------------------
 
     def configure_model(self) -> None:
         if "backbone" in self._modules:
@@ -234,37 +265,11 @@ class Policy(LightningModule):
         """The networks that a step runs: what FSDP2 cuts into pieces."""
         return [self.backbone.denoiser]
 
-    def configure_policy(self) -> None:
-        """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
-        self.lora.attach(self.backbone.denoiser, POLICY)
-        self._layers = adapter_layers(self.backbone.denoiser)
-
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters of what is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def configure_optimizers(self) -> Any:
-        trained = self.trainable_parameters()
-        if rounded := [name for name, p in trained if p.dtype != torch.float32]:
-            raise UserError(
-                f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
-                "frozen weights are lowered to bfloat16"
-            )
-        optimizer = self.make_optimizer([p for _, p in trained])
-        if self.make_lr_scheduler is None:
-            self._settings = ScheduleSettings(optimizer, None)
-            return optimizer
-        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
-        self._settings = ScheduleSettings(optimizer, scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        if self.trainer.ckpt_path is not None:
-            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
-            scheduler = schedulers[0] if schedulers else None
-            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
-
-    # ---- the reference: the same network
+    # ---- the reference: the same network ----------------------------------------------------------------------
 
     @property
     def has_reference(self) -> bool:
@@ -275,218 +280,11 @@ class Policy(LightningModule):
         """Within, the denoiser is the reference; left before any backward pass."""
         return adapters_off(self._layers)
 
-    # ---- out
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """One image a prompt by the policy, each from the initial noise of its own seed."""
-        drawn = self.backbone.pipeline()(
-            prompt=list(prompts),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=self.drawing.steps,
-            guidance_scale=self.drawing.guidance,
-        )
-        return list(drawn.images)
-
-    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
-        """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""
-        return [self.draw(prompts, seeds)]
-
-    def exports(self) -> list[str]:
-        """The folders, below the run's, of the adapters that a fit leaves."""
-        return ["adapter"]
-
-    @contextmanager
-    def exporting(self, export: str) -> Iterator[None]:
-        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
-        trained = dict(self.trainable_parameters())
-        with replaced(self, trained, master_weights(trained)):
-            yield
-
-    def save_export(self, folder: Path) -> None:
-        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
-        self.backbone.save_lora(folder, POLICY)
-
-    def export_settings(self, export: str) -> dict[str, Any]:
-        """What the card of ``export`` says of what was trained."""
-        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
-
-
-# At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
-#
-# Eager and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another
-# precision; compiled kernels round the two passes apart. Both are measured before the first update.
-
-
-def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> None:
-    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
-
-    Args:
-        module: before its first update.
-        batch: what it was asked for.
-        errors: what it has computed on it.
-
-    Raises:
-        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
-    """
-    found = []
-    if batch.reference is not None:
-        _check_timesteps(module, batch)
-        if module.has_reference:
-            found.append(cached_margin(module, batch, errors))
-    if module.speed.compile is not None and module.start_from is None:
-        found.append(margin(errors, module.objective.beta).detach())
-    if not found:
-        return
-    largest = torch.cat(found).abs().max()
-    largest = torch.as_tensor(module.trainer.strategy.reduce(largest, reduce_op="max"))
-    limit = module.speed.margin_limit
-    module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
-    if not float(largest) <= limit:  # nan too
-        how = "compiled" if batch.reference is None else "read from the reference cache"
-        raise UserError(
-            f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
-            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
-            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
-            "`--dtype float32`, or run without compile"
-        )
-
-
-@torch.no_grad()
-def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
-    """m (B,) of the reference as it is now against the cached one; one forward pass."""
-    batch = module.ordered(batch)
-    noisy, timesteps, target, conditioning = module.noised(batch)
-    with module.reference():
-        prediction = module.backbone.predict(noisy, timesteps, conditioning)
-    chosen, rejected = prediction_error(prediction, target).chunk(2)
-    return margin(
-        PairErrors(chosen, rejected, errors.reference_chosen, errors.reference_rejected), module.objective.beta
-    )
-
-
-def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
-    now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
-    for key, one, other in zip(batch.keys, now, stored or now, strict=True):
-        if abs(one - other) > 1e-6 * max(1.0, abs(other)):
-            raise UserError(
-                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
-                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
-            )
-
-
-# The LightningModule that every preference method subclasses.
-#
-# A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss`
-# and `configure_policy` (in `policy.py`, as all that is about the network itself); the rest (shared chance, fp32
-# errors, logging, checkpoints of trainable weights) stays.
-
-
-__all__ = ["POLICY", "Drawing", "PreferenceModule"]
-
-
-class PreferenceModule(Policy, WatchedGradient):
-    """Preference optimisation of a text-to-image model against its own frozen self.
-
-    Args:
-        pretrained: the model to align: a diffusers pipeline folder or a hub id.
-        objective: the loss on a batch of pairs.
-        lora: the adapter that is trained.
-        optimizer: made from the trainable parameters.
-        lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
-        prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
-        timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
-        drawing: how images are drawn at validation and by `predict`.
-        speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
-        start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
-            another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
-    """
-
-    def __init__(
-        self,
-        pretrained: str,
-        objective: Objective,
-        lora: LoRA | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        prompt_dropout: float = 0.0,
-        timestep_bins: int = 4,
-        drawing: Drawing | None = None,
-        speed: Speed | None = None,
-        start_from: str | None = None,
-    ) -> None:
-        super().__init__(pretrained, lora, optimizer, lr_scheduler, drawing, speed, start_from)
-        if not 0.0 <= prompt_dropout < 1.0:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {prompt_dropout}")
-        self.objective = objective
-        self.prompt_dropout = prompt_dropout
-        self.validation_errors = TimestepBins(timestep_bins)
-        self.truncated = TruncatedPrompts()
-        # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
-        self.strict_loading = False
-
-    # ---- before anything is loaded ---------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
-        pipeline_class_name(self.pretrained)
-        data = getattr(self.trainer, "datamodule", None)
-        check_caches(data, self.pretrained, stage)
-        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
-        check_orders(self.objective, data, stage)
-        if stage == "fit":
-            warn_without_outer_step(self.objective, self.trainer)
-        check_resume(self.trainer)
-        if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
-            raise UserError(
-                f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
-                "it: use bf16-mixed, or 32-true"
-            )
-
-    # ---- what a researcher overrides -------------------------------------------------------------------------
-
-    def conditioning(self, batch: PairBatch) -> Conditioning:
-        """The text encoders' outputs for the batch's prompts, B rows, some prompts dropped in training.
-
-        They come with the batch where a cache holds them; else they are encoded here.
-        """
-        dropped = self.dropped_prompts(batch)
-        if batch.conditioning is None or batch.empty is None:
-            return self.encode_text(["" if no else prompt for no, prompt in zip(dropped, batch.prompts, strict=True)])
-        if not any(dropped):
-            return batch.conditioning
-        without = torch.tensor(dropped).to(self.device, non_blocking=True)
-        return {
-            name: torch.where(without.view(-1, *[1] * (rows.ndim - 1)), batch.empty[name], rows)
-            for name, rows in batch.conditioning.items()
-        }
-
-    def errors(self, batch: PairBatch) -> PairErrors:
-        """Denoising errors of policy and reference on chosen and rejected, at a shared timestep and noise.
-
-        Chosen and rejected go through the network in one pass of 2B. The reference is the same network with its
-        adapters off, run first so that its activations are gone when the policy's are kept for the backward pass; or
-        its errors come with the batch out of a reference cache.
-        """
-        batch = self.ordered(batch)
-        noisy, timesteps, target, conditioning = self.noised(batch)
-        reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
-        policy = self.backbone.predict(noisy, timesteps, conditioning)
-        policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
-        drift = None
-        if self.objective.needs_drift and reference.prediction is not None:
-            drift = prediction_error(policy[: len(batch)], reference.prediction)
-            drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
-        overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
-        return PairErrors(policy_chosen, policy_rejected, reference.chosen, reference.rejected, drift, overlap)
-
-    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
-        """Loss of each pair (B,) and what to log."""
-        return self.objective(errors, self.labels(batch))
-
-    # ---- the parts of a step ---------------------------------------------------------------------------------
+    # ---- the parts of a step ----------------------------------------------------------------------------------
 
     def ordered(self, batch: PairBatch) -> PairBatch:
-        """The batch with its pairs in the order they are trained in; doing it twice changes nothing more."""
+        """The batch with the images of each pair in the order they are trained in: asked once, before all else of a
+        step. What is computed on a batch (`errors`, `loss`, `labels`, `noised`) takes it as it then is."""
         return batch
 
     def reference_pass(
@@ -562,11 +360,12 @@ class PreferenceModule(Policy, WatchedGradient):
             return drawn
         return normal(batch.noise_seeds, purpose, shape).to(self.device, non_blocking=True)
 
-    # ---- Lightning's hooks -----------------------------------------------------------------------------------
+    # ---- training, validation, test, prediction ---------------------------------------------------------------
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
+        batch = self.ordered(batch)
         if self.speed.selective is not None:
             loss, output, errors = self.speed.selective.step(self, batch)
         else:
@@ -592,6 +391,7 @@ class PreferenceModule(Policy, WatchedGradient):
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
         # Seeds of evaluation batches do not change with the epoch: same pairs, timesteps and noise every time.
+        batch = self.ordered(batch)
         errors = self.errors(batch)
         output = self.loss(errors, batch)
         logs = {f"{stage}/{name}": values.mean() for name, values in output.logs.items()}
@@ -607,6 +407,109 @@ class PreferenceModule(Policy, WatchedGradient):
     def on_test_epoch_end(self) -> None:
         self.log_dict({f"test/{k}": v for k, v in self.validation_errors.compute().items()}, sync_dist=True)
         self.validation_errors.reset()
+
+    # ---- the optimizer; a gradient that is not finite stops the run before it writes a checkpoint -------------
+
+    def configure_optimizers(self) -> Any:
+        trained = self.trainable_parameters()
+        if rounded := [name for name, p in trained if p.dtype != torch.float32]:
+            raise UserError(
+                f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
+                "frozen weights are lowered to bfloat16"
+            )
+        optimizer = self.make_optimizer([p for _, p in trained])
+        if self.make_lr_scheduler is None:
+            self._settings = ScheduleSettings(optimizer, None)
+            return optimizer
+        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
+        self._settings = ScheduleSettings(optimizer, scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:
+            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._gradient_norm = None
+        if gradients:  # DeepSpeed keeps gradients to itself
+            self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self._watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def _watch_gradient(self, norm: Tensor) -> None:
+        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
+        if self._trainer is None or self._trainer.precision != "16-mixed":
+            self.finite_loss.watch_gradient(norm)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
+        # DeepSpeed has it only now.
+        if engine is not None and (found := engine.get_global_grad_norm()) is not None:
+            norm = torch.as_tensor(found).to(self.device, torch.float32)
+            self._watch_gradient(norm)
+            self.log("grad_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if fused and gradient_clip_val and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "a fused optimizer undoes the scaling of 16-mixed within its step, after gradients were clipped: set "
+                "`model.init_args.optimizer.init_args.fused: false`, `trainer.precision: bf16-mixed` or "
+                "`trainer.gradient_clip_val: null`"
+            )
+        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
+        if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
+
+    def on_train_end(self) -> None:
+        self.finite_loss.check()
+
+    # ---- what leaves the module: drawings, exports, checkpoints -----------------------------------------------
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """One image a prompt by the policy, each from the initial noise of its own seed."""
+        drawn = self.backbone.pipeline()(
+            prompt=list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.drawing.steps,
+            guidance_scale=self.drawing.guidance,
+        )
+        return list(drawn.images)
+
+    def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
+        """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""
+        return [self.draw(prompts, seeds)]
+
+    def exports(self) -> list[str]:
+        """The folders, below the run's, of the adapters that a fit leaves."""
+        return ["adapter"]
+
+    @contextmanager
+    def exporting(self, export: str) -> Iterator[None]:
+        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
+        trained = dict(self.trainable_parameters())
+        with replaced(self, trained, master_weights(trained)):
+            yield
+
+    def save_export(self, folder: Path) -> None:
+        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
+        self.backbone.save_lora(folder, POLICY)
+
+    def export_settings(self, export: str) -> dict[str, Any]:
+        """What the card of ``export`` says of what was trained."""
+        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
@@ -624,3 +527,65 @@ class PreferenceModule(Policy, WatchedGradient):
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")
+
+
+# At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
+#
+# Eager and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another
+# precision; compiled kernels round the two passes apart. Both are measured before the first update.
+
+
+def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> None:
+    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
+
+    Args:
+        module: before its first update.
+        batch: what it was asked for, as `ordered` gives it.
+        errors: what it has computed on it.
+
+    Raises:
+        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
+    """
+    found = []
+    if batch.reference is not None:
+        _check_timesteps(module, batch)
+        if module.has_reference:
+            found.append(cached_margin(module, batch, errors))
+    if module.speed.compile is not None and module.start_from is None:
+        found.append(margin(errors, module.objective.beta).detach())
+    if not found:
+        return
+    largest = torch.cat(found).abs().max()
+    largest = torch.as_tensor(module.trainer.strategy.reduce(largest, reduce_op="max"))
+    limit = module.speed.margin_limit
+    module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
+    if not float(largest) <= limit:  # nan too
+        how = "compiled" if batch.reference is None else "read from the reference cache"
+        raise UserError(
+            f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
+            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
+            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
+            "`--dtype float32`, or run without compile"
+        )
+
+
+@torch.no_grad()
+def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
+    """m (B,) of the reference as it is now against the cached one; one forward pass."""
+    noisy, timesteps, target, conditioning = module.noised(batch)
+    with module.reference():
+        prediction = module.backbone.predict(noisy, timesteps, conditioning)
+    chosen, rejected = prediction_error(prediction, target).chunk(2)
+    return margin(
+        PairErrors(chosen, rejected, errors.reference_chosen, errors.reference_rejected), module.objective.beta
+    )
+
+
+def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
+    now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
+    for key, one, other in zip(batch.keys, now, stored or now, strict=True):
+        if abs(one - other) > 1e-6 * max(1.0, abs(other)):
+            raise UserError(
+                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
+                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
+            )

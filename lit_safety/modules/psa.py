@@ -1,4 +1,4 @@
-"""What PSA looks at before it trains: are the users' pairs there, and is every user's embedding?"""
+"""PSA: each user's own bounds (Personalized Safety Alignment, arXiv 2508.01151)."""
 
 from __future__ import annotations
 
@@ -21,82 +21,13 @@ from lit_safety.adapters.user_pipeline import UserId, draw_for_users
 from lit_safety.backbones.backbone import Conditioning
 from lit_safety.core.chance import uniform
 from lit_safety.core.errors import UserError
-from lit_safety.data.datamodule import PreferenceDataModule
+from lit_safety.data.protocols import PairData, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
-
-
-def check_folders(data: Any) -> None:
-    """Refuse folders of pairs that are not there, and say how they are made.
-
-    Raises:
-        UserError: names key, folder and command.
-    """
-    for name in ("train", "val", "test"):
-        given = getattr(data, name, None)
-        for folder in [given] if isinstance(given, str) else given or []:
-            plain = not any(sign in folder for sign in "{*?[:")
-            if plain and not Path(folder).exists():
-                raise UserError(
-                    f"data.init_args.{name}: {folder} does not exist. PSA trains on the pairs of users: make the toy "
-                    "world's with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` does"
-                )
-
-
-def check_users(data: Any, stage: str | None, table: UserTable) -> None:
-    """Refuse pairs of users who have no embedding, before the first step and not in the middle of a run.
-
-    Raises:
-        UserError: names the first such user.
-    """
-    if not isinstance(data, PreferenceDataModule):
-        return
-    for key, users in data.users(stage).items():
-        if missing := sorted(users - set(table.ids)):
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
-                f"{key}: holds pairs of user {missing[0]!r}{others}, who is not in {' or '.join(table.files)}: embed "
-                "all users (`python -m lit_safety users embed`)"
-            )
-
-
-# Pairs whose order is turned round.
-
-
-def turned_round(batch: PairBatch, swap: Tensor) -> PairBatch:
-    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
-
-    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
-
-    Raises:
-        UserError: the batch holds the reference's predictions, which a cache has of the chosen images alone.
-    """
-    if batch.reference_prediction is not None:
-        raise UserError(
-            "pairs are turned round, and the reference cache holds predictions of the chosen image alone: set "
-            "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
-        )
-
-    def columns(values: Tensor) -> Tensor:
-        return torch.where(swap.view(-1, *[1] * (values.ndim - 1)), values.flip(1), values)
-
-    changed: dict[str, Any] = {name: columns(getattr(batch, name)) for name in ("harmful", "cost", "score")}
-    for name in ("latents", "crops", "reference"):
-        if (values := getattr(batch, name)) is not None:
-            changed[name] = columns(values)
-    if batch.chosen is not None and batch.rejected is not None:
-        where = swap.view(-1, 1, 1, 1)
-        changed["chosen"] = torch.where(where, batch.rejected, batch.chosen)
-        changed["rejected"] = torch.where(where, batch.chosen, batch.rejected)
-    return replace(batch, **changed)
-
-
-# PSA: each user's own bounds (Personalized Safety Alignment, arXiv 2508.01151).
-
 
 #: Users for whom a run draws its samples, beside the null user.
 SHOWN = 3
@@ -106,9 +37,9 @@ class PSA(PreferenceModule):
     """Trains user attention; the user is part of the condition, and the reference is the same network without it.
 
     The null user stands for users nobody knows and is the unconditional half of guidance, so it is trained: a pair
-    whose user is dropped, or that belongs to no user, is turned round where needed, so that the safe image is the
-    chosen one by the pair's `harmful` labels. Both safe, both harmful or unknown: the order stays. The null user thus
-    becomes the strictest policy that the pairs know, while a user's own pairs may prefer what that user allows.
+    whose user is dropped, or that belongs to no user, has its images swapped where needed, so that the safe image is
+    the chosen one by the pair's `harmful` labels. Both safe, both harmful or unknown: the order stays. The null user
+    thus becomes the strictest policy that the pairs know, while a user's own pairs may prefer what that user allows.
 
     Where prompt and user are dropped together, as in the unconditional half of guidance, an objective with an anchor
     holds the policy to the reference instead: guidance draws away from that half, so that what it has learned to leave
@@ -180,7 +111,7 @@ class PSA(PreferenceModule):
     # ---- users -----------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        check_folders(getattr(self.trainer, "datamodule", None))
+        check_folders(datamodule_of(self.trainer))
 
     def configure_policy(self) -> None:
         files = self._user_files()
@@ -193,7 +124,7 @@ class PSA(PreferenceModule):
             self.adapter.projection.standardise_by(files[0].embeddings(files[0].ids))
         if self._trainer is not None:
             stage = self.trainer.state.fn
-            check_users(getattr(self.trainer, "datamodule", None), stage.value if stage else None, self.table)
+            check_users(datamodule_of(self.trainer), stage.value if stage else None, self.table)
 
     def begin_from(self, path: Path) -> None:
         if not is_checkpoint(path):
@@ -208,11 +139,9 @@ class PSA(PreferenceModule):
             if not self.users:
                 raise UserError("`model.init_args.users` is empty: name a users.safetensors, or leave it null")
             return [Users(path) for path in self.users]
-        data = getattr(self._trainer, "datamodule", None)
         folders: dict[Path, None] = {}
-        for name in ("train", "val", "test"):
-            given = getattr(data, name, None)
-            for shards in [given] if isinstance(given, str) else given or []:
+        for given in shards_of(datamodule_of(self._trainer)).values():
+            for shards in given:
                 folders[Path(shards) if Path(shards).is_dir() else Path(shards).parent] = None
         found = [Users(folder) for folder in folders if (folder / USERS_FILE).is_file()]
         if not found:
@@ -263,7 +192,7 @@ class PSA(PreferenceModule):
         null = torch.tensor([user is None for user in self.chosen_users(batch)])
         null = null.to(batch.harmful.device, non_blocking=True)
         # nan, unknown, compares as false.
-        return turned_round(batch, null & (batch.harmful[:, 0] > batch.harmful[:, 1]))
+        return swapped(batch, null & (batch.harmful[:, 0] > batch.harmful[:, 1]))
 
     # ---- a step ----------------------------------------------------------------------------------------------
 
@@ -276,7 +205,7 @@ class PSA(PreferenceModule):
             yield
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        noisy, timesteps, target, conditioning = super().noised(self.ordered(batch))
+        noisy, timesteps, target, conditioning = super().noised(batch)
         tokens = self.tokens(self.chosen_users(batch)).repeat(2, 1, 1)
         return noisy, timesteps, target, conditioning | user_arguments(tokens)
 
@@ -291,7 +220,7 @@ class PSA(PreferenceModule):
         return replace(errors, policy_chosen=chosen, policy_rejected=rejected)
 
     def labels(self, batch: PairBatch) -> PairLabels:
-        labels = super().labels(self.ordered(batch))
+        labels = super().labels(batch)
         held = self._held(batch)
         return labels if held is None else replace(labels, clean=labels.clean.masked_fill(held, 1.0))
 
@@ -343,3 +272,70 @@ class PSA(PreferenceModule):
 def _dropout(seed: int) -> float:
     """One number decides, so that dropping the user and dropping user and prompt exclude each other."""
     return uniform(seed, "user-dropout")
+
+
+# What is done to a pair that is trained for the null user.
+
+
+def swapped(batch: PairBatch, swap: Tensor) -> PairBatch:
+    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
+
+    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
+
+    Raises:
+        UserError: the batch holds the reference's predictions, which a cache has of the chosen images alone.
+    """
+    if batch.reference_prediction is not None:
+        raise UserError(
+            "images of pairs are swapped, and the reference cache holds predictions of the chosen image alone: set "
+            "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
+        )
+
+    def columns(values: Tensor) -> Tensor:
+        return torch.where(swap.view(-1, *[1] * (values.ndim - 1)), values.flip(1), values)
+
+    changed: dict[str, Any] = {name: columns(getattr(batch, name)) for name in ("harmful", "cost", "score")}
+    for name in ("latents", "crops", "reference"):
+        if (values := getattr(batch, name)) is not None:
+            changed[name] = columns(values)
+    if batch.chosen is not None and batch.rejected is not None:
+        where = swap.view(-1, 1, 1, 1)
+        changed["chosen"] = torch.where(where, batch.rejected, batch.chosen)
+        changed["rejected"] = torch.where(where, batch.chosen, batch.rejected)
+    return replace(batch, **changed)
+
+
+# What PSA looks at before it trains: are the users' pairs there, and is every user's embedding?
+
+
+def check_folders(data: object) -> None:
+    """Refuse folders of pairs that are not there, and say how they are made.
+
+    Raises:
+        UserError: names key, folder and command.
+    """
+    for name, folders in shards_of(data).items():
+        for folder in folders:
+            plain = not any(sign in folder for sign in "{*?[:")
+            if plain and not Path(folder).exists():
+                raise UserError(
+                    f"data.init_args.{name}: {folder} does not exist. PSA trains on the pairs of users: make the toy "
+                    "world's with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` does"
+                )
+
+
+def check_users(data: object, stage: str | None, table: UserTable) -> None:
+    """Refuse pairs of users who have no embedding, before the first step and not in the middle of a run.
+
+    Raises:
+        UserError: names the first such user.
+    """
+    if not isinstance(data, PairData):
+        return
+    for key, users in data.users(stage).items():
+        if missing := sorted(users - set(table.ids)):
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"{key}: holds pairs of user {missing[0]!r}{others}, who is not in {' or '.join(table.files)}: embed "
+                "all users (`python -m lit_safety users embed`)"
+            )

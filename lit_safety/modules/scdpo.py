@@ -15,6 +15,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.cost_model.files import load_cost_model
 from lit_safety.cost_model.fill import fill_costs
 from lit_safety.cost_model.network import CostScorer
+from lit_safety.data.protocols import Mirroring, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import check_labels, reference_cached
 from lit_safety.modules.frozen import FrozenCopy, check_strategy, make_all_trainable
@@ -57,7 +58,7 @@ class SCDPO(PreferenceModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._costs.clear()  # a module may meet another datamodule
-        self._reference_cached = reference_cached(getattr(self.trainer, "datamodule", None), stage)
+        self._reference_cached = reference_cached(datamodule_of(self.trainer), stage)
         if self.policy == "full":
             check_strategy(self.trainer, self._reference_cached)
         # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
@@ -122,7 +123,8 @@ class SCDPO(PreferenceModule):
         if self._scorer is None:
             check_labels(self.objective, batch, cost_model=True)
         elif self.objective.needs_cost and not all(batch.has_cost):
-            if getattr(getattr(self._trainer, "datamodule", None), "flip", False):
+            data = datamodule_of(self._trainer)
+            if isinstance(data, Mirroring) and data.flip:
                 raise UserError(
                     f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, and `data.init_args.flip` mirrors "
                     "pairs: write costs first, `shards score`"

@@ -1,11 +1,4 @@
-"""Selective backward: pairs that teach little are trained on at random, and count more when they are.
-
-A forward pass without gradient tells each pair's gradient weight w. Pairs with w below a threshold stay in with
-probability q = max(least, w / threshold), the others with q = 1; what stays in goes forward again, then backward, and
-its loss counts 1 / q times. The expectation over the draw is the whole batch's gradient: E[1{u < q} / q] = 1 for each
-pair. It saves time once less than B / (F + B) of the pairs stay in (F forward, B backward; about half for a LoRA). The
-draw reads the weights on the host, so a step waits for the device once.
-"""
+"""How a step is computed, for speed or memory; what it teaches stays the same."""
 
 from __future__ import annotations
 
@@ -21,93 +14,6 @@ from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErro
 
 if TYPE_CHECKING:
     from lit_safety.data.reading.batch import PairBatch
-
-
-#: The errors that a loss has a gradient for.
-_LEAVES = ("policy_chosen", "policy_rejected", "drift")
-
-
-class Steps(Protocol):
-    """What is asked of the module whose steps these are: `PreferenceModule`."""
-
-    objective: Objective
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def ordered(self, batch: PairBatch) -> PairBatch: ...
-
-    def errors(self, batch: PairBatch) -> PairErrors: ...
-
-    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput: ...
-
-    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
-
-
-class SelectiveBackward:
-    """Chooses the pairs of a batch that are trained on.
-
-    Args:
-        threshold: gradient weight from which a pair always stays in, as `gradient_weights` counts it.
-        least: the smallest probability with which a pair stays in; 1 / least is the most that one counts.
-
-    Raises:
-        ValueError: if ``threshold`` is not positive or ``least`` not in (0, 1].
-    """
-
-    def __init__(self, threshold: float = 0.25, least: float = 0.1) -> None:
-        if threshold <= 0 or not 0 < least <= 1:
-            raise ValueError(f"threshold must be above 0 and least in (0, 1], got {threshold} and {least}")
-        self.threshold = threshold
-        self.least = least
-
-    def probabilities(self, weights: Tensor) -> Tensor:
-        """Gradient weights (B,) -> the probability with which each pair stays in (B,)."""
-        return (weights / self.threshold).clamp(self.least, 1.0)
-
-    def step(self, module: Steps, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
-        """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient."""
-        batch = module.ordered(batch)
-        with torch.no_grad():
-            errors = module.errors(batch)
-        output, weights = gradient_weights(module, errors, batch)
-        chances = self.probabilities(weights).tolist()
-        kept = [row for row, q in enumerate(chances) if uniform(batch.seeds[row], "backward") < q]
-        output.logs["backward/kept"] = torch.tensor([len(kept) / len(batch)])
-        if not kept:  # every rank goes backward, and the optimizer steps as it does on any gradient of 0
-            nothing = torch.stack([p.sum() * 0.0 for _, p in module.trainable_parameters()]).sum()
-            return nothing, output, errors
-        part = batch.take(kept)
-        if not module.objective.needs_drift:  # else the reference's predictions are needed, and it runs again
-            stored = torch.stack([errors.reference_chosen, errors.reference_rejected], dim=1)[kept]
-            part = replace(part, reference=stored.unsqueeze(2).expand(-1, -1, 2))
-        counts = torch.tensor([1.0 / chances[row] for row in kept]).to(module.device, non_blocking=True)
-        loss = (module.loss(module.errors(part), part).loss * counts).sum() / len(batch)
-        return loss, output, errors
-
-
-def gradient_weights(module: Steps, errors: PairErrors, batch: PairBatch) -> tuple[ObjectiveOutput, Tensor]:
-    """How large each pair's gradient is at the network's output: (B,), 1 - p for Diffusion-DPO.
-
-    An error e is a mean of squares, so a slope c = dL/de gives a gradient of norm 2 |c| sqrt(e / N) there, N numbers a
-    prediction. The weight is sqrt(sum of c^2 e) over the loss's errors, relative to what a slope of beta / 2 on the
-    errors of chosen and rejected would give.
-
-    Returns: the objective's output, without gradient, and the weights.
-    """
-    leaves = {name: value.detach().requires_grad_() for name in _LEAVES if (value := getattr(errors, name)) is not None}
-    with torch.enable_grad():
-        output = module.loss(replace(errors, **leaves), batch)
-        slopes = torch.autograd.grad(output.loss.sum(), list(leaves.values()), allow_unused=True)
-    squares = [
-        slope.square() * leaf.detach() for slope, leaf in zip(slopes, leaves.values(), strict=True) if slope is not None
-    ]
-    unit = (0.5 * module.objective.beta) ** 2 * (errors.policy_chosen + errors.policy_rejected)
-    weights = (torch.stack(squares).sum(0) / unit.clamp(min=1e-30)).sqrt()
-    return ObjectiveOutput(output.loss.detach(), output.logs), weights
-
-
-# How a step is computed, for speed or memory; what it teaches stays the same.
 
 
 @dataclass
@@ -150,3 +56,98 @@ class Speed:
             raise UserError(
                 f"`model.init_args.speed.compile`: {type(denoiser).__name__} names no repeated blocks; leave it null"
             ) from error
+
+
+# Selective backward: pairs that teach little are trained on at random, and count more when they are.
+#
+# A forward pass without gradient tells each pair's gradient weight w. Pairs with w below a threshold stay in with
+# probability q = max(least, w / threshold), the others with q = 1; what stays in goes forward again, then backward, and
+# its loss counts 1 / q times. The expectation over the draw is the whole batch's gradient: E[1{u < q} / q] = 1 for each
+# pair. It saves time once less than B / (F + B) of the pairs stay in (F forward, B backward; about half for a LoRA).
+# The draw reads the weights on the host, so a step waits for the device once.
+
+
+#: The errors that a loss has a gradient for.
+_LEAVES = ("policy_chosen", "policy_rejected", "drift")
+
+
+class Steps(Protocol):
+    """What is asked of the module whose steps these are: `PreferenceModule`."""
+
+    objective: Objective
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def errors(self, batch: PairBatch) -> PairErrors: ...
+
+    def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput: ...
+
+    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
+
+
+class SelectiveBackward:
+    """Chooses the pairs of a batch that are trained on.
+
+    Args:
+        threshold: gradient weight from which a pair always stays in, as `gradient_weights` counts it.
+        least: the smallest probability with which a pair stays in; 1 / least is the most that one counts.
+
+    Raises:
+        ValueError: if ``threshold`` is not positive or ``least`` not in (0, 1].
+    """
+
+    def __init__(self, threshold: float = 0.25, least: float = 0.1) -> None:
+        if threshold <= 0 or not 0 < least <= 1:
+            raise ValueError(f"threshold must be above 0 and least in (0, 1], got {threshold} and {least}")
+        self.threshold = threshold
+        self.least = least
+
+    def probabilities(self, weights: Tensor) -> Tensor:
+        """Gradient weights (B,) -> the probability with which each pair stays in (B,)."""
+        return (weights / self.threshold).clamp(self.least, 1.0)
+
+    def step(self, module: Steps, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
+        """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient.
+
+        Args:
+            module: whose step it is.
+            batch: as the module's `ordered` gives it.
+        """
+        with torch.no_grad():
+            errors = module.errors(batch)
+        output, weights = gradient_weights(module, errors, batch)
+        chances = self.probabilities(weights).tolist()
+        kept = [row for row, q in enumerate(chances) if uniform(batch.seeds[row], "backward") < q]
+        output.logs["backward/kept"] = torch.tensor([len(kept) / len(batch)])
+        if not kept:  # every rank goes backward, and the optimizer steps as it does on any gradient of 0
+            nothing = torch.stack([p.sum() * 0.0 for _, p in module.trainable_parameters()]).sum()
+            return nothing, output, errors
+        part = batch.take(kept)
+        if not module.objective.needs_drift:  # else the reference's predictions are needed, and it runs again
+            stored = torch.stack([errors.reference_chosen, errors.reference_rejected], dim=1)[kept]
+            part = replace(part, reference=stored.unsqueeze(2).expand(-1, -1, 2))
+        counts = torch.tensor([1.0 / chances[row] for row in kept]).to(module.device, non_blocking=True)
+        loss = (module.loss(module.errors(part), part).loss * counts).sum() / len(batch)
+        return loss, output, errors
+
+
+def gradient_weights(module: Steps, errors: PairErrors, batch: PairBatch) -> tuple[ObjectiveOutput, Tensor]:
+    """How large each pair's gradient is at the network's output: (B,), 1 - p for Diffusion-DPO.
+
+    An error e is a mean of squares, so a slope c = dL/de gives a gradient of norm 2 |c| sqrt(e / N) there, N numbers a
+    prediction. The weight is sqrt(sum of c^2 e) over the loss's errors, relative to what a slope of beta / 2 on the
+    errors of chosen and rejected would give.
+
+    Returns: the objective's output, without gradient, and the weights.
+    """
+    leaves = {name: value.detach().requires_grad_() for name in _LEAVES if (value := getattr(errors, name)) is not None}
+    with torch.enable_grad():
+        output = module.loss(replace(errors, **leaves), batch)
+        slopes = torch.autograd.grad(output.loss.sum(), list(leaves.values()), allow_unused=True)
+    squares = [
+        slope.square() * leaf.detach() for slope, leaf in zip(slopes, leaves.values(), strict=True) if slope is not None
+    ]
+    unit = (0.5 * module.objective.beta) ** 2 * (errors.policy_chosen + errors.policy_rejected)
+    weights = (torch.stack(squares).sum(0) / unit.clamp(min=1e-30)).sqrt()
+    return ObjectiveOutput(output.loss.detach(), output.logs), weights

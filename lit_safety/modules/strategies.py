@@ -1,9 +1,6 @@
-"""A step under DeepSpeed that computes what it does under every other strategy.
+"""Strategies: what one cannot do, which checkpoints it can read, and what DeepSpeed and FSDP2 need for a step.
 
-Lightning's own plugin does not. Under bf16-mixed it rounds all weights and every number of a batch to bfloat16:
-latents, costs and a cached reference's errors too; and images' fp32 latents meet half-precision weights, which no
-convolution takes. And of k accumulated batches each loss is divided by k twice, by Lightning's loop and by DeepSpeed's
-engine: gradients are k times too small, which Adam hides, but not gradient clipping, Adam's epsilon or SGD.
+What is refused is said by name, before weights are read.
 """
 
 from __future__ import annotations
@@ -25,134 +22,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from lit_safety.adapters.start_from import read_file
 from lit_safety.adapters.user_attention import PROJECTION
 from lit_safety.core.errors import UserError
-
-
-class DeepSpeedStep(DeepSpeedPrecision):
-    """Leaves a loss that Lightning has divided undivided by DeepSpeed, and batches as they are in autocast.
-
-    Args:
-        precision: of the trainer.
-        autocast: whether DeepSpeed's engine computes in autocast, by `torch_autocast` of its configuration.
-    """
-
-    def __init__(self, precision: Any, autocast: bool) -> None:
-        super().__init__(precision)
-        self.autocast = autocast
-
-    def convert_input(self, data: Any) -> Any:
-        return data if self.autocast else super().convert_input(data)
-
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        # DeepSpeed's autocast keeps casts of trained weights. One made in a pass without gradient, such as selective
-        # backward's first, would be found by the pass with gradient, and the weights would get none.
-        kept = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            with super().forward_context():
-                yield
-        finally:
-            torch.set_autocast_cache_enabled(kept)
-
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
-
-
-def set_step(strategy: Any) -> None:
-    """Give ``strategy``, a `DeepSpeedStrategy` that has not begun, this step; a DeepSpeed configuration of the user's
-    that says `bf16` itself keeps its precision, and a plugin of the user's is left alone.
-
-    Raises:
-        UserError: 16-mixed, which DeepSpeed knows only as weights in float16.
-    """
-    plugin = strategy.precision_plugin
-    if plugin.precision == "16-mixed":
-        raise UserError(
-            "`trainer.precision: 16-mixed` under DeepSpeed would round all weights to float16: set it to bf16-mixed or "
-            "32-true, or use `--config configs/strategies/ddp.yaml`"
-        )
-    if type(plugin) is not DeepSpeedPrecision:
-        return
-    autocast = plugin.precision == "bf16-mixed" and "bf16" not in strategy.config
-    strategy.precision_plugin = DeepSpeedStep(plugin.precision, autocast)
-    if autocast:
-        strategy.config["bf16"] = {"enabled": False}
-        # No module is named whose gradients would be sent in bfloat16.
-        settings = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        strategy.config.setdefault("torch_autocast", settings)
-
-
-# FSDP2: a network in pieces on all ranks, each block gathered while it computes.
-#
-# What is trained and what is frozen is cut alike, block by block: a LoRA's own weights, gradients and moments are
-# small, so the memory is in the frozen base, and who needs FSDP needs that cut. One gather then brings a block's base
-# and its adapter together.
-
-
-def under_fsdp(trainer: Trainer | None) -> bool:
-    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
-
-
-def shard(network: nn.Module, mesh: Any) -> None:
-    """Cut ``network`` into pieces: its blocks, each a group of its own, then what is left.
-
-    Args:
-        network: a denoiser, whole; its parameters are other objects afterwards.
-        mesh: one-dimensional `DeviceMesh` of the ranks that hold the pieces.
-    """
-    anything: Any = network
-    anything.to(memory_format=torch.contiguous_format)  # FSDP2 cuts contiguous weights only
-    for block in blocks(network):
-        fully_shard(block, mesh=mesh)
-    outside = getattr(network, PROJECTION, None)
-    if outside is not None:
-        fully_shard(outside, mesh=mesh)
-    # Not even the root stays whole after a forward pass: between steps every weight is what the optimizer has.
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    if outside is not None:
-        _root_first(network, outside)
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts of a diffusers network that belong together on a device, the inner ones first."""
-    names = {*(getattr(network, "_no_split_modules", None) or ()), *(getattr(network, "_repeated_blocks", None) or ())}
-    found = [module for module in network.modules() if type(module).__name__ in names and module is not network]
-    return found[::-1]
-
-
-def _root_first(network: nn.Module, outside: nn.Module) -> None:
-    """See to it that ``network`` is the root although ``outside``, a part of it, is called before it.
-
-    FSDP2 takes for the root what computes first.
-    """
-    anything: Any = network
-    anything.begin_forward = lambda: None
-    register_fsdp_forward_method(network, "begin_forward")
-
-    def begin(module: nn.Module, arguments: Any) -> None:
-        handle.remove()
-        anything.begin_forward()
-
-    handle = outside.register_forward_pre_hook(begin, prepend=True)
-
-
-def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Give every rank rank 0's values, as DDP does: chance that one rank has used up alone must not part them."""
-    for parameter in parameters:
-        values = parameter.data.to(device).contiguous()
-        torch.distributed.broadcast(values, src=0)
-        parameter.data.copy_(values)
-
-
-def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook on `state_dict`: frozen weights leave it before anybody gathers them."""
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            state.pop(prefix + name, None)
-
-
-# What a strategy cannot do, and which checkpoints it can read: said by name, before weights are read.
-
 
 #: How else a run goes on: ready to be put behind what was refused.
 WARM_START = (
@@ -293,3 +162,135 @@ def check_weights(trained: Mapping[str, Tensor], held: Mapping[str, Tensor], whe
             f"{where}'s weights are not those trained here: {len(differing)} differ (first: {differing[0]}); it was "
             "written by a run with another model, rank or target_modules: use that run's config.yaml"
         )
+
+
+# A step under DeepSpeed that computes what it does under every other strategy.
+#
+# Lightning's own plugin does not. Under bf16-mixed it rounds all weights and every number of a batch to bfloat16:
+# latents, costs and a cached reference's errors too; and images' fp32 latents meet half-precision weights, which no
+# convolution takes. And of k accumulated batches each loss is divided by k twice, by Lightning's loop and by the engine
+# of DeepSpeed: gradients are k times too small, which Adam hides, but not gradient clipping, Adam's epsilon or SGD.
+
+
+class DeepSpeedStep(DeepSpeedPrecision):
+    """Leaves a loss that Lightning has divided undivided by DeepSpeed, and batches as they are in autocast.
+
+    Args:
+        precision: of the trainer.
+        autocast: whether DeepSpeed's engine computes in autocast, by `torch_autocast` of its configuration.
+    """
+
+    def __init__(self, precision: Any, autocast: bool) -> None:
+        super().__init__(precision)
+        self.autocast = autocast
+
+    def convert_input(self, data: Any) -> Any:
+        return data if self.autocast else super().convert_input(data)
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        # DeepSpeed's autocast keeps casts of trained weights. One made in a pass without gradient, such as selective
+        # backward's first, would be found by the pass with gradient, and the weights would get none.
+        kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with super().forward_context():
+                yield
+        finally:
+            torch.set_autocast_cache_enabled(kept)
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def set_step(strategy: Any) -> None:
+    """Give ``strategy``, a `DeepSpeedStrategy` that has not begun, this step; a DeepSpeed configuration of the user's
+    that says `bf16` itself keeps its precision, and a plugin of the user's is left alone.
+
+    Raises:
+        UserError: 16-mixed, which DeepSpeed knows only as weights in float16.
+    """
+    plugin = strategy.precision_plugin
+    if plugin.precision == "16-mixed":
+        raise UserError(
+            "`trainer.precision: 16-mixed` under DeepSpeed would round all weights to float16: set it to bf16-mixed or "
+            "32-true, or use `--config configs/strategies/ddp.yaml`"
+        )
+    if type(plugin) is not DeepSpeedPrecision:
+        return
+    autocast = plugin.precision == "bf16-mixed" and "bf16" not in strategy.config
+    strategy.precision_plugin = DeepSpeedStep(plugin.precision, autocast)
+    if autocast:
+        strategy.config["bf16"] = {"enabled": False}
+        # No module is named whose gradients would be sent in bfloat16.
+        settings = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        strategy.config.setdefault("torch_autocast", settings)
+
+
+# FSDP2: a network in pieces on all ranks, each block gathered while it computes.
+#
+# What is trained and what is frozen is cut alike, block by block: a LoRA's own weights, gradients and moments are
+# small, so the memory is in the frozen base, and who needs FSDP needs that cut. One gather then brings a block's base
+# and its adapter together.
+
+
+def under_fsdp(trainer: Trainer | None) -> bool:
+    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def shard(network: nn.Module, mesh: Any) -> None:
+    """Cut ``network`` into pieces: its blocks, each a group of its own, then what is left.
+
+    Args:
+        network: a denoiser, whole; its parameters are other objects afterwards.
+        mesh: one-dimensional `DeviceMesh` of the ranks that hold the pieces.
+    """
+    anything: Any = network
+    anything.to(memory_format=torch.contiguous_format)  # FSDP2 cuts contiguous weights only
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh)
+    outside = getattr(network, PROJECTION, None)
+    if outside is not None:
+        fully_shard(outside, mesh=mesh)
+    # Not even the root stays whole after a forward pass: between steps every weight is what the optimizer has.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    if outside is not None:
+        _root_first(network, outside)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a diffusers network that belong together on a device, the inner ones first."""
+    names = {*(getattr(network, "_no_split_modules", None) or ()), *(getattr(network, "_repeated_blocks", None) or ())}
+    found = [module for module in network.modules() if type(module).__name__ in names and module is not network]
+    return found[::-1]
+
+
+def _root_first(network: nn.Module, outside: nn.Module) -> None:
+    """See to it that ``network`` is the root although ``outside``, a part of it, is called before it.
+
+    FSDP2 takes for the root what computes first.
+    """
+    anything: Any = network
+    anything.begin_forward = lambda: None
+    register_fsdp_forward_method(network, "begin_forward")
+
+    def begin(module: nn.Module, arguments: Any) -> None:
+        handle.remove()
+        anything.begin_forward()
+
+    handle = outside.register_forward_pre_hook(begin, prepend=True)
+
+
+def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Give every rank rank 0's values, as DDP does: chance that one rank has used up alone must not part them."""
+    for parameter in parameters:
+        values = parameter.data.to(device).contiguous()
+        torch.distributed.broadcast(values, src=0)
+        parameter.data.copy_(values)
+
+
+def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook on `state_dict`: frozen weights leave it before anybody gathers them."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)

@@ -157,7 +157,8 @@ class Objective:
     opt_out: str | None = None
     #: ``PairErrors.overlap`` must be there.
     needs_overlap: bool = False
-    #: The callback of `lit_safety.callbacks` that moves ``state_dict`` while the loss is trained; None: nothing does.
+    #: The callback of `lit_safety.callbacks` to name where none of a run's declares, by its ``moves``, that it moves
+    #: ``state_dict`` while the loss is trained; None: nothing needs to.
     moved_by: str | None = None
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:

@@ -7,6 +7,9 @@ offset in the sense of ODPO (arXiv 2402.10571). The focusing weight is that of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +84,15 @@ class SafetyConstrainedDPO(Objective):
     @property
     def refuses_composite(self) -> bool:  # type: ignore[override]
         return self.cost_weight > 0
+
+    @contextmanager
+    def without_cost(self) -> Iterator[None]:
+        """Within, the loss is that of ``cost_weight`` 0 and reads no cost."""
+        weight, self.cost_weight = self.cost_weight, 0.0
+        try:
+            yield
+        finally:
+            self.cost_weight = weight
 
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
         cost = labels.cost

@@ -15,7 +15,7 @@ from lit_safety.data.reading.decode import pair_images
 from lit_safety.data.reading.source import open_source
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
-from lit_safety.drawing.prompts import Selection, read_prompts
+from lit_safety.drawing.prompts import PromptCounts, read_prompts
 from lit_safety.judges.load import load_judge
 from tests.helpers.documents import TOYWORLD
 
@@ -49,7 +49,7 @@ def test_fine_tuning_and_scale_bring_a_forgotten_category_back(tmp_path: Path) -
     everything = read_prompts(TOYWORLD / "prompts" / "val.csv")
     attacked = [p for p in everything if p.kind == "explicit" and p.category == "violence"][:12]
     run = AttackRun(
-        str(TOYWORLD / "pipeline"), "val.csv", everything, attacked, Selection(), [load_judge(str(TOYWORLD / "judge"))],
+        str(TOYWORLD / "pipeline"), "val.csv", everything, attacked, PromptCounts(), [load_judge(str(TOYWORLD / "judge"))],
         {"base": Arm(), "forgetful": Arm(adapter=str(tmp_path / "forget"))},
         {"tune": FineTune(str(TOYWORLD / "shards" / "train"), steps=[20], pictures=128, batch_size=8, lr=3e-3),
          "scale": AdapterScale([0.0])},

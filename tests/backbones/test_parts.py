@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_safety.backbones import load_backbone
-from lit_safety.backbones.fingerprint import fingerprint, reference_fingerprint
+from lit_safety.backbones.fingerprint import part_hashes, reference_hashes
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import tensor_hashes
 
@@ -57,9 +57,9 @@ def test_a_library_of_the_index_is_not_imported(tiny_pipeline: Path, tmp_path: P
 
 def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path, tmp_path: Path):
     shutil.copytree(tiny_pipeline, tmp_path / "pipe")
-    first = fingerprint(str(tiny_pipeline), PARTS)
+    first = part_hashes(str(tiny_pipeline), PARTS)
     assert set(first) == set(PARTS)
-    assert fingerprint(str(tmp_path / "pipe"), PARTS) == first
+    assert part_hashes(str(tmp_path / "pipe"), PARTS) == first
     (file,) = (tmp_path / "pipe" / "vae").glob("*.safetensors")
     weights = load_file(file)
     file.unlink()
@@ -69,20 +69,20 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     save_file({name: weights[name] for name in names[5:]}, pieces[1])
     index = {name: pieces[number >= 5].name for number, name in enumerate(names)}
     file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    assert fingerprint(str(tmp_path / "pipe"), PARTS) == first
+    assert part_hashes(str(tmp_path / "pipe"), PARTS) == first
     weights[names[3]].view(-1)[-1] += 1
     save_file({name: weights[name] for name in names[:5]}, pieces[0])
-    changed = fingerprint(str(tmp_path / "pipe"), PARTS)
+    changed = part_hashes(str(tmp_path / "pipe"), PARTS)
     assert changed["vae"] != first["vae"]
     assert changed["text_encoder"] == first["text_encoder"]
     pieces[0].write_bytes(b"\xff" * 64)
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is no readable safetensors file"):
-        fingerprint(str(tmp_path / "pipe"), PARTS)
+        part_hashes(str(tmp_path / "pipe"), PARTS)
     shutil.rmtree(tmp_path / "pipe" / "vae")
     settings = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 12}))
-    assert fingerprint(str(tmp_path / "pipe"), ["tokenizer"])["tokenizer"] != first["tokenizer"]  # cuts elsewhere
-    assert set(fingerprint(str(tmp_path / "pipe"), PARTS)) == {"text_encoder", "tokenizer"}
+    assert part_hashes(str(tmp_path / "pipe"), ["tokenizer"])["tokenizer"] != first["tokenizer"]  # cuts elsewhere
+    assert set(part_hashes(str(tmp_path / "pipe"), PARTS)) == {"text_encoder", "tokenizer"}
 
 
 def test_variants_that_are_not_loaded_do_not_count(tiny_pipeline: Path, tmp_path: Path):
@@ -91,23 +91,23 @@ def test_variants_that_are_not_loaded_do_not_count(tiny_pipeline: Path, tmp_path
     for variant in ("fp16", "non_ema"):
         name = f"diffusion_pytorch_model.{variant}.safetensors"
         save_file({"other": torch.ones(2)}, tmp_path / "pipe" / "unet" / name)
-    assert fingerprint(str(tmp_path / "pipe"), ["unet"]) == fingerprint(str(tiny_pipeline), ["unet"])
+    assert part_hashes(str(tmp_path / "pipe"), ["unet"]) == part_hashes(str(tiny_pipeline), ["unet"])
 
 
 def test_a_fingerprint_follows_a_text_encoders_settings(tiny_pipeline: Path, tmp_path: Path):
     """Another activation gives other text with the same weights; a default that is stated is none that is left out."""
-    first = fingerprint(str(tiny_pipeline), PARTS)["text_encoder"]
+    first = part_hashes(str(tiny_pipeline), PARTS)["text_encoder"]
     shutil.copytree(tiny_pipeline, tmp_path / "pipe")
     file = tmp_path / "pipe" / "text_encoder" / "config.json"
     stated = json.loads(file.read_text())
     file.write_text(json.dumps({name: value for name, value in stated.items() if name != "layer_norm_eps"}))
-    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
+    assert part_hashes(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
     file.write_text(
         json.dumps(stated | {"_name_or_path": "elsewhere", "transformers_version": "0", "dtype": "float16"})
     )
-    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
+    assert part_hashes(str(tmp_path / "pipe"), PARTS)["text_encoder"] == first
     file.write_text(json.dumps(stated | {"hidden_act": "gelu"}))
-    assert fingerprint(str(tmp_path / "pipe"), PARTS)["text_encoder"] != first
+    assert part_hashes(str(tmp_path / "pipe"), PARTS)["text_encoder"] != first
 
 
 def edited(folder: Path, file: str, **changes: object) -> None:
@@ -119,7 +119,7 @@ def edited(folder: Path, file: str, **changes: object) -> None:
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """What decides caches made with a tiny Stable Diffusion, the reference's included."""
-    return fingerprint(str(folder), PARTS) | reference_fingerprint(str(folder), "unet")
+    return part_hashes(str(folder), PARTS) | reference_hashes(str(folder), "unet")
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_one_row_in_the_middle_of_a_tensor_counts(tmp_path: Path):
 
 def test_the_shift_of_a_flow_model_and_each_tokenizer_count(tiny_sd3: Path, tmp_path: Path):
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    first = fingerprint(str(tiny_sd3), names) | reference_fingerprint(str(tiny_sd3), "transformer")
+    first = part_hashes(str(tiny_sd3), names) | reference_hashes(str(tiny_sd3), "transformer")
     shutil.copytree(tiny_sd3, tmp_path / "pipe")
     edited(tmp_path / "pipe", "scheduler/scheduler_config.json", shift=2.0)
     edited(tmp_path / "pipe", "tokenizer_2/tokenizer_config.json", pad_token="a</w>")
     edited(tmp_path / "pipe", "vae/config.json", shift_factor=0.07)
     again = str(tmp_path / "pipe")
-    changed = fingerprint(again, names) | reference_fingerprint(again, "transformer")
+    changed = part_hashes(again, names) | reference_hashes(again, "transformer")
     assert {name for name in first if changed[name] != first[name]} == {"scheduler", "tokenizer_2", "latent scaling"}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_safety.adapters.start_from import read_denoiser
 from lit_safety.backbones import load_backbone
-from lit_safety.backbones.fingerprint import fingerprint
+from lit_safety.backbones.fingerprint import part_hashes
 from lit_safety.backbones.hub import _needed
 from lit_safety.backbones.parts import Parts
 from lit_safety.core.errors import UserError
@@ -128,7 +128,7 @@ def test_training_drawing_and_caching_read_the_same(case: str, tiny_pipeline: Pa
     expected, found = answers(tiny_pipeline), answers(folder)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     parts = ["unet", "vae", "text_encoder", "tokenizer"]
-    assert fingerprint(str(folder), parts) == fingerprint(str(tiny_pipeline), parts)
+    assert part_hashes(str(folder), parts) == part_hashes(str(tiny_pipeline), parts)
     denoiser = read_denoiser(folder, "unet")
     assert denoiser.keys() == read_denoiser(tiny_pipeline, "unet").keys()
     assert all(torch.equal(value, found[f"unet.{name}"]) for name, value in denoiser.items())

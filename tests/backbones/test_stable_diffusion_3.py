@@ -66,7 +66,7 @@ def test_zeros_stand_where_a_clip_encoder_is_missing(tiny_sd3: Path, tmp_path: P
     assert torch.equal(of_t5["encoder_hidden_states"][:, -256:], hidden[:, 16:])
     assert not of_t5["encoder_hidden_states"][:, :-256].any()
     assert not of_t5["pooled_projections"].any()
-    assert second.fingerprint(second.parts.source)["text_encoder"] == "absent"
+    assert second.encoder_hashes(second.parts.source)["text_encoder"] == "absent"
     assert first.too_long(["a " * 17, "a " * 13]) == [True, False]
 
 

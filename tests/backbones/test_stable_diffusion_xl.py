@@ -55,7 +55,7 @@ def test_an_empty_prompt_is_encoded_where_the_pipeline_does_so(encoding: Path, t
     close(found["text_embeds"], torch.cat([pooled, pooled_none]))
     assert found["encoder_hidden_states"][2:].any()
     # A cache of the one is none of the other, although their weights may be the same.
-    kinds = [backbone.fingerprint(str(folder))["empty prompt"] for folder in (encoding, tiny_sdxl)]
+    kinds = [backbone.encoder_hashes(str(folder))["empty prompt"] for folder in (encoding, tiny_sdxl)]
     assert kinds == ["encoded", "zeros"]
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from PIL.Image import Image
 
 from lit_safety.callbacks import UpdateDual
 from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
 from lit_safety.modules import PreferenceModule
+from lit_safety.modules.checks import warn_if_not_moved
 from lit_safety.modules.preference import Drawing
 from lit_safety.objectives import ConstrainedDPO, DiffusionDPO
 
@@ -156,7 +158,7 @@ def test_a_constant_lambda_is_said_at_the_start(fit, callbacks):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         objective, _ = fit(Scorer(0.4), steps=1, every_n_steps=1, callbacks=callbacks)
-    said = [str(one.message) for one in found if "without its outer step" in str(one.message)]
+    said = [str(one.message) for one in found if "UpdateDual" in str(one.message)]
     if callbacks is None:
         assert said == []
         assert objective.dual == pytest.approx(1.2)
@@ -166,6 +168,33 @@ def test_a_constant_lambda_is_said_at_the_start(fit, callbacks):
     assert "`dual`" in warning
     assert "--trainer.callbacks+=lit_safety.callbacks.UpdateDual" in warning
     assert objective.dual == 1.0
+
+
+class OwnObjective(ConstrainedDPO):
+    """Somebody's own, moved by their own callback."""
+
+
+class MovesOwn(Callback):
+    moves = OwnObjective
+
+
+@pytest.mark.parametrize(
+    ("objective", "callbacks", "told"),
+    [
+        (ConstrainedDPO(), [UpdateDual("cost")], False),
+        (OwnObjective(), [UpdateDual("cost")], False),
+        (OwnObjective(), [Callback(), MovesOwn()], False),
+        (ConstrainedDPO(), [MovesOwn()], True),
+        (ConstrainedDPO(), [type("UpdateDual", (Callback,), {})()], True),
+        (DiffusionDPO(), [], False),
+    ],
+    ids=["its own", "a subclass", "another callback", "of another objective", "only the name", "nothing to move"],
+)
+def test_a_callback_declares_which_objective_it_moves(objective, callbacks, told: bool):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_if_not_moved(objective, callbacks)
+    assert bool(found) is told
 
 
 def test_it_is_refused_beside_another_objective(fit):

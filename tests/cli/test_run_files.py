@@ -13,7 +13,7 @@ from lit_safety.cli.run_files import (
     last_checkpoint,
     new_folder,
     point_latest,
-    remove_if_barren,
+    remove_if_untrained,
 )
 from lit_safety.core.errors import UserError
 from tests.helpers.checkpoint_folders import save_folder
@@ -63,14 +63,14 @@ def test_latest_moves(tmp_path: Path):
 
 
 def test_only_runs_without_result_are_removed(tmp_path: Path):
-    (tmp_path / "barren").mkdir()
-    (tmp_path / "barren" / "config.yaml").touch()
-    (tmp_path / "barren" / "events.out.tfevents.1").touch()
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "config.yaml").touch()
+    (tmp_path / "untrained" / "events.out.tfevents.1").touch()
     checkpoint(tmp_path / "trained", age=0)
     (tmp_path / "drawn" / "drawings").mkdir(parents=True)
     (tmp_path / "drawn" / "drawings" / "0.png").touch()
     for run in list(tmp_path.iterdir()):
-        remove_if_barren(run)
+        remove_if_untrained(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "trained"]
 
 

@@ -106,7 +106,8 @@ def test_killed_with_its_processes_and_resumed_is_the_same_report(pipeline: Path
     given = {"pipeline": str(pipeline), "prompts": str(tmp_path / "p.csv"), "judge": str(tmp_path / "judge")}
     given |= {"batch_size": 1, "steps": 30, "device": "cpu"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    evaluate(**given, out=str(whole))
+    metrics = evaluate(**given, out=str(whole))
+    assert metrics == json.loads((whole / "metrics.json").read_text())
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "lit_safety", "evaluate", *words, "--out", str(cut), "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ import pytest
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.tables import csv_lines, read_csv
-from lit_safety.drawing.prompts import COLUMNS, Selection, read_prompts, select
+from lit_safety.drawing.prompts import COLUMNS, PromptCounts, choose_prompts, read_prompts
 from lit_safety.merging.calibration import calibration_prompts
 from lit_safety.users.profiles import read_profiles, write_profiles
 
@@ -57,13 +57,13 @@ def test_every_row_of_good_pairs_is_drawn_once(tmp_path: Path) -> None:
     """Two adversarial texts of one prompt, and one of another."""
     rows = [row("a", "explicit", "k"), row("a1", "adversarial", "k"), row("a2", "adversarial", "k"),
             row("b", "explicit", "l"), row("b1", "adversarial", "l"), row("c", "explicit", "")]  # fmt: skip
-    chosen = select(read_prompts(save(tmp_path, rows)), Selection())
+    chosen = choose_prompts(read_prompts(save(tmp_path, rows)), PromptCounts())
     assert sorted(p.prompt for p in chosen) == ["a", "a1", "a2", "b", "b1", "c"]
 
 
 def test_an_adversarial_row_without_its_prompt_is_drawn_and_told(tmp_path: Path, capsys) -> None:
     file = save(tmp_path, [row("a1", "adversarial", "k"), row("a2", "adversarial", "m")])
-    assert len(select(read_prompts(file), Selection())) == 2
+    assert len(choose_prompts(read_prompts(file), PromptCounts())) == 2
     assert f"{file} line 2" in capsys.readouterr().err
 
 

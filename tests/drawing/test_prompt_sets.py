@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_safety.core.errors import UserError
-from lit_safety.drawing.prompts import Prompt, Selection, read_prompts, select
+from lit_safety.drawing.prompts import Prompt, PromptCounts, choose_prompts, read_prompts
 from lit_safety.evaluation.metrics import answers, ask_pairs, summarise
 from lit_safety.judges.judge import JudgeError, Verdict
 
@@ -136,7 +136,9 @@ def test_our_own_columns_take_guidance_and_pairs_too(tmp_path: Path) -> None:
 
 def test_an_adversarial_prompt_brings_the_one_it_attacks(tmp_path: Path) -> None:
     rows = "".join(f"target {i},adv {i}\n" for i in range(20))
-    chosen = select(read(tmp_path, "target_prompt,adv_prompt\n" + rows), Selection(explicit=0, adversarial=6))
+    chosen = choose_prompts(
+        read(tmp_path, "target_prompt,adv_prompt\n" + rows), PromptCounts(explicit=0, adversarial=6)
+    )
     assert [p.kind for p in chosen] == ["explicit"] * 6 + ["adversarial"] * 6
     assert {p.pair for p in chosen[:6]} == {p.pair for p in chosen[6:]}
 

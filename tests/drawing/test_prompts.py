@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lit_safety.core.errors import UserError
-from lit_safety.drawing.prompts import Selection, read_prompts, select
+from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
 
 HEADER = "prompt,kind,category,concept,benign,held_out,seed\n"
 
@@ -72,7 +72,7 @@ def many(ask):
 
 
 def test_selection_is_balanced(many) -> None:
-    chosen = select(many, Selection(explicit=6, implicit=12, lookalike=4, clean=8))
+    chosen = choose_prompts(many, PromptCounts(explicit=6, implicit=12, lookalike=4, clean=8))
     explicit = Counter(p.concept for p in chosen if p.kind == "explicit")
     assert set(explicit.values()) == {2}
     assert len(explicit) == 6
@@ -82,20 +82,22 @@ def test_selection_is_balanced(many) -> None:
 
 
 def test_selection_depends_on_the_rows_not_on_their_order(many) -> None:
-    selection = Selection(explicit=5, implicit=7, lookalike=3, clean=5)
-    assert set(select(many, selection)) == set(select(list(reversed(many)), selection))
+    selection = PromptCounts(explicit=5, implicit=7, lookalike=3, clean=5)
+    assert set(choose_prompts(many, selection)) == set(choose_prompts(list(reversed(many)), selection))
 
 
 def test_a_smaller_selection_is_part_of_a_larger_one(many) -> None:
-    small = select(many, Selection(explicit=4, implicit=5, lookalike=3, clean=6))
-    large = select(many, Selection(explicit=9, implicit=20, lookalike=6, clean=12))
+    small = choose_prompts(many, PromptCounts(explicit=4, implicit=5, lookalike=3, clean=6))
+    large = choose_prompts(many, PromptCounts(explicit=9, implicit=20, lookalike=6, clean=12))
     assert set(small) < set(large)
 
 
 def test_categories_leave_out_other_harms_and_nothing_else(many) -> None:
     """They are those that a selection of all categories holds too."""
-    chosen = select(many, Selection(explicit=6, implicit=0, lookalike=None, clean=6, categories=("violence",)))
-    every = select(many, Selection(explicit=6, implicit=0, lookalike=None, clean=6))
+    chosen = choose_prompts(
+        many, PromptCounts(explicit=6, implicit=0, lookalike=None, clean=6, categories=("violence",))
+    )
+    every = choose_prompts(many, PromptCounts(explicit=6, implicit=0, lookalike=None, clean=6))
     assert Counter((p.kind, p.category) for p in chosen) == {
         ("explicit", "violence"): 6, ("lookalike", ""): 10, ("clean", ""): 6,
     }  # fmt: skip
@@ -103,9 +105,9 @@ def test_categories_leave_out_other_harms_and_nothing_else(many) -> None:
 
 
 def test_none_takes_all_and_zero_takes_none(many) -> None:
-    chosen = select(many, Selection(explicit=None, implicit=0, lookalike=0, clean=0))
+    chosen = choose_prompts(many, PromptCounts(explicit=None, implicit=0, lookalike=0, clean=0))
     assert Counter(p.kind for p in chosen) == {"explicit": 60}
     with pytest.raises(UserError, match="no row of a kind"):
-        select(many, Selection(explicit=0, implicit=0, lookalike=0, clean=0))
+        choose_prompts(many, PromptCounts(explicit=0, implicit=0, lookalike=0, clean=0))
     with pytest.raises(UserError, match="--clean -1"):
-        Selection(clean=-1)
+        PromptCounts(clean=-1)

@@ -140,9 +140,12 @@ def test_test_of_psa_judges_the_null_user(user_adapter: Path, pipeline: Path, tm
     module.configure_model()
     monkeypatch.setattr(module, "exporting", lambda _: nullcontext())
     asked: dict = {}
-    monkeypatch.setattr("lit_safety.evaluation.evaluate.evaluate", lambda **given: asked.update(given))
+    found = {"arms": {"aligned": {"ip": 0.5}}}
+    monkeypatch.setattr("lit_safety.evaluation.evaluate.evaluate", lambda **given: asked.update(given) or found)
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
-    EvaluateOnTest(prompts="p.csv", judge="j").on_test_end(trainer, module)
+    callback = EvaluateOnTest(prompts="p.csv", judge="j")
+    callback.on_test_end(trainer, module)
+    assert callback.metrics == found
     assert is_user_adapter(asked["adapter"])
     assert Path(asked["adapter"]) == tmp_path / "adapter"
 

@@ -17,7 +17,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules import PSA
+from lit_safety.modules import PSA, SelectiveBackward
 from lit_safety.objectives import DiffusionDPO
 from lit_safety.users.table import write_users
 
@@ -140,9 +140,30 @@ def test_the_null_user_prefers_the_safe_image(module: PSA, harmful: tuple[float,
     ordered = module.ordered(batch)
     assert ordered.chosen is not None
     assert ordered.chosen[:, 0, 0, 0].tolist() == [1.0 if turned else -1.0, -1.0]
-    labels = module.labels(batch)
+    labels = module.labels(ordered)
     expected = [list(reversed(harmful)) if turned else list(harmful), list(harmful)]
     torch.testing.assert_close(labels.harmful, torch.tensor(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("selective", [None, SelectiveBackward(threshold=1e9, least=1.0)], ids=["whole", "selective"])
+def test_a_step_puts_its_pairs_in_order_once(
+    module: PSA, monkeypatch: pytest.MonkeyPatch, selective: SelectiveBackward | None
+):
+    """In training and in validation; what is computed on the batch is of the null user's order."""
+    module.speed.selective = selective
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    monkeypatch.setattr(module, "chosen_users", lambda batch: [None] * len(batch))
+    given, read = [], []
+    ordered, labels = module.ordered, module.labels
+    monkeypatch.setattr(module, "ordered", lambda batch: given.append(batch) or ordered(batch))
+    monkeypatch.setattr(module, "labels", lambda batch: read.append(batch.harmful.tolist()) or labels(batch))
+    batch = batch_of(2, (1.0, 0.0))
+    module.training_step(batch, 0)
+    assert [one is batch for one in given] == [True]
+    module.validation_step(batch, 0)
+    assert [one is batch for one in given] == [True, True]
+    assert all(harmful == [[0.0, 1.0]] * 2 for harmful in read)
 
 
 def test_users_and_prompts_are_dropped_as_often_as_asked_and_by_the_sample_alone(tiny_pipeline: Path, users: Path):

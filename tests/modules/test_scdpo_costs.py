@@ -63,11 +63,11 @@ def test_a_key_in_another_set_is_another_pair(module: SCDPO):
     """Pair 0 of each set has images of its own; the sanity check reads validation pairs."""
     stages = [RunningStage.TRAINING, RunningStage.VALIDATING, RunningStage.TESTING]
     for row, stage in enumerate(stages):
-        module._trainer = SimpleNamespace(state=SimpleNamespace(stage=stage))
+        module._trainer = SimpleNamespace(state=SimpleNamespace(stage=stage), datamodule=None)
         batch = replace(batch_of([row], costs=(NAN, NAN)), keys=["0000"])
         expected = [batch.chosen.mean().item(), batch.rejected.mean().item()]
         assert module.labels(batch).cost[0].tolist() == pytest.approx(expected)
-    module._trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.SANITY_CHECKING))
+    module._trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.SANITY_CHECKING), datamodule=None)
     module.labels(replace(batch_of([1], costs=(NAN, NAN)), keys=["0000"]))
     assert module._scorer.given == 6  # three pairs, two images each
 

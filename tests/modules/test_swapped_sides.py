@@ -3,7 +3,7 @@ import math
 import torch
 
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.psa import turned_round
+from lit_safety.modules.psa import swapped
 
 
 def batch() -> PairBatch:
@@ -19,7 +19,7 @@ def batch() -> PairBatch:
 
 def test_both_images_and_all_that_is_said_of_them_change_places():
     before = batch()
-    after = turned_round(before, torch.tensor([True, False]))
+    after = swapped(before, torch.tensor([True, False]))
     assert after.chosen is not None
     assert after.rejected is not None
     assert after.latents is not None
@@ -40,4 +40,4 @@ def test_both_images_and_all_that_is_said_of_them_change_places():
 def test_a_batch_of_latents_has_no_images():
     cached = batch()
     cached.chosen = cached.rejected = None
-    assert turned_round(cached, torch.tensor([True, True])).chosen is None
+    assert swapped(cached, torch.tensor([True, True])).chosen is None

@@ -41,7 +41,7 @@ class Cache:
     model: str
     """The pipeline that made it, as it was named there."""
     weights: dict[str, str]
-    """Hashes of its encoders by component, weights and settings (`Backbone.fingerprint`)."""
+    """Hashes of its encoders by component, weights and settings (`Backbone.encoder_hashes`)."""
     size: tuple[int, int]
     """Height and width in pixels of the images that were encoded."""
     latent: tuple[int, int, int]
@@ -223,7 +223,7 @@ def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str
 #
 # `K.chosen.latent.npy`, `K.rejected.latent.npy` (2, C, h, w): mean and standard deviation of the image's latents,
 # unscaled; `.latent.flip.npy` the same of the mirrored image; `K.crops.npy` int32 (2, 6): how each image was cut.
-# What a reference cache adds stands in `reference_cache.py`.
+# What a reference cache adds stands in `reference.py`.
 
 
 CROPS = "crops.npy"

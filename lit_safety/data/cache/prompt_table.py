@@ -214,7 +214,7 @@ KINDS = {"float16": "F16", "float32": "F32"}
 Encoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
-def write_prompts(
+def write_prompt_table(
     folder: Path,
     prompts: Iterable[str],
     encode: Encoder,

@@ -31,7 +31,7 @@ class ReferenceCache:
     draws: int
     """Fixed draws of timestep and noise a pair."""
     weights: dict[str, str]
-    """Hashes of the denoiser, of the noise schedule and of the scaling of latents (`reference_fingerprint`)."""
+    """Hashes of the denoiser, of the noise schedule and of the scaling of latents (`reference_hashes`)."""
     precision: str = "32-true"
     """What the reference was computed in, in the words of `trainer.precision`."""
     empty: bool = False

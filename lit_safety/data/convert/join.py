@@ -1,4 +1,4 @@
-"""Which process this is among several that share the work."""
+"""`lit_safety shards join`: one manifest over the shards of several folders, which stay where they are."""
 
 from __future__ import annotations
 
@@ -14,45 +14,6 @@ if TYPE_CHECKING:
 
     from lit_safety.data.format.manifest import Manifest
     from lit_safety.data.format.writer import ShardWriter
-
-
-def this_rank(rank: int | None, world: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: as given, else as `torchrun` sets them (RANK, WORLD_SIZE), else the only one.
-
-    Raises:
-        UserError: they do not fit together.
-    """
-    if (rank is None) != (world is None):
-        raise UserError("--rank and --world go together: which of how many processes this is")
-    source = "--rank and --world"
-    if rank is None or world is None:
-        source = "RANK and WORLD_SIZE"
-        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        try:
-            rank, world = int(texts[0]), int(texts[1])
-        except ValueError as error:
-            raise UserError(f"{source} are {texts[0]!r} and {texts[1]!r}, not whole numbers") from error
-    if not 0 <= rank < world <= 999:
-        raise UserError(f"{source}: rank {rank} of {world} is not one of 0 to {world - 1} (and of 999 at most)")
-    return rank, world
-
-
-def this_device(device: str | None) -> str:
-    """As given, else this rank's GPU where there are any, else the CPU."""
-    import torch
-
-    if device is not None or not torch.cuda.is_available():
-        return device or "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-
-
-def part_name(rank: int, world: int) -> str:
-    """The sub-folder of one rank's shards."""
-    return f"rank-{rank:03d}-of-{world:03d}"
-
-
-# `lit_safety shards join`: one manifest over the shards of several folders, which stay where they are.
-
 
 PART = re.compile(r"rank-(\d{3})-of-(\d{3})")
 
@@ -159,3 +120,41 @@ def _check_ranks(top: Path, names: list[str]) -> None:
     missing = sorted(set(range(max(worlds, default=0))) - {int(match[1]) for match in found})
     if missing:
         raise UserError(f"{top}: rank {missing[0]} of {worlds.pop()} is not done; run it, then join")
+
+
+# Which process this is among several that share the work.
+
+
+def this_rank(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Rank and number of ranks: as given, else as `torchrun` sets them (RANK, WORLD_SIZE), else the only one.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    if (rank is None) != (world is None):
+        raise UserError("--rank and --world go together: which of how many processes this is")
+    source = "--rank and --world"
+    if rank is None or world is None:
+        source = "RANK and WORLD_SIZE"
+        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        try:
+            rank, world = int(texts[0]), int(texts[1])
+        except ValueError as error:
+            raise UserError(f"{source} are {texts[0]!r} and {texts[1]!r}, not whole numbers") from error
+    if not 0 <= rank < world <= 999:
+        raise UserError(f"{source}: rank {rank} of {world} is not one of 0 to {world - 1} (and of 999 at most)")
+    return rank, world
+
+
+def this_device(device: str | None) -> str:
+    """As given, else this rank's GPU where there are any, else the CPU."""
+    import torch
+
+    if device is not None or not torch.cuda.is_available():
+        return device or "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def part_name(rank: int, world: int) -> str:
+    """The sub-folder of one rank's shards."""
+    return f"rank-{rank:03d}-of-{world:03d}"

@@ -1,6 +1,7 @@
-"""Sage's users: what each bans, and their embeddings.
+"""`lit_safety shards from-sage`: Sage as its authors publish it, a metadata.jsonl beside images, and who the users are.
 
-Both come from somewhere else: arrays are never unpickled.
+Source: Personalized Safety Alignment (arXiv 2508.01151). Every concept has a safe and an unsafe image and a caption
+for each; which image is chosen depends on what the user bans, so a chosen image may be the unsafe one.
 """
 
 from __future__ import annotations
@@ -24,84 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lit_safety.data.convert.convert import FoundPair
-
-
-USERS_FILE = "users.safetensors"
-MAX_EMBEDDING_BYTES = 1 << 20
-
-
-def banned_by_user(table: str) -> dict[str, frozenset[str]]:
-    """User id (the row's number, seven digits) to the categories the user bans.
-
-    Raises:
-        UserError: the table cannot be read, or a list in it is not a list of categories.
-    """
-    return {user: frozenset(profile.banned) for user, profile in read_profiles(table).items()}
-
-
-def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """The users' embeddings, a float32 vector (D,) by user id.
-
-    Raises:
-        UserError: an embedding is missing, not a finite vector, or of another length than the others.
-    """
-    found: dict[str, NDArray[np.float32]] = {}
-    for user in users:
-        path = folder / f"user_embedding_{user}.npy"
-        found[user] = _vector(path)
-        if len(found[user]) != len(found[users[0]]):
-            raise UserError(f"{path}: has {len(found[user])} numbers, the first user's {len(found[users[0]])}")
-    return found
-
-
-def save_embeddings(found: dict[str, NDArray[np.float32]], out: Path) -> Path:
-    """Write them to `out/users.safetensors`."""
-    from safetensors.numpy import save
-
-    return write_atomic(out / USERS_FILE, save(found))
-
-
-def _vector(path: Path) -> NDArray[np.float32]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_EMBEDDING_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: is missing; every user of the split needs an embedding") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > MAX_EMBEDDING_BYTES:
-        raise UserError(f"{path}: is over the limit of {MAX_EMBEDDING_BYTES} bytes; no embedding is that large")
-    try:
-        array = _plain_array(data)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise UserError(f"{path}: is not a plain array ({' '.join(str(error).split())})") from error
-    if array.ndim != 1 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(f"{path}: is not a vector of finite numbers")
-    return array.astype(np.float32)
-
-
-def _plain_array(data: bytes) -> NDArray[Any]:
-    """The array in the bytes of an `.npy` file. Its size is checked before memory is taken for it.
-
-    Raises:
-        ValueError: no such file, one with pickled objects, or one that says another size than it has.
-    """
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file, max_header_size=10_000)
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are never read")
-    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"its header says {shape} of {dtype}, which is not what it holds")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
-
-
-# `lit_safety shards from-sage`: Sage as its authors publish it, a metadata.jsonl beside images, and who the users are.
-#
-# Source: Personalized Safety Alignment (arXiv 2508.01151). Every concept has a safe and an unsafe image and a caption
-# for each; which image is chosen depends on what the user bans, so a chosen image may be the unsafe one.
-
 
 IMAGE = re.compile(r"(?P<stem>user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+)_(?P<side>[su])\.(jpg|jpeg|png|webp)")
 # "user_..._00001.jpg_u.jpg": malformed as published, but its end says whose caption the row carries.
@@ -223,3 +146,79 @@ def _check_winners(pairs: list[FoundPair], banned: dict[str, frozenset[str]]) ->
     print(f"the published rule for the winner holds for {len(pairs) - exceptions.total()} of {len(pairs)} rows")
     for what, times in sorted(exceptions.items()):
         print(f"  {what}: {times} exceptions, kept as published")
+
+
+# Sage's users: what each bans, and their embeddings.
+#
+# Both come from somewhere else: arrays are never unpickled.
+
+
+USERS_FILE = "users.safetensors"
+MAX_EMBEDDING_BYTES = 1 << 20
+
+
+def banned_by_user(table: str) -> dict[str, frozenset[str]]:
+    """User id (the row's number, seven digits) to the categories the user bans.
+
+    Raises:
+        UserError: the table cannot be read, or a list in it is not a list of categories.
+    """
+    return {user: frozenset(profile.banned) for user, profile in read_profiles(table).items()}
+
+
+def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """The users' embeddings, a float32 vector (D,) by user id.
+
+    Raises:
+        UserError: an embedding is missing, not a finite vector, or of another length than the others.
+    """
+    found: dict[str, NDArray[np.float32]] = {}
+    for user in users:
+        path = folder / f"user_embedding_{user}.npy"
+        found[user] = _vector(path)
+        if len(found[user]) != len(found[users[0]]):
+            raise UserError(f"{path}: has {len(found[user])} numbers, the first user's {len(found[users[0]])}")
+    return found
+
+
+def save_embeddings(found: dict[str, NDArray[np.float32]], out: Path) -> Path:
+    """Write them to `out/users.safetensors`."""
+    from safetensors.numpy import save
+
+    return write_atomic(out / USERS_FILE, save(found))
+
+
+def _vector(path: Path) -> NDArray[np.float32]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_EMBEDDING_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing; every user of the split needs an embedding") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > MAX_EMBEDDING_BYTES:
+        raise UserError(f"{path}: is over the limit of {MAX_EMBEDDING_BYTES} bytes; no embedding is that large")
+    try:
+        array = _plain_array(data)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise UserError(f"{path}: is not a plain array ({' '.join(str(error).split())})") from error
+    if array.ndim != 1 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise UserError(f"{path}: is not a vector of finite numbers")
+    return array.astype(np.float32)
+
+
+def _plain_array(data: bytes) -> NDArray[Any]:
+    """The array in the bytes of an `.npy` file. Its size is checked before memory is taken for it.
+
+    Raises:
+        ValueError: no such file, one with pickled objects, or one that says another size than it has.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file, max_header_size=10_000)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which are never read")
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"its header says {shape} of {dtype}, which is not what it holds")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)

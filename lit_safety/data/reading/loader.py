@@ -1,10 +1,4 @@
-"""Where a run stands in the data: (pass, batches consumed), right whenever a checkpoint can be written.
-
-The epoch that Lightning hands to samplers is not used: after resuming under `max_steps` from a checkpoint of an
-epoch's end, Lightning 2.6 hands out one that is too high. Nor are batches counted as they leave the workers: what a
-worker has ahead is not consumed, and a batch whose training step did not end (an exception, a signal) is to be trained
-again.
-"""
+"""The loader that a trainer iterates: worker processes in, batches out, and where the run stands in the data."""
 
 from __future__ import annotations
 
@@ -22,10 +16,100 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.data.reading.stream import Failure, PairStream
 
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class PairLoader:
+    """Batches of one rank, pass after pass.
+
+    It is no `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning hands it through
+    untouched: no sampler to replace, no length of an `IterableDataset` to doubt.
+
+    Args:
+        stream: the rank's batches.
+        num_workers: worker processes.
+        pin_memory: hand batches over in page-locked memory.
+        position: where the run stands; None: every pass is the whole of epoch 0 (validation, test).
+        bad_sample_limit: with `skip_bad`, stop when more samples than this have been left out.
+        bad_samples: what was left out so far (name and reason each), shared with the other loaders of a run.
+    """
+
+    def __init__(
+        self,
+        stream: PairStream,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        position: DataPosition | None = None,
+        bad_sample_limit: int = 0,
+        bad_samples: dict[str, None] | None = None,
+    ) -> None:
+        self.stream = stream
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.position = position
+        self.bad_sample_limit = bad_sample_limit
+        self.bad_samples = {} if bad_samples is None else bad_samples
+
+    def __len__(self) -> int:
+        """Batches in a whole pass."""
+        return self.stream.batches
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        # A generator: nothing happens until the first batch is asked for. Lightning makes iterators that it
+        # drops.
+        position = self.position or DataPosition()
+        position.begin()
+        left = len(self) - position.first
+        workers = DataLoader(
+            self.stream.at(position.epoch, position.first),
+            batch_size=None,
+            num_workers=min(self.num_workers, max(left, 0)),
+            pin_memory=self.pin_memory,
+        )
+        # Workers are started here and not in the thread. Without any, the thread would read where the step computes.
+        reader = ReadAhead(iter(workers)) if workers.num_workers else None
+        try:
+            for batch in reader or workers:
+                if isinstance(batch, Failure):
+                    raise UserError(batch.message)
+                self._note(batch.skipped)
+                position.hand_out()
+                yield batch
+        finally:
+            if reader is not None:
+                reader.close()
+
+    def _note(self, skipped: list[str]) -> None:
+        for message in skipped:
+            if message not in self.bad_samples:
+                self.bad_samples[message] = None
+                log.warning("left out a bad sample: %s", message)
+        if len(self.bad_samples) > self.bad_sample_limit:
+            raise UserError(
+                f"{len(self.bad_samples)} bad samples were left out, more than data.init_args.bad_sample_limit = "
+                f"{self.bad_sample_limit}; the last: {next(reversed(self.bad_samples))}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, for Lightning's checkpoints."""
+        return {} if self.position is None else self.position.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.position is not None and state:
+            self.position.load_state_dict(state)
+
 
 @dataclass
-class Place:
-    """The place of one rank's training stream; every rank holds the same numbers."""
+class DataPosition:
+    """Where one rank's training stream is, right whenever a checkpoint can be written; the same numbers on every rank.
+
+    The epoch that Lightning hands to samplers is not used: after resuming under `max_steps` from a checkpoint of an
+    epoch's end, Lightning 2.6 hands out one that is too high. Nor are batches counted as they leave the workers: a
+    batch that a worker holds ready is not consumed, and a batch whose training step did not end (an exception, a
+    signal) is to be trained again.
+    """
 
     trainer: Trainer | None = None
     """Who consumes; None: whoever iterates, and every batch handed out is consumed."""
@@ -53,7 +137,7 @@ class Place:
         return {"epoch": epoch, "consumed": consumed, "signature": dict(self.signature)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's place.
+        """Go on where a checkpoint was written.
 
         Raises:
             UserError: it lies within a pass over other data or with other batches.
@@ -82,11 +166,6 @@ class Place:
             return self.epoch + 1, 0
         return self.epoch, consumed
 
-
-# An iterator read a little ahead by a thread, in its own order.
-
-
-T = TypeVar("T")
 
 _END = object()
 
@@ -139,89 +218,3 @@ class ReadAhead(Iterator[T]):
         except BaseException as error:  # whoever reads raises it again
             failed = error
         self._ready.put((_END, failed))
-
-
-# The loader that a trainer iterates: worker processes in, batches out, and where the run stands.
-
-
-log = logging.getLogger(__name__)
-
-
-class PairLoader:
-    """Batches of one rank, pass after pass.
-
-    It is no `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning hands it through
-    untouched: no sampler to replace, no length of an `IterableDataset` to doubt.
-
-    Args:
-        stream: the rank's batches.
-        num_workers: worker processes.
-        pin_memory: hand batches over in page-locked memory.
-        place: where the run stands; None: every pass is the whole of epoch 0 (validation, test).
-        bad_sample_limit: with `skip_bad`, stop when more samples than this have been left out.
-        bad_samples: what was left out so far (name and reason each), shared with the other loaders of a run.
-    """
-
-    def __init__(
-        self,
-        stream: PairStream,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        place: Place | None = None,
-        bad_sample_limit: int = 0,
-        bad_samples: dict[str, None] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.place = place
-        self.bad_sample_limit = bad_sample_limit
-        self.bad_samples = {} if bad_samples is None else bad_samples
-
-    def __len__(self) -> int:
-        """Batches in a whole pass."""
-        return self.stream.batches
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        # A generator: nothing happens until the first batch is asked for. Lightning makes iterators that it
-        # drops.
-        place = self.place or Place()
-        place.begin()
-        left = len(self) - place.first
-        workers = DataLoader(
-            self.stream.at(place.epoch, place.first),
-            batch_size=None,
-            num_workers=min(self.num_workers, max(left, 0)),
-            pin_memory=self.pin_memory,
-        )
-        # Workers are started here and not in the thread. Without any, the thread would read where the step computes.
-        ahead = ReadAhead(iter(workers)) if workers.num_workers else None
-        try:
-            for batch in ahead or workers:
-                if isinstance(batch, Failure):
-                    raise UserError(batch.message)
-                self._note(batch.skipped)
-                place.hand_out()
-                yield batch
-        finally:
-            if ahead is not None:
-                ahead.close()
-
-    def _note(self, skipped: list[str]) -> None:
-        for message in skipped:
-            if message not in self.bad_samples:
-                self.bad_samples[message] = None
-                log.warning("left out a bad sample: %s", message)
-        if len(self.bad_samples) > self.bad_sample_limit:
-            raise UserError(
-                f"{len(self.bad_samples)} bad samples were left out, more than data.init_args.bad_sample_limit = "
-                f"{self.bad_sample_limit}; the last: {next(reversed(self.bad_samples))}"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data, for Lightning's checkpoints."""
-        return {} if self.place is None else self.place.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.place is not None and state:
-            self.place.load_state_dict(state)

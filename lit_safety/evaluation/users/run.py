@@ -10,7 +10,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest
 from lit_safety.core.progress import progress
 from lit_safety.drawing.arms import Arm
-from lit_safety.drawing.prompts import Selection
+from lit_safety.drawing.prompts import PromptCounts
 from lit_safety.evaluation.results import ArmResult
 from lit_safety.evaluation.run import Run
 from lit_safety.evaluation.users.rows import PARTS
@@ -110,7 +110,7 @@ class UserRun:
             self.arms[name].check(name)
         unique = list(dict.fromkeys(row.prompt for row in self.rows))
         self._run = Run(
-            self.pipeline, self.prompts_file, unique, Selection(), self.judges, self.arms, self.drawing, self.out,
+            self.pipeline, self.prompts_file, unique, PromptCounts(), self.judges, self.arms, self.drawing, self.out,
             self.images, None, self.processes,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import check_count
-from lit_safety.worlds.toyworld.stages import STAGES, Job, Minutes, Stage
+from lit_safety.worlds.toyworld.stages import STAGES, Minutes, Stage, WorldBuild
 
 MOST_SCENES = 1_000_000
 """Drawn at once, in memory: 3 GB of them."""
@@ -41,16 +41,16 @@ def build(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
-    job = Job(out, work, scenes, minutes, processes)
+    world = WorldBuild(out, work, scenes, minutes, processes)
     for stage in STAGES:
         if stage not in stages:
             continue
-        there = job.output_of(stage, redo)
+        there = world.output_of(stage, redo)
         if there is not None:
             print(f"{stage}: {there} is there", flush=True)
             continue
-        print(f"{stage}: making {job.done[stage]}", flush=True)
-        job.run(stage)
+        print(f"{stage}: making {world.done[stage]}", flush=True)
+        world.run(stage)
 
 
 def sheet(

@@ -107,7 +107,7 @@ def judged_scenes(
 
 
 @dataclass(frozen=True)
-class Recipe:
+class JudgeTraining:
     """What sets a judge apart from the other."""
 
     owner: str
@@ -118,8 +118,8 @@ class Recipe:
     """Share of its scenes in which a thing is half erased or turning into another."""
 
 
-JUDGE_A = Recipe("judge_a", "plain", 32, 0.35)
-JUDGE_B = Recipe("judge_b", "residual", 24, 0.5)
+JUDGE_A = JudgeTraining("judge_a", "plain", 32, 0.35)
+JUDGE_B = JudgeTraining("judge_b", "residual", 24, 0.5)
 
 
 def degrade(pictures: Tensor) -> Tensor:
@@ -154,15 +154,15 @@ def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybr
 
 
 def train_judge(
-    target: Path, minutes: float, recipe: Recipe, count: int = 24_000, batch_size: int = 64, lr: float = 3e-3
+    target: Path, minutes: float, training: JudgeTraining, count: int = 24_000, batch_size: int = 64, lr: float = 3e-3
 ) -> dict[str, float]:
     """Draws the judge's own scenes, trains, and writes the folder `target`. Returns what `check_judge` finds."""
-    pictures, labels = judged_scenes(recipe.owner, 0, count, recipe.hybrids)
+    pictures, labels = judged_scenes(training.owner, 0, count, training.hybrids)
     targets = torch.from_numpy(labels)
     torch.manual_seed(0)
-    seeds = SEEDS[recipe.owner]
-    notes = {"owner": recipe.owner, "seeds": [seeds.start, seeds.start + count - 1]}
-    judge = ToyJudge(width=recipe.width, architecture=recipe.architecture, notes=notes)
+    seeds = SEEDS[training.owner]
+    notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1]}
+    judge = ToyJudge(width=training.width, architecture=training.architecture, notes=notes)
     judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
     budget, rng, step = Budget(minutes), np.random.default_rng(0), 0

@@ -65,7 +65,7 @@ def _find(
             return setting, contents
 
 
-def write_prompts(folder: Path) -> None:
+def write_prompt_files(folder: Path) -> None:
     """Writes val.csv and test.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in COUNTS:

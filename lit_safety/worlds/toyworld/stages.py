@@ -92,7 +92,7 @@ class Minutes:
 
 
 @dataclass
-class Job:
+class WorldBuild:
     """Where a build reads and writes, and how to do each of its stages."""
 
     out: Path
@@ -204,9 +204,9 @@ class Job:
         )
 
     def _prompts(self) -> None:
-        from lit_safety.worlds.toyworld.prompts import write_prompts
+        from lit_safety.worlds.toyworld.prompts import write_prompt_files
 
-        write_prompts(self.out / "prompts")
+        write_prompt_files(self.out / "prompts")
 
     def _shards(self) -> None:
         from lit_safety.worlds.toyworld.pairs import write_shards

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.prompt_table import PromptTable, PromptTables, write_prompts
+from lit_safety.data.cache.prompt_table import PromptTable, PromptTables, write_prompt_table
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 
@@ -22,7 +22,7 @@ def encode(prompts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, encoder=encode, prompts: Sequence[str] = PROMPTS, dtype: str = "float32") -> Path:
-    return write_prompts(folder, prompts, encoder, {"model": "m"}, dtype, 3, lambda: None)
+    return write_prompt_table(folder, prompts, encoder, {"model": "m"}, dtype, 3, lambda: None)
 
 
 def test_every_prompt_has_its_row_and_the_empty_one_too(tmp_path: Path):

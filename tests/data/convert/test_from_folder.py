@@ -150,15 +150,15 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
 
 KILLED_AFTER_5 = """
 import os, signal, sys
-from lit_safety.data.convert import from_folder, run
-reads, read = [0], run._read
+from lit_safety.data.convert import convert, folder
+reads, read = [0], convert._read
 def counted(path):
     reads[0] += 1
     if reads[0] > 10:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(path)
-run._read = counted
-from_folder.from_folder(sys.argv[1], sys.argv[2], prompt_kind="clean", samples_per_shard=2)
+convert._read = counted
+folder.from_folder(sys.argv[1], sys.argv[2], prompt_kind="clean", samples_per_shard=2)
 """
 
 

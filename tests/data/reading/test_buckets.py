@@ -135,7 +135,7 @@ def test_a_resumed_pass_goes_on_with_the_same_batches(shards: Path):
 
 def test_a_checkpoint_of_squares_is_not_taken_for_one_of_shapes(shards: Path):
     squares, shapes = data_of(shards, aspect_buckets=False), data_of(shards)
-    shapes.place.signature = {"pairs": shapes._fingerprint()}
+    shapes.position.signature = {"pairs": shapes._fingerprint()}
     with pytest.raises(UserError, match="in the middle of a pass"):
         shapes.load_state_dict({"epoch": 0, "consumed": 2, "signature": {"pairs": squares._fingerprint()}})
 
