@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
+import jsonargparse._postponed_annotations as postponed
 import jsonargparse._typehints as typehints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
@@ -32,6 +34,34 @@ def _read_config(self: Path) -> str:
 
 Path.read_text = _read_config  # type: ignore[method-assign]
 
+_run_type_blocks = postponed.update_module_global_vars
+_get_types = postponed.get_types
+
+
+def _only_what_is_there(module: str, global_vars: dict[str, Any], logger: logging.Logger | None) -> None:
+    """Instead of jsonargparse's, which also runs a module's `if TYPE_CHECKING:` blocks, and with them torch."""
+    for name, value in vars(sys.modules[module]).items():
+        global_vars.setdefault(name, value)
+
+
+def _types_at_hand_first(obj: Any, logger: logging.Logger | None = None, parent: Any = None) -> dict[str, Any]:
+    """The types of a function's or class's parameters; type-only imports are done for those that need them."""
+    postponed.update_module_global_vars = _only_what_is_there
+    try:
+        types = cast(dict[str, Any], _get_types(obj, logger, parent))
+    except (NameError, TypeError, AttributeError):
+        types = {"": NameError()}
+    finally:
+        postponed.update_module_global_vars = _run_type_blocks
+    given = inspect.signature(obj).parameters if callable(obj) else types
+    if any(isinstance(one, Exception) for name, one in types.items() if name in given or not name):
+        return cast(dict[str, Any], _get_types(obj, logger, parent))
+    return types
+
+
+postponed.get_types = _types_at_hand_first
+
+
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
 _SEARCH = re.compile(
     r"Parser key |Does not validate against any|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>"
@@ -49,6 +79,8 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
+    # A path that was tried as a class and as a file: that the class has moved says all.
+    reasons = [line for line in reasons if "since version 0.2" in line] or reasons
     if keys:
         keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
-from lit_safety.data.cache.sources import CachedSource, cached_source
 from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import PairLoader, Place
@@ -26,6 +25,9 @@ from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches
 from lit_safety.data.reading.select import Filter, Selection, select, take
 from lit_safety.data.reading.source import Source, open_source
 from lit_safety.data.reading.stream import PairStream
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedSource
 
 KEY = "data.init_args"
 
@@ -130,6 +132,8 @@ class GivenShards(LightningDataModule):
 
     def _open(self, name: str) -> tuple[Source, Selection]:
         if name not in self._opened:
+            from lit_safety.data.cache.sources import cached_source
+
             given: str | Sequence[str] = getattr(self, name)
             source = open_source(given, f"{KEY}.{name}")
             self._opened[name] = source, select(source, self.filter)

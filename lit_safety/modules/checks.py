@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_safety.backbones.fingerprint import reference_fingerprint
-from lit_safety.backbones.load import family_of
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_model
-from lit_safety.data.cache.sources import CachedSource
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedSource
 
 
 def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
@@ -24,6 +24,8 @@ def check_caches(datamodule: Any, pretrained: str, stage: str) -> None:
     Raises:
         UserError: a cache was made by another model; names both.
     """
+    from lit_safety.backbones.load import family_of
+
     found = _caches(datamodule, stage)
     weights = family_of(pretrained).fingerprint(pretrained) if found else {}
     for one in found:
@@ -48,6 +50,9 @@ def check_references(datamodule: Any, pretrained: str, stage: str, objective: Ob
     Raises:
         UserError: naming the cache and what it lacks.
     """
+    from lit_safety.backbones.fingerprint import reference_fingerprint
+    from lit_safety.backbones.load import family_of
+
     for one in _caches(datamodule, stage):
         if (reference := one.cache.reference) is None:
             continue
