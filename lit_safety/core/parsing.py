@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import is_main_process
+from lit_safety.core.shipped import find_configs
 from lit_safety.core.text import check_values, check_words, check_yaml, read_text, refuse_duplicate_keys
 
 _read_by_locale = Path.read_text
@@ -281,7 +282,7 @@ class SingleLineErrors:
             given = sys.argv[1:] if args is None else args
             if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
                 check_words(list(given))
-                given = classes_first(given)
+                given = classes_first(find_configs(given))
             parsed = super().parse_args(given, *more, **keys)  # type: ignore[misc]
             check_values(parsed.as_dict())
             return parsed
