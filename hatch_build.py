@@ -1,4 +1,4 @@
-"""The README on a package index, which has no files beside it: links and images lead to the repository."""
+"""What pyproject.toml cannot say: a README whose links lead to the repository, and configs within the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from email import message_from_string
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
@@ -60,3 +61,11 @@ class CustomMetadataHook(MetadataHookInterface):
             readme = (root / "README.md").read_text(encoding="utf-8")
             text = long_description(readme, repository(root, metadata.get("urls", {})))
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
+
+
+class CustomBuildHook(BuildHookInterface[Any]):
+    """Puts the configs into a wheel; an editable install reads those of the checkout."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "standard":
+            build_data["force_include"][str(Path(self.root) / "configs")] = "lit_safety/configs"
