@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,9 @@ from typing import Any, NoReturn, cast
 import jsonargparse._postponed_annotations as postponed
 import jsonargparse._typehints as typehints
 import yaml
-from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse._paths import Path
+from jsonargparse._util import import_object
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import is_main_process
@@ -158,7 +160,7 @@ class _Changes:
 
 
 _changes: ContextVar[_Changes | None] = ContextVar("changes", default=None)
-_keep_what_fits = typehints.discard_init_args_on_class_path_change
+_keep_what_fits: Callable[..., None] = typehints.discard_init_args_on_class_path_change
 
 
 def _begin_from_own_defaults(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -187,7 +189,7 @@ def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
     if before == after:
         return False
     try:
-        old, new = typehints.import_object(before), typehints.import_object(after)
+        old, new = import_object(before), import_object(after)
     except (ImportError, AttributeError, ValueError):
         return True
     if old is new:
@@ -198,7 +200,7 @@ def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
 
 def _without_default(class_path: str) -> set[str]:
     try:
-        parameters = inspect.signature(typehints.import_object(class_path)).parameters.values()
+        parameters = inspect.signature(import_object(class_path)).parameters.values()
     except (TypeError, ValueError):  # a class of C code
         return set()
     return {one.name for one in parameters if one.default is one.empty}

@@ -252,13 +252,14 @@ def measure_activity(
 
 def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions) -> Tensor:
     """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
-    return backbone.pipeline()(
+    drawn: Tensor = backbone.pipeline()(
         prompts,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
     ).images
+    return drawn
 
 
 class Probe:
