@@ -1,11 +1,11 @@
-# `make demo`, `make test`, `make docs`: each sets up .venv on the first call and reuses it after.
+# `make demo`, `make test`, `make coverage`, `make docs`: each sets up .venv on the first call and reuses it after.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all coverage lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,6 +21,10 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 
+# Which lines no test runs, into build/coverage; processes that a test starts are not counted.
+coverage: $(READY)
+	$(PYTEST) -m "not slow" --cov=lit_safety --cov-report=term:skip-covered --cov-report=html:build/coverage
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -32,7 +36,7 @@ docs: $(READY)
 	@echo "build/site/index.html"
 
 # Nothing is compiled by DeepSpeed at install time; its operators are built when a run first asks for one.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml hatch_build.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lit_safety needs Python 3.11 or newer; call make PYTHON=python3.11 ...')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"

@@ -1,3 +1,20 @@
 """lit_safety: make text-to-image models safe by preference optimisation, on Lightning."""
 
-__version__ = "0.1.0"
+import sys
+
+__version__ = "0.2.0"
+
+
+class _OldNames:
+    """Asked by Python for what no other finder has found: a name of version 0.1 is answered with the new one."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name.startswith("lit_safety."):
+            from lit_safety.core.old_names import MovedError, explain
+
+            if (said := explain(name)) is not None:
+                raise MovedError(said, name=name)
+
+
+sys.meta_path.append(_OldNames)

@@ -27,6 +27,7 @@ OTHER_COMMANDS = {
     "attack": "attack models in several ways, and plot how often that works against what it costs",
     "compare": "print several metrics.json in one table",
     "cost-model": "how right a cost model is, on labelled shards and on drawn images",
+    "init": "write the config of a method into a folder, to be edited",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.adapters.lora_file import Places, factors_of, read_lora
 from lit_safety.core.errors import UserError
 from lit_safety.core.weights import DIFFUSERS, need_weights, open_safetensors
+
+if TYPE_CHECKING:
+    from lit_safety.adapters.lora_file import Places
 
 KEY = "model.init_args.start_from"
 
@@ -76,6 +78,8 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, places: Places | None = N
         UserError: it is missing or damaged, a layer of it has no place in the denoiser, or its alpha is another than
             that of ``lora``.
     """
+    from lit_safety.adapters.lora_file import factors_of, read_lora
+
     try:
         layers = read_lora(path, places)
     except UserError as error:

@@ -1,9 +1,7 @@
-"""Prompts on their way into the text encoders: the same rounding in every batch, and a count of what is cut off."""
+"""What every model family must offer, and prompts on their way into the text encoders."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +15,6 @@ from lit_safety.adapters.lora import adapter_metadata
 from lit_safety.backbones.fingerprint import part_hashes
 from lit_safety.backbones.parts import NoDenoiser, Parts
 from lit_safety.backbones.pipeline_index import KEY
-
-log = logging.getLogger(__name__)
 
 
 def too_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[bool]:
@@ -45,31 +41,6 @@ def encode_alike(backbone: Backbone, prompts: Sequence[str]) -> Conditioning:
     odd = len(prompts) % 2
     rows = backbone.encode_text([*prompts, *[""] * odd])
     return {name: tensor[: len(prompts)] for name, tensor in rows.items()} if odd else rows
-
-
-class TruncatedPrompts:
-    """Counts the different prompts that a text encoder does not read to their end, and names the first."""
-
-    def __init__(self) -> None:
-        self.prompts: dict[bytes, str] = {}
-        """By the text's hash: the first one's text, and nothing of the others but that they were met."""
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def look(self, backbone: Backbone, prompts: Sequence[str]) -> None:
-        """Count those of ``prompts`` that are too long; the first ever goes into the log."""
-        for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True):
-            if not cut:
-                continue
-            if not self.prompts:
-                log.warning(
-                    "a prompt is longer than the text encoder reads: its end is cut off, the end token kept; further "
-                    "ones are counted: %r",
-                    prompt,
-                )
-            name = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            self.prompts.setdefault(name, "" if self.prompts else prompt)
 
 
 # What every model family must offer. A new family is one subclass and one line in `load.py`.

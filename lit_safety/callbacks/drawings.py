@@ -15,8 +15,6 @@ from PIL import Image, ImageFilter
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import rgb
-from lit_safety.drawing.pipelines import local_pipeline
-from lit_safety.drawing.worlds import of_a_world
 from lit_safety.modules.preference import PreferenceModule
 
 
@@ -62,6 +60,9 @@ class DrawSamples(Callback):
 
     def _blurs(self, pretrained: str) -> bool:
         if self.blur is None:
+            from lit_safety.drawing.pipelines import local_pipeline
+            from lit_safety.drawing.worlds import of_a_world
+
             self.blur = not of_a_world(local_pipeline(pretrained))
         return self.blur
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_safety.adapters.user_file import WEIGHTS_NAME, save_published
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
-from lit_safety.cost_model.files import save_cost_model
 from lit_safety.data.protocols import Batched, Seeded, WithTrain, datamodule_of
-from lit_safety.modules.cost_model import CostModel
 from lit_safety.modules.preference import PreferenceModule
-from lit_safety.modules.psa import PSA
-from lit_safety.report.card import CardFacts, model_card
+
+# Each callback imports what it writes when it writes: a fit of SC-DPO loads neither PSA nor the cost model.
+if TYPE_CHECKING:
+    from lit_safety.modules.psa import PSA
+    from lit_safety.report.card import CardFacts
 
 
 class ExportAdapter(Callback):
@@ -54,6 +55,8 @@ class ExportAdapter(Callback):
         return Path(self.folder) / Path(export).name if "/" in export else Path(self.folder)
 
     def _write(self, folder: Path, trainer: Trainer, module: PreferenceModule, export: str) -> None:
+        from lit_safety.report.card import model_card
+
         with atomic_folder(folder) as partial:
             module.save_export(partial)
             config = Path(trainer.default_root_dir) / "config.yaml"
@@ -63,6 +66,8 @@ class ExportAdapter(Callback):
         print(f"{export}: {folder}")
 
     def _facts(self, trainer: Trainer, module: PreferenceModule, export: str) -> CardFacts:
+        from lit_safety.report.card import CardFacts
+
         settings = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
         settings["steps"] = trainer.global_step
         group = trainer.optimizers[0].param_groups[0]
@@ -95,6 +100,9 @@ class ExportCostModel(Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lit_safety.cost_model.files import save_cost_model
+        from lit_safety.modules.cost_model import CostModel
+
         if not isinstance(pl_module, CostModel):
             raise UserError(f"ExportCostModel writes a CostModel, and {type(pl_module).__name__} is none")
         if not trainer.is_global_zero:
@@ -135,6 +143,8 @@ class ExportUserAdapter(Callback):
         self.published = published
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        from lit_safety.modules.psa import PSA
+
         if not isinstance(pl_module, PSA):
             raise UserError(f"ExportUserAdapter writes PSA, and {type(pl_module).__name__} is none")
         if self.published and pl_module.user_tokens != 1:
@@ -146,6 +156,9 @@ class ExportUserAdapter(Callback):
             raise UserError("`ExportUserAdapter.published`: the published layout has no LoRA, `lora` must be null")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lit_safety.adapters.user_file import WEIGHTS_NAME, save_published
+        from lit_safety.modules.psa import PSA
+
         assert isinstance(pl_module, PSA)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "adapter")
         with pl_module.exporting("adapter"):  # on every rank: a parameter may lie in pieces on all of them

@@ -18,10 +18,11 @@ from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.core.progress import counter
 from lit_safety.data.protocols import WithTrain, datamodule_of
-from lit_safety.merging.calibration import CalibrationOptions, calibrate, check_prompts, has_categories
+from lit_safety.merging.calibration import calibrate, check_prompts, has_categories
 from lit_safety.merging.experts import Expert, read_experts, united_layers
 from lit_safety.merging.merge_experts import merge_experts, report, table
-from lit_safety.merging.methods import Activity, Recipe
+from lit_safety.merging.methods import Activity
+from lit_safety.merging.options import CalibrationOptions, Recipe
 from lit_safety.merging.output import REPORT_NAME, write_merge
 from lit_safety.modules.preference import PreferenceModule
 

@@ -4,16 +4,18 @@ at the end: what was cut or left out."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_safety.data.cache.cache import truncation, truncation_words
-from lit_safety.data.cache.sources import CachedSource
 from lit_safety.data.protocols import Batched, LeavingOut, PairData, datamodule_of
 from lit_safety.modules.preference import PreferenceModule
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedSource
 
 T = TypeVar("T")
 

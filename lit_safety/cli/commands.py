@@ -18,6 +18,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "lit_safety.evaluation.evaluate:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
     "cost-model": "lit_safety.cli.cost_model:check",
+    "init": "lit_safety.cli.init:init",
     "merge": "lit_safety.merging.merge:merge",
     "shards": {
         "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
@@ -99,6 +100,15 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
 def run_command(arguments: Sequence[str]) -> None:
     """Run ``arguments[0]`` with the rest as its options."""
     from lit_safety.core.parsing import SingleLineErrorParser
+    from lit_safety.core.shipped import check_worlds
+
+    class Checked(SingleLineErrorParser):
+        def parse_args(self, *args: Any, **named: Any) -> Any:
+            parsed = super().parse_args(*args, **named)
+            # `toyworld` makes the world, and these two commands of it read what is made.
+            made = ["users.shards", "sheet.pipeline", "sheet.prompts"] if command == "toyworld" else None
+            check_worlds(parsed.as_dict(), made)
+            return parsed
 
     command, rest = arguments[0], list(arguments[1:])
     if command in LISTS_FIRST:
@@ -109,7 +119,7 @@ def run_command(arguments: Sequence[str]) -> None:
         rest = gather_arms(rest)
     where = COMMANDS[command]
     components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
-    CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=SingleLineErrorParser)
+    CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=Checked)
 
 
 def gather_list(arguments: list[str]) -> list[str]:

@@ -45,6 +45,7 @@ from lit_safety.core.files import FULL, Lock, lock_of
 from lit_safety.core.hardware import check_trainer
 from lit_safety.core.parsing import SingleLineErrors
 from lit_safety.core.processes import end_with, is_launched, is_main_process
+from lit_safety.core.shipped import check_worlds
 from lit_safety.modules.strategies import cannot_offload, lost_rank, prepare_strategy
 
 
@@ -86,6 +87,14 @@ class _WholeBatches(ProgressBar):
 AUTO = "auto"
 #: Seconds for launched ranks to end by themselves after this one has, and again after each stronger word.
 RANKS_END = 10.0
+_MODEL = ("model.init_args.pretrained", "model.init_args.clip")
+#: Command -> the keys whose files it reads; what `test` judges with stands in the YAML of a fit too.
+READ = {
+    "fit": [*_MODEL, "data.init_args.train", "data.init_args.val"],
+    "validate": [*_MODEL, "data.init_args.val"],
+    "test": [*_MODEL, "data.init_args.test", "trainer.callbacks"],
+    "predict": [*_MODEL, "data.init_args.test"],
+}
 
 
 class Parser(SingleLineErrors, LightningArgumentParser):
@@ -133,6 +142,7 @@ class LitSafetyCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_worlds(config.as_dict(), READ[str(self.subcommand)])
         check_trainer(config.trainer)
         self.folder = self._choose_folder(config)
         if self.subcommand == "fit" and is_main_process():

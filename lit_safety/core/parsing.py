@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
+import jsonargparse._postponed_annotations as postponed
 import jsonargparse._typehints as typehints
 import yaml
-from jsonargparse import ArgumentParser, Namespace, Path, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse._paths import Path
+from jsonargparse._util import import_object
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import is_main_process
+from lit_safety.core.shipped import find_configs
 from lit_safety.core.text import check_values, check_words, check_yaml, read_text, refuse_duplicate_keys
 
 _read_by_locale = Path.read_text
@@ -31,6 +36,34 @@ def _read_config(self: Path) -> str:
 
 
 Path.read_text = _read_config  # type: ignore[method-assign]
+
+_run_type_blocks = postponed.update_module_global_vars
+_get_types = postponed.get_types
+
+
+def _only_what_is_there(module: str, global_vars: dict[str, Any], logger: logging.Logger | None) -> None:
+    """Instead of jsonargparse's, which also runs a module's `if TYPE_CHECKING:` blocks, and with them torch."""
+    for name, value in vars(sys.modules[module]).items():
+        global_vars.setdefault(name, value)
+
+
+def _types_at_hand_first(obj: Any, logger: logging.Logger | None = None, parent: Any = None) -> dict[str, Any]:
+    """The types of a function's or class's parameters; type-only imports are done for those that need them."""
+    postponed.update_module_global_vars = _only_what_is_there
+    try:
+        types = cast(dict[str, Any], _get_types(obj, logger, parent))
+    except (NameError, TypeError, AttributeError):
+        types = {"": NameError()}
+    finally:
+        postponed.update_module_global_vars = _run_type_blocks
+    given = inspect.signature(obj).parameters if callable(obj) else types
+    if any(isinstance(one, Exception) for name, one in types.items() if name in given or not name):
+        return cast(dict[str, Any], _get_types(obj, logger, parent))
+    return types
+
+
+postponed.get_types = _types_at_hand_first
+
 
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
 _SEARCH = re.compile(
@@ -49,6 +82,8 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
+    # A path that was tried as a class and as a file: that the class has moved says all.
+    reasons = [line for line in reasons if "since version 0.2" in line] or reasons
     if keys:
         keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []
@@ -125,7 +160,7 @@ class _Changes:
 
 
 _changes: ContextVar[_Changes | None] = ContextVar("changes", default=None)
-_keep_what_fits = typehints.discard_init_args_on_class_path_change
+_keep_what_fits: Callable[..., None] = typehints.discard_init_args_on_class_path_change
 
 
 def _begin_from_own_defaults(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -154,7 +189,7 @@ def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
     if before == after:
         return False
     try:
-        old, new = typehints.import_object(before), typehints.import_object(after)
+        old, new = import_object(before), import_object(after)
     except (ImportError, AttributeError, ValueError):
         return True
     if old is new:
@@ -165,7 +200,7 @@ def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
 
 def _without_default(class_path: str) -> set[str]:
     try:
-        parameters = inspect.signature(typehints.import_object(class_path)).parameters.values()
+        parameters = inspect.signature(import_object(class_path)).parameters.values()
     except (TypeError, ValueError):  # a class of C code
         return set()
     return {one.name for one in parameters if one.default is one.empty}
@@ -249,7 +284,7 @@ class SingleLineErrors:
             given = sys.argv[1:] if args is None else args
             if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
                 check_words(list(given))
-                given = classes_first(given)
+                given = classes_first(find_configs(given))
             parsed = super().parse_args(given, *more, **keys)  # type: ignore[misc]
             check_values(parsed.as_dict())
             return parsed

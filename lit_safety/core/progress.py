@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -100,8 +100,9 @@ def quiet_libraries() -> None:
     """No remarks and no loading bars between our own progress bars."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # before diffusers is imported, which sets off most of its remarks
-    transformers.logging.disable_progress_bar()
+    remarks: Any = transformers.logging
+    remarks.set_verbosity_error()  # before diffusers is imported, which sets off most of its remarks
+    remarks.disable_progress_bar()
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

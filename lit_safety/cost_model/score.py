@@ -55,8 +55,8 @@ def score(
     from lit_safety.core.hashes import fingerprint
     from lit_safety.core.progress import counter
     from lit_safety.cost_model.files import load_cost_model
-    from lit_safety.data.format.manifest import FILE_NAME, load_manifest
-    from lit_safety.data.format.writer import JOURNAL, ShardWriter
+    from lit_safety.data.format.manifest import FILE_NAME, JOURNAL, load_manifest
+    from lit_safety.data.format.writer import ShardWriter
     from lit_safety.data.reading.source import open_source
     from lit_safety.users.table import copy_users
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
-from lit_safety.data.cache.sources import CachedSource, cached_source
 from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import DataPosition, PairLoader
@@ -26,6 +25,9 @@ from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches
 from lit_safety.data.reading.select import Filter, Selection, select, take
 from lit_safety.data.reading.source import Source, open_source
 from lit_safety.data.reading.stream import PairStream
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedSource
 
 KEY = "data.init_args"
 """Where the arguments stand in a run's YAML."""
@@ -301,6 +303,8 @@ class PreferenceDataModule(LightningDataModule):
             self._opened[name] = source, select(source, self.filter)
             if not self.use_cache:
                 self._check_images(source)
+            from lit_safety.data.cache.sources import cached_source
+
             cached = cached_source(source, self.use_reference) if self.use_cache else None
             if cached is not None and self.aspect_buckets:
                 raise UserError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lit_safety.core.classes import object_from_file
 from lit_safety.core.errors import UserError
+from lit_safety.core.shipped import shipped
 from lit_safety.core.text import load_json, read_text
 from lit_safety.judges.judge import Judge
 from lit_safety.judges.toy.judge import ToyWorldJudge
@@ -33,7 +34,7 @@ def load_judge(spec: str) -> Judge:
     Raises:
         UserError: no such folder or file, or one that holds no judge.
     """
-    folder = Path(spec)
+    folder = Path(shipped(spec))
     config = folder / "config.json"
     if folder.is_file() and folder.suffix in (".yaml", ".yml", ".json"):
         return judge_from_file(folder)

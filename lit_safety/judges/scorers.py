@@ -150,8 +150,9 @@ def load_scorer(spec: str) -> PreferenceScorer:
         UserError: the file is unreadable, describes no scorer, or its weights are missing.
     """
     from lit_safety.core.classes import object_from_file
+    from lit_safety.core.shipped import shipped
 
-    if not Path(spec).is_file():
+    if not Path(spec := shipped(spec)).is_file():
         raise UserError(f"--preference {spec}: no such file; give one such as configs/scorers/pickscore.yaml")
     return object_from_file(Path(spec), PreferenceScorer, "--preference", "configs/scorers/*")
 

@@ -1,4 +1,4 @@
-"""How the experts' activity is measured for comerge. Importing this needs no torch."""
+"""How the experts' activity is measured for comerge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,43 +31,7 @@ from lit_safety.data.reading.select import Filter, Selection, take
 from lit_safety.data.reading.source import Source, open_source
 from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import Activity
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What comerge measures the experts on.
-
-    Args:
-        prompts: CSV file with a column `prompt`, or a folder of shards. Where the category is known only harmful
-            prompts are taken, as many of each category. Do not give the prompts that a report is made of.
-        categories: Take prompts of these categories only; null takes all.
-        count: How many prompts are taken.
-        timesteps: At how many noise levels, evenly spread, the base model is looked at for each prompt.
-        steps: Denoising steps of the base's own drawings.
-        guidance: Guidance of these drawings; 3 suits the toy world, 7.5 is common for Stable Diffusion.
-        batch_size: Prompts at once.
-        seed: Seed of drawings and noise.
-        other_world: Take prompts of an embedded world, such as data/toyworld, for a model that is not of this world.
-
-    Raises:
-        UserError: a number that cannot be meant.
-    """
-
-    prompts: str | None = None
-    categories: list[str] | None = None
-    count: int = 64
-    timesteps: int = 4
-    steps: int = 20
-    guidance: float = 3.0
-    batch_size: int = 8
-    seed: int = 0
-    other_world: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("count", "timesteps", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--calibration.{name} {getattr(self, name)}: must be at least 1")
-
+from lit_safety.merging.options import CalibrationOptions
 
 # Choose the prompts that experts are compared on: as many of each category, the same ones every time.
 
@@ -288,13 +252,14 @@ def measure_activity(
 
 def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions) -> Tensor:
     """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
-    return backbone.pipeline()(
+    drawn: Tensor = backbone.pipeline()(
         prompts,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
     ).images
+    return drawn
 
 
 class Probe:

@@ -115,15 +115,17 @@ def _at_hand(base: str) -> Path | None:
 def _network(parts: Parts, name: str) -> nn.Module:
     """The network without memory for its weights."""
     library, class_name = parts.index.components[name]
-    found = getattr(import_module(library), class_name, None) if library in LIBRARIES else None
+    found: Any = getattr(import_module(library), class_name, None) if library in LIBRARIES else None
     if found is None:
         raise UserError(f"the pipeline {parts.source} does not load: its {name} is {library}.{class_name}")
     config = parts.config(name)
     try:
         with torch.device("meta"):
             if library == "diffusers":
-                return found.from_config(config)
-            return found(found.config_class.from_dict(config))
+                made: nn.Module = found.from_config(config)
+            else:
+                made = found(found.config_class.from_dict(config))
+            return made
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the pipeline {parts.source} does not load: {name}/config.json: {first_line}") from error

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.merging.calibration import CalibrationOptions
-from lit_safety.merging.methods import Recipe
+from lit_safety.merging.options import CalibrationOptions, Recipe
 
 if TYPE_CHECKING:
     from lit_safety.merging.experts import Expert

@@ -14,7 +14,6 @@ from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import (
     Activity,
-    Recipe,
     comerge,
     comerge_weights,
     dare_sum,
@@ -26,6 +25,7 @@ from lit_safety.merging.methods import (
     task_sum,
     ties,
 )
+from lit_safety.merging.options import Recipe
 
 
 @dataclass(frozen=True)

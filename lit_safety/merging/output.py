@@ -116,7 +116,7 @@ def check_out(out: Path, experts: Sequence[Path]) -> None:
 
 def _is_merge(folder: Path) -> bool:
     try:
-        return load_json((folder / REPORT_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
+        return bool(load_json((folder / REPORT_NAME).read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

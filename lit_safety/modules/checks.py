@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_safety.backbones.fingerprint import reference_hashes
-from lit_safety.backbones.load import family_of
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_model
-from lit_safety.data.cache.sources import CachedSource
 from lit_safety.data.protocols import PairData, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.sources import CachedSource
 
 # Were the data's caches made by the model that is trained, and do they hold what it needs?
 
@@ -27,6 +27,8 @@ def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
     Raises:
         UserError: a cache was made by another model; names both.
     """
+    from lit_safety.backbones.load import family_of
+
     found = _caches(datamodule, stage)
     weights = family_of(pretrained).encoder_hashes(pretrained) if found else {}
     for one in found:
@@ -51,9 +53,13 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
     Raises:
         UserError: naming the cache and what it lacks.
     """
+    from lit_safety.backbones.load import family_of
+
     for one in _caches(datamodule, stage):
         if (reference := one.cache.reference) is None:
             continue
+        from lit_safety.backbones.fingerprint import reference_hashes
+
         own = reference_hashes(pretrained, family_of(pretrained).DENOISER)
         for name in {**reference.weights, **own}:
             if own.get(name) != (made := reference.weights.get(name)):

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.operations import convert_to_fp32
@@ -14,8 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-from lit_safety.backbones.backbone import Backbone
 from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.backbones.backbone import Backbone
 
 # Frozen weights in the precision that autocast computes in: half the memory, the same numbers, no cast at each use.
 

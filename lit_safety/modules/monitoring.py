@@ -1,12 +1,22 @@
-"""What watches a run: errors by timestep bin at validation, and a stop on a loss that is not finite."""
+"""What watches a run: errors by timestep bin, a stop on a loss that is not finite, prompts that are cut off."""
 
 from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.backbones.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 
 class TimestepBins(Metric):
@@ -113,3 +123,28 @@ class _SentFlag:
                 f"loss or gradient is not finite at samples {', '.join(self.keys)}: look at them with "
                 "`shards inspect`, or lower the learning rate; the last checkpoint is from before this step"
             )
+
+
+class TruncatedPrompts:
+    """Counts the different prompts that a text encoder does not read to their end, and names the first."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[bytes, str] = {}
+        """By the text's hash: the first one's text, and nothing of the others but that they were met."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def look(self, backbone: Backbone, prompts: Sequence[str]) -> None:
+        """Count those of ``prompts`` that are too long; the first ever goes into the log."""
+        for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True):
+            if not cut:
+                continue
+            if not self.prompts:
+                log.warning(
+                    "a prompt is longer than the text encoder reads: its end is cut off, the end token kept; further "
+                    "ones are counted: %r",
+                    prompt,
+                )
+            name = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            self.prompts.setdefault(name, "" if self.prompts else prompt)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,11 +22,6 @@ from torch.optim import Optimizer
 
 from lit_safety.adapters.gathered import master_weights, replaced, unpartitioned, whole
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
-from lit_safety.adapters.lora_file import Place, places_of
-from lit_safety.adapters.start_from import fill, is_checkpoint, read_adapter, read_checkpoint, read_file
-from lit_safety.backbones.backbone import Backbone, Conditioning, TruncatedPrompts, encode_alike
-from lit_safety.backbones.load import load_backbone
-from lit_safety.backbones.pipeline_index import pipeline_class_name
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import datamodule_of
@@ -39,7 +34,7 @@ from lit_safety.modules.checks import (
     warn_if_not_moved,
 )
 from lit_safety.modules.frozen import lower_frozen
-from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
+from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
 from lit_safety.modules.speed import Speed
@@ -61,6 +56,11 @@ from lit_safety.objectives.objective import (
     prediction_error,
     residual_overlap,
 )
+
+# What reads models and adapters is imported where a run begins to read: classes are made, and help is written, sooner.
+if TYPE_CHECKING:
+    from lit_safety.adapters.lora_file import Place
+    from lit_safety.backbones.backbone import Backbone, Conditioning
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
@@ -135,6 +135,8 @@ class PreferenceModule(LightningModule):
     # ---- before anything is loaded ----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        from lit_safety.backbones.pipeline_index import pipeline_class_name
+
         # Reads a few hundred bytes: a wrong path is reported before any weight is loaded.
         pipeline_class_name(self.pretrained)
         data = datamodule_of(self.trainer)
@@ -203,6 +205,8 @@ class PreferenceModule(LightningModule):
     def configure_model(self) -> None:
         if "backbone" in self._modules:
             return
+        from lit_safety.backbones.load import load_backbone
+
         if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.backbone = load_backbone(self.pretrained)
             self.configure_policy()
@@ -237,6 +241,8 @@ class PreferenceModule(LightningModule):
         Raises:
             UserError: they are not those of what is trained here.
         """
+        from lit_safety.adapters.start_from import fill, is_checkpoint, read_checkpoint
+
         trained = dict(self.trainable_parameters())
         weights = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else self.read_export(path)
         check_weights(trained, weights, f"`model.init_args.start_from` {path}")
@@ -244,11 +250,15 @@ class PreferenceModule(LightningModule):
 
     def read_export(self, path: Path) -> dict[str, Tensor]:
         """What `save_export` has written, by the names of `trainable_parameters`."""
+        from lit_safety.adapters.start_from import read_adapter
+
         weights = read_adapter(path, self.lora, POLICY, self.places())
         return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
 
     def places(self) -> dict[str, dict[str, Place]]:
         """The layers of the denoiser that a LoRA's file may adapt."""
+        from lit_safety.adapters.lora_file import places_of
+
         return {self.backbone.DENOISER: places_of(self.backbone.denoiser, self.backbone.DENOISER)}
 
     def _shard(self) -> None:
@@ -258,6 +268,8 @@ class PreferenceModule(LightningModule):
             shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
         self.register_state_dict_post_hook(drop_frozen)
         if self.trainer.ckpt_path is not None and Path(str(self.trainer.ckpt_path)).is_file():
+            from lit_safety.adapters.start_from import read_file
+
             held = read_file(Path(str(self.trainer.ckpt_path)))["state_dict"]
             check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
 
@@ -349,6 +361,8 @@ class PreferenceModule(LightningModule):
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoders' outputs for B prompts, B rows; those that are too long are counted."""
+        from lit_safety.backbones.backbone import encode_alike
+
         self.truncated.look(self.backbone, prompts)
         with torch.no_grad():
             return encode_alike(self.backbone, prompts)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers
-from lit_safety.adapters.start_from import read_denoiser
 from lit_safety.core.errors import UserError
-from lit_safety.cost_model.files import load_cost_model
-from lit_safety.cost_model.fill import fill_costs
-from lit_safety.cost_model.network import CostScorer
 from lit_safety.data.protocols import Mirroring, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import check_labels, reference_cached
@@ -22,6 +18,9 @@ from lit_safety.modules.frozen import FrozenCopy, check_strategy, make_all_train
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.objectives.objective import Objective, PairLabels
 from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
+
+if TYPE_CHECKING:
+    from lit_safety.cost_model.network import CostScorer
 
 
 class SCDPO(PreferenceModule):
@@ -63,6 +62,8 @@ class SCDPO(PreferenceModule):
             check_strategy(self.trainer, self._reference_cached)
         # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
         if self.cost_model is not None and self._scorer is None:
+            from lit_safety.cost_model.files import load_cost_model
+
             self._scorer = load_cost_model(self.cost_model)
 
     # ---- what is trained
@@ -80,6 +81,8 @@ class SCDPO(PreferenceModule):
     def read_export(self, path: Path) -> dict[str, Tensor]:
         if self.policy == "lora":
             return super().read_export(path)
+        from lit_safety.adapters.start_from import read_denoiser
+
         weights = read_denoiser(path, self.backbone.DENOISER)
         return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
 
@@ -129,6 +132,8 @@ class SCDPO(PreferenceModule):
                     f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, and `data.init_args.flip` mirrors "
                     "pairs: write costs first, `shards score`"
                 )
+            from lit_safety.cost_model.fill import fill_costs
+
             batch = fill_costs(batch, self._scorer.to(self.device), self._costs[self._set])
         return super().labels(batch)
 

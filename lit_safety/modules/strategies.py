@@ -19,8 +19,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from lit_safety.adapters.start_from import read_file
-from lit_safety.adapters.user_attention import PROJECTION
 from lit_safety.core.errors import UserError
 
 #: How else a run goes on: ready to be put behind what was refused.
@@ -122,6 +120,8 @@ def written_by(path: Path) -> str | None:
         # Only ZeRO 3 has the network itself in pieces.
         in_pieces = any((path / "checkpoint").glob("*zero_pp_rank_*_model_states.pt"))
         return "DeepSpeed ZeRO 3" if in_pieces else "DeepSpeed ZeRO 1 or 2"
+    from lit_safety.adapters.start_from import read_file
+
     return str(read_file(path).get("strategy", "one process or DDP"))
 
 
@@ -249,6 +249,8 @@ def shard(network: nn.Module, mesh: Any) -> None:
     anything.to(memory_format=torch.contiguous_format)  # FSDP2 cuts contiguous weights only
     for block in blocks(network):
         fully_shard(block, mesh=mesh)
+    from lit_safety.adapters.user_attention import PROJECTION
+
     outside = getattr(network, PROJECTION, None)
     if outside is not None:
         fully_shard(outside, mesh=mesh)

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.parsing import SingleLineErrorParser
+from lit_safety.core.shipped import shipped
 from lit_safety.core.text import decode_text, load_yaml, read_text, refuse_duplicate_keys
 
 
@@ -145,7 +146,7 @@ def load_study(path: str) -> Study:
     Raises:
         UserError: the file is missing, a key stands twice, or a key or value is not what it must be.
     """
-    if not Path(path).is_file():
+    if not Path(path := shipped(path)).is_file():
         raise UserError(f"no study file {path}; those that are shipped stand in configs/studies")
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)

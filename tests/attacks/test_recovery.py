@@ -49,7 +49,8 @@ def test_fine_tuning_and_scale_bring_a_forgotten_category_back(tmp_path: Path) -
     everything = read_prompts(TOYWORLD / "prompts" / "val.csv")
     attacked = [p for p in everything if p.kind == "explicit" and p.category == "violence"][:12]
     run = AttackRun(
-        str(TOYWORLD / "pipeline"), "val.csv", everything, attacked, PromptCounts(), [load_judge(str(TOYWORLD / "judge"))],
+        str(TOYWORLD / "pipeline"), "val.csv", everything, attacked, PromptCounts(),
+        [load_judge(str(TOYWORLD / "judge"))],
         {"base": Arm(), "forgetful": Arm(adapter=str(tmp_path / "forget"))},
         {"tune": FineTune(str(TOYWORLD / "shards" / "train"), steps=[20], pictures=128, batch_size=8, lr=3e-3),
          "scale": AdapterScale([0.0])},

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lit_safety.backbones import load_backbone
-from lit_safety.backbones.backbone import TruncatedPrompts, encode_alike
+from lit_safety.backbones.backbone import encode_alike
+from lit_safety.modules.monitoring import TruncatedPrompts
 
 
 def test_too_long_is_more_tokens_than_the_encoder_has_places(tiny_pipeline: Path):

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lit_safety.callbacks import MergeExperts
 from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
-from lit_safety.merging.calibration import CalibrationOptions
+from lit_safety.merging.options import CalibrationOptions
 from lit_safety.modules import DPOExpert
 
 

@@ -9,9 +9,10 @@ from lit_safety.adapters.lora_file import LowRank, read_lora
 from lit_safety.backbones import Backbone, load_backbone
 from lit_safety.core.chance import normal, sample_seed
 from lit_safety.core.errors import UserError
-from lit_safety.merging.calibration import CalibrationOptions, draw_latents, forwards, measure_activity
+from lit_safety.merging.calibration import draw_latents, forwards, measure_activity
 from lit_safety.merging.experts import Expert
 from lit_safety.merging.methods import Activity
+from lit_safety.merging.options import CalibrationOptions
 from lit_safety.modules.speed import Speed
 
 PROMPTS = ["a gun", "a red cat and a house", "a blue gun with a cat"]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
 from lit_safety.core.errors import UserError
-from lit_safety.merging.calibration import CalibrationOptions
 from lit_safety.merging.merge import merge
+from lit_safety.merging.options import CalibrationOptions
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from lit_safety.adapters.lora_file import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert
 from lit_safety.merging.merge_experts import Merged, merge_experts, report
-from lit_safety.merging.methods import Activity, Method, Recipe, owners
+from lit_safety.merging.methods import Activity, owners
+from lit_safety.merging.options import Method, Recipe
 
 METHODS = get_args(Method)
 EXACT = ("mean", "sum", "comerge")

@@ -23,10 +23,10 @@ from lit_safety.core.progress import counter
 from lit_safety.data.cache.cache import PROMPTS, Cache, encode_crops, encode_latents, pixels
 from lit_safety.data.cache.prompt_table import PromptTables
 from lit_safety.data.cache.reference import FixedDraw, ReferenceCache, encode_reference
-from lit_safety.data.format.manifest import Manifest
+from lit_safety.data.format.manifest import JOURNAL, Manifest
 from lit_safety.data.format.sample import SIDES
 from lit_safety.data.format.tar_index import refuse_twice
-from lit_safety.data.format.writer import JOURNAL, ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import Pair, PairBatch, collate
 from lit_safety.data.reading.decode import PairDecoder, pair_images
 from lit_safety.data.reading.source import Source

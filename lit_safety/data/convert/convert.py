@@ -16,9 +16,9 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.images import decode_image, same_image
 from lit_safety.core.progress import counter
 from lit_safety.data.convert.published import StoredImage, read_file
-from lit_safety.data.format.manifest import FILE_NAME, load_manifest
+from lit_safety.data.format.manifest import FILE_NAME, JOURNAL, load_manifest
 from lit_safety.data.format.sample import PairMetadata
-from lit_safety.data.format.writer import JOURNAL, ShardWriter
+from lit_safety.data.format.writer import ShardWriter
 
 SAME = "whose images are the same"
 

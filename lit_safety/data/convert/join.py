@@ -103,8 +103,7 @@ def join_when_done(folder: Path, world: int, provenance: dict[str, Any], seeds: 
 
 def save_empty(writer: ShardWriter) -> None:
     """End a writer that was given nothing, with a manifest that says so."""
-    from lit_safety.data.format.manifest import Manifest, save_manifest
-    from lit_safety.data.format.writer import JOURNAL
+    from lit_safety.data.format.manifest import JOURNAL, Manifest, save_manifest
 
     writer.manifest = Manifest((), provenance=writer.provenance, seeds=writer.seeds)
     save_manifest(writer.manifest, writer.folder)

@@ -24,8 +24,6 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from webdataset.tariterators import base_plus_ext
-
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import check_regular
 from lit_safety.core.images import FORMATS, OTHER_FORMATS
@@ -114,6 +112,8 @@ def is_mac_file(name: str) -> bool:
 
 
 def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
+    from webdataset.tariterators import base_plus_ext  # brings torch, for which no help should wait
+
     spots: dict[str, tuple[int, int]] = {}
     try:
         for member in tar:

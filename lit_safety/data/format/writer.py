@@ -18,9 +18,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import webdataset as wds
 from PIL import Image
 
 from lit_safety.core.errors import UserError
@@ -38,6 +37,9 @@ from lit_safety.data.format.manifest import (
 )
 from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import index_tar
+
+if TYPE_CHECKING:
+    import webdataset as wds
 
 # webdataset cuts a member's name at the first dot and skips names that begin with two underscores.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}\Z")
@@ -240,6 +242,8 @@ class ShardWriter:
 
     def _tar_writer(self) -> wds.TarWriter:
         if self._tar is None:
+            import webdataset as wds  # brings torch, for which no help should wait
+
             self._open = contextlib.ExitStack()
             file: BinaryIO = self._open.enter_context(atomic_file(self._shard_path()))
             # encoder=False: bytes only. A fixed time and owner make equal samples give equal files.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from lit_safety.core.chance import sample_seed, turn, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import FORMATS, decode_image
 from lit_safety.data.cache.cache import Cache, cached_members, cached_tensors
-from lit_safety.data.cache.prompt_table import PromptTables
 from lit_safety.data.cache.reference import FixedDraw, read_reference
 from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import BadSample
 from lit_safety.data.reading.batch import Pair
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.prompt_table import PromptTables
 
 _IMAGES = re.compile(rf"json|({'|'.join(SIDES)})\.({'|'.join(FORMATS)})")
 

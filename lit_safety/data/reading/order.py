@@ -138,9 +138,9 @@ class Deal:
 #
 # Groups are for training one expert a category, or on images of one shape a batch: a step (all micro-batches of all
 # ranks) belongs to one group, and which group's turn it is is a pure function of (seed, epoch) and the counts, so
-# every rank agrees without communication. Each group has its own order and gets as many turns as it has pairs for; the turns
-# are shuffled. Or the groups come one after the other, each for the same number of steps and for as many passes over
-# its own pairs as that takes. Either way a group's batches are those that it would give alone.
+# every rank agrees without communication. Each group has its own order and gets as many turns as it has pairs for; the
+# turns are shuffled. Or the groups come one after the other, each for the same number of steps and for as many passes
+# over its own pairs as that takes. Either way a group's batches are those that it would give alone.
 
 
 @dataclass(frozen=True)

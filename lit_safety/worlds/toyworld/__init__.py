@@ -1,1 +1,8 @@
-"""The toy world: drawn scenes with known ground truth and a genuine Stable-Diffusion-shaped pipeline."""
+"""The toy world: drawn scenes with known ground truth and a genuine Stable-Diffusion-shaped pipeline.
+
+Its public names, listed in `__init__.pyi`, are imported when they are first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -218,7 +218,7 @@ world, and for CLIPScore there. It knows nothing else: words from outside mean n
 Its training drew from seeds {first} to {last} (range "clip"; {families} families of scenes that differ in one thing).
 {pictures:,} pictures were seen in {minutes:.0f} minutes of wall time. What follows was measured on scenes of the range
 "checks", which nothing was trained on; lines and MLPs that tell harm were fitted on scenes of "cost_model".
-`lit_safety.worlds.toyworld.clip_checks` says what each figure is.
+`clip_checks.py` of `lit_safety.worlds.toyworld` says what each figure is.
 
 ```json
 {figures}

@@ -1,4 +1,4 @@
-"""The trained parts as a folder that plain `diffusers.StableDiffusionPipeline.from_pretrained` loads."""
+"""The stages of a build, and the trained parts as a folder that plain diffusers loads. Imported without torch."""
 
 import json
 import shutil
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTokenizer
-
 from lit_safety.core.files import swap_in
-from lit_safety.worlds.toyworld.unet import load_networks, new_scheduler
 
 
 def assemble(work: Path) -> Any:
     """The StableDiffusionPipeline with the averaged weights of unet.pt, float32."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from lit_safety.worlds.toyworld.unet import load_networks, new_scheduler
+
     networks = load_networks(work)
     state = torch.load(work / "unet.pt", weights_only=True)
     with torch.no_grad():
@@ -37,6 +38,8 @@ def assemble(work: Path) -> Any:
 
 def export_pipeline(work: Path, target: Path) -> None:
     """Writes the pipeline in float16 safetensors, in one swap."""
+    import torch
+
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
