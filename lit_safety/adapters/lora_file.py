@@ -290,7 +290,9 @@ def to_one_layout(tensors: Mapping[str, Tensor], file: Path, places: Places | No
         if (adapter := _adapter(key)) is not None:
             other = adapters.setdefault(name.partition(".")[0], adapter)
             if other != adapter:
-                raise UserError(f"{file} holds layers of {other} and {adapter}, as of two adapters; give each a file of its own")
+                raise UserError(
+                    f"{file} holds layers of {other} and {adapter}, as of two adapters; give each a file of its own"
+                )
         if side == "alpha":
             if float(tensor) == 0:
                 raise UserError(
@@ -591,7 +593,7 @@ def _check_shape(found: LowRank, component: str, layer: str, where: str) -> None
     """
     if found.rank > max(found.shape):
         raise UserError(
-            f"{where}: has rank {found.rank} and is {found.shape[1]} -> {found.shape[0]}: its factors are turned; write "
+            f"{where}: has rank {found.rank} and is {found.shape[1]} -> {found.shape[0]}: its factors are turned; give "
             "lora_A.weight as (rank, in) and lora_B.weight as (out, rank)"
         )
     pixels = math.prod(found.kernel)

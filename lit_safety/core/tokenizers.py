@@ -114,7 +114,7 @@ def _check_words(tokenizer: Any, vocabulary: Mapping[str, int], folder: Path | s
 
 
 def _check_merges(tokenizer: Any, folder: Path | str) -> None:
-    """Whether the pieces of a BPE vocabulary can be put together: where merges were cut off, longer words fall apart."""
+    """Whether the pieces of a BPE vocabulary can be put together: without all merges long words fall apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE" or model.get("ignore_merges"):

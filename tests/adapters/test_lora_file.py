@@ -360,7 +360,9 @@ def written(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def test_factors_that_no_layer_of_the_name_has_are_refused_without_the_model(
     tmp_path: Path, layer: str, a: tuple[int, ...], b: tuple[int, ...]
 ):
-    file = written(tmp_path, {f"unet.{layer}.lora_A.weight": torch.rand(a), f"unet.{layer}.lora_B.weight": torch.rand(b)})
+    file = written(
+        tmp_path, {f"unet.{layer}.lora_A.weight": torch.rand(a), f"unet.{layer}.lora_B.weight": torch.rand(b)}
+    )
     with pytest.raises(UserError, match=layer):
         read_lora(file)
 
@@ -390,7 +392,9 @@ def test_halves_of_two_adapters_are_no_pair(tmp_path: Path):
 def test_an_alpha_of_0_is_refused_where_programs_differ_on_it(tmp_path: Path):
     name = f"lora_unet_{ATTENTION.replace('.', '_')}"
     tensors = {f"{name}.lora_down.weight": torch.rand(4, 8), f"{name}.lora_up.weight": torch.rand(8, 4)}
-    assert read_lora(written(tmp_path, tensors | {f"{name}.alpha": torch.tensor(-4.0)}))[f"unet.{ATTENTION}"].scale == -1
+    assert (
+        read_lora(written(tmp_path, tensors | {f"{name}.alpha": torch.tensor(-4.0)}))[f"unet.{ATTENTION}"].scale == -1
+    )
     with pytest.raises(UserError, match="alpha is 0"):
         read_lora(written(tmp_path, tensors | {f"{name}.alpha": torch.tensor(0.0)}))
 

@@ -252,7 +252,11 @@ def test_a_network_without_its_configuration_is_refused_by_the_file(tiny_pipelin
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("text_encoder", {"hidden_size": 33}), ("text_encoder", {"num_attention_heads": 5}), ("vae", {"block_out_channels": [8]})],
+    [
+        ("text_encoder", {"hidden_size": 33}),
+        ("text_encoder", {"num_attention_heads": 5}),
+        ("vae", {"block_out_channels": [8]}),
+    ],
 )
 def test_a_configuration_that_contradicts_itself_is_one_line(
     tiny_pipeline: Path, tmp_path: Path, name: str, settings: dict[str, Any]
