@@ -19,7 +19,7 @@ def png() -> tuple[np.ndarray, bytes]:
     return pixels, out.getvalue()
 
 
-def test_one_flipped_bit_never_gives_other_pixels():
+def test_one_flipped_bit_never_gives_other_pixels() -> None:
     pixels, data = png()
     read = 0
     for place in range(len(data)):
@@ -35,7 +35,7 @@ def test_one_flipped_bit_never_gives_other_pixels():
     assert read < 20  # bits of what stands behind the pixels
 
 
-def test_a_png_that_ends_within_its_pixels_is_refused():
+def test_a_png_that_ends_within_its_pixels_is_refused() -> None:
     pixels, data = png()
     assert np.array_equal(np.asarray(decode_image(data[:-12], "a.png")), pixels)  # its end mark alone is missing
     with pytest.raises(UserError, match=r"a\.png"):

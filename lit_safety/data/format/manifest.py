@@ -239,7 +239,7 @@ def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> Non
     Raises:
         UserError: they differ.
     """
-    if any(shard.classes is None for shard in manifest.shardlist):
+    if not manifest.shardlist or any(shard.classes is None for shard in manifest.shardlist):
         return
     found: dict[str, Any] = {name: held for name, held in manifest.counts().items() if name in stated}
     if manifest.states_labels and "label" in stated:

@@ -150,7 +150,8 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
 
 KILLED_AFTER_5 = """
 import os, signal, sys
-from lit_safety.data.convert import from_folder, run
+from lit_safety.data.convert import convert as run
+from lit_safety.data.convert.folder import from_folder
 reads, read = [0], run._read
 def counted(path):
     reads[0] += 1
@@ -158,7 +159,7 @@ def counted(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return read(path)
 run._read = counted
-from_folder.from_folder(sys.argv[1], sys.argv[2], prompt_kind="clean", samples_per_shard=2)
+from_folder(sys.argv[1], sys.argv[2], prompt_kind="clean", samples_per_shard=2)
 """
 
 
