@@ -24,7 +24,7 @@ READERS: list[Callable[[str], Any]] = [lambda path: read_csv(path, ("prompt",)),
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_the_mark_is_named(tmp_path: Path, mark: str, read: Callable[[str], Any]):
+def test_the_mark_is_named(tmp_path: Path, mark: str, read: Callable[[str], Any]) -> None:
     table = tmp_path / "table.csv"
     table.write_text(f"prompt{mark}kind\na cat{mark}clean\n")
     with pytest.raises(UserError, match="table") as caught:
