@@ -28,7 +28,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import not_readable
 
-#: What in a key's name gives away an update that is no plain low-rank product, and what to call it.
+#: What in a key's name gives away an update that is no plain low-rank product, and what to call it; `$` is its end.
 REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA: its update also rescales the base model's own weights",
     "dora_scale": "DoRA: its update also rescales the base model's own weights",
@@ -39,7 +39,8 @@ REFUSED_KEYS = {
     "lokr_": "LoKr",
     "lora_embedding": "a LoRA on an embedding",
     "lora_diag": "KaSA: it also cuts the base model's own weights",
-    ".diff": "a file of whole weight differences",
+    ".diff$": "a file of whole weight differences",
+    ".diff_b$": "a file of whole weight differences",
 }
 #: The same by a setting in the file's metadata: a true value is refused.
 REFUSED_SETTINGS = {
@@ -105,6 +106,9 @@ _CAN_EXIST = {
         r"|(?:model\.)?(?:language_model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
     ),
 }
+#: A UNet's convolutions, and those of them whose kernels are larger than 1 x 1 in every UNet.
+_CONVOLUTION = re.compile(r"(?:^|\.)(?:conv\w*|proj_in|proj_out)$")
+_SPATIAL = re.compile(r"resnets\.\d+\.conv[12]$|samplers\.\d+\.conv$")
 #: Pieces that no layer's name has: what wrappers and savers put into them.
 _WRAPPERS = frozenset({"base_model", "module", "_orig_mod", "base_layer", "default", "unet", "diffusion_model"})
 
@@ -229,7 +233,7 @@ def refuse_keys(keys: Iterable[str], file: Path) -> None:
     """
     for key in keys:
         for mark, name in REFUSED_KEYS.items():
-            if mark in key:
+            if mark in f"{key}$":
                 raise NotPlain(f"{file}: {key} belongs to {name}; {_ADVICE}", key)
 
 
@@ -276,13 +280,25 @@ def to_one_layout(tensors: Mapping[str, Tensor], file: Path, places: Places | No
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     left = []
+    adapters: dict[str, str] = {}
     for key, tensor in tensors.items():
         layer, side, old = _split(key)
         if side is None or (side == "alpha" and tensor.numel() != 1):
             left.append(key)
             continue
         name = names.of(layer, old)
+        if (adapter := _adapter(key)) is not None:
+            other = adapters.setdefault(name.partition(".")[0], adapter)
+            if other != adapter:
+                raise UserError(
+                    f"{file} holds layers of {other} and {adapter}, as of two adapters; give each a file of its own"
+                )
         if side == "alpha":
+            if float(tensor) == 0:
+                raise UserError(
+                    f"{file}: {key} is 0, which some programs read as no update and others as the rank; write what is "
+                    "meant"
+                )
             if alphas.setdefault(name, float(tensor)) != float(tensor):
                 raise UserError(f"{file} holds two alphas of {name}; keep one of the adapters in it")
         elif factors.setdefault(name, {}).setdefault(side, tensor) is not tensor:
@@ -299,6 +315,12 @@ def _split(key: str) -> tuple[str, str | None, bool]:
         body = re.sub(r"\.lora_[AB]\.weight$|(?:_lora|\.lora|\.lora_linear_layer)\.down\.weight$", "", key[:-6])
         return re.sub(r"_lora$|\.lora$", "", body), "alpha", ".processor." in body or body.endswith("_lora")
     return key, None, False
+
+
+def _adapter(key: str) -> str | None:
+    """The adapter's name that PEFT may write into a key; None: it has none."""
+    found = _FACTORS[0].fullmatch(key)
+    return None if found is None else found["adapter"]
 
 
 def _bare(layer: str) -> tuple[str | None, str]:
@@ -557,8 +579,27 @@ def _layers(layout: Layout, metadata: Mapping[str, Any], file: Path, places: Pla
         component, _, layer = name.partition(".")
         where = f"{file}: {name}"
         found = _layer(pair["A"], pair["B"], told[component], layer, layout.alphas.get(name), where)
+        if places is None:
+            _check_shape(found, component, layer, where)
         layers[name] = found if places is None else _fitting(found, places[component][layer], name, file)
     return layers
+
+
+def _check_shape(found: LowRank, component: str, layer: str, where: str) -> None:
+    """Whether an update can be that of its layer, where the network is not at hand to say so.
+
+    Raises:
+        UserError: its factors are turned, or a convolution is given where the layer is linear, or the other way round.
+    """
+    if found.rank > max(found.shape):
+        raise UserError(
+            f"{where}: has rank {found.rank} and is {found.shape[1]} -> {found.shape[0]}: its factors are turned; give "
+            "lora_A.weight as (rank, in) and lora_B.weight as (out, rank)"
+        )
+    pixels = math.prod(found.kernel)
+    if component == "unet" and (_SPATIAL.search(layer) if pixels == 1 else not _CONVOLUTION.search(layer)):
+        kind = f"a convolution of {found.kernel} kernels" if found.kernel else "linear"
+        raise UserError(f"{where}: its update is {kind}, and no UNet's layer of this name is; train this adapter again")
 
 
 def _homeless(names: Iterable[str], places: Places | None) -> list[str]:

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from lit_safety.backbones.pipeline_index import LIBRARIES, pipeline_index
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import tensor_hashes
@@ -143,8 +145,9 @@ def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
         try:
             config = config_class.from_pretrained(folder, local_files_only=True).to_dict()
             default = config_class().to_dict()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} is no readable configuration: {error}") from error
+        except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"{file} is no readable configuration: {told}") from error
         idle = IDLE_TEXT
     else:
         parameters = inspect.signature(found.__init__).parameters.items()

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -137,6 +138,7 @@ class Parts:
             raise UserError(self._told(f"diffusers has no pipeline of class {self.index.class_name}"))
         needed, optional = found._get_signature_keys(found)
         given: dict[str, Any] = {name: value for name, value in self.index.settings.items() if name in optional}
+        self._check_complete(name for name in needed if name not in found._optional_components)
         for name in needed:
             given[name] = self.get(name) if self._draws_with(name, safety_checker) else None
         try:
@@ -145,6 +147,20 @@ class Parts:
             raise UserError(self._told(_first_line(error))) from error
         pipe.register_to_config(_name_or_path=str(self.index.folder))
         return pipe
+
+    def _check_complete(self, needed: Iterable[str]) -> None:
+        """Whether the index names all that drawing needs; diffusers would say so in the middle of it, or not at all.
+
+        Raises:
+            UserError: it does not.
+        """
+        # SD3 draws without any of its text encoders, whose tokenizers may stay.
+        alone = self.index.class_name.startswith("StableDiffusion3")
+        encoders = [] if alone else [name for name in self.index.components if name.startswith("tokenizer")]
+        for name in (*(one for one in needed if not alone or not one.startswith(("text_encoder", "tokenizer"))),
+                     *(name.replace("tokenizer", "text_encoder") for name in encoders)):  # fmt: skip
+            if not self.has(name) and name not in BESIDE:
+                raise UserError(self._told(f"its model_index.json names no {name}"))
 
     def _draws_with(self, name: str, safety_checker: bool) -> bool:
         if not self.has(name):
@@ -161,11 +177,11 @@ class Parts:
             return self._from_pretrained(found, name)
         except UserError as error:
             raise UserError(self._told(f"its {name}: {error}")) from error
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
         except Exception as error:
             # The library of tokenizers, which is no Python, has no kind of its own for a damaged file.
-            if type(error) is not Exception and not isinstance(error, SafetensorError):
+            if type(error) is not Exception and not isinstance(error, SafetensorError | StrictDataclassError):
                 raise
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
 
@@ -239,6 +255,8 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -
         OSError, ValueError, RuntimeError: what the library says of its configuration.
     """
     weights = need_weights(folder, _stem(found))
+    if not (folder / "config.json").is_file():  # the libraries would take a configuration of their own
+        raise UserError(f"{folder / 'config.json'} is missing: copy the folder again")
     network, report = found.from_pretrained(
         folder, dtype=dtype, variant=weights.variant, use_safetensors=True, output_loading_info=True
     )
@@ -254,7 +272,9 @@ def _stem(found: type) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    # A configuration that contradicts itself: the line that says how stands below one that names the check.
+    told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return (str(told).strip() or type(told).__name__).splitlines()[0]
 
 
 class NoDenoiser(nn.Module):

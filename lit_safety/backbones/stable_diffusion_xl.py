@@ -50,6 +50,11 @@ class StableDiffusionXL(UNetDiffusion):
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         first, _ = penultimate(self.part("tokenizer"), self.part("text_encoder"), prompts)
         second, pooled = penultimate(self.part("tokenizer_2"), self.part("text_encoder_2"), prompts)
+        if first.shape[1] != second.shape[1]:
+            raise UserError(
+                f"{self.parts.source}: `model_max_length` of tokenizer is {first.shape[1]} and of tokenizer_2 "
+                f"{second.shape[1]}, and SDXL reads as many tokens by each; copy their tokenizer_config.json again"
+            )
         hidden = torch.cat([first, second], dim=-1)
         if self.zero_empty:
             stated = torch.tensor([prompt != "" for prompt in prompts]).to(hidden.device, non_blocking=True)

@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,6 +88,8 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image
             if width * height > max_pixels:
                 raise UserError(f"{where}: {width} x {height} pixels is over the limit of {max_pixels}")
             image.load()
+            if kind == "PNG":
+                _check_pixels(data)
             return rgb(image, where)
     except UserError:
         raise
@@ -94,6 +97,27 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image
         raise UserError(f"{where}: the image is over the limit of {max_pixels} pixels") from error
     except _RAISED as error:
         raise UserError(f"{where}: the {kind} image cannot be decoded ({_line(error)})") from error
+
+
+def _check_pixels(data: bytes) -> None:
+    """Compare the pixels of a PNG with their checksums, which PIL does not: what is damaged may still decompress.
+
+    Raises:
+        ValueError: they differ, or the file ends within them.
+    """
+    place, seen = 8, False
+    for _ in range(MAX_CHUNKS):
+        if place + 8 > len(data):
+            return
+        length, name = struct.unpack_from(">I4s", data, place)
+        if name != b"IDAT" and seen:  # pixels stand together; an animation's further frames are not shown
+            return
+        if name == b"IDAT":
+            end = place + 8 + length
+            if data[end : end + 4] != zlib.crc32(memoryview(data)[place + 4 : end]).to_bytes(4, "big"):
+                raise ValueError("its pixels are not those of their checksum")
+            seen = True
+        place += length + 12
 
 
 def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -46,8 +46,11 @@ def check_header(header: Sequence[str], path: str, known: Iterable[str] = ()) ->
     """The names of the columns, those in `known` spelt as there, whatever their case and the blanks around them.
 
     Raises:
-        UserError: a column stands twice, perhaps spelt differently: of its cells only the last would be read.
+        UserError: a column stands twice, perhaps spelt differently: of its cells only the last would be read; or the
+            columns are not separated by commas, as spreadsheets of many countries write them.
     """
+    if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise UserError(f"{path}: its columns are separated by {mark!r}; save it with commas between them")
     spelt = {name.casefold(): name for name in known}
     seen: dict[str, str] = {}
     names = []

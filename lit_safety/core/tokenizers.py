@@ -8,6 +8,7 @@ fit the text encoder that gets its tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ OTHER_VOCABULARIES = ("tokenizer.model", "tekken.json")
 PADDING, PADDING_SHARE = 128, 0.1
 #: How many words of its vocabulary a tokenizer is asked for.
 PROBES = 32
+#: The share of longer words of a BPE vocabulary that may have no merge: a few are put in by hand.
+LOST_SHARE = 0.02
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 #: What a word begins or ends with in the vocabularies of byte-level BPE, SentencePiece and CLIP.
 MARKS = ("\u0120", "\u2581", "</w>")
 #: transformers takes this for the end token of CLIP models whose configuration was written wrongly.
@@ -81,6 +85,7 @@ def check_tokenizer(tokenizer: Any, folder: Path | str, encoder: Mapping[str, An
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     _check_words(tokenizer, vocabulary, folder)
+    _check_merges(tokenizer, folder)
     if encoder is None:
         return
     inner = encoder.get("text_config")
@@ -105,6 +110,29 @@ def _check_words(tokenizer: Any, vocabulary: Mapping[str, int], folder: Path | s
         raise UserError(
             f"{folder}: its tokenizer reads {read} of {len(probes)} words of its own vocabulary ({len(vocabulary)} "
             "tokens), so prompts would read alike: its files are damaged or do not belong together; copy them again"
+        )
+
+
+def _check_merges(tokenizer: Any, folder: Path | str) -> None:
+    """Whether the pieces of a BPE vocabulary can be put together: without all merges long words fall apart."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    if model.get("type") != "BPE" or model.get("ignore_merges"):
+        return
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    prefix, end = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    made = {one + other.removeprefix(prefix) for one, other in pairs}
+    own = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
+    longer = [
+        token
+        for token in model["vocab"]
+        if len(token.removesuffix(end)) > 1 and token not in own and not _BYTE.fullmatch(token)
+    ]
+    lost = [token for token in longer if token not in made]
+    if len(lost) > LOST_SHARE * len(longer):
+        raise UserError(
+            f"{folder}: {len(lost)} of the {len(longer)} longer words of its tokenizer's vocabulary have no merge, "
+            f"such as {lost[-1]!r}, so they would be read in pieces: its merges are cut short; copy its files again"
         )
 
 

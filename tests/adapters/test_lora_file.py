@@ -338,3 +338,72 @@ def test_kohyas_file_of_another_network_is_refused(tmp_path: Path):
     save_file(kohya_of(layers, 2, 1.0), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="pipeline has: lora_unet_double_blocks_0_img_attn_qkv"):
         read_lora(tmp_path)
+
+
+CONVOLUTION = "down_blocks.0.resnets.0.conv1"
+
+
+def written(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file(tensors, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layer", "a", "b"),
+    [
+        (ATTENTION, (32, 4), (4, 32)),  # both factors turned
+        (CONVOLUTION, (4, 72), (8, 4)),  # kernels laid out as a linear layer
+        (CONVOLUTION, (4, 8, 1, 1), (8, 4, 1, 1)),  # the kernels are lost
+        (ATTENTION, (4, 8, 3, 3), (8, 4, 1, 1)),  # a linear layer has none
+    ],
+)
+def test_factors_that_no_layer_of_the_name_has_are_refused_without_the_model(
+    tmp_path: Path, layer: str, a: tuple[int, ...], b: tuple[int, ...]
+):
+    file = written(
+        tmp_path, {f"unet.{layer}.lora_A.weight": torch.rand(a), f"unet.{layer}.lora_B.weight": torch.rand(b)}
+    )
+    with pytest.raises(UserError, match=layer):
+        read_lora(file)
+
+
+def test_convolutions_and_small_layers_of_a_high_rank_are_read_without_the_model(tmp_path: Path):
+    shapes = {
+        CONVOLUTION: ((4, 8, 3, 3), (8, 4, 1, 1)),
+        "conv_out": ((16, 32, 3, 3), (4, 16, 1, 1)),
+        "down_blocks.1.attentions.0.proj_in": ((4, 8, 1, 1), (8, 4, 1, 1)),
+        "down_blocks.0.resnets.0.conv_shortcut": ((4, 8, 1, 1), (8, 4, 1, 1)),
+    }
+    tensors = {
+        f"unet.{layer}.lora_{side}.weight": torch.rand(shape)
+        for layer, both in shapes.items()
+        for side, shape in zip("AB", both, strict=True)
+    }
+    assert {name.removeprefix("unet.") for name in read_lora(written(tmp_path, tensors))} == set(shapes)
+
+
+def test_halves_of_two_adapters_are_no_pair(tmp_path: Path):
+    a, b = torch.rand(4, 8), torch.rand(8, 4)
+    file = written(tmp_path, {f"unet.{ATTENTION}.lora_A.x.weight": a, f"unet.{ATTENTION}.lora_B.y.weight": b})
+    with pytest.raises(UserError, match="x and y"):
+        read_lora(file)
+
+
+def test_an_alpha_of_0_is_refused_where_programs_differ_on_it(tmp_path: Path):
+    name = f"lora_unet_{ATTENTION.replace('.', '_')}"
+    tensors = {f"{name}.lora_down.weight": torch.rand(4, 8), f"{name}.lora_up.weight": torch.rand(8, 4)}
+    assert (
+        read_lora(written(tmp_path, tensors | {f"{name}.alpha": torch.tensor(-4.0)}))[f"unet.{ATTENTION}"].scale == -1
+    )
+    with pytest.raises(UserError, match="alpha is 0"):
+        read_lora(written(tmp_path, tensors | {f"{name}.alpha": torch.tensor(0.0)}))
+
+
+def test_the_prefix_of_whole_checkpoints_is_no_whole_difference(tmp_path: Path):
+    a, b = torch.rand(4, 8), torch.rand(8, 4)
+    name = f"model.diffusion_model.{ATTENTION}"
+    (found,) = read_lora(written(tmp_path, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})).items()
+    assert found[0] == f"unet.{ATTENTION}"
+    torch.testing.assert_close(found[1].delta(), (b @ a).double())
+    with pytest.raises(UserError, match="whole weight differences"):
+        read_lora(written(tmp_path, {f"{name}.diff": a}))

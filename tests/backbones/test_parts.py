@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from lit_safety.backbones import load_backbone
 from lit_safety.backbones.fingerprint import part_hashes, reference_hashes
+from lit_safety.backbones.parts import Parts
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import tensor_hashes
+from tests.helpers.tiny_pipelines import save_sd3, save_sdxl
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 
@@ -208,3 +211,63 @@ def test_a_copy_that_was_saved_again_and_one_behind_links_are_alike(tiny_pipelin
     assert hashes_of(tmp_path / "links") == hashes_of(tiny_pipeline)
     (tmp_path / "saved" / "unet" / "._diffusion_pytorch_model.safetensors").write_bytes(b"of macOS")
     assert hashes_of(tmp_path / "saved") == hashes_of(tiny_pipeline)
+
+
+@pytest.mark.parametrize("name", ["scheduler", "text_encoder", "tokenizer", "vae", "unet"])
+@pytest.mark.parametrize("index", [[None, None], None])
+def test_a_pipeline_that_names_no_part_that_drawing_needs_is_refused(
+    tiny_pipeline: Path, tmp_path: Path, name: str, index: Any
+):
+    stated = json.loads((tiny_pipeline / "model_index.json").read_text())
+    changed = {**stated, name: index} if index else {key: value for key, value in stated.items() if key != name}
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=name):
+        Parts(str(tmp_path / "pipe")).pipeline()
+
+
+def test_an_sdxl_with_a_tokenizer_too_many_is_refused(tmp_path: Path):
+    """diffusers would pair the first tokenizer with the second encoder."""
+    folder = save_sdxl(tmp_path / "pipe")
+    stated = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**stated, "text_encoder": [None, None]}))
+    with pytest.raises(UserError, match="names no text_encoder"):
+        Parts(str(folder)).pipeline()
+
+
+def test_sd3_draws_without_its_text_encoders(tmp_path: Path):
+    folder = save_sd3(tmp_path / "pipe")
+    stated = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**stated, "text_encoder_3": [None, None]}))
+    assert Parts(str(folder)).pipeline().text_encoder_3 is None
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_a_network_without_its_configuration_is_refused_by_the_file(tiny_pipeline: Path, tmp_path: Path, name: str):
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    (tmp_path / "pipe" / name / "config.json").unlink()
+    with pytest.raises(UserError, match=rf"{name}/config\.json is missing"):
+        Parts(str(tmp_path / "pipe")).get(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("text_encoder", {"hidden_size": 33}),
+        ("text_encoder", {"num_attention_heads": 5}),
+        ("vae", {"block_out_channels": [8]}),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_one_line(
+    tiny_pipeline: Path, tmp_path: Path, name: str, settings: dict[str, Any]
+):
+    shutil.copytree(tiny_pipeline, tmp_path / "pipe")
+    file = tmp_path / "pipe" / name / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match=name) as caught:
+        Parts(str(tmp_path / "pipe")).get(name)
+    assert "\n" not in str(caught.value)
+    if name == "text_encoder":
+        with pytest.raises(UserError, match=name) as caught:
+            fingerprint(str(tmp_path / "pipe"), [name])
+        assert "\n" not in str(caught.value)

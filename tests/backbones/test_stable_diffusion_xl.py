@@ -128,3 +128,11 @@ def test_what_is_no_sdxl_is_refused_by_name(tiny_sdxl: Path, tiny_pipeline: Path
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
     with pytest.raises(UserError, match="EDMEulerScheduler, of the EDM process"):
         load_backbone(str(tmp_path / "edm"))
+
+
+def test_tokenizers_of_two_lengths_are_named(tmp_path: Path):
+    folder = save_sdxl(tmp_path / "pipe")
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 15}))
+    with pytest.raises(UserError, match="16 and of tokenizer_2 15"):
+        load_backbone(str(folder)).encode_text(["a cat"])

@@ -134,3 +134,29 @@ def test_without_a_length_the_settings_are_named(folder: Path):
     file.write_text(json.dumps(stated))
     with pytest.raises(UserError, match=r"tokenizer_config\.json"):
         checked(folder)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.8])
+def test_merges_that_are_cut_short_are_refused(folder: Path, kept: float, old: bool):
+    """Then words fall into pieces; letters, which most of a small vocabulary are, are still read."""
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    merges = []
+    for word in ("red", "blue", "cat", "house", "gun", "and", "with", "ant", "near", "bus"):
+        for place in range(1, len(word)):
+            pair = [word[:place], word[place] + ("</w>" if place == len(word) - 1 else "")]
+            merges += [] if pair in merges else [pair]
+    names = dict.fromkeys("".join(pair) for pair in merges)
+    stated["model"]["vocab"] |= {name: 100 + number for number, name in enumerate(names)}
+    stated["model"]["merges"] = merges
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    checked(folder, {})
+    stated["model"]["merges"] = merges[: int(kept * len(merges))]
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    if old:
+        in_old_files(folder)
+        lines = map(" ".join, stated["model"]["merges"])
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    with pytest.raises(UserError, match="tokenizer") as caught:
+        checked(folder, {})
+    assert str(folder) in str(caught.value)

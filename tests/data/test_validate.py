@@ -59,6 +59,10 @@ def test_what_differs_from_the_manifest_is_listed(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shardlist"][3]["classes"][0] = manifest["shardlist"][0]["classes"][0]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: 'counts' says order"):
+        problems(str(tmp_path))
+    del manifest["counts"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     found = problems(str(tmp_path))
     assert [line.split(": ", 1)[1].split(" but")[0] for line in found] == [
         "is missing",

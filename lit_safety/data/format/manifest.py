@@ -228,7 +228,31 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     stated = data.get("counts", {}).get("samples") if isinstance(data.get("counts"), dict) else None
     if stated is not None and stated != manifest.nsamples:
         raise UserError(f"{path}: 'counts' says {stated} samples but its shards hold {manifest.nsamples}")
+    if isinstance(data.get("counts"), dict):
+        _check_counts(data["counts"], manifest, path)
     return manifest
+
+
+def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> None:
+    """Compare what is counted with what is listed: people read the one, and training goes by the other.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not manifest.shardlist or any(shard.classes is None for shard in manifest.shardlist):
+        return
+    found: dict[str, Any] = {name: held for name, held in manifest.counts().items() if name in stated}
+    if manifest.states_labels and "label" in stated:
+        classes = [manifest.classes[number] for shard in manifest.shardlist for number in shard.classes or ()]
+        found["label"] = dict(sorted(Counter(str(one.label) for one in classes).items()))
+    elif sum(manifest.labels.values()) not in (0, manifest.nsamples):  # they are counted and not listed
+        found["label"] = f"{manifest.nsamples} samples"
+    for name, held in found.items():
+        if stated[name] != held:
+            raise UserError(
+                f"{path}: 'counts' says {name} {json.dumps(stated[name])[:200]}, and its shards hold {held}; write the "
+                "shards again, or correct 'counts'"
+            )
 
 
 def _list(data: dict[str, Any], name: str, path: Path) -> list[Any]:

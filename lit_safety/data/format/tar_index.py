@@ -41,8 +41,8 @@ _NAMES = (
 _WANTED = re.compile(_NAMES)
 _DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
 _UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
-# Endings of what a sample is made of: where no sample is, it is missed.
-_MISSED = frozenset({*FORMATS, *OTHER_FORMATS, "json", "npy"})
+# Endings of what a sample is made of (an image may have none, as `K.chosen`): where no sample is, it is missed.
+_MISSED = frozenset({*FORMATS, *OTHER_FORMATS, "json", "npy", "chosen", "rejected"})
 
 
 class BadSample(UserError):

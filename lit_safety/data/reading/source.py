@@ -214,6 +214,8 @@ class _Pull:
                     options = {"block_size": 0, "size": 1, "headers": {"Accept-Encoding": "identity"}}
                 with store.open(name, "rb", **options) as source, open(self.path, "wb") as out:
                     if (answer := getattr(source, "r", None)) is not None:
+                        if answer.status != 200:  # no content, or a part that was not asked for
+                            raise UserError(f"{self.url}: the server answers {answer.status}, not with the whole file")
                         headers = answer.headers
                         self.marks = _marks({"size": headers.get("Content-Length"), **headers})
                     else:
@@ -309,6 +311,8 @@ def _reason(url: str, error: BaseException) -> str:
     if isinstance(status, int):
         if status in (404, 410):
             raise UserError(f"{url}: is not there") from error
+        if not status:
+            raise UserError(f"{url}: the server sends from one address to the next without end") from error
         said = f"the server answers {status}{_words(error)}"
         if status not in BUSY and status < 500:
             raise UserError(f"{url}: cannot be fetched: {said}") from error
@@ -330,7 +334,7 @@ def _reason(url: str, error: BaseException) -> str:
     if not isinstance(error, Exception):
         raise error
     deepest = error.__cause__ or error
-    return str(deepest).strip() or type(deepest).__name__
+    return " ".join(str(deepest).split()) or type(deepest).__name__
 
 
 def _words(error: BaseException) -> str:
@@ -432,7 +436,12 @@ class Source:
         """
         path, listed = self.paths[number], self.manifest.shardlist[number]
         if is_remote(path):
-            path = str(fetch(path, default_cache(), listed.sha256, size=listed.bytes))
+            url, copy = path, fetch(path, default_cache(), listed.sha256, size=listed.bytes)
+            try:
+                return OpenShard(str(copy), listed.nsamples)
+            except UserError as error:  # such as a page that asks who one is; kept, it would be met again
+                copy.unlink(missing_ok=True)
+                raise UserError(f"{url}: {error}") from error
         elif listed.sha256 is not None and not self.manifest.states_labels and len(self.manifest.labels) > 1:
             self._check_content(path, listed.sha256)
         return OpenShard(path, listed.nsamples)

@@ -92,3 +92,21 @@ def test_a_million_pairs_open_at_once(tmp_path: Path) -> None:
     start = time.perf_counter()
     assert load_manifest(tmp_path).nsamples == 1_000_000
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("name", ["category", "kind", "order", "label"])
+@pytest.mark.parametrize("older", [False, True])
+def test_counts_that_are_not_those_of_the_samples_are_refused(tmp_path: Path, name: str, older: bool) -> None:
+    write_shards(tmp_path, 6, 3)
+    path = tmp_path / "manifest.json"
+    stated = json.loads(path.read_text())
+    if older:  # labels are counted and not listed
+        for one in stated["classes"]:
+            del one["label"]
+    path.write_text(json.dumps(stated))
+    load_manifest(tmp_path)
+    first = min(stated["counts"][name])
+    stated["counts"][name][first] += 1
+    path.write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=rf"manifest\.json.*{name}"):
+        load_manifest(tmp_path)

@@ -85,6 +85,9 @@ def test_kinds_swapped_in_the_manifest_are_noticed_under_a_filter(tmp_path: Path
     write_shards(tmp_path, 8, 8)
     swap = {"harmful": "clean", "clean": "harmful"}
     restate(tmp_path, lambda stated: [one.update(kind=swap[one["kind"]]) for one in stated["classes"]])
+    with pytest.raises(UserError, match=r"manifest\.json: 'counts' says kind"):
+        read(tmp_path, num_workers=1, kinds=["harmful"])
+    restate(tmp_path, lambda stated: stated["counts"].pop("kind"))
     with pytest.raises(UserError, match="its kind is 'clean', and the manifest says 'harmful'"):
         read(tmp_path, kinds=["harmful"])
 

@@ -186,3 +186,10 @@ def test_same_names_in_two_folders_are_two_samples(tmp_path: Path) -> None:
     folder = packed(tmp_path, pair("v1.5/a/0", 0) + pair("v1.5/b/0", 1))
     assert [one.key for one in index_tar(folder / "shard.tar").samples] == ["v1.5/a/0", "v1.5/b/0"]
     assert problems(str(folder)) == []
+
+
+def test_images_without_an_ending_that_are_no_samples_are_told(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [("0", sample(0)), ("9", {"chosen": b"x", "rejected": b"y"})])
+    (lone,) = [one for one in index_tar(tmp_path / "a.tar").samples if one.key == "9"]
+    assert lone.problem is not None
+    assert "9.chosen" in lone.problem

@@ -309,3 +309,45 @@ def test_without_a_home_shards_are_kept_among_the_temporary_files(
     monkeypatch.setenv("LIT_SAFETY_CACHE", "/dev/null/x")
     with pytest.raises(UserError, match="LIT_SAFETY_CACHE"):
         passes(f"{server.url}/train")
+
+
+def without_hashes(folder: Path) -> None:
+    path = folder / "manifest.json"
+    stated = json.loads(path.read_text())
+    for shard in stated["shardlist"]:
+        del shard["sha256"], shard["bytes"]
+    path.write_text(json.dumps(stated))
+
+
+@pytest.mark.parametrize("status", [204, 206])
+def test_an_answer_that_is_not_the_whole_file_is_refused_without_a_hash_too(server: Server, status: int) -> None:
+    without_hashes(server.folder / "train")
+    server.failing, server.status = 99, status
+    with pytest.raises(UserError, match=rf"^http.*shard-00000\d\.tar: the server answers {status}"):
+        passes(f"{server.url}/train")
+    server.failing = 0
+    assert len(passes(f"{server.url}/train")[0]) == 12
+
+
+def test_a_page_in_a_shards_place_is_told_by_its_url_and_not_kept(server: Server, tmp_path: Path) -> None:
+    without_hashes(server.folder / "train")
+    shard = server.folder / "train" / "shard-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"<html>log in</html>")
+    with pytest.raises(UserError, match=r"^http.*shard-000001\.tar: .*no"):
+        passes(f"{server.url}/train")
+    assert not list((tmp_path / "cache").rglob("shard-000001.tar"))
+    shard.write_bytes(whole)
+    assert len(passes(f"{server.url}/train")[0]) == 12
+
+
+def test_why_a_store_fails_is_one_line() -> None:
+    assert remote._reason("s3://a/b", OSError("400, message:\n  too little")) == "400, message: too little"
+
+
+def test_a_server_that_sends_on_without_end_is_told(server: Server) -> None:
+    class Redirected(OSError):
+        status = 0
+
+    with pytest.raises(UserError, match=r"s3://a/b: .*without end"):
+        remote._reason("s3://a/b", Redirected())
