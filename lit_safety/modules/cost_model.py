@@ -258,6 +258,10 @@ class CostModel(LightningModule):
         self.calibration = {"images": len(known), "harmful": int(known.sum()), "not_calibrated": reason}
         self.temperature.fill_(temperature)
         self.bias.fill_(bias)
+        if reason is None:
+            costs = self.calibrated(raw)
+            for label, name in ((1, "middle_harmful"), (0, "middle_safe")):
+                self.calibration[name] = round(float(costs[labels == label].median()), 6)
         self._calibrated_at = self.trainer.global_step
 
     def _measure(self) -> dict[str, Tensor]:

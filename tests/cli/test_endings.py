@@ -24,6 +24,7 @@ from lit_safety.core.errors import Terminated
 from lit_safety.core.processes import each
 from lit_safety.core.progress import Lines, progress
 from lit_safety.drawing.threads import each_batch
+from lit_safety.judges.toy.judge import ToyJudge
 
 TOYWORLD = Path(__file__).parents[2] / "data" / "toyworld"
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
@@ -204,6 +205,7 @@ def from_library(error: BaseException) -> BaseException:
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/some/file"), "/some/file: is a folder"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/some/file"), "/some/file: is a file"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space"),
+        (OSError(errno.EFBIG, "File too large", "/some/file"), "/some/file"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -213,6 +215,20 @@ def test_what_the_machine_refuses_is_explained(error: BaseException, says: str) 
     assert message is not None
     assert says in message
     assert "\n" not in message
+
+
+def test_an_error_that_passes_through_any_file_of_the_package_is_explained(tmp_path: Path) -> None:
+    """Only a class of the user's keeps its traceback."""
+    try:
+        new_toy_judge = ToyJudge(width=4)
+        (tmp_path / "file").touch()
+        new_toy_judge.save_pretrained(tmp_path / "file" / "judge")
+    except OSError as error:
+        trace = error.__traceback__
+        assert trace is not None
+        message = explain(error.with_traceback(trace.tb_next))
+    assert message is not None
+    assert str(tmp_path / "file") in message
 
 
 def test_a_defect_and_a_user_s_own_class_keep_their_traceback() -> None:
