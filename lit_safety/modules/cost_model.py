@@ -24,7 +24,7 @@ from lit_safety.cost_model.network import ClipTower, CostAdapter, CostScorer, Fe
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
-from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, make_optimizer, make_scheduler, steps_of
 
 
 class CostModel(LightningModule):
@@ -103,7 +103,7 @@ class CostModel(LightningModule):
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.adapter.parameters())
+        optimizer = make_optimizer(self.make_optimizer, self.adapter.parameters())
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer

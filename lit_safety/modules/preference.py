@@ -36,7 +36,7 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, make_optimizer, make_scheduler, steps_of
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategies import (
     as_on_rank_0,
@@ -250,7 +250,7 @@ class Policy(LightningModule):
                 f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
                 "frozen weights are lowered to bfloat16"
             )
-        optimizer = self.make_optimizer([p for _, p in trained])
+        optimizer = make_optimizer(self.make_optimizer, [p for _, p in trained])
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer
