@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ OTHER_COMMANDS = {
 }
 
 
+READER_GONE = 128 + 13
+"""Exit status of a program that SIGPIPE ends."""
+
+
 def usage() -> str:
     """The top-level help."""
     lines = ["usage: python -m lit_safety COMMAND [--help] [options]", ""]
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0: done; 2: bad input, or what the machine does not allow (one line on stderr); 130 and 143: stopped by Ctrl-C or
-    SIGTERM (one line too).
+    SIGTERM (one line too); 141: whoever read its output went away before the end.
     """
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -63,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return _complain(shorten(str(error)))
         except BrokenPipeError:
-            # The reader of our output went away (`... | head`): end quietly, as other tools do.
+            if not _reader_is_gone():
+                raise
+            # As `... | head` leaves it: end quietly, as other tools do, but not as one that has done its work.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return READER_GONE
         except (KeyboardInterrupt, SystemExit) as error:
             if (by := stopped_by(error)) is None:
                 raise
@@ -78,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None:
                 raise
             return _complain(message)
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is stdout that nobody reads any more, and not some other pipe of the program."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    ends = select.poll()
+    ends.register(sys.stdout.fileno(), 0)
+    return bool(ends.poll(0))  # asked for nothing, it answers only that the other end is closed
 
 
 def _complain(message: str) -> int:

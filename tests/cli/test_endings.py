@@ -311,3 +311,29 @@ def test_test_refuses_the_toy_world_s_prompts_for_another_model(
     (complaint,) = complaints(capsys.readouterr().err)
     for name in ("EvaluateOnTest", "other_world", "data/toyworld/prompts/test.csv"):
         assert name in complaint
+
+
+def test_a_command_whose_output_nobody_reads_has_not_done_its_work(tmp_path: Path) -> None:
+    """A scheduler would take 0 for a training that came to its end."""
+    code = (
+        "import sys, time\nfrom lit_safety import __main__ as program\n"
+        "def work(arguments):\n"
+        "    while True: print('a line', flush=True); time.sleep(0.01)\n"
+        "program._run = work\nsys.exit(program.main(['fit']))\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.readline()
+    command.stdout.close()
+    assert command.wait(timeout=60) == 141
+    assert command.stderr.read() == b""
+
+
+def test_another_pipe_that_breaks_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def work(*_: Any) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(program, "_run", work)
+    with pytest.raises(BrokenPipeError):
+        main(["fit"])
