@@ -15,7 +15,7 @@ from lit_safety import __version__
 from lit_safety.core.endings import STOPPED, end_now, explain, signals, stopped_by
 from lit_safety.core.errors import UserError
 from lit_safety.core.hardware import out_of_memory
-from lit_safety.core.processes import watch_parent
+from lit_safety.core.processes import check_launcher, watch_parent
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, SystemExit) as error:
             if (by := stopped_by(error)) is None:
                 raise
-            if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0:  # of several ranks one speaks
+            if os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):  # of several ranks one speaks
                 with suppress(OSError):
                     print(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}", file=sys.stderr, flush=True)
             return 128 + by
@@ -111,6 +111,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     # transformers remarks on the image processors that it replaces where there is no torchvision; we use none.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_launcher()
     command = arguments[0]
     if command in TRAINER_COMMANDS:
         from lit_safety.cli.trainer import run_trainer

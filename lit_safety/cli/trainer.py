@@ -217,9 +217,9 @@ class LitSafetyCLI(LightningCLI):
                     "MASTER_PORT to a free one, or leave it out"
                 ) from error
             if (full := full_disk(error)) is not None:
+                again = "go on with `--ckpt_path last`" if subcommand == "fit" else "run the same command again"
                 raise UserError(
-                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then go on with "
-                    "`--ckpt_path last`"
+                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then {again}"
                 ) from error
             if lost_rank(error):
                 raise UserError(

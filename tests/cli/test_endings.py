@@ -21,7 +21,7 @@ from lit_safety import __main__ as program
 from lit_safety.__main__ import main
 from lit_safety.core.endings import explain, stopped_by
 from lit_safety.core.errors import Terminated
-from lit_safety.core.processes import each
+from lit_safety.core.processes import check_launcher, each
 from lit_safety.core.progress import Lines, progress
 from lit_safety.drawing.threads import each_batch
 from lit_safety.judges.toy.judge import ToyJudge
@@ -337,3 +337,18 @@ def test_another_pipe_that_breaks_is_no_quiet_end(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(program, "_run", work)
     with pytest.raises(BrokenPipeError):
         main(["fit"])
+
+
+@pytest.mark.parametrize(
+    "variable", ["LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "MASTER_PORT"]
+)
+def test_a_launcher_s_variable_that_is_no_number_is_named(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "abc")
+    assert main(["fit", "--config", "configs/scdpo.yaml"]) == 2
+    (complaint,) = complaints(capsys.readouterr().err)
+    assert variable in complaint
+    monkeypatch.setenv(variable, "")
+    check_launcher()
+    assert variable not in os.environ
