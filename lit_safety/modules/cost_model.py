@@ -24,7 +24,7 @@ from lit_safety.cost_model.network import ClipTower, CostAdapter, CostScorer, Fe
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
-from lit_safety.modules.schedule import ScheduleSettings, make_optimizer, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
 
 
 class CostModel(LightningModule):
@@ -102,8 +102,14 @@ class CostModel(LightningModule):
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
 
+    _resumed: str | None = None
+    _optimizer_kind: str | None = None
+    """The class of the optimizer, of the run that is resumed and of this one."""
+
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.make_optimizer, self.adapter.parameters())
+        check_same(self._resumed, optimizer)
+        self._optimizer_kind = kind_of(optimizer)
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer
@@ -221,8 +227,10 @@ class CostModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
+        checkpoint["optimizer"] = self._optimizer_kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
         mine = {name: value.shape for name, value in self.state_dict().items()}
         theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if mine != theirs:

@@ -36,7 +36,7 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.schedule import ScheduleSettings, make_optimizer, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategies import (
     as_on_rank_0,
@@ -243,6 +243,10 @@ class Policy(LightningModule):
         """Names and parameters of what is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
+    _resumed: str | None = None
+    _optimizer_kind: str | None = None
+    """The class of the optimizer, of the run that is resumed and of this one."""
+
     def configure_optimizers(self) -> Any:
         trained = self.trainable_parameters()
         if rounded := [name for name, p in trained if p.dtype != torch.float32]:
@@ -251,6 +255,8 @@ class Policy(LightningModule):
                 "frozen weights are lowered to bfloat16"
             )
         optimizer = make_optimizer(self.make_optimizer, [p for _, p in trained])
+        check_same(self._resumed, optimizer)
+        self._optimizer_kind = kind_of(optimizer)
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer
@@ -610,6 +616,7 @@ class PreferenceModule(Policy, WatchedGradient):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
+        checkpoint["optimizer"] = self._optimizer_kind
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
@@ -617,6 +624,7 @@ class PreferenceModule(Policy, WatchedGradient):
             checkpoint["strategy"] = family(self.trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
         try:
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:

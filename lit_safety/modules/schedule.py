@@ -52,6 +52,24 @@ def make_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opti
     return optimizer
 
 
+def kind_of(optimizer: Optimizer) -> str:
+    """What a checkpoint says of who wrote its optimizer's state."""
+    return type(optimizer).__name__
+
+
+def check_same(before: str | None, optimizer: Optimizer) -> None:
+    """Refuse to go on with another optimizer than a checkpoint's; None: it does not say.
+
+    Raises:
+        UserError: names the key. torch would fail in the first step, or go on with a state that means something else.
+    """
+    if before is not None and before != kind_of(optimizer):
+        raise UserError(
+            f"the checkpoint holds the state of {before}, and `model.init_args.optimizer` is {kind_of(optimizer)}: "
+            "resume with the same, or start a new run"
+        )
+
+
 def _check_rates(optimizer: Optimizer, key: str) -> None:
     for group in optimizer.param_groups:
         for name, value in group.items():
