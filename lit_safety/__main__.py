@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from lit_safety import __version__
 from lit_safety.core.endings import STOPPED, end_now, explain, signals, stopped_by
 from lit_safety.core.errors import UserError
 from lit_safety.core.hardware import out_of_memory
-from lit_safety.core.processes import watch_parent
+from lit_safety.core.processes import check_launcher, watch_parent
 
 TRAINER_COMMANDS = {
     "fit": "train: preference optimisation by YAML, `fit --config configs/scdpo.yaml`",
@@ -36,6 +37,10 @@ OTHER_COMMANDS = {
 }
 
 
+READER_GONE = 128 + 13
+"""Exit status of a program that SIGPIPE ends."""
+
+
 def usage() -> str:
     """The top-level help."""
     lines = ["usage: python -m lit_safety COMMAND [--help] [options]", ""]
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0: done; 2: bad input, or what the machine does not allow (one line on stderr); 130 and 143: stopped by Ctrl-C or
-    SIGTERM (one line too).
+    SIGTERM (one line too); 141: whoever read its output went away before the end.
     """
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -64,13 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return _complain(shorten(str(error)))
         except BrokenPipeError:
-            # The reader of our output went away (`... | head`): end quietly, as other tools do.
+            if not _reader_is_gone():
+                raise
+            # As `... | head` leaves it: end quietly, as other tools do, but not as one that has done its work.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return READER_GONE
         except (KeyboardInterrupt, SystemExit) as error:
             if (by := stopped_by(error)) is None:
                 raise
-            if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0:  # of several ranks one speaks
+            if os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):  # of several ranks one speaks
                 with suppress(OSError):
                     print(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}", file=sys.stderr, flush=True)
             return 128 + by
@@ -79,6 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None:
                 raise
             return _complain(message)
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is stdout that nobody reads any more, and not some other pipe of the program."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    ends = select.poll()
+    ends.register(sys.stdout.fileno(), 0)
+    return bool(ends.poll(0))  # asked for nothing, it answers only that the other end is closed
 
 
 def _complain(message: str) -> int:
@@ -96,6 +112,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     # transformers remarks on the image processors that it replaces where there is no torchvision; we use none.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_launcher()
     command = arguments[0]
     if command in TRAINER_COMMANDS:
         from lit_safety.cli.trainer import run_trainer

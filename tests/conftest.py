@@ -214,4 +214,5 @@ def tiny_cost_model(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     tower = ClipTower(str(tiny_clip))
     adapter = CostAdapter(tower.width, 4)
     torch.nn.init.normal_(adapter.head.weight)
-    return save_cost_model(tmp_path_factory.mktemp("cost-models") / "tiny", CostScorer(tower, adapter, 0.5), {}, {})
+    return save_cost_model(tmp_path_factory.mktemp("cost-models") / "tiny", CostScorer(tower, adapter, 0.5), {}, {},
+                           {"images": 8, "harmful": 4, "not_calibrated": None})  # fmt: skip

@@ -68,46 +68,60 @@ def new_folder(parent: Path) -> Path:
     raise UserError(f"{parent} already holds 1000 runs of this second")
 
 
-def last_checkpoint(parent: Path) -> Path:
+def last_checkpoint(parent: Path, to_train: bool = False) -> Path:
     """As `find_checkpoint`.
 
     Raises:
         UserError: if no run has one, or none is whole.
     """
-    found, damaged = _search(parent)
+    found, damaged = _search(parent, to_train)
     if found is None and damaged:
         path, reason = damaged[0]
         raise UserError(
-            f"`--ckpt_path last`: {path} is damaged ({reason}), and no run under {parent} has a whole one; give a path"
+            f"`--ckpt_path last`: {path} cannot be used ({reason}), and no run under {parent} has a whole one; give a "
+            "path"
         )
     if found is None:
         raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
     return found
 
 
-def find_checkpoint(parent: Path) -> Path | None:
+def find_checkpoint(parent: Path, to_train: bool = False) -> Path | None:
     """The newest whole checkpoint to go on from of the runs under ``parent``; None: no run has one.
 
     What is newer and damaged is named on the way.
+
+    Args:
+        parent: the folder of the runs.
+        to_train: one with all that a training goes on from, not weights alone.
     """
-    return _search(parent)[0]
+    return _search(parent, to_train)[0]
 
 
-def _search(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def _search(parent: Path, to_train: bool) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest whole checkpoint, and what is newer and damaged, with the reasons."""
     found = [path for run in parent.glob("*") if not run.is_symlink() for path in _checkpoints(run / LAST_CHECKPOINT)]
     damaged: list[tuple[Path, str]] = []
     chosen = None
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name == LAST_CHECKPOINT.name), reverse=True):
-        if (reason := damage(path)) is not None:
-            damaged.append((path, reason))
-        elif path.is_dir() or path.name == LAST_CHECKPOINT.name or has_optimizer(path):
+    for path in sorted(found, key=lambda path: (_age(path), path.name == LAST_CHECKPOINT.name), reverse=True):
+        reason = damage(path)
+        if reason is None and path.name != LAST_CHECKPOINT.name and not path.is_dir() and not has_optimizer(path):
+            continue  # weights alone that were kept on purpose, such as the best ones
+        if reason is None and to_train:
+            reason = incomplete(path)
+        if reason is None:
             chosen = path
             break
+        damaged.append((path, reason))
     if damaged and is_main_process():
         instead = f"going on from {chosen}" if chosen is not None else "there is no whole one"
-        print(*(f"note: {path} is damaged ({reason})" for path, reason in damaged), f"note: {instead}", sep="\n")
+        print(*(f"note: {path} cannot be used ({reason})" for path, reason in damaged), f"note: {instead}", sep="\n")
     return chosen, damaged
+
+
+def _age(path: Path) -> float:
+    """When it was written; of a link that leads nowhere, when the link was made."""
+    return os.lstat(path).st_mtime if not os.path.exists(path) else path.stat().st_mtime
 
 
 def _checkpoints(last: Path) -> list[Path]:
@@ -125,6 +139,8 @@ def damage(path: Path) -> str | None:
 
     if path.is_dir():
         return missing_parts(path)
+    if not path.exists():
+        return "is a link that leads nowhere"
     try:
         read_file(path)
     except UserError as error:
@@ -145,6 +161,32 @@ def has_optimizer(path: Path) -> bool:
     from lit_safety.adapters.start_from import read_file
 
     return "optimizer_states" in read_file(path)
+
+
+#: What Lightning reads of a checkpoint when a training goes on.
+_STATE = {
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+
+
+def incomplete(path: Path) -> str | None:
+    """What a whole checkpoint file lacks for a training to go on from it; None: nothing, or it is a folder."""
+    from lit_safety.adapters.start_from import read_file
+
+    if path.is_dir():
+        return None
+    found = read_file(path)
+    if not found.get("optimizer_states"):
+        return "holds weights alone, and no optimizer to go on with"
+    lost = [name for name, kind in _STATE.items() if not isinstance(found.get(name), kind)]
+    if not lost and "fit_loop" not in found["loops"]:
+        lost = ["loops"]
+    return f"lacks {', '.join(lost)}, without which no training goes on" if lost else None
 
 
 def point_latest(folder: Path) -> None:

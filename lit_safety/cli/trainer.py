@@ -33,7 +33,7 @@ from lit_safety.cli.run_files import (
     RunOptions,
     damage,
     find_checkpoint,
-    has_optimizer,
+    incomplete,
     keep_rows,
     last_checkpoint,
     new_folder,
@@ -162,7 +162,8 @@ class LitSafetyCLI(LightningCLI):
         parent = Path(config.run.root) / name
         resumed = None
         if (wanted := config.get("ckpt_path")) in ("last", AUTO):
-            checkpoint = last_checkpoint(parent) if wanted == "last" else find_checkpoint(parent)
+            trains = self.subcommand == "fit"
+            checkpoint = last_checkpoint(parent, trains) if wanted == "last" else find_checkpoint(parent, trains)
             config.ckpt_path = None if checkpoint is None else str(checkpoint)
             resumed = None if checkpoint is None else checkpoint.parents[1]
         self.is_new = False
@@ -226,9 +227,9 @@ class LitSafetyCLI(LightningCLI):
                     "MASTER_PORT to a free one, or leave it out"
                 ) from error
             if (full := full_disk(error)) is not None:
+                again = "go on with `--ckpt_path last`" if subcommand == "fit" else "run the same command again"
                 raise UserError(
-                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then go on with "
-                    "`--ckpt_path last`"
+                    f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then {again}"
                 ) from error
             if lost_rank(error):
                 raise UserError(
@@ -323,10 +324,9 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
     if Path(ckpt_path).exists():
         if (reason := damage(Path(ckpt_path))) is not None:
             raise UserError(f"`--ckpt_path {ckpt_path}` {reason}; `--ckpt_path last` finds the newest whole one")
-        if command == "fit" and Path(ckpt_path).is_file() and not has_optimizer(Path(ckpt_path)):
+        if command == "fit" and (reason := incomplete(Path(ckpt_path))) is not None:
             raise UserError(
-                f"`--ckpt_path {ckpt_path}` holds weights alone, and no optimizer to go on with: begin a new run from "
-                "them, `--model.init_args.start_from`"
+                f"`--ckpt_path {ckpt_path}` {reason}: begin a new run from its weights, `--model.init_args.start_from`"
             )
         return
     raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")

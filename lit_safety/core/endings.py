@@ -31,6 +31,7 @@ _WHY = {
     errno.ELOOP: "is a link that leads to itself",
     errno.ENOSPC: "no space is left on that disk; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.EFBIG: "a file may not grow so large here (`ulimit -f`); allow more and run the same command again",
     errno.EIO: "the disk does not give or take it (input/output error)",
 }
 
@@ -110,7 +111,7 @@ def explain(error: BaseException) -> str | None:
         return None
     if isinstance(error, OSError) and error.errno in _WHY and error.filename is not None:
         return f"{_name(error.filename)}: {_WHY[error.errno]}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         return f"{os.strerror(error.errno)}: {_WHY[error.errno]}"
     return None
 
@@ -118,7 +119,8 @@ def explain(error: BaseException) -> str | None:
 def of_own_class(error: BaseException) -> bool:
     """Whether a frame of the error's traceback is neither ours, nor a library's, nor Python's own."""
     paths = sysconfig.get_paths()
-    known = [str(Path(__file__).parent), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    ours = Path(__file__).parents[1]  # the package
+    known = [str(ours), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
     known += [str(Path(place).resolve()) for place in known]
     for file in _files(error):
         if not file.startswith("<") and not any(file.startswith(place + os.sep) for place in known):

@@ -18,6 +18,7 @@ import jsonargparse._postponed_annotations as postponed
 import jsonargparse._typehints as typehints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._paths import Path
 from jsonargparse._util import import_object
 
@@ -206,6 +207,43 @@ def _without_default(class_path: str) -> set[str]:
     return {one.name for one in parameters if one.default is one.empty}
 
 
+def check_nulls(values: Any, key: str = "") -> None:
+    """Complain about a null of a class in a config whose parameter takes none.
+
+    jsonargparse lets it through in files, and the class would fail on it in words that name no key. Only plain types
+    are looked at; a parameter whose default is null takes one whatever its type says.
+
+    Raises:
+        UserError: names the key.
+    """
+    if isinstance(values, list | tuple):
+        for number, one in enumerate(values):
+            check_nulls(one, f"{key}.{number}")
+    if not isinstance(values, Mapping):
+        return
+    arguments = values.get("init_args")
+    if isinstance(values.get("class_path"), str) and isinstance(arguments, Mapping):
+        empty = {name for name, one in arguments.items() if one is None}
+        for parameter in _parameters(values["class_path"]) if empty else ():
+            if parameter.name in empty and parameter.default is not None and parameter.annotation in _PLAIN:
+                raise UserError(
+                    f"`{key}.init_args.{parameter.name}`: is null, and {values['class_path'].rpartition('.')[2]} needs "
+                    f"a {parameter.annotation.__name__}"
+                )
+    for name, one in values.items():
+        check_nulls(one, f"{key}.{name}" if key else str(name))
+
+
+_PLAIN = (int, float, bool, str)
+
+
+def _parameters(class_path: str) -> Sequence[Any]:
+    try:
+        return get_signature_parameters(typehints.import_object(class_path), "__init__")
+    except (ImportError, AttributeError, TypeError, ValueError):  # no class, or one of C code
+        return ()
+
+
 def _brief(value: Any) -> str:
     return str(value["class_path"]) if isinstance(value, Namespace) and "class_path" in value else str(value)[:60]
 
@@ -287,12 +325,14 @@ class SingleLineErrors:
                 given = classes_first(find_configs(given))
             parsed = super().parse_args(given, *more, **keys)  # type: ignore[misc]
             check_values(parsed.as_dict())
+            check_nulls(parsed.as_dict())
             return parsed
 
     def parse_object(self, *given: Any, **keys: Any) -> Any:
         with self._fresh():
             parsed = super().parse_object(*given, **keys)  # type: ignore[misc]
             check_values(parsed.as_dict())
+            check_nulls(parsed.as_dict())
             return parsed
 
     @contextmanager

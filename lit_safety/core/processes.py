@@ -142,3 +142,25 @@ def each(work: Callable[[Work], Done], parts: Sequence[Work], processes: int) ->
         end_all(started)
         raise
     pool.shutdown()
+
+
+#: What launchers count processes by.
+_COUNTS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+)
+
+
+def check_launcher() -> None:
+    """Complain about a launcher's variables that hold no whole number; one that is set to nothing is not set.
+
+    Raises:
+        UserError: names the variable.
+    """
+    for name in _COUNTS:
+        value = os.environ.get(name)
+        if value is not None and not value.strip():
+            del os.environ[name]
+        elif value is not None and not (value.strip().isascii() and value.strip().isdigit()):
+            raise UserError(f"the environment variable {name} is {value[:40]!r}, and no whole number: `unset {name}`, "
+                            "or let the launcher set it")  # fmt: skip

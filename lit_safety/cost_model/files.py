@@ -24,7 +24,7 @@ def cost_model_card(config: dict[str, Any]) -> str:
     settings = "\n".join(f"| {name} | {value} |" for name, value in config["settings"].items())
     overall = {name: value for name, value in config["metrics"].items() if "/" not in name}
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in overall.items())
-    reason = _not_calibrated(config)
+    reason = why_not_calibrated(config)
     measured = f"| figure | value |\n|---|---|\n{metrics}" if metrics else "No validation was run: not calibrated."
     if reason is None:
         meaning = "above 0 harmful, below 0 safe, and sigmoid(C) the probability that it is harmful."
@@ -62,7 +62,8 @@ others. Report the safety of what was aligned by it with a judge that no trainin
 """
 
 
-def _not_calibrated(config: dict[str, Any]) -> str | None:
+def why_not_calibrated(config: dict[str, Any]) -> str | None:
+    """Why the costs of a model with this config.json have no border at 0, in words; None: they have one."""
     if (found := config.get("calibration")) is not None:
         return found["not_calibrated"]
     if not config["metrics"]:
@@ -78,6 +79,8 @@ KIND = "lit_safety cost model"
 VERSION = 1
 MOST_COST = 5.0
 """Size of a threshold: a probability of harm of 99.3%."""
+MOST_COST_UNSEEN = 3.0
+"""The same where the folder does not say what its calibration images cost: 95%."""
 MOST_TEMPERATURE, MOST_SHIFT = 1e6, 1e3
 """Sizes of a calibration that an honest fit stays far below."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -97,8 +100,8 @@ def save_cost_model(
         scorer: the model.
         metrics: figures of the last validation, for whoever opens the folder.
         settings: how it was trained, likewise.
-        calibration: `images` and `harmful`, how many labelled images it was fitted on, and `not_calibrated`, why it was
-            not, in words, or None.
+        calibration: `images` and `harmful`, how many labelled images it was fitted on; `not_calibrated`, why it was
+            not, in words, or None; and, where it was, `middle_harmful` and `middle_safe`, the costs of the middle one.
     """
     folder = Path(folder)
     source = scorer.tower.source
@@ -150,20 +153,57 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):
         raise UserError(f"{folder / CONFIG}: its `kind` is not {KIND!r}, so it describes no cost model")
-    if config.get("version") != VERSION:
+    if config.get("version") != VERSION or isinstance(config["version"], bool):
         raise UserError(f"{folder / CONFIG}: is of version {config.get('version')!r}; this program reads {VERSION}")
     wanted = {"clip": str, "clip_fingerprint": str, "features": str, "width": int, "threshold": float | int}
     for name, kind in wanted.items():
         if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
             raise UserError(f"{folder / CONFIG}: `{name}` is {config.get(name)!r}; copy the folder again")
-    if not abs(config["threshold"]) <= MOST_COST:  # nan compares as false
+    _check_figures(config, folder / CONFIG)
+    least, most = threshold_range(config)
+    if not least <= config["threshold"] <= most:  # nan compares as false
         raise UserError(
             f"{folder / CONFIG}: `threshold` is {config['threshold']!r}; a cost above 0 is harmful, so it must lie "
-            f"from -{MOST_COST} to {MOST_COST}: beyond, nearly all images would count as safe, or as harmful"
+            f"from {least:g} to {most:g}: beyond, it would call most harmful images safe, or most safe ones harmful"
         )
     if config["features"] not in get_args(Features) or not 0 < config["width"] <= 65536:
         raise UserError(f"{folder / CONFIG}: has features {config['features']!r} of width {config['width']}: damaged")
     return config
+
+
+def threshold_range(config: dict[str, Any]) -> tuple[float, float]:
+    """Between which costs a threshold may lie.
+
+    0 always may. Above it, at most where half of the harmful images of the calibration lie: a judge that calls more
+    than half of them safe is none. Below it likewise with the safe ones.
+    """
+    calibration = config.get("calibration") or {}
+    least = max(-MOST_COST, min(0.0, calibration.get("middle_safe", -MOST_COST_UNSEEN)))
+    return least, min(MOST_COST, max(0.0, calibration.get("middle_harmful", MOST_COST_UNSEEN)))
+
+
+def _check_figures(config: dict[str, Any], file: Path) -> None:
+    """What the last validation measured decides which categories a judge says it sees, and whether 0 is a border.
+
+    Raises:
+        UserError: it is no table of finite numbers, or the calibration is none that `save_cost_model` writes.
+    """
+    metrics, calibration = config.get("metrics"), config.get("calibration")
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+        raise UserError(f"{file}: `metrics` must be a table of finite numbers; copy the folder again")
+    if calibration is None and "calibration" not in config:
+        return
+    reason = calibration.get("not_calibrated", "") if isinstance(calibration, dict) else ""
+    counts = [calibration.get(name) for name in ("images", "harmful")] if isinstance(calibration, dict) else []
+    middles = [v for k, v in calibration.items() if k.startswith("middle_")] if isinstance(calibration, dict) else []
+    if reason == "" or not isinstance(reason, str | None) or not all(map(_is_number, [*counts, *middles])):
+        raise UserError(
+            f"{file}: `calibration` must hold `images`, `harmful` and `not_calibrated`; copy the folder again"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # nan is not
 
 
 def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> CostScorer:

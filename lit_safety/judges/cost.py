@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_safety.core.errors import UserError
 from lit_safety.judges.judge import JudgeError, Verdict, in_order
 
 if TYPE_CHECKING:
@@ -33,14 +34,20 @@ class CostJudge:
             threshold.
 
     Raises:
-        UserError: it does not load, or stands on another CLIP.
+        UserError: it does not load, stands on another CLIP, or was not calibrated: 0 is then no border between harmful
+            and safe, and neither is any other threshold.
     """
 
     def __init__(self, folder: str | Path) -> None:
         from lit_safety.core.hashes import fingerprint
-        from lit_safety.cost_model.files import load_cost_model, read_config
+        from lit_safety.cost_model.files import load_cost_model, read_config, why_not_calibrated
 
         config = read_config(folder)
+        if (reason := why_not_calibrated(config)) is not None:
+            raise UserError(
+                f"{Path(folder) / 'config.json'}: this cost model is not calibrated ({reason}), so no threshold tells "
+                "harmful images from safe ones; fit it with validation pairs of both labels, or take another judge"
+            )
         self.threshold = float(config["threshold"])
         self.scorer = load_cost_model(folder)
         self.name = f"cost model/{Path(folder).name}"

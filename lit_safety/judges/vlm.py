@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 Answer = TypeVar("Answer")
+LEAST_SIDE = 16
+"""Images are shrunk to no smaller a side: an image of few pixels shows nothing, and would be called safe."""
 
 
 class VisionChat:
@@ -54,8 +56,12 @@ class VisionChat:
         max_side: int,
         give_up_after: int,
     ) -> None:
-        if min(parallel, max_side, give_up_after) < 1:
-            raise UserError("VLM judge: parallel, max_side and give_up_after must be at least 1")
+        if min(parallel, give_up_after) < 1:
+            raise UserError("VLM judge: parallel and give_up_after must be at least 1")
+        if max_side < LEAST_SIDE:
+            raise UserError(
+                f"VLM judge: max_side {max_side}: must be at least {LEAST_SIDE}; no model sees harm in a smaller image"
+            )
         self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
         self.model, self.parallel, self.max_side, self.give_up_after = model, parallel, max_side, give_up_after
         self.name = f"VLM {model}"

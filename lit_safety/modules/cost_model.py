@@ -25,7 +25,7 @@ from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.protocols import PairData, WithVal, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
-from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
 
 
 class CostModel(LightningModule):
@@ -103,8 +103,14 @@ class CostModel(LightningModule):
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
 
+    _resumed: str | None = None
+    _optimizer_kind: str | None = None
+    """The class of the optimizer, of the run that is resumed and of this one."""
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.adapter.parameters())
+        optimizer = make_optimizer(self.make_optimizer, self.adapter.parameters())
+        check_same(self._resumed, optimizer)
+        self._optimizer_kind = kind_of(optimizer)
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer
@@ -222,8 +228,10 @@ class CostModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
+        checkpoint["optimizer"] = self._optimizer_kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
         mine = {name: value.shape for name, value in self.state_dict().items()}
         theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if mine != theirs:
@@ -259,6 +267,10 @@ class CostModel(LightningModule):
         self.calibration = {"images": len(known), "harmful": int(known.sum()), "not_calibrated": reason}
         self.temperature.fill_(temperature)
         self.bias.fill_(bias)
+        if reason is None:
+            costs = self.calibrated(raw)
+            for label, name in ((1, "middle_harmful"), (0, "middle_safe")):
+                self.calibration[name] = round(float(costs[labels == label].median()), 6)
         self._calibrated_at = self.trainer.global_step
 
     def _measure(self) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.schedule import ScheduleSettings, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategies import (
     as_on_rank_0,
@@ -281,6 +281,10 @@ class PreferenceModule(LightningModule):
         """Names and parameters of what is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
+    _resumed: str | None = None
+    _optimizer_kind: str | None = None
+    """The class of the optimizer, of the run that is resumed and of this one."""
+
     # ---- the reference: the same network ----------------------------------------------------------------------
 
     @property
@@ -431,7 +435,9 @@ class PreferenceModule(LightningModule):
                 f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
                 "frozen weights are lowered to bfloat16"
             )
-        optimizer = self.make_optimizer([p for _, p in trained])
+        optimizer = make_optimizer(self.make_optimizer, [p for _, p in trained])
+        check_same(self._resumed, optimizer)
+        self._optimizer_kind = kind_of(optimizer)
         if self.make_lr_scheduler is None:
             self._settings = ScheduleSettings(optimizer, None)
             return optimizer
@@ -527,6 +533,7 @@ class PreferenceModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
+        checkpoint["optimizer"] = self._optimizer_kind
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
@@ -534,6 +541,7 @@ class PreferenceModule(LightningModule):
             checkpoint["strategy"] = family(self.trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
         try:
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -17,6 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneC
 from lit_safety.core.errors import UserError
 
 KEY = "model.init_args.lr_scheduler.init_args"
+OPTIMIZER_KEY = "model.init_args.optimizer.init_args"
+#: What an optimizer or a scheduler writes into a group, of which no negative number can be meant.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
 #: A share of the warm-up that is no step, yet more than nothing to divide by.
 _SLIVER = 1e-9
 #: Settings of schedulers that are kept under another name than their argument's.
@@ -24,11 +27,55 @@ _OWN_NAMES = ("_schedule_phases", "_anneal_func_type", "base_lrs")
 
 
 def steps_of(trainer: Trainer | None) -> float:
-    """Optimizer steps that a fit takes in all, those before a resume included; infinite where nothing ends it."""
+    """Optimizer steps that a fit takes in all, those before a resume included; infinite where nothing ends it.
+
+    Without a trainer nobody knows: nan.
+    """
     if trainer is None:
-        return math.inf
+        return math.nan
     steps = trainer.estimated_stepping_batches
     return math.inf if steps < 0 else steps
+
+
+def make_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
+    """Make the optimizer that a YAML describes.
+
+    Raises:
+        UserError: it refuses its settings, or one is no number that can be meant: a step of a negative rate would
+            teach what is to be unlearned.
+    """
+    try:
+        optimizer = factory(parameters)
+    except ValueError as error:
+        raise UserError(f"`{OPTIMIZER_KEY}`: {' '.join(str(error).split())}") from error
+    _check_rates(optimizer, OPTIMIZER_KEY)
+    return optimizer
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """What a checkpoint says of who wrote its optimizer's state."""
+    return type(optimizer).__name__
+
+
+def check_same(before: str | None, optimizer: Optimizer) -> None:
+    """Refuse to go on with another optimizer than a checkpoint's; None: it does not say.
+
+    Raises:
+        UserError: names the key. torch would fail in the first step, or go on with a state that means something else.
+    """
+    if before is not None and before != kind_of(optimizer):
+        raise UserError(
+            f"the checkpoint holds the state of {before}, and `model.init_args.optimizer` is {kind_of(optimizer)}: "
+            "resume with the same, or start a new run"
+        )
+
+
+def _check_rates(optimizer: Optimizer, key: str) -> None:
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and (not math.isfinite(value) or (name in _RATES and value < 0)):
+                raise UserError(f"`{key}`: {name} is {value}, and must be a finite number, not below 0")
 
 
 def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
@@ -37,24 +84,32 @@ def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
     Args:
         factory: makes it from the optimizer; jsonargparse's holds the YAML's arguments.
         optimizer: whose rate is scheduled.
-        steps: how often it will be stepped; a `total_steps` that is null becomes this.
+        steps: how often it will be stepped; a `total_steps` that is null becomes this. Infinite: for ever; nan: nobody
+            knows.
 
     Raises:
-        UserError: it ends before the run, or its length is left open and so is the run's.
+        UserError: it ends before the run, its length is left open and so is the run's, it refuses its settings, or a
+            rate would be negative or not finite.
     """
     given: dict[str, Any] = factory.keywords if isinstance(factory, functools.partial) else {}
     filled: dict[str, Any] = {}
     if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
-        if math.isinf(steps):
+        if not math.isfinite(steps):
             raise UserError(
                 f"`{KEY}.total_steps` follows `trainer.max_steps` or `trainer.max_epochs`, and neither is given: set "
                 "one of the three"
             )
         filled["total_steps"] = max(2, int(steps))  # a schedule of one step is only its end, a rate near 0
     total = filled.get("total_steps", given.get("total_steps"))
+    if isinstance(share := given.get("pct_start"), int | float) and not 0 <= share <= 1:  # nan compares as false
+        raise UserError(f"`{KEY}.pct_start` is {share}, and must lie from 0 to 1")
     if total is not None and isinstance(given.get("pct_start"), float):
         filled["pct_start"] = _warm_up(given["pct_start"], total)
-    scheduler = factory(optimizer, **filled)
+    try:
+        scheduler = factory(optimizer, **filled)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"`{KEY}`: {' '.join(str(error).split())}") from error
+    _check_rates(optimizer, KEY)
     for one in _within(scheduler):
         _check_length(one, steps)
     return scheduler
@@ -74,9 +129,14 @@ def _within(scheduler: Any) -> Iterator[Any]:
 
 
 def _check_length(scheduler: Any, steps: float) -> None:
-    if not isinstance(scheduler, OneCycleLR) or math.isinf(steps):
+    if not isinstance(scheduler, OneCycleLR) or math.isnan(steps):
         return
     total = scheduler.total_steps
+    if math.isinf(steps):
+        raise UserError(
+            f"`{KEY}.total_steps` is {total}, and neither `trainer.max_steps` nor `trainer.max_epochs` ends the run "
+            "there: set `trainer.max_steps` to as many"
+        )
     if total < steps:
         raise UserError(
             f"`{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: set it to null, so that it follows "

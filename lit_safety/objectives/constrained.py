@@ -93,9 +93,11 @@ class ConstrainedDPO(DiffusionDPO):
         anchor_weight: float = 0.0,
     ) -> None:
         super().__init__(beta, label_smoothing, sft_weight, anchor_weight)
-        if dual < 0:
+        if not -float("inf") < limit < float("inf"):  # nan compares as false
+            raise ValueError(f"limit must be a finite number, got {limit}")
+        if not 0 <= dual < float("inf"):
             raise ValueError(f"dual must not be negative, got {dual}")
-        if dual_rate <= 0:
+        if not 0 < dual_rate < float("inf"):
             raise ValueError(f"dual_rate must be above 0, got {dual_rate}")
         self.limit = limit
         self.dual = dual

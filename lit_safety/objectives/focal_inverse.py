@@ -51,7 +51,7 @@ class FocalInverse(Objective):
         anchor_weight: float = 0.0,
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
-        if gamma < 0:
+        if not 0 <= gamma < float("inf"):  # nan compares as false
             raise ValueError(f"gamma must not be negative, got {gamma}")
         if not detach_focus and gamma >= 1 / math.log(2):
             raise ValueError(

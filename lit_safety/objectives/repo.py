@@ -45,7 +45,7 @@ class RePO(Objective):
         self, beta: float = 5000.0, penalty_weight: float = 1.0, sft_weight: float = 0.0, anchor_weight: float = 0.0
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
-        if penalty_weight < 0:
+        if not 0 <= penalty_weight < float("inf"):  # nan compares as false
             raise ValueError(f"penalty_weight must not be negative, got {penalty_weight}")
         self.penalty_weight = penalty_weight
 

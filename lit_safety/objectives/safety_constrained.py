@@ -66,9 +66,9 @@ class SafetyConstrainedDPO(Objective):
         anchor_weight: float = 0.0,
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
-        if cost_weight < 0 or gamma < 0:
+        if not (0 <= cost_weight < float("inf") and 0 <= gamma < float("inf")):  # nan compares as false
             raise ValueError(f"cost_weight and gamma must not be negative, got {cost_weight}, {gamma}")
-        if cost_clip is not None and cost_clip <= 0:
+        if cost_clip is not None and not 0 < cost_clip < float("inf"):
             raise ValueError(f"cost_clip must be above 0 or null, got {cost_clip}")
         self.cost_weight = cost_weight
         self.gamma = gamma

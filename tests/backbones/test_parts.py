@@ -269,5 +269,5 @@ def test_a_configuration_that_contradicts_itself_is_one_line(
     assert "\n" not in str(caught.value)
     if name == "text_encoder":
         with pytest.raises(UserError, match=name) as caught:
-            fingerprint(str(tmp_path / "pipe"), [name])
+            part_hashes(str(tmp_path / "pipe"), [name])
         assert "\n" not in str(caught.value)

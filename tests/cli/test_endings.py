@@ -21,9 +21,10 @@ from lit_safety import __main__ as program
 from lit_safety.__main__ import main
 from lit_safety.core.endings import explain, stopped_by
 from lit_safety.core.errors import Terminated
-from lit_safety.core.processes import each
+from lit_safety.core.processes import check_launcher, each
 from lit_safety.core.progress import Lines, progress
 from lit_safety.drawing.threads import each_batch
+from lit_safety.judges.toy.judge import ToyJudge
 from tests.helpers.documents import TOYWORLD
 
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
@@ -204,6 +205,7 @@ def from_library(error: BaseException) -> BaseException:
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/some/file"), "/some/file: is a folder"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/some/file"), "/some/file: is a file"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space"),
+        (OSError(errno.EFBIG, "File too large", "/some/file"), "/some/file"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -213,6 +215,20 @@ def test_what_the_machine_refuses_is_explained(error: BaseException, says: str) 
     assert message is not None
     assert says in message
     assert "\n" not in message
+
+
+def test_an_error_that_passes_through_any_file_of_the_package_is_explained(tmp_path: Path) -> None:
+    """Only a class of the user's keeps its traceback."""
+    try:
+        new_toy_judge = ToyJudge(width=4)
+        (tmp_path / "file").touch()
+        new_toy_judge.save_pretrained(tmp_path / "file" / "judge")
+    except OSError as error:
+        trace = error.__traceback__
+        assert trace is not None
+        message = explain(error.with_traceback(trace.tb_next))
+    assert message is not None
+    assert str(tmp_path / "file") in message
 
 
 def test_a_defect_and_a_user_s_own_class_keep_their_traceback() -> None:
@@ -295,3 +311,44 @@ def test_test_refuses_the_toy_world_s_prompts_for_another_model(
     (complaint,) = complaints(capsys.readouterr().err)
     for name in ("EvaluateOnTest", "other_world", "data/toyworld/prompts/test.csv"):
         assert name in complaint
+
+
+def test_a_command_whose_output_nobody_reads_has_not_done_its_work(tmp_path: Path) -> None:
+    """A scheduler would take 0 for a training that came to its end."""
+    code = (
+        "import sys, time\nfrom lit_safety import __main__ as program\n"
+        "def work(arguments):\n"
+        "    while True: print('a line', flush=True); time.sleep(0.01)\n"
+        "program._run = work\nsys.exit(program.main(['fit']))\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.readline()
+    command.stdout.close()
+    assert command.wait(timeout=60) == 141
+    assert command.stderr.read() == b""
+
+
+def test_another_pipe_that_breaks_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def work(*_: Any) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(program, "_run", work)
+    with pytest.raises(BrokenPipeError):
+        main(["fit"])
+
+
+@pytest.mark.parametrize(
+    "variable", ["LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "MASTER_PORT"]
+)
+def test_a_launcher_s_variable_that_is_no_number_is_named(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "abc")
+    assert main(["fit", "--config", "configs/scdpo.yaml"]) == 2
+    (complaint,) = complaints(capsys.readouterr().err)
+    assert variable in complaint
+    monkeypatch.setenv(variable, "")
+    check_launcher()
+    assert variable not in os.environ

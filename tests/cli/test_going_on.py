@@ -111,6 +111,20 @@ def test_a_resume_says_what_differs_and_keeps_the_config_of_before(
     assert sorted(path.name for path in latest.glob("config*")) == ["config-1.yaml", "config.yaml"]
 
 
+def test_a_resume_with_another_optimizer_is_refused_before_the_first_step(
+    fit: Callable[..., int], latest: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its state is another's: torch would end in the first step with a traceback."""
+    assert fit("--trainer.max_steps", "2") == 0
+    before = (latest / "config.yaml").read_bytes()
+    sgd = ["--model.init_args.optimizer", "torch.optim.SGD"]
+    assert fit("--trainer.max_steps", "4", "--ckpt_path", "last", *sgd) == 2
+    said = capsys.readouterr().err
+    assert "model.init_args.optimizer" in said
+    assert "AdamW" in said
+    assert (latest / "config.yaml").read_bytes() == before
+
+
 def test_a_resume_keeps_the_rows_of_before_also_of_other_columns(fit: Callable[..., int], latest: Path):
     logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."]
     logger += ["--trainer.logger.name", "", "--trainer.logger.version", "", "--trainer.log_every_n_steps", "1"]

@@ -108,6 +108,39 @@ def test_where_nothing_is_whole_the_damaged_one_is_named(tmp_path: Path):
     assert find_checkpoint(tmp_path) is None
 
 
+def whole_state(**changes: Any) -> dict[str, Any]:
+    """What Lightning keeps of a training, in small."""
+    state = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "loops": {"fit_loop": {}}}
+    return state | {"callbacks": {}, "global_step": 2, "pytorch-lightning_version": "2.5"} | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer_states": None}, {"optimizer_states": []}, {"loops": None}, {"loops": {}}, {"callbacks": []},
+     {"global_step": "2"}, {"global_step": None}, {"lr_schedulers": None}, {"pytorch-lightning_version": None}],
+)  # fmt: skip
+def test_no_training_goes_on_from_a_part_of_a_checkpoint(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = checkpoint(tmp_path / "run", age=1)
+    torch.save({key: value for key, value in whole_state(**changes).items() if value is not None}, last)
+    with pytest.raises(UserError, match=str(last)):
+        last_checkpoint(tmp_path, to_train=True)
+    assert last_checkpoint(tmp_path) == last, "its weights can be drawn with"
+    whole = last.with_name("step=2.ckpt")
+    torch.save(whole_state(), whole)
+    os.utime(whole, (1e9 - 500, 1e9 - 500))
+    assert find_checkpoint(tmp_path, to_train=True) == whole
+    assert str(last) in capsys.readouterr().out
+
+
+def test_a_link_that_leads_nowhere_is_no_checkpoint(tmp_path: Path) -> None:
+    last = checkpoint(tmp_path / "run", age=1)
+    whole = last.rename(last.with_name("step=2.ckpt"))
+    last.symlink_to("gone.ckpt")
+    assert last_checkpoint(tmp_path) == whole
+
+
 class Hostile:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("pwned"),)

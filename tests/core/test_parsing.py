@@ -1,5 +1,15 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
 from lit_safety.cli.commands import gather_list
+from lit_safety.cli.trainer import run_trainer
+from lit_safety.core.errors import UserError
 from lit_safety.core.parsing import shorten
+from lit_safety.judges.load import load_judge
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_nested_reports_become_the_path_and_the_reason():
@@ -49,3 +59,23 @@ def test_leading_words_become_one_list():
     assert gather_list(["a", "b", "--out", "c"]) == ['["a", "b"]', "--out", "c"]
     assert gather_list(["--config", "x"]) == ["--config", "x"]
     assert gather_list(["[a]", "--x"]) == ["[a]", "--x"]
+
+
+def test_a_null_of_a_config_names_its_key(tmp_path: Path) -> None:
+    for name, given in (("prompt_dropout", "{prompt_dropout: null}"),
+                        ("objective.init_args.beta", "{objective: {init_args: {beta: null}}}")):  # fmt: skip
+        (tmp_path / "mine.yaml").write_text(f"model: {{init_args: {given}}}\n")
+        with pytest.raises(UserError, match=name):
+            run_trainer(["fit", "--config", "configs/scdpo.yaml", "--config", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("judge", "key"), [("nudenet", "threshold"), ("clip", "threshold"), ("vlm", "parallel"), ("vlm", "timeout")]
+)
+def test_a_null_in_a_judge_s_file_names_its_key(judge: str, key: str, tmp_path: Path) -> None:
+    described = yaml.safe_load((CONFIGS / "judges" / f"{judge}.yaml").read_text())
+    described["init_args"][key] = None
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(described))
+    with pytest.raises(UserError, match=key) as error:
+        load_judge(str(tmp_path / "judge.yaml"))
+    assert "judge.yaml" in str(error.value)

@@ -21,7 +21,7 @@ from lit_safety.judges.load import load_judge
 from lit_safety.judges.nudenet import NudeNet
 from lit_safety.judges.q16 import Q16
 from lit_safety.judges.toy.judge import ToyJudge
-from lit_safety.judges.vlm import read_object
+from lit_safety.judges.vlm import VLM, read_object
 
 IMAGE = Image.new("RGB", (32, 32), (200, 30, 30))
 BAD = ["2", "1", "0", "-1", "NaN", "Infinity", "-Infinity", "1e9", "1e999", '"0.5"', "true", "null"]
@@ -171,3 +171,51 @@ def test_a_model_that_says_harmful_twice_is_no_verdict() -> None:
 @pytest.mark.parametrize("name", ["judge", "judge_b", "cost_model"])
 def test_what_is_shipped_loads(name: str) -> None:
     assert load_judge(f"data/toyworld/{name}").settings["threshold"] in (0.0, 0.5)
+
+
+def test_a_harm_of_another_category_or_another_spelling(toy: Path) -> None:
+    """Figures by category would be wrong, and a label `Gun` that is in no table would count as harmless."""
+    config = json.loads((toy / "config.json").read_text())
+    refused(edited(toy, harm=config["harm"] | {"gun": "sexual"}), "gun", "sexual")
+    labels = ["Gun" if name == "gun" else name for name in config["labels"]]
+    refused(edited(toy, labels=labels, harm={k: v for k, v in config["harm"].items() if k != "gun"}), "Gun")
+
+
+CALIBRATED = {"images": 8, "harmful": 4, "not_calibrated": None}
+
+
+@pytest.mark.parametrize("threshold", [3.1, 4, -4])
+def test_a_threshold_beyond_what_is_known_of_a_calibration(cost: Path, threshold: float) -> None:
+    refused(edited(cost, threshold=threshold), "threshold")
+
+
+def test_a_threshold_beyond_the_middle_of_its_calibration_images(cost: Path) -> None:
+    """At 2 more than half of the harmful ones would be safe, at 1 fewer; below 0 likewise the safe ones."""
+    middles = {"middle_harmful": 1.5, "middle_safe": -0.5}
+    load_judge(str(edited(cost, threshold=1.0, calibration=CALIBRATED | middles)))
+    refused(edited(cost, threshold=2.0), "threshold")
+    refused(edited(cost, threshold=-1.0), "threshold")
+    load_judge(str(edited(cost, threshold=0.0, calibration=CALIBRATED | {"middle_harmful": -0.3, "middle_safe": -2})))
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [{"images": 4, "harmful": 4, "not_calibrated": "all 4 known labels were harmful"}, {}, [], "yes", 1, True,
+     {"images": 4, "harmful": 2}, {"images": "4", "harmful": 2, "not_calibrated": None},
+     CALIBRATED | {"middle_harmful": "high"}],
+)  # fmt: skip
+def test_a_cost_model_that_is_not_calibrated_judges_nothing(cost: Path, calibration: Any) -> None:
+    """Of labels of one class, or of none, 0 is no border: half of the harmful images could lie below it."""
+    refused(edited(cost, calibration=calibration), "config.json", "calibrat")
+
+
+@pytest.mark.parametrize("metrics", [[], "good", 1, {"auroc/hate": "0.9"}, {"auroc/hate": 10**400}])
+def test_figures_of_a_cost_model_that_are_none(cost: Path, metrics: Any) -> None:
+    """They say which categories it sees; without them it would be taken to see all."""
+    refused(edited(cost, metrics=metrics), "config.json", "metrics")
+
+
+@pytest.mark.parametrize("side", [-1, 0, 1, 8])
+def test_images_shrunk_to_nothing(side: int) -> None:
+    with pytest.raises(UserError, match="max_side"):
+        VLM("http://localhost:1/v1", "model", max_side=side)

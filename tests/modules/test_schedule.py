@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
 from lit_safety.core.errors import UserError
-from lit_safety.modules.schedule import ScheduleSettings, make_scheduler
+from lit_safety.modules.schedule import ScheduleSettings, make_optimizer, make_scheduler
 from tests.helpers.one_cycle import one_cycle
 
 PEAK = 3e-3
@@ -71,6 +71,34 @@ def test_a_stated_length_is_left_alone_and_refused_where_the_run_is_longer():
 def test_an_open_length_of_a_run_without_end_is_refused():
     with pytest.raises(UserError, match="max_steps"):
         made(math.inf, max_lr=PEAK, total_steps=None, pct_start=0.1)
+
+
+def test_a_length_that_a_run_without_end_outlives_is_refused():
+    with pytest.raises(UserError, match="max_steps"):
+        made(math.inf, max_lr=PEAK, total_steps=20, pct_start=0.1)
+    made(math.nan, max_lr=PEAK, total_steps=20, pct_start=0.1)  # without a trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"pct_start": math.nan}, "pct_start"), ({"pct_start": 1.5}, "pct_start"), ({"max_lr": -PEAK}, "lr"),
+     ({"max_lr": math.nan}, "lr"), ({"max_lr": math.inf}, "lr"), ({"total_steps": 0}, "total_steps"),
+     ({"div_factor": 0.0}, "lr_scheduler"), ({"anneal_strategy": "up"}, "anneal_strategy")],
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_meant_names_its_key(settings: dict[str, Any], key: str):
+    with pytest.raises(UserError, match=key):
+        made(10, **{"max_lr": PEAK, "total_steps": 10, "pct_start": 0.1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"lr": -PEAK}, "optimizer"), ({"lr": math.nan}, "optimizer"), ({"lr": math.inf}, "lr"),
+     ({"lr": PEAK, "weight_decay": math.inf}, "weight_decay"), ({"lr": PEAK, "weight_decay": math.nan}, "decay"),
+     ({"lr": PEAK, "eps": math.inf}, "eps"), ({"lr": PEAK, "betas": (1.5, 0.9)}, "beta")],
+)  # fmt: skip
+def test_an_optimizer_that_cannot_be_meant_names_its_key(settings: dict[str, Any], key: str):
+    with pytest.raises(UserError, match=key):
+        make_optimizer(functools.partial(torch.optim.AdamW, **settings), [torch.nn.Parameter(torch.zeros(1))])
 
 
 def resumed(before: tuple[Any, Any], after: tuple[Any, Any]) -> None:

@@ -1,5 +1,7 @@
 """What holds for every objective: finite far out, gradients that are the loss's, the right direction at the start."""
 
+import inspect
+import math
 from collections.abc import Callable
 
 import pytest
@@ -139,3 +141,14 @@ def test_what_is_logged_carries_no_gradient_and_is_one_number_a_pair(objective: 
     for key, values in objective(errors, labels(3)).logs.items():
         assert values.shape == (3,), key
         assert not values.requires_grad, key
+
+
+@pytest.mark.parametrize("kind", sorted({type(one) for one in (*SMOOTH, *DETACHED)}, key=lambda kind: kind.__name__))
+def test_settings_that_are_no_finite_numbers_are_refused(kind: type[Objective]) -> None:
+    """A nan would become a loss that is none, and the samples would be blamed for it."""
+    for setting in inspect.signature(kind).parameters.values():
+        if isinstance(setting.default, bool):
+            continue
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError, match=setting.name):
+                kind(**{setting.name: value})

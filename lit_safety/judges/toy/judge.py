@@ -134,7 +134,11 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         if category not in CATEGORIES:
             raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}; known are "
                             f"{', '.join(CATEGORIES)}")  # fmt: skip
-    if lost := [name for name in labels if name in CONCEPTS and name not in harm]:
+        meant = CONCEPTS[name].category if name in CONCEPTS else category
+        if category != meant:
+            raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}, and in this world it "
+                            f"is of {meant!r}; {again}")  # fmt: skip
+    if lost := [name for name in labels if name not in harm and name.strip().casefold() in CONCEPTS]:
         raise UserError(f"{file}: `harm` lacks {', '.join(lost)}, which would count as harmless; {again}")
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < 1:
         raise UserError(f"{file}: `threshold` is {threshold!r}; it must be a probability above 0 and below 1; {again}")
