@@ -67,7 +67,6 @@ def attack(
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit.
     """
-    from lit_safety.attacks.plot import curves_png
     from lit_safety.attacks.run import AttackRun, attack_table
     from lit_safety.core.errors import UserError
     from lit_safety.core.files import write_atomic
@@ -76,6 +75,7 @@ def attack(
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import Selection, read_prompts, select
     from lit_safety.drawing.worlds import check_world, paths_in
+    from lit_safety.evaluation.attack_curves import curves_png
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
 

@@ -115,7 +115,7 @@ def evaluate(
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import Selection, read_prompts, select
     from lit_safety.drawing.worlds import check_world
-    from lit_safety.evaluation.page import find_attacks
+    from lit_safety.evaluation.attack_curves import find_attacks
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
     from lit_safety.evaluation.run import Run
