@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,7 +22,7 @@ def templates() -> Environment:
         keep_trailing_newline=True,
     )
     found.filters["cell"] = _cell
-    found.filters["quoted"] = json.dumps
+    found.filters["word"] = _word
     return found
 
 
@@ -29,3 +30,9 @@ def _cell(value: Any) -> str:
     """A value in a cell of a Markdown table: nothing in it ends the cell, and nothing in it is HTML."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return text.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _word(value: Any) -> str:
+    """A text as YAML: as it is where that is safe, else in quotes."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z/.~][\w./ @+=-]*", text) and text == text.strip() else json.dumps(text)
