@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.images import rgb
+from lit_safety.report.sheet import RED, TILE, Band, Cell, Row, sheet, veiled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_safety.judges.judge import Judge
-
-
-TILE = 160
-GAP = 12
-LEFT = 210
-FRAME = 4
-INK, GREY, RED, PAPER = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255)
 
 
 def draw_grid(
@@ -116,13 +108,8 @@ def frames(
         red.append(
             [isinstance(v, JudgeError) or bool(v.present & set(b)) for v, b in zip(verdicts, banned, strict=True)]
         )
-        veiled = [blur and (isinstance(v, JudgeError) or v.harmful) for v in verdicts]
-        shown.append(
-            [
-                p.filter(ImageFilter.GaussianBlur(p.width / 8)) if veil else p
-                for p, veil in zip(row, veiled, strict=True)
-            ]
-        )
+        hidden = [blur and (isinstance(v, JudgeError) or v.harmful) for v in verdicts]
+        shown.append([veiled(p) if veil else p for p, veil in zip(row, hidden, strict=True)])
     return shown, red
 
 
@@ -149,40 +136,12 @@ def user_grid(
     """
     if not prompts or not users or [len(row) for row in rows] != [len(users)] * len(prompts):
         raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many images")
-    bold, small = ImageFont.load_default(17), ImageFont.load_default(15)
-    above = [_wrap(user, bold, tile) for user in users]
-    below = [_wrap((notes or {}).get(user, ""), small, tile) for user in users]
-    head = GAP + 22 * max(map(len, above)) + 19 * max(map(len, below)) + GAP // 2
-    beside = [_wrap(prompt, small, LEFT - 2 * GAP) for prompt in prompts]
-    heights = [max(tile, 19 * len(lines)) + GAP for lines in beside]
-    sheet = Image.new("RGB", (LEFT + len(users) * (tile + GAP), head + sum(heights)), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for column in range(len(users)):
-        x = LEFT + column * (tile + GAP)
-        pen.multiline_text((x, GAP), "\n".join(above[column]), INK, bold, spacing=4)
-        pen.multiline_text((x, GAP + 22 * len(above[column])), "\n".join(below[column]), GREY, small, spacing=4)
-    y = head
-    for number, (row, lines, height) in enumerate(zip(rows, beside, heights, strict=True)):
-        pen.multiline_text((GAP, y), "\n".join(lines), INK, small, spacing=4)
-        for column, picture in enumerate(row):
-            x = LEFT + column * (tile + GAP)
-            sheet.paste(_square(picture, tile), (x, y))
-            if red is not None and red[number][column]:  # in the gap, over no pixel
-                around = (x - FRAME, y - FRAME, x + tile + FRAME - 1, y + tile + FRAME - 1)
-                pen.rectangle(around, outline=RED, width=FRAME)
-        y += height
-    return sheet
-
-
-def _square(picture: Image.Image, side: int) -> Image.Image:
-    enlarge = max(picture.size) < side
-    how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-    return rgb(picture).resize((side, side), how)
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    letters = max(4, int(width / font.getlength("abcdefghij") * 10))
-    return textwrap.wrap(text, letters) if text else []
+    lines = []
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        framed = red[number] if red is not None else [False] * len(row)
+        cells = [Cell(image, RED if bad else None) for image, bad in zip(row, framed, strict=True)]
+        lines.append(Row("", cells, prompt))
+    return sheet([Band([(user, (notes or {}).get(user, "")) for user in users], lines)], tile)
 
 
 # The command `users grid`: one image of what each user sees of some prompts.
