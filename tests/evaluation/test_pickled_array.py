@@ -101,6 +101,7 @@ def test_tuples_in_tuples_take_no_time(tmp_path: Path) -> None:
     contents = [
         tail + b".", b"(U\x04call" + tail + b"NNt.", tail + b"N\x85R.", b"(U\x06global" + tail + b"tN\x85R.",
         pickle.dumps(Forged(Kind(nested), b"")), pickle.dumps(Forged(nested, b"")),
+        b"}" + tail + b"Ns.", b"cnumpy\ndtype\n" + tail + b"b.", b"N" + b"p999999999\n" + b".",
     ]  # fmt: skip
     for content in contents:
         (tmp_path / "a.p").write_bytes(content)
