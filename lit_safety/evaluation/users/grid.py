@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import DrawingSettings
 from lit_safety.report.sheet import RED, TILE, Band, Cell, Row, sheet, veiled
 
 if TYPE_CHECKING:
@@ -165,13 +166,9 @@ def grid(
     null_user: bool = True,
     judge: str | None = None,
     seed: int = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Draw some prompts for some users into one image: a row a prompt, a column a user, one seed along a row.
 
@@ -190,14 +187,10 @@ def grid(
         judge: Frames in red what the judge says the column's user bans, and blurs what it calls harmful unless it knows
             that its images cannot harm anybody, as the toy world's. null: no frames, nothing is blurred.
         seed: Of the first prompt; the others count on.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
-        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing.
         other_world: Take a judge of an embedded world, such as data/toyworld, for a pipeline that is not of this world;
             false refuses it.
+        **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown.
@@ -211,7 +204,6 @@ def grid(
     from lit_safety.core.files import write_atomic
     from lit_safety.core.progress import progress
     from lit_safety.drawing.arms import Arm
-    from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, load_pipeline, local_pipeline
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.users.rows import choose_users
@@ -222,7 +214,7 @@ def grid(
 
     if not prompts:
         raise UserError("--prompts: name at least one")
-    DrawingSettings(steps, guidance, resolution, batch_size)
+    how = DrawingSettings(batch_size=batch_size, workers=None, edit=None, **drawing)
     check_writable(Path(out).parent)
     profiles = read_profiles(Path(users) / PROFILES_FILE)
     embeddings = Users(users)
@@ -239,10 +231,11 @@ def grid(
     looks = load_judge(judge) if judge is not None else None
     if looks is not None:
         check_sees(looks, [category for user in named for category in profiles[user].banned], f"--users {users}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(folder, arm, device, precision)
+    device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(folder, arm, device, how.precision)
     seeds = [seed + number for number in range(len(prompts))]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": resolution, "width": resolution}
+    options = {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
+    options |= {"height": how.resolution, "width": how.resolution}
     whom: list[str | None] = [*([None] if null_user else []), *named]
     with progress("draw", len(prompts) * (len(whom) + base)) as tick:
         drawn = [draw_plain(pipe, prompts, seeds, batch_size, tick, **options)] if base else []
