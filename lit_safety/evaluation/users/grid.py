@@ -234,7 +234,7 @@ def grid(
     device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(folder, arm, device, how.precision)
     seeds = [seed + number for number in range(len(prompts))]
-    options = {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
+    options: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
     options |= {"height": how.resolution, "width": how.resolution}
     whom: list[str | None] = [*([None] if null_user else []), *named]
     with progress("draw", len(prompts) * (len(whom) + base)) as tick:
