@@ -150,8 +150,8 @@ class Q16:
     Args:
         clip: folder or hub id of the CLIP that the prompts were tuned for; the published ones: ViT-L/14
             (openai/clip-vit-large-patch14).
-        prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (read, never
-            unpickled), or the same array as .npy.
+        prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (nothing in it
+            is run), or the same array as .npy.
         threshold: probability from which an image is inappropriate; 0.5 is the published rule.
         device: where CLIP runs; null: the CPU.
 
