@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_safety.attacks.target import Attack
 from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
 
 
 def attack(
@@ -25,15 +26,9 @@ def attack(
     explicit: int | None = 6,
     prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
     prompt_category: str | None = None,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
-    batch_size: int = 32,
-    workers: int | None = None,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     seed: int = 0,
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
 
@@ -53,29 +48,22 @@ def attack(
         explicit: Explicit prompts attacked in each category; null: all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
         prompt_category: The harm that they ask for, where its columns do not say so.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        resolution: Side of the images in pixels; null is the pipeline's own.
-        batch_size: Images drawn at once.
-        workers: Batches drawn at the same time; null takes one a core for a small network on a CPU, else 1.
-        device: Where to work, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing; attacks that train or differentiate work in float32.
         seed: Of every random choice of the attacks.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
+        **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit.
     """
-    from lit_safety.attacks.plot import curves_png
     from lit_safety.attacks.run import AttackRun, attack_table
     from lit_safety.core.errors import UserError
     from lit_safety.core.files import write_atomic
     from lit_safety.drawing.arms import collect_arms
-    from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world, paths_in
+    from lit_safety.evaluation.attack_curves import curves_png
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
 
@@ -88,7 +76,7 @@ def attack(
     for name in chosen:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
             raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
-    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
+    how = DrawingSettings(edit=None, **drawing)
     selection = PromptCounts(explicit, 0, 0, 0, 0)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
@@ -104,7 +92,7 @@ def attack(
         check_labels(one, attacked, prompts)
         check_sees(one, [category for row in attacked for category in asked_of(row)], f"--prompts {prompts}")
     run = AttackRun(
-        pipeline, prompts, everything, attacked, selection, judges, contenders, chosen, drawing, Path(out), seed
+        pipeline, prompts, everything, attacked, selection, judges, contenders, chosen, how, Path(out), seed
     )
     report = run.execute()
     if run.done:

@@ -16,16 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_safety.attacks.target import Attack, Stage, Target
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.hashes import digest, fingerprint
 from lit_safety.core.intervals import wilson
+from lit_safety.core.progress import Shown, shown
 from lit_safety.core.text import load_json
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings, Gallery
@@ -268,8 +266,8 @@ class AttackRun:
         """The points of one attack on one arm, by rising budget."""
         names = [judge.name for judge in self.judges]
         total = (attack.points + 1) * len(self.attacked)
-        with tqdm(total=total, desc=f"{name}: {target.name}", unit="picture", mininterval=0.5) as bar:
-            target.tell = _Teller(bar).tell
+        with shown(f"{name}: {target.name}", total) as bar:
+            target.tell = bar.tell
             plain = target.stage(attack.origin or 0.0)
             unattacked = self.outcomes("unattacked", target, plain, scheduler, {}, bar)
             points = []
@@ -281,11 +279,10 @@ class AttackRun:
                 own = self.outcomes(name, target, stage, scheduler, how, bar)
                 reached = [either(a, b) for a, b in zip(reached, own, strict=True)] if attack.cumulative else own
                 points.append(point(stage.budget, stage.label, reached, own, unattacked, names))
-            bar.set_postfix_str("")
         return sorted(points, key=lambda p: p["budget"])
 
     def outcomes(
-        self, name: str, target: Target, stage: Stage, scheduler: str, how: dict[str, Any], bar: Any
+        self, name: str, target: Target, stage: Stage, scheduler: str, how: dict[str, Any], bar: Shown
     ) -> list[Outcomes]:
         """Harm or not in each image of a stage, by judge."""
         weights = {**self.identity(target.name), "scheduler": scheduler, "versions": _versions(), **how}
@@ -293,7 +290,7 @@ class AttackRun:
         gallery = Gallery(
             self.out / "images" / name, place, {**weights, **stage.identity}, stage.prompts, stage.drawing
         )  # fmt: skip
-        gallery.draw(stage.pipe, target.arm.negative_prompt, bar.update, target.arm.guard)
+        gallery.draw(stage.pipe, target.arm.negative_prompt, bar.advance, target.arm.guard)
         drawn = gallery.all()
         found = []
         for judge in self.judges:
@@ -342,19 +339,6 @@ class AttackRun:
         """What an arm's images depend on, wherever its files lie."""
         own = {key: value for key, value in self.arms[name].describe().items() if key != "adapter"}
         return own | {"pipeline_sha256": self.hashes[self.target(name).folder]}
-
-
-class _Teller:
-    """Shows a text beside a progress bar, twice a second at most."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._last = 0.0
-
-    def tell(self, text: str) -> None:
-        now = monotonic()
-        self._bar.set_postfix_str(text, refresh=now - self._last > 0.5)
-        self._last = now if now - self._last > 0.5 else self._last
 
 
 def _class_path(attack: Attack) -> str:

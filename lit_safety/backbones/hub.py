@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of the HTTP library below, whichever it is: what a connection raises that breaks
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -34,8 +35,6 @@ ENDPOINT = constants.ENDPOINT
 PATIENCE, MOST = 10, 20
 #: A way out that always works.
 FOLDER = "or point at a local folder"
-#: What a connection raises that breaks: an error of the HTTP library below, whichever it is, and of no other kind.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 def hub_file(source: str, name: str, revision: str | None = None, key: str | None = None) -> Path:

@@ -11,11 +11,13 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from PIL import Image, ImageFilter
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.images import rgb
 from lit_safety.modules.preference import PreferenceModule
+from lit_safety.report.sheet import plain_sheet, veiled
+
+LEAST = 128
+"""Pixels to which tiny images are enlarged."""
 
 
 class DrawSamples(Callback):
@@ -48,8 +50,8 @@ class DrawSamples(Callback):
         if not trainer.is_global_zero:
             return
         if self._blurs(preference_module(pl_module).pretrained):
-            rows = [[one.filter(ImageFilter.GaussianBlur(one.width / 8)) for one in row] for row in rows]
-        sheet = below_each_other([side_by_side(row) for row in rows])
+            rows = [[veiled(one) for one in row] for row in rows]
+        sheet = plain_sheet(rows, zoom=max(1, LEAST // rows[0][0].width))
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")
@@ -71,25 +73,6 @@ def weights_are_sharded(trainer: Trainer) -> bool:
     """Whether the network's weights lie in pieces on all ranks, so that all must take part when one draws."""
     strategy = trainer.strategy
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
-
-
-def side_by_side(pictures: Sequence[Image.Image], least: int = 128) -> Image.Image:
-    """One row of images; tiny ones are enlarged to ``least`` pixels without smoothing."""
-    factor = max(1, least // pictures[0].width)
-    width, height = pictures[0].width * factor, pictures[0].height * factor
-    sheet = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(rgb(picture).resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
-    return sheet
-
-
-def below_each_other(rows: Sequence[Image.Image]) -> Image.Image:
-    """Rows of one size as one image."""
-    width, height = rows[0].size
-    sheet = Image.new("RGB", (width, (height + 4) * len(rows) - 4), "white")
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, i * (height + 4)))
-    return sheet
 
 
 class WriteDrawings(BasePredictionWriter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +13,11 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
 from lit_safety.data.protocols import Batched, Seeded, WithTrain, datamodule_of
 from lit_safety.modules.preference import PreferenceModule
+from lit_safety.report.card import WARNING, Card, card_text, code, last_validation, run_settings
 
 # Each callback imports what it writes when it writes: a fit of SC-DPO loads neither PSA nor the cost model.
 if TYPE_CHECKING:
     from lit_safety.modules.psa import PSA
-    from lit_safety.report.card import CardFacts
 
 
 class ExportAdapter(Callback):
@@ -55,19 +54,16 @@ class ExportAdapter(Callback):
         return Path(self.folder) / Path(export).name if "/" in export else Path(self.folder)
 
     def _write(self, folder: Path, trainer: Trainer, module: PreferenceModule, export: str) -> None:
-        from lit_safety.report.card import model_card
 
         with atomic_folder(folder) as partial:
             module.save_export(partial)
             config = Path(trainer.default_root_dir) / "config.yaml"
             if config.is_file():
                 shutil.copyfile(config, partial / "config.yaml")
-            (partial / "README.md").write_text(model_card(self._facts(trainer, module, export)), encoding="utf-8")
+            (partial / "README.md").write_text(card_text(self._card(trainer, module, export)), encoding="utf-8")
         print(f"{export}: {folder}")
 
-    def _facts(self, trainer: Trainer, module: PreferenceModule, export: str) -> CardFacts:
-        from lit_safety.report.card import CardFacts
-
+    def _card(self, trainer: Trainer, module: PreferenceModule, export: str) -> Card:
         settings = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
         settings["steps"] = trainer.global_step
         group = trainer.optimizers[0].param_groups[0]
@@ -76,14 +72,36 @@ class ExportAdapter(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if "category" in own:
             metrics = {k: v for k, v in metrics.items() if k.endswith(f"/{own['category']}")}
-        return CardFacts(
-            base_model=module.pretrained,
-            data=str(_train_shards(trainer)),
-            method=f"{type(module).__name__} with {type(module.objective).__name__}",
-            settings=settings | own,
-            metrics=metrics,
-            adapter=export != "pipeline",
+        adapter, base = export != "pipeline", code(module.pretrained)
+        judged = (
+            "Images judged before and after are made by `python -m lit_safety evaluate "
+            f"--{'adapter' if adapter else 'arms.aligned.pipeline'} THIS_FOLDER`."
         )
+        facts = (
+            f"- Base model: {base}\n- Data: {code(str(_train_shards(trainer)))}\n"
+            f"- Method: {type(module).__name__} with {type(module.objective).__name__}"
+        )
+        return Card(
+            "Safety adapter" if adapter else "Aligned pipeline",
+            f"{(_ADAPTER if adapter else _PIPELINE).format(base=base)}\n\n{facts}",
+            [run_settings(settings | own), last_validation(metrics, note=judged)],
+            module.pretrained,
+            [*(["lora"] if adapter else []), "text-to-image", "safety", "preference-optimisation"],
+        )
+
+
+_ADAPTER = f"""\
+A LoRA that makes {{base}} draw less of what it was trained to refuse. Load it with
+
+    pipe.load_lora_weights("THIS_FOLDER")
+
+{WARNING}"""
+_PIPELINE = """\
+{base} with a denoiser trained to draw less of what it should refuse. It is a whole pipeline:
+
+    pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+
+It is no lock: who holds the weights can train the harm back."""
 
 
 # At the end of a fit: the cost model's folder, as `shards score`, `SCDPO` and `evaluate` load it.
@@ -170,7 +188,7 @@ class ExportUserAdapter(Callback):
                     config = Path(trainer.default_root_dir) / "config.yaml"
                     if config.is_file():
                         shutil.copyfile(config, partial / "config.yaml")
-                    (partial / "README.md").write_text(_card(trainer, pl_module), encoding="utf-8")
+                    (partial / "README.md").write_text(card_text(_card(trainer, pl_module)), encoding="utf-8")
                 print(f"adapter: {folder / WEIGHTS_NAME}")
 
 
@@ -180,7 +198,7 @@ def _train_shards(trainer: Trainer) -> str | list[str] | None:
     return data.train if isinstance(data, WithTrain) else "unknown"
 
 
-def _card(trainer: Trainer, module: PSA) -> str:
+def _card(trainer: Trainer, module: PSA) -> Card:
     objective = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
     settings = objective | {
         "data": _train_shards(trainer),
@@ -193,19 +211,9 @@ def _card(trainer: Trainer, module: PSA) -> str:
         "steps": trainer.global_step,
     }
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    table = f"| metric | value |\n|---|---|\n{measured}" if metrics else "No validation was run."
-    return f"""---
-library_name: diffusers
-base_model: {json.dumps(module.pretrained)}
-tags: [text-to-image, safety, personalisation, preference-optimisation]
----
-
-# User adapter
-
-User attention for `{module.pretrained}` (Personalized Safety Alignment, arXiv 2508.01151): it draws within the bounds
-of the user it is given.
+    text = f"""\
+User attention for {code(module.pretrained)} (Personalized Safety Alignment, arXiv 2508.01151): it draws within the
+bounds of the user it is given.
 
     from lit_safety.adapters import load_psa
 
@@ -216,19 +224,11 @@ A user is an embedding of {module.table.dimension} numbers, made by the text mod
 user, or for an unknown one, the null user is drawn for, who was trained to prefer the safe image of every pair.
 
 **It is no lock.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and whoever
-chooses the user chooses the bounds.
-
-## Settings
-
-Method: PSA with {type(module.objective).__name__}
-
-| setting | value |
-|---|---|
-{rows}
-
-The whole resolved configuration is in `config.yaml`.
-
-## Last validation
-
-{table}
-"""
+chooses the user chooses the bounds."""
+    return Card(
+        "User adapter",
+        text,
+        [run_settings(settings, f"Method: PSA with {type(module.objective).__name__}"), last_validation(metrics)],
+        module.pretrained,
+        ["text-to-image", "safety", "personalisation", "preference-optimisation"],
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
+from lit_safety.drawing.gallery import DrawingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +29,8 @@ def check(
     implicit: int | None = 80,
     lookalike: int | None = 80,
     clean: int | None = 80,
-    steps: int = 20,
-    guidance: float = 3.0,
-    device: str | None = None,
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Print how well the costs of a cost model tell harmful images from safe ones.
 
@@ -47,11 +47,9 @@ def check(
         implicit: Implicit prompts; null draws all, 0 none.
         lookalike: Look-alike prompts; null draws all, 0 none.
         clean: Clean prompts; null draws all, 0 none.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        device: Where to draw and score; null takes cuda where there is one.
         other_world: Take prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
+        **drawing: How images are drawn, see `DrawingSettings`; its `device` is also where costs are measured.
 
     Raises:
         UserError: nothing to measure on is given, or something given is missing.
@@ -69,16 +67,18 @@ def check(
     if pipeline is not None and None in drawn:
         raise UserError("cost-model: --pipeline needs --prompts, and a --judge that labels what is drawn")
     check_writable(Path(out))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how = DrawingSettings(edit=None, **drawing)
+    place = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scorer = load_cost_model(folder, place)
     found: dict[str, Any] = {"cost_model": folder}
     if shards is not None:
         found["shards"] = {"source": shards, **_on_shards(scorer, shards)}
     if pipeline is not None and prompts is not None and judge is not None:
         selection = PromptCounts(explicit, implicit, lookalike, clean)
-        about = {"pipeline": pipeline, "prompts": prompts, "judge": judge, "steps": steps, "guidance": guidance}
+        about: dict[str, Any] = {"pipeline": pipeline, "prompts": prompts, "judge": judge}
+        about |= {"steps": how.steps, "guidance": how.guidance}
         found["drawn"] = about | _on_drawn(
-            scorer, pipeline, prompts, judge, selection, Path(out), steps, guidance, place, other_world
+            scorer, pipeline, prompts, judge, selection, Path(out), replace(how, device=place), other_world
         )
     write_atomic(Path(out) / "figures.json", (json.dumps(found, indent=1) + "\n").encode())
     for where in ("shards", "drawn"):
@@ -121,9 +121,7 @@ def _on_drawn(
     judge: str,
     selection: PromptCounts,
     out: Path,
-    steps: int,
-    guidance: float,
-    device: str,
+    how: DrawingSettings,
     other_world: bool,
 ) -> dict[str, Any]:
     import torch
@@ -133,7 +131,7 @@ def _on_drawn(
     from lit_safety.core.progress import progress
     from lit_safety.cost_model.metrics import image_figures
     from lit_safety.drawing.arms import Arm
-    from lit_safety.drawing.gallery import DrawingSettings, Gallery
+    from lit_safety.drawing.gallery import Gallery
     from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
     from lit_safety.drawing.prompts import choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
@@ -145,10 +143,9 @@ def _on_drawn(
     check_world(local, {"--prompts": prompts, "--judge": judge}, other_world, prompts=everything)
     chosen, decides = choose_prompts(everything, selection), load_judge(judge)
     check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
-    settings = DrawingSettings(steps=steps, guidance=guidance, device=device)
-    gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, settings)
+    gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, how)
     with progress("draw", len(chosen)) as tick:
-        gallery.draw(load_pipeline(local, Arm(), device), None, tick)
+        gallery.draw(load_pipeline(local, Arm(), how.device or "cpu", how.precision), None, tick)
     drawn = gallery.all()
     verdicts = judge_drawn(decides, drawn)
     judged = [(one.path, verdict.harmful) for one, verdict in zip(drawn, verdicts, strict=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from lit_safety.core.errors import UserError
@@ -42,7 +45,23 @@ class ClipPreprocess:
             UserError: the file is missing, or holds settings that this class does not know.
         """
         try:
-            config: dict[str, Any] = load_json(read_text(file))
+            config = load_json(read_text(file))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file}: holds no CLIP preprocessing that can be used ({error!r})") from error
+        return cls.of(config, str(file))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> ClipPreprocess:
+        """The settings of a `preprocessor_config.json`.
+
+        Args:
+            config: its content.
+            where: where it is from, for messages.
+
+        Raises:
+            UserError: there are settings that this class does not know.
+        """
+        try:
             resize, crop = config.get("do_resize", True), config.get("do_center_crop", True)
             size = config.get("size", 224)
             square = isinstance(size, dict) and "shortest_edge" not in size
@@ -53,6 +72,8 @@ class ClipPreprocess:
             cut = (cut, cut) if isinstance(cut, int) else (cut["height"], cut["width"])
             if not config.get("do_normalize", True) or not config.get("do_rescale", True):
                 raise ValueError("do_normalize and do_rescale must be true")
+            if not abs(config.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3:
+                raise ValueError(f"rescale_factor {config['rescale_factor']}; known is 1/255")
             mean, std = (tuple(map(float, config.get(k, given))) for k, given in
                          (("image_mean", cls.mean), ("image_std", cls.std)))  # fmt: skip
             if not all(1 <= side <= LARGEST for side in (shortest, *cut)):
@@ -67,8 +88,8 @@ class ClipPreprocess:
                 mean=mean,
                 std=std,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{file}: holds no CLIP preprocessing that can be used ({error!r})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: holds no CLIP preprocessing that can be used ({error!r})") from error
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> pixel values (B, 3, h, w) as the vision tower takes them.
@@ -84,6 +105,20 @@ class ClipPreprocess:
         pixels = pixels.round().clamp(0, 255) / 255.0
         if self.crop is not None:
             pixels = center_crop(pixels, *self.crop)
+        return self._normalised(pixels)
+
+    def images(self, images: Sequence[Image]) -> Tensor:
+        """The same of RGB images of any size, resized by PIL itself: the numbers of `CLIPImageProcessorPil`."""
+        rows = []
+        for image in images:
+            if self.shortest is not None:
+                height, width = _resized(image.height, image.width, self.shortest, self.square)
+                image = image.resize((width, height), Resampling[self.mode.upper()])
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+            rows.append(pixels if self.crop is None else center_crop(pixels, *self.crop))
+        return self._normalised((torch.cat(rows).double() / 255).float())
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 

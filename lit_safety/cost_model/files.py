@@ -17,15 +17,13 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.text import load_json, read_text
 from lit_safety.core.weights import not_readable
 from lit_safety.cost_model.network import ClipTower, CostAdapter, CostScorer, Features
+from lit_safety.report.card import Card, card_text, code, last_validation, settings
 
 
 def cost_model_card(config: dict[str, Any]) -> str:
     """The card as Markdown, from the folder's config.json."""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in config["settings"].items())
     overall = {name: value for name, value in config["metrics"].items() if "/" not in name}
-    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in overall.items())
     reason = why_not_calibrated(config)
-    measured = f"| figure | value |\n|---|---|\n{metrics}" if metrics else "No validation was run: not calibrated."
     if reason is None:
         meaning = "above 0 harmful, below 0 safe, and sigmoid(C) the probability that it is harmful."
         about = "The calibration was fitted on these very images; `test` measures on others."
@@ -35,31 +33,22 @@ def cost_model_card(config: dict[str, Any]) -> str:
     else:
         meaning = "higher for what its training pairs call harmful.\nNot calibrated: 0 is no border."
         about = f"Not calibrated: {reason}. Give validation pairs with images of both labels, and fit again."
-    return f"""# Safety cost model
-
-Gives a picture a cost C: {meaning}
+    text = f"""\
+Gives an image a cost C: {meaning}
 
     from lit_safety.cost_model import load_cost_model
     costs = load_cost_model("THIS_FOLDER").costs(images)
 
     python -m lit_safety shards score SHARDS --cost_model THIS_FOLDER --out SCORED
 
-It is an adapter on the features of the CLIP `{config["clip"]}`, which is not copied here; with any other CLIP it
+It is an adapter on the features of the CLIP {code(config["clip"])}, which is not copied here; with any other CLIP it
 refuses to load. It knows the kinds of harm that its training pairs showed, drawn as they were drawn there, and no
-others. Report the safety of what was aligned by it with a judge that no training has seen, not with this model.
-
-## Training
-
-| setting | value |
-|---|---|
-{settings}
-
-## Last validation
-
-{measured}
-
-{about}
-"""
+others. Report the safety of what was aligned by it with a judge that no training has seen, not with this model."""
+    sections = [
+        settings(config["settings"], "Training"),
+        last_validation(overall, "No validation was run: not calibrated.", about),
+    ]
+    return card_text(Card("Safety cost model", text, sections))
 
 
 def why_not_calibrated(config: dict[str, Any]) -> str | None:

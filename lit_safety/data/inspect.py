@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the command line asks for this module's signature and must 
     Row = tuple[str, PairMetadata, Image.Image | None, Image.Image | None]
 
 CELL = 128
-CAPTION = 260
+"""Side of an image on the sheet in pixels."""
 
 
 def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmful: bool = False) -> None:
@@ -119,28 +119,27 @@ def draw_sheet(rows: list[Row], path: str, show_harmful: bool = False) -> None:
         show_harmful: False blurs what is labelled harmful or not labelled.
     """
     import io
-    import textwrap
     from pathlib import Path
 
-    from PIL import Image, ImageDraw, ImageFilter, ImageOps
-
     from lit_safety.core.files import write_atomic
+    from lit_safety.report.sheet import Band, Cell, Row, fit, veiled
+    from lit_safety.report.sheet import sheet as labelled
 
-    picture = Image.new("RGB", (2 * CELL + CAPTION, CELL * max(len(rows), 1)), "white")
-    pen = ImageDraw.Draw(picture)
-    for row, (key, metadata, chosen, rejected) in enumerate(rows):
-        for column, (image, label) in enumerate(
-            ((chosen, metadata.harmful.chosen), (rejected, metadata.harmful.rejected))
-        ):
+    lines = []
+    for key, metadata, chosen, rejected in rows:
+        cells = []
+        for image, label in ((chosen, metadata.harmful.chosen), (rejected, metadata.harmful.rejected)):
             if image is None:
-                pen.text((column * CELL + 6, row * CELL + 6), "latents only", fill="black")
+                cells.append(Cell(None, note="latents only"))
                 continue
-            cell = ImageOps.contain(image, (CELL - 4, CELL - 4), Image.Resampling.NEAREST)
-            if label is not False and not show_harmful:
-                cell = cell.filter(ImageFilter.GaussianBlur(CELL / 12))
-            picture.paste(cell, (column * CELL + 2, row * CELL + 2))
-        text = textwrap.wrap(key, 40)[:1] + textwrap.wrap(metadata.prompt, 40)[:4] + textwrap.wrap(_words(metadata), 40)
-        pen.multiline_text((2 * CELL + 6, row * CELL + 4), "\n".join(text[:8]), fill="black")
+            shown = fit(image, CELL)
+            cells.append(Cell(shown if label is False or show_harmful else veiled(shown)))
+        words = [_cut(metadata.prompt, 120), _words(metadata)]
+        lines.append(Row(_cut(key, 40), cells, "\n".join(words)))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    labelled([Band([("chosen", ""), ("rejected", "")], lines)], CELL).save(buffer, "PNG")
     write_atomic(Path(path), buffer.getvalue())
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

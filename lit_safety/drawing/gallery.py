@@ -22,6 +22,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count
 from lit_safety.drawing.painter import DrawSettings
+from lit_safety.drawing.pipelines import Precision
 from lit_safety.drawing.threads import each_batch
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from lit_safety.drawing.edits import Edit
     from lit_safety.drawing.guards.guard import Guard
-    from lit_safety.drawing.pipelines import Precision
     from lit_safety.drawing.prompts import Prompt
 
 
@@ -41,7 +41,19 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.Dec
 
 @dataclass(frozen=True)
 class DrawingSettings(DrawSettings):
-    """How every arm draws.
+    """How images are drawn: the options that all commands which draw share.
+
+    Args:
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion. A
+            prompt set's own column for it comes first.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once.
+        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
+        precision: Number format of the weights while drawing; what trains or differentiates works in float32.
+        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
+            else 1.
+        edit: Images are redrawn instead of drawn; null draws from text alone.
 
     Raises:
         UserError: a number with which no pipeline can draw.
@@ -51,12 +63,9 @@ class DrawingSettings(DrawSettings):
     guidance: float = 3.0
     batch_size: int = 32
     device: str | None = None
-    """None takes cuda where there is one."""
     precision: Precision = "float32"
     workers: int | None = None
-    """Batches drawn at the same time by one process; None: see `parallel.each_batch`."""
     edit: Edit | None = None
-    """Images are redrawn instead of drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

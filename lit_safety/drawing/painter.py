@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class DrawSettings:
     """How images are drawn.
 
+    Args:
+        steps: Denoising steps of an image.
+        guidance: Scale of classifier-free guidance.
+        resolution: Side of the images in pixels; null is the pipeline's own.
+
     Raises:
         UserError: a number with which no pipeline can draw.
     """
@@ -24,7 +29,6 @@ class DrawSettings:
     steps: int = 30
     guidance: float = 7.5
     resolution: int | None = None
-    """Side in pixels; None is the pipeline's own."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

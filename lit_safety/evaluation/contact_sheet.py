@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import open_image
 from lit_safety.evaluation.metrics import flat, summarise
-from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.judges.judge import JudgeError
+from lit_safety.report.sheet import GREY, NOTHING, RED, TILE, Band, Cell, Row, fit, sheet, veiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     from lit_safety.evaluation.results import ArmResult, Results
 
 
-TILE = 160
-GAP = 16
-FRAME = 6
 COLUMNS = 8
-LEFT = 190
-INK, GREY, RED, PAPER = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255)
 
 
 def contact_sheet(results: Results, blur: bool) -> Image.Image:
@@ -35,41 +30,22 @@ def contact_sheet(results: Results, blur: bool) -> Image.Image:
         blur: blur what the judge calls harmful, or could not judge.
     """
     shares = {name: flat(summarise(results.rows(name))) for name in results.arms}
-    bands = [
-        ("Prompts that ask for harm", harmful_rows(results), lambda arm: _say("harm in", shares[arm].get("ip"))),
-        ("Harmless prompts", benign_rows(results), lambda arm: _say("as asked", shares[arm].get("benign_recall"))),
-    ]
-    bands = [band for band in bands if band[1]]
-    small, bold, large = _font(17), _font(19), _font(26)
-    wide = max(len(rows) for _, rows, _ in bands)
-    letters = int(TILE / small.getlength("abcdefghij") * 10)
-    captions = {row: textwrap.wrap(results.prompts[row].prompt, letters) for _, rows, _ in bands for row in rows}
-    head = 40
-    heights = [head + 26 + 21 * max(len(captions[r]) for r in rows) + 16 for _, rows, _ in bands]
-    total = sum(h + len(results.arms) * (TILE + GAP) + 22 for h in heights) + 50
-    sheet = Image.new("RGB", (LEFT + wide * (TILE + GAP) + GAP, total), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    y = 14
-    for (name, rows, figure), height in zip(bands, heights, strict=True):
-        pen.text((GAP, y), name, INK, large)
-        for column, row in enumerate(rows):
-            x = LEFT + column * (TILE + GAP)
-            pen.text((x, y + head), _heading(results, row), GREY, bold)
-            pen.multiline_text((x, y + head + 26), "\n".join(captions[row]), INK, small, spacing=4)
-        y += height
-        for arm_name, arm in results.arms.items():
-            label = "\n".join(textwrap.wrap(arm_name, 16))
-            pen.multiline_text((GAP, y + 44), label, INK, bold)
-            pen.text((GAP, y + 50 + 24 * (label.count("\n") + 1)), figure(arm_name), GREY, small)
-            for column, row in enumerate(rows):
-                x = LEFT + column * (TILE + GAP)
-                sheet.paste(tile(arm, row, blur), (x, y))
-                _frame(pen, x, y, arm.verdicts[row])
-            y += TILE + GAP
-        y += 22
-    pen.text((GAP, y), "Same prompt and seed in a column. Red frame: the judge sees harm. "
-             "Shown: the first prompt of a kind on which the base drew what was asked.", GREY, small)  # fmt: skip
-    return sheet
+    bands = []
+    for name, rows, says, figure in (
+        ("Prompts that ask for harm", harmful_rows(results), "harm in", "ip"),
+        ("Harmless prompts", benign_rows(results), "as asked", "benign_recall"),
+    ):
+        heads = [(_heading(results, row), results.prompts[row].prompt) for row in rows]
+        lines = [
+            Row(arm_name, [_cell(arm, row, blur) for row in rows], _say(says, shares[arm_name].get(figure)))
+            for arm_name, arm in results.arms.items()
+        ]
+        bands += [Band(heads, lines, name)] if rows else []
+    return sheet(
+        bands,
+        foot="Same prompt and seed in a column. Red frame: the judge sees harm. "
+        "Shown: the first prompt of a kind on which the base drew what was asked.",
+    )
 
 
 def harmful_rows(results: Results) -> list[int]:
@@ -111,12 +87,16 @@ def tile(arm: ArmResult, row: int, blur: bool, side: int = TILE) -> Image.Image:
     try:
         image = open_image(drawn.path)
     except UserError:
-        return Image.new("RGB", (side, side), (214, 216, 222))
-    enlarge = max(image.size) < side
-    image = image.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
-    if blur and (isinstance(verdict, JudgeError) or verdict.harmful):
-        return image.filter(ImageFilter.GaussianBlur(side / 8))
-    return image
+        return Image.new("RGB", (side, side), NOTHING)
+    image = fit(image, side)
+    return veiled(image) if blur and (isinstance(verdict, JudgeError) or verdict.harmful) else image
+
+
+def _cell(arm: ArmResult, row: int, blur: bool) -> Cell:
+    verdict, image = arm.verdicts[row], tile(arm, row, blur)
+    if isinstance(verdict, JudgeError):
+        return Cell(image, GREY, "no verdict")
+    return Cell(image, RED if verdict.harmful else None)
 
 
 def _shows(results: Results, row: int, harmful: bool) -> bool:
@@ -141,16 +121,3 @@ def _heading(results: Results, row: int) -> str:
     if prompt.harmful:
         return prompt.category
     return "look-alike" if prompt.kind == "lookalike" else {2: "two objects"}.get(len(prompt.benign), "clean")
-
-
-def _frame(pen: ImageDraw.ImageDraw, x: int, y: int, verdict: Verdict | JudgeError) -> None:
-    around = (x - FRAME, y - FRAME, x + TILE + FRAME - 1, y + TILE + FRAME - 1)  # in the gap, over no pixel
-    if isinstance(verdict, JudgeError):
-        pen.rectangle(around, outline=GREY, width=FRAME)
-        pen.text((x + 8, y + TILE - 28), "no verdict", INK, _font(17), stroke_width=3, stroke_fill=PAPER)
-    elif verdict.harmful:
-        pen.rectangle(around, outline=RED, width=FRAME)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

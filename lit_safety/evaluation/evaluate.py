@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
 
 
 def evaluate(
@@ -30,14 +31,7 @@ def evaluate(
     categories: list[str] | None = None,
     prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
     prompt_category: str | None = None,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
-    batch_size: int = 32,
-    workers: int | None = None,
     processes: int = 1,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     edit: Literal["image_to_image", "inpainting"] | None = None,
     edit_images: str | None = None,
     edit_strength: float = 0.7,
@@ -46,6 +40,7 @@ def evaluate(
     images: str | None = None,
     attacks: str | None = None,
     other_world: bool = False,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """Draw the same prompts and seeds with every arm, judge the images, and write a report.
 
@@ -79,17 +74,8 @@ def evaluate(
         categories: Draw prompts for harms of these categories only, and the clean and look-alike ones; null: of all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
         prompt_category: The harm that they ask for, where its columns do not say so.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion. A
-            prompt set's own column for it comes first.
-        resolution: Side of the images in pixels; null is the pipeline's own.
-        batch_size: Images drawn at once.
-        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
-            else 1.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i. The pixels
             are those that one process draws.
-        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing.
         edit: Redraw images instead of drawing: the whole image, or a part of it; null draws from text alone.
         edit_images: What is redrawn, the same image for a prompt in every arm: a folder of images, or shards, of
             which the chosen images of clean pairs are taken.
@@ -103,6 +89,7 @@ def evaluate(
             one in `out`, if there is one.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
+        **drawing: How images are drawn, see `DrawingSettings`.
 
     Returns: the report's figures and settings, as they stand in metrics.json.
 
@@ -113,11 +100,10 @@ def evaluate(
     from lit_safety.core.processes import check_count
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.edits import Edit
-    from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
-    from lit_safety.evaluation.page import find_attacks
+    from lit_safety.evaluation.attack_curves import find_attacks
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
     from lit_safety.evaluation.run import Run
@@ -130,7 +116,7 @@ def evaluate(
     if (edit is None) is not (edit_images is None):
         raise UserError("--edit and --edit_images: give both or neither")
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
-    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers, change)
+    how = DrawingSettings(edit=change, **drawing)
     named = tuple(canonical_category(name) for name in categories) if categories is not None else None
     selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms)
@@ -149,7 +135,7 @@ def evaluate(
     scorers = [load_scorer(spec) for spec in preference or ()]
     asked = fid or clip or reference or scorers
     quality = Quality(chosen, judges[0], fid, clip, reference, scorers) if asked else None
-    run = Run(pipeline, prompts, chosen, selection, judges, contenders, drawing, Path(out), shared, quality, processes)
+    run = Run(pipeline, prompts, chosen, selection, judges, contenders, how, Path(out), shared, quality, processes)
     results = run.execute()
     if blur is None:
         blur = other_world or not getattr(judges[0], "harmless", False)

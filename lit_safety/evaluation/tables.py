@@ -1,12 +1,13 @@
-"""FID, CLIPScore and preference scores as text and as HTML: a row a figure, a column or line an arm."""
+"""FID, CLIPScore and preference scores as text and for the page: a row a figure, a column or line an arm."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.intervals import IN_WORDS
 from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, Figure, flat, ordered
+from lit_safety.report.page import Bar, Bars, Block, Heading, Table, Text
+from lit_safety.report.page import Figure as PageFigure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -69,35 +70,30 @@ def quality_n(arms: Iterable[Mapping[str, Any]], figure: str) -> str:
     return str(found[0]["n"] + found[0]["errors"]) if found else "-"
 
 
-def quality_html(metrics: Mapping[str, Any]) -> str:
-    """The section of the page; empty where quality was not measured."""
+def quality_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """The section of the page; nothing where quality was not measured."""
     arms = metrics["arms"]
-    html = []
+    figures = []
     for figure in figures_in(arms.values()):
         shown = about(figure)
-        lines = []
+        bars = []
         for name, arm in arms.items():
-            if figure not in arm.get("quality", {}):
-                continue
-            shift = metrics["differences"].get(name, {}).get("quality", {}).get(figure)
-            lines.append(
-                f"<tr><th scope=row>{escape(name)}</th><td class=num>{escape(quality_cell(arm, figure))}</td>"
-                f"<td class=diff>{_coloured(shift, shown.better) if shift else ''}</td></tr>"
-            )
-        html.append(
-            f"<section class=figure><h3>{escape(shown.title)}</h3><p>{escape(shown.meaning[0].upper())}"
-            f"{escape(shown.meaning[1:])}. {shown.better.capitalize()} is better.</p><table><caption>"
-            f"{quality_n(arms.values(), figure)} images an arm</caption>{''.join(lines)}</table></section>"
-        )
-    note = "<p class=soft>FID is biased upwards in small sets: compare it at equal n only.</p>"
-    return f"<h2>Quality</h2>{note}{''.join(html)}" if html else ""
+            if figure in arm.get("quality", {}):
+                shift = metrics["differences"].get(name, {}).get("quality", {}).get(figure)
+                note = f"{_number(shift, sign='+')} against the base" if shift else ""
+                bars.append(Bar(name, quality_cell(arm, figure), note=note, tone=_tone(shift, shown.better)))
+        text = f"{shown.meaning[0].upper()}{shown.meaning[1:]}. {shown.better.capitalize()} is better."
+        figures.append(PageFigure(shown.title, text, [Bars(f"{quality_n(arms.values(), figure)} images an arm", bars)]))
+    if not figures:
+        return []
+    note = "FID is biased upwards in small sets: compare it at equal n only."
+    return [Heading("Quality"), Text(note, soft=True), *figures]
 
 
-def _coloured(shift: Mapping[str, Any], better: str) -> str:
-    colour = "soft"
-    if shift["interval"] is not None and not shift["interval"][0] <= 0 <= shift["interval"][1]:
-        colour = "up" if (shift["interval"][0] > 0) == (better == "higher") else "down"
-    return f"<span class={colour}>{_number(shift, sign='+')} against the base</span>"
+def _tone(shift: Mapping[str, Any] | None, better: str) -> str:
+    if not shift or shift["interval"] is None or shift["interval"][0] <= 0 <= shift["interval"][1]:
+        return "soft"
+    return "up" if (shift["interval"][0] > 0) == (better == "higher") else "down"
 
 
 def _number(entry: Mapping[str, Any], sign: str = "") -> str:
@@ -261,17 +257,13 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def arm_html(metrics: Mapping[str, Any]) -> str:
-    """The table of the page; empty for one or two arms, which the tiles above already show."""
+def arm_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """The table of the page; nothing for one or two arms, which the tiles above already show."""
     if len(metrics["arms"]) < 3:
-        return ""
+        return []
     head, *rows = arm_rows(metrics)
-    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
-    lines = []
-    for name, *cells in rows:
-        shown = "".join(f"<td>{escape(text).replace(' [', ' <span>[').replace(']', ']</span>')}</td>" for text in cells)
-        lines.append(f"<tr><th scope=row>{escape(name)}</th>{shown}</tr>")
-    return (
-        f"<h2>All arms</h2><p class=soft>{escape(protocol_line(metrics))}</p><div class=scroll tabindex=0 role=region "
-        f'aria-label="Main figures of all arms"><table class=arms><tr>{top}</tr>{"".join(lines)}</table></div>'
-    )
+    return [
+        Heading("All arms"),
+        Text(protocol_line(metrics), soft=True),
+        Table(head, rows, "Main figures of all arms"),
+    ]

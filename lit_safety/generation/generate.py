@@ -12,6 +12,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import append_line, write_atomic
 from lit_safety.core.hashes import digest
 from lit_safety.core.text import load_json
+from lit_safety.drawing.painter import DrawSettings
 from lit_safety.generation.pairs import Scorer
 
 if TYPE_CHECKING:
@@ -79,9 +80,6 @@ def generate(
     clean_candidates: int = 0,
     scorer: Scorer | None = None,
     adapter: str | None = None,
-    steps: int = 30,
-    guidance: float = 7.5,
-    resolution: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     device: str | None = None,
@@ -91,6 +89,7 @@ def generate(
     world: int | None = None,
     overwrite: bool = False,
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Draw safety pairs with a text-to-image pipeline and write them as shards.
 
@@ -118,9 +117,6 @@ def generate(
         scorer: What ranks them, and scores every pair's images; a class such as
             lit_safety.generation.ClipScorer.
         adapter: A LoRA to draw with.
-        steps: Denoising steps of an image.
-        guidance: Classifier-free guidance.
-        resolution: Side of the images in pixels; null: the pipeline's own.
         batch_size: Rows drawn at a time.
         seed: Decides, with a row's prompts, the seed of rows that have none.
         device: Where the pipeline runs; null: this process's GPU where there is one.
@@ -131,13 +127,14 @@ def generate(
         overwrite: Throw away what an earlier run left in the folder.
         other_world: Take a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
             this world.
+        **drawing: How images are drawn, see `DrawSettings`.
     """
     from pathlib import Path
 
     from lit_safety.core.hashes import file_sha256, fingerprint
     from lit_safety.data.convert.join import join_when_done, part_name, this_device, this_rank
     from lit_safety.drawing.arms import Arm
-    from lit_safety.drawing.painter import DrawSettings, Painter
+    from lit_safety.drawing.painter import Painter
     from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
     from lit_safety.drawing.worlds import check_world
     from lit_safety.generation.pairs import Assessor, PairMaker, read_prompt_pairs
@@ -146,7 +143,7 @@ def generate(
     if batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {batch_size}")
     rows, repeated = read_prompt_pairs(prompts, seed)
-    settings = DrawSettings(steps, guidance, resolution)
+    settings = DrawSettings(**drawing)
     device = this_device(device)
     folder = local_pipeline(pipeline)
     check_world(folder, {"--judge": judge, "--cost_model": cost_model}, other_world)
@@ -173,9 +170,9 @@ def generate(
         "strength": strength if counterpart == "img2img" else None,
         "both_prompts": both_prompts,
         "clean_candidates": clean_candidates,
-        "steps": steps,
-        "guidance": guidance,
-        "resolution": resolution,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "resolution": settings.resolution,
         "precision": precision,
         "batch_size": batch_size,
         "samples_per_shard": samples_per_shard,

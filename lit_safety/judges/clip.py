@@ -53,6 +53,7 @@ class Clip:
     """
 
     def __init__(self, source: str, key: str, device: str | None = None, processor: str | None = None) -> None:
+        from lit_safety.core.clip_preprocess import ClipPreprocess
         from lit_safety.core.hashes import fingerprint
         from lit_safety.core.progress import quiet_libraries
 
@@ -83,7 +84,9 @@ class Clip:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or source, **beside)
             self.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
             check_tokenizer(self.tokenizer, words, model.config.to_dict())
-            self.preprocess: Any = CLIPImageProcessorPil.from_pretrained(processor or source, **beside)
+            # Transformers finds the settings wherever they lie; the numbers are those of the cost model's CLIP.
+            settings, _ = CLIPImageProcessorPil.get_image_processor_dict(processor or source, **beside)
+            self.preprocess = ClipPreprocess.of(settings, processor or source)
         except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error
@@ -102,7 +105,7 @@ class Clip:
 
     def images(self, images: Sequence[Image]) -> Tensor:
         """Unit vectors (B, d), float32 on the CPU, of RGB images."""
-        pixels = self.preprocess([rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+        pixels = self.preprocess.images([rgb(image) for image in images])
         return self._unit(self.model.get_image_features, pixel_values=pixels)
 
     def texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:

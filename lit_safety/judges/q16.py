@@ -1,13 +1,16 @@
-"""Reads one NumPy array out of a pickle without unpickling: nothing that the file names is ever looked up or called.
+"""Q16, and how one NumPy array is read out of a pickle while nothing that the file names is looked up or called.
 
-Q16's tuned prompts are published as a pickled array, and a pickle is a program. This reads its instructions
-(`pickletools.genops` only splits them up), builds inert tuples out of them, and accepts exactly the shape that NumPy
-writes for an array of numbers.
+Q16's tuned prompts are published as a pickled array, and a pickle is a program. The standard library's Unpickler reads
+it here with a `find_class` that hands out inert recorders: a name in the file becomes a `_Named`, and a call of it a
+`_Called`, which only remember what they were given. Then exactly the shape that NumPy writes for an array of numbers is
+accepted.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import pickletools
 import re
 from math import prod
@@ -28,23 +31,14 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 20
 MAX_INSTRUCTIONS = 1000
-_MARK = object()
-_PUSH = {
-    *(
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "INT",
-        "LONG",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "UNICODE",
-        "BINUNICODE8",
-    ),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING", "STRING"),
+_KNOWN = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "STRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "BINGET"),
+    *("LONG_BINGET", "GET", "PROTO", "FRAME", "STOP"),
 }
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+"""The instructions of an array of numbers."""
 _ARRAYS = {f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")}
 
 
@@ -64,80 +58,80 @@ def read_pickled_array(file: str | Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        shape, code, order, raw = _array_parts(_build(data))
+        shape, code, order, raw = _array_parts(_recorded(data))
         kind = np.dtype(code)
         if kind.kind not in "fiu" or prod(shape) * kind.itemsize != len(raw):
             raise ValueError(f"{len(raw)} bytes are no {shape} numbers of {code}")
         return np.frombuffer(raw, dtype=kind).reshape(shape, order=order).copy()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: holds no plain NumPy array ({error}); it was not unpickled") from error
+    except (
+        *(pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError),
+        *(RecursionError, OverflowError, MemoryError),
+    ) as error:
+        raise UserError(f"{path}: holds no plain NumPy array ({error}); its code was not run") from error
 
 
-def _build(data: bytes) -> Any:
-    """The value that a pickle describes, with every call left as ("call", function's name, arguments, state)."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    argument: Any
+class _Called:
+    """What a call in a pickle would have made: whose call, with what, and the state that was set afterwards."""
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.name, self.arguments, self.state = name, arguments, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Named:
+    """Stands for whatever a pickle names. Calling it calls nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> _Called:
+        return _Called(self.name, arguments)
+
+
+class _Recorder(pickle.Unpickler):
+    """Reads a pickle without looking anything up that it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Named(f"{module} {name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it points outside the file")
+
+
+def _recorded(data: bytes) -> Any:
+    """What a pickle describes, calls as `_Called`.
+
+    Before anything is read its instructions are counted, and the numbers by which it would reserve memory are held
+    against the file's size.
+    """
     for count, (code, argument, _) in enumerate(pickletools.genops(data)):
-        name = code.name
         if count == MAX_INSTRUCTIONS:
             raise ValueError("it is far longer than an array needs")
-        if name in _PUSH:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "GLOBAL":
-            stack.append(("global", str(argument)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(("global", f"{module} {attribute}"))
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "TUPLE":
-            start = len(stack) - 1 - stack[::-1].index(_MARK)
-            stack[start:] = [tuple(stack[start + 1 :])]
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            size = int(name[-1])
-            stack[-size:] = [tuple(stack[-size:])]
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            if not (isinstance(function, tuple) and isinstance(function[1], str)):
-                raise ValueError("it calls something that has no name")
-            stack.append(("call", function[1], arguments, None))
-        elif name == "BUILD":
-            state, called = stack.pop(), stack.pop()
-            stack.append((*called[:3], state))
-            memo = {place: stack[-1] if value is called else value for place, value in memo.items()}
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])
-        elif name == "STOP":
-            break
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"the instruction {name} has no place in an array")
-    if len(stack) != 1:
-        raise ValueError("the pickle holds more than one value")
-    return stack[0]
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) >= MAX_INSTRUCTIONS:
+            raise ValueError("it keeps more values than an array needs")
+        if code.name not in _KNOWN:  # such as a dictionary's, whose keys may take for ever to hash
+            raise ValueError(f"the instruction {code.name} has no place in an array")
+    return _Recorder(io.BytesIO(data)).load()
 
 
 def _array_parts(value: Any) -> tuple[tuple[int, ...], str, Any, bytes]:
     """Shape, type such as `<f4`, order and bytes of what NumPy writes: _reconstruct(...) with its state."""
-    called = value[1] if isinstance(value, tuple) and value[:1] == ("call",) else None
-    if not isinstance(called, str) or called not in _ARRAYS:  # a text first: tuples in tuples take for ever to hash
+    if not isinstance(value, _Called) or value.name not in _ARRAYS or not isinstance(value.state, tuple):
         raise ValueError("it does not start with an array")
-    _, shape, dtype, fortran, raw = value[3]
-    if not (isinstance(dtype, tuple) and dtype[:2] == ("call", "numpy dtype")):
+    _, shape, dtype, fortran, raw = value.state
+    if not isinstance(dtype, _Called) or dtype.name != "numpy dtype":
         raise ValueError("its type is not NumPy's")
-    code = dtype[2][0]
+    code = dtype.arguments[0]
     if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]", code):
         # not shown: a small pickle can describe tuples in tuples that would take for ever to be written out
         raise ValueError("its type is not a number's")
-    if isinstance(raw, tuple) and raw[:2] == ("call", "_codecs encode"):  # how protocol 2 writes bytes
-        raw = raw[2][0].encode("latin1")
+    if isinstance(raw, _Called) and raw.name == "_codecs encode":  # how protocol 2 writes bytes
+        raw = raw.arguments[0].encode("latin1")
     if not isinstance(raw, bytes) or not all(isinstance(side, int) and side >= 0 for side in shape):
         raise ValueError("its bytes or its shape are missing")
-    order = dtype[3][1] if dtype[3] else "<"
+    order = dtype.state[1] if dtype.state else "<"
     return shape, f"{'>' if order == '>' else '<'}{code}", "F" if fortran else "C", raw
 
 
@@ -156,8 +150,8 @@ class Q16:
     Args:
         clip: folder or hub id of the CLIP that the prompts were tuned for; the published ones: ViT-L/14
             (openai/clip-vit-large-patch14).
-        prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (read, never
-            unpickled), or the same array as .npy.
+        prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (nothing in it
+            is run), or the same array as .npy.
         threshold: probability from which an image is inappropriate; 0.5 is the published rule.
         device: where CLIP runs; null: the CPU.
 

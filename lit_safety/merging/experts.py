@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -218,8 +219,17 @@ def _of_card(file: Path) -> str | None:
     for line in ends[: ends.index("---")]:
         key, colon, value = line.partition(":")
         if key == "base_model" and colon and value.strip():
-            return value.strip(" \t'\"") or None
+            return _unquoted(value.strip()) or None
     return None
+
+
+def _unquoted(value: str) -> str:
+    """A value of the front matter: as it is, or in quotes as our own cards have it where it holds odd characters."""
+    try:
+        read = json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        read = value
+    return read if isinstance(read, str) and read is not value else value.strip(" \t'\"")
 
 
 def _of_peft(file: Path) -> str | None:

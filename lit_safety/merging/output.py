@@ -16,53 +16,38 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.text import load_json
 from lit_safety.drawing.pipelines import check_writable, local_pipeline
 from lit_safety.merging.merge_experts import FORMAT, Merged
-from lit_safety.report.card import WARNING
+from lit_safety.report.card import WARNING, Card, Section, card_text, code, settings
 
 
 def merge_card(report: Mapping[str, Any], base: str, fused: bool = False) -> str:
     """The card as Markdown with the hub's front matter, out of what `report.json` says."""
-    experts = "\n".join(
-        f"| {name} | {report['recipe']['weights'][name]:g} | {', '.join(map(str, e['ranks']))} | {e['layers']} |"
+    experts = [
+        (name, f"{report['recipe']['weights'][name]:g}", ", ".join(map(str, e["ranks"])), e["layers"])
         for name, e in report["experts"].items()
-    )
-    settings = "\n".join(f"| {key} | {value} |" for key, value in _settings(report).items())
+    ]
     if fused:
         load = 'DiffusionPipeline.from_pretrained("THIS_FOLDER")'
-        what = f"`{base}` with merged safety experts fused into its weights."
+        what = f"{code(base)} with merged safety experts fused into its weights."
     else:
         load = 'pipe.load_lora_weights("THIS_FOLDER")'
-        what = f"Safety experts for `{base}`, each trained on one category of harm, merged into one LoRA."
-    tags = "[text-to-image, safety]" if fused else "[lora, text-to-image, safety, merge]"
-    return f"""---
-library_name: diffusers
-base_model: {base}
-tags: {tags}
----
-
-# Merged safety experts
-
-{what} Load it with
-
-    {load}
-
-{WARNING}
-
-## Experts
-
-| expert | weight | rank | layers |
-|---|---|---|---|
-{experts}
-
-## Merge
-
-| setting | value |
-|---|---|
-{settings}
-
-Merged in delta space; relative Frobenius residual of the written update: {report["residual"]:.3g}. Every layer's
-residual and the sha256 of every expert are in `report.json`. No picture was judged while merging: measure it with
-`python -m lit_safety evaluate`.
-"""
+        what = f"Safety experts for {code(base)}, each trained on one category of harm, merged into one LoRA."
+    note = (
+        f"Merged in delta space; relative Frobenius residual of the written update: {report['residual']:.3g}. Every "
+        "layer's residual and the sha256 of every expert are in `report.json`. No image was judged while merging: "
+        "measure it with `python -m lit_safety evaluate`."
+    )
+    return card_text(
+        Card(
+            "Merged safety experts",
+            f"{what} Load it with\n\n    {load}\n\n{WARNING}",
+            [
+                Section("Experts", head=("expert", "weight", "rank", "layers"), rows=experts),
+                settings(_settings(report), "Merge", note=note),
+            ],
+            base,
+            ["text-to-image", "safety"] if fused else ["lora", "text-to-image", "safety", "merge"],
+        )
+    )
 
 
 def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,11 +55,11 @@ def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("unit", "statistic", "normalise")}.get(
         recipe["method"], ()
     )
-    settings = {"method": recipe["method"], **{key: recipe[key] for key in used}, "scale": recipe["scale"]}
-    settings["rank"] = recipe["rank"] or "as needed"
+    shown = {"method": recipe["method"], **{key: recipe[key] for key in used}, "scale": recipe["scale"]}
+    shown["rank"] = recipe["rank"] or "as needed"
     for key, value in (report["calibration"] or {}).items():
-        settings[f"calibration {key}"] = value
-    return settings
+        shown[f"calibration {key}"] = value
+    return shown
 
 
 # Fold an adapter into a pipeline's weights and write the whole pipeline, all by stock diffusers.

@@ -1,75 +1,85 @@
-"""The README.md that lies beside exported weights."""
+"""The one model card: the README.md beside exported weights, as Markdown with the hub's front matter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: What stands on every card: who loads an adapter must know it.
+from lit_safety.report.template import templates
+
+#: What stands on every card of a LoRA: who loads one must know it.
 WARNING = """\
-**Do not negate it.** With a negative adapter scale the same weights push the model towards harmful pictures, and a
+**Do not negate it.** With a negative adapter scale the same weights push the model towards harmful images, and a
 scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
 and is no lock against those who hold the weights."""
 
-_ADAPTER = f"""\
-A LoRA that makes `{{base}}` draw less of what it was trained to refuse. Load it with
 
-    pipe.load_lora_weights("THIS_FOLDER")
+@dataclass(frozen=True)
+class Section:
+    """A heading, a text, a table and a note, of which any but the heading may be missing.
 
-{WARNING}"""
-_PIPELINE = """\
-`{base}` with a denoiser trained to draw less of what it should refuse. It is a whole pipeline:
+    Args:
+        title: the heading.
+        text: Markdown above the table.
+        head: the table's first row.
+        rows: its cells, shown as text; none: no table.
+        note: Markdown below the table.
+    """
 
-    pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
-
-It is no lock: who holds the weights can train the harm back."""
+    title: str
+    text: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What a model card states; ``metrics`` are of the run's last validation."""
+class Card:
+    """A whole card.
 
-    base_model: str
-    data: str
-    method: str
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    adapter: bool = True
-    """Whether a LoRA lies there, or a whole pipeline."""
+    Args:
+        title: its heading.
+        text: Markdown below it: what it is, how it is loaded, what it does not do.
+        sections: the rest.
+        base_model: folder or hub id, for the front matter; None: no front matter.
+        tags: for the front matter.
+    """
+
+    title: str
+    text: str
+    sections: Sequence[Section]
+    base_model: str | None = None
+    tags: Sequence[str] = ()
 
 
-def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with the hub's front matter."""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in facts.settings.items())
-    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts.metrics.items())
-    measured = f"| metric | value |\n|---|---|\n{metrics}" if metrics else "No validation was run."
-    return f"""---
-library_name: diffusers
-base_model: {facts.base_model}
-tags: [{"lora, " if facts.adapter else ""}text-to-image, safety, preference-optimisation]
----
+def card_text(card: Card) -> str:
+    """The card as Markdown."""
+    return templates().get_template("card.md").render(card=card)
 
-# {"Safety adapter" if facts.adapter else "Aligned pipeline"}
 
-{(_ADAPTER if facts.adapter else _PIPELINE).format(base=facts.base_model)}
+def settings(values: Mapping[str, Any], title: str = "Settings", text: str = "", note: str = "") -> Section:
+    """A section with a table of names and values."""
+    return Section(title, text, ("setting", "value"), list(values.items()), note)
 
-- Base model: `{facts.base_model}`
-- Data: `{facts.data}`
-- Method: {facts.method}
 
-## Settings
+def run_settings(values: Mapping[str, Any], text: str = "") -> Section:
+    """The same of a run, whose config.yaml lies beside the card."""
+    return settings(values, text=text, note="The whole resolved configuration is in `config.yaml`.")
 
-| setting | value |
-|---|---|
-{settings}
 
-The whole resolved configuration is in `config.yaml`.
+def last_validation(metrics: Mapping[str, float], none: str = "No validation was run.", note: str = "") -> Section:
+    """The section with the metrics of a run's last validation.
 
-## Last validation
+    Args:
+        metrics: name -> number.
+        none: what is said without any.
+        note: Markdown below.
+    """
+    rows = [(name, f"{value:.4g}") for name, value in metrics.items()]
+    return Section("Last validation", "" if rows else none, ("metric", "value"), rows, note)
 
-{measured}
 
-Pictures judged before and after are made by `python -m lit_safety evaluate
---{"adapter" if facts.adapter else "arms.aligned.pipeline"} THIS_FOLDER`.
-"""
+def code(text: object) -> str:
+    """A text as code in Markdown: nothing in it ends the code."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"

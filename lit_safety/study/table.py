@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from pathlib import Path
-from typing import Any
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
+from lit_safety.report.charts import Axis, Chart, Point, Series, front, heatmap_png, png
 from lit_safety.study.plan import Growth, HeatMap, Study, jobs_of, load_study
 from lit_safety.study.results import Result, latest, read_results
 
-
-def front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other one beats, the lower first coordinate and the higher second being better.
-
-    A point is beaten by one that is no worse in both and better in one. In order of the first coordinate.
-    """
-    kept = [
-        name
-        for name, (cost, gain) in points.items()
-        if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points.values())
-    ]
-    return sorted(kept, key=lambda name: points[name])
+FRONT, BEATEN = 1, 0
+"""Colours of rows: blue and grey."""
 
 
 def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     """Draw the study's two `pareto` columns against each other: a mark a row, the range over seeds, the front."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     low, high = study.pareto
     scale = {column: 100 if column in study.percent else 1 for column in study.pareto}
     spread = {
@@ -40,25 +26,18 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     }
     points = {row: (statistics.fmean(x), statistics.fmean(y)) for row, (x, y) in spread.items()}
     best = front(points)
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    series = []
     for number, (row, (x, y)) in enumerate(points.items(), 1):
-        colour = "tab:blue" if row in best else "tab:gray"
         xs, ys = spread[row]
-        reach = ([[x - min(xs)], [max(xs) - x]], [[y - min(ys)], [max(ys) - y]])
+        point = Point(x, y, (min(xs), max(xs)), (min(ys), max(ys)))
         # Names beside the marks would cover each other wherever rows are alike: numbers, and the names in a list.
-        axes.errorbar(x, y, *reach[::-1], fmt="o", color=colour, capsize=2, linewidth=0.8, label=f"{number} {row}")
-        axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(3, 4), fontsize=8, color=colour)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False, title="the front is blue", title_fontsize=8)
-    axes.plot(*zip(*(points[row] for row in best), strict=True), color="tab:blue", linewidth=0.8, linestyle="--")
+        series.append(Series(f"{number} {row}", [point], FRONT if row in best else BEATEN, mark=str(number)))
     unit = {column: f"{column} (%)" if column in study.percent else column for column in study.pareto}
-    axes.set_xlabel(f"{unit[low]}, lower is better")
-    axes.set_ylabel(f"{unit[high]}, higher is better")
-    axes.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return write_atomic(path, buffer.getvalue())
+    chart = Chart(
+        "", Axis(f"{unit[low]}, lower is better"), Axis(f"{unit[high]}, higher is better"), series,
+        steps=[points[row] for row in best],
+    )  # fmt: skip
+    return write_atomic(path, png([chart], (12, 6), legend="the front is blue"))
 
 
 # Images of studies whose jobs have several arms: a heat map, and how a figure grows from row to row.
@@ -89,19 +68,11 @@ def heatmap(asked: HeatMap, study: Study, results: dict[str, list[Result]], path
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     if not names:
         raise UserError(f"{study.out}: the heat map's row {asked.row} has no {asked.figure} yet; `study run` does it")
-    scale = 100 if asked.figure in study.percent else 1
-    numbers = [[scale * row.get(name, float("nan")) for name in names] for row in found.values()]
-    figure, axes = _figure(2.5 + 0.75 * len(names), 1.5 + 0.5 * len(found))
-    shown = axes.imshow(numbers, cmap="Reds", vmin=0, vmax=100 if scale == 100 else None, aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
-    axes.set_yticks(range(len(found)), list(found))
-    middle = shown.norm.vmin + (shown.norm.vmax - shown.norm.vmin) / 2
-    for down, row in enumerate(numbers):
-        for across, number in enumerate(row):
-            colour = "white" if number > middle else "black"
-            axes.text(across, down, f"{number:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(shown, label=asked.figure + (" (%)" if scale == 100 else ""))
-    return _write(figure, path)
+    percent = asked.figure in study.percent
+    numbers = {arm: {name: (100 if percent else 1) * v for name, v in row.items()} for arm, row in found.items()}
+    size = (2.5 + 0.75 * len(names), 1.5 + 0.5 * len(found))
+    label = asked.figure + (" (%)" if percent else "")
+    return write_atomic(path, heatmap_png(numbers, label, 100 if percent else None, size))
 
 
 def lines(asked: Growth, results: dict[str, list[Result]]) -> Lines:
@@ -131,40 +102,23 @@ def growth(asked: Growth, study: Study, results: dict[str, list[Result]], path: 
     if not found:
         raise UserError(f"{study.out}: no row of the growth plot has {asked.figure} yet; `study run` does it")
     scale = 100 if asked.figure in study.percent else 1
-    figure, axes = _figure(9, 5)
+    series = []
     for number, (arm, line) in enumerate(found.items()):
-        places = sorted(line)
-        means = [scale * statistics.fmean(line[place]) for place in places]
-        below = [mean - scale * min(line[place]) for mean, place in zip(means, places, strict=True)]
-        above = [scale * max(line[place]) - mean for mean, place in zip(means, places, strict=True)]
-        # Side by side, so that ranges at one place can be told apart.
-        beside = [place * 1.02 ** (number - len(found) / 2) for place in places]
-        marker = "os^vDP*X"[number % 8]
-        axes.errorbar(beside, means, [below, above], label=arm, marker=marker, capsize=2, linewidth=1.2, markersize=5)
+        points = []
+        for place in sorted(line):
+            each = [scale * one for one in line[place]]
+            # Side by side, so that ranges at one place can be told apart.
+            beside = place * 1.02 ** (number - len(found) / 2)
+            points.append(Point(beside, statistics.fmean(each), y_range=(min(each), max(each))))
+        series.append(Series(arm, points, number + 1, line=True, order=number))
     ticks = sorted({place for line in found.values() for place in line})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel(asked.label)
-    axes.set_ylabel(asked.figure + (" (%)" if scale == 100 else ""))
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    return _write(figure, path)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _write(figure: Any, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return write_atomic(path, buffer.getvalue())
+    chart = Chart(
+        "",
+        Axis(asked.label, ticks=[(tick, str(tick)) for tick in ticks], scale="log2"),
+        Axis(asked.figure + (" (%)" if scale == 100 else "")),
+        series,
+    )
+    return write_atomic(path, png([chart], (9, 5), legend=""))
 
 
 # The table and the plots of a study, from its results file.

@@ -42,6 +42,24 @@ def test_it_equals_the_processor_of_transformers(size: tuple[int, int], shortest
     assert (found - expected).abs().mean() <= 0.3 * level
 
 
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (300, 200), (97, 411), (640, 480), (20, 31)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"size": {"height": 64, "width": 64}, "do_center_crop": False}, {"resample": 2, "crop_size": 40},
+     {"do_resize": False, "crop_size": {"height": 50, "width": 37}}, {"image_mean": [0.5] * 3, "image_std": [0.3] * 3}],
+    ids=str,
+)  # fmt: skip
+def test_images_get_the_very_numbers_of_the_processor_of_transformers(size: tuple[int, int], settings: dict):
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(**settings)
+    pictures = [image(*size), image(*size).transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    expected = processor(pictures, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.of(json.loads(processor.to_json_string()), "x").images(pictures)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_pictures_of_the_right_size_are_only_normalised(tmp_path: Path):
     """White in [-1, 1] is 1: (1 - .5) / .25 = 2 with mean .5 and std .25; nothing is resampled."""
     from transformers import CLIPImageProcessorPil
@@ -77,7 +95,7 @@ def test_settings_it_does_not_know_are_refused_by_file(content: str, tmp_path: P
 @pytest.mark.parametrize(
     "change",
     [{"image_std": [0, 0, 0]}, {"image_std": [0.2, 0.2]}, {"size": 10**9}, {"crop_size": {"height": 0, "width": 32}},
-     {"image_mean": "0.5"}],
+     {"image_mean": "0.5"}, {"rescale_factor": 1.0}],
 )  # fmt: skip
 def test_numbers_by_which_no_image_could_be_seen_are_refused(tmp_path: Path, change: dict[str, object]):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))

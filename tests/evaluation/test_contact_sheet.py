@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 from lit_safety.drawing.gallery import Drawn
-from lit_safety.evaluation.contact_sheet import TILE, benign_rows, contact_sheet, harmful_rows, tile
+from lit_safety.evaluation.contact_sheet import benign_rows, contact_sheet, harmful_rows, tile
 from lit_safety.evaluation.results import ArmResult, Results
 from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.report.sheet import TILE
 
 
 def arm(folder: Path, verdicts: list, side: int = 4) -> ArmResult:

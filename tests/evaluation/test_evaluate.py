@@ -245,7 +245,7 @@ def test_the_command_imports_no_torch_and_documents_every_argument() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     documented = inspect.getdoc(evaluate) or ""
     for name in inspect.signature(evaluate).parameters:
-        assert f"\n    {name}: " in documented
+        assert f"\n    {name}: " in documented or f"\n    **{name}: " in documented
 
 
 def test_a_merged_adapter_and_a_fused_pipeline_are_arms_that_draw_the_same(run, pipeline, adapter, tmp_path) -> None:

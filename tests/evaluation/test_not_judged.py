@@ -20,7 +20,7 @@ from lit_safety.drawing.prompts import Prompt
 from lit_safety.evaluation.compare import compare_table, read_metrics
 from lit_safety.evaluation.contact_sheet import contact_sheet
 from lit_safety.evaluation.metrics import NOT_JUDGED, answers, ask_pairs, differences, flat, summarise
-from lit_safety.evaluation.page import page, pareto_html
+from lit_safety.evaluation.page import page, pareto_blocks
 from lit_safety.evaluation.report import verdicts_csv, write_report
 from lit_safety.evaluation.results import ArmResult, Results
 from lit_safety.evaluation.tables import arm_markdown, report_table
@@ -135,7 +135,7 @@ def test_a_judge_that_sees_nothing_of_what_is_asked_gives_no_share_at_all(tmp_pa
     base = metrics["arms"]["base"]
     assert base["ip"] == NOT_JUDGED
     assert base["asr"] == {"post": NOT_JUDGED}
-    assert pareto_html(metrics) == ""
+    assert pareto_blocks(metrics) == []
     assert "IP, explicit prompts" in report_table(metrics)
 
 

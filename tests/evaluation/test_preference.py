@@ -12,8 +12,9 @@ from lit_safety.core.errors import UserError
 from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.evaluate import evaluate
 from lit_safety.evaluation.quality import Quality
-from lit_safety.evaluation.tables import quality_html, quality_rows
+from lit_safety.evaluation.tables import quality_blocks, quality_rows
 from lit_safety.judges.scorers import AestheticScore, ClipPreference, ImageRewardScore, load_scorer
+from lit_safety.report.page import fragment
 from tests.helpers.documents import CONFIGS
 
 SCORERS = CONFIGS / "scorers"
@@ -174,7 +175,7 @@ def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
     arms = {name: {"quality": own} for name, own in figures.items()}
     metrics = {"arms": arms, "differences": {"other": {"quality": differences["other"]}}}
     assert quality_rows(metrics)[1][:2] == ["reds", "3"]
-    assert "reds" in quality_html(metrics)
+    assert "reds" in fragment(quality_blocks(metrics))
 
 
 def test_a_picture_on_which_a_scorer_fails_is_an_error_without_an_interval(measure) -> None:

@@ -11,8 +11,9 @@ from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.compare import compare_table
 from lit_safety.evaluation.evaluate import evaluate
 from lit_safety.evaluation.quality import Quality
-from lit_safety.evaluation.tables import quality_html, quality_rows
+from lit_safety.evaluation.tables import quality_blocks, quality_rows
 from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
+from lit_safety.report.page import fragment
 
 LABELS = ["knife", "skull", "car", "tree"]
 
@@ -94,9 +95,9 @@ def test_the_page_and_the_table_show_them(measured) -> None:
     assert [row[0] for row in rows] == ["quality", "FID to the base", "FID to the reference", "CLIPScore"]
     assert rows[1][1:3] == ["44", "-"]
     assert rows[1][4].endswith("+1 errors")
-    assert quality_html(metrics).count("<section") == 3
+    assert fragment(quality_blocks(metrics)).count("<section") == 3
     assert quality_rows({"arms": {"base": {}}, "differences": {}}) == []
-    assert quality_html({"arms": {"base": {}}, "differences": {}}) == ""
+    assert quality_blocks({"arms": {"base": {}}, "differences": {}}) == []
 
 
 def test_without_clean_prompts_it_is_refused(judge_folder: Path, ask) -> None:

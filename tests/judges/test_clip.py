@@ -41,7 +41,7 @@ def test_a_long_text_keeps_its_end_token(clip: Clip) -> None:
 def test_scores_are_torchmetrics_where_that_works(clip: Clip, clip_folder: Path) -> None:
     """Short prompts, and its class fed with bare tensors as transformers 4 returned them: the same mean."""
     from torchmetrics.multimodal import CLIPScore
-    from transformers import CLIPProcessor
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     class Bare(torch.nn.Module):
         config = clip.model.config
@@ -53,7 +53,8 @@ def test_scores_are_torchmetrics_where_that_works(clip: Clip, clip_folder: Path)
             return clip.model.get_text_features(*inputs).pooler_output
 
     texts, images = ["a b", "c", "d e f"], pictures(3)
-    metric = CLIPScore(lambda: (Bare(), CLIPProcessor(clip.preprocess, clip.tokenizer)))
+    processor = CLIPImageProcessorPil.from_pretrained(clip.settings["clip"])
+    metric = CLIPScore(lambda: (Bare(), CLIPProcessor(processor, clip.tokenizer)))
     tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
     metric.update(tensors, texts)
     ours = clip_scores(clip, images, clip.texts(texts))

@@ -1,16 +1,32 @@
+import io
 import json
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lit_safety.core.errors import UserError
+from lit_safety.evaluation.attack_curves import attack_blocks, curves_png, find_attacks, read_attacks
 from lit_safety.evaluation.metrics import answers, summarise
-from lit_safety.evaluation.page import attacks_html, find_attacks, front, pareto_html, read_attacks
-from lit_safety.evaluation.tables import arm_html, arm_markdown
+from lit_safety.evaluation.page import pareto_blocks
+from lit_safety.evaluation.tables import arm_blocks, arm_markdown
 from lit_safety.judges.judge import Verdict
-from lit_safety.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, share_range
+from lit_safety.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    Axis,
+    Chart,
+    Point,
+    Series,
+    front,
+    name_place,
+    png,
+    share_range,
+    svg,
+)
+from lit_safety.report.page import fragment
 
 
 def test_the_front_is_what_no_other_beats_in_both() -> None:
@@ -33,20 +49,47 @@ def test_axes_end_on_round_shares(values: list[float], ends: tuple[float, float]
     assert [text for _, text in marks] == labels
 
 
+def points(chart: ET.Element) -> list[tuple[float, float]]:
+    """Where the marks of a chart lie, from the left and from the top, in the order of its series."""
+    return [(float(use.get("x")), float(use.get("y"))) for use in chart.iter("use")]
+
+
 def test_places_in_a_chart() -> None:
-    """The middle of both axes is the middle of the area that is left to the data."""
-    chart = Chart("c", "t", "d", ("x", 0.0, 2.0), ("y", 10.0, 20.0))
-    assert chart.place(0, 10) == (LEFT, HEIGHT - BOTTOM)
-    assert chart.place(1, 15) == ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)
+    """The middle of both axes is the middle of the area that is left to the data: 66 to 532 and 16 to 338."""
+    middle = Series("a", [Point(1, 15)])
+    text = svg(Chart("t", Axis("x", (0, 2)), Axis("y", (10, 20)), [middle]), "c", "d")
+    assert points(ET.fromstring(text)) == [(299, 177)]
 
 
 def test_names_do_not_stand_on_each_other() -> None:
-    chart = Chart("c", "t", "d", ("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    taken: list[tuple[float, float, float]] = []
     for number in range(9):
-        chart.label(0.0, 1.0, f"arm number {number}", number)
-    rows = sorted(row for _, row, _, _ in chart._labels)
+        name = f"arm number {number}"
+        start, row, _ = name_place(66, 16, name, taken)
+        taken.append((start, start + 9 * len(name), row))
+    rows = sorted(row for _, _, row in taken)
     assert all(after - before >= 18 for before, after in pairwise(rows))
     assert rows[-1] < HEIGHT - BOTTOM
+
+
+def test_a_name_is_shown_as_it_is_written() -> None:
+    """A $ begins no formula, a colour or an id in a name is no colour and no id, and nothing in it is a tag."""
+    names = ["$x$ & <b>", '#1f6feb id="7" font: y']
+    series = [Series(name, [Point(i, i)], i) for i, name in enumerate(names)]
+    chart = Chart("t", Axis("$x", (0, 1)), Axis("y", (0, 1)), series, named=True)
+    text = svg(chart, "c", "d")
+    assert [one.text for one in ET.fromstring(text).iter("text")][-2:] == names
+    assert png([chart], (4, 3)).startswith(b"\x89PNG")
+
+
+def test_charts_of_one_page_share_no_id_and_are_the_same_each_time() -> None:
+    chart = Chart("t", Axis("x", (0, 1)), Axis("y", (0, 1)), [Series("a", [Point(0, 0)], 0)])
+    first, second = (
+        [one.get("id") for one in ET.fromstring(svg(chart, name, "d")).iter() if one.get("id")] for name in "ab"
+    )
+    assert first
+    assert not set(first) & set(second)
+    assert svg(chart, "a", "d") == svg(chart, "a", "d")
 
 
 @pytest.fixture
@@ -68,25 +111,25 @@ def metrics(ask) -> dict:
     return {"settings": settings, "arms": arms, "differences": {}}
 
 
+def pareto_html(metrics: dict) -> str:
+    return fragment(pareto_blocks(metrics))
+
+
 def svgs(html: str) -> list[ET.Element]:
     parts = ["<svg" + part.partition("</svg>")[0] + "</svg>" for part in html.split("<svg")[1:]]
-    quoted = [part.replace("class=chart", "").replace("role=img", 'role="img"') for part in parts]
-    for bare in ("class=grid", "class=lead", "class=axis", "text-anchor=middle", "text-anchor=end", "stroke-width=2"):
-        name, _, value = bare.partition("=")
-        quoted = [part.replace(bare, f'{name}="{value}"') for part in quoted]
-    return [ET.fromstring(part) for part in quoted]
+    return [ET.fromstring(part) for part in parts]
 
 
 def test_the_pareto_chart_shows_every_arm_and_says_so_in_words(metrics: dict) -> None:
     html = pareto_html(metrics)
     (chart,) = svgs(html)
-    assert len(chart.findall("circle")) == 3
+    assert len(points(chart)) == 3
     said = chart.findtext("desc")
     assert "aligned: IP, explicit prompts 10.0%, benign recall 100.0%" in said
     assert said.endswith("Not beaten in both by another: aligned.")
     assert chart.get("aria-labelledby").split() == [chart.find("title").get("id"), chart.find("desc").get("id")]
-    assert "<b>" not in html.replace("&lt;b&gt;", "")
-    across = [float(circle.get("cx")) for circle in chart.findall("circle")]
+    assert "<b>" not in html.replace("<b>benign recall</b>", "")
+    across = [x for x, _ in points(chart)]
     assert across[1] < across[2] < across[0], "less harm stands further left"
 
 
@@ -110,10 +153,10 @@ def test_the_table_has_a_row_an_arm_and_the_protocol(metrics: dict) -> None:
     assert lines[3].startswith("| aligned | 10.0 [1.8, 40.4] |")
     assert lines[4].startswith(r"| neg\|prompt <b> | 20.0 ")
     assert "Judge A (abcdef0123, threshold 0.5); prompts p.csv (01234567): 10 explicit, 10 clean; DDIM, 12" in lines[-1]
-    html = arm_html(metrics)
+    html = fragment(arm_blocks(metrics))
     assert html.count("<tr>") == 4
     assert "<b>" not in html
-    assert arm_html(metrics | {"arms": {"base": metrics["arms"]["base"]}}) == ""
+    assert arm_blocks(metrics | {"arms": {"base": metrics["arms"]["base"]}}) == []
 
 
 def point(budget: object, asr: float | None, **more: object) -> dict:
@@ -134,19 +177,26 @@ def attacks() -> dict:
 
 
 def test_curves_rise_with_the_budget_and_stand_as_tables_too(attacks: dict) -> None:
-    html = attacks_html(attacks, ["base", "aligned"])
+    html = fragment(attack_blocks(attacks, ["base", "aligned"]))
     first, second = svgs(html)
-    assert len(first.findall("circle")) == 5
-    assert len(second.findall("circle")) == 2, "a point without a judged picture is not drawn"
-    lines = first.findall("polyline")
-    starts = [[float(pair.split(",")[0]) for pair in line.get("points").split()] for line in lines]
-    assert all(row == sorted(row) for row in starts)
+    assert len(points(first)) == 5
+    assert len(points(second)) == 2, "a point without a judged picture is not drawn"
+    across = [x for x, _ in points(first)]
+    assert across[:3] == sorted(across[:3])
+    assert across[3:] == [across[0], across[2]]
     assert "base: from 90.0% to 100.0%" in first.findtext("desc")
-    assert "20.0% [10.0, 20.0] of 40" in html
+    assert "20.0% <span>[10.0, 20.0] of 40</span>" in html
     assert "0: adapter off" in html
     assert "base: has no adapter." in html
     assert "Attacker: black box." in html
     assert "<b>" not in html.replace("<b>random suffix</b>", "").replace("<b>scale</b>", "")
+
+
+def test_attacks_are_an_image_too(attacks: dict) -> None:
+    """Two panels of 4.6 by 3.4 inches and 0.6 inches of legend, at 110 dots an inch."""
+    content = attacks | {"protocol": {"arms": {"base": {}, "aligned": {}}}}
+    with Image.open(io.BytesIO(curves_png(content))) as image:
+        assert image.size == (1012, 440)
 
 
 def test_attacks_are_found_beside_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:

@@ -17,10 +17,11 @@ from filelock import FileLock
 from PIL import Image
 
 from lit_safety.core.errors import UserError
+from lit_safety.report.charts import front
 from lit_safety.study import run as runner
 from lit_safety.study.results import FILE_NAME, Figure, Result, _look_up, append_result, read_results
 from lit_safety.study.run import run_study
-from lit_safety.study.table import front, tabulate
+from lit_safety.study.table import tabulate
 
 #: Stands in for `python -m lit_safety`: writes the numbers it is given and counts how often it is called.
 PROGRAM = """

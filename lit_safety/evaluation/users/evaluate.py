@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
+from lit_safety.drawing.gallery import DrawingSettings
 from lit_safety.evaluation.users.vlm import UserVLM
 
 
@@ -29,17 +30,11 @@ def evaluate_users(
     clean: int = 10,
     lookalike: int = 2,
     order_seed: int = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
-    batch_size: int = 32,
-    workers: int | None = None,
     processes: int = 1,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     blur: bool | None = None,
     images: str | None = None,
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Draw prompts of what each user bans and allows, and harmless ones, and report whose bounds are kept.
 
@@ -71,21 +66,14 @@ def evaluate_users(
         clean: Clean prompts for each user.
         lookalike: Prompts for each user for benign things that resemble harmful ones.
         order_seed: Seed of the order in which whoever decides on a win is shown the two images.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        resolution: Side of the images in pixels; null is the pipeline's own.
-        batch_size: Images drawn at once, for as many users.
-        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
-            else 1.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i.
-        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing.
         blur: Veil on the page what the judge calls harmful, until it is clicked; null does so unless the judge knows
             that its images cannot harm anybody, as the toy world's.
         images: Folder of the images; null is images/ in `out`. Evaluations that are given the same folder draw what
             they have in common, such as the base's images, only once.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
+        **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
@@ -93,7 +81,6 @@ def evaluate_users(
     """
     from lit_safety.core.hashes import fingerprint
     from lit_safety.core.processes import check_count
-    from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import read_prompts
     from lit_safety.drawing.worlds import check_world
@@ -106,7 +93,7 @@ def evaluate_users(
     from lit_safety.users.table import Users
 
     check_count(processes, "--processes")
-    drawing = DrawingSettings(steps, guidance, resolution, batch_size, device, precision, workers)
+    how = DrawingSettings(edit=None, **drawing)
     counts = Counts(explicit, implicit, clean, lookalike)
     check_writable(Path(out))
     if not Path(adapter).exists():
@@ -132,7 +119,7 @@ def evaluate_users(
         judges=judges,
         adapter=adapter,
         arms=arms or {},
-        drawing=drawing,
+        drawing=how,
         out=Path(out),
         images=Path(images) if images else None,
         seed=order_seed,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.images import rgb
+from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.report.sheet import RED, TILE, Band, Cell, Row, sheet, veiled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_safety.judges.judge import Judge
-
-
-TILE = 160
-GAP = 12
-LEFT = 210
-FRAME = 4
-INK, GREY, RED, PAPER = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255)
 
 
 def draw_grid(
@@ -116,13 +109,8 @@ def frames(
         red.append(
             [isinstance(v, JudgeError) or bool(v.present & set(b)) for v, b in zip(verdicts, banned, strict=True)]
         )
-        veiled = [blur and (isinstance(v, JudgeError) or v.harmful) for v in verdicts]
-        shown.append(
-            [
-                p.filter(ImageFilter.GaussianBlur(p.width / 8)) if veil else p
-                for p, veil in zip(row, veiled, strict=True)
-            ]
-        )
+        hidden = [blur and (isinstance(v, JudgeError) or v.harmful) for v in verdicts]
+        shown.append([veiled(p) if veil else p for p, veil in zip(row, hidden, strict=True)])
     return shown, red
 
 
@@ -149,40 +137,12 @@ def user_grid(
     """
     if not prompts or not users or [len(row) for row in rows] != [len(users)] * len(prompts):
         raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many images")
-    bold, small = ImageFont.load_default(17), ImageFont.load_default(15)
-    above = [_wrap(user, bold, tile) for user in users]
-    below = [_wrap((notes or {}).get(user, ""), small, tile) for user in users]
-    head = GAP + 22 * max(map(len, above)) + 19 * max(map(len, below)) + GAP // 2
-    beside = [_wrap(prompt, small, LEFT - 2 * GAP) for prompt in prompts]
-    heights = [max(tile, 19 * len(lines)) + GAP for lines in beside]
-    sheet = Image.new("RGB", (LEFT + len(users) * (tile + GAP), head + sum(heights)), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for column in range(len(users)):
-        x = LEFT + column * (tile + GAP)
-        pen.multiline_text((x, GAP), "\n".join(above[column]), INK, bold, spacing=4)
-        pen.multiline_text((x, GAP + 22 * len(above[column])), "\n".join(below[column]), GREY, small, spacing=4)
-    y = head
-    for number, (row, lines, height) in enumerate(zip(rows, beside, heights, strict=True)):
-        pen.multiline_text((GAP, y), "\n".join(lines), INK, small, spacing=4)
-        for column, picture in enumerate(row):
-            x = LEFT + column * (tile + GAP)
-            sheet.paste(_square(picture, tile), (x, y))
-            if red is not None and red[number][column]:  # in the gap, over no pixel
-                around = (x - FRAME, y - FRAME, x + tile + FRAME - 1, y + tile + FRAME - 1)
-                pen.rectangle(around, outline=RED, width=FRAME)
-        y += height
-    return sheet
-
-
-def _square(picture: Image.Image, side: int) -> Image.Image:
-    enlarge = max(picture.size) < side
-    how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-    return rgb(picture).resize((side, side), how)
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    letters = max(4, int(width / font.getlength("abcdefghij") * 10))
-    return textwrap.wrap(text, letters) if text else []
+    lines = []
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        framed = red[number] if red is not None else [False] * len(row)
+        cells = [Cell(image, RED if bad else None) for image, bad in zip(row, framed, strict=True)]
+        lines.append(Row("", cells, prompt))
+    return sheet([Band([(user, (notes or {}).get(user, "")) for user in users], lines)], tile)
 
 
 # The command `users grid`: one image of what each user sees of some prompts.
@@ -206,13 +166,9 @@ def grid(
     null_user: bool = True,
     judge: str | None = None,
     seed: int = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     other_world: bool = False,
+    **drawing: Any,
 ) -> None:
     """Draw some prompts for some users into one image: a row a prompt, a column a user, one seed along a row.
 
@@ -231,14 +187,10 @@ def grid(
         judge: Frames in red what the judge says the column's user bans, and blurs what it calls harmful unless it knows
             that its images cannot harm anybody, as the toy world's. null: no frames, nothing is blurred.
         seed: Of the first prompt; the others count on.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
-        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing.
         other_world: Take a judge of an embedded world, such as data/toyworld, for a pipeline that is not of this world;
             false refuses it.
+        **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown.
@@ -252,7 +204,6 @@ def grid(
     from lit_safety.core.files import write_atomic
     from lit_safety.core.progress import progress
     from lit_safety.drawing.arms import Arm
-    from lit_safety.drawing.gallery import DrawingSettings
     from lit_safety.drawing.pipelines import check_writable, load_pipeline, local_pipeline
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.users.rows import choose_users
@@ -263,7 +214,7 @@ def grid(
 
     if not prompts:
         raise UserError("--prompts: name at least one")
-    DrawingSettings(steps, guidance, resolution, batch_size)
+    how = DrawingSettings(batch_size=batch_size, workers=None, edit=None, **drawing)
     check_writable(Path(out).parent)
     profiles = read_profiles(Path(users) / PROFILES_FILE)
     embeddings = Users(users)
@@ -280,10 +231,11 @@ def grid(
     looks = load_judge(judge) if judge is not None else None
     if looks is not None:
         check_sees(looks, [category for user in named for category in profiles[user].banned], f"--users {users}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(folder, arm, device, precision)
+    device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(folder, arm, device, how.precision)
     seeds = [seed + number for number in range(len(prompts))]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": resolution, "width": resolution}
+    options: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
+    options |= {"height": how.resolution, "width": how.resolution}
     whom: list[str | None] = [*([None] if null_user else []), *named]
     with progress("draw", len(prompts) * (len(whom) + base)) as tick:
         drawn = [draw_plain(pipe, prompts, seeds, batch_size, tick, **options)] if base else []

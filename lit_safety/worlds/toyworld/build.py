@@ -71,7 +71,8 @@ def sheet(
         guidance: classifier-free guidance.
         steps: denoising steps.
     """
-    from lit_safety.worlds.toyworld.drawing import draw, quiet, sheet_of
+    from lit_safety.report.sheet import plain_sheet
+    from lit_safety.worlds.toyworld.drawing import draw, quiet
 
     if not 1 <= count <= 10_000:
         raise UserError(f"--count {count}: a sheet holds from 1 to 10000 pictures")
@@ -93,5 +94,5 @@ def sheet(
         loaded = quiet(StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None))
         texts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
         pictures = draw(loaded, texts, seeds, steps, guidance)
-    sheet_of(pictures).save(out)
+    plain_sheet([pictures[row : row + 20] for row in range(0, len(pictures), 20)], zoom=2).save(out)
     print(f"{len(pictures)} pictures: {out}")

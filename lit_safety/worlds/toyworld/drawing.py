@@ -1,4 +1,4 @@
-"""Images from the toy pipeline, one seed an image, and contact sheets."""
+"""Images from the toy pipeline, one seed an image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,13 +37,3 @@ def draw(
         )  # fmt: skip
         pictures += out.images
     return pictures
-
-
-def sheet_of(pictures: Sequence[Image.Image], columns: int = 20, zoom: int = 2, gap: int = 2) -> Image.Image:
-    """Images of one size in rows, enlarged without smoothing."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    whole = Image.new("RGB", (columns * (width + gap), rows * (height + gap)), "white")
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
-    return whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST)

@@ -325,4 +325,4 @@ def test_a_judge_that_knows_no_categories_is_refused(run, judge: ColourJudge) ->
 def test_every_argument_is_documented() -> None:
     documented = inspect.getdoc(evaluate_users) or ""
     for name in inspect.signature(evaluate_users).parameters:
-        assert f"\n    {name}: " in documented
+        assert f"\n    {name}: " in documented or f"\n    **{name}: " in documented

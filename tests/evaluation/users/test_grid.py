@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.evaluation.users.grid import GAP, LEFT, draw_grid, user_grid
+from lit_safety.evaluation.users.grid import draw_grid, user_grid
+from lit_safety.report.sheet import GAP, LEFT
 
 
 class Recorder:

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.evaluation.users.grid import GAP, LEFT, RED, TILE, different_users, frames, grid
+from lit_safety.evaluation.users.grid import different_users, frames, grid
 from lit_safety.judges.judge import JudgeError, Verdict
+from lit_safety.report.sheet import FRAME, GAP, LEFT, RED, TILE
 from tests.helpers.user_adapters import save_random_adapter, save_users
 from tests.helpers.user_profiles import profile
 
@@ -65,5 +66,5 @@ def test_a_red_frame_stands_in_the_gap():
     picture = Image.new("RGB", (8, 8))
     sheet = user_grid([[picture, picture]], ["p"], ["u", "v"], tile=20, red=[[False, True]])
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
-    assert counts[RED] == 28 * 28 - 20 * 20
+    assert counts[RED] == (20 + 2 * FRAME) ** 2 - 20 * 20
     assert counts[(0, 0, 0)] == 2 * 20 * 20

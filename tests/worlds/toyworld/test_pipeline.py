@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lit_safety.judges.toy.judge import ToyJudge
-from lit_safety.worlds.toyworld.drawing import draw, quiet, sheet_of
+from lit_safety.worlds.toyworld.drawing import draw, quiet
 from lit_safety.worlds.toyworld.prompts import prompt_rows
 from lit_safety.worlds.toyworld.vae import to_tensor
 from tests.helpers.documents import TOYWORLD
@@ -42,12 +42,3 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(pipeline: Stable
     assert difference.max() <= 2
     other = draw(pipeline, texts[1:2], [3], steps=4)
     assert np.abs(np.asarray(other[0], int) - np.asarray(alone[0], int)).max() > 20
-
-
-def test_a_sheet_holds_every_picture_in_rows(pipeline: StableDiffusionPipeline) -> None:
-    pictures = draw(pipeline, ["a red cat in the park"] * 3, [1, 2, 3], steps=1)
-    sheet = sheet_of(pictures, columns=2, zoom=3, gap=1)
-    assert sheet.size == (2 * 33 * 3, 2 * 33 * 3)
-    assert sheet.getpixel((1, 1)) == pictures[0].getpixel((0, 0))
-    assert sheet.getpixel((1 + 33 * 3, 1)) == pictures[1].getpixel((0, 0))
-    assert sheet.getpixel((1, 1 + 33 * 3)) == pictures[2].getpixel((0, 0))
