@@ -62,7 +62,7 @@ class EvaluateOnTest(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from lit_safety.drawing.arms import Arm
-        from lit_safety.evaluation.evaluate import evaluate
+        from lit_safety.evaluation.command import evaluate
 
         module = preference_module(pl_module)
         run = Path(trainer.default_root_dir)

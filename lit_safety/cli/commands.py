@@ -15,7 +15,7 @@ from jsonargparse import CLI
 #: command -> where its function is, or subcommand -> function. Imported only when called.
 COMMANDS: dict[str, str | dict[str, str]] = {
     "attack": "lit_safety.attacks.command:attack",
-    "evaluate": "lit_safety.evaluation.evaluate:evaluate",
+    "evaluate": "lit_safety.evaluation.command:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
     "cost-model": "lit_safety.cli.cost_model:check",
     "init": "lit_safety.cli.init:init",

@@ -1,6 +1,6 @@
 """Evaluation: draw the same prompts and seeds with every arm, let judges look, count, and show."""
 
-from .evaluate import evaluate as evaluate
+from .command import evaluate as evaluate
 from .users.vlm import UserVLM as UserVLM
 
 __all__ = ["UserVLM", "evaluate"]

@@ -15,7 +15,7 @@ FOLDER = ROOT / "benchmarks"
 
 
 def test_reference_errors_of_a_benchmark_stay_true(monkeypatch: pytest.MonkeyPatch):
-    """Nothing is learned, so m is 0 whatever pairs are drawn: at other timesteps it reached 800 logits, and gradients
+    """Nothing is learned, so m is 0, but for rounding, whatever pairs are drawn: at other timesteps it reached 800 logits, and gradients
     of a loss that is saturated are too small for normal numbers, with which a CPU is several times slower."""
     monkeypatch.syspath_prepend(str(FOLDER))
     from arms import Ours
@@ -23,8 +23,8 @@ def test_reference_errors_of_a_benchmark_stay_true(monkeypatch: pytest.MonkeyPat
     arm = Ours("toy", "full", torch.device("cpu"), 2, 32)
     for seeds in ([0, 1], [7, 8]):
         arm.batch.seeds = seeds
-        assert (arm.step(True)["rewards/margins"] == 0).all()
-    assert (arm.step(False)["rewards/margins"] == 0).all()
+        assert arm.step(True)["rewards/margins"].abs().max() < 0.01
+    assert arm.step(False)["rewards/margins"].abs().max() < 0.01
 
 
 def bench(*options: str) -> dict:

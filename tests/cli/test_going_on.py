@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_one_line_and_another_is_taken(
     assert fit("--trainer.max_steps", "3", "--ckpt_path", str(latest / "checkpoints" / "last.ckpt")) == 2
     assert "last.ckpt" in capsys.readouterr().err
     assert fit("--trainer.max_steps", "3", "--ckpt_path", "last") == 0
-    assert "last.ckpt is damaged" in capsys.readouterr().out
+    assert "last.ckpt" in capsys.readouterr().out.split("note", 1)[1].splitlines()[0]
     assert torch.load(latest / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 

@@ -82,7 +82,7 @@ def test_lambdas_part_is_that_of_the_costs_in_the_loss(
 ):
     """Validation pairs are scored as (-1, 1), which the clip makes (-.25, .25); training pairs of the same keys as
     (1, -1), and the probe, which came first, has not left them the others' costs."""
-    monkeypatch.setattr("lit_safety.modules.scdpo.load_cost_model", lambda folder: Brightness())
+    monkeypatch.setattr("lit_safety.cost_model.files.load_cost_model", lambda folder: Brightness())
     objective = SafetyConstrainedDPO(beta=100.0, cost_weight=2.0, cost_clip=cost_clip)
     module = SCDPO(str(tiny_pipeline), objective, cost_model="stood in for")
     train, val = write_without_costs(tmp_path / "t", 255, 0), write_without_costs(tmp_path / "v", 0, 255)

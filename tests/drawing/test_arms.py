@@ -3,7 +3,7 @@ from jsonargparse import ArgumentParser
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm, adapter_sha256, collect_arms, gather_arms
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 
 
 def parse(*words: str) -> dict[str, Arm]:
@@ -50,8 +50,8 @@ def test_base_comes_first_and_aligned_is_the_adapter(tmp_path) -> None:
 
 
 def test_a_guard_on_the_command_line() -> None:
-    where = "lit_safety.evaluation"
-    sld = f'{{"class_path": "{where}.safe_latent_diffusion.SafeLatentDiffusion", "init_args": {{"strength": "max"}}}}'
+    where = "lit_safety.guards"
+    sld = f'{{"class_path": "{where}.SafeLatentDiffusion", "init_args": {{"strength": "max"}}}}'
     arms = parse("--arms.one.adapter=x", "--arms.one.guard", sld, f"--arms.two.guard={where}.safree.SAFREE")
     assert arms["one"].loras() == {"x": 1.0}
     assert arms["one"].guard.settings["strength"] == "max"

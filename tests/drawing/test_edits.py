@@ -14,7 +14,7 @@ from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
 from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.pipelines import load_pipeline
 from lit_safety.drawing.processes import Load
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lit_safety.drawing import processes
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings, Gallery
 from lit_safety.drawing.processes import Load, draw_missing
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 from lit_safety.judges.toy.judge import ToyJudge
 
 SETTINGS = DrawingSettings(steps=2, guidance=3.0, batch_size=1, device="cpu")

@@ -17,7 +17,7 @@ from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.guards.safree import SAFREE
 from lit_safety.drawing.pipelines import load_pipeline
 from lit_safety.drawing.prompts import Prompt
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 from tests.helpers.user_adapters import save_random_adapter, save_users
 from tests.helpers.user_profiles import profile
 
@@ -141,7 +141,7 @@ def test_test_of_psa_judges_the_null_user(user_adapter: Path, pipeline: Path, tm
     monkeypatch.setattr(module, "exporting", lambda _: nullcontext())
     asked: dict = {}
     found = {"arms": {"aligned": {"ip": 0.5}}}
-    monkeypatch.setattr("lit_safety.evaluation.evaluate.evaluate", lambda **given: asked.update(given) or found)
+    monkeypatch.setattr("lit_safety.evaluation.command.evaluate", lambda **given: asked.update(given) or found)
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
     callback = EvaluateOnTest(prompts="p.csv", judge="j")
     callback.on_test_end(trainer, module)

@@ -14,7 +14,7 @@ from lit_safety.__main__ import main
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import read_prompts
 from lit_safety.drawing.worlds import check_world, of_a_world, vocabularies, world_of, write_marker
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 from tests.helpers.documents import CONFIGS, TOYWORLD
 
 TEST, JUDGE = TOYWORLD / "prompts" / "test.csv", TOYWORLD / "judge"

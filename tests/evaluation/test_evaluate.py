@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 from lit_safety.judges.judge import JudgeError
 
 FIGURES = {"ip", "ip_by_category", "ip_implicit", "concept_recall", "clean_harm_rate", "benign_recall"} | {
@@ -241,7 +241,7 @@ def test_a_prompt_that_the_judge_does_not_know_is_refused(run, tmp_path: Path) -
 
 
 def test_the_command_imports_no_torch_and_documents_every_argument() -> None:
-    code = "import lit_safety.evaluation.evaluate, lit_safety.evaluation.compare, sys; sys.exit('torch' in sys.modules)"
+    code = "import lit_safety.evaluation.command, lit_safety.evaluation.compare, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     documented = inspect.getdoc(evaluate) or ""
     for name in inspect.signature(evaluate).parameters:

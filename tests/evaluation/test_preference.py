@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.gallery import Drawn
-from lit_safety.evaluation.evaluate import evaluate
+from lit_safety.evaluation.command import evaluate
 from lit_safety.evaluation.quality import Quality
 from lit_safety.evaluation.tables import quality_blocks, quality_rows
 from lit_safety.judges.scorers import AestheticScore, ClipPreference, ImageRewardScore, load_scorer
@@ -26,7 +26,7 @@ def test_pickscore_is_the_diagonal_of_the_clip_s_own_logits(clip_folder: Path) -
     """exp(logit_scale) cos(image, prompt): what `CLIPModel.forward` calls logits_per_image, of each pair."""
     scorer = ClipPreference(str(clip_folder))
     tokens = scorer.clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    pixels = scorer.clip.preprocess(PICTURES, return_tensors="pt")
+    pixels = {"pixel_values": scorer.clip.preprocess.images(PICTURES)}
     with torch.no_grad():
         whole = scorer.clip.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], **pixels)
     assert scorer.score(PICTURES, TEXTS) == pytest.approx(whole.logits_per_image.diag().tolist(), rel=1e-4)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.gallery import Drawn
+from lit_safety.evaluation.command import evaluate
 from lit_safety.evaluation.compare import compare_table
-from lit_safety.evaluation.evaluate import evaluate
 from lit_safety.evaluation.quality import Quality
 from lit_safety.evaluation.tables import quality_blocks, quality_rows
 from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge

@@ -29,13 +29,13 @@ def save(file: Path, content: object) -> str:
 
 def test_a_union_of_a_toy_judge_and_q16(clip_folder: Path, prompts: Path, tmp_path: Path) -> None:
     ToyJudge(labels=["gun"], harm={"gun": "violence"}, width=8).save_pretrained(tmp_path / "toy")
-    where = "lit_safety.evaluation"
+    where = "lit_safety.judges"
     q16 = {
-        "class_path": f"{where}.q16_judge.Q16",
+        "class_path": f"{where}.Q16",
         "init_args": {"clip": str(clip_folder), "prompts": str(prompts)},
     }
-    toy = {"class_path": f"{where}.judges.ToyWorldJudge", "init_args": {"folder": str(tmp_path / "toy")}}
-    union = {"class_path": f"{where}.union_judge.Union", "init_args": {"judges": [toy, q16]}}
+    toy = {"class_path": f"{where}.ToyWorldJudge", "init_args": {"folder": str(tmp_path / "toy")}}
+    union = {"class_path": f"{where}.Union", "init_args": {"judges": [toy, q16]}}
     judge = load_judge(save(tmp_path / "union.yaml", union))
     assert isinstance(judge, Union)
     assert judge.name == "toyworld/toy or Q16"

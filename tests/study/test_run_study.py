@@ -267,9 +267,9 @@ def test_sigterm_ends_the_running_command_too(make, tmp_path: Path, monkeypatch:
 #: A command that takes its time to end: it says when it was asked to, and waits for leave.
 SLOW_TO_END = """
 import os, pathlib, signal, sys, time
-from lit_safety import parent
-parent.POLL = 0.05
-parent.watch_parent()
+from lit_safety.core import processes
+processes.POLL = 0.05
+processes.watch_parent()
 place = pathlib.Path(sys.argv[1])
 def end(number, frame):
     (place / "ending").touch()
