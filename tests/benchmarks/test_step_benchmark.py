@@ -15,8 +15,11 @@ FOLDER = ROOT / "benchmarks"
 
 
 def test_reference_errors_of_a_benchmark_stay_true(monkeypatch: pytest.MonkeyPatch):
-    """Nothing is learned, so m is 0, but for rounding, whatever pairs are drawn: at other timesteps it reached 800 logits, and gradients
-    of a loss that is saturated are too small for normal numbers, with which a CPU is several times slower."""
+    """Nothing is learned, so m is 0, but for rounding, whatever pairs are drawn.
+
+    At other timesteps it reached 800 logits, and gradients of a loss that is saturated are too small for normal
+    numbers, with which a CPU is several times slower.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
     from arms import Ours
 

@@ -52,7 +52,7 @@ def test_base_comes_first_and_aligned_is_the_adapter(tmp_path) -> None:
 def test_a_guard_on_the_command_line() -> None:
     where = "lit_safety.guards"
     sld = f'{{"class_path": "{where}.SafeLatentDiffusion", "init_args": {{"strength": "max"}}}}'
-    arms = parse("--arms.one.adapter=x", "--arms.one.guard", sld, f"--arms.two.guard={where}.safree.SAFREE")
+    arms = parse("--arms.one.adapter=x", "--arms.one.guard", sld, f"--arms.two.guard={where}.SAFREE")
     assert arms["one"].loras() == {"x": 1.0}
     assert arms["one"].guard.settings["strength"] == "max"
     assert arms["two"].guard.settings["guard"] == "SAFREE"
