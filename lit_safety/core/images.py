@@ -133,7 +133,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: it cannot be read, is not an ordinary file (a pipe would be waited for), or is too large for an image.
+        UserError: it cannot be read, is not an ordinary file (a pipe would be waited for), or too large for an image.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
