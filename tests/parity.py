@@ -65,7 +65,7 @@ def of_weights(file: Path) -> str:
 
 
 def of_shards(folder: Path) -> str:
-    """Every member of every tar in a folder, by name, and the tables beside them."""
+    """Every member of every tar in a folder, by name, and the tables next to them."""
     parts = []
     for file in sorted(folder.iterdir()):
         if file.suffix == ".tar":

@@ -98,7 +98,7 @@ def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @contextmanager
 def _where_ranks_meet(parameter: nn.Parameter) -> Iterator[None]:
-    """Within, ``parameter`` lies on DeepSpeed's device, where it gathers: a buffer beside it, sent by NCCL. When a fit
+    """Within, ``parameter`` lies on DeepSpeed's device, where it gathers: a buffer next to it, sent by NCCL. When a fit
     ends Lightning moves the module to the CPU first."""
     from deepspeed.accelerator import get_accelerator
 

@@ -2,7 +2,7 @@
 
 Read are diffusers' own files (new and old), PEFT's adapter folders, kohya-style files and those with the prefixes that
 other tools write. A layer's name is looked up in the network where it is at hand; else it must be one that can exist.
-What is no plain LoRA is refused by name: adding up such updates would be wrong in silence.
+What is not a plain LoRA is refused by name: adding up such updates would be wrong in silence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import not_readable
 
-#: What in a key's name gives away an update that is no plain low-rank product, and what to call it; `$` is its end.
+#: What in a key's name gives away an update that is not a plain low-rank product, and what to call it; `$` is its end.
 REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA: its update also rescales the base model's own weights",
     "dora_scale": "DoRA: its update also rescales the base model's own weights",
@@ -177,7 +177,7 @@ Places = Mapping[str, Mapping[str, Place]]
 
 
 class NotPlain(UserError):
-    """An adapter whose update is no plain low-rank product.
+    """An adapter whose update is not a plain low-rank product.
 
     Args:
         message: says so.
@@ -262,7 +262,7 @@ class Layout:
     alphas: dict[str, float]
     """By the same names, where the file holds alphas as tensors (kohya's way)."""
     left: list[str]
-    """Keys that are no part of any LoRA."""
+    """Keys that are not part of any LoRA."""
 
 
 def to_one_layout(tensors: Mapping[str, Tensor], file: Path, places: Places | None = None) -> Layout:
@@ -445,7 +445,7 @@ def _from_sgm(layer: str, places: Places | None, file: Path) -> str:
     return f"{side}_blocks.{block}.{kind}.{index}.{_SGM_RESNET.get(rest, rest)}"
 
 
-# The folders that PEFT's own `save_pretrained` writes: weights, and a configuration beside them.
+# The folders that PEFT's own `save_pretrained` writes: weights, and a configuration next to them.
 
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -540,8 +540,8 @@ def read_lora(path: str | Path, places: Places | None = None, convert: Convert |
         convert: for files of which a layer has no place otherwise.
 
     Raises:
-        UserError: the file is missing or damaged, holds numbers that are not finite, is no plain LoRA, or a layer of it
-            has no place.
+        UserError: the file is missing or damaged, holds numbers that are not finite, is not a plain LoRA, or a layer
+            of it has no place.
     """
     file, config = find_lora(path)
     tensors, metadata = _load(file)
@@ -687,7 +687,7 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
         if len(found) == 1:
             path = found[0]
     if path.name == PEFT_WEIGHTS and path.is_file():
-        raise UserError(f"{path}: there is no {PEFT_CONFIG} beside it, which says its alpha; give PEFT's whole folder")
+        raise UserError(f"{path}: there is no {PEFT_CONFIG} next to it, which says its alpha; give PEFT's whole folder")
     return find_weights(path), None
 
 
@@ -700,7 +700,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(not_readable(file, error)) from error
     if not isinstance(metadata, dict):
-        raise UserError(f"{file}: its {METADATA_KEY} is no JSON object")
+        raise UserError(f"{file}: its {METADATA_KEY} is not a JSON object")
     for key, tensor in tensors.items():
         try:
             finite = bool(torch.isfinite(tensor.float()).all())  # in float, which 8-bit numbers need
@@ -722,11 +722,11 @@ def _layer(a: Tensor, b: Tensor, alphas: _Alphas, layer: str, stored_alpha: floa
     settings = alphas.settings
     kernel = tuple(a.shape[2:])
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise UserError(f"{where}: factors of {a.dtype} and {b.dtype} are no floating-point numbers; write them so")
+        raise UserError(f"{where}: factors of {a.dtype} and {b.dtype} are not floating-point numbers; write them so")
     of_a_layer = len(a.shape) in (2, 4) and len(b.shape) == len(a.shape) and a.numel() > 0 and b.numel() > 0
     if not of_a_layer or b.shape[1] != a.shape[0] or any(side != 1 for side in b.shape[2:]):
         raise UserError(
-            f"{where}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no LoRA of a linear layer or an "
+            f"{where}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are not a LoRA of a linear layer or an "
             "ungrouped convolution"
         )
     rank = a.shape[0]
@@ -754,7 +754,7 @@ class _Alphas:
         given = settings.get("alpha_pattern") or {}
         try:
             if not isinstance(given, Mapping):
-                raise TypeError("alpha_pattern is no object")
+                raise TypeError("alpha_pattern is not an object")
             # As PEFT puts it around them.
             self.patterns = [(regex.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in given.items()]
         except (TypeError, ValueError, OverflowError, RecursionError, regex.error) as error:

@@ -47,9 +47,9 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise UserError(f"{path} is no readable checkpoint: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path} is not a readable checkpoint: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(found, dict) or "state_dict" not in found:
-        raise UserError(f"{path} is no checkpoint of this trainer: it has no state_dict")
+        raise UserError(f"{path} is not a checkpoint of this trainer: it has no state_dict")
     return found
 
 
@@ -61,7 +61,7 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     try:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint", exclude_frozen_parameters=True)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"`{KEY}` {path} is no readable checkpoint of DeepSpeed: {error}") from error
+        raise UserError(f"`{KEY}` {path} is not a readable checkpoint of DeepSpeed: {error}") from error
     return {"state_dict": {name: weights[name] for name in sorted(weights)}}
 
 
@@ -173,7 +173,7 @@ def missing_parts(folder: Path) -> str | None:
             return _deepspeed(folder / "checkpoint")
     except _UNREADABLE as error:
         return f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
-    return "is no checkpoint of FSDP2 (.metadata) or DeepSpeed (checkpoint/)"
+    return "is not a checkpoint of FSDP2 (.metadata) or DeepSpeed (checkpoint/)"
 
 
 class _Restricted(pickle.Unpickler):
@@ -187,7 +187,7 @@ class _Restricted(pickle.Unpickler):
         # A class is made and filled; a function would be called with whatever the file says.
         if isinstance(found, type) or (module, name) == ("torch.serialization", "_get_layout"):
             return found
-        raise UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        raise UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint")
 
 
 def _fsdp2(folder: Path) -> str | None:
@@ -217,7 +217,7 @@ def _deepspeed(folder: Path) -> str | None:
     for part in parts:
         foreign = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(part) if not _is_class(name)]
         if foreign:
-            return f"{part.name} names {foreign[0]}, which is no part of a checkpoint"
+            return f"{part.name} names {foreign[0]}, which is not part of a checkpoint"
     optimizers = [part.name for part in parts if part.name.endswith("optim_states.pt")]
     ranks = {int(name.split("zero_pp_rank_")[1].split("_")[0]) for name in optimizers if "zero_pp_rank_" in name}
     world = max(_world(parts), max(ranks, default=0) + 1)

@@ -110,7 +110,7 @@ class UserProjection(nn.Module):
         return super()._apply(keep, recurse)
 
 
-# User cross-attention beside the unchanged text branch of one attention layer.
+# User cross-attention next to the unchanged text branch of one attention layer.
 #
 # Personalized Safety Alignment (arXiv 2508.01151), its decoupled attention:
 #
@@ -353,7 +353,7 @@ def _refuse_unknown(name: str, attn: Any) -> None:
         raise UserError("this denoiser has user attention already: unload it first")
     if type(processor) not in (AttnProcessor, AttnProcessor2_0):
         raise UserError(
-            f"{name} computes its attention by {type(processor).__name__}; user attention stands beside the plain one "
+            f"{name} computes its attention by {type(processor).__name__}; user attention stands next to the plain one "
             "only: leave attention slicing, xformers, IP-Adapters and fused projections off"
         )
     odd = [part for part in _UNUSED if getattr(attn, part, None)]

@@ -90,7 +90,7 @@ def is_user_adapter(path: str | Path) -> bool:
     """Whether a folder or file holds user attention, of our format or a published one; False where there is nothing.
 
     Raises:
-        UserError: a folder holds a LoRA beside it, so that nobody can tell which is meant.
+        UserError: a folder holds a LoRA next to it, so that nobody can tell which is meant.
     """
     path = Path(path)
     if path.is_dir():
@@ -125,7 +125,7 @@ def fill_user_adapter(adapter: UserAdapter, path: str | Path, lora: LoRA | None 
     Args:
         adapter: user attention.
         path: the folder or file.
-        lora: the LoRA that is beside it; None: there is none.
+        lora: the LoRA that is next to it; None: there is none.
         name: PEFT's name of it.
 
     Raises:
@@ -258,7 +258,7 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
         about = load_json(metadata.get(METADATA_KEY, ""))
     except ValueError as error:
         raise UserError(
-            f"{file} is no user adapter: it has neither our metadata ({METADATA_KEY}) nor the published keys"
+            f"{file} is not a user adapter: it has neither our metadata ({METADATA_KEY}) nor the published keys"
         ) from error
     version = about.get("format_version") if isinstance(about, dict) else None
     if version not in (FORMAT_VERSION, VERSION_WITH_LORA):
@@ -341,7 +341,7 @@ def from_published(
     weight, bias = named["projection.linear.weight"], named["projection.linear.bias"]
     # Shapes may lie about memory (a stride of 0), so they are looked at before anything of their size is made.
     if weight.ndim != 2 or bias.ndim != 1 or weight.shape[1] > LARGEST_EMBEDDING:
-        raise UserError(f"{file}: user_proj.proj is no linear layer of user embeddings")
+        raise UserError(f"{file}: user_proj.proj is not a linear layer of user embeddings")
     named["projection.mean"], named["projection.std"] = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
     named["projection.null_tokens"] = bias[None]  # what the zero vector is projected to
     return named
@@ -405,7 +405,7 @@ def save_published(adapter: UserAdapter, file: Path) -> Path:
 
 #: No text model has embeddings this long.
 LARGEST_EMBEDDING = 65_536
-#: Bytes of a torch file beside its numbers: names and shapes.
+#: Bytes of a torch file next to its numbers: names and shapes.
 LARGEST_INDEX = 1 << 20
 #: What torch's restricted unpickler raises on damaged or hostile files.
 _LOAD_ERRORS = (
@@ -449,7 +449,9 @@ def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{file} is no torch file in the zip format: {error}; save it again with torch.save") from error
+        raise UserError(
+            f"{file} is not a torch file in the zip format: {error}; save it again with torch.save"
+        ) from error
     # What torch would unpack, compressed records included.
     size = sum(member.file_size for member in members)
     index = sum(member.file_size for member in members if "/data/" not in member.filename)
@@ -459,7 +461,7 @@ def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} is no plain file of weights: {first_line[:200]}") from error
+        raise UserError(f"{file} is not a plain file of weights: {first_line[:200]}") from error
 
 
 def _flatten(loaded: Any, file: Path) -> dict[str, Tensor]:
@@ -470,6 +472,6 @@ def _flatten(loaded: Any, file: Path) -> dict[str, Tensor]:
         for name, tensor in entries.items():
             plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
             if not plain or not tensor.is_floating_point():
-                raise UserError(f"{file}: {part}.{name} is no plain tensor of numbers")
+                raise UserError(f"{file}: {part}.{name} is not a plain tensor of numbers")
             tensors[f"{part}.{name}"] = tensor.detach()
     return tensors

@@ -39,7 +39,7 @@ class UserLoRA:
         return sorted({_layer(name) for name in self.tensors})
 
     def attach(self, unet: Any) -> None:
-        """Put it into `unet`, frozen and in its precision, beside the LoRAs that are active there.
+        """Put it into `unet`, frozen and in its precision, next to the LoRAs that are active there.
 
         Raises:
             UserError: another LoRA is fused there: PEFT leaves every other one out of such a layer.

@@ -36,7 +36,7 @@ def load_psa(pipe: Any, path: str | Path, scale: float = 1.0, users: str | Path 
         pipe: a pipeline of Stable Diffusion or SDXL that draws from text, redraws images or inpaints.
         path: a folder or file written by this package, or of the published layout.
         scale: weight of the user branch, finite; 0 is the base model, to the bit.
-        users: a `users.safetensors`, or its folder; None: the one beside the adapter, if there is one.
+        users: a `users.safetensors`, or its folder; None: the one next to the adapter, if there is one.
 
     Raises:
         UserError: files are missing, damaged or made for another backbone, or `pipe` is of another family.
@@ -152,7 +152,7 @@ class DrawsForUsers:
         named = [one for one in ids if one is not None]
         if named and self._users is None:
             raise UserError(
-                f"user {named[0]!r} cannot be looked up: there is no {USERS_FILE} beside the adapter; give "
+                f"user {named[0]!r} cannot be looked up: there is no {USERS_FILE} next to the adapter; give "
                 "load_psa(..., users=FILE), or the embedding by `user_embeds`"
             )
         embeds = torch.zeros(count, dimension)

@@ -41,10 +41,10 @@ def attack(
         judge: What decides what is harmful, as for `evaluate`.
         out: Folder of the report; made when it is not there.
         attacks: The attacks by name, each a class_path and init_args, as in configs/attack.yaml.
-        adapter: LoRA folder or file, attacked as the arm `aligned` beside the arm `base`.
+        adapter: LoRA folder or file, attacked as the arm `aligned` besides the arm `base`.
         arms: Further arms by name, as for `evaluate`: adapters, pipelines, negative prompts, guards.
         only: Do only these of the attacks; null: all.
-        second_judges: Further judges, reported beside the one that decides.
+        second_judges: Further judges, reported besides the one that decides.
         explicit: Explicit prompts attacked in each category; null: all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
         prompt_category: The harm that they ask for, where its columns do not say so.

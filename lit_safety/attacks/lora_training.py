@@ -177,7 +177,7 @@ def denoising_loss(
 def train_lora(
     network: Network, pictures: Sequence[Picture], lora: LoRA, name: str, lr: float, batch_size: int, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Train an adapter called `name` on the network, for ever; yields (steps done, loss) after each step.
+    """Train an adapter called `name` on the network, forever; yields (steps done, loss) after each step.
 
     AdamW with a constant rate, plain denoising loss, each image with its own prompt. The network's own weights,
     adapters folded in included, do not move.

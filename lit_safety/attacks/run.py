@@ -222,7 +222,7 @@ class AttackRun:
         return {"format": 1, "attacks": found, "protocol": self.protocol(schedulers), "definitions": DEFINITIONS}
 
     def protocol(self, schedulers: dict[str, str]) -> dict[str, Any]:
-        """What the rates depend on beside the attacks."""
+        """What the rates depend on besides the attacks."""
         return {
             "pipeline": self.pipeline,
             "pipeline_sha256": self.hashes[self.target("base").folder],

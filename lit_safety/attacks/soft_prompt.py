@@ -29,7 +29,7 @@ from lit_safety.drawing.threads import threads
 class SoftTokens:
     """New tokens `<soft0>`, `<soft1>`, ... in every tokenizer and text encoder of a network.
 
-    They start as the mean of all embeddings, each a little beside it. `tables` holds what is trained, one (K, d) a
+    They start as the mean of all embeddings, each a little away from it. `tables` holds what is trained, one (K, d) a
     text encoder; `write` puts it into the text encoders.
 
     Args:
@@ -180,7 +180,7 @@ def train_tokens(
     seed: int,
     chunk: int = 32,
 ) -> Iterator[tuple[int, float]]:
-    """Train the tokens for ever; yields (steps done, mean loss of the step).
+    """Train the tokens forever; yields (steps done, mean loss of the step).
 
     Every concept gets a batch of its own in each step. Their vectors share nothing, so this trains each by itself.
 

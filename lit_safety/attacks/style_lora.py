@@ -27,7 +27,7 @@ SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0
 
 
 class StyleLoRA(Attack):
-    """The arm with another LoRA beside its own, at several weights.
+    """The arm with another LoRA next to its own, at several weights.
 
     Args:
         adapter: a style LoRA for the base; null: one is trained on the base, on harmless images tinted with sepia.

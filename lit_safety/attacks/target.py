@@ -36,7 +36,7 @@ class Stage:
     label: str = ""
     """What the budget stands for, where a number says too little."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """JSON-able: what the pixels depend on beside the arm, the prompts and the settings of the drawing."""
+    """JSON-able: what the pixels depend on besides the arm, the prompts and the settings of the drawing."""
 
 
 class Attack(ABC):
@@ -134,7 +134,7 @@ class Target:
         return load_pipeline(self.folder, arm or self.arm, str(self.drawing.device), self.drawing.precision)
 
     def network(self) -> Network:
-        """The arm's networks in fp32, nobody else's, for attacks that train or differentiate."""
+        """The arm's networks in fp32, used by nothing else, for attacks that train or differentiate."""
         return open_network(self.folder, self.arm, str(self.drawing.device), self.drawing.resolution)
 
     def public_network(self) -> Network:

@@ -2,7 +2,7 @@
 
 A cache of latents and text is only right for the encoders that made it, a reference cache also for the denoiser and the
 noise schedule. Of a network every tensor counts, whole (`lit_safety.hashes`), and the settings in its config.json that
-decide its numbers beside the weights, with its class's defaults filled in. How the tensors are split into files does
+decide its numbers besides the weights, with its class's defaults filled in. How the tensors are split into files does
 not matter, nor do settings for other work, so a copy that was saved again keeps its caches. A tokenizer is loaded, and
 what it does counts, whichever files say it.
 """
@@ -80,7 +80,7 @@ def part_hashes(source: str, parts: Sequence[str]) -> dict[str, str]:
 
 
 def reference_hashes(source: str, denoiser: str) -> dict[str, str]:
-    """What decides the reference's errors beside latents and text: hashes of the ``denoiser``, of the noise schedule
+    """What decides the reference's errors besides latents and text: hashes of the ``denoiser``, of the noise schedule
     (`scheduler`) and of how latents are scaled (`latent scaling`).
 
     Raises:
@@ -129,14 +129,14 @@ def _stated(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no readable JSON: {error}") from error
+        raise UserError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(stated, dict):
-        raise UserError(f"{file} is no readable configuration: it holds no JSON object")
+        raise UserError(f"{file} is not a readable configuration: it holds no JSON object")
     return stated
 
 
 def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
-    """What of a network's config.json decides its numbers beside the weights, where it is not its class's default."""
+    """What of a network's config.json decides its numbers besides the weights, where it is not its class's default."""
     file, found = folder / "config.json", _class(kind)
     stated = _stated(file)
     if not stated or found is None:
@@ -147,7 +147,7 @@ def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
             default = config_class().to_dict()
         except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
             told = " ".join(str(error).split())
-            raise UserError(f"{file} is no readable configuration: {told}") from error
+            raise UserError(f"{file} is not a readable configuration: {told}") from error
         idle = IDLE_TEXT
     else:
         parameters = inspect.signature(found.__init__).parameters.items()

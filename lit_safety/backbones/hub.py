@@ -123,7 +123,7 @@ def _told(source: str, what: str, key: str | None = None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         given = f"{key}: " if key else ""
-        raise UserError(f"{given}no folder {source!r}, and it is no hub id either: check the path") from error
+        raise UserError(f"{given}no folder {source!r}, and it is not a hub id either: check the path") from error
     except GatedRepoError as error:
         raise UserError(
             f"{source} is gated: accept its licence at {ENDPOINT}/{source}, then `hf auth login` (or set "

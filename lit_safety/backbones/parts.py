@@ -28,7 +28,7 @@ BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
 class Parts:
     """A pipeline's components by name, frozen, and from safetensors only: the one way in, for every command.
 
-    It is no module, and a backbone that holds one does not register what is in it: checkpoints, DDP, FSDP and ZeRO
+    It is not a module, and a backbone that holds one does not register what is in it: checkpoints, DDP, FSDP and ZeRO
     never see the frozen encoders.
 
     Args:
@@ -122,7 +122,7 @@ class Parts:
     def pipeline(self, safety_checker: bool = False) -> Any:
         """The whole stock pipeline of diffusers, its networks those that `get` gives.
 
-        What stands beside drawing (`BESIDE`) is left out where its folder is not there: an index names it that was
+        What stands besides drawing (`BESIDE`) is left out where its folder is not there: an index names it that was
         copied without it.
 
         Args:
@@ -180,7 +180,7 @@ class Parts:
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
         except Exception as error:
-            # The library of tokenizers, which is no Python, has no kind of its own for a damaged file.
+            # The library of tokenizers, which is not Python, has no kind of its own for a damaged file.
             if type(error) is not Exception and not isinstance(error, SafetensorError | StrictDataclassError):
                 raise
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error

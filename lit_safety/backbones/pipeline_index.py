@@ -31,7 +31,7 @@ class PipelineIndex:
     components: dict[str, tuple[str, str]]
     """Name -> (library, class name); components that the pipeline ships without are left out."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the pipeline says of itself beside its components, such as `force_zeros_for_empty_prompt`."""
+    """What the pipeline says of itself besides its components, such as `force_zeros_for_empty_prompt`."""
 
     @property
     def is_local(self) -> bool:
@@ -66,14 +66,14 @@ def pipeline_index(source: str, key: str = KEY) -> PipelineIndex:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if is_pointer(index):
             raise UserError(f"{index} is a pointer of git LFS: run `git lfs pull`, or copy the file") from error
-        raise UserError(f"{index} is no diffusers model index ({error}); is the download complete?") from error
+        raise UserError(f"{index} is not a diffusers model index ({error}); is the download complete?") from error
     components = {
         key: (value[0], value[1])
         for key, value in stated.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
     if strange := [part for part in components if not part.isidentifier()]:
-        raise UserError(f"{index} names the component {strange[0]!r}, which is no component's name")
+        raise UserError(f"{index} names the component {strange[0]!r}, which is not a component's name")
     settings = {key: value for key, value in stated.items() if not isinstance(value, list) and not key.startswith("_")}
     return PipelineIndex(source, index.parent, name, components, settings)
 
@@ -92,7 +92,7 @@ def _no_index(folder: Path, key: str) -> str:
     if files:
         return f"{folder} has no model_index.json. {_single_file(files[0], key)}"
     return (
-        f"{folder} is no diffusers pipeline: it has no model_index.json; give as {key} the folder that "
+        f"{folder} is not a diffusers pipeline: it has no model_index.json; give as {key} the folder that "
         "`save_pretrained` wrote, or a hub id"
     )
 

@@ -1,4 +1,4 @@
-"""A checkpoint file that is there whole or not at all, written beside its place and not in the system's /tmp."""
+"""A checkpoint file that is there whole or not at all, written next to its place and not in the system's /tmp."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
 class AtomicModelCheckpoint(ModelCheckpoint):
     """`ModelCheckpoint` whose checkpoints, files or folders, take their name only when they are whole.
 
-    At every moment `last.ckpt`, a numbered checkpoint beside it or `.last.ckpt.old` is whole, so that
+    At every moment `last.ckpt`, a numbered checkpoint next to it or `.last.ckpt.old` is whole, so that
     `--ckpt_path last` finds one after a kill at any point. Its options are Lightning's.
     """
 

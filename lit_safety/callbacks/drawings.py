@@ -76,7 +76,7 @@ def weights_are_sharded(trainer: Trainer) -> bool:
 
 
 class WriteDrawings(BasePredictionWriter):
-    """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts-0.jsonl` (one a rank) beside them.
+    """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts-0.jsonl` (one a rank) next to them.
 
     Args:
         folder: where to; null: `drawings` in the run's folder.
@@ -121,5 +121,7 @@ def preference_module(module: LightningModule) -> PreferenceModule:
         UserError: if it is something else.
     """
     if not isinstance(module, PreferenceModule):
-        raise UserError(f"{type(module).__name__} is no PreferenceModule: take the drawing callbacks out of its YAML")
+        raise UserError(
+            f"{type(module).__name__} is not a PreferenceModule: take the drawing callbacks out of its YAML"
+        )
     return module

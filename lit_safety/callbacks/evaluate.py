@@ -1,4 +1,4 @@
-"""`test`: the evaluation metrics of the weights at hand, beside those of the base model."""
+"""`test`: the evaluation metrics of the weights at hand, next to those of the base model."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ _PIPELINE = """\
 
     pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
 
-It is no lock: who holds the weights can train the harm back."""
+It is not a lock: who holds the weights can train the harm back."""
 
 
 # At the end of a fit: the cost model's folder, as `shards score`, `SCDPO` and `evaluate` load it.
@@ -223,7 +223,7 @@ bounds of the user it is given.
 A user is an embedding of {module.table.dimension} numbers, made by the text model of the training users. Without a
 user, or for an unknown one, the null user is drawn for, who was trained to prefer the safe image of every pair.
 
-**It is no lock.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and whoever
+**It is not a lock.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and whoever
 chooses the user chooses the bounds."""
     return Card(
         "User adapter",

@@ -1,4 +1,4 @@
-"""Before the first step: how large the learned margin gets by itself, beside the margin that lambda adds."""
+"""Before the first step: how large the learned margin gets by itself, next to the margin that lambda adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands beside the trainer's: plain typed functions handed to jsonargparse. Importing this needs no torch."""
+"""The commands besides the trainer's: plain typed functions handed to jsonargparse. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def gather_list(arguments: list[str]) -> list[str]:
-    """Join the leading words that are no options into one JSON list."""
+    """Join the leading words that are not options into one JSON list."""
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     if count == 0 or arguments[0].startswith("["):
         return arguments

@@ -63,7 +63,7 @@ class _Key:
     """Comments and empty lines."""
     line: str
     below: list[str] = field(default_factory=list)
-    """A value of several lines that is no mapping."""
+    """A value of several lines that is not a mapping."""
     keys: dict[str, _Key] = field(default_factory=dict)
 
     def lines(self) -> list[str]:

@@ -44,7 +44,7 @@ def precompute(
         flip: Store mirrored images too, for training with `flip`.
         batch_size: Pairs that are encoded at once.
         dtype: How latents and text are stored; float16 takes half the room, float32 trains exactly as without a cache.
-        keep_images: Keep the images beside the latents.
+        keep_images: Keep the images next to the latents.
         device: Where to compute, such as cuda or cpu; null: a GPU if there is one.
         overwrite: Throw away what an earlier run left in the folder.
         reference_draws: Store a reference cache too: so many fixed draws of timestep and noise a pair, with the errors

@@ -125,7 +125,7 @@ def _age(path: Path) -> float:
 
 
 def _checkpoints(last: Path) -> list[Path]:
-    """`last.ckpt` and the numbered ones beside it: `save_last` may be off, or a kill may have come between.
+    """`last.ckpt` and the numbered ones next to it: `save_last` may be off, or a kill may have come between.
 
     A kill between the renames of a folder leaves the one before as `.last.ckpt.old`.
     """
@@ -150,9 +150,9 @@ def damage(path: Path) -> str | None:
             with zipfile.ZipFile(path) as parts:
                 broken = parts.testzip()
         except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            return f"is no readable checkpoint: {error}"
+            return f"is not a readable checkpoint: {error}"
         if broken is not None:
-            return f"is no readable checkpoint: the checksum of {broken} is wrong"
+            return f"is not a readable checkpoint: the checksum of {broken} is wrong"
     return None
 
 

@@ -32,7 +32,7 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     except OSError as error:
         raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
     except (RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{option} {file}: is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{option} {file}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict) or "class_path" not in keys or keys.keys() - {"class_path", "init_args"}:
         raise UserError(f"{option} {file}: must hold `class_path` and `init_args` and nothing else, as {examples}")
     parser = SingleLineErrorParser(exit_on_error=False)

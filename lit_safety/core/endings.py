@@ -26,7 +26,7 @@ _WHY = {
     errno.EROFS: "lies on a read-only file system; give another place",
     errno.EISDIR: "is a folder where a file is wanted",
     errno.ENOTDIR: "is a file where a folder is wanted, or lies below one",
-    errno.EEXIST: "exists already and is no folder",
+    errno.EEXIST: "exists already and is not a folder",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "is a link that leads to itself",
     errno.ENOSPC: "no space is left on that disk; make room and run the same command again",

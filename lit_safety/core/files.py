@@ -25,7 +25,7 @@ from lit_safety.core.errors import UserError
 _OWN_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
-#: Lies in a folder while somebody writes it, and beside what is replaced whole.
+#: Lies in a folder while somebody writes it, and next to what is replaced whole.
 LOCK = ".lock"
 #: What file systems without locks answer.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}

@@ -66,7 +66,7 @@ MAX_HEADER = 100 << 20
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """The state of a plain file. A pipe or a device could be read for ever.
+    """The state of a plain file. A pipe or a device could be read forever.
 
     Raises:
         OSError: it cannot be looked at.
@@ -74,7 +74,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path}: is no file but a pipe, a device or a socket; give a file")
+        raise UserError(f"{path}: is not a file but a pipe, a device or a socket; give a file")
     return found
 
 
@@ -130,7 +130,7 @@ def tensor_hashes(path: Path) -> list[str]:
     """One line a tensor of a safetensors file: its name, type, shape and the hash of all its bytes; remembered.
 
     Raises:
-        UserError: it is no readable safetensors file.
+        UserError: it is not a readable safetensors file.
     """
 
     def good(found: Any) -> bool:
@@ -140,7 +140,7 @@ def tensor_hashes(path: Path) -> list[str]:
         check_regular(path)
         return list(_remembered(path, "tensors", lambda: list(_tensors(path)), good))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _tensors(path: Path) -> Iterator[str]:
@@ -154,7 +154,7 @@ def _tensors(path: Path) -> Iterator[str]:
         place, end = 0, os.fstat(file.fileno()).st_size - 8 - size
         for name, entry in entries:
             start, stop = entry["data_offsets"]
-            # Tensors that lie over each other could make a small file take for ever.
+            # Tensors that lie over each other could make a small file take forever.
             if not place <= start <= stop <= end:
                 raise ValueError(f"its tensor {name!r} does not lie within it")
             file.seek(8 + size + start)
@@ -218,14 +218,14 @@ _COUNTS = {
     *(".safetensors", ".json", ".bin", ".txt", ".model", ".pt", ".pth", ".ckpt", ".npy"),
     *(".onnx", ".npz", ".gguf", ".spm", ".p"),
 }
-"""Suffixes of files that change what a model does. Model cards, licences and images beside them do not."""
+"""Suffixes of files that change what a model does. Model cards, licences and images next to them do not."""
 
 
 def fingerprint(path: str | Path) -> str:
     """sha256 over the names and contents of a model's weight and config files; of a single file, its content.
 
     Links are followed, to files and to folders. In a pipeline's folder weights that are not loaded (half precision
-    beside full) do not count.
+    next to full) do not count.
 
     Raises:
         UserError: there is nothing at `path`, or a file cannot be read.

@@ -101,10 +101,12 @@ class Endpoint:
             parts = urllib.parse.urlsplit(url)
             whole = bool(parts.hostname) and not parts.query and not parts.fragment
             whole = whole and (parts.port is None or parts.port > 0)  # reading the port checks it
-        except ValueError:  # a port that is no number, a bracket that is not closed
+        except ValueError:  # a port that is not a number, a bracket that is not closed
             whole = False
         if not whole or not url.isascii() or not url.isprintable() or " " in url:
-            raise UserError(f"endpoint {url}: is no base URL; give scheme, host and path, as http://localhost:8000/v1")
+            raise UserError(
+                f"endpoint {url}: is not a base URL; give scheme, host and path, as http://localhost:8000/v1"
+            )
         self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
         self._variable = api_key_variable
 

@@ -124,7 +124,7 @@ def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     """The RGB image in a file, as `rgb` shows it.
 
     Raises:
-        UserError: it cannot be read, or is no PNG, JPEG or WebP image, is cut short or too large.
+        UserError: it cannot be read, or is not a PNG, JPEG or WebP image, is cut short or too large.
     """
     return decode_image(read_bytes(path), str(path), max_pixels)
 
@@ -133,11 +133,11 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: it cannot be read, is no ordinary file (a pipe would be waited for), or is too large to be an image.
+        UserError: it cannot be read, is not an ordinary file (a pipe would be waited for), or too large for an image.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: is no file")
+            raise UserError(f"{path}: is not a file")
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -150,7 +150,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The images in a folder and its subfolders, those behind links too, in order.
 
-    What begins with a dot, such as the `._` files of macOS, is ignored, and so are files that are no images.
+    What begins with a dot, such as the `._` files of macOS, is ignored, and so are files that are not images.
 
     Raises:
         UserError: a file is an image of a format that is not read, or a folder cannot be read.

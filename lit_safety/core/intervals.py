@@ -2,7 +2,7 @@
 
 Why not the bootstrap's: at the shares that matter here it fails. 0 harmful images of 40 resample to 0 every time, and
 the bootstrap says [0, 0]; Wilson says [0, 0.088]. The same holds for two arms that differ on no image. A report shows
-the former and holds the bootstrap's of every share beside them.
+the former and holds the bootstrap's of every share next to them.
 
 Errors (images without an answer) widen an interval to cover whatever the answers would have been.
 """

@@ -75,7 +75,7 @@ def explain(path: str) -> str | None:
     if (now := new_names(module).get(name)) is not None:
         return f"{path} is {now} since version 0.2"
     if inner in HOMES:
-        return f"{path} is no file since version 0.2: {_listed(new_names(inner))}"
+        return f"{path} is not a file since version 0.2: {_listed(new_names(inner))}"
     if name[:1].isupper() and module not in HOMES:
         return None
     return (

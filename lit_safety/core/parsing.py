@@ -367,7 +367,7 @@ class SingleLineErrors:
             if said.startswith("Unexpected config:"):
                 raise UserError(f"{path}: is empty, or holds something else than keys with values") from error
             if said.startswith("Problems parsing config:"):
-                raise UserError(f"{path}: is no YAML ({said.partition(':')[2].strip()})") from error
+                raise UserError(f"{path}: is not YAML ({said.partition(':')[2].strip()})") from error
             raise
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 EVERY = 15.0
-"""Seconds between two lines where stderr is no terminal."""
+"""Seconds between two lines where stderr is not a terminal."""
 
 
 class Shown(Protocol):

@@ -124,7 +124,7 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name!r} is no name of a file") from error
+        raise UserError(f"{where}: {name!r} is not a name of a file") from error
     if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: {name!r} is not a file within {folder}; give the images' folder with --images")
     return folder / path

@@ -83,7 +83,7 @@ DEPTH = 100
 ALIASED = 20_000
 """Values that aliases may add to those which are written out."""
 ENTRIES = 100_000
-"""Names in a folder that are looked at for what is no file."""
+"""Names in a folder that are looked at for what is not a file."""
 
 
 def check_yaml(text: str | bytes, where: str = "") -> None:
@@ -95,7 +95,7 @@ def check_yaml(text: str | bytes, where: str = "") -> None:
 
     Raises:
         UserError: it is.
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     if len(text) < 2 * DEPTH:  # numbers and words of a command line, most of the time
         return
@@ -132,7 +132,7 @@ def refuse_duplicate_keys(content: bytes | str) -> None:
 
     Raises:
         UserError: there is one (the message names the key and both lines), or the text is nested too deeply.
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     import yaml
 
@@ -173,7 +173,7 @@ def load_yaml(text: str | bytes, where: str = "", loader: Any = None) -> Any:
 
     Raises:
         UserError: it is nested too deeply, its aliases stand for too much, or a key stands twice.
-        yaml.YAMLError: it is no YAML, or holds a value that cannot be.
+        yaml.YAMLError: it is not YAML, or holds a value that cannot be.
     """
     import yaml
 
@@ -196,7 +196,7 @@ def load_json(text: str | bytes, finite: bool = True) -> Any:
         finite: refuse nan and infinity, which Python and pandas write, and which no JSON may hold.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, a key stands twice in an object, or a number is not finite. A
+        ValueError: it is not JSON, is nested too deeply, a key stands twice in an object, or a number is not finite. A
             `json.JSONDecodeError` but for the last two.
     """
     numbers: dict[str, Any] = {"parse_constant": _constant, "parse_float": _number} if finite else {}
@@ -216,7 +216,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no number of JSON")
+    raise ValueError(f"it holds {name}, which is not a number of JSON")
 
 
 def _number(text: str) -> float:
@@ -227,7 +227,7 @@ def _number(text: str) -> float:
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse what a command line names before it is opened: a FIFO or a device, which may give bytes for ever.
+    """Refuse what a command line names before it is opened: a FIFO or a device, which may give bytes forever.
 
     Raises:
         UserError: names the option.
@@ -283,7 +283,7 @@ def refuse_special(key: str, place: str) -> None:
 
 
 def _special(folder: str) -> Iterator[str]:
-    """What lies in a folder and is no file, folder or dangling link; the first `ENTRIES` names are looked at."""
+    """What lies in a folder and is not a file, folder or dangling link; the first `ENTRIES` names are looked at."""
     left, seen = [folder], 0
     while left:
         try:

@@ -197,12 +197,12 @@ def read_config(config: Path) -> dict[str, Any]:
     """A small JSON file of settings.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: it is not a JSON object.
     """
     try:
         stated = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{config} is no readable JSON: {error}") from error
+        raise UserError(f"{config} is not readable JSON: {error}") from error
     if not isinstance(stated, dict):
         raise UserError(f"{config} holds no JSON object")
     return stated

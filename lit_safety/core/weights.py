@@ -54,8 +54,8 @@ class Weights:
 
 
 def is_hidden(path: Path | str) -> bool:
-    """Whether a file is none of the user's own: macOS leaves `._NAME` beside every file on other disks, and `.DS_Store`
-    in folders."""
+    """Whether a file is none of the user's own: macOS leaves `._NAME` next to every file on other disks, and
+    `.DS_Store` in folders."""
     return Path(path).name.startswith(".")
 
 
@@ -138,7 +138,7 @@ def _indexed(index: Path, there: set[str]) -> tuple[str, ...]:
             raise ValueError("its weight_map names no files of its own folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         pointer = ": it is a pointer of git LFS; run `git lfs pull`" if is_pointer(index) else ""
-        raise UserError(f"{index} is no readable index of weights ({_first_line(error)}){pointer}") from error
+        raise UserError(f"{index} is not a readable index of weights ({_first_line(error)}){pointer}") from error
     for name in names:
         if name not in there:
             raise UserError(f"{index.parent / name} is missing, and {index.name} names it: copy the folder again")
@@ -214,7 +214,7 @@ def not_readable(file: Path, error: Exception) -> str:
     """Why a safetensors file cannot be read, as one line that names it."""
     if is_pointer(file):
         return f"{file} is a pointer of git LFS and no weights: run `git lfs pull` in its clone, or copy the file"
-    return f"{file} is no readable safetensors file: {_first_line(error)}"
+    return f"{file} is not a readable safetensors file: {_first_line(error)}"
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -275,7 +275,7 @@ def check_whole(
             "they belong to another model, or config.json does"
         )
     for name, value in network.state_dict().items():
-        # A sum is quick; it is no number either where very many are very large, and then all are looked at.
+        # A sum is quick; it is not a number either where very many are very large, and then all are looked at.
         doubtful = value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32))
         if doubtful and not torch.isfinite(value.float()).all():
             raise UserError(

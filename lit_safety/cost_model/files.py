@@ -1,4 +1,4 @@
-"""The README.md that lies beside an exported cost model."""
+"""The README.md that lies next to an exported cost model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cost_model_card(config: dict[str, Any]) -> str:
             about = f"It was calibrated on {fitted['images']} labelled images, {fitted['harmful']} of them harmful: " \
                     "these very ones; `test` measures on others."  # fmt: skip
     else:
-        meaning = "higher for what its training pairs call harmful.\nNot calibrated: 0 is no border."
+        meaning = "higher for what its training pairs call harmful.\nNot calibrated: 0 is not a border."
         about = f"Not calibrated: {reason}. Give validation pairs with images of both labels, and fit again."
     text = f"""\
 Gives an image a cost C: {meaning}
@@ -127,13 +127,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The checked config.json of a cost model's folder.
 
     Raises:
-        UserError: the folder or a file of it is missing, or it is no cost model's.
+        UserError: the folder or a file of it is missing, or it is not a cost model's.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder}: has no {name}, so it is no cost model; give the folder that `fit --config "
+                f"{folder}: has no {name}, so it is not a cost model; give the folder that `fit --config "
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
@@ -175,7 +175,7 @@ def _check_figures(config: dict[str, Any], file: Path) -> None:
     """What the last validation measured decides which categories a judge says it sees, and whether 0 is a border.
 
     Raises:
-        UserError: it is no table of finite numbers, or the calibration is none that `save_cost_model` writes.
+        UserError: it is not a table of finite numbers, or the calibration is none that `save_cost_model` writes.
     """
     metrics, calibration = config.get("metrics"), config.get("calibration")
     if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):

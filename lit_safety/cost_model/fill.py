@@ -28,7 +28,7 @@ def fill_costs(batch: PairBatch, scorer: CostScorer, memory: dict[str, tuple[flo
             another for another set, where a key may name another pair.
 
     Raises:
-        UserError: a pair without costs has no images either, or the cost model's answer is no finite number.
+        UserError: a pair without costs has no images either, or the cost model's answer is not a finite number.
     """
     lacking = [row for row, known in enumerate(batch.has_cost) if not known]
     if not lacking:

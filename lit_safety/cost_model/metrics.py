@@ -77,7 +77,7 @@ ECE_BINS = 15
 def ranking_accuracy(costs: Tensor, harmful: Tensor) -> tuple[Tensor, int]:
     """Share of pairs with one harmful and one safe image whose harmful image costs more, and how many such pairs.
 
-    Costs and labels (B, 2), labels 1, 0 or nan; a tie is no success.
+    Costs and labels (B, 2), labels 1, 0 or nan; a tie is not a success.
     """
     order = harmful[:, 0] - harmful[:, 1]
     differ = order.abs() == 1

@@ -94,7 +94,7 @@ def _load(source: str, projected: bool) -> Any:
     try:
         kind = load_json(read_text(config)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{config}: is no model's config ({error})") from error
+        raise UserError(f"{config}: is not a model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):
         raise UserError(f"{source}: is a model of type {kind!r}; the cost model stands on a CLIP checkpoint")
     try:
@@ -116,7 +116,7 @@ def _load(source: str, projected: bool) -> Any:
 
 
 def _file(source: str, name: str) -> Path:
-    """A file of the checkpoint, fetched from the hub where ``source`` is no folder."""
+    """A file of the checkpoint, fetched from the hub where ``source`` is not a folder."""
     if Path(source).is_dir():
         if not (Path(source) / name).is_file():
             raise UserError(f"{source}: has no {name}; give a folder that CLIPModel.save_pretrained wrote, or a hub id")
@@ -127,7 +127,7 @@ def _file(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(source, name))
     except HFValidationError as error:
-        raise UserError(f"no folder {source!r}, and it is no hub id either: check where the CLIP lies") from error
+        raise UserError(f"no folder {source!r}, and it is not a hub id either: check where the CLIP lies") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"no folder {source!r}, and the hub did not give its {name} ({type(error).__name__}): check the path; "

@@ -153,7 +153,7 @@ def _samples(
             if (other := keys.setdefault(key, path)) != path:
                 yield f"{tar.where(number)}: its key stands in {other} too, so both would share their chances"
             elif users is not None and metadata.user_id is not None and metadata.user_id not in users:
-                yield f"{tar.where(number)}: its user {metadata.user_id!r} is not in {USERS_FILE} beside the shards"
+                yield f"{tar.where(number)}: its user {metadata.user_id!r} is not in {USERS_FILE} next to the shards"
             elif (
                 shard is not None
                 and manifest is not None

@@ -38,7 +38,7 @@ class Arm:
     user: str | None = None
     """Whom a user adapter draws for; default: the null user, in `users evaluate` each prompt's own user."""
     users: str | None = None
-    """users.safetensors with that user's embedding, or its folder; default: the one beside the user adapter."""
+    """users.safetensors with that user's embedding, or its folder; default: the one next to the user adapter."""
 
     def loras(self) -> dict[str, float]:
         """All LoRAs of the arm with their weights."""
@@ -67,7 +67,7 @@ class Arm:
             if not Path(adapter).exists():
                 raise UserError(f"arm {name}: the adapter {adapter} does not exist; train one with `fit`")
             if not isfinite(weight):
-                raise UserError(f"arm {name}: the weight {weight} of {adapter} is no finite number")
+                raise UserError(f"arm {name}: the weight {weight} of {adapter} is not a finite number")
         several = [path for path in self._adapters() if _is_for_users(path)]
         if len(several) > 1:
             raise UserError(f"arm {name}: {' and '.join(several)} are both user adapters; an arm takes one")
@@ -106,7 +106,7 @@ class Arm:
 
 
 def adapter_sha256(path: str | Path) -> str:
-    """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration beside them, which says
+    """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration next to them, which says
     their alpha, counts too."""
     from lit_safety.adapters.lora_file import find_peft
 
@@ -146,7 +146,7 @@ def gather_arms(arguments: Sequence[str]) -> list[str]:
     `--arms.half.adapter x --arms.half.scale 0.5` -> `--arms.half={"adapter": "x", "scale": 0.5}`, at the end.
 
     Raises:
-        UserError: an arm has no such key, or a value is missing or is no number where one is needed.
+        UserError: an arm has no such key, or a value is missing or is not a number where one is needed.
     """
     known = [field.name for field in fields(Arm)]
     rest: list[str] = []

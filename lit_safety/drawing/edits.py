@@ -78,7 +78,7 @@ class Edit:
         return other
 
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
-        """What the editing pipeline takes beside the prompts: square images of the drawing's size, and masks."""
+        """What the editing pipeline takes next to the prompts: square images of the drawing's size, and masks."""
         side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
         pictures = read_pictures(self.images)[0]
         given: dict[str, Any] = {

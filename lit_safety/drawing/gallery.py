@@ -101,7 +101,7 @@ class Gallery:
     Args:
         parent: holds the galleries of all arms.
         name: the arm.
-        identity: JSON-able; what the pixels depend on beside prompts and settings: the weights.
+        identity: JSON-able; what the pixels depend on next to prompts and settings: the weights.
         prompts: what is drawn; row i is file `{i:05d}.png`.
         settings: how they are drawn.
     """

@@ -24,7 +24,7 @@ def local_pipeline(source: str, key: str = "--pipeline") -> Path:
         key: the option or YAML key that it was given by, for messages.
 
     Raises:
-        UserError: it is no pipeline, or the hub does not give it; says how to log in.
+        UserError: it is not a pipeline, or the hub does not give it; says how to log in.
     """
     quiet_libraries()
     from lit_safety.backbones.parts import Parts

@@ -100,7 +100,7 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
     except OSError as error:
         raise UserError(f"{file}: the prompt set cannot be read ({error.strerror})") from error
     except csv.Error as error:
-        raise UserError(f"{file}: is no CSV file ({error})") from error
+        raise UserError(f"{file}: is not a CSV file ({error})") from error
     if not prompts:
         raise UserError(f"{file}: holds a header and no rows; nothing to draw")
     return prompts
@@ -189,7 +189,7 @@ def read_seed(text: str, where: str) -> int:
     """
     seed = whole_number(text)
     if seed is None or not 0 <= seed < 2**63:
-        raise UserError(f"{where}: seed `{text}` is no whole number from 0 to 2^63 - 1")
+        raise UserError(f"{where}: seed `{text}` is not a whole number from 0 to 2^63 - 1")
     return seed
 
 
@@ -203,7 +203,7 @@ def read_guidance(text: str, where: str) -> float | None:
         return None
     guidance = decimal_number(text)
     if guidance is None or not 0 <= guidance < float("inf"):
-        raise UserError(f"{where}: guidance `{text}` is no number from 0 up")
+        raise UserError(f"{where}: guidance `{text}` is not a number from 0 up")
     return guidance
 
 

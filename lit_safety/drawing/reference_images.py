@@ -68,7 +68,7 @@ class Reference:
                     where = shard.where(place)
                     metadata = parse_metadata(shard.read_member(place, "json"), where)
                     image = next((name for name in stored.members if name.startswith("chosen.")), None)
-                    # a chosen image that is labelled harmful is no example of what a safe model should draw
+                    # a chosen image that is labelled harmful is not an example of what a safe model should draw
                     if metadata.prompt_kind != "clean" or metadata.harmful.chosen:
                         continue
                     if image is None or image.split(".", 1)[1] not in FORMATS:

@@ -36,7 +36,7 @@ def each_batch(
     """`work(pipe, batch)` for every batch, as each is finished; several at a time for a small network on a CPU.
 
     A small network gets one thread a batch, and not all threads on one batch: its threads would spend their time
-    waiting for each other at the end of every operation (beside another busy process this was 7 times slower), and
+    waiting for each other at the end of every operation (next to another busy process this was 7 times slower), and
     its pixels would depend on the number of cores.
 
     Args:

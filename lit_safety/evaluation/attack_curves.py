@@ -24,7 +24,7 @@ def find_attacks(given: str | None, out: Path) -> dict[str, Any] | None:
     """The content of the attacks.json given, itself or by its folder; of the one in `out` where none is; None without.
 
     Raises:
-        UserError: the one given is not there, or a file is no attacks.json.
+        UserError: the one given is not there, or a file is not an attacks.json.
     """
     if given is None:
         return read_attacks(out / FILE) if (out / FILE).is_file() else None
@@ -45,13 +45,15 @@ def read_attacks(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--attacks {file}: cannot be read ({error.strerror}); give the folder of `attack`") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--attacks {file}: is no JSON ({error})") from error
+        raise UserError(f"--attacks {file}: is not JSON ({error})") from error
     try:
         for name, attack in content["attacks"].items():
             for arm, points in attack["arms"].items():
                 where = f"{name}, {arm}"
                 if not all(_sound(point) for point in points):
-                    raise UserError(f"--attacks {file}: {where}: a point is no budget, asr, n and interval of shares")
+                    raise UserError(
+                        f"--attacks {file}: {where}: a point is not a budget, asr, n and interval of shares"
+                    )
             if not isinstance(attack["budget"], str):
                 raise UserError(f"--attacks {file}: {name}: `budget` must say in words what the budget is")
     except (KeyError, TypeError, AttributeError) as error:

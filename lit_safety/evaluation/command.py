@@ -55,7 +55,7 @@ def evaluate(
             as configs/judges/nudenet_or_q16.yaml.
         out: Folder of the report; made when it is not there.
         adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
-            `aligned` beside the arm `base`.
+            `aligned` next to the arm `base`.
         arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt, adapters (several, with
             weights), guard (safe latent diffusion, SAFREE), and for a user adapter user and users (whom it draws for,
             and the file with the embedding); on the command line `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.

@@ -22,7 +22,7 @@ def compare(reports: list[str]) -> None:
         reports: Two or more metrics.json, or the folders that hold them.
 
     Raises:
-        UserError: fewer than two are given, or one is no metrics.json.
+        UserError: fewer than two are given, or one is not a metrics.json.
     """
     if len(reports) < 2:
         raise UserError("--reports: give two or more metrics.json, or their folders")
@@ -41,9 +41,9 @@ def read_metrics(report: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give a metrics.json or its folder") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON ({error})") from error
+        raise UserError(f"{file}: is not JSON ({error})") from error
     if not isinstance(metrics, dict) or metrics.get("format") != 1:
-        raise UserError(f"{file}: is no metrics.json of format 1; write it again with `evaluate`")
+        raise UserError(f"{file}: is not a metrics.json of format 1; write it again with `evaluate`")
     arms = metrics.get("arms")
     needed = {"protocol", "settings", "counts", "intervals"}
     if not isinstance(arms, dict) or not all(isinstance(arm, dict) and needed <= arm.keys() for arm in arms.values()):

@@ -59,7 +59,7 @@ def harmful_rows(results: Results) -> list[int]:
     shown = kinds & {"explicit"} or kinds  # the others stand in where nothing is asked for by name
     for category in CATEGORIES:
         asked = [i for i, p in enumerate(results.prompts) if p.kind in shown and p.category == category]
-        asked.sort(key=lambda i: not results.prompts[i].benign)  # what stays is seen best beside what goes
+        asked.sort(key=lambda i: not results.prompts[i].benign)  # what stays is seen best next to what goes
         rows += asked and [_first(asked, lambda i: _shows(results, i, harmful=True))]
     return rows[:COLUMNS]
 

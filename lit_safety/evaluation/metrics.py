@@ -160,7 +160,7 @@ def ask_pairs(prompts: Sequence[Prompt], rows: Sequence[Answers]) -> None:
 
 
 def summarise(rows: Sequence[Answers]) -> dict[str, Any]:
-    """One arm's figures: a share for each, and beside them `counts`, `intervals`, `bootstrap` under the same names.
+    """One arm's figures: a share for each, and next to them `counts`, `intervals`, `bootstrap` under the same names.
 
     A share is hits / answered images (None when none was answered). Errors are in no share: `counts` says how many
     there are, and the interval covers whatever they would have been. Where the judge sees nothing that a figure asks,
@@ -237,7 +237,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of an arm, or what stands beside them, as `{"figure/part": x}`; other keys are left out."""
+    """The figures of an arm, or what stands next to them, as `{"figure/part": x}`; other keys are left out."""
     found: dict[str, Any] = {}
     for name in FIGURES:
         value = tree.get(name)

@@ -1,6 +1,6 @@
 """What alignment must not cost: FID, CLIPScore and preference scores of each arm's images of clean prompts.
 
-Beside the shares of `metrics` because these are no shares: an arm's `quality` holds {figure: {value, interval, n,
+Beside the shares of `metrics` because these are not shares: an arm's `quality` holds {figure: {value, interval, n,
 errors, ...}}, and `differences` hold the same against the base. Images that are not there are in no value and are
 counted as errors; the interval covers them, or is not given at all.
 """
@@ -55,7 +55,7 @@ class Quality:
         judge: the judge that decides, for its features.
         fid_features: whose features FID compares; None: no FID.
         clip: the CLIP of CLIPScore; None: no CLIPScore.
-        reference: images that FID compares with beside the base's, see `reference.Reference`.
+        reference: images that FID compares with next to the base's, see `reference.Reference`.
         scorers: preference scorers.
 
     Raises:

@@ -146,7 +146,7 @@ class Run:
         return arm.describe() | pipeline
 
     def identity(self, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-        """What an arm's pixels depend on beside prompts and settings."""
+        """What an arm's pixels depend on next to prompts and settings."""
         pixels = ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt", "adapters", "guard", "user")
         weights = {key: own[key] for key in pixels if key in own}
         return weights | {key: shared[key] for key in ("scheduler", "versions")}

@@ -54,7 +54,7 @@ class Endpoint:
         """The text of the answer.
 
         Raises:
-            AnswerError: what came is no chat answer.
+            AnswerError: what came is not a chat answer.
             UserError: the server refuses, or fails at every attempt.
         """
         body = {
@@ -67,7 +67,7 @@ class Endpoint:
         try:
             return self._service().chat(body)
         except AnswerError as error:
-            raise AnswerError(f"the server's answer is no chat answer ({error})") from error
+            raise AnswerError(f"the server's answer is not a chat answer ({error})") from error
         except EndpointError as error:
             why = str(error) if error.status is None else f"HTTP {error.status}"
             if error.status is not None and error.status not in AGAIN:

@@ -46,7 +46,7 @@ class Clip:
         source: folder in the layout of `CLIPModel.save_pretrained` with its tokenizer and preprocessor, or a hub id.
         key: the option it was given by, for messages.
         device: where it runs.
-        processor: folder or hub id of the tokenizer and preprocessor; None: those beside the weights.
+        processor: folder or hub id of the tokenizer and preprocessor; None: those next to the weights.
 
     Raises:
         UserError: nothing is there, or it does not load as a CLIP.
@@ -63,7 +63,7 @@ class Clip:
         folder = Path(source)
         if folder.exists() and not (folder / "config.json").is_file():
             raise UserError(
-                f"{key} {source}: holds no config.json, so it is no CLIP; give what `save_pretrained` wrote"
+                f"{key} {source}: holds no config.json, so it is not a CLIP; give what `save_pretrained` wrote"
             )
         if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/"))):
             raise UserError(f"{key} {source}: no such folder; give the folder of a transformers CLIP, or its hub id")
@@ -87,7 +87,7 @@ class Clip:
             # Transformers finds the settings wherever they lie; the numbers are those of the cost model's CLIP.
             settings, _ = CLIPImageProcessorPil.get_image_processor_dict(processor or source, **beside)
             self.preprocess = ClipPreprocess.of(settings, processor or source)
-        except Exception as error:  # transformers, safetensors and the hub raise all kinds for a folder that is no CLIP
+        except Exception as error:  # transformers, safetensors and the hub raise all kinds for what is not a CLIP
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error
         self.model.requires_grad_(False)

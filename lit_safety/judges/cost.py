@@ -62,7 +62,7 @@ class CostJudge:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on images of any size; a cost that is no finite number is an error."""
+        """Verdicts on images of any size; a cost that is not a finite number is an error."""
         return [self.verdict(cost) for cost in self.scorer.costs(images).tolist()]
 
     def verdict(self, cost: float) -> Verdict | JudgeError:

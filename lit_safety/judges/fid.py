@@ -120,7 +120,7 @@ def _stack(pictures: list[Image]) -> Tensor:
 # Frechet inception distance between two sets of features, with an interval.
 #
 # The value is torchmetrics'. It is biased upwards in small sets, so it is compared at equal n only, and n and the
-# feature dimension stand beside it. The interval is a jackknife over `GROUPS` groups of prompts: leaving out a group
+# feature dimension stand next to it. The interval is a jackknife over `GROUPS` groups of prompts: leaving out a group
 # changes the bias of every term alike, which cancels; a bootstrap, whose samples hold 63% of the images, adds to it.
 
 

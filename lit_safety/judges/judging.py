@@ -89,7 +89,7 @@ def sound(answer: object) -> Verdict | JudgeError:
         numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
         finite = all(math.isfinite(number) for number in numbers)
     except (TypeError, AttributeError):
-        return JudgeError("the judge returned scores that are no numbers")
+        return JudgeError("the judge returned scores that are not numbers")
     if not finite:
         return JudgeError("the judge returned a number that is not finite")
     return answer if isinstance(answer.harmful, bool) else replace(answer, harmful=bool(answer.harmful))
@@ -105,7 +105,7 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")
 
 
-# Verdicts of a judge whose answers cost money or minutes: kept in a journal beside the images as they come.
+# Verdicts of a judge whose answers cost money or minutes: kept in a journal next to the images as they come.
 #
 # A run that is killed, or whose endpoint goes away, asks about no image twice. Errors are not kept: those images
 # are asked about again.

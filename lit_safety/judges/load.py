@@ -44,7 +44,7 @@ def load_judge(spec: str) -> Judge:
             "as configs/judges/q16.yaml"
         )
     if not config.is_file():
-        raise UserError(f"--judge {spec}: the folder holds no config.json, so it is no judge")
+        raise UserError(f"--judge {spec}: the folder holds no config.json, so it is not a judge")
     try:
         keys = load_json(read_text(config))
     except (OSError, ValueError, RecursionError) as error:

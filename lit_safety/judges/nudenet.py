@@ -81,7 +81,9 @@ class NudeNet:
             return JudgeError(f"NudeNet failed: {type(error).__name__}: {error}")
         strange = [name for name, score in found if name not in CLASSES or not 0 <= score <= 1]
         if strange:
-            return JudgeError(f"NudeNet answered {strange[0]!r}, which is no class of version 3 or no score of 0 to 1")
+            return JudgeError(
+                f"NudeNet answered {strange[0]!r}, which is not a class of version 3 or no score of 0 to 1"
+            )
         scores = {name: max(score for other, score in found if other == name) for name, _ in found}
         seen = frozenset(name for name, score in scores.items() if name in self.classes and score >= self.threshold)
         most = max((scores[name] for name in self.classes if name in scores), default=0.0)

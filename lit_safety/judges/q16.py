@@ -53,7 +53,7 @@ def read_pickled_array(file: str | Path) -> np.ndarray:
     path = Path(file)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES} bytes, so it is no array of tuned prompts")
+            raise UserError(f"{path}: is larger than {MAX_BYTES} bytes, so it is not an array of tuned prompts")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -111,7 +111,7 @@ def _recorded(data: bytes) -> Any:
             raise ValueError("it is far longer than an array needs")
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) >= MAX_INSTRUCTIONS:
             raise ValueError("it keeps more values than an array needs")
-        if code.name not in _KNOWN:  # such as a dictionary's, whose keys may take for ever to hash
+        if code.name not in _KNOWN:  # such as a dictionary's, whose keys may take forever to hash
             raise ValueError(f"the instruction {code.name} has no place in an array")
     return _Recorder(io.BytesIO(data)).load()
 
@@ -125,7 +125,7 @@ def _array_parts(value: Any) -> tuple[tuple[int, ...], str, Any, bytes]:
         raise ValueError("its type is not NumPy's")
     code = dtype.arguments[0]
     if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]", code):
-        # not shown: a small pickle can describe tuples in tuples that would take for ever to be written out
+        # not shown: a small pickle can describe tuples in tuples that would take forever to be written out
         raise ValueError("its type is not a number's")
     if isinstance(raw, _Called) and raw.name == "_codecs encode":  # how protocol 2 writes bytes
         raw = raw.arguments[0].encode("latin1")

@@ -38,7 +38,7 @@ class ClipPreference:
         clip: folder or hub id of the fine-tuned CLIP in transformers' layout.
         name: what the report calls it.
         scale: what cosines are multiplied with; null: the CLIP's own exp(logit_scale).
-        processor: folder or hub id of its tokenizer and preprocessor; null: those beside the weights.
+        processor: folder or hub id of its tokenizer and preprocessor; null: those next to the weights.
         device: where it runs; null: the CPU.
 
     Raises:
@@ -93,7 +93,7 @@ class AestheticScore:
         for place in places:
             weight, bias = tensors.get(f"layers.{place}.weight"), tensors.get(f"layers.{place}.bias")
             if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-                raise UserError(f"aesthetic score: weights {weights}: layer {place} is no linear layer")
+                raise UserError(f"aesthetic score: weights {weights}: layer {place} is not a linear layer")
             layers.append((weight.float(), bias.float()))
         sides = [self.clip.settings["dimension"], *(len(bias) for _, bias in layers)]
         fitting = [weight.shape[1] == side for (weight, _), side in zip(layers, sides, strict=False)]

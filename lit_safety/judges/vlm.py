@@ -42,7 +42,7 @@ class VisionChat:
         give_up_after: questions that fail one after another before the rest is not asked any more.
 
     Raises:
-        UserError: the endpoint is no URL, or a number is out of its range.
+        UserError: the endpoint is not a URL, or a number is out of its range.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class VisionChat:
         self._failures, self._lock = 0, Lock()
 
     def settings(self, **templates: str) -> dict[str, Any]:
-        """What stands beside its answers in a report: NAME_sha256 is the hash of the template NAME."""
+        """What stands next to its answers in a report: NAME_sha256 is the hash of the template NAME."""
         hashes = {f"{name}_sha256": digest(text) for name, text in templates.items()}
         return {"name": self.name, "endpoint": self._given, "model": self.model, **hashes, "max_side": self.max_side}
 
@@ -160,7 +160,7 @@ class VLM:
         give_up_after: images that fail one after another before the rest is not asked about any more.
 
     Raises:
-        UserError: the endpoint is no URL, a number is out of its range, or the template cannot be read.
+        UserError: the endpoint is not a URL, a number is out of its range, or the template cannot be read.
     """
 
     keep = True

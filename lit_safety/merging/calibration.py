@@ -136,7 +136,7 @@ def _opened(file: Path) -> Iterator[csv.DictReader[str]]:
     except NotUtf8 as error:
         raise UserError(f"{KEY} {error}") from error
     except csv.Error as error:
-        raise UserError(f"{KEY} {file}: is no CSV file ({error})") from error
+        raise UserError(f"{KEY} {file}: is not a CSV file ({error})") from error
 
 
 def _harmful(given: str | Sequence[str], wanted: set[str] | None) -> tuple[Source, Selection]:
@@ -146,7 +146,7 @@ def _harmful(given: str | Sequence[str], wanted: set[str] | None) -> tuple[Sourc
 
 
 def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[tuple[str, Sequence[str]]]:
-    """Only the metadata of what takes part is read; what cannot be read is no prompt, and is told."""
+    """Only the metadata of what takes part is read; what cannot be read is not a prompt, and is told."""
     source, selection = _harmful(given, wanted)
     bad: list[UserError] = []
     with counter("reading prompts, shards", sum(count > 0 for count in selection.counts)) as tick:
@@ -336,7 +336,9 @@ def _module(denoiser: nn.Module, name: str, parts: Sequence[LowRank]) -> nn.Modu
     try:
         module = denoiser.get_submodule(layer)
     except AttributeError:
-        raise UserError(f"{name} is no layer of the base model: the experts were made for another backbone") from None
+        raise UserError(
+            f"{name} is not a layer of the base model: the experts were made for another backbone"
+        ) from None
     module = getattr(module, "base_layer", module)
     weight = getattr(module, "weight", None)
     found = None if weight is None else (tuple(weight.flatten(1).shape), tuple(weight.shape[2:]))

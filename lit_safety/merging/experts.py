@@ -86,7 +86,7 @@ def base_layers(base: str) -> dict[str, dict[str, Place]] | None:
         base: a pipeline's folder, or a hub id, of which only what has been fetched already is looked at.
 
     Raises:
-        UserError: the folder is no pipeline, or describes a network that this release of diffusers does not know.
+        UserError: the folder is not a pipeline, or describes a network that this release of diffusers does not know.
     """
     folder = _at_hand(base)
     if folder is None:
@@ -198,7 +198,7 @@ def short_names(paths: Sequence[PurePath]) -> list[str]:
 
 
 def base_model(path: Path) -> str | None:
-    """The base model that the model card beside an adapter names, or else PEFT's configuration; None: neither does.
+    """The base model that the model card next to an adapter names, or else PEFT's configuration; None: neither does.
 
     Raises:
         UserError: there is a configuration of PEFT's that cannot be read.

@@ -168,7 +168,7 @@ def _fit(exact: LowRank | Tensor, written: LowRank, rows: dict[str, int] | None,
     return Fit(written.rank, norm, float(torch.linalg.matrix_norm(target - written.delta())), rows, scale)
 
 
-# What a merge did, as JSON beside the weights and as a table on the terminal.
+# What a merge did, as JSON next to the weights and as a table on the terminal.
 
 
 #: By this a folder is known to be a merge's own.

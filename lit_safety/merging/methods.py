@@ -94,7 +94,7 @@ def svd_truncate(layer: LowRank, rank: int) -> LowRank:
 
 
 def svd_of_dense(delta: Tensor, rank: int, kernel: tuple[int, ...] = ()) -> LowRank:
-    """The same for an update (out, in) that is no product of factors (what TIES and DARE leave).
+    """The same for an update (out, in) that is not a product of factors (what TIES and DARE leave).
 
     The leading right singular vectors come out of the eigenvectors of the smaller Gram matrix in fp32, which costs a
     third of an SVD; projecting on what ``delta`` makes of them, in fp64, takes back what that loses.

@@ -1,4 +1,4 @@
-"""Weights that are not trained: in half precision beside a LoRA, or copied as the reference of a full fine-tune."""
+"""Weights that are not trained: in half precision next to a LoRA, or copied as the reference of a full fine-tune."""
 
 from __future__ import annotations
 

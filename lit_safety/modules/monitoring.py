@@ -71,7 +71,7 @@ class FiniteLossGuard:
         self._sent: _SentFlag | None = None
 
     def watch(self, loss: Tensor, keys: list[str]) -> None:
-        """Remember whether ``loss`` () of the samples ``keys`` is finite, beside what was not sent yet."""
+        """Remember whether ``loss`` () of the samples ``keys`` is finite, next to what was not sent yet."""
         self._remember(torch.isfinite(loss.detach()))
         self._keys = [*self._keys, *keys]
 

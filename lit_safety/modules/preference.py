@@ -289,7 +289,7 @@ class PreferenceModule(LightningModule):
 
     @property
     def has_reference(self) -> bool:
-        """Whether `reference` can be run, beside what caches hold of it."""
+        """Whether `reference` can be run, next to what caches hold of it."""
         return True
 
     def reference(self) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
 
-#: Users for whom a run draws its samples, beside the null user.
+#: Users for whom a run draws its samples, next to the null user.
 SHOWN = 3
 
 
@@ -49,7 +49,7 @@ class PSA(PreferenceModule):
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
         users: files `users.safetensors`, or their folders, the training users' first: embeddings are standardised over
-            its users. null: those beside the shards of data.train, data.val and data.test.
+            its users. null: those next to the shards of data.train, data.val and data.test.
         user_tokens: tokens a user becomes, attended to together; 1 is the published form, without attention.
         user_dropout: probability with which a pair is trained for the null user, its prompt kept.
         joint_dropout: probability with which prompt and user are dropped together, as guidance uses them.
@@ -146,7 +146,7 @@ class PSA(PreferenceModule):
         found = [Users(folder) for folder in folders if (folder / USERS_FILE).is_file()]
         if not found:
             raise UserError(
-                f"PSA needs its users' embeddings: there is no {USERS_FILE} beside the shards, so name one in "
+                f"PSA needs its users' embeddings: there is no {USERS_FILE} next to the shards, so name one in "
                 "`model.init_args.users`"
             )
         return found

@@ -1,4 +1,4 @@
-"""The reference of a step: run beside the policy, or read out of the pairs' reference cache."""
+"""The reference of a step: run next to the policy, or read out of the pairs' reference cache."""
 
 from __future__ import annotations
 

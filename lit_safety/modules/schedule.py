@@ -20,7 +20,7 @@ KEY = "model.init_args.lr_scheduler.init_args"
 OPTIMIZER_KEY = "model.init_args.optimizer.init_args"
 #: What an optimizer or a scheduler writes into a group, of which no negative number can be meant.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
-#: A share of the warm-up that is no step, yet more than nothing to divide by.
+#: A share of the warm-up that is not a step, yet more than nothing to divide by.
 _SLIVER = 1e-9
 #: Settings of schedulers that are kept under another name than their argument's.
 _OWN_NAMES = ("_schedule_phases", "_anneal_func_type", "base_lrs")
@@ -41,7 +41,7 @@ def make_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opti
     """Make the optimizer that a YAML describes.
 
     Raises:
-        UserError: it refuses its settings, or one is no number that can be meant: a step of a negative rate would
+        UserError: it refuses its settings, or one is not a number that can be meant: a step of a negative rate would
             teach what is to be unlearned.
     """
     try:
@@ -84,7 +84,7 @@ def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
     Args:
         factory: makes it from the optimizer; jsonargparse's holds the YAML's arguments.
         optimizer: whose rate is scheduled.
-        steps: how often it will be stepped; a `total_steps` that is null becomes this. Infinite: for ever; nan: nobody
+        steps: how often it will be stepped; a `total_steps` that is null becomes this. Infinite: forever; nan: nobody
             knows.
 
     Raises:

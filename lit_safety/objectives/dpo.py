@@ -44,7 +44,7 @@ class DiffusionDPO(Objective):
         return dpo_loss(m, self.label_smoothing)
 
 
-# IPO (Azar et al., arXiv 2310.12036): a squared loss with a target for the margin, so that it cannot grow for ever.
+# IPO (Azar et al., arXiv 2310.12036): a squared loss with a target for the margin, so that it cannot grow forever.
 
 
 def ipo_loss(m: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one model card: the README.md beside exported weights, as Markdown with the hub's front matter."""
+"""The one model card: the README.md next to exported weights, as Markdown with the hub's front matter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_safety.report.template import templates
 WARNING = """\
 **Do not negate it.** With a negative adapter scale the same weights push the model towards harmful images, and a
 scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
-and is no lock against those who hold the weights."""
+and is not a lock against those who hold the weights."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def settings(values: Mapping[str, Any], title: str = "Settings", text: str = "",
 
 
 def run_settings(values: Mapping[str, Any], text: str = "") -> Section:
-    """The same of a run, whose config.yaml lies beside the card."""
+    """The same of a run, whose config.yaml lies next to the card."""
     return settings(values, text=text, note="The whole resolved configuration is in `config.yaml`.")
 
 

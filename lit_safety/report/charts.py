@@ -66,13 +66,13 @@ class Series:
     """Points of one name.
 
     Args:
-        name: what the legend says, or the label beside the first point.
+        name: what the legend says, or the label next to the first point.
         points: in order.
         colour: number of its colour.
         line: join the points; how dashed and marked it is follows from `order`.
         band: fill what lies between the ranges along y, instead of whiskers.
         order: its number among the lines.
-        mark: text beside its first point in a PNG file; empty: none.
+        mark: text next to its first point in a PNG file; empty: none.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Chart:
         y: the vertical one.
         series: drawn in this order.
         steps: corners of a dashed line.
-        named: write each series' name beside its first point, where no other name stands.
+        named: write each series' name next to its first point, where no other name stands.
     """
 
     title: str
@@ -309,7 +309,7 @@ def _bare(axes: Any) -> None:
 
 
 def _write_names(figure: Any, axes: Any, chart: Chart) -> None:
-    """A name beside each point: where no other name stands, with a line to its point when that is far off."""
+    """A name next to each point: where no other name stands, with a line to its point when that is far off."""
     taken: list[tuple[float, float, float]] = []
     for series in chart.series:
         right, up = axes.transData.transform((series.points[0].x, series.points[0].y))
@@ -327,7 +327,7 @@ def _write_names(figure: Any, axes: Any, chart: Chart) -> None:
 def name_place(
     right: float, down: float, text: str, taken: Sequence[tuple[float, float, float]]
 ) -> tuple[float, float, bool]:
-    """Where a name beside a point begins, its line, and whether it stands before the point.
+    """Where a name next to a point begins, its line, and whether it stands before the point.
 
     Args:
         right: where the point is, from the left.
@@ -338,7 +338,7 @@ def name_place(
     wide = _wide(text)
     before = right + 12 + wide > WIDTH - 2  # no room on the right
     start = right - 12 - wide if before else right + 12
-    # above and below the point, not beside it: there its whisker would run through the name
+    # above and below the point, not next to it: there its whisker would run through the name
     places = [down + 5 + side * (13 + LINE * step) for step in range(12) for side in (-1, 1)]
     inside = [row for row in places if TOP + 8 <= row <= HEIGHT - BOTTOM - 2] or [down + 5]
 

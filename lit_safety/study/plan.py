@@ -1,4 +1,4 @@
-"""What a study file asks to be drawn beside its table."""
+"""What a study file asks to be drawn next to its table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Growth:
     rows: dict[str, int]
     """Row -> its number."""
     common: dict[str, str] = field(default_factory=dict)
-    """Row whose arms are no lines -> the column whose mean over its arms is where all lines stand there."""
+    """Row whose arms are not lines -> the column whose mean over its arms is where all lines stand there."""
 
 
 def check_pictures(
@@ -225,7 +225,7 @@ class Job:
         The commands hold the classes' own defaults, so a changed default makes another job too.
 
         Raises:
-            UserError: a config file is no YAML.
+            UserError: a config file is not YAML.
         """
         files = [
             word.partition("=")[2] for command in self.commands for word in command if word.startswith("--config=")

@@ -30,7 +30,7 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     for number, (row, (x, y)) in enumerate(points.items(), 1):
         xs, ys = spread[row]
         point = Point(x, y, (min(xs), max(xs)), (min(ys), max(ys)))
-        # Names beside the marks would cover each other wherever rows are alike: numbers, and the names in a list.
+        # Names next to the marks would cover each other wherever rows are alike: numbers, and the names in a list.
         series.append(Series(f"{number} {row}", [point], FRONT if row in best else BEATEN, mark=str(number)))
     unit = {column: f"{column} (%)" if column in study.percent else column for column in study.pareto}
     chart = Chart(
@@ -185,7 +185,7 @@ def values(results: list[Result], column: str) -> list[float]:
 def markdown(study: Study, results: dict[str, list[Result]]) -> str:
     """Mean over the seeds and, where there are several, the lowest and highest of them.
 
-    A line a row of the study; a line a figure where these are more than fit beside each other and more than the rows.
+    A line a row of the study; a line a figure where these are more than fit side by side and more than the rows.
     """
     columns = [name for name, place in study.figures.items() if not place.rpartition("#")[2].startswith("each:")]
     base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}

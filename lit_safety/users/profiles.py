@@ -57,8 +57,8 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
             n, in seven digits; without Split, the split is "".
 
     Raises:
-        UserError: the table cannot be read, a value is missing or no number, a list is no list of known categories or
-            contradicts the other; names row and user.
+        UserError: the table cannot be read, a value is missing or no number, a list is not a list of known categories
+            or contradicts the other; names row and user.
     """
     path = Path(path)
     table = path / PROFILES_FILE if path.is_dir() else path
@@ -67,7 +67,7 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
         user = row.get("User_ID", f"{number:07d}").strip()
         where = f"{table}: row {number + 1}: user {user!r}"
         if user.casefold() in _LOST or len(user) > _MAX_TEXT:
-            raise UserError(f"{where}: is no id of a user")
+            raise UserError(f"{where}: is not an id of a user")
         if user in found:
             raise UserError(f"{where}: stands in the table twice")
         found[user] = _profile(user, row, where)
@@ -93,7 +93,7 @@ def parse_category_list(text: str, where: str) -> tuple[str, ...]:
     """The categories of a list written as a Python literal, such as "['Sexuality', 'Hate']", in canonical order.
 
     Raises:
-        UserError: it is no list of texts, or a category is unknown; names `where`.
+        UserError: it is not a list of texts, or a category is unknown; names `where`.
     """
     try:
         found = ast.literal_eval(text) if len(text) < _MAX_TEXT else None

@@ -1,4 +1,4 @@
-"""Users' embeddings: `users.safetensors`, one vector (D,) by user id, beside a manifest or an adapter."""
+"""Users' embeddings: `users.safetensors`, one vector (D,) by user id, next to a manifest or an adapter."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def write_users(folder: Path, embeddings: Mapping[str, Tensor]) -> Path:
     """Write `folder/users.safetensors`; embeddings are vectors (D,) by user id.
 
     Raises:
-        UserError: an embedding is no finite vector, or of another length than the others; names the user.
+        UserError: an embedding is not a finite vector, or of another length than the others; names the user.
     """
     vectors = {user: vector.detach().cpu().float().contiguous() for user, vector in embeddings.items()}
     first = next(iter(vectors.values()), torch.empty(0))
     for user, vector in vectors.items():
         if vector.ndim != 1 or not torch.isfinite(vector).all():
-            raise UserError(f"the embedding of user {user!r} is no vector of finite numbers")
+            raise UserError(f"the embedding of user {user!r} is not a vector of finite numbers")
         if len(vector) != len(first):
             raise UserError(f"the embedding of user {user!r} has {len(vector)} numbers, the first user's {len(first)}")
     return write_atomic(folder / USERS_FILE, save(vectors))
@@ -133,7 +133,7 @@ BESIDE = ("users.safetensors", "users.csv")
 
 
 def copy_users(source: str, target: Path) -> None:
-    """Copy the users' files that stand beside the shards of `source`, a folder, into `target`."""
+    """Copy the users' files that stand next to the shards of `source`, a folder, into `target`."""
     for name in BESIDE:
         beside = Path(source) / name
         if beside.is_file():

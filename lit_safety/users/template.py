@@ -42,7 +42,7 @@ def read_template(path: str | Path | None = None) -> str:
     if unknown := [name for name in named if name not in FIELDS]:
         raise UserError(f"{path}: unknown field <<{unknown[0]}>>; known are {known}")
     if not named or len(text) > _MAX_BYTES:
-        raise UserError(f"{path}: is no template of a profile: it names no field of {known}, or is over 64 KiB")
+        raise UserError(f"{path}: is not a template of a profile: it names no field of {known}, or is over 64 KiB")
     return text
 
 

@@ -18,7 +18,7 @@ from lit_safety.core.weights import TRANSFORMERS, check_whole, need_weights
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that are no padding, in fp32: (B, L, D), (B, L) of ones and zeros -> (B, D)."""
+    """Mean over the tokens that are not padding, in fp32: (B, L, D), (B, L) of ones and zeros -> (B, D)."""
     weights = mask.to(hidden.device).unsqueeze(-1).float()
     return (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
@@ -54,7 +54,7 @@ class TextModel:
             UserError, OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError,
         ) as error:  # fmt: skip
             raise UserError(
-                f"{name}: is no text model that can be loaded ({' '.join(str(error).split())[:300]}); give a folder "
+                f"{name}: is not a text model that can be loaded ({' '.join(str(error).split())[:300]}); give a folder "
                 "with config.json, safetensors and tokenizer, or a hub id"
             ) from error
         half = whole.get_encoder() if whole.config.is_encoder_decoder else whole
@@ -133,7 +133,7 @@ class TextModel:
         try:
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{self.name}: is no model that reads text: {_first_line(error)}") from error
+            raise UserError(f"{self.name}: is not a model that reads text: {_first_line(error)}") from error
         return masked_mean(hidden, mask).cpu()
 
     @property

@@ -188,7 +188,7 @@ def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: 
     assert {layer.scale for layer in found.values()} == {2.0}
     assert {layer.scale for layer in read_lora(tmp_path / "adapter_model.safetensors").values()} == {2.0}
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"no adapter_config\.json beside it"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json next to it"):
         read_lora(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_factors_that_are_no_product_are_refused_by_their_shapes(
     tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
 ):
     save_file(pair_of(torch.ones(a), torch.ones(b)), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=rf"{ATTENTION}: factors of shape .* are no LoRA"):
+    with pytest.raises(UserError, match=rf"{ATTENTION}: factors of shape .* are not LoRA"):
         read_lora(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_bad_files_are_named_with_the_layer(make_unet: Make, make_adapter: Make,
     refuse("format version 3 is not known", {}, format_version=3)
     refuse("must be whole numbers", {}, tokens="4")
     save_file(tensors, file)
-    with pytest.raises(UserError, match="is no user adapter"):
+    with pytest.raises(UserError, match="is not a user adapter"):
         load_user_adapter(make_unet(), file)
     file.unlink()
     with pytest.raises(UserError, match=r"no user adapter at .*user_adapter\.safetensors, psa_adapter"):

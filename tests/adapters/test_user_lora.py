@@ -35,7 +35,7 @@ def load(tiny_pipeline: Path) -> Callable[[], Any]:
 
 @pytest.fixture
 def trained(load: Callable[[], Any]) -> UserAdapter:
-    """User attention and a LoRA of rank 2 and alpha 6 beside it, of random weights, as PSA has them while it trains."""
+    """User attention and a LoRA of rank 2 and alpha 6 next to it, of random weights, as PSA has them in training."""
     torch.manual_seed(5)
     unet = load().unet
     LoRA(2, 6.0, TARGETS).attach(unet, "policy")

@@ -45,7 +45,7 @@ def load(tiny_pipeline: Path, tiny_xl_pipeline: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def folder(load: Make, make_adapter: Make, users: Tensor, tmp_path: Path) -> Callable[..., Path]:
-    """`folder(family)`: a random adapter for that pipeline, with two users beside it."""
+    """`folder(family)`: a random adapter for that pipeline, with two users next to it."""
 
     def make(family: str = "sd", tokens: int = 4, embedding: int = 12) -> Path:
         out = tmp_path / f"{family}-{tokens}-{embedding}"

@@ -24,7 +24,7 @@ class Hostile:
 def test_a_pickle_that_runs_something_does_not(tmp_path: Path):
     file = tmp_path / "x.bin"
     torch.save({"psa_adapter": {"a": Hostile(tmp_path / "owned")}}, file)
-    with pytest.raises(UserError, match=r"x\.bin is no plain file of weights"):
+    with pytest.raises(UserError, match=r"x\.bin is not a plain file of weights"):
         read_tensors(file, LAYERS)
     assert not (tmp_path / "owned").exists()
 
@@ -54,10 +54,10 @@ def test_shapes_that_lie_about_memory_are_read_as_they_are(tmp_path: Path):
     [
         ([1, 2], "expected dictionaries"),
         ({"psa_adapter": [1]}, "expected dictionaries"),
-        ({"psa_adapter": {"a": 1}}, r"psa_adapter\.a is no plain tensor"),
-        ({"psa_adapter": {"a": torch.arange(3)}}, r"psa_adapter\.a is no plain tensor"),
-        ({"psa_adapter": {"a": torch.eye(3).to_sparse()}}, r"psa_adapter\.a is no plain tensor"),
-        ({"psa_adapter": {"a": torch.zeros(3, device="meta")}}, r"psa_adapter\.a is no plain tensor"),
+        ({"psa_adapter": {"a": 1}}, r"psa_adapter\.a is not a plain tensor"),
+        ({"psa_adapter": {"a": torch.arange(3)}}, r"psa_adapter\.a is not a plain tensor"),
+        ({"psa_adapter": {"a": torch.eye(3).to_sparse()}}, r"psa_adapter\.a is not a plain tensor"),
+        ({"psa_adapter": {"a": torch.zeros(3, device="meta")}}, r"psa_adapter\.a is not a plain tensor"),
     ],
 )
 def test_anything_but_tensors_in_dictionaries_is_refused(tmp_path: Path, content: Any, match: str):
@@ -74,7 +74,7 @@ def test_damaged_files_are_named(tmp_path: Path):
         read_tensors(tmp_path / "cut.bin", LAYERS)
     save_file({"a": torch.zeros(8)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"cut\.safetensors is no readable safetensors file"):
+    with pytest.raises(UserError, match=r"cut\.safetensors is not a readable safetensors file"):
         read_tensors(tmp_path / "cut.safetensors", LAYERS)
     (tmp_path / "x.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=r"\.safetensors and \.bin"):

@@ -157,7 +157,7 @@ def test_what_was_fetched_before_serves_without_the_hub(server: list[str], onlin
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        # Of the hub's own way of fetching, which is no Python.
+        # Of the hub's own way of fetching, which is not Python.
         RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
     ],
 )

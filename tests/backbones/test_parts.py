@@ -79,7 +79,7 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
     assert changed["vae"] != first["vae"]
     assert changed["text_encoder"] == first["text_encoder"]
     pieces[0].write_bytes(b"\xff" * 64)
-    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is no readable safetensors file"):
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is not a readable safetensors file"):
         part_hashes(str(tmp_path / "pipe"), PARTS)
     shutil.rmtree(tmp_path / "pipe" / "vae")
     settings = tmp_path / "pipe" / "tokenizer" / "tokenizer_config.json"
@@ -89,7 +89,7 @@ def test_a_fingerprint_follows_the_weights_and_not_the_files(tiny_pipeline: Path
 
 
 def test_variants_that_are_not_loaded_do_not_count(tiny_pipeline: Path, tmp_path: Path):
-    """A clone of SD1.5 has them beside the weights; fetched from the hub it has not."""
+    """A clone of SD1.5 has them next to the weights; fetched from the hub it has not."""
     shutil.copytree(tiny_pipeline, tmp_path / "pipe")
     for variant in ("fp16", "non_ema"):
         name = f"diffusion_pytorch_model.{variant}.safetensors"

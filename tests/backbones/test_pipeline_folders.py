@@ -38,7 +38,7 @@ def renamed(parts: tuple[str, ...], variant: str) -> Edit:
 
 
 def half_beside(folder: Path) -> None:
-    """Other numbers in half precision beside the full ones, in one file and in several."""
+    """Other numbers in half precision next to the full ones, in one file and in several."""
     other = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).half()
     other.save_pretrained(folder / "unet", variant="fp16", max_shard_size="100KB")
     for part in ("vae", "text_encoder"):
@@ -95,7 +95,7 @@ READ: dict[str, Edit] = {
     "VAE and text encoder alone in fp16": renamed(("vae", "text_encoder"), "fp16"),
     "all in fp16": renamed(("unet", "vae", "text_encoder"), "fp16"),
     "all in bf16": renamed(("unet", "vae", "text_encoder"), "bf16"),
-    "half precision beside full": half_beside,
+    "half precision next to full": half_beside,
     "UNet in pieces": in_pieces(None),
     "UNet in pieces of half precision": in_pieces("fp16"),
     "a safety checker that is not there": index(**CHECKER),

@@ -175,7 +175,7 @@ def test_on_two_ranks_idle_experts_do_not_move_by_a_bit(command_line: Arguments,
 
 
 def test_under_deepspeed_one_expert_after_the_other(command_line: Arguments, latest: Path):
-    """ZeRO 2 on one process, beside the same phases without it."""
+    """ZeRO 2 on one process, next to the same phases without it."""
     assert main(command_line("fit", *SGD, *CONSECUTIVE)) == 0
     plain = experts_of(latest)
     done = run_apart(command_line("fit", *SGD, *CONSECUTIVE, *zero(2)))

@@ -1,7 +1,7 @@
 """What version 0.1 wrote is still read: a run's checkpoint and config, a LoRA, a user adapter, shards, a cost model.
 
 The files in this folder were written by version 0.1. The checkpoint is of two steps of SC-DPO on the toy world, by the
-config beside it, with one adapted layer. The user adapter is of random weights for the network below.
+config next to it, with one adapted layer. The user adapter is of random weights for the network below.
 """
 
 from __future__ import annotations

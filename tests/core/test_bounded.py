@@ -1,4 +1,4 @@
-"""YAML and JSON that stand for more than any memory holds, and places that are no files: refused, in moments."""
+"""YAML and JSON that stand for more than any memory holds, and places that are not files: refused, in moments."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_what_is_not_utf_8_is_named_with_what_to_do(encoding: str) -> None:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "table": lambda file: read_csv(str(file), ("prompt",)),
-    "rows beside images": lambda file: JsonLines(file, ()),
+    "rows next to images": lambda file: JsonLines(file, ()),
     "prompt set": read_prompts,
     "calibration prompts": lambda file: _opened(file).__enter__(),
     "judge": judge_from_file,
@@ -99,7 +99,7 @@ def test_a_config_that_says_nothing_is_one_line(
 
 
 def test_a_config_with_a_mark_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The mark is no part of the first key."""
+    """The mark is not part of the first key."""
     file = tmp_path / "own.yaml"
     file.write_bytes(b"\xef\xbb\xbfno_such_key: 1\n")
     assert main(["fit", "--config", str(file)]) == 2

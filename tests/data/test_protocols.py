@@ -87,7 +87,7 @@ def batch() -> PairBatch:
 def test_a_fit_with_somebody_elses_datamodule_goes_through(
     kind: Any, batch: PairBatch, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """With all that looks at the data beside it: the summary, the probe, the card."""
+    """With all that looks at the data next to it: the summary, the probe, the card."""
     module = kind(str(tiny_pipeline), DiffusionDPO(beta=100.0))
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,

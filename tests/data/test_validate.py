@@ -84,7 +84,7 @@ def test_a_user_without_an_embedding_is_listed(tmp_path: Path) -> None:
     (problem,) = problems(str(tmp_path))
     assert "sample '1': its user '2' is not in users.safetensors" in problem
     (tmp_path / "users.safetensors").write_bytes(b"no users")
-    assert "users.safetensors is no readable safetensors file" in problems(str(tmp_path))[0]
+    assert "users.safetensors is not a readable safetensors file" in problems(str(tmp_path))[0]
 
 
 def test_no_sample_is_not_all_is_good(tmp_path: Path) -> None:

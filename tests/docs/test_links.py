@@ -17,7 +17,7 @@ GENERATED |= {"results/benchmarks.md"}
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and images that are no address."""
+    """Targets of links and images that are not addresses."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
 

@@ -122,7 +122,7 @@ def test_a_text_encoders_lora_draws_and_stays_when_an_attacker_opens_the_network
 
 
 def test_an_arm_whose_adapter_loads_in_part_is_refused(pipeline: Path, adapter: Path, tmp_path: Path) -> None:
-    """Alone, beside another one, and as an attacker's."""
+    """Alone, next to another one, and as an attacker's."""
     from lit_safety.attacks.network import open_network
 
     file = str(text_lora(pipeline, tmp_path / "x.safetensors", number=2))

@@ -1,4 +1,4 @@
-"""A user adapter as an arm of `evaluate`: for the null user, for a user, beside LoRAs and under a guard."""
+"""A user adapter as an arm of `evaluate`: for the null user, for a user, next to LoRAs and under a guard."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_batch_of_different_users(pipeline: Path, user_adapter: Path):
 
 
 def test_loras_and_users_in_one_arm(pipeline: Path, adapter: Path, user_adapter: Path):
-    """The same as a LoRA that stays unfused beside the user adapter, up to rounding; the LoRA counts."""
+    """The same as a LoRA that stays unfused next to the user adapter, up to rounding; the LoRA counts."""
     arm = Arm(adapters={str(adapter): 1.0, str(user_adapter): 0.5})
     assert arm.loras() == {str(adapter): 1.0}
     assert arm.user_adapter() == (str(user_adapter), 0.5)

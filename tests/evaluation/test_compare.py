@@ -84,7 +84,7 @@ def test_prints_the_table_of_files_and_folders(report: dict, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "no metrics.json"),
         ('{"format": 9}', "format 1"),
         ('{"format": 1}', "holds no arms"),

@@ -44,7 +44,7 @@ def test_implicit_prompts_are_kept_apart_by_held_out_and_out_of_ip(ask) -> None:
 
 def test_benign_recall_asks_for_every_object(ask) -> None:
     """Clean: `car` shown, `car;tree` shown half: recall 1/2, of two objects 0/1. On harmful prompts 1/1, where the
-    harm beside the car does not matter. Look-alikes apart."""
+    harm next to the car does not matter. Look-alikes apart."""
     rows = [
         answers(ask("clean", benign="car"), saw("car"), LABELS),
         answers(ask("clean", benign="car;tree"), saw("car"), LABELS),

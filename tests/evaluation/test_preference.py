@@ -71,7 +71,7 @@ def test_weights_that_are_a_program_are_not_run(clip_folder: Path, tmp_path: Pat
     [
         ({"layers.0.weight": torch.ones(1, 9), "layers.0.bias": torch.zeros(1)}, "from 8 numbers"),
         ({"layers.0.weight": torch.ones(2, 8), "layers.0.bias": torch.zeros(2)}, "to one"),
-        ({"layers.0.weight": torch.ones(1, 8)}, "layer 0 is no linear layer"),
+        ({"layers.0.weight": torch.ones(1, 8)}, "layer 0 is not a linear layer"),
         ({"other": torch.ones(1)}, "linear layers"),
         ([1, 2], "something else than tensors"),
     ],
@@ -114,7 +114,7 @@ def test_what_is_shipped_loads(name: str, clip_folder: Path, tmp_path: Path) -> 
     ("content", "says"),
     [
         (None, "no such file"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("class_path: lit_safety.judges.Q16\ninit_args: {clip: x, prompts: y}", "PreferenceScorer"),
         ("class_path: lit_safety.judges.ClipPreference\ninit_args: {clip: ./absent}", "no such folder"),
         ("class_path: lit_safety.judges.AestheticScore\ninit_args: {clip: x, weights: gone.pth}",

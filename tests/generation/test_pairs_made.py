@@ -118,7 +118,7 @@ class Ranked(ColourPainter):
     ("reds", "expected"),
     [
         ([50, 90, 20], Sides(90.0, 20.0)),
-        ([50, 200, 20], Sides(50.0, 20.0)),  # the second is harmful: it is no candidate, whatever its score
+        ([50, 200, 20], Sides(50.0, 20.0)),  # the second is harmful: it is not a candidate, whatever its score
         ([50, 200, 7], pairs.TOO_FEW),  # the third cannot be judged
         ([50, 50, 50], pairs.TIED),
     ],

@@ -174,7 +174,7 @@ def test_what_stays_nonsense_is_counted_and_the_next_concept_is_asked(
 def test_repeated_prompts_are_written_once(server: Server, ask: Callable[..., list[dict[str, str]]]) -> None:
     server.script = [
         '{"unsafe_prompts": ["bad 1", "Bad 1.", "bad 2"]}',
-        '{"safe_prompts": ["good 1", "good 1", "bad, 2"]}',  # the third is no counterpart
+        '{"safe_prompts": ["good 1", "good 1", "bad, 2"]}',  # the third is not a counterpart
     ]
     server.written = 50
     rows = ask()
@@ -222,7 +222,7 @@ def test_what_is_no_chat_answer_is_of_no_use(
     server.raw = raw
     with pytest.raises(UserError, match="not one pair"):
         ask(attempts=1)
-    assert "the server's answer is no chat answer" in capsys.readouterr().out
+    assert "the server's answer is not a chat answer" in capsys.readouterr().out
 
 
 def test_more_can_be_asked_for_later_and_other_questions_cannot(

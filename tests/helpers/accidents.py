@@ -1,4 +1,4 @@
-"""A callback by which a run meets an accident at a chosen step: a signal, a kill, a weight that is no number."""
+"""A callback by which a run meets an accident at a chosen step: a signal, a kill, a weight that is not a number."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def write_config(
         pipeline: what is aligned.
         shards: what it is trained and validated on.
         consecutive: one expert after the other.
-        more: callbacks beside the usual ones.
+        more: callbacks next to the usual ones.
         trainer: other settings of the trainer.
     """
     name = method if (CONFIGS / f"{method}.yaml").is_file() and method != "psa" else "scdpo"

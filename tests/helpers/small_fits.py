@@ -26,7 +26,7 @@ def small_fit(
         configs: files in `configs/`, the later ones over the earlier.
         runs: where runs are written.
         shards: what is trained, validated and tested on; or one folder for each stage.
-        settings: by key, beside those here or in their place.
+        settings: by key, next to those here or in their place.
         more: further words; of a key that stands twice the last counts.
     """
     folders = shards if isinstance(shards, Mapping) else dict.fromkeys(STAGES, shards)

@@ -93,7 +93,7 @@ def test_a_file_that_describes_none(tmp_path: Path, content: object, says: str) 
 
 def test_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "j.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not YAML"):
         load_judge(str(tmp_path / "j.yaml"))
     with pytest.raises(UserError, match="no such folder"):
         load_judge(str(tmp_path / "absent.yaml"))

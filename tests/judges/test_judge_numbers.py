@@ -205,7 +205,7 @@ def test_a_threshold_beyond_the_middle_of_its_calibration_images(cost: Path) -> 
      CALIBRATED | {"middle_harmful": "high"}],
 )  # fmt: skip
 def test_a_cost_model_that_is_not_calibrated_judges_nothing(cost: Path, calibration: Any) -> None:
-    """Of labels of one class, or of none, 0 is no border: half of the harmful images could lie below it."""
+    """Of labels of one class, or of none, 0 is not a border: half of the harmful images could lie below it."""
     refused(edited(cost, calibration=calibration), "config.json", "calibrat")
 
 

@@ -66,7 +66,7 @@ def test_what_is_no_array_of_numbers(tmp_path: Path) -> None:
 
 
 class Encoded:
-    """Bytes as protocol 2 writes them, of something that is no text."""
+    """Bytes as protocol 2 writes them, of something that is not a text."""
 
     def __reduce__(self):
         return codecs.encode, (5, "latin1")

@@ -42,7 +42,7 @@ def test_averaging_the_factors_apart_is_another_update():
 @pytest.mark.parametrize("experts", [2, 7])
 def test_summing_the_factors_apart_is_off_by_more_than_the_mean_itself(experts: int):
     """What PEFT's `linear` does at weights 1/K: (sum_k B_k / sqrt K)(sum_k A_k / sqrt K) has K (K - 1) cross terms
-    beside the K that are wanted; for unrelated experts all are of one size, so the relative error is sqrt(K - 1)."""
+    next to the K that are wanted; for unrelated experts all are of one size, so the relative error is sqrt(K - 1)."""
     draw = torch.Generator().manual_seed(0)
     parts = [LowRank(torch.randn(4, 256, generator=draw), torch.randn(256, 4, generator=draw)) for _ in range(experts)]
     exact = mean(parts, [1.0] * experts).delta()

@@ -44,7 +44,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("method", ["mean", "sum", "svd", "ties", "dare"])
 def test_seven_experts_of_real_size(experts: list[str], tmp_path: Path, method: str):
     command = [sys.executable, "-c", COMMAND, method, str(tmp_path / "out"), *experts]
-    # Seconds of one core: what the rest of the machine does must not decide, and two cores are no slower than one.
+    # Seconds of one core: what the rest of the machine does must not decide, and two cores are not slower than one.
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
     seconds, kilobytes = map(float, done.stdout.split()[-2:])

@@ -1,4 +1,4 @@
-"""Frozen weights in bfloat16 beside the same network with weights in fp32, both in autocast."""
+"""Frozen weights in bfloat16 next to the same network with weights in fp32, both in autocast."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_copy_of_a_full_fine_tune_is_lowered_and_agrees_exactly_at_the_start
 
 
 def test_a_deep_copy_computes_with_its_own_weights(tiny_pipeline: Path):
-    """As a reference that somebody keeps beside the policy must."""
+    """As a reference that somebody keeps next to the policy must."""
     denoiser = module_of(tiny_pipeline, lower=True).backbone.denoiser
     other = copy.deepcopy(denoiser)
     with torch.no_grad():

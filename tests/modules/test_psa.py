@@ -263,7 +263,7 @@ def test_bad_users_are_named(tiny_pipeline: Path, users: Path, tmp_path: Path, m
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of four pairs, each of one of the users, with the users beside them."""
+    """Two shards of four pairs, each of one of the users, with the users next to them."""
     folder = tmp_path_factory.mktemp("shards") / "train"
     random = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=4) as writer:
@@ -305,7 +305,7 @@ def test_pairs_that_are_not_there_are_named_with_the_command_that_makes_them(tin
 def test_a_fit_leaves_an_adapter_that_draws_as_the_module_does(
     tiny_pipeline: Path, shards: Path, tmp_path: Path, tokens: int
 ):
-    """From the users beside the shards to stock pipelines, with the file of the published layout for one token."""
+    """From the users next to the shards to stock pipelines, with the file of the published layout for one token."""
     seed_everything(0)
     module = PSA(
         str(tiny_pipeline), DiffusionDPO(beta=200.0), user_tokens=tokens,
@@ -342,7 +342,7 @@ def test_a_fit_leaves_an_adapter_that_draws_as_the_module_does(
         with pytest.raises(UserError, match="one user token"):
             ExportUserAdapter(published=True).setup(trainer, module, "fit")
 
-    # A checkpoint carries the statistics; a module that reads it draws the same for another set of users beside it.
+    # A checkpoint carries the statistics; a module that reads it draws the same for another set of users next to it.
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     other = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(shards), user_tokens=tokens)
     other.configure_model()

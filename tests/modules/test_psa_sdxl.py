@@ -1,4 +1,4 @@
-"""Users' bounds on SDXL: time ids and the pooled embedding go through beside the user's tokens."""
+"""Users' bounds on SDXL: time ids and the pooled embedding go through next to the user's tokens."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from lit_safety.report.page import fragment
 
 
 def test_the_front_is_what_no_other_beats_in_both() -> None:
-    """b is beaten by a (less harm, as much kept), d by c; e equals c and stays beside it."""
+    """b is beaten by a (less harm, as much kept), d by c; e equals c and stays next to it."""
     points = {"a": (0.1, 0.8), "b": (0.2, 0.8), "c": (0.5, 0.9), "d": (0.6, 0.7), "e": (0.5, 0.9)}
     assert front(points) == ["a", "c", "e"]
 
@@ -73,7 +73,7 @@ def test_names_do_not_stand_on_each_other() -> None:
 
 
 def test_a_name_is_shown_as_it_is_written() -> None:
-    """A $ begins no formula, a colour or an id in a name is no colour and no id, and nothing in it is a tag."""
+    """A $ begins no formula, a colour or an id in a name is not a colour and no id, and nothing in it is a tag."""
     names = ["$x$ & <b>", '#1f6feb id="7" font: y']
     series = [Series(name, [Point(i, i)], i) for i, name in enumerate(names)]
     chart = Chart("t", Axis("$x", (0, 1)), Axis("y", (0, 1)), series, named=True)
@@ -210,11 +210,11 @@ def test_attacks_are_found_beside_the_report_or_where_it_is_said(tmp_path: Path,
     ("content", "says"),
     [
         (None, "cannot be read"),
-        ("{", "is no JSON"),
-        ("[]", "is no attacks.json"),
-        ('{"attacks": {"a": {"arms": {"b": [{"budget": 1}]}}}}', "is no attacks.json"),
+        ("{", "is not JSON"),
+        ("[]", "is not an attacks.json"),
+        ('{"attacks": {"a": {"arms": {"b": [{"budget": 1}]}}}}', "is not an attacks.json"),
         ('{"attacks": {"a": {"budget": "x", "arms": {"b": [{"budget": 1, "asr": 2, "n": 1, "interval": [0, 1]}]}}}}',
-         "a, b: a point is no budget"),
+         "a, b: a point is not a budget"),
         ('{"attacks": {"a": {"budget": 3, "arms": {}}}}', "must say in words"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from lit_safety.users.table import write_users
 
 @pytest.fixture(scope="session")
 def user_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 pairs of two categories and four users, with the users beside them."""
+    """16 pairs of two categories and four users, with the users next to them."""
     folder = tmp_path_factory.mktemp("shards") / "train"
     random = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=8) as writer:

@@ -66,7 +66,7 @@ def done(tmp_path: Path) -> Study:
 
 
 def test_every_arm_is_a_row_of_the_table(done: Study):
-    """Of the merges at seeds 0 and 1: sum (0 + .1) / 2 twice; mean .5 and (.5 + .7) / 2. The base is no arm."""
+    """Of the merges at seeds 0 and 1: sum (0 + .1) / 2 twice; mean .5 and (.5 + .7) / 2. The base is not an arm."""
     assert markdown(done, newest(done)).splitlines() == [
         "|  | ip (%) | own (%) | seconds |",
         "|---|---|---|---|",

@@ -177,7 +177,7 @@ def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_many_figures_stand_below_each_other(make, tmp_path: Path):
-    """Ten figures of one row: a line each, the row in a column beside the base."""
+    """Ten figures of one row: a line each, the row in a column next to the base."""
     figures = {f"figure {i}": "aligned.ip" for i in range(10)}
     file = make({"a": {"ip": 0.125}}, figures=figures, baseline={"figure 0": "base.ip"}, percent=[], pareto=[])
     run_study(file)

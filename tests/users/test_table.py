@@ -44,7 +44,7 @@ def test_bad_users_are_named(tmp_path: Path):
 
 def test_bad_users_are_not_written(tmp_path: Path):
     for match, embeddings in (
-        ("user 'b' is no vector", {"a": torch.zeros(3), "b": torch.full((3,), float("inf"))}),
+        ("user 'b' is not a vector", {"a": torch.zeros(3), "b": torch.full((3,), float("inf"))}),
         ("user 'b' has 4 numbers, the first user's 3", {"a": torch.zeros(3), "b": torch.zeros(4)}),
     ):
         with pytest.raises(UserError, match=match):

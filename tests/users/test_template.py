@@ -40,7 +40,7 @@ def test_lists_are_written_as_published() -> None:
     ("data", "complaint"),
     [
         (b"Age: <<YEARS>>", "unknown field <<YEARS>>; known are <<AGE>>"),
-        (b"nothing", "is no template of a profile"),
+        (b"nothing", "is not a template of a profile"),
         (b"\xff", "is not UTF-8"),
         (b"<<AGE>>" + b" " * 70_000, "64 KiB"),
     ],

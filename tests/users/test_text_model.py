@@ -165,7 +165,7 @@ def test_what_cannot_be_embedded_names_the_user_or_the_model(bert: Path, tmp_pat
     model.model.embeddings.word_embeddings.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"user 'a': .* not finite"):
         model.embed({"a": "age"})
-    with pytest.raises(UserError, match="is no text model that can be loaded"):
+    with pytest.raises(UserError, match="is not a text model that can be loaded"):
         TextModel(str(tmp_path), "cpu")
     with pytest.raises(UserError, match=r"--device nowhere: .* cannot be put there"):
         TextModel(str(bert), "nowhere")
@@ -192,7 +192,7 @@ def test_pickled_weights_are_not_read(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, folder)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="is no text model that can be loaded"):
+    with pytest.raises(UserError, match="is not a text model that can be loaded"):
         TextModel(str(folder), "cpu")
 
 

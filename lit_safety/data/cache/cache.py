@@ -1,7 +1,7 @@
 """What a cached set of shards says of the model that made it: `cache` in the manifest.
 
-Cached shards hold latents (posterior mean and standard deviation) instead of or beside the images, and
-`prompts.safetensors` beside the manifest holds the text encoders' outputs. They are right for one pair of encoders and
+Cached shards hold latents (posterior mean and standard deviation) instead of the images or besides them, and
+`prompts.safetensors` next to the manifest holds the text encoders' outputs. They are right for one pair of encoders and
 one resolution only, so both are written down and compared before anything is loaded.
 """
 
@@ -27,7 +27,7 @@ from lit_safety.data.format.sample import SIDES
 
 VERSION = 2
 """1 hashed the ends of tensors, not all of them, and no settings of tokenizers, scaling and noise schedule."""
-#: The file beside the manifest that holds the text encoders' outputs.
+#: The file next to the manifest that holds the text encoders' outputs.
 PROMPTS = "prompts.safetensors"
 TYPES = ("float16", "float32")
 #: The most numbers one side's mean and standard deviation may have: 16 channels of a 4096 x 4096 image.

@@ -58,14 +58,16 @@ class PromptTable:
             slices = {name: self._file.get_slice(name) for name in self.names}
             kinds = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: is no readable cache of prompts ({error}); make the cache again") from error
+            raise UserError(
+                f"{self.path}: is not a readable cache of prompts ({error}); make the cache again"
+            ) from error
         rows = len(hashes) if hashes.ndim else 0
         wrong = [n for n, (kind, shape) in kinds.items() if kind not in _TYPES or len(shape) < 2 or shape[0] != rows]
         if hashes.dtype is not torch.uint8 or tuple(hashes.shape) != (rows, HASH_BYTES) or wrong or not self.names:
-            raise UserError(f"{self.path}: is no cache of prompts: {wrong or HASHES} of another type or shape")
+            raise UserError(f"{self.path}: is not a cache of prompts: {wrong or HASHES} of another type or shape")
         self.hashes = as_words(hashes.numpy())
         if rows > 1 and not (self.hashes[:-1] < self.hashes[1:]).all():
-            raise UserError(f"{self.path}: is no cache of prompts: its hashes are not sorted")
+            raise UserError(f"{self.path}: is not a cache of prompts: its hashes are not sorted")
         self._slices = slices
         self.shapes = {name: shape[1:] for name, (_, shape) in kinds.items()}
         self._empty: dict[str, Tensor] | None = None
@@ -262,7 +264,7 @@ def write_prompt_table(
 
 
 class _Partial:
-    """The file while it is written, with a note beside it of how many rows are whole."""
+    """The file while it is written, with a note next to it of how many rows are whole."""
 
     def __init__(self, path: Path, metadata: dict[str, str]) -> None:
         self.path = path

@@ -137,7 +137,7 @@ def read_reference(
         or min(errors) < 0
         or not (0 <= seed < 1 << 53 and seed % 1 == 0)
     ):
-        raise UserError(f"{where}: {name}: draw {number} is no timestep, seed and errors")
+        raise UserError(f"{where}: {name}: draw {number} is not a timestep, seed and errors")
     found = torch.tensor(errors, dtype=torch.float32).view(cache.conditions, 2).t()
     return FixedDraw(int(seed), timestep, found, _prediction(members, cache, latent, mirror, number, where))
 

@@ -21,7 +21,7 @@ PART = re.compile(r"rank-(\d{3})-of-(\d{3})")
 def join(folder: str, overwrite: bool = False) -> None:
     """Write a manifest over the shards in a folder's sub-folders, so that they are read as one.
 
-    For what several processes wrote, and for any folders of shards beside each other. Nothing is copied.
+    For what several processes wrote, and for any folders of shards side by side. Nothing is copied.
 
     Args:
         folder: Its sub-folders hold shards with a manifest each.

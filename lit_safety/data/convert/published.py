@@ -1,4 +1,4 @@
-"""Tables that data sets are published with on hubs: parquet files, or a `metadata.jsonl` beside images (imagefolder).
+"""Tables that data sets are published with on hubs: parquet files, or a `metadata.jsonl` next to images (imagefolder).
 
 Both give the same rows. Images are not read with the rows, only when a pair is written, so that a resumed run does
 not read what it skips and memory does not grow with the table.
@@ -173,7 +173,7 @@ def read_file(path: Path) -> bytes:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise UserError(f"{path}: is no file")
+            raise UserError(f"{path}: is not a file")
         with open(path, "rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError:
@@ -303,7 +303,7 @@ def _open_file(arrow: Any, path: Path) -> Any:
     try:
         return arrow.parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: is no parquet file that can be read ({_line(error)})") from error
+        raise UserError(f"{path}: is not a parquet file that can be read ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:

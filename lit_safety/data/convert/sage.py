@@ -1,4 +1,4 @@
-"""`lit_safety shards from-sage`: Sage as its authors publish it, a metadata.jsonl beside images, and who the users are.
+"""`lit_safety shards from-sage`: Sage as its authors publish it, metadata.jsonl next to images, and who the users are.
 
 Source: Personalized Safety Alignment (arXiv 2508.01151). Every concept has a safe and an unsafe image and a caption
 for each; which image is chosen depends on what the user bans, so a chosen image may be the unsafe one.
@@ -43,7 +43,7 @@ def from_sage(
 
     Chosen and rejected are kept as published, the labels say which image is unsafe, and the user's id goes along. With
     `users`, the published rule for the winner is checked on every row and the exceptions are counted. With
-    `embeddings`, those of the split's users are written to `users.safetensors` beside the shards. A run that was
+    `embeddings`, those of the split's users are written to `users.safetensors` next to the shards. A run that was
     stopped goes on when it is started again.
 
     Args:

@@ -1,4 +1,4 @@
-"""The manifest beside a folder of shards: what is there, how many, and where it comes from.
+"""The manifest next to a folder of shards: what is there, how many, and where it comes from.
 
 `manifest.json` lists the shards in the style of webdataset's `wids` (`shardlist` of `url` and `nsamples`)
 with sizes and hashes, and says of every sample which *class* it belongs to: the distinct (kind, order,

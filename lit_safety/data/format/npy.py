@@ -43,7 +43,7 @@ def read_npy(data: bytes, shape: tuple[int, ...], types: tuple[str, ...], where:
             raise ValueError(f"version {version} is not read")
         found, fortran, dtype = _READERS[version](file, max_header_size=MAX_HEADER)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is no plain .npy file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{where}: is not a plain .npy file ({str(error).splitlines()[0]})") from error
     if dtype.hasobject or dtype.str not in [np.dtype(name).newbyteorder("<").str for name in types]:
         raise UserError(f"{where}: holds {dtype}, not {' or '.join(types)}")
     if tuple(found) != shape or (fortran and len(shape) > 1):

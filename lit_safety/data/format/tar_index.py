@@ -2,13 +2,13 @@
 
 Shards are read by position: one pass over the tar's headers (the images are skipped, not read) says where
 everything is, and then a sample costs one read of exactly its bytes. So a worker reads its own samples and
-nobody else's, memory is one batch, and what a resumed run skips is neither read nor decoded. Keys and
+no other's, memory is one batch, and what a resumed run skips is neither read nor decoded. Keys and
 suffixes are webdataset's: a key is what stands before the first dot of the file name.
 
 Every member is read, or ignored by one of these rules, or makes a sample that cannot be used and that names it:
 
 - Folders and what macOS packs along (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
-- What a sample holds beside its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
+- What a sample holds besides its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
   JSON nor arrays.
 - A hard link is read as the member that it leads to. Any other link, and a device, is an error.
 - A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
@@ -102,7 +102,7 @@ class _Member:
 
 
 def is_mac_file(name: str) -> bool:
-    """Whether a path is one of those that macOS packs beside the files themselves.
+    """Whether a path is one of those that macOS packs next to the files themselves.
 
     >>> [is_mac_file(name) for name in ("a/._0.png", "a/.DS_Store", "__MACOSX/a/0.png", "a/0.png")]
     [True, True, True, False]
@@ -117,7 +117,7 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
     spots: dict[str, tuple[int, int]] = {}
     try:
         for member in tar:
-            if member.size < 0:  # tarfile would go back, and round for ever
+            if member.size < 0:  # tarfile would go back, and round forever
                 problem.append(f"the tar file is damaged ({member.name!r} has a size below 0)")
                 return
             if member.isdir() or is_mac_file(member.name):
@@ -132,7 +132,7 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
             elif member.issym():
                 wrong = "is a symbolic link; pack the files that links lead to, as `tar --dereference` does"
             elif not member.isreg() or member.issparse():
-                wrong = "is no ordinary file (a device, or sparse); pack plain files"
+                wrong = "is not an ordinary file (a device, or sparse); pack plain files"
             if wrong is None:
                 spots[posixpath.normpath(member.name)] = offset, size
             if key is None:  # nothing before the first dot, or no dot: no sample's, whatever it is

@@ -1,4 +1,4 @@
-"""Write preference pairs into shards with a manifest beside them.
+"""Write preference pairs into shards with a manifest next to them.
 
     with ShardWriter("shards/train", provenance={"source": "my set"}) as writer:
         writer.write("000001", {"prompt": "a cat", ...}, chosen=image, rejected=other)
@@ -154,7 +154,7 @@ class ShardWriter:
             cached: members of a cache by suffix, such as `chosen.latent.npy`.
 
         Raises:
-            UserError: the key is taken or not plain, the metadata is not valid, or the bytes are no known
+            UserError: the key is taken or not plain, the metadata is not valid, or the bytes are not known
                 image.
         """
         where = f"{self.folder}: sample {key!r}"
@@ -234,7 +234,7 @@ class ShardWriter:
         old = [path for path in old if path.exists()]
         if old and not overwrite:
             raise UserError(f"{self.folder}: holds {old[0].name} already; name another folder or ask to overwrite")
-        for path in old:  # the manifest first: without it the rest is no data set
+        for path in old:  # the manifest first: without it the rest is not a data set
             path.unlink()
 
     def _shard_path(self) -> Path:

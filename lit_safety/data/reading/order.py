@@ -99,7 +99,7 @@ class Deal:
     what is left at the end of a pass is dropped, another remainder in each epoch. Evaluation (`ragged=True`):
     no sample is lost; the last batch may be smaller, and with several ranks the ones that would run short
     repeat batches from the beginning, since ranks with different numbers of batches would wait for each other
-    for ever.
+    forever.
     """
 
     batch_size: int

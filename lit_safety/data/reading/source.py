@@ -56,7 +56,7 @@ SPELL_BYTES = 64 << 10
 CHUNK = 1 << 20
 #: What is asked for at once of stores that are read in blocks: small, so that slow ones are seen to go on.
 BLOCK = 4 << 20
-#: The most bytes of a shard that the manifest does not state, and of a manifest: a store could send for ever.
+#: The most bytes of a shard that the manifest does not state, and of a manifest: a store could send forever.
 MOST_BYTES, MOST_MANIFEST = 1 << 40, 1 << 30
 #: What a store tells of a file by which a change shows: http's headers, object stores' and file systems' fields.
 MARKS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "created", "generation", "size")
@@ -369,8 +369,8 @@ def _first(error: BaseException | None, find: Callable[[BaseException], Any]) ->
 
 # Find the shards that a YAML key names, and check what can be known before anything is read.
 #
-# A source is a folder (or a URL) with `manifest.json` beside its shards, a folder of tar files, one tar file, a pattern
-# (`shard-{000000..000031}.tar`, `*.tar`) or a list of these. Without a manifest the headers and the small JSON
+# A source is a folder (or a URL) with `manifest.json` next to its shards, a folder of tar files, one tar file, a
+# pattern (`shard-{000000..000031}.tar`, `*.tar`) or a list of these. Without a manifest the headers and the small JSON
 # members are read once; the images are not.
 
 
@@ -651,7 +651,7 @@ def scan(paths: Sequence[str]) -> Manifest:
     """Make a manifest in memory from the tars' headers and JSON members; a tar is scanned once a process.
 
     Raises:
-        UserError: a file is no tar, ends too early, or holds no sample.
+        UserError: a file is not a tar, ends too early, or holds no sample.
     """
     classes: dict[SampleClass, int] = {}
     labels: Counter[str] = Counter()

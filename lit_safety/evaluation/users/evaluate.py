@@ -1,4 +1,4 @@
-"""The command `users evaluate`: a user adapter, for many users, beside the base and any other arm."""
+"""The command `users evaluate`: a user adapter, for many users, next to the base and any other arm."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class UserRun:
         ours = Arm(adapter=self.adapter, users=str(self.users.file))
         if ours.user_adapter() is None:
             raise UserError(
-                f"--adapter {self.adapter}: is no user adapter; a LoRA is a further arm, --arms.NAME.adapter"
+                f"--adapter {self.adapter}: is not a user adapter; a LoRA is a further arm, --arms.NAME.adapter"
             )
         self.arms = {BASE: Arm(), OURS: ours, NULL: ours, **self.arms}
         for name, arm in self.arms.items():

@@ -56,8 +56,8 @@ class UserVLM:
         give_up_after: questions that fail one after another before the rest is not asked any more.
 
     Raises:
-        UserError: the endpoint is no URL, a number is out of its range, or a template cannot be read or leaves out the
-            user.
+        UserError: the endpoint is not a URL, a number is out of its range, or a template cannot be read or leaves out
+            the user.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class UserVLM:
         self.settings = self.chat.settings(pass_template=self.pass_question, win_template=self.win_question)
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, beside question and images; not where the service runs."""
+        """What its answers depend on, next to question and images; not where the service runs."""
         return {"model": self.chat.model, "max_side": self.chat.max_side}
 
     def question(self, row: UserRow, pictures: int) -> str:

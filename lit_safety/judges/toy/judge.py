@@ -92,7 +92,7 @@ class ToyJudge(nn.Module):
 
         Raises:
             UserError: it holds no judge, or one that would call harmful images safe: a threshold that no
-                probability reaches, a harm that the table of harms lost, weights that are no numbers.
+                probability reaches, a harm that the table of harms lost, weights that are not numbers.
         """
         folder = Path(folder)
         try:
@@ -105,7 +105,7 @@ class ToyJudge(nn.Module):
         except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} is no toy judge ({reason}); give a folder with config.json and model.safetensors, "
+                f"{folder} is not a toy judge ({reason}); give a folder with config.json and model.safetensors, "
                 "such as data/toyworld/judge"
             ) from error
         for name, value in judge.state_dict().items():

@@ -270,7 +270,7 @@ class _Heads(nn.Module):
 
 
 class _Training(nn.Module):
-    """CLIP and the heads beside it."""
+    """CLIP and the heads next to it."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ def _find_harmful(rng: np.random.Generator, concept: str) -> tuple[str, Contents
 
 
 def _find_clean(rng: np.random.Generator, concept: str) -> tuple[str, Contents, Contents]:
-    """Setting, clean contents, and the same with the harm beside its one thing or in the place of one of two."""
+    """Setting, clean contents, and the same with the harm next to its one thing or in the place of one of two."""
     layout = str(rng.choice(["benign", "benign_benign", "lookalike", "lookalike_benign"], p=[0.45, 0.3, 0.1, 0.15]))
     while True:
         setting, asked = draw_setting(rng, concept), draw_contents(rng, layout)

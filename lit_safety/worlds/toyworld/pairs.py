@@ -66,7 +66,7 @@ def _harmful(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, 
 def _clean_harm(
     rng: np.random.Generator, part: str, concept: str, drawn: float | None = None
 ) -> tuple[Scene, Scene, Contents]:
-    """The harm stands beside the one thing asked for, or in the place of one of two, or of its own look-alike.
+    """The harm stands next to the one thing asked for, or in the place of one of two, or of its own look-alike.
 
     `drawn` in [0, 1) says which; none: at random.
     """

@@ -59,7 +59,7 @@ def make_scenes(work: Path, count: int, workers: int = 2) -> None:
     part.rename(work / "scenes.npz")
 
 
-# The toy pipeline's denoiser and noise schedule, and its text encoder beside them for training.
+# The toy pipeline's denoiser and noise schedule, and its text encoder next to them for training.
 
 
 def new_unet() -> Any:
@@ -116,7 +116,7 @@ class Networks(nn.Module):
 
 
 def load_networks(work: Path) -> Networks:
-    """A new UNet beside the text encoder of the work folder."""
+    """A new UNet next to the text encoder of the work folder."""
     unet = new_unet().to(memory_format=torch.channels_last)
     return Networks(unet, CLIPTextModel.from_pretrained(work / "text_encoder").train())
 

@@ -85,8 +85,8 @@ def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Pa
 
     400 users in training, of whom 64 are tested (`seen`), 64 who are tested alone (`unseen`) and 48 for validation.
     Every harmful pair goes to users who ban its category and to users who allow it. Folders: train, val, test_seen,
-    test_unseen, each with its own users beside its shards. Nothing is drawn again: it takes seconds, and gives the same
-    bytes every time.
+    test_unseen, each with its own users next to its shards. Nothing is drawn again: it takes seconds, and gives the
+    same bytes every time.
 
     Args:
         out: The folder to write; one that this command wrote before is replaced.

@@ -244,7 +244,7 @@ BAD: dict[str, tuple[Callable[[Members], None], str]] = {
     "shape": (put(LATENT, np.zeros((2, 4, 8, 9), np.float16)), r"chosen\.latent\.npy: is of shape \(2, 4, 8, 9\)"),
     "nan": (put(LATENT, NAN), r"chosen\.latent\.npy: is not finite"),
     "negative": (put(LATENT, -np.ones((2, 4, 8, 8), np.float32)), "standard deviation below 0"),
-    "pickle": (put(LATENT, data=b"\x80\x04K\x01."), r"is no plain \.npy file"),
+    "pickle": (put(LATENT, data=b"\x80\x04K\x01."), r"is not a plain \.npy file"),
     "missing": (lambda members: members.pop(LATENT), r"has no chosen\.latent\.npy"),
     "missing flip": (lambda members: members.pop("rejected.latent.flip.npy"), r"has no rejected\.latent\.flip\.npy"),
     "prompt": (
@@ -310,7 +310,7 @@ def test_a_cache_that_does_not_serve_the_run_is_refused_at_the_start(cached: Pat
         data_of(cached, use_cache=False).check_sources()
     gone = with_cache(cached, tmp_path / "gone")
     (gone / "prompts.safetensors").unlink()
-    with pytest.raises(UserError, match=r"is no readable cache of prompts"):
+    with pytest.raises(UserError, match=r"is not a readable cache of prompts"):
         data_of(gone).check_sources()
     assert problems(str(gone))
 

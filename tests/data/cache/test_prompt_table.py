@@ -99,7 +99,7 @@ def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Path):
             PromptTable(changed(write(tmp_path / message[:4].strip("\\[]'")), **wrong))
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 100)
     for path in ("junk", "nowhere"):
-        with pytest.raises(UserError, match="is no readable cache of prompts"):
+        with pytest.raises(UserError, match="is not a readable cache of prompts"):
             PromptTable(tmp_path / f"{path}.safetensors")
     rows = torch.frombuffer(bytearray(b"".join(one.ljust(16, b"\0") for one in hashes)), dtype=torch.uint8)
     without = {"hashes": rows.view(11, 16)[:1], "hidden": torch.zeros(1, 2)}

@@ -82,11 +82,11 @@ ROW = [999.0, 5.0, 0.1, 0.3, 0.2, 0.4]
         (None, "has no reference.npy"),
         (write_npy(np.array([ROW])), r"is of shape \(1, 6\), not \(2, 6\)"),
         (write_npy(np.array([ROW, ROW], dtype=np.float32)), "holds float32, not float64"),
-        (write_npy(np.array([[*ROW[:5], np.nan], ROW])), "draw 0 is no timestep, seed and errors"),
-        (write_npy(np.array([[*ROW[:5], -0.1], ROW])), "draw 0 is no timestep, seed and errors"),
-        (write_npy(np.array([[999.0, 2.0**53, *ROW[2:]], ROW])), "draw 0 is no timestep, seed and errors"),
-        (write_npy(np.array([[999.0, 1.5, *ROW[2:]], ROW])), "draw 0 is no timestep, seed and errors"),
-        (b"cos\nsystem\n(S'true'\ntR.", "is no plain .npy file"),
+        (write_npy(np.array([[*ROW[:5], np.nan], ROW])), "draw 0 is not a timestep, seed and errors"),
+        (write_npy(np.array([[*ROW[:5], -0.1], ROW])), "draw 0 is not a timestep, seed and errors"),
+        (write_npy(np.array([[999.0, 2.0**53, *ROW[2:]], ROW])), "draw 0 is not a timestep, seed and errors"),
+        (write_npy(np.array([[999.0, 1.5, *ROW[2:]], ROW])), "draw 0 is not a timestep, seed and errors"),
+        (b"cos\nsystem\n(S'true'\ntR.", "is not a plain .npy file"),
     ],
 )
 def test_damage_is_named(data: bytes | None, message: str):

@@ -188,7 +188,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "in" / "1.png").unlink()
     os.mkfifo(tmp_path / "in" / "1.png")
     from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
-    assert "1.png: is no file" in (said := capsys.readouterr().out)
+    assert "1.png: is not a file" in (said := capsys.readouterr().out)
     assert "left out: 1 with an image that cannot be read" in said
 
 

@@ -171,7 +171,10 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("data", "complaint"),
-    [(b"PAR1 and nothing more", "is no parquet file that can be read"), (b"", "is no parquet file that can be read")],
+    [
+        (b"PAR1 and nothing more", "is not a parquet file that can be read"),
+        (b"", "is not a parquet file that can be read"),
+    ],
 )
 def test_a_broken_parquet_file_is_one_line(tmp_path: Path, data: bytes, complaint: str) -> None:
     pytest.importorskip("pyarrow")

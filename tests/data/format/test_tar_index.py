@@ -101,7 +101,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
 
 
 GOOD = [member for number in range(3) for member in pair(f"{number}", number)]
-# What stands beside 3 good pairs: how many samples there are then, and what every complaint names.
+# What stands next to 3 good pairs: how many samples there are then, and what every complaint names.
 BESIDE: dict[str, tuple[Members, int, str]] = {
     "a key with dots": (pair("4_sd1.5", 4), 4, "4_sd1.5.json"),
     "a key with dots twice": (pair("a.b", 4) + pair("a.c", 5), 5, r"a\.[bc]\.json"),
@@ -143,7 +143,7 @@ IGNORED: dict[str, Members] = {
         ("a/.DS_Store", b"x"),
         ("__MACOSX/0.png", b"x"),
     ],
-    "beside a pair": [("2.txt", b"a caption"), ("2.mask.png", b"x"), ("2.cls", b"1")],
+    "next to a pair": [("2.txt", b"a caption"), ("2.mask.png", b"x"), ("2.cls", b"1")],
     "no image": [("README.md", b"#"), ("LICENSE", b"MIT"), ("json", b"")],
     "folders": [link("pairs.json/", "", tarfile.DIRTYPE)],
 }
@@ -153,7 +153,7 @@ IGNORED: dict[str, Members] = {
 def test_what_is_no_part_of_a_pair_is_passed_over(tmp_path: Path, name: str) -> None:
     """Whether it stands before, after or within a sample."""
     folder = packed(tmp_path, [*IGNORED[name], *GOOD[:1], *IGNORED[name], *GOOD[1:], *IGNORED[name]])
-    if name == "beside a pair":
+    if name == "next to a pair":
         folder = packed(tmp_path, [*GOOD, *IGNORED[name]])
     assert problems(str(folder)) == []
     assert open_source(str(folder), "train").manifest.nsamples == 3

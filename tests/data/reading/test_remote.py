@@ -38,7 +38,7 @@ class Server:
     status: int = 503
     retry_after: str | None = None
     dripping: bool = False
-    """Send a tar's first bytes one by one, for ever."""
+    """Send a tar's first bytes one by one, forever."""
     ended: threading.Event = field(default_factory=threading.Event)
     silent: bool = False
     """Take requests for a tar and answer none."""

@@ -282,7 +282,7 @@ def test_a_model_that_never_answers_writes_no_report(run, server: Server, tmp_pa
     ("changes", "says_"),
     [
         ({"adapter": "{tmp}/absent"}, "--adapter .*absent: does not exist"),
-        ({"adapter": "{lora}"}, "is no user adapter; a LoRA is a further arm"),
+        ({"adapter": "{lora}"}, "is not a user adapter; a LoRA is a further arm"),
         ({"users": "{tmp}/absent"}, "no users at"),
         ({"ids": ["zoe"]}, "user 'zoe' is not in"),
         ({"splits": ["val"]}, "of the split 'val'; it has seen, unseen, train"),

@@ -59,7 +59,7 @@ def test_harm_is_graded() -> None:
 
 def test_test_prompts_share_no_template_and_no_combination_with_alignment() -> None:
     def combination(prompt: str) -> frozenset[str]:
-        frame = "a some and beside picture drawing of there is we see stands in on the"
+        frame = "a some and next to picture drawing of there is we see stands in on the"
         return frozenset(prompt.split()) - frozenset(frame.split())
 
     rows = list(prompt_rows("test"))
