@@ -262,7 +262,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_old_one_in_place(load: Make, fo
     load_psa(pipe, folder())
     expected = draw(pipe, user=list(IDS))
     (tmp_path / "psa_adapter.bin").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="no torch file"):
+    with pytest.raises(UserError, match="torch file"):
         load_psa(pipe, tmp_path / "psa_adapter.bin")
     with pytest.raises(UserError, match=r"12 numbers.* 7"):
         load_psa(pipe, folder(embedding=7))

@@ -115,7 +115,7 @@ def test_only_what_is_used_is_fetched(server: list[str]):
             ],
         ),
         ("lit/missing", ["no folder 'lit/missing'", "no such model", "hf auth login", "local folder"]),
-        ("not/a/hub/id", ["no folder 'not/a/hub/id'", "no hub id either"]),
+        ("not/a/hub/id", ["no folder 'not/a/hub/id'", "hub id either"]),
     ],
 )
 def test_what_the_hub_refuses(server: list[str], model: str, words: list[str]):

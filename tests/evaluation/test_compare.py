@@ -85,7 +85,7 @@ def test_prints_the_table_of_files_and_folders(report: dict, tmp_path: Path, cap
     ("content", "says"),
     [
         ("{", "is not JSON"),
-        ("[1]", "no metrics.json"),
+        ("[1]", "metrics.json"),
         ('{"format": 9}', "format 1"),
         ('{"format": 1}', "holds no arms"),
         ('{"format": 1, "arms": {"a": {"ip": 1}}}', "holds no arms"),

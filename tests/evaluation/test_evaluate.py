@@ -209,7 +209,7 @@ def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"pipeline": "{tmp}"}, "no diffusers pipeline"),
+        ({"pipeline": "{tmp}"}, "diffusers pipeline"),
         ({"pipeline": "{tmp}/absent/no/pipeline"}, "absent/no/pipeline"),
         ({"adapter": "{tmp}/absent"}, "absent does not exist"),
         ({"adapter": "{tmp}"}, "pytorch_lora_weights.safetensors"),

@@ -151,9 +151,9 @@ def test_an_answer_that_drips_or_is_cut_off_is_an_error(pieces: list[bytes], exp
 @pytest.mark.parametrize(
     ("settings", "says_"),
     [
-        ({"endpoint": "http://"}, "no base URL"),
-        ({"endpoint": "http://x:port/v1"}, "no base URL"),
-        ({"endpoint": "http://x/v1?key=1"}, "no base URL"),
+        ({"endpoint": "http://"}, "base URL"),
+        ({"endpoint": "http://x:port/v1"}, "base URL"),
+        ({"endpoint": "http://x/v1?key=1"}, "base URL"),
         ({"endpoint": "http://me:secret@x/v1"}, "^endpoint: the URL holds a user"),
         ({"endpoint": "localhost:8000"}, "must start with http"),
         ({"timeout": 0}, "timeout"),

@@ -25,7 +25,7 @@ def test_bad_users_are_named(tmp_path: Path):
         Users(tmp_path)
     file = tmp_path / "users.safetensors"
     file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no readable safetensors"):
+    with pytest.raises(UserError, match="readable safetensors"):
         Users(tmp_path)
     save_file({}, file)
     with pytest.raises(UserError, match="holds no user"):

@@ -141,7 +141,7 @@ def test_resume_is_exact_in_a_pass_at_its_end_and_in_the_next(two: list[str], tm
         ({"weights": [1.0]}, r"data\.init_args\.weights must hold a number above 0 for each entry .* has 2"),
         ({"weights": [1.0, 0.0]}, "must hold a number above 0"),
         ({"weights": [1.0, float("nan")]}, "must hold a number above 0"),
-        ({"train": "somewhere"}, "which has none: it is not a list"),
+        ({"train": "somewhere"}, "which has none: it is no list"),
         ({"one_category": True}, "leave one of them out"),
     ],
 )
