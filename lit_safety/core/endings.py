@@ -178,7 +178,12 @@ def _handles() -> str:
 
 def _lost_process(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text):
+    told = isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text)
+    # Killed while it hands over a batch: the connection to it breaks before torch looks whether it lives.
+    broken = isinstance(error, ConnectionError | EOFError) and any(
+        file.replace(os.sep, "/").endswith("torch/utils/data/dataloader.py") for file in _files(error)
+    )
+    if told or broken:
         return (
             f"a process that reads the data is gone ({text[:200]}): it was killed, mostly because the memory is used "
             "up; take a smaller `data.init_args.num_workers` or batch, and go on with `--ckpt_path last`"

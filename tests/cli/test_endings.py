@@ -181,6 +181,15 @@ def test_a_killed_loader_is_one_line(
     assert "num_workers" in complaint
 
 
+def test_a_loader_that_is_killed_while_it_hands_over_a_batch_is_one_line() -> None:
+    """As it comes out of torch's loader, whose file's name is what tells."""
+    work: dict[str, Any] = {}
+    file = torch.utils.data.dataloader.__file__
+    exec(compile("def get():\n    raise ConnectionResetError(104, 'Connection reset by peer')\n", file, "exec"), work)
+    assert "num_workers" in str(explain(raised(work["get"])))
+    assert explain(ConnectionResetError(104, "Connection reset by peer")) is None
+
+
 def raised(work: Callable[[], Any]) -> BaseException:
     try:
         work()
