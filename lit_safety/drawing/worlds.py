@@ -133,11 +133,25 @@ def check_world(
                 worlds.setdefault(TOYWORLD.name, TOYWORLD)
             for world in worlds.values():
                 if not own & world.vocabularies:
+                    if not own:
+                        _check_tokenizers(pipeline)
                     raise UserError(
                         f"{option} {place}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
                         "does not, so a figure would say nothing about it: give prompts and judges of "
                         f"your own, or ask for it with {key}"
                     )
+
+
+def _check_tokenizers(pipeline: Path) -> None:
+    """A pipeline whose words cannot be read may be the world's own, so what is wrong with its tokenizer comes first.
+
+    Raises:
+        UserError: names the file.
+    """
+    from lit_safety.backbones.parts import Parts
+
+    parts = Parts(str(pipeline), key="--pipeline")
+    parts.check_files([name for name in parts.index.components if "tokenizer" in name])
 
 
 def _named(place: str | Path) -> Iterator[str | Path]:

@@ -79,6 +79,16 @@ def test_a_vocabulary_is_the_same_in_either_file(tmp_path: Path) -> None:
     assert not of_a_world(tmp_path / "tokenizer")
 
 
+def test_a_world_s_pipeline_without_its_vocabulary_is_told_the_file(tmp_path: Path) -> None:
+    """Without words it cannot be known for the world's own: what is missing is what there is to say."""
+    shutil.copytree(TOYWORLD / "pipeline", tmp_path / "mine")
+    for file in (tmp_path / "mine" / "tokenizer").glob("*"):
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        check_world(tmp_path / "mine", {"--judge": JUDGE}, allowed=False)
+
+
 def test_evaluate_refuses_before_it_draws(pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="toyworld"):
         evaluate(pipeline=str(pipeline), prompts=str(TEST), judge=str(JUDGE), out=str(tmp_path / "out"))
