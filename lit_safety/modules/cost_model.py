@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,10 +24,10 @@ from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.protocols import PairData, WithVal, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.monitoring import FiniteLossGuard
-from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduledModule
 
 
-class CostModel(LightningModule):
+class CostModel(ScheduledModule):
     """C(x) = adapter(CLIP(x)): above 0 harmful, below 0 safe; the form of SC-DPO's cost model (arXiv 2504.14290),
     reconstructed, since its code and weights are not public.
 
@@ -103,26 +102,8 @@ class CostModel(LightningModule):
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
 
-    _resumed: str | None = None
-    _optimizer_kind: str | None = None
-    """The class of the optimizer, of the run that is resumed and of this one."""
-
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.make_optimizer, self.adapter.parameters())
-        check_same(self._resumed, optimizer)
-        self._optimizer_kind = kind_of(optimizer)
-        if self.make_lr_scheduler is None:
-            self._settings = ScheduleSettings(optimizer, None)
-            return optimizer
-        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
-        self._settings = ScheduleSettings(optimizer, scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        if self.trainer.ckpt_path is not None:
-            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
-            scheduler = schedulers[0] if schedulers else None
-            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
+        return self.scheduled(self.adapter.parameters())
 
     def on_fit_start(self) -> None:
         data = datamodule_of(self.trainer)
@@ -228,10 +209,10 @@ class CostModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
-        checkpoint["optimizer"] = self._optimizer_kind
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
+        super().on_load_checkpoint(checkpoint)
         mine = {name: value.shape for name, value in self.state_dict().items()}
         theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if mine != theirs:

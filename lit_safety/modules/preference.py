@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from PIL.Image import Image
@@ -36,7 +35,7 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.schedule import ScheduleSettings, check_same, kind_of, make_optimizer, make_scheduler, steps_of
+from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategies import (
     as_on_rank_0,
@@ -81,7 +80,7 @@ class Drawing:
     guidance: float = 3.0
 
 
-class PreferenceModule(LightningModule):
+class PreferenceModule(ScheduledModule):
     """Preference optimisation of a text-to-image model against its own frozen self.
 
     Args:
@@ -281,10 +280,6 @@ class PreferenceModule(LightningModule):
         """Names and parameters of what is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    _resumed: str | None = None
-    _optimizer_kind: str | None = None
-    """The class of the optimizer, of the run that is resumed and of this one."""
-
     # ---- the reference: the same network ----------------------------------------------------------------------
 
     @property
@@ -435,21 +430,7 @@ class PreferenceModule(LightningModule):
                 f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
                 "frozen weights are lowered to bfloat16"
             )
-        optimizer = make_optimizer(self.make_optimizer, [p for _, p in trained])
-        check_same(self._resumed, optimizer)
-        self._optimizer_kind = kind_of(optimizer)
-        if self.make_lr_scheduler is None:
-            self._settings = ScheduleSettings(optimizer, None)
-            return optimizer
-        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
-        self._settings = ScheduleSettings(optimizer, scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        if self.trainer.ckpt_path is not None:
-            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
-            scheduler = schedulers[0] if schedulers else None
-            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
+        return self.scheduled([p for _, p in trained])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -533,7 +514,7 @@ class PreferenceModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
-        checkpoint["optimizer"] = self._optimizer_kind
+        super().on_save_checkpoint(checkpoint)
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
@@ -541,7 +522,7 @@ class PreferenceModule(LightningModule):
             checkpoint["strategy"] = family(self.trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
+        super().on_load_checkpoint(checkpoint)
         try:
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
@@ -149,6 +150,48 @@ def _check_length(scheduler: Any, steps: float) -> None:
             f"rate    `{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: the rate {where} the last; "
             "null follows `trainer.max_steps`"
         )
+
+
+class ScheduledModule(LightningModule):
+    """A module whose optimizer and schedule follow its config, in a run that goes on too.
+
+    A subclass that overrides `on_train_start`, `on_save_checkpoint` or `on_load_checkpoint` calls this one's.
+    """
+
+    make_optimizer: OptimizerCallable
+    make_lr_scheduler: LRSchedulerCallable | None
+    """None: the rate stays."""
+    _resumed: str | None = None
+    _optimizer_kind: str | None = None
+    """The class of the optimizer, of the run that is resumed and of this one."""
+
+    def scheduled(self, parameters: Any) -> Any:
+        """What `configure_optimizers` returns for what is trained.
+
+        Raises:
+            UserError: the settings cannot be meant, or a checkpoint holds the state of another optimizer.
+        """
+        optimizer = make_optimizer(self.make_optimizer, parameters)
+        check_same(self._resumed, optimizer)
+        self._optimizer_kind = kind_of(optimizer)
+        if self.make_lr_scheduler is None:
+            self._settings = ScheduleSettings(optimizer, None)
+            return optimizer
+        scheduler = make_scheduler(self.make_lr_scheduler, optimizer, steps_of(self._trainer))
+        self._settings = ScheduleSettings(optimizer, scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:
+            schedulers = [one.scheduler for one in self.trainer.lr_scheduler_configs]
+            scheduler = schedulers[0] if schedulers else None
+            self._settings.restore(self.trainer.optimizers[0], scheduler, self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer"] = self._optimizer_kind
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("optimizer")  # the optimizer is made after this
 
 
 class ScheduleSettings:
