@@ -50,7 +50,7 @@ def from_sage(
         folder: The split's folder: metadata.jsonl and the images.
         out: The folder to write the shards to.
         users: users.csv; the n-th row is user n.
-        embeddings: The folder of user_embedding_NNNNNNN.npy.
+        embeddings: The folder of the users' embeddings, NNNNNNN.npy or user_embedding_NNNNNNN.npy.
         samples_per_shard: How many pairs a shard holds.
         overwrite: Throw away what an earlier run left in the folder.
     """
@@ -154,6 +154,8 @@ def _check_winners(pairs: list[FoundPair], banned: dict[str, frozenset[str]]) ->
 
 
 USERS_FILE = "users.safetensors"
+EMBEDDING_NAMES = ("{}.npy", "user_embedding_{}.npy")
+"""A user's file in the published code's folder, and in the published archive."""
 MAX_EMBEDDING_BYTES = 1 << 20
 
 
@@ -167,14 +169,16 @@ def banned_by_user(table: str) -> dict[str, frozenset[str]]:
 
 
 def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """The users' embeddings, a float32 vector (D,) by user id.
+    """The users' embeddings, a float32 vector (D,) by user id; files hold (D,) or (1, D).
 
     Raises:
-        UserError: an embedding is missing, not a finite vector, or of another length than the others.
+        UserError: an embedding is missing or there twice, not a finite vector, or of another length than the others.
     """
+    if not folder.is_dir():
+        raise UserError(f"--embeddings {folder}: is not a folder; give the one with 0000001.npy and so on")
     found: dict[str, NDArray[np.float32]] = {}
     for user in users:
-        path = folder / f"user_embedding_{user}.npy"
+        path = _embedding_file(folder, user)
         found[user] = _vector(path)
         if len(found[user]) != len(found[users[0]]):
             raise UserError(f"{path}: has {len(found[user])} numbers, the first user's {len(found[users[0]])}")
@@ -188,12 +192,22 @@ def save_embeddings(found: dict[str, NDArray[np.float32]], out: Path) -> Path:
     return write_atomic(out / USERS_FILE, save(found))
 
 
+def _embedding_file(folder: Path, user: str) -> Path:
+    paths = [folder / name.format(user) for name in EMBEDDING_NAMES]
+    there = [path for path in paths if path.exists()]
+    if not there:
+        raise UserError(
+            f"{paths[1]}: is missing, and so is {paths[0].name}; every user of the split needs an embedding"
+        )
+    if len(there) > 1:
+        raise UserError(f"{paths[0]} and {paths[1].name} are both there for user {user}; keep one of the two")
+    return there[0]
+
+
 def _vector(path: Path) -> NDArray[np.float32]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_EMBEDDING_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: is missing; every user of the split needs an embedding") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) > MAX_EMBEDDING_BYTES:
@@ -202,9 +216,16 @@ def _vector(path: Path) -> NDArray[np.float32]:
         array = _plain_array(data)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: is not a plain array ({' '.join(str(error).split())})") from error
-    if array.ndim != 1 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(f"{path}: is not a vector of finite numbers")
-    return array.astype(np.float32)
+    found = f"{array.dtype} of shape {array.shape}"
+    if array.ndim == 2 and len(array) == 1:  # a batch of one, as the published code keeps some
+        array = array[0]
+    if array.ndim != 1 or not array.size or array.dtype.kind != "f":
+        raise UserError(f"{path}: is not a vector of finite numbers, (D,) or (1, D), but {found}")
+    with np.errstate(over="ignore"):  # of float64; what is too large becomes infinite
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: is not a vector of finite numbers: it holds NaN or infinity")
+    return array
 
 
 def _plain_array(data: bytes) -> NDArray[Any]:

@@ -184,3 +184,42 @@ def test_another_sets_embeddings_are_left_alone(published: Path) -> None:
     with pytest.raises(UserError, match="holds other shards already"):
         from_sage(str(published / "val"), str(out), embeddings=str(published), samples_per_shard=1)
     assert (out / "users.safetensors").read_bytes() == before
+
+
+def test_both_published_names_and_both_shapes_of_embeddings_are_read(published: Path) -> None:
+    """The published code writes `0000001.npy`, of shape (D,), and keeps some as a batch of one, (1, D)."""
+    (published / "user_embedding_0000001.npy").unlink()
+    np.save(published / "0000001.npy", np.arange(6, dtype=np.float16)[None])
+    out = published / "out"
+    from_sage(str(published / "val"), str(out), embeddings=str(published))
+    held = load_file(out / "users.safetensors")
+    assert {user: vector.tolist() for user, vector in held.items()} == {
+        "0000001": [0, 1, 2, 3, 4, 5], "0000002": [2] * 6,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "says"),
+    [
+        ("0000002.npy", np.ones(6, np.float32), ["0000002.npy", "user_embedding_0000002.npy", "0000002"]),
+        ("user_embedding_0000002.npy", np.ones((6, 1), np.float32), ["user_embedding_0000002.npy", "(6, 1)"]),
+        ("user_embedding_0000002.npy", np.ones((1, 1, 6), np.float32), ["(1, 1, 6)"]),
+        ("user_embedding_0000002.npy", np.full((1, 6), np.nan, np.float32), ["user_embedding_0000002.npy", "NaN"]),
+        ("user_embedding_0000002.npy", np.full(6, 1e300), ["user_embedding_0000002.npy", "infinity"]),
+        ("user_embedding_0000002.npy", np.ones((1, 5), np.float32), ["has 5 numbers"]),
+    ],
+)
+def test_an_embedding_that_is_there_twice_or_of_another_shape_is_named(
+    published: Path, name: str, array: np.ndarray, says: list[str]
+) -> None:
+    np.save(published / name, array)
+    with pytest.raises(UserError) as caught:
+        from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
+    assert "\n" not in str(caught.value)
+    for text in says:
+        assert text in str(caught.value)
+
+
+def test_a_folder_of_embeddings_that_is_not_there_is_named(published: Path) -> None:
+    with pytest.raises(UserError, match=r"--embeddings .*nowhere"):
+        from_sage(str(published / "val"), str(published / "out"), embeddings=str(published / "nowhere"))
