@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_safety.core.errors import UserError
+from lit_safety.core.weights import how_to_convert
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -151,7 +152,14 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no adapter at {path}: expected a folder with {WEIGHTS_NAME}, or such a file")
+        pickled = file.with_suffix(".bin")
+        if path.is_dir() and pickled.is_file():
+            file = pickled
+        else:
+            raise UserError(f"no adapter at {path}: expected a folder with {WEIGHTS_NAME}, or such a file")
     if file.suffix != ".safetensors":
-        raise UserError(f"{file}: adapters are read from safetensors only (other formats can run code when loaded)")
+        raise UserError(
+            f"{file}: LoRAs are read from safetensors only (other formats can run code when loaded); "
+            f"{how_to_convert(file)}, and name the new file"
+        )
     return file

@@ -12,6 +12,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from lit_safety.adapters.user_attention import UserAdapter, cross_attentions
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_file, write_atomic
 from lit_safety.core.text import load_json
-from lit_safety.core.weights import not_readable
+from lit_safety.core.weights import is_pickled, not_readable
 
 WEIGHTS_NAME = "user_adapter.safetensors"
 #: What a folder may hold, the first found wins: ours, then the published ones.
@@ -98,15 +99,29 @@ def is_user_adapter(path: str | Path) -> bool:
         if found and (path / LORA_NAME).is_file():
             raise UserError(f"{path} holds both {found[0]} and {LORA_NAME}: name the file that is meant")
         return bool(found)
-    if path.suffix == ".bin":  # no LoRA is read from one
-        return path.is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file():
         return False
+    if is_pickled(path):
+        return _names_users(path)
     try:
         with safe_open(path, framework="pt") as handle:
             return METADATA_KEY in (handle.metadata() or {}) or is_published(dict.fromkeys(handle.keys()))
     except (SafetensorError, OSError, ValueError):
         return False  # whoever loads it says what is wrong with it
+
+
+def _names_users(file: Path) -> bool:
+    """Whether a torch file names the parts of the published layout. Nothing is unpickled: its names are searched for."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            index = next(one for one in archive.infolist() if one.filename.endswith("data.pkl"))
+            names = archive.read(index) if index.file_size <= LARGEST_INDEX else b""
+    except (StopIteration, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        with file.open("rb") as stream:  # of torch before 1.6: whoever loads it says what is wrong
+            names = stream.read(LARGEST_INDEX)
+    except OSError:
+        return False
+    return any(name in names for name in (b"psa_adapter", b"user_adapter", b"user_proj"))
 
 
 def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
@@ -285,7 +300,9 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
 #
 # `<i>` counts cross-attention layers in the order of diffusers' `attn_processors`; `user_adapter` is another name of
 # `psa_adapter`. The safetensors variant has the same names with `psa_adapter.` and `user_proj.` in front. The layout
-# has one user token, no statistics and no null user: its readers put the zero vector through the projection instead.
+# has no statistics and no null user: its readers put the zero vector through the projection instead. It is for one
+# user token. Where the published code was told another number N, `proj` has N * d_ctx rows, and its attention reads the
+# first token alone; so do we.
 
 
 _LAYERS = ("psa_adapter.", "user_adapter.")
@@ -307,6 +324,9 @@ def from_published(
     tensors: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], file: Path
 ) -> dict[str, Tensor]:
     """The same weights under our names; statistics that change nothing, and the published null user.
+
+    Of several tokens that the projection makes, the first is kept, as the published attention reads no other; that is
+    said in a warning.
 
     Args:
         tensors: as read.
@@ -342,6 +362,15 @@ def from_published(
     # Shapes may lie about memory (a stride of 0), so they are looked at before anything of their size is made.
     if weight.ndim != 2 or bias.ndim != 1 or weight.shape[1] > LARGEST_EMBEDDING:
         raise UserError(f"{file}: user_proj.proj is not a linear layer of user embeddings")
+    context_dim = next(iter(layers.values()))[1]
+    tokens, rest_of_rows = divmod(len(weight), context_dim)
+    if tokens > 1 and rest_of_rows == 0 and len(bias) == len(weight):
+        warnings.warn(
+            f"{file} has {tokens} user tokens, of which the published attention reads the first alone: it is loaded",
+            stacklevel=2,
+        )
+        weight, bias = weight[:context_dim], bias[:context_dim]
+        named["projection.linear.weight"], named["projection.linear.bias"] = weight, bias
     named["projection.mean"], named["projection.std"] = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
     named["projection.null_tokens"] = bias[None]  # what the zero vector is projected to
     return named
@@ -426,9 +455,9 @@ def read_tensors(file: Path, layers: Mapping[str, tuple[int, ...]]) -> tuple[dic
     Raises:
         UserError: the file is damaged, too large, or holds anything else than tensors in dictionaries.
     """
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" and not is_pickled(file):
         return _read_safetensors(file)
-    if file.suffix == ".bin":
+    if file.suffix == ".bin" or is_pickled(file):
         return _flatten(_read_torch(file, layers), file), {}
     raise UserError(f"{file}: user adapters are read from .safetensors and .bin files")
 

@@ -177,6 +177,25 @@ def _why_none(folder: Path, stem: str) -> str:
     return f"{folder}: {stem}.safetensors is missing: copy the folder again"
 
 
+def is_pickled(file: Path) -> bool:
+    """Whether a file is one of `torch.save` or another pickle, by its first bytes: zip, or a pickle's protocol."""
+    try:
+        with file.open("rb") as stream:
+            first = stream.read(4)
+    except OSError:
+        return False
+    return first == b"PK\x03\x04" or (first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def how_to_convert(file: Path) -> str:
+    """The command that makes safetensors of a plain torch file: `weights_only` runs nothing of it."""
+    new = file.with_suffix(".safetensors")
+    code = (
+        f"import torch, safetensors.torch as s; s.save_file(torch.load({str(file)!r}, weights_only=True), {str(new)!r})"
+    )
+    return f'convert it once, `python -c "{code}"`'
+
+
 def is_pointer(file: Path) -> bool:
     """Whether git LFS has left a pointer in the file's place."""
     try:

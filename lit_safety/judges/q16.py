@@ -210,7 +210,8 @@ def _read(prompts: str) -> Any:
 
     if not Path(prompts).is_file():
         raise UserError(
-            f"Q16: prompts {prompts}: no such file; the repository ml-research/Q16 has prompts.p for each CLIP"
+            f"Q16: prompts {prompts}: no such file; the repository ml-research/Q16 has one for each CLIP, such as "
+            "data/ViT-L-14/prompts.p"
         )
     if Path(prompts).suffix != ".npy":
         return read_pickled_array(prompts)

@@ -8,6 +8,7 @@ def embed(
     out: str | None = None,
     model: str | None = None,
     template: str | None = None,
+    none_as_nan: bool = False,
     dimension: int = 64,
     batch_size: int = 8,
     device: str | None = None,
@@ -25,6 +26,8 @@ def embed(
         template: A text with the fields <<AGE>>, <<AGE_GROUP>>, <<GENDER>>, <<RELIGION>>, <<PHYSICAL>>, <<MENTAL>>,
             <<BANNED>>, <<ALLOWED>> (lists as published, so that the published template gives the published text),
             <<BANNED_WORDS>>, <<ALLOWED_WORDS>>; null: the package's own. Only read with a model.
+        none_as_nan: Write `nan` where a trait is "None" (a user without religion), as the published texts have it: give
+            it with the published template for embeddings of published adapters. Only read with a model.
         dimension: Length of an embedding without a model; a model decides for itself.
         batch_size: Profiles that a model reads at once.
         device: Where a model computes, such as cuda; null: a GPU if there is one.
@@ -45,6 +48,8 @@ def embed(
     if model is None:
         if template is not None:
             raise UserError("--template is what a text model reads: give --model too")
+        if none_as_nan:
+            raise UserError("--none_as_nan is about the text that a model reads: give --model too")
         embeddings = project(users.values(), dimension)
     else:
         from lit_safety.users.text_model import TextModel
@@ -52,7 +57,7 @@ def embed(
         text = read_template(template)
         with counter("embed", len(users)) as tick:
             embeddings = TextModel(model, device).embed(
-                {user: fill(text, profile) for user, profile in users.items()}, batch_size, tick
+                {user: fill(text, profile, none_as_nan) for user, profile in users.items()}, batch_size, tick
             )
     path = write_users(Path(out) if out is not None else table.parent, embeddings)
     print(f"{path}: {len(embeddings)} users, {len(next(iter(embeddings.values())))} numbers each")

@@ -46,15 +46,26 @@ def read_template(path: str | Path | None = None) -> str:
     return text
 
 
-def fill(template: str, profile: Profile) -> str:
-    """The template's text with this profile's values."""
+def fill(template: str, profile: Profile, none_as_nan: bool = False) -> str:
+    """The template's text with this profile's values.
+
+    Args:
+        template: as `read_template` gives it.
+        profile: whose values.
+        none_as_nan: write `nan` for a trait that is "None", as the published texts have it: they were filled with a
+            table that pandas had read, which takes "None" for a missing value.
+    """
+
+    def trait(text: str) -> str:
+        return "nan" if none_as_nan and text == "None" else text
+
     values = {
         "AGE": str(profile.age),
-        "AGE_GROUP": profile.age_group,
-        "GENDER": profile.gender,
-        "RELIGION": profile.religion,
-        "PHYSICAL": profile.physical_condition,
-        "MENTAL": profile.mental_condition,
+        "AGE_GROUP": trait(profile.age_group),
+        "GENDER": trait(profile.gender),
+        "RELIGION": trait(profile.religion),
+        "PHYSICAL": trait(profile.physical_condition),
+        "MENTAL": trait(profile.mental_condition),
         "BANNED": _as_published(profile.banned),
         "ALLOWED": _as_published(profile.allowed),
         # A list that is empty says so: an empty line would say nothing.

@@ -139,6 +139,30 @@ def test_standardisation_is_folded_in_and_the_loss_of_the_null_user_is_said(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "pt"])
+def test_of_four_published_tokens_the_first_is_loaded(
+    make_unet: Make, call_unet: Make, users: Tensor, tmp_path: Path, kind: str
+):
+    """proj has 4 * d_ctx rows; the published attention of such a file has one key and value, of the first token."""
+    checkpoint = published("sd")
+    generator = torch.Generator().manual_seed(9)
+    expected = call_unet(reference(make_unet(), checkpoint, users[:2]))
+    of_four = dict(checkpoint["user_proj"])
+    for name, tensor in (("proj.weight", (96, USER)), ("proj.bias", (96,))):
+        of_four[name] = torch.cat([of_four[name], torch.randn(*tensor, generator=generator)])
+    file, parts = tmp_path / f"psa_adapter.{kind}", {**checkpoint, "user_proj": of_four}
+    if kind == "safetensors":
+        save_file({f"{part}.{name}": t for part, entries in parts.items() for name, t in entries.items()}, file)
+    else:
+        torch.save(parts, file)
+    unet = make_unet()
+    with pytest.warns(UserWarning, match="4 user tokens"):
+        adapter = load_user_adapter(unet, file)
+    assert adapter.projection.tokens == 1
+    found = call_unet(unet, adapter.projection(users[:2]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_more_than_one_token_cannot_be_written(make_unet: Make):
     with pytest.raises(UserError, match="knows one user token, this adapter has 4"):
         to_published(UserAdapter.attach(make_unet(), USER, tokens=4))
@@ -170,6 +194,8 @@ def test_missing_and_superfluous_layers_are_named(make_unet: Make, tmp_path: Pat
     refuse(r"user_proj\.x is not of this layout", user_proj__x=torch.zeros(1))
     refuse(r"user_proj\.norm\.bias is missing", **{"user_proj__norm.bias": None})
     refuse(r"linear\.weight has shape \(64, 12\)", **{"user_proj__proj.weight": torch.zeros(64, USER)})
+    rows = {"user_proj__proj.weight": torch.zeros(80, USER), "user_proj__proj.bias": torch.zeros(80)}
+    refuse(r"linear\.weight has shape \(80, 12\)", **rows)
     refuse("not finite", **{"user_proj__norm.weight": torch.full((32,), float("nan"))})
     refuse(r"down_blocks\.0.*this model's layer \(8, 16\)", unet=make_unet(context=16))
     refuse(r"psa_adapter\.7\.to_k_user\.0\.weight is missing, which is for up_blocks\.1", unet=make_unet("sdxl"))

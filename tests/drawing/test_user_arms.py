@@ -193,3 +193,43 @@ def test_which_files_are_user_adapters(user_adapter: Path, adapter: Path, tmp_pa
     (published / "pytorch_lora_weights.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"holds both psa_adapter\.bin and pytorch_lora"):
         is_user_adapter(published)
+
+
+def test_a_torch_file_is_what_its_content_says_whatever_its_name(
+    user_adapter: Path, adapter: Path, pipeline: Path, tmp_path: Path
+):
+    """A LoRA's `.bin` is no user adapter: the line says how it is converted, and what that writes is drawn with."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    from lit_safety.adapters.user_file import load_user_adapter, save_published
+
+    unet = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None).unet
+    written = save_published(load_user_adapter(unet, save_random_adapter(pipeline, tmp_path / "own", tokens=1)),
+                             tmp_path / "psa_adapter.bin")  # fmt: skip
+    for name in ("users.bin", "users.pt", "pytorch_lora_weights.bin"):
+        copy = tmp_path / name
+        copy.write_bytes(written.read_bytes())
+        assert is_user_adapter(copy), name
+        load_pipeline(pipeline, Arm(adapter=str(copy)))
+    for name in ("psa_adapter.bin", "pytorch_lora_weights.bin"):
+        lora = tmp_path / "lora" / name
+        lora.parent.mkdir(exist_ok=True)
+        torch.save(load_file(adapter / "pytorch_lora_weights.safetensors"), lora)
+        arm = Arm(adapter=str(lora))
+        arm.check("x")
+        assert list(arm.loras()) == [str(lora)]
+        with pytest.raises(UserError, match=r"safetensors.*python -c") as error:
+            load_pipeline(pipeline, arm)
+        code = str(error.value).split('"')[1]
+        exec(code, {})
+        load_pipeline(pipeline, Arm(adapter=str(lora.with_suffix(".safetensors"))))
+    for name, content in (("old.bin", b"\x80\x02junk"), ("not.bin", b"junk"), ("zip.bin", b"PK\x03\x04junk")):
+        (tmp_path / name).write_bytes(content)
+        assert not is_user_adapter(tmp_path / name)
+
+
+def test_a_folder_with_a_pickled_lora_says_how_to_convert_it(pipeline: Path, tmp_path: Path):
+    torch.save({"unet.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.bin.*python -c"):
+        load_pipeline(pipeline, Arm(adapter=str(tmp_path)))

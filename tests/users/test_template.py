@@ -36,6 +36,22 @@ def test_lists_are_written_as_published() -> None:
     assert len(filled) > 400
 
 
+def test_none_is_written_as_the_published_texts_have_it_on_request() -> None:
+    """They were filled with a table that pandas had read, where the text None is a missing value, written as nan."""
+    table = Path(__file__).parent / "sage_profiles.csv"
+    columns = ("Age", "Age_Group", "Gender", "Religion", "Mental_Condition", "Physical_Condition")
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [[row[name] for name in columns] for row in csv.DictReader(file)]
+    published = ["|".join("nan" if cell == "None" else cell for cell in row) for row in rows]
+    template = "<<AGE>>|<<AGE_GROUP>>|<<GENDER>>|<<RELIGION>>|<<MENTAL>>|<<PHYSICAL>>"
+    profiles = list(read_profiles(table).values())
+    assert [fill(template, one, none_as_nan=True) for one in profiles] == published
+    assert any("|nan|" in text for text in published)
+    assert not any("nan" in fill(template, one) for one in profiles)
+    lists = "<<BANNED>>|<<ALLOWED_WORDS>>"
+    assert fill(lists, PROFILE, none_as_nan=True) == fill(lists, PROFILE)
+
+
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
