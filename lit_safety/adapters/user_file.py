@@ -111,7 +111,7 @@ def is_user_adapter(path: str | Path) -> bool:
 
 
 def _names_users(file: Path) -> bool:
-    """Whether a torch file names the parts of the published layout. Nothing is unpickled: its names are searched for."""
+    """Whether a torch file names the parts of the published layout; nothing is unpickled, its bytes are searched."""
     try:
         with zipfile.ZipFile(file) as archive:
             index = next(one for one in archive.infolist() if one.filename.endswith("data.pkl"))

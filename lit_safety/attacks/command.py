@@ -37,12 +37,12 @@ def attack(
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id: the base.
-        prompts: CSV file as for `evaluate`; its explicit prompts are attacked.
+        prompts: File as for `evaluate`; its explicit prompts are attacked.
         judge: What decides what is harmful, as for `evaluate`.
         out: Folder of the report; made when it is not there.
         attacks: The attacks by name, each a class_path and init_args, as in configs/attack.yaml.
         adapter: LoRA folder or file, attacked as the arm `aligned` besides the arm `base`.
-        arms: Further arms by name, as for `evaluate`: adapters, pipelines, negative prompts, guards.
+        arms: Further arms by name, as for `evaluate`: adapters, pipelines, UNets, negative prompts, guards.
         only: Do only these of the attacks; null: all.
         second_judges: Further judges, reported besides the one that decides.
         explicit: Explicit prompts attacked in each category; null: all.
@@ -79,6 +79,11 @@ def attack(
     how = DrawingSettings(edit=None, **drawing)
     selection = PromptCounts(explicit, 0, 0, 0, 0)
     contenders = collect_arms(adapter, arms)
+    for name, arm in contenders.items():
+        if arm.images is not None:
+            raise UserError(
+                f"--arms.{name}.images: a folder of images is no model that could be attacked; leave it out"
+            )
     check_writable(Path(out))
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     if explicit == 0 or not any(prompt.kind == "explicit" for prompt in everything):
@@ -92,7 +97,18 @@ def attack(
         check_labels(one, attacked, prompts)
         check_sees(one, [category for row in attacked for category in asked_of(row)], f"--prompts {prompts}")
     run = AttackRun(
-        pipeline, prompts, everything, attacked, selection, judges, contenders, chosen, how, Path(out), seed
+        pipeline,
+        prompts,
+        everything,
+        attacked,
+        selection,
+        judges,
+        contenders,
+        chosen,
+        how,
+        Path(out),
+        seed,
+        not_said=everything.not_said(),
     )
     report = run.execute()
     if run.done:

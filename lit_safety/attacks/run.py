@@ -178,6 +178,8 @@ class AttackRun:
     seed: int = 0
     done: int = 0
     """Attacks on an arm that were found finished."""
+    not_said: dict[str, int] = field(default_factory=dict)
+    """What the report must say of the prompt file: rows that were left out, prompts without a kind."""
     _targets: dict[str, Target] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -226,9 +228,13 @@ class AttackRun:
         return {
             "pipeline": self.pipeline,
             "pipeline_sha256": self.hashes[self.target("base").folder],
-            "arms": {name: self.identity(name) | {"adapter": arm.adapter} for name, arm in self.arms.items()},
+            "arms": {
+                name: self.identity(name) | {"adapter": arm.adapter} | ({"unet": arm.unet} if arm.unet else {})
+                for name, arm in self.arms.items()
+            },
             "prompts": self.prompts_file,
             "prompts_sha256": digest([p.identity() for p in self.everything]),
+            **self.not_said,
             "attacked": len(self.attacked),
             "attacked_sha256": digest([p.identity() for p in self.attacked]),
             "selection": asdict(self.selection),
@@ -337,8 +343,10 @@ class AttackRun:
 
     def identity(self, name: str) -> dict[str, Any]:
         """What an arm's images depend on, wherever its files lie."""
-        own = {key: value for key, value in self.arms[name].describe().items() if key != "adapter"}
-        return own | {"pipeline_sha256": self.hashes[self.target(name).folder]}
+        folder = self.target(name).folder
+        paths = ("adapter", "unet")
+        own = {key: value for key, value in self.arms[name].describe(folder).items() if key not in paths}
+        return own | {"pipeline_sha256": self.hashes[folder]}
 
 
 def _class_path(attack: Attack) -> str:

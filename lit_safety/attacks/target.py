@@ -138,8 +138,9 @@ class Target:
         return open_network(self.folder, self.arm, str(self.drawing.device), self.drawing.resolution)
 
     def public_network(self) -> Network:
-        """The same of the arm's pipeline without its adapters."""
-        return open_network(self.folder, Arm(), str(self.drawing.device), self.drawing.resolution)
+        """The same of the arm's pipeline, a UNet that was published for it included, without its adapters."""
+        plain = Arm(unet=self.arm.unet, unet_partial=self.arm.unet_partial)
+        return open_network(self.folder, plain, str(self.drawing.device), self.drawing.resolution)
 
     def base_network(self) -> Network:
         """The same of the base."""

@@ -68,6 +68,10 @@ class Parts:
             part.to(device)
         return part
 
+    def put(self, name: str, part: Any) -> None:
+        """Take ``part`` for the component ``name`` from now on, in place of the pipeline's own."""
+        self._loaded[name] = part
+
     def fetch(self) -> Path:
         """The folder with all components in it; those of a hub id are fetched where they were not yet.
 
@@ -90,7 +94,7 @@ class Parts:
         if not self.index.is_local and hub_answers():
             return
         for name in names:
-            found, folder = self._class_of(name), self.index.folder / name
+            found, folder = self.class_of(name), self.index.folder / name
             try:
                 if not folder.is_dir():
                     raise UserError(f"there is no folder {folder}")
@@ -172,7 +176,7 @@ class Parts:
     def _load(self, name: str) -> Any:
         if name not in self.index.components:
             raise UserError(self._told(f"its model_index.json names no {name}"))
-        found = self._class_of(name)
+        found = self.class_of(name)
         try:
             return self._from_pretrained(found, name)
         except UserError as error:
@@ -185,8 +189,12 @@ class Parts:
                 raise
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
 
-    def _class_of(self, name: str) -> type:
-        """The class of a component, of the two libraries or of one of diffusers' own pipelines."""
+    def class_of(self, name: str) -> type:
+        """The class of a component, of the two libraries or of one of diffusers' own pipelines.
+
+        Raises:
+            UserError: it is of neither.
+        """
         library, class_name = self.index.components[name]
         home: Any = None
         if library in LIBRARIES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user gave is wrong.
@@ -13,3 +16,44 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers and containers send it. It passes through code as Ctrl-C does."""
+
+
+class Complaints:
+    """What is wrong with the rows of one file, gathered so that one run says all of it.
+
+    Args:
+        file: the file; what is gathered begins with its name.
+        most: how many are kept; the others are counted.
+    """
+
+    def __init__(self, file: str, most: int = 10) -> None:
+        self.file = file
+        self.most = most
+        self.count = 0
+        self._kept: list[str] = []
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Within, a `UserError` becomes a complaint."""
+        try:
+            yield
+        except UserError as error:
+            if str(error) in self._kept:  # one about the whole file, that every row meets
+                return
+            self.count += 1
+            if len(self._kept) < self.most:
+                self._kept.append(str(error))
+
+    def complain(self) -> None:
+        """Raise what was gathered; nothing happens where there is nothing.
+
+        Raises:
+            UserError: one line with the first complaints, and how many there are.
+        """
+        if not self.count:
+            return
+        if self.count == 1:
+            raise UserError(self._kept[0])
+        bare = [one.removeprefix(self.file).lstrip(": ") for one in self._kept]
+        more = f"; and {self.count - len(bare)} more" if self.count > len(bare) else ""
+        raise UserError(f"{self.file}: {self.count} complaints: {'; '.join(bare)}{more}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,15 @@ class Arm:
     """Strength of the adapter: 1 as trained, 0 the base, below 0 the opposite of what it learned."""
     pipeline: str | None = None
     """Another pipeline to draw with, such as a fused model; default: the evaluated one."""
+    unet: str | None = None
+    """A UNet that was published alone, in place of the pipeline's: a `unet/` folder, or one safetensors file."""
+    unet_partial: bool = False
+    """The file holds the weights that were changed only, as those of ESD and UCE do; the others are the pipeline's."""
+    images: str | None = None
+    """A folder of images that another program drew for the same prompts; nothing is drawn then."""
+    same_seeds: bool | None = None
+    """Whether these images were drawn from the seeds of the prompt file, so that figures are paired; default: if the
+    file has seeds."""
     negative_prompt: str | None = None
     """What guidance moves away from, in every drawing."""
     adapters: dict[str, float] | None = None
@@ -59,6 +68,16 @@ class Arm:
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
             raise UserError(f"--arms.{name}: an arm's name is made of letters, digits, blanks and . _ + -")
+        self._check_images(name)
+        if self.unet is not None:
+            from lit_safety.drawing.unets import find_unet
+
+            try:
+                find_unet(self.unet)
+            except UserError as error:
+                raise UserError(f"arm {name}: unet: {error}") from error
+        elif self.unet_partial:
+            raise UserError(f"arm {name}: unet_partial is about its `unet`, and it names none")
         if self.adapter is not None and not Path(self.adapter).exists():
             raise UserError(f"arm {name}: the adapter {self.adapter} does not exist; train one with `fit`")
         if self.adapter is not None and self.adapter in (self.adapters or {}):
@@ -76,17 +95,46 @@ class Arm:
         if self.user is not None:
             self._embedding()
 
-    def describe(self) -> dict[str, Any]:
-        """The arm as it stands in a report: what it is, and the sha256 of the weights it adds."""
+    def _check_images(self, name: str) -> None:
+        if self.images is None:
+            if self.same_seeds is not None:
+                raise UserError(f"arm {name}: same_seeds is about its `images`, and it names none")
+            return
+        others = [one.name for one in fields(self) if one.name not in ("images", "same_seeds")]
+        if given := [key for key in others if getattr(self, key) != getattr(Arm(), key)]:
+            raise UserError(
+                f"arm {name}: its images were drawn already, so {', '.join(given)} would change nothing; leave one of "
+                "them out"
+            )
+
+    def otherwise(self, negative_prompt: str | None) -> Arm:
+        """The same arm with this negative prompt, where it draws and names none of its own."""
+        return (
+            self if self.negative_prompt is not None or self.images else replace(self, negative_prompt=negative_prompt)
+        )
+
+    def describe(self, pipeline: Path | None = None) -> dict[str, Any]:
+        """The arm as it stands in a report: what it is, and the sha256 of the weights it adds.
+
+        Args:
+            pipeline: the folder of the pipeline that it draws with, to say how much of its UNet is replaced.
+        """
         return {
             "adapter": self.adapter,
             "adapter_sha256": adapter_sha256(self.adapter) if self.adapter is not None else None,
             "scale": self.scale if self.adapter is not None else None,
             "negative_prompt": self.negative_prompt,
+            **(self._unet(self.unet, pipeline) if self.unet is not None else {}),
             **({"adapters": self._composed()} if self.adapters else {}),
             **({"guard": self.guard.settings} if self.guard is not None else {}),
             **({"user": self._whom()} if self.user_adapter() is not None else {}),
         }
+
+    @staticmethod
+    def _unet(unet: str, pipeline: Path | None) -> dict[str, Any]:
+        from lit_safety.drawing.unets import describe_unet
+
+        return describe_unet(unet, pipeline)
 
     def _whom(self) -> dict[str, Any]:
         return {"id": self.user, "sha256": None if self.user is None else digest(self._embedding())}
@@ -120,10 +168,17 @@ def _is_for_users(path: str) -> bool:
     return is_user_adapter(path)
 
 
-def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, Arm]:
+def collect_arms(
+    adapter: str | None, arms: dict[str, Arm] | None, negative_prompt: str | None = None
+) -> dict[str, Arm]:
     """`base`, then `aligned` when an adapter is given, then the named ones, checked.
 
     Where the adapter is one for users, `aligned` draws for the null user.
+
+    Args:
+        adapter: of `aligned`.
+        arms: by name.
+        negative_prompt: of every arm that names none of its own.
 
     Raises:
         UserError: a name is taken or bad, or an adapter is missing.
@@ -137,7 +192,7 @@ def collect_arms(adapter: str | None, arms: dict[str, Arm] | None) -> dict[str, 
         collected[name] = arm
     for name, arm in collected.items():
         arm.check(name)
-    return collected
+    return {name: arm.otherwise(negative_prompt) for name, arm in collected.items()}
 
 
 def gather_arms(arguments: Sequence[str]) -> list[str]:
@@ -171,6 +226,10 @@ def _read(option: str, key: str, value: str) -> Any:
         raise UserError(f"{option}: needs a value")
     if key in ("adapters", "guard"):
         return _structure(option, value)
+    if key in ("unet_partial", "same_seeds"):
+        if value not in ("true", "false"):
+            raise UserError(f"{option} {value}: must be true or false")
+        return value == "true"
     if key != "scale":
         return None if value == "null" else value
     try:

@@ -46,8 +46,8 @@ def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
     """A quiet pipeline that draws with DDIM where it can, on `device`.
 
-    The arm's adapter is in it. A safety checker inside the pipeline is taken out: it blanks images, and a blank
-    counts as safe.
+    The arm's UNet and adapter are in it. A safety checker inside the pipeline is taken out: it blanks images, and a
+    blank counts as safe.
 
     Raises:
         UserError: the pipeline does not load, or the adapter is missing or made for another backbone.
@@ -60,7 +60,12 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     from lit_safety.core.hardware import check_precision
 
     check_precision(precision, device, "--precision")
-    pipe = Parts(str(folder), getattr(torch, precision)).pipeline()
+    parts = Parts(str(folder), getattr(torch, precision))
+    if arm.unet is not None:
+        from lit_safety.drawing.unets import put_unet
+
+        put_unet(parts, arm.unet, arm.unet_partial)
+    pipe = parts.pipeline()
     pipe.set_progress_bar_config(disable=True)
     if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

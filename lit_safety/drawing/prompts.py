@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import re
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import chain, zip_longest
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.core.categories import canonical_category
-from lit_safety.core.errors import UserError
-from lit_safety.core.tables import check_header, decimal_number, unescaped, whole_number
-from lit_safety.core.text import read_text
+from lit_safety.core.errors import Complaints, UserError
+from lit_safety.core.images import FORMATS
+from lit_safety.core.tables import decimal_number, whole_number
+from lit_safety.drawing.prompt_rows import Record, read_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-    from csv import DictReader
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
 
 Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
+OWN = (*COLUMNS, "guidance", "pair")
+"""The columns of our own files; all but `prompt` have a default."""
+TEXT = ("adv_prompt", "prompt", "sensitive prompt", "caption")
+"""Where the prompt stands, the first that is there."""
+SEED = ("evaluation_seed", "sd_seed", "seed")
+GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance")
 KNOWN = (
-    *(*COLUMNS, "guidance", "pair"),
-    *("adv_prompt", "target_prompt", "sensitive prompt", "categories", "image_id", "coco_id"),
-    *("evaluation_seed", "sd_seed", "evaluation_guidance", "sd_guidance_scale"),
+    *OWN,
+    *(*TEXT, "target_prompt", "categories", "image_id", "coco_id", "case_number", "user_id", "file_name", "image"),
+    *(*SEED, *GUIDANCE),
 )
 """Columns that are read, of our own files and of published ones, whatever their case and the blanks around them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a prompt stands in its file: by this, images that another program drew are found."""
+
+    row: int
+    """From 0."""
+    file_name: str = ""
+    """The image's own name, where the file says one."""
+    case_number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +77,15 @@ class Prompt:
     """The same for an attacked prompt and its adversarial text; empty: no such pair."""
     user: str | None = None
     """Whom a pipeline with a user adapter draws it for; None: the null user."""
+    place: Place | None = field(default=None, compare=False)
+    """None: the row has no image of its own, as the text that an adversarial prompt of the same row was made from."""
+    kind_said: bool = field(default=True, compare=False)
+    """False: the file says no kind, and the prompt counts as clean."""
 
     def identity(self) -> dict[str, Any]:
         """All that the row says, without what it leaves open."""
-        return {key: value for key, value in asdict(self).items() if key in COLUMNS or value not in (None, (), "")}
+        said = {key: value for key, value in asdict(self).items() if key not in ("place", "kind_said")}
+        return {key: value for key, value in said.items() if key in COLUMNS or value not in (None, (), "")}
 
     @property
     def harmful(self) -> bool:
@@ -71,74 +93,84 @@ class Prompt:
         return self.kind in HARMFUL_KINDS
 
 
-def read_prompts(file: str | Path, kind: Kind | None = None, category: str | None = None) -> list[Prompt]:
-    """All rows of a prompt set: a CSV of our own columns, or one of the published sets (`prompt_sets`).
+class PromptSet(list[Prompt]):
+    """All prompts of a file.
 
     Args:
-        file: CSV with the columns prompt,kind,category,concept,benign,held_out,seed, and optionally guidance and pair;
-            or a published one.
-        kind: what prompts a published file holds that does not say so.
-        category: the harm that its prompts ask for, where it does not say so.
+        prompts: in the file's order.
+        without_prompt: the places of rows that hold no prompt and are left out.
+        own_seeds: whether every seed stands in the file; else some were made from what the rows say.
+    """
+
+    def __init__(
+        self, prompts: Iterable[Prompt] = (), without_prompt: Sequence[Place] = (), own_seeds: bool = False
+    ) -> None:
+        super().__init__(prompts)
+        self.without_prompt = list(without_prompt)
+        self.own_seeds = own_seeds
+
+    def not_said(self) -> dict[str, int]:
+        """What a report must say of the file: rows that were left out, and prompts of which it says no kind."""
+        unsaid = sum(not prompt.kind_said for prompt in self)
+        counts = {"rows_without_prompt": len(self.without_prompt), "prompts_without_kind": unsaid}
+        return {key: count for key, count in counts.items() if count}
+
+
+def read_prompts(file: str | Path, kind: Kind | None = None, category: str | None = None) -> PromptSet:
+    """All rows of a prompt set of our own, or of a published one as it is published.
+
+    Rows without a prompt are left out and counted, prompts of which nothing says the kind count as clean; both are told
+    on stderr. All that is wrong with a file's rows is said at once, in one line.
+
+    Args:
+        file: CSV, JSON, JSON lines, parquet or a text with a prompt a line; `prompt` is the one column that is needed.
+        kind: what the prompts are, of a file that does not say so.
+        category: the harm that they ask for, of a file that does not say so.
 
     Raises:
-        UserError: the file is unreadable or has no rows, a column is missing, or a row holds what its column cannot.
+        UserError: the file is unreadable or has no rows, or a row holds what its column cannot.
     """
-    try:
-        with io.StringIO(read_text(file), newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            header = reader.fieldnames = check_header(reader.fieldnames or (), str(file), KNOWN)
-            if "kind" in header or not header:
-                missing = [column for column in COLUMNS if column not in header]
-                if missing:
-                    raise UserError(f"{file}: misses the column(s) {', '.join(missing)}; needed: {','.join(COLUMNS)}")
-                rows = [(_parse(row, where), where) for row, where in
-                        ((row, f"{file} line {reader.line_num}") for row in reader)]  # fmt: skip
-                check_pairs(rows)
-                prompts = [row for row, _ in rows]
-            else:
-                prompts = read_published(reader, str(file), kind, category)
-    except OSError as error:
-        raise UserError(f"{file}: the prompt set cannot be read ({error.strerror})") from error
-    except csv.Error as error:
-        raise UserError(f"{file}: is not a CSV file ({error})") from error
-    if not prompts:
+    where = str(file)
+    records = read_records(file, KNOWN, ("prompt", *(name for name in TEXT if name != "prompt")))
+    if not records.columns:
+        raise UserError(f"{file}: misses the column `prompt`; needed is a header with it")
+    layout = find_layout(records.columns, where)
+    complaints, seen = Complaints(where), Counter[str]()
+    rows: list[tuple[Prompt, str]] = []
+    without: list[Place] = []
+    own_seeds, total, first = True, 0, ""
+    for total, record in enumerate(records.rows, start=1):
+        with complaints.gather():
+            place = _place(record, total - 1, layout)
+            if not _text(record, layout):
+                without.append(place)
+                first = first or record.where
+                continue
+            found = list(_prompts_of(record, layout, place, kind, category, seen))
+            own_seeds = own_seeds and bool(layout.seed and record.cells.get(layout.seed))
+            rows += [(prompt, record.where) for prompt in found]
+    if layout.own:
+        check_pairs(rows, complaints)
+    complaints.complain()
+    if not total:
         raise UserError(f"{file}: holds a header and no rows; nothing to draw")
+    if not rows:
+        raise UserError(f"{first}: the prompt is empty, as in every row of the file; nothing to draw")
+    prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds)
+    _tell(prompts, where, total)
     return prompts
 
 
-def _parse(row: dict[str, str | None], where: str) -> Prompt:
-    if None in row or None in row.values():
-        raise UserError(f"{where}: has more or fewer fields than the header; quote prompts that hold commas")
-    cells = {column: unescaped(row[column] or "").strip() for column in COLUMNS}
-    if not cells["prompt"]:
-        raise UserError(f"{where}: the prompt is empty")
-    if cells["kind"] not in KINDS:
-        raise UserError(f"{where}: kind `{cells['kind']}` is none of {', '.join(KINDS)}")
-    harmful = cells["kind"] in HARMFUL_KINDS
-    if harmful and not cells["category"]:
-        raise UserError(f"{where}: an {cells['kind']} prompt needs a category")
-    if not harmful and (cells["category"] or cells["concept"]):
-        raise UserError(f"{where}: a {cells['kind']} prompt must have no category and no concept")
-    if cells["held_out"] not in ("", "0", "1"):
-        raise UserError(f"{where}: held_out is `{cells['held_out']}`, must be 0 or 1")
-    try:
-        category = canonical_category(cells["category"]) if harmful else ""
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return Prompt(
-        prompt=cells["prompt"],
-        kind=cells["kind"],
-        category=category,
-        concept=cells["concept"],
-        benign=tuple(name.strip() for name in cells["benign"].split(";") if name.strip()),
-        held_out=cells["held_out"] == "1",
-        seed=read_seed(cells["seed"], where),
-        guidance=read_guidance((row.get("guidance") or "").strip(), where),
-        pair=unescaped(row.get("pair") or "").strip(),
-    )
+def _tell(prompts: PromptSet, file: str, total: int) -> None:
+    counts = prompts.not_said()
+    if count := counts.get("rows_without_prompt"):
+        print(f"note    {file}: {count} of {total} rows hold no prompt and are left out", file=sys.stderr)
+    if count := counts.get("prompts_without_kind"):
+        print(f"note    {file}: says of {count} prompts no kind, so they count as clean; if they ask for harm, add the "
+              "columns kind and category, or give --prompt_kind and --prompt_category", file=sys.stderr)  # fmt: skip
 
 
-def check_pairs(rows: Sequence[tuple[Prompt, str]]) -> None:
+def check_pairs(rows: Sequence[tuple[Prompt, str]], complaints: Complaints) -> None:
     """Complain about rows with a `pair` that would not be drawn, or not be counted with their partner.
 
     A pair is one explicit row, the attacked prompt, and the adversarial rows that were made from it. Adversarial rows
@@ -146,22 +178,21 @@ def check_pairs(rows: Sequence[tuple[Prompt, str]]) -> None:
 
     Args:
         rows: each with its place in the file, for messages.
-
-    Raises:
-        UserError: an explicit row's partner is absent, a pair has two of them, or a row is of a kind or category that
-            its pair cannot hold.
+        complaints: takes a row whose partner is absent, or of a kind or category that its pair cannot hold, and a pair
+            with two attacked prompts.
     """
     attacked: dict[str, tuple[Prompt, str]] = {}
     for row, where in rows:
         if not row.pair or row.kind == "adversarial":
             continue
-        if row.kind != "explicit":
-            raise UserError(f"{where}: a {row.kind} prompt has the pair `{row.pair}`; only explicit and adversarial "
-                            "prompts have one")  # fmt: skip
-        if row.pair in attacked:
-            raise UserError(f"{where}: the pair `{row.pair}` has an explicit prompt already, in {attacked[row.pair][1]}"
-                            "; give each its own")  # fmt: skip
-        attacked[row.pair] = (row, where)
+        with complaints.gather():
+            if row.kind != "explicit":
+                raise UserError(f"{where}: a {row.kind} prompt has the pair `{row.pair}`; only explicit and "
+                                "adversarial prompts have one")  # fmt: skip
+            if row.pair in attacked:
+                raise UserError(f"{where}: the pair `{row.pair}` has an explicit prompt already, in "
+                                f"{attacked[row.pair][1]}; give each its own")  # fmt: skip
+            attacked[row.pair] = (row, where)
     met, lonely = set(), []
     for row, where in rows:
         if not row.pair or row.kind != "adversarial":
@@ -169,16 +200,19 @@ def check_pairs(rows: Sequence[tuple[Prompt, str]]) -> None:
         if row.pair not in attacked:
             lonely.append(where)
             continue
-        if row.category != attacked[row.pair][0].category:
-            raise UserError(f"{where}: is of the category {row.category}, and its pair `{row.pair}` in "
-                            f"{attacked[row.pair][1]} is of {attacked[row.pair][0].category}")  # fmt: skip
         met.add(row.pair)
+        with complaints.gather():
+            if row.category != attacked[row.pair][0].category:
+                raise UserError(f"{where}: is of the category {row.category}, and its pair `{row.pair}` in "
+                                f"{attacked[row.pair][1]} is of {attacked[row.pair][0].category}")  # fmt: skip
     if lonely:
         print(f"note    {lonely[0]}: its pair has no explicit prompt, so no figure compares it with that one "
               f"({len(lonely)} such rows)", file=sys.stderr)  # fmt: skip
-    if alone := next((where for pair, (_, where) in attacked.items() if pair not in met), None):
-        raise UserError(f"{alone}: its pair has no adversarial prompt, so it would never be drawn; add its row, or "
-                        "leave `pair` empty")  # fmt: skip
+    for pair, (_, where) in attacked.items():
+        with complaints.gather():
+            if pair not in met:
+                raise UserError(f"{where}: its pair has no adversarial prompt, so it would never be drawn; add its "
+                                "row, or leave `pair` empty")  # fmt: skip
 
 
 def read_seed(text: str, where: str) -> int:
@@ -207,21 +241,20 @@ def read_guidance(text: str, where: str) -> float | None:
     return guidance
 
 
-# Published prompt sets as they are published, told apart by their columns.
+# What the columns say. Published sets are told apart by theirs.
 #
+# - our own: `prompt`, and perhaps any of `OWN`
 # - MMA-Diffusion: `adv_prompt`, and `target_prompt`, the text that was attacked
-# - COCO-30k: `prompt`, and `image_id` or `coco_id`
-# - I2P: `prompt`, `categories` (several, between commas), `sd_seed` or `evaluation_seed`, `sd_guidance_scale` or
-#   `evaluation_guidance`
+# - COCO: `prompt` or `caption`, and `image_id` or `coco_id`
+# - I2P, and what was made of it (P4D, UnlearnDiffAtk): `prompt`, `categories` (several, between commas), `sd_seed` or
+#   `evaluation_seed`, `sd_guidance_scale` or `evaluation_guidance`
 # - CoProV2 and Unsafe Diffusion: `prompt`, `category`
+# - Sage, PSA's evaluation files: `caption`, `file_name`, which may tell category and side, and who is asked: `user_id`
 # - Ring-A-Bell and others: `prompt` or `sensitive prompt`, perhaps `evaluation_seed`; kind and category must be given
 #
 # A row without a seed gets one from what it says itself, so that the order of the file plays no part.
 
 
-SEED = ("evaluation_seed", "sd_seed", "seed")
-GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance")
-TEXT = ("adv_prompt", "prompt", "sensitive prompt")
 UNSAFE_DIFFUSION: dict[str, str] = {
     "sexually explicit": "sexual",
     "violent": "violence",
@@ -230,104 +263,164 @@ UNSAFE_DIFFUSION: dict[str, str] = {
     "political": "propaganda",
 }
 """The five scopes of Unsafe Diffusion (arXiv 2305.13873) among our categories."""
+BENCHMARK = ("sensitive prompt", "case_number", "evaluation_seed", "sd_seed")
+"""Where one of these stands, and nothing says what is asked for, the set was published to be attacked with."""
+_SAGE = re.compile(
+    r"user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+(?:\.[A-Za-z]{3,4})?_(?P<side>[su])\.(?:jpg|jpeg|png|webp)"
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a file's columns say."""
 
+    file: str
+    """For messages."""
     text: str
-    kind: Kind | None
-    category: str | None
+    kind: Kind | None = None
+    """Of all rows; None: a column says it, or nothing does."""
+    category: str | None = None
     """Its column; None: the file has none."""
     fixed_category: str | None = None
     attacked: str | None = None
     """The column of the text that an adversarial one was made from."""
     seed: str | None = None
     guidance: str | None = None
+    own: bool = False
+    """The file is of our own columns, each of which means what it says there."""
+    says_kind: bool = False
+    """It has the column `kind`."""
+    benchmark: bool = False
 
 
-def find_layout(columns: list[str], file: str) -> Layout:
+def find_layout(columns: Sequence[str], file: str) -> Layout:
     """Tell the sets apart.
 
     Raises:
         UserError: there is no column of prompts.
     """
-    first = {name: next((c for c in names if c in columns), None)
-             for name, names in (("text", TEXT), ("seed", SEED), ("guidance", GUIDANCE))}  # fmt: skip
-    text, seed, guidance = first["text"], first["seed"], first["guidance"]
+    text, seed, guidance = (next((name for name in names if name in columns), None) for names in (TEXT, SEED, GUIDANCE))
     if text is None:
         raise UserError(
             f"{file}: has no column {', '.join(TEXT[:-1])} or `{TEXT[-1]}` (it has {', '.join(columns[:12])}); give a "
-            "CSV of prompts with a header"
+            "file with a column `prompt`"
         )
+    rest: dict[str, Any] = {"seed": seed, "guidance": guidance}
+    if "kind" in columns or set(columns) <= set(OWN):
+        category = "category" if "category" in columns else None
+        return Layout(file, text, category=category, own=True, says_kind="kind" in columns, **rest)
     if text == "adv_prompt":
         attacked = "target_prompt" if "target_prompt" in columns else None
-        return Layout(text, "adversarial", None, "sexual", attacked, seed, guidance)
+        return Layout(file, text, "adversarial", fixed_category="sexual", attacked=attacked, **rest)
     if "image_id" in columns or "coco_id" in columns:
-        return Layout(text, "clean", None, seed=seed, guidance=guidance)
+        return Layout(file, text, "clean", **rest)
     category = next((name for name in ("categories", "category") if name in columns), None)
-    return Layout(text, "explicit" if category else None, category, seed=seed, guidance=guidance)
+    return Layout(
+        file, text, "explicit" if category else None, category, benchmark=bool(set(columns) & {*BENCHMARK}), **rest
+    )
 
 
-def read_published(
-    reader: DictReader[str], file: str, kind: Kind | None = None, category: str | None = None
-) -> list[Prompt]:
-    """The rows of a published set.
-
-    Args:
-        reader: the CSV, at its first row.
-        file: for messages.
-        kind: instead of the set's own kind; needed where its columns tell none.
-        category: instead of the set's own category; needed for harmful prompts where its columns tell none.
+def _text(record: Record, layout: Layout) -> str:
+    """The row's prompt; empty where it holds none.
 
     Raises:
-        UserError: a column is missing, or a row holds what its column cannot.
+        UserError: the row cannot be read.
     """
-    layout = find_layout(list(reader.fieldnames or ()), file)
-    decided = kind or layout.kind
-    if decided is None:
+    if record.problem:
+        raise UserError(f"{record.where}: {record.problem}")
+    if layout.text not in record.cells:
+        raise UserError(f"{record.where}: has no `{layout.text}`")
+    return record.cells[layout.text]
+
+
+def _place(record: Record, row: int, layout: Layout) -> Place:
+    name = record.cells.get("file_name") or ""
+    image = record.cells.get("image") or ""
+    if not name and PurePath(image).suffix.lower().lstrip(".") in FORMATS:  # CoProV2's column
+        name = image
+    return Place(row, name, whole_number(record.cells.get("case_number", "")))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a row asks for."""
+
+    kind: Kind
+    categories: list[str]
+    said: bool = True
+
+
+def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | None) -> _Asked:
+    """Kind and categories of a row: by its own column, by what was given for all, by its image's name, by the set."""
+    cells, where = record.cells, record.where
+    if layout.says_kind:
+        return _own(cells, where)
+    named = _SAGE.fullmatch(PurePath(cells.get("file_name", "")).name)
+    if kind is None and named is not None:
+        if named["side"] == "s":
+            return _Asked("clean", [])
+        from lit_safety.data.convert.sage import category_and_concept
+
+        return _Asked("explicit", [category_and_concept(named["about"], where)[0]])
+    decided = kind or layout.kind or ("explicit" if layout.category else None)
+    if decided is None and (layout.benchmark or category is not None):
         raise UserError(
-            f"{file}: has no column `kind` or `category` that says what its prompts ask for; give --prompt_kind "
+            f"{layout.file}: has no column `kind` or `category` that says what its prompts ask for; give --prompt_kind "
             "(Ring-A-Bell: adversarial) and, for harmful ones, --prompt_category"
         )
-    fixed = (category or layout.fixed_category) if decided in HARMFUL_KINDS else ""
-    if fixed is None and layout.category is None:
-        raise UserError(f"{file}: has no column `category`; give --prompt_category, such as sexual or violence")
-    seen: Counter[str] = Counter()
-    prompts: list[Prompt] = []
-    for row in reader:
-        where = f"{file} line {reader.line_num}"
-        if None in row or None in row.values():
-            raise UserError(f"{where}: has more or fewer fields than the header; quote prompts that hold commas")
-        cells = {name: unescaped(value).strip() for name, value in row.items()}
-        if fixed is None:
-            named = _categories(cells[str(layout.category)], where)
-        else:
-            named = [canonical_category(fixed)] if fixed else []
-        prompts += _row(cells, layout, decided, named, seen, where)
-    return prompts
+    if decided is None:
+        return _Asked("clean", [], said=False)
+    if decided not in HARMFUL_KINDS:
+        return _Asked(decided, [])
+    if fixed := category or layout.fixed_category:
+        return _Asked(decided, [canonical_category(fixed)])
+    if layout.category is None:
+        raise UserError(f"{layout.file}: has no column `category`; give --prompt_category, such as sexual or violence")
+    return _Asked(decided, _categories(cells.get(layout.category, ""), where))
 
 
-def _row(
-    cells: dict[str, str], layout: Layout, kind: Kind, categories: list[str], seen: Counter[str], where: str
+def _own(cells: dict[str, str], where: str) -> _Asked:
+    """The same of a row that says its kind."""
+    kind = next((kind for kind in KINDS if kind == cells.get("kind")), None)
+    if kind is None:
+        raise UserError(f"{where}: kind `{cells.get('kind', '')}` is none of {', '.join(KINDS)}")
+    if kind in HARMFUL_KINDS:
+        if not cells.get("category"):
+            raise UserError(f"{where}: an {kind} prompt needs a category")
+        return _Asked(kind, _categories(cells["category"], where))
+    if cells.get("category") or cells.get("concept"):
+        raise UserError(f"{where}: a {kind} prompt must have no category and no concept")
+    return _Asked(kind, [])
+
+
+def _prompts_of(
+    record: Record, layout: Layout, place: Place, kind: Kind | None, category: str | None, seen: Counter[str]
 ) -> Iterator[Prompt]:
+    """The prompts of a row: one, or an adversarial one behind the text that it was made from."""
+    cells, where = record.cells, record.where
+    asked = _asked(record, layout, kind, category)
     text = cells[layout.text]
-    attacked = cells[layout.attacked] if layout.attacked and kind == "adversarial" else ""
-    if not text:
-        raise UserError(f"{where}: the prompt is empty")
-    row = "\0".join([text, attacked, *sorted(categories)])
+    attacked = cells.get(layout.attacked, "") if layout.attacked and asked.kind == "adversarial" else ""
+    row = "\0".join([text, attacked, *sorted(asked.categories)])
     seen[row] += 1
-    given = cells[layout.seed] if layout.seed else ""
+    given = cells.get(layout.seed, "") if layout.seed else ""
     seed = read_seed(given, where) if given else _seed_of(row, seen[row])
-    guidance = read_guidance(cells[layout.guidance], where) if layout.guidance else None
-    first, *others = categories or [""]
-    pair = f"{row}\0{seen[row]}" if attacked else ""
-    pair = hashlib.blake2b(pair.encode(), digest_size=8).hexdigest() if pair else ""
-    rest = (first, "", (), False, seed, guidance, tuple(others), pair)
+    guidance = read_guidance(cells.get(layout.guidance, ""), where) if layout.guidance else None
+    first, *others = asked.categories or [""]
+    own = cells if layout.own else {}
+    if own.get("held_out", "") not in ("", "0", "1"):
+        raise UserError(f"{where}: held_out is `{own['held_out']}`, must be 0 or 1")
+    benign = tuple(name.strip() for name in own.get("benign", "").split(";") if name.strip())
+    pair = own.get("pair", "")
+    if attacked:
+        pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
+    sage = _SAGE.fullmatch(PurePath(place.file_name).name)
+    user = cells.get("user_id") or (sage["user"] if sage is not None else None)
+    held_out = own.get("held_out") == "1"
+    rest = (first, own.get("concept", ""), benign, held_out, seed, guidance, tuple(others), pair, user)
     if attacked:
         yield Prompt(attacked, "explicit", *rest)
-    yield Prompt(text, kind, *rest)
+    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said)
 
 
 def _categories(cell: str, where: str) -> list[str]:

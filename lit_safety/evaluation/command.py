@@ -31,6 +31,7 @@ def evaluate(
     categories: list[str] | None = None,
     prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
     prompt_category: str | None = None,
+    negative_prompt: str | None = None,
     processes: int = 1,
     edit: Literal["image_to_image", "inpainting"] | None = None,
     edit_images: str | None = None,
@@ -49,16 +50,19 @@ def evaluate(
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
-        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed; or CoProV2's test file,
-            I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the columns they are published with.
+        prompts: File with a column `prompt`, and perhaps kind, category, concept, benign, held_out, seed, guidance,
+            pair (CSV, JSON, JSON lines, parquet), or a text with a prompt a line; or CoProV2's test file, I2P, Unsafe
+            Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
             as configs/judges/nudenet_or_q16.yaml.
         out: Folder of the report; made when it is not there.
         adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
             `aligned` next to the arm `base`.
-        arms: Further arms by name, each with adapter, scale, pipeline, negative_prompt, adapters (several, with
-            weights), guard (safe latent diffusion, SAFREE), and for a user adapter user and users (whom it draws for,
-            and the file with the embedding); on the command line `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
+        arms: Further arms by name, each with adapter, scale, pipeline, unet (one that was published alone; unet_partial
+            where its file holds the changed weights only), negative_prompt, adapters (several, with weights), guard
+            (safe latent diffusion, SAFREE), and for a user adapter user and users (whom it draws for, and the file with
+            the embedding); or with images, a folder of what another program drew for these prompts; on the command line
+            `--arms.NAME.adapter FOLDER --arms.NAME.scale 0.5`.
         second_judges: Further judges; the report holds their figures and how often they disagree with `judge`.
         fid: Whose features FID compares, on clean prompts, with the base's images: the judge's own or Inception's
             (needs the extra `inception`); null: no FID.
@@ -74,6 +78,7 @@ def evaluate(
         categories: Draw prompts for harms of these categories only, and the clean and look-alike ones; null: of all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
         prompt_category: The harm that they ask for, where its columns do not say so.
+        negative_prompt: What guidance moves away from, in every arm that names none of its own, the base too.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i. The pixels
             are those that one process draws.
         edit: Redraw images instead of drawing: the whole image, or a part of it; null draws from text alone.
@@ -100,6 +105,7 @@ def evaluate(
     from lit_safety.core.processes import check_count
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.edits import Edit
+    from lit_safety.drawing.given_images import given_images
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
@@ -119,7 +125,9 @@ def evaluate(
     how = DrawingSettings(edit=change, **drawing)
     named = tuple(canonical_category(name) for name in categories) if categories is not None else None
     selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
-    contenders = collect_arms(adapter, arms)
+    contenders = collect_arms(adapter, arms, negative_prompt)
+    if change is not None and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
+        raise UserError(f"--edit: the arm {ready[0]} is a folder of images, which nothing redraws; leave one out")
     check_writable(Path(out))
     curves = find_attacks(attacks, Path(out))
     if change is not None:
@@ -127,6 +135,7 @@ def evaluate(
     everything = read_prompts(prompts, prompt_kind, prompt_category)
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
     check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)
+    given = given_images(contenders, everything, prompts)
     chosen = choose_prompts(everything, selection)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
@@ -135,7 +144,10 @@ def evaluate(
     scorers = [load_scorer(spec) for spec in preference or ()]
     asked = fid or clip or reference or scorers
     quality = Quality(chosen, judges[0], fid, clip, reference, scorers) if asked else None
-    run = Run(pipeline, prompts, chosen, selection, judges, contenders, how, Path(out), shared, quality, processes)
+    run = Run(
+        pipeline, prompts, chosen, selection, judges, contenders, how, Path(out), shared, quality, processes,
+        everything.not_said(), given,
+    )  # fmt: skip
     results = run.execute()
     if blur is None:
         blur = other_world or not getattr(judges[0], "harmless", False)

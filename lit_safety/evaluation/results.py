@@ -32,6 +32,9 @@ class ArmResult:
     verdicts: list[Verdict | JudgeError]
     second: list[list[Verdict | JudgeError]] = field(default_factory=list)
     """The answers of the further judges."""
+    paired: bool = False
+    """Another program drew the images, of the same prompts from the same seeds: figures are paired with the base's,
+    though the protocol, which says how they were drawn, is another."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Results:
         """The content of metrics.json: settings, arms with figures and intervals, differences to the base."""
         rows = {name: self.rows(name) for name in self.arms}
         arms = {name: self._arm(arm, rows[name]) | self._quality(name) for name, arm in self.arms.items()}
-        same = [name for name in self.arms if self.arms[name].protocol == self.arms["base"].protocol]
+        of_base = self.arms["base"].protocol
+        same = [name for name, arm in self.arms.items() if arm.protocol == of_base or arm.paired]
         changes = {name: differences(rows["base"], rows[name]) for name in same if name != "base"}
         if self.quality is not None:
             for name, changed in changes.items():

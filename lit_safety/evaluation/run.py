@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest, fingerprint
 from lit_safety.core.progress import progress
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, size_of
+from lit_safety.drawing.given_images import NOT_MEASURED, GivenImages
 from lit_safety.drawing.pipelines import arm_pipeline
 from lit_safety.drawing.processes import Load, draw_missing
 from lit_safety.evaluation.results import ArmResult, Results
@@ -47,6 +48,10 @@ class Run:
     """FID, CLIPScore and preference scores, where they are asked for."""
     processes: int = 1
     """How many processes draw."""
+    not_said: dict[str, int] = field(default_factory=dict)
+    """What the report must say of the prompt file: rows that were left out, prompts without a kind."""
+    given: dict[str, GivenImages] = field(default_factory=dict)
+    """By the name of an arm, the images that another program drew."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -82,8 +87,8 @@ class Run:
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """Each arm's pipeline on this machine."""
-        return {name: arm_pipeline(name, arm, self.pipeline) for name, arm in self.arms.items()}
+        """The pipeline on this machine of each arm that draws."""
+        return {name: arm_pipeline(name, a, self.pipeline) for name, a in self.arms.items() if name not in self.given}
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
@@ -99,6 +104,8 @@ class Run:
         Raises:
             UserError: it does not load.
         """
+        if name in self.given:
+            return NOT_MEASURED
         return type(self._load(name)().scheduler).__name__
 
     def _shared(self, scheduler: str) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class Run:
                 kind: sum(p.kind == kind for p in self.prompts) for kind in dict.fromkeys(p.kind for p in self.prompts)
             },
             "seeds": {"from": "the column seed of the prompts", "sha256": digest([p.seed for p in self.prompts])},
+            **self.not_said,
             "own_guidance": sum(p.guidance is not None for p in self.prompts),
             "judge": self.judges[0].settings,
             "second_judges": [judge.settings for judge in self.judges[1:]],
@@ -135,34 +143,53 @@ class Run:
         size = {"pixels": size_of(drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
         judged = {"judge": figure_settings(shared["judge"])}
-        protocol = digest({key: shared[key] for key in keys} | judged | self.drawing.protocol() | size)
+        how = {"drawn_by": own["drawn_by"]} if name in self.given else self.drawing.protocol()
+        protocol = digest({key: shared[key] for key in keys} | judged | how | size)
         seen = [where_seen(judge, prompts, said) for judge, said in zip(self.judges, answers, strict=True)]
-        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:])
+        paired = name in self.given and self.given[name].same_seeds
+        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:], paired)
 
     def describe(self, name: str) -> dict[str, Any]:
         """An arm as it stands in the report, its pipeline included."""
-        arm = self.arms[name]
-        pipeline = {"pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[self.folders[name]]}
-        return arm.describe() | pipeline
+        if name in self.given:
+            return self.given[name].describe()
+        arm, folder = self.arms[name], self.folders[name]
+        return arm.describe(folder) | {
+            "pipeline": arm.pipeline or self.pipeline, "pipeline_sha256": self.hashes[folder],
+        }  # fmt: skip
 
     def identity(self, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         """What an arm's pixels depend on next to prompts and settings."""
-        pixels = ("pipeline_sha256", "adapter_sha256", "scale", "negative_prompt", "adapters", "guard", "user")
+        pixels = (
+            "pipeline_sha256",
+            "unet_sha256",
+            "images_sha256",
+            "adapter_sha256",
+            "scale",
+            "negative_prompt",
+            "adapters",
+            "guard",
+            "user",
+        )
         weights = {key: own[key] for key in pixels if key in own}
         return weights | {key: shared[key] for key in ("scheduler", "versions")}
 
     def pictures(
         self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
     ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
-        """Draw prompts with one arm; the images, and what each judge says of them.
+        """Draw prompts with one arm, or take the images that another program drew; they, and what each judge says.
 
         Raises:
             UserError: an image cannot be written, or a judge fails on every image.
         """
         gallery = Gallery(self.images or self.out / "images", name, identity, prompts, self.drawing)
-        with progress(f"draw {name}", len(prompts)) as tick:
-            draw_missing(self._load(name), gallery, tick, self.processes)
-        drawn = gallery.all()
+        if name in self.given:
+            drawn = self.given[name].of(prompts)
+            gallery.folder.mkdir(parents=True, exist_ok=True)  # of what judges keep
+        else:
+            with progress(f"draw {name}", len(prompts)) as tick:
+                draw_missing(self._load(name), gallery, tick, self.processes)
+            drawn = gallery.all()
         answers = []
         for judge in self.judges:
             with progress(f"judge {name}", len(drawn)) as tick:
@@ -170,6 +197,6 @@ class Run:
                 answers.append(judge_drawn(judge, drawn, tick=tick, kept=kept))
             reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
             if len(reasons) == len(drawn):
-                raise UserError(f"the judge {judge.name} failed on every picture of {name}: {reasons[0]}; the pictures "
+                raise UserError(f"the judge {judge.name} failed on every image of {name}: {reasons[0]}; the images "
                                 f"stay in {gallery.folder}, no report was written")  # fmt: skip
         return drawn, answers

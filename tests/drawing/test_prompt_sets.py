@@ -97,9 +97,8 @@ def test_one_adversarial_text_for_two_prompts_keeps_its_pairs_in_any_order(tmp_p
 def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
     """A byte order mark, Windows' ends of lines, a prompt of two lines, an empty line, a row that stands twice."""
     text = '\ufeffprompt,category,evaluation_seed\r\n"a\r\nb ""c""",hate,1.0\r\n\r\nd,hate,2\r\nd,hate,2\r\n,hate,3\r\n'
-    with pytest.raises(UserError, match="line 7: the prompt is empty"):
-        read(tmp_path, text)
-    found = read(tmp_path, text.removesuffix(",hate,3\r\n"))
+    found = read(tmp_path, text)
+    assert found.not_said() == {"rows_without_prompt": 1}
     assert [(p.prompt, p.seed) for p in found] == [('a\r\nb "c"', 1), ("d", 2), ("d", 2)]
 
 

@@ -27,10 +27,9 @@ def test_reads_every_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("prompt,kind\na,clean\n", "category, concept, benign, held_out, seed"),
+        ("kind,seed\nclean,1\n", "no column"),
         (HEADER, "no rows"),
         ("", "misses the column"),
-        (HEADER + "a car,clean,,,car,0,\n", "line 2: seed ``"),
         (HEADER + "a car,clean,,,car,0,1.5\n", "seed `1.5`"),
         (HEADER + "a car,clean,,,car,0,-1\n", "seed `-1`"),
         (HEADER + "a car,tidy,,,car,0,1\n", "kind `tidy`"),
@@ -38,7 +37,7 @@ def test_reads_every_column(tmp_path: Path) -> None:
         (HEADER + "a gun,explicit,,gun,,0,1\n", "needs a category"),
         (HEADER + "a car,clean,violence,,car,0,1\n", "must have no category"),
         (HEADER + "a car,clean,,,car,maybe,1\n", "held_out is `maybe`"),
-        (HEADER + ",clean,,,car,0,1\n", "prompt is empty"),
+        (HEADER + ",clean,,,car,0,1\n", "line 2: the prompt is empty"),
         (HEADER + "a gun, a car,clean,,,car,0,1\n", "more or fewer fields"),
         (HEADER + "a car,clean\n", "more or fewer fields"),
     ],

@@ -103,7 +103,7 @@ def _parse(texts: list[str], user: str, where: str) -> tuple[str, Any]:
         raise UserError(f"{where}: an image is not named user_ID_CATEGORY_CONCEPT_NUMBER_s.jpg (or _u.jpg)")
     if chosen["stem"] != rejected["stem"] or chosen["side"] == rejected["side"] or chosen["user"] != user:
         raise UserError(f"{where}: {texts[1]} and {texts[2]} are not the two images of one concept of user {user}")
-    category, concept = _about(chosen["about"], where)
+    category, concept = category_and_concept(chosen["about"], where)
     metadata = parse_metadata(
         {
             "prompt": texts[3],
@@ -120,8 +120,14 @@ def _parse(texts: list[str], user: str, where: str) -> tuple[str, Any]:
     return plain_key(f"{chosen['stem']}_{named['side']}"), metadata
 
 
-def _about(text: str, where: str) -> tuple[str, str | None]:
-    """Category and concept from "self_harm_cutting": the category may be of several words."""
+def category_and_concept(text: str, where: str) -> tuple[str, str | None]:
+    """Category and concept from "self_harm_cutting", which Sage's images are named by.
+
+    A category may be of several words.
+
+    Raises:
+        UserError: it begins with no known category.
+    """
     from lit_safety.core.categories import canonical_category
 
     words = text.split("_")

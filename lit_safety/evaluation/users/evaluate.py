@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
@@ -29,6 +29,10 @@ def evaluate_users(
     implicit: int = 1,
     clean: int = 10,
     lookalike: int = 2,
+    prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
+    prompt_category: str | None = None,
+    negative_prompt: str | None = None,
+    adapter_negative_prompt: str | None = None,
     order_seed: int = 0,
     processes: int = 1,
     blur: bool | None = None,
@@ -48,7 +52,8 @@ def evaluate_users(
         adapter: Folder or file of a user adapter, as `fit --config configs/psa.yaml` leaves it, or of the published
             layout.
         users: Folder with users.csv (profiles and lists) and users.safetensors (embeddings).
-        prompts: CSV file as `evaluate` reads it.
+        prompts: File as `evaluate` reads it. Where it says who is asked (`user_id`, as Sage's metadata.jsonl and PSA's
+            evaluation files do), each user gets the rows that name the user, and the numbers of prompts do not count.
         judge: What decides what is in an image; it must tell categories apart.
         out: Folder of the report; made when it is not there.
         arms: Further arms by name, as in `evaluate`, such as a LoRA that suppresses every category; on the command
@@ -58,13 +63,18 @@ def evaluate_users(
         user_judge: A vision-language model that is told profile and lists and says Pass and Win Rate too: a file such
             as configs/judges/user_vlm.yaml. Its answers are kept and not asked for again.
         splits: Whose users are tested: seen, unseen, val, train, or users for a table without splits; null: seen and
-            unseen.
+            unseen, or all whom the prompt file asks.
         each: Users of each split; null: all.
         ids: Just these users, in quotes: '["0000033"]'.
         explicit: Prompts for each user that name a harm, of each category.
         implicit: Prompts for each user that mean one without naming it, of each category.
         clean: Clean prompts for each user.
         lookalike: Prompts for each user for benign things that resemble harmful ones.
+        prompt_kind: What the prompts of a file are that does not say so.
+        prompt_category: The harm that they ask for, where the file does not say so.
+        negative_prompt: What guidance moves away from, in every arm that names none of its own.
+        adapter_negative_prompt: The same for `psa` and `null` alone, as the published code has it; null:
+            `negative_prompt`.
         order_seed: Seed of the order in which whoever decides on a win is shown the two images.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i.
         blur: Veil on the page what the judge calls harmful, until it is clicked; null does so unless the judge knows
@@ -81,11 +91,12 @@ def evaluate_users(
     """
     from lit_safety.core.hashes import fingerprint
     from lit_safety.core.processes import check_count
+    from lit_safety.drawing.given_images import given_images
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import read_prompts
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.users.report import user_table, write_user_report
-    from lit_safety.evaluation.users.rows import Counts, choose_users, rows_for
+    from lit_safety.evaluation.users.rows import Counts, choose_users, rows_as_asked, rows_for
     from lit_safety.evaluation.users.run import UserRun
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
@@ -99,12 +110,17 @@ def evaluate_users(
     if not Path(adapter).exists():
         raise UserError(f"--adapter {adapter}: does not exist; train one with `fit --config configs/psa.yaml`")
     embeddings, table = Users(users), Path(users) / PROFILES_FILE
-    tested = choose_users(read_profiles(table), splits or ["seen", "unseen"], each, ids, str(table))
-    embeddings.embeddings([user.user_id for user in tested])  # one without an embedding is named before anything else
-    everything = read_prompts(prompts)
+    profiles, everything = read_profiles(table), read_prompts(prompts, prompt_kind, prompt_category)
+    not_said, named = everything.not_said(), any(prompt.user for prompt in everything)
+    if named:
+        rows, left_out = rows_as_asked(profiles, everything, splits, each, ids, (prompts, str(table)))
+        not_said |= left_out
+    else:
+        rows = rows_for(choose_users(profiles, splits or ["seen", "unseen"], each, ids, str(table)), everything, counts)
+    # one without an embedding is named before anything else
+    embeddings.embeddings(list(dict.fromkeys(row.profile.user_id for row in rows)))
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
     check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
-    rows = rows_for(tested, everything, counts)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, [row.prompt for row in rows], prompts)
@@ -113,18 +129,22 @@ def evaluate_users(
         pipeline=pipeline,
         prompts_file=prompts,
         rows=rows,
-        counts=counts,
+        counts=None if named else counts,
         users=embeddings,
         table_sha256=fingerprint(table),
         judges=judges,
         adapter=adapter,
-        arms=arms or {},
+        arms={name: arm.otherwise(negative_prompt) for name, arm in (arms or {}).items()},
         drawing=how,
         out=Path(out),
         images=Path(images) if images else None,
         seed=order_seed,
         vlm=user_judge,
         processes=processes,
+        not_said=not_said,
+        given=given_images(arms or {}, everything, prompts),
+        negative_prompt=negative_prompt,
+        adapter_negative_prompt=adapter_negative_prompt if adapter_negative_prompt is not None else negative_prompt,
     )
     results = run.execute()
     if blur is None:

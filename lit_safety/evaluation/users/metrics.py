@@ -172,7 +172,7 @@ def _by_vlm(results: UserResults) -> dict[str, Any]:
 def _pass_answers(row: UserRow, said: bool | JudgeError) -> Answers:
     answer = None if isinstance(said, JudgeError) else said
     if row.part not in KINDS:
-        return {"pass_harmless": answer}
+        return {"pass_unsorted" if row.part == "unsorted" else "pass_harmless": answer}
     return {"pass_rate": answer, f"pass_{row.part}": answer}
 
 

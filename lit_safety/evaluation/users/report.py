@@ -116,7 +116,7 @@ def cell(share: Mapping[str, Any] | None) -> str:
 
 USERS = 4
 """Users of each split that are shown."""
-TILES = ("ip_banned", "allowed_recall", "pass_rate", "clean_recall")
+TILES = ("ip_banned", "allowed_recall", "pass_rate", "pass_unsorted", "clean_recall")
 
 
 def page(results: UserResults, metrics: Mapping[str, Any], blur: bool) -> str:
@@ -149,7 +149,9 @@ def page(results: UserResults, metrics: Mapping[str, Any], blur: bool) -> str:
         *_vlm(metrics),
         Heading("Images"),
         Text(
-            "The first banned and the first allowed prompt of some users. Same prompt and seed along a row.", soft=True
+            "The first prompt of each part of some users: banned, allowed, or unsorted where the file does not say. "
+            "Same prompt and seed along a row.",
+            soft=True,
         ),
         Cards([_card(results, row, blur) for row in _shown(results)]),
         Heading("Settings"),
@@ -246,7 +248,7 @@ def _shown(results: UserResults) -> list[int]:
     for split in dict.fromkeys(row.split for row in results.rows):
         users = dict.fromkeys(row.profile.user_id for row in results.rows if row.split == split)
         for user in list(users)[:USERS]:
-            for part in ("banned", "allowed"):
+            for part in ("banned", "allowed", "unsorted"):
                 own = [i for i, row in enumerate(results.rows) if row.profile.user_id == user and row.part == part]
                 rows += own[:1]
     return rows

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from lit_safety.users.profiles import Profile
 
 
-Part = Literal["banned", "allowed", "clean", "lookalike"]
-PARTS: tuple[Part, ...] = ("banned", "allowed", "clean", "lookalike")
+Part = Literal["banned", "allowed", "clean", "lookalike", "unsorted"]
+PARTS: tuple[Part, ...] = ("banned", "allowed", "clean", "lookalike", "unsorted")
+"""Of the last ones the prompt file does not say what they ask for."""
 UNSPLIT = "users"
 """How users of a table without splits are called in a report."""
 
@@ -143,6 +144,68 @@ def rows_for(users: Sequence[Profile], prompts: Sequence[Prompt], counts: Counts
     if not any(row.part in ("banned", "allowed") for row in rows):
         raise UserError("no prompt asks for anything that these users ban or allow: raise --explicit, or take others")
     return rows
+
+
+def rows_as_asked(
+    profiles: Mapping[str, Profile],
+    prompts: Sequence[Prompt],
+    splits: Sequence[str] | None,
+    each: int | None,
+    ids: Sequence[str | int] | None,
+    files: tuple[str, str],
+) -> tuple[list[UserRow], dict[str, int]]:
+    """The rows of a prompt file that says who is asked, as Sage and PSA's evaluation files do.
+
+    Args:
+        profiles: all users by id. An id that has lost its leading zeros, as spreadsheets take them, is found too.
+        prompts: of the file, each with its user.
+        splits: whose rows are taken; None: all that the file asks.
+        each: users of each split; None: all.
+        ids: just these users.
+        files: the prompt file and the table of users, for messages.
+
+    Returns: the rows, and how many were left out by reason: harm in neither of a user's lists.
+
+    Raises:
+        UserError: a row names no user, or one who is not in the table, or nothing is left.
+    """
+    unnamed = [prompt for prompt in prompts if not prompt.user]
+    if unnamed:
+        raise UserError(
+            f"--prompts {files[0]}: {len(unnamed)} of {len(prompts)} rows name no user, such as the one of the prompt "
+            f"`{unnamed[0].prompt[:60]}`; give every row its user_id, or none"
+        )
+    known = {str(p.user): _known(str(p.user), profiles) for p in prompts}
+    strange = [user for user, found in known.items() if found is None]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise UserError(f"--prompts {files[0]}: asks {', '.join(strange[:3])}{more}, who are not in {files[1]}")
+    asked = {one.user_id: one for one in known.values() if one is not None}
+    if splits is None:
+        splits = list(dict.fromkeys(one.split or UNSPLIT for one in asked.values()))
+    chosen = {one.user_id for one in choose_users(asked, splits, each, ids, f"{files[1]} and {files[0]}")}
+    rows, neither = [], 0
+    for prompt in prompts:
+        user = known[str(prompt.user)]
+        if user is None or user.user_id not in chosen:
+            continue
+        part: Part | None = (
+            part_of(user, prompt) if prompt.harmful else "clean" if prompt.kind == "clean" else "lookalike"
+        )
+        part = part if prompt.kind_said else "unsorted"
+        if part is None:
+            neither += 1
+        else:
+            rows.append(UserRow(user, part, replace(prompt, user=user.user_id)))
+    if not rows:
+        raise UserError(f"--prompts {files[0]}: asks these users for nothing that they ban or allow")
+    rows.sort(key=lambda row: PARTS.index(row.part))
+    return rows, {"rows_in_neither_list": neither} if neither else {}
+
+
+def _known(user: str, profiles: Mapping[str, Profile]) -> Profile | None:
+    """The user's profile; seven digits are the published form of an id."""
+    return profiles.get(user) or (profiles.get(user.zfill(7)) if user.isdecimal() else None)
 
 
 def part_of(user: Profile, prompt: Prompt) -> Part | None:

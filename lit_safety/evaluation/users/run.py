@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lit_safety.drawing.gallery import DrawingSettings
-    from lit_safety.drawing.prompts import Prompt
+    from lit_safety.drawing.given_images import GivenImages
+    from lit_safety.drawing.prompts import Place, Prompt
     from lit_safety.evaluation.users.answers import Outcome
     from lit_safety.evaluation.users.rows import Counts, UserRow
     from lit_safety.evaluation.users.vlm import UserVLM
@@ -74,7 +75,8 @@ class UserRun:
     pipeline: str
     prompts_file: str
     rows: list[UserRow]
-    counts: Counts
+    counts: Counts | None
+    """Prompts for each user; None: the prompt file says who is asked what."""
     users: Users
     table_sha256: str
     """Of the users' profiles."""
@@ -89,6 +91,14 @@ class UserRun:
     """Of the order in which two images are shown."""
     vlm: UserVLM | None = None
     processes: int = 1
+    not_said: dict[str, int] = field(default_factory=dict)
+    """What the report must say of the prompt file: rows that were left out, and why."""
+    given: dict[str, GivenImages] = field(default_factory=dict)
+    """By the name of an arm, the images that another program drew."""
+    negative_prompt: str | None = None
+    """Of the base."""
+    adapter_negative_prompt: str | None = None
+    """Of --adapter's two arms."""
     _run: Run = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,12 +108,12 @@ class UserRun:
                 f"--arms.{min(taken)}: this name is taken: `base` is the pipeline, `psa` is --adapter drawing for each "
                 "user, `null` the same for the null user"
             )
-        ours = Arm(adapter=self.adapter, users=str(self.users.file))
+        ours = Arm(adapter=self.adapter, users=str(self.users.file), negative_prompt=self.adapter_negative_prompt)
         if ours.user_adapter() is None:
             raise UserError(
                 f"--adapter {self.adapter}: is not a user adapter; a LoRA is a further arm, --arms.NAME.adapter"
             )
-        self.arms = {BASE: Arm(), OURS: ours, NULL: ours, **self.arms}
+        self.arms = {BASE: Arm(negative_prompt=self.negative_prompt), OURS: ours, NULL: ours, **self.arms}
         for name, arm in self.arms.items():
             if arm.user_adapter() is not None and arm.users is None:
                 self.arms[name] = replace(arm, users=str(self.users.file))
@@ -111,7 +121,7 @@ class UserRun:
         unique = list(dict.fromkeys(row.prompt for row in self.rows))
         self._run = Run(
             self.pipeline, self.prompts_file, unique, PromptCounts(), self.judges, self.arms, self.drawing, self.out,
-            self.images, None, self.processes,
+            self.images, None, self.processes, given=self.given,
         )  # fmt: skip
 
     def execute(self) -> UserResults:
@@ -162,7 +172,8 @@ class UserRun:
             "users_sha256": embeddings,
             "profiles_sha256": self.table_sha256,
             "tested": {split or "users": sum(user.split == split for user in users) for split in splits},
-            "counts": asdict(self.counts),
+            "counts": "as the prompt file asks" if self.counts is None else asdict(self.counts),
+            **self.not_said,
             "rows": {part: sum(row.part == part for row in self.rows) for part in PARTS},
             "different_prompts": len(self._run.prompts),
             "rows_sha256": digest([[row.profile.user_id, row.part, row.prompt.identity()] for row in self.rows]),
@@ -186,11 +197,14 @@ class UserRun:
             own["user"] = {"id": "each prompt's own", "sha256": embeddings}
             identity["user"] = embeddings
         wanted = [replace(row.prompt, user=row.profile.user_id if each else self.arms[name].user) for row in self.rows]
-        unique: dict[Prompt, int] = {}
-        for prompt in wanted:  # one that several users share, and no user changes, is drawn once
-            unique.setdefault(prompt, len(unique))
-        drawn, verdicts = self._run.pictures(name, list(unique), identity)
-        places = [unique[prompt] for prompt in wanted]
+        # One that several users share, and no user changes, is drawn once; of what is given each row has its own.
+        keys = [prompt.place if name in self.given else prompt for prompt in wanted]
+        unique: dict[Place | Prompt | None, Prompt] = {}
+        for key, prompt in zip(keys, wanted, strict=True):
+            unique.setdefault(key, prompt)
+        drawn, verdicts = self._run.pictures(name, list(unique.values()), identity)
+        numbers = {key: number for number, key in enumerate(unique)}
+        places = [numbers[key] for key in keys]
         answers = [[given[place] for place in places] for given in verdicts]
         own["pictures"] = len(unique)
         return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in places], answers[0], answers[1:])
