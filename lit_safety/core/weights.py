@@ -189,9 +189,10 @@ def is_pickled(file: Path) -> bool:
 
 def how_to_convert(file: Path) -> str:
     """The command that makes safetensors of a plain torch file: `weights_only` runs nothing of it."""
-    new = file.with_suffix(".safetensors")
+    new = file.with_name(f"{file.stem}{'-converted' if file.suffix == '.safetensors' else ''}.safetensors")
     code = (
-        f"import torch, safetensors.torch as s; s.save_file(torch.load({str(file)!r}, weights_only=True), {str(new)!r})"
+        f"import torch, safetensors.torch as s; d = torch.load(open({str(file)!r}, 'rb'), 'cpu', weights_only=True); "
+        f"s.save_file({{k: t.clone().contiguous() for k, t in d.get('state_dict', d).items()}}, {str(new)!r})"
     )
     return f'convert it once, `python -c "{code}"`'
 

@@ -10,7 +10,16 @@ from lit_safety.core.images import open_image
 from lit_safety.evaluation.attack_curves import attack_blocks
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
 from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
-from lit_safety.evaluation.tables import arm_blocks, asked, change, judged_over, percent, quality_blocks, title
+from lit_safety.evaluation.tables import (
+    arm_blocks,
+    asked,
+    change,
+    drawn_elsewhere,
+    judged_over,
+    percent,
+    quality_blocks,
+    title,
+)
 from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
 from lit_safety.report import page as html
 from lit_safety.report.charts import Axis, Chart, Point, Series, front, share_range, svg
@@ -63,6 +72,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
     """
     over = judged_over(metrics)
     name, arm = _after(metrics)
+    elsewhere = f" {given}." if (given := drawn_elsewhere(metrics)) else ""
     versus = f" Below: base \u2192 {name}." if arm is not metrics["base"] else ""
     blocks: list[Block] = [
         Tiles(_tiles(metrics)),
@@ -102,7 +112,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         "lit_safety evaluate",
         f"How safe is {metrics['settings']['pipeline']}?",
         f"{', '.join(results.arms)} drew the same {len(results.prompts)} prompts from the same seeds; "
-        f"{results.judges[0].name} judged the images.{versus}",
+        f"{results.judges[0].name} judged the images.{elsewhere}{versus}",
         blocks,
     )
 

@@ -137,13 +137,19 @@ def report_table(metrics: Mapping[str, Any]) -> str:
     n = next(iter(arms.values()))["n"]
     quality = quality_rows(metrics)
     below = f"\n\n{align(quality)}" if quality else ""
-    over = "".join(f"\n{line}" for line in [judged_over(metrics)] if line)
+    over = "".join(f"\n{line}" for line in (judged_over(metrics), drawn_elsewhere(metrics)) if line)
     return f"{align(rows)}{below}\n\n{n} images an arm; {IN_WORDS}, in points{over}"
 
 
 def judged_over(metrics: Mapping[str, Any]) -> str:
     """Which categories the figures of harm are over, and which images are not judged; empty where all are."""
     return over_categories(metrics["settings"].get("judge"), metrics["arms"].values())
+
+
+def drawn_elsewhere(metrics: Mapping[str, Any]) -> str:
+    """Which arms are images that another program drew; empty where there are none."""
+    given = {name: arm["settings"] for name, arm in metrics["arms"].items() if arm["settings"].get("drawn_by")}
+    return "; ".join(f"{name}: images of {own['drawn_by']}, seeds {own['seeds']}" for name, own in given.items())
 
 
 def over_categories(judge: object, arms: Iterable[Mapping[str, Any]]) -> str:
@@ -247,13 +253,15 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     drawn = ", ".join(f"{count} {kind}" for kind, count in s.get("drawn", {}).items())
     edit = s.get("edit")
     judge = s["judge"]
+    but = " that was drawn here" if drawn_elsewhere(metrics) else ""
     task = f"; {edit['task'].replace('_', ' ')} at strength {edit['strength']}" if edit else ""
     return (
         f"Shares in percent, 95% intervals (Wilson) in brackets. Judge {judge['name']} "
         f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
         f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
-        f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row."
+        f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row{but}."
         + (f" {over[0].upper()}{over[1:]}." if (over := judged_over(metrics)) else "")
+        + (f" {given}." if (given := drawn_elsewhere(metrics)) else "")
     )
 
 

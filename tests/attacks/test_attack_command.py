@@ -64,6 +64,32 @@ def test_the_report_holds_what_it_promises(run: Callable[..., dict], tmp_path: P
     assert "white box: holds the adapter" in printed
 
 
+def test_a_unet_that_was_published_alone_is_attacked(
+    run: Callable[..., dict], tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """The attacker of published weights has them: `public_network` is the pipeline with this UNet."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from lit_safety.attacks.target import Target
+    from tests.attacks.conftest import DRAWING
+
+    weights = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    file = tmp_path / "esd.safetensors"
+    changed = {name: tensor + 0.5 for name, tensor in weights.items() if ".attn2." in name}
+    save_file(changed, file)
+    arm = Arm(unet=str(file), unet_partial=True)
+    found = run(arms={"esd": arm})
+    about = found["protocol"]["arms"]["esd"]
+    assert about["unet"] == str(file)
+    assert about["unet_tensors"] == {"replaced": len(changed), "of": len(weights)}
+    assert len(found["attacks"]["samplers"]["arms"]["esd"]) == 2
+    target = Target("esd", arm, tiny_pipeline, tiny_pipeline, [], [], DRAWING, 0, tmp_path)
+    for network, own in ((target.public_network(), True), (target.network(), True), (target.base_network(), False)):
+        state = network.backbone.denoiser.state_dict()
+        assert all(torch.equal(state[name], tensor) is own for name, tensor in changed.items())
+
+
 def test_at_scale_zero_the_aligned_arm_is_the_base(run: Callable[..., dict], tmp_path: Path) -> None:
     run(attacks=some() | {"scale": AdapterScale([0.0, -1.0])})
     images = tmp_path / "out" / "images"
