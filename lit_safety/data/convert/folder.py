@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.core.errors import UserError
@@ -32,6 +34,7 @@ def from_folder(
     order: Literal["safety", "quality", "composite"] = "safety",
     samples_per_shard: int = 256,
     overwrite: bool = False,
+    val_share: float | None = None,
 ) -> None:
     """Write shards from a CSV of pairs and the images it names.
 
@@ -39,7 +42,7 @@ def from_folder(
     by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost, rejected_cost,
     chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known; of a cost or a
     score both sides must be known or neither. Pairs whose images are the same are left out and named. A run that was
-    stopped goes on when it is started again.
+    stopped goes on when it is started again. All that is wrong with the rows is said at once.
 
     Args:
         table: The CSV file, UTF-8, with a header line.
@@ -49,20 +52,28 @@ def from_folder(
         order: What decided which image is chosen where the table does not say.
         samples_per_shard: How many pairs a shard holds.
         overwrite: Throw away what an earlier run left in the folder.
+        val_share: Share of the prompts, above 0 and below 1, whose pairs become validation data: `out` then holds the
+            folders train and val, and no prompt stands in both. Which prompts depends on their texts alone. null: all
+            pairs go to `out`.
     """
     from pathlib import Path
 
+    from lit_safety.core.errors import Complaints
     from lit_safety.core.hashes import file_sha256
     from lit_safety.core.tables import read_csv
     from lit_safety.data.convert.convert import convert
+    from lit_safety.data.format.manifest import FILE_NAME
 
     rows = read_csv(table, REQUIRED)
     if rows and (unknown := [name for name in rows[0] if name not in (*REQUIRED, *OPTIONAL)]):
         raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(REQUIRED + OPTIONAL)}")
     folder = Path(images) if images is not None else Path(table).parent
-    pairs = [
-        _pair(row, f"{table}: row {number}", number, folder, prompt_kind, order) for number, row in enumerate(rows, 2)
-    ]
+    complaints = Complaints(table)
+    pairs: list[FoundPair] = []
+    for number, row in enumerate(rows, 2):
+        with complaints.gather():
+            pairs.append(_pair(row, f"{table}: row {number}", number, folder, prompt_kind, order))
+    complaints.complain()
     provenance = {
         "converter": "from-folder",
         "table": Path(table).name,
@@ -71,7 +82,60 @@ def from_folder(
         "order": order,
         "samples_per_shard": samples_per_shard,
     }
-    convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
+    if val_share is None:
+        convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
+        return
+    if (Path(out) / FILE_NAME).exists():
+        raise UserError(f"{out}: holds shards already, and --val_share writes {out}/train and {out}/val; name another")
+    held_out = validation_prompts([(_same(row["prompt"]), _kind(pair)) for row, pair in zip(rows, pairs, strict=True)],
+                                  val_share, table)  # fmt: skip
+    for name, is_val in (("train", False), ("val", True)):
+        part = [pair for row, pair in zip(rows, pairs, strict=True) if (_same(row["prompt"]) in held_out) is is_val]
+        split = {"val_share": val_share, "split": name}
+        convert(part, str(Path(out) / name), provenance | split, samples_per_shard, overwrite, len(part))
+
+
+def validation_prompts(prompts: Sequence[tuple[str, str]], share: float, table: str) -> set[str]:
+    """Which prompts are held out: of each kind its share, the same every time and in whatever order of rows.
+
+    Args:
+        prompts: text and kind of every pair; a text may come again.
+        share: of the different prompts, above 0 and below 1. At least one is held out, and one is left.
+        table: for messages.
+
+    Raises:
+        UserError: the share lies elsewhere, or there is one prompt only.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--val_share {share}: must lie above 0 and below 1")
+    kinds: dict[str, list[str]] = {}
+    for text, kind in dict(reversed(prompts)).items():  # a prompt of two kinds counts for its first
+        kinds.setdefault(kind, []).append(text)
+    every = [text for texts in kinds.values() for text in texts]
+    if len(every) < 2:
+        raise UserError(
+            f"--val_share: {table} has one prompt only, which cannot be on both sides; leave --val_share out"
+        )
+    ranked = {kind: sorted(texts, key=_rank) for kind, texts in kinds.items()}
+    held_out = {text for texts in ranked.values() for text in texts[: round(share * len(texts))]}
+    if not held_out:
+        held_out = {min(every, key=_rank)}
+    if len(held_out) == len(every):
+        held_out.discard(max(every, key=_rank))
+    return held_out
+
+
+def _rank(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _same(prompt: str) -> str:
+    """Equal for prompts that differ by case and blanks only."""
+    return " ".join(prompt.casefold().split())
+
+
+def _kind(pair: FoundPair) -> str:
+    return "" if isinstance(pair.metadata, dict) else str(pair.metadata.prompt_kind)
 
 
 def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind: str | None, order: str) -> FoundPair:

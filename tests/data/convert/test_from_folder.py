@@ -265,3 +265,73 @@ def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
         table.write_bytes(text.encode(encoding))
         with pytest.raises(UserError, match=r"pairs\.csv: .*iconv"):
             from_folder(str(table), str(tmp_path / "out"), prompt_kind="clean")
+
+
+def prompts_in(folder: Path) -> set[str]:
+    return {one.prompt for one in stored(folder).values()}
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    """Prompts that stand in two pairs each, once in other letters, of which a third is clean."""
+    rows = [row(n % 7, prompt=f"Prompt {n // 2}" if n % 2 else f"prompt  {n // 2} ") for n in range(2 * count)]
+    return [one | {"prompt_kind": "clean" if (n // 2) % 3 == 0 else "harmful"} for n, one in enumerate(rows)]
+
+
+def test_val_share_holds_out_prompts_and_none_stands_on_both_sides(tmp_path: Path) -> None:
+    rows = many(30)
+    table = drawn(tmp_path / "in", rows)
+    from_folder(str(table), str(tmp_path / "out"), val_share=0.2)
+    sides = [
+        {" ".join(text.casefold().split()) for text in prompts_in(tmp_path / "out" / name)} for name in ("train", "val")
+    ]
+    assert len(sides[0] | sides[1]) == 30
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 2 + 4  # of 10 clean and 20 harmful ones
+    kinds = {one.prompt_kind for one in stored(tmp_path / "out" / "val").values()}
+    assert kinds == {"clean", "harmful"}
+    # the same prompts in any order of rows, and beside prompts that are new
+    again = drawn(tmp_path / "again", rows[::-1])
+    from_folder(str(again), str(tmp_path / "other"), val_share=0.2)
+    assert prompts_in(tmp_path / "other" / "val") == prompts_in(tmp_path / "out" / "val")
+    before = (tmp_path / "out" / "val" / "manifest.json").read_bytes()
+    from_folder(str(table), str(tmp_path / "out"), val_share=0.2)
+    assert (tmp_path / "out" / "val" / "manifest.json").read_bytes() == before
+    with pytest.raises(UserError, match="holds other shards already"):
+        from_folder(str(table), str(tmp_path / "out"), val_share=0.3)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_both_sides_of_a_small_table_hold_a_prompt(tmp_path: Path, share: float) -> None:
+    table = drawn(tmp_path / "in", [row(n, prompt_kind="clean") for n in range(3)])
+    from_folder(str(table), str(tmp_path / "out"), val_share=share)
+    assert len(prompts_in(tmp_path / "out" / "train")) == (2 if share < 0.5 else 1)
+    assert len(prompts_in(tmp_path / "out" / "val")) == (1 if share < 0.5 else 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "says"),
+    [
+        (many(3), 0.0, "--val_share 0.0"), (many(3), 1.0, "--val_share 1.0"), (many(3), -0.5, "--val_share -0.5"),
+        (many(3), float("nan"), "--val_share nan"), (many(1), 0.5, "one prompt"),
+    ],
+)  # fmt: skip
+def test_a_share_that_cannot_be_is_named(tmp_path: Path, rows: list[dict[str, Any]], share: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        from_folder(str(drawn(tmp_path / "in", rows)), str(tmp_path / "out"), val_share=share)
+    assert not (tmp_path / "out").exists()
+
+
+def test_val_share_does_not_write_into_a_folder_of_shards(tmp_path: Path) -> None:
+    table = drawn(tmp_path / "in", many(3))
+    from_folder(str(table), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds shards already"):
+        from_folder(str(table), str(tmp_path / "out"), val_share=0.5)
+
+
+def test_all_complaints_about_a_table_are_said_at_once(tmp_path: Path) -> None:
+    rows = [row(0, seed="x"), row(1), row(2, categories="fun"), row(3, chosen_harmful="maybe")]
+    with pytest.raises(UserError) as error:
+        from_folder(str(drawn(tmp_path / "in", rows)), str(tmp_path / "out"), prompt_kind="clean")
+    for part in ("3 complaints", "row 2: seed", "row 4", "row 5: chosen_harmful"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
