@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_safety.core.categories import CATEGORIES, canonical_category
-from lit_safety.core.errors import UserError
+from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.tables import csv_lines, read_csv
 
@@ -63,14 +63,17 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
     path = Path(path)
     table = path / PROFILES_FILE if path.is_dir() else path
     found: dict[str, Profile] = {}
+    complaints = Complaints(str(table))
     for number, row in enumerate(read_csv(str(table), COLUMNS, ("User_ID", "Split")), start=1):
         user = row.get("User_ID", f"{number:07d}").strip()
         where = f"{table}: row {number + 1}: user {user!r}"
-        if user.casefold() in _LOST or len(user) > _MAX_TEXT:
-            raise UserError(f"{where}: is not an id of a user")
-        if user in found:
-            raise UserError(f"{where}: stands in the table twice")
-        found[user] = _profile(user, row, where)
+        with complaints.gather():
+            if user.casefold() in _LOST or len(user) > _MAX_TEXT:
+                raise UserError(f"{where}: is not an id of a user")
+            if user in found:
+                raise UserError(f"{where}: stands in the table twice")
+            found[user] = _profile(user, row, where)
+    complaints.complain()
     if not found:
         raise UserError(f"{table}: holds no user")
     return found
