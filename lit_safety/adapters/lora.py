@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.weights import how_to_convert
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -158,6 +157,8 @@ def find_weights(path: str | Path) -> Path:
         else:
             raise UserError(f"no adapter at {path}: expected a folder with {WEIGHTS_NAME}, or such a file")
     if file.suffix != ".safetensors":
+        from lit_safety.core.weights import how_to_convert
+
         raise UserError(
             f"{file}: LoRAs are read from safetensors only (other formats can run code when loaded); "
             f"{how_to_convert(file)}, and name the new file"
