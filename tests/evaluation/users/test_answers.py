@@ -1,6 +1,7 @@
 import pytest
 
 from lit_safety.evaluation.users.answers import FIGURES, answers, within_bounds
+from lit_safety.evaluation.users.rows import PARTS
 from lit_safety.judges.judge import JudgeError, Verdict
 from tests.helpers.user_profiles import profile, row
 
@@ -66,5 +67,5 @@ def test_questions_about_what_the_judge_does_not_know_are_not_asked():
 
 
 def test_every_figure_is_described():
-    rows = [row(part, benign=("car",)) for part in ("banned", "allowed", "clean", "lookalike")]
+    rows = [row(part, benign=("car",)) for part in PARTS]
     assert {figure for one in rows for figure in answers(one, verdict(), LABELS)} == set(FIGURES)
