@@ -69,6 +69,11 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
                     f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
                 )
         kind = type(objective).__name__
+        if objective.reads_drift:
+            raise UserError(
+                f"{one.key}: {kind} reads the reference's predictions of every pair, and a reference cache holds those "
+                "of clean prompts alone: set data.init_args.use_reference to false"
+            )
         if objective.needs_drift and not reference.predictions:
             what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
             raise UserError(

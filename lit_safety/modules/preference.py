@@ -189,6 +189,8 @@ class PreferenceModule(ScheduledModule):
         policy = self.backbone.predict(noisy, timesteps, conditioning)
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
         drift = None
+        if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
+            raise UserError(f"{type(self.objective).__name__} does without a reference cache, and the batch has one")
         if self.objective.needs_drift and reference.prediction is not None:
             drift = prediction_error(policy[: len(batch)], reference.prediction)
             drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing

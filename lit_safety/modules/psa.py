@@ -102,6 +102,11 @@ class PSA(PreferenceModule):
                 f"user_dropout and joint_dropout must not be negative and add up to less than 1, got {user_dropout} "
                 f"and {joint_dropout}"
             )
+        if self.objective.reads_drift and self.objective.anchor_weight > 0 and joint_dropout > 0:
+            raise ValueError(
+                f"joint_dropout {joint_dropout} holds pairs without user to the reference by anchor_weight, and "
+                f"{type(self.objective).__name__} would train on them all the same: set joint_dropout or anchor_weight to 0"
+            )
         self.users = [users] if isinstance(users, str) else users
         self.user_tokens = user_tokens
         self.has_lora = lora is not None
@@ -227,7 +232,7 @@ class PSA(PreferenceModule):
     def _held(self, batch: PairBatch) -> Tensor | None:
         """Which pairs, bool (B,), are only held to the reference; None: none of them."""
         dropped = self.jointly_dropped(batch)
-        if not any(dropped) or not self.objective.needs_drift:
+        if not any(dropped) or self.objective.anchor_weight == 0:
             return None
         return torch.tensor(dropped).to(batch.harmful.device, non_blocking=True)
 

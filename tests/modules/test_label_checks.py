@@ -12,6 +12,8 @@ from lit_safety.modules import SCDPO
 from lit_safety.modules.checks import check_labels, check_orders
 from lit_safety.objectives import (
     BFPO,
+    DMPO,
+    DSPO,
     IPO,
     ConstrainedDPO,
     DiffusionDPO,
@@ -63,6 +65,8 @@ def test_what_is_missing_is_named_with_the_way_out(objective, batch, message: st
         IPO(),
         Hinge(),
         DiffusionSDPO(),
+        DMPO(),
+        DSPO(),
         FocalInverse(),
         SafetyConstrainedDPO(cost_weight=0.0),
         RePO(penalty_weight=0.0),
