@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lit_safety.data.cache.sources import CachedSource
+    from lit_safety.data.format.sample import PairMetadata
 
 
 def datamodule_of(trainer: Trainer | None) -> object:
@@ -42,6 +43,24 @@ class PairData(Protocol):
 
     def read_predictions(self, wanted: bool) -> None:
         """Whether batches out of a reference cache are to hold the reference's predictions too."""
+
+
+@runtime_checkable
+class Peeking(Protocol):
+    """Looks at the first pair of each folder before a model is loaded. See `PreferenceDataModule.first_pairs`."""
+
+    def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
+        """Where the first pair that a stage reads stands, and its metadata, for each YAML key and folder."""
+
+
+@runtime_checkable
+class KnowsKinds(Protocol):
+    """Knows how many of its pairs have harmful and clean prompts. See `PreferenceDataModule.kinds`."""
+
+    train: str | list[str] | None
+
+    def kinds(self, name: str) -> Counter[str]:
+        """Pairs of `train`, `val` or `test` by the kind of their prompt."""
 
 
 # Settings, each for itself.
@@ -97,6 +116,13 @@ class Consecutive(Protocol):
     """Says whether training goes through one category after the other instead of in turns."""
 
     consecutive: bool
+
+
+@runtime_checkable
+class OneCategory(Protocol):
+    """Says whether each training step is about one category."""
+
+    one_category: bool
 
 
 @runtime_checkable

@@ -237,6 +237,18 @@ def test_what_cannot_be_trained_is_named(
         fit(module_of(tiny_pipeline, **model), data_of(category_shards, **data), 3)
 
 
+def test_pairs_without_categories_are_refused_before_a_model_is_loaded(tiny_pipeline: Path, tmp_path: Path):
+    black = Image.new("RGB", (32, 32))
+    with ShardWriter(tmp_path / "plain") as writer:
+        for key in ("0", "1", "2", "3"):
+            about = {"prompt": "x", "prompt_kind": "harmful", "harmful": {"chosen": False, "rejected": True}}
+            writer.write(key, about, black, black)
+    module = module_of(tiny_pipeline)
+    with pytest.raises(UserError, match=r"data.init_args.train: no category has pairs.*`categories`"):
+        fit(module, data_of(tmp_path / "plain"), 1)
+    assert "backbone" not in module._modules
+
+
 def test_interleaving_is_refused_under_deepspeed(
     tiny_pipeline: Path, category_shards: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -222,6 +222,19 @@ def test_without_prompt_and_user_the_policy_is_held_to_the_reference(tiny_pipeli
     assert (module.errors(batch).policy_chosen - errors.reference_chosen).abs().min() > 1e-6
 
 
+def test_training_pairs_of_nobody_are_refused_before_a_model_is_loaded(
+    tiny_pipeline: Path, users: Path, tmp_path: Path
+):
+    with ShardWriter(tmp_path / "plain") as writer:
+        about = {"prompt": "x", "prompt_kind": "harmful", "harmful": {"chosen": False, "rejected": True}}
+        writer.write("0", about, *[Image.new("RGB", (32, 32))] * 2)
+    module = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users))
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match=r"data.init_args.train: .*user_id"):
+        trainer.fit(module, datamodule=PreferenceDataModule(str(tmp_path / "plain"), batch_size=1))
+    assert "backbone" not in module._modules
+
+
 def test_pairs_without_user_cannot_be_held_where_the_loss_itself_reads_the_drift():
     with pytest.raises(ValueError, match="joint_dropout"):
         PSA("x", DSPO(anchor_weight=1.0), joint_dropout=0.1)
