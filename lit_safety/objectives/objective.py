@@ -164,6 +164,12 @@ class Objective:
     moved_by: str | None = None
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
+        kind = type(self)
+        if all(getattr(kind, name) is getattr(Objective, name) for name in ("preference", "pair_loss", "__call__")):
+            raise ValueError(
+                f"{kind.__name__} has no loss: define `preference(self, m: Tensor, labels: PairLabels) -> Tensor`, or "
+                "`pair_loss(self, errors, m, labels)` where it reads more than the margin"
+            )
         if not 0 < beta < float("inf"):  # nan compares as false
             raise ValueError(f"beta must be above 0, got {beta}")
         if not (0 <= sft_weight < float("inf") and 0 <= anchor_weight < float("inf")):

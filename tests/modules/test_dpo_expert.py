@@ -241,7 +241,8 @@ def test_pairs_without_categories_are_refused_before_a_model_is_loaded(tiny_pipe
     black = Image.new("RGB", (32, 32))
     with ShardWriter(tmp_path / "plain") as writer:
         for key in ("0", "1", "2", "3"):
-            about = {"prompt": "x", "prompt_kind": "harmful", "harmful": {"chosen": False, "rejected": True}}
+            about = {"prompt": "x", "prompt_kind": "harmful", "order": "safety"}
+            about |= {"harmful": {"chosen": False, "rejected": True}}
             writer.write(key, about, black, black)
     module = module_of(tiny_pipeline)
     with pytest.raises(UserError, match=r"data.init_args.train: no category has pairs.*`categories`"):

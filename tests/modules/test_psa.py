@@ -226,7 +226,8 @@ def test_training_pairs_of_nobody_are_refused_before_a_model_is_loaded(
     tiny_pipeline: Path, users: Path, tmp_path: Path
 ):
     with ShardWriter(tmp_path / "plain") as writer:
-        about = {"prompt": "x", "prompt_kind": "harmful", "harmful": {"chosen": False, "rejected": True}}
+        about = {"prompt": "x", "prompt_kind": "harmful", "order": "safety"}
+        about |= {"harmful": {"chosen": False, "rejected": True}}
         writer.write("0", about, *[Image.new("RGB", (32, 32))] * 2)
     module = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users))
     trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
