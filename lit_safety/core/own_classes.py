@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+
+from jsonargparse._util import import_object
 
 
 def methods(protocol: type) -> Iterator[str]:
@@ -22,6 +26,7 @@ def lacking(value: object, protocol: type) -> str | None:
     one counts.
     """
     kind = protocol.__name__
+    _lacking_of[kind] = protocol
     if not inspect.isclass(value):
         how = f"a class with `{signature(protocol, next(methods(protocol)))}`"
         return f"is no class, and a {kind} is {how}"
@@ -93,3 +98,51 @@ def _return_type(method: Any) -> Any:
         return {"list": list, "tuple": tuple, "dict": dict, "set": set, "str": str, "bool": bool, "int": int,
                 "float": float, "None": type(None)}.get(written.partition("[")[0].strip())  # fmt: skip
     return type(None) if written is None else None if written is inspect.Signature.empty else written
+
+
+# The same out of a message of jsonargparse's, which knows neither methods nor bases.
+
+_lacking_of: dict[str, type] = {}
+"""The protocols that were asked for, by name."""
+_LACKS = re.compile(r"Import path (\S+) does not implement protocol (\w+)")
+_NO_SUBCLASS = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
+_NAMED = re.compile(r"Expected a path but (\S+) either not accessible")
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
+_UNTYPED = re.compile(r"Parameter '(\w+)' from '(\S+?)(?:\.__init__)?' does not specify a type")
+
+_BASES = {
+    "Objective": "lit_safety.objectives.Objective",
+    "Guard": "lit_safety.guards.Guard",
+    "Attack": "lit_safety.attacks.Attack",
+    "LightningModule": "lit_safety.modules.PreferenceModule",
+    "LightningDataModule": "lightning.pytorch.LightningDataModule",
+    "Callback": "lightning.pytorch.callbacks.Callback",
+}
+"""What a class of somebody's own is made from, for messages."""
+
+
+def what_to_write(reason: str, message: str) -> str | None:
+    """What to write into a class that is not what its key asks for, out of jsonargparse's reason.
+
+    Args:
+        reason: a line of its message.
+        message: all of it.
+
+    Returns: None where something else is wrong.
+    """
+    if (found := _LACKS.search(reason)) is not None:
+        with suppress(ImportError, AttributeError, ValueError, TypeError):
+            value, protocol = import_object(found[1]), _lacking_of.get(found[2])
+            if protocol is not None and (lack := lacking(value, protocol)) is not None:
+                return f"{found[1]} {lack}"
+    if (found := _NO_SUBCLASS.search(reason)) is not None:
+        named = _NAMED.search(message)  # a class by its name alone is taken for a file's name too
+        name = found[1] or (named[1] if named is not None else "it")
+        return f"{name} is no subclass of {found[2]}: write `class ...({_BASES.get(found[2], found[2])})`"
+    if (found := _ABSTRACT.search(reason)) is not None:
+        with suppress(ImportError, AttributeError, ValueError):
+            missing = "`, `".join(abstract_methods(import_object(found[1])))
+            return f"{found[1]} does not define `{missing}`"
+    if (found := _UNTYPED.search(reason)) is not None:
+        return f"`{found[1]}` of {found[2]} has no type for YAML to be read as: write one, such as `{found[1]}: float`"
+    return None

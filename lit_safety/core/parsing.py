@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -23,7 +23,6 @@ from jsonargparse._paths import Path
 from jsonargparse._util import import_object
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.own_classes import abstract_methods, lacking
 from lit_safety.core.processes import is_main_process
 from lit_safety.core.shipped import find_configs
 from lit_safety.core.text import check_values, check_words, check_yaml, read_text, refuse_duplicate_keys
@@ -68,8 +67,6 @@ postponed.get_types = _types_at_hand_first
 
 
 _implements_exactly = typehints.implements_protocol
-_lacking: dict[tuple[Any, str], str] = {}
-"""(class, name of a protocol) -> what the class lacks of it."""
 
 
 def _implements_protocol(value: Any, protocol: Any) -> bool:
@@ -78,12 +75,9 @@ def _implements_protocol(value: Any, protocol: Any) -> bool:
         return True
     if not typehints.is_protocol(protocol) or value is object or protocol.__module__.partition(".")[0] != "lit_safety":
         return False
-    lack = lacking(value, protocol)
-    if lack is None:
-        return True
-    with suppress(TypeError):  # what cannot be a key
-        _lacking[value, protocol.__name__] = lack
-    return False
+    from lit_safety.core.own_classes import lacking
+
+    return lacking(value, protocol) is None
 
 
 typehints.implements_protocol = _implements_protocol
@@ -108,7 +102,9 @@ def shorten(message: str) -> str:
         return " ".join(message.split())
     # A path that was tried as a class and as a file: that the class has moved says all.
     reasons = [line for line in reasons if "since version 0.2" in line] or reasons
-    own = [said for line in reasons if (said := _own_class(line, message)) is not None]
+    from lit_safety.core.own_classes import what_to_write
+
+    own = [said for line in reasons if (said := what_to_write(line, message)) is not None]
     reasons = own or reasons  # then the other ways in which the value could have been read say nothing
     if keys:
         keys += _below(message)
@@ -116,42 +112,6 @@ def shorten(message: str) -> str:
     if (missing := _missing_package(" ".join(reasons))) is not None:
         reasons = [missing]
     return " ".join(" ".join([*where, *reasons]).split())
-
-
-_LACKS = re.compile(r"Import path (\S+) does not implement protocol (\w+)")
-_NO_SUBCLASS = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
-_NAMED = re.compile(r"Expected a path but (\S+) either not accessible")
-_ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
-_UNTYPED = re.compile(r"Parameter '(\w+)' from '(\S+?)(?:\.__init__)?' does not specify a type")
-
-_BASES = {
-    "Objective": "lit_safety.objectives.Objective",
-    "Guard": "lit_safety.guards.Guard",
-    "Attack": "lit_safety.attacks.Attack",
-    "LightningModule": "lit_safety.modules.PreferenceModule",
-    "LightningDataModule": "lightning.pytorch.LightningDataModule",
-    "Callback": "lightning.pytorch.callbacks.Callback",
-}
-"""What a class of somebody's own is made from, for messages."""
-
-
-def _own_class(reason: str, message: str) -> str | None:
-    """What to write into a class of somebody's own that is not what its key asks for; None: that is not the reason."""
-    if (found := _LACKS.search(reason)) is not None:
-        with suppress(ImportError, AttributeError, ValueError, TypeError):
-            if (lack := _lacking.get((import_object(found[1]), found[2]))) is not None:
-                return f"{found[1]} {lack}"
-    if (found := _NO_SUBCLASS.search(reason)) is not None:
-        named = _NAMED.search(message)  # a class by its name alone is taken for a file's name too
-        name = found[1] or (named[1] if named is not None else "it")
-        return f"{name} is no subclass of {found[2]}: write `class ...({_BASES.get(found[2], found[2])})`"
-    if (found := _ABSTRACT.search(reason)) is not None:
-        with suppress(ImportError, AttributeError, ValueError):
-            missing = "`, `".join(abstract_methods(import_object(found[1])))
-            return f"{found[1]} does not define `{missing}`"
-    if (found := _UNTYPED.search(reason)) is not None:
-        return f"`{found[1]}` of {found[2]} has no type for YAML to be read as: write one, such as `{found[1]}: float`"
-    return None
 
 
 def _missing_package(reason: str) -> str | None:

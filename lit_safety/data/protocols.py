@@ -46,18 +46,11 @@ class PairData(Protocol):
 
 
 @runtime_checkable
-class Peeking(Protocol):
-    """Looks at the first pair of each folder before a model is loaded. See `PreferenceDataModule.first_pairs`."""
+class LooksAhead(Protocol):
+    """Looks at its pairs before a model is loaded. See the methods of `PreferenceDataModule`."""
 
     def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
         """Where the first pair that a stage reads stands, and its metadata, for each YAML key and folder."""
-
-
-@runtime_checkable
-class KnowsKinds(Protocol):
-    """Knows how many of its pairs have harmful and clean prompts. See `PreferenceDataModule.kinds`."""
-
-    train: str | list[str] | None
 
     def kinds(self, name: str) -> Counter[str]:
         """Pairs of `train`, `val` or `test` by the kind of their prompt."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_model
-from lit_safety.data.protocols import KnowsKinds, PairData, Peeking, shards_of
+from lit_safety.data.protocols import PairData, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
 
@@ -131,52 +131,18 @@ def check_orders(objective: Objective, datamodule: object, stage: str) -> None:
             name = type(objective).__name__
             raise UserError(
                 f"{where}: {counts['composite']} of {counts.total()} pairs are ordered by quality minus cost (order: "
-                f"composite); {name} would count the cost twice: {_way_out(objective)}, or leave these pairs out with "
-                "`data.init_args.orders: [safety, quality]`"
+                f"composite); {name} would count the cost twice: {way_out_of(objective)}, or leave these pairs out "
+                "with `data.init_args.orders: [safety, quality]`"
             )
 
 
-def _way_out(objective: Objective) -> str:
+def way_out_of(objective: Objective) -> str:
     if objective.opt_out is None:
         return "choose another objective"
     return f"set `model.init_args.objective.init_args.{objective.opt_out}`"
 
 
-def check_first_pairs(
-    objective: Objective, datamodule: object, stage: str, cost_model: str | Literal[False] | None
-) -> None:
-    """Refuse pairs without a label that the objective needs before a weight is loaded.
-
-    The manifests do not count costs and scores, so the first pair of each folder is read for all; one that comes later
-    is met by `check_labels` in its turn.
-
-    Args:
-        objective: what is computed on the pairs.
-        datamodule: any; one of somebody's own is asked if it can (`Peeking`).
-        stage: `fit`, `validate`, `test` or `predict`.
-        cost_model: the module's option of that name; False: it has none.
-
-    Raises:
-        UserError: naming the key, the folder, the pair, what is missing and the way out.
-    """
-    needs = objective.needs_cost or objective.needs_score or objective.needs_harmful
-    if not isinstance(datamodule, Peeking) or stage == "predict" or not needs:
-        return
-    for where, (pair, about) in datamodule.first_pairs(stage).items():
-        known = {
-            "cost": about.cost is not None or bool(cost_model),
-            "score": about.score is not None,
-            "harmful label": about.harmful.chosen is not None and about.harmful.rejected is not None,
-        }
-        for label, cure in _needed(objective, cost_model is not False):
-            if not known[label]:
-                raise UserError(
-                    f"{where}: the first pair, {pair}, has no {label}, and {type(objective).__name__} needs both "
-                    f"images': {cure}, or {_way_out(objective)}"
-                )
-
-
-def _needed(objective: Objective, cost_model: bool) -> list[tuple[str, str]]:
+def needed_labels(objective: Objective, cost_model: bool) -> list[tuple[str, str]]:
     """What the objective reads of the labels, and where a pair without it gets it from."""
     score_first = "score the shards with a cost model first (`shards score`)"
     if cost_model:
@@ -204,9 +170,9 @@ def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = Fals
         UserError: naming the sample, what is missing, and the way out.
     """
     name = type(objective).__name__
-    way_out = _way_out(objective)
+    way_out = way_out_of(objective)
     known = {"cost": batch.has_cost, "score": batch.has_score, "harmful label": batch.has_harmful}
-    for label, cure in _needed(objective, cost_model):
+    for label, cure in needed_labels(objective, cost_model):
         for key, has_label in zip(batch.keys, known[label], strict=True):
             if not has_label:
                 raise UserError(f"sample {key} has no {label}, and {name} needs both images': {cure}, or {way_out}")
@@ -217,25 +183,6 @@ def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = Fals
                     f"sample {key} is ordered by quality minus cost (order: composite); {name} would count the cost "
                     f"twice: {way_out}"
                 )
-
-
-# At the start of a fit: does all that is set have something to work on?
-
-
-def say_idle_anchor(objective: Objective, datamodule: object) -> None:
-    """Say that an anchor has nothing to hold: it works on pairs with a clean prompt, and none is trained on.
-
-    One line and no error: the same config is used for shards with and without clean pairs.
-    """
-    if objective.anchor_weight == 0 or not isinstance(datamodule, KnowsKinds) or datamodule.train is None:
-        return
-    kinds = datamodule.kinds("train")
-    if kinds and not kinds["clean"]:
-        rank_zero_warn(
-            f"`model.init_args.objective.init_args.anchor_weight: {objective.anchor_weight:g}` does nothing: it holds "
-            f"the model where prompts are clean, and all {kinds.total()} training pairs have harmful prompts (add "
-            "pairs with `prompt_kind: clean` to `data.init_args.train`, or set it to 0 and save their reference pass)"
-        )
 
 
 # At the start of a fit: does anything move what the objective learns outside of its loss?

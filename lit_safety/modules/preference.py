@@ -27,11 +27,9 @@ from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import (
     check_caches,
-    check_first_pairs,
     check_labels,
     check_orders,
     check_references,
-    say_idle_anchor,
     warn_if_not_moved,
 )
 from lit_safety.modules.frozen import lower_frozen
@@ -146,6 +144,8 @@ class PreferenceModule(ScheduledModule):
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
         check_orders(self.objective, data, stage)
+        from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
+
         check_first_pairs(self.objective, data, stage, self.cost_model)
         if stage == "fit":
             if self.anchors_clean_alone:
