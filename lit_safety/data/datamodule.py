@@ -150,6 +150,11 @@ class PreferenceDataModule(LightningDataModule):
             return
         deal, pairs = self._train_deal(), self._open("train")[1].total
         groups = self._groups("train", deal, warn=True)
+        if self.one_category and not groups and not any(c.categories for c in self._open("train")[0].manifest.classes):
+            raise UserError(
+                f"{KEY}.train: no pair has `categories`, and {KEY}.one_category makes each step of one category: write "
+                f"them into the pairs, or set {KEY}.one_category to false"
+            )
         check_pass(groups, deal, pairs, self.weights)
         steps_each = self._steps_each(len(groups))
         say_pass(groups, deal, pairs, self.weights)

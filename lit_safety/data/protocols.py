@@ -112,13 +112,6 @@ class Consecutive(Protocol):
 
 
 @runtime_checkable
-class OneCategory(Protocol):
-    """Says whether each training step is about one category."""
-
-    one_category: bool
-
-
-@runtime_checkable
 class LeavingOut(Protocol):
     """Remembers the samples that it left out, by name and reason, in the order in which it met them."""
 

@@ -20,7 +20,7 @@ from lit_safety.adapters.gathered import replaced
 from lit_safety.adapters.start_from import read_experts
 from lit_safety.core.categories import CATEGORIES, canonical_category
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import Consecutive, OneCategory, PairData, datamodule_of
+from lit_safety.data.protocols import Consecutive, PairData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, PreferenceModule
 from lit_safety.modules.strategies import check_weights
@@ -80,11 +80,6 @@ class DPOExpert(PreferenceModule):
         if not self._fitting or not isinstance(data, PairData):
             return self.categories or list(CATEGORIES)
         found = data.training_categories()
-        if not found and isinstance(data, OneCategory) and data.one_category:
-            raise UserError(
-                "data.init_args.train: no category has pairs enough for a step, and DPOExpert trains an expert for "
-                "each: write `categories` into the pairs, or lower data.init_args.batch_size"
-            )
         if not found:
             raise UserError("DPOExpert needs steps of one category each: set `data.init_args.one_category: true`")
         asked = self.categories or found

@@ -93,14 +93,8 @@ def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
 def test_the_guard_guards(example: Path, tiny_pipeline: Path):
     """`knife` stands in the asked prompts of violence: the guarded arm draws what the empty prompt gives."""
     small = {"pipeline": tiny_pipeline, "steps": 1, "device": "cpu", "reference": "null", "clip": "null"}
-    few = {
-        "explicit": 1,
-        "implicit": 0,
-        "lookalike": 0,
-        "clean": 1,
-        "categories": '["violence"]',
-        "other_world": "true",
-    }
+    small |= {"categories": '["violence"]', "other_world": "true"}
+    few = {"explicit": 1, "implicit": 0, "lookalike": 0, "clean": 1}
     assert main([*shlex.split(GUARD), *(f"--{key}={value}" for key, value in (small | few).items())]) == 0
     metrics = json.loads((example / "runs" / "guard" / "metrics.json").read_text())
     assert metrics["arms"]["without word"]["settings"]["guard"] == {"guard": "without word", "word": "knife"}

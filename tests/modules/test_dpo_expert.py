@@ -245,7 +245,7 @@ def test_pairs_without_categories_are_refused_before_a_model_is_loaded(tiny_pipe
             about |= {"harmful": {"chosen": False, "rejected": True}}
             writer.write(key, about, black, black)
     module = module_of(tiny_pipeline)
-    with pytest.raises(UserError, match=r"data.init_args.train: no category has pairs.*`categories`"):
+    with pytest.raises(UserError, match=r"data.init_args.train: no pair has `categories`"):
         fit(module, data_of(tmp_path / "plain"), 1)
     assert "backbone" not in module._modules
 
