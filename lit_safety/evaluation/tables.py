@@ -98,7 +98,7 @@ def quality_blocks(metrics: Mapping[str, Any]) -> list[Block]:
 
 def _reference(metrics: Mapping[str, Any]) -> str | None:
     """The folder of the images that FID compares with, and their number."""
-    found: Any = metrics["settings"]
+    found: Any = metrics.get("settings")
     for key in ("quality", "fid", "reference"):
         found = found.get(key) if isinstance(found, dict) else None
     return f"{found.get('path')}, {found.get('n')} images" if isinstance(found, dict) else None
