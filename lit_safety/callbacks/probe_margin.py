@@ -64,8 +64,35 @@ class ProbeMargin(Callback):
         text = f"margin  after {self.steps} steps with lambda 0, m has {size}"
         if isinstance(module.objective, SafetyConstrainedDPO) and offset is not None:
             weight, mean = module.objective.cost_weight, offset.mean()
-            text += f"; lambda {weight:g} x E[C_l - C_w] {mean:.2f} asks for {weight * mean:.2f} more"
+            text += f"; lambda {weight:g} x E[C_l - C_w] {mean:.2f} asks for {weight * mean:.2f} more: "
+            text += advice(weight, float(mean), float(rms(m)))
         module.print(text)  # past the progress bar, on rank 0 only
+
+
+KEY = "model.init_args.objective.init_args"
+"""Where the objective's settings stand in a run's YAML."""
+LITTLE, LEAST, MOST = 0.05, 0.25, 1.0
+"""Below LITTLE logits m has not moved; a cost margin is left alone from LEAST to MOST times the RMS of m."""
+
+
+def advice(weight: float, gap: float, size: float) -> str:
+    """What to do about lambda: the YAML key, and a value that makes the cost margin half of m's size.
+
+    Args:
+        weight: lambda.
+        gap: E[C_l - C_w].
+        size: the RMS that m reached, in logits.
+    """
+    if gap <= 0:
+        return "chosen images cost no less than rejected ones on average, so see how the pairs are ordered (data.val)"
+    if size < LITTLE:
+        return f"m has hardly moved, so raise `{KEY}.beta`, the learning rate or the probe's `steps` and look again"
+    wanted = f"`{KEY}.cost_weight: {0.5 * size / gap:.2g}` would ask for half of that RMS"
+    if weight * gap > MOST * size:
+        return f"more than m reaches, which drowns the data; {wanted}, or raise `{KEY}.beta`"
+    if weight * gap < LEAST * size:
+        return f"little beside m, so costs hardly count; {wanted}"
+    return "of m's size, so leave it as it is"
 
 
 def rms(values: torch.Tensor) -> torch.Tensor:

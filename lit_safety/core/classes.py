@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.core.errors import UserError
+from lit_safety.core.own_classes import attributes_lacking
 from lit_safety.core.text import load_yaml, read_text
 
 
@@ -43,6 +44,9 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     except UserError as error:
         raise UserError(f"{option} {file}: {shorten(str(error))}") from error
     try:
-        return parser.instantiate(parsed)[name]
+        made = parser.instantiate(parsed)[name]
     except UserError as error:
         raise UserError(f"{option} {file}: {error}") from error
+    if (lack := attributes_lacking(made, protocol)) is not None:
+        raise UserError(f"{option} {file}: {keys['class_path']} {lack}")
+    return made

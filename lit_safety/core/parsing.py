@@ -66,6 +66,23 @@ def _types_at_hand_first(obj: Any, logger: logging.Logger | None = None, parent:
 postponed.get_types = _types_at_hand_first
 
 
+_implements_exactly = typehints.implements_protocol
+
+
+def _implements_protocol(value: Any, protocol: Any) -> bool:
+    """Instead of jsonargparse's, which asks for the very annotations of the protocol: what can be called will do."""
+    if _implements_exactly(value, protocol):
+        return True
+    if not typehints.is_protocol(protocol) or value is object or protocol.__module__.partition(".")[0] != "lit_safety":
+        return False
+    from lit_safety.core.own_classes import lacking
+
+    return lacking(value, protocol) is None
+
+
+typehints.implements_protocol = _implements_protocol
+
+
 # Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
 _SEARCH = re.compile(
     r"Parser key |Does not validate against any|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>"
@@ -85,6 +102,10 @@ def shorten(message: str) -> str:
         return " ".join(message.split())
     # A path that was tried as a class and as a file: that the class has moved says all.
     reasons = [line for line in reasons if "since version 0.2" in line] or reasons
+    from lit_safety.core.own_classes import what_to_write
+
+    own = [said for line in reasons if (said := what_to_write(line, message)) is not None]
+    reasons = own or reasons  # then the other ways in which the value could have been read say nothing
     if keys:
         keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []

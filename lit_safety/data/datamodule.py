@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import DataPosition, PairLoader
@@ -148,6 +150,11 @@ class PreferenceDataModule(LightningDataModule):
             return
         deal, pairs = self._train_deal(), self._open("train")[1].total
         groups = self._groups("train", deal, warn=True)
+        if self.one_category and not groups and not any(c.categories for c in self._open("train")[0].manifest.classes):
+            raise UserError(
+                f"{KEY}.train: no pair has `categories`, and {KEY}.one_category makes each step of one category: write "
+                f"them into the pairs, or set {KEY}.one_category to false"
+            )
         check_pass(groups, deal, pairs, self.weights)
         steps_each = self._steps_each(len(groups))
         say_pass(groups, deal, pairs, self.weights)
@@ -248,6 +255,45 @@ class PreferenceDataModule(LightningDataModule):
                     if self.filter.takes(classes[number]):
                         found[classes[number].order] += pairs
         return counts
+
+    def kinds(self, name: str) -> Counter[str]:
+        """How many pairs of `train`, `val` or `test` that take part have a prompt of each kind, as far as the manifest
+        says; nothing of shards whose manifest says nothing.
+
+        Raises:
+            UserError: as `open_source`.
+        """
+        manifest = self._open(name)[0].manifest
+        found: Counter[str] = Counter()
+        for number, pairs in Counter(n for shard in manifest.shardlist for n in shard.classes or ()).items():
+            one = manifest.classes[number]
+            left_out = name == "train" and self.one_category and not self.uncategorised and not one.categories
+            if self.filter.takes(one) and not left_out:
+                found[one.kind] += pairs
+        return found
+
+    def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
+        """Key and metadata of the first pair that a stage reads, for each YAML key and folder; its JSON alone is read.
+
+        One that cannot be read is left out: it is named in its turn.
+
+        Raises:
+            UserError: as `check_sources`.
+        """
+        self.check_sources(stage)
+        found: dict[str, tuple[str, PairMetadata]] = {}
+        for source, selection in (self._opened[name] for name in self._needed(stage)):
+            start = 0
+            for folder, length in zip(source.caches, source.parts or (len(source.paths),), strict=True):
+                shard = next((n for n in range(start, start + length) if selection.counts[n]), None)
+                start += length
+                if shard is None:
+                    continue
+                with suppress(UserError), closing(source.open_shard(shard)) as tar:
+                    number = selection.number(shard, 0)
+                    about = parse_metadata(tar.read_member(number, "json"), tar.where(number))
+                    found[f"{source.key}: {folder.given}"] = tar.where(number), about
+        return found
 
     def training_categories(self) -> list[str]:
         """The categories that steps are made of, in the order of their turns where they are consecutive.

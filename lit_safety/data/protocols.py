@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lit_safety.data.cache.sources import CachedSource
+    from lit_safety.data.format.sample import PairMetadata
 
 
 def datamodule_of(trainer: Trainer | None) -> object:
@@ -42,6 +43,17 @@ class PairData(Protocol):
 
     def read_predictions(self, wanted: bool) -> None:
         """Whether batches out of a reference cache are to hold the reference's predictions too."""
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """Looks at its pairs before a model is loaded. See the methods of `PreferenceDataModule`."""
+
+    def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
+        """Where the first pair that a stage reads stands, and its metadata, for each YAML key and folder."""
+
+    def kinds(self, name: str) -> Counter[str]:
+        """Pairs of `train`, `val` or `test` by the kind of their prompt."""
 
 
 # Settings, each for itself.

@@ -94,6 +94,12 @@ class Arm:
             raise UserError(f"arm {name}: draws for a user and has no user adapter; name one in its adapter")
         if self.user is not None:
             self._embedding()
+        if self.guard is not None and not isinstance(getattr(self.guard, "settings", None), dict):
+            kind = type(self.guard).__name__
+            raise UserError(
+                f"arm {name}: the guard {kind} has no `settings`: set `self.settings` to a dict of all that changes "
+                "pixels when it is made (the report shows it, and images of other settings are drawn anew)"
+            )
 
     def _check_images(self, name: str) -> None:
         if self.images is None:

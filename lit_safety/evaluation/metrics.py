@@ -50,9 +50,17 @@ class Figure:
 
 
 FIGURES: dict[str, Figure] = {
-    "ip": Figure("IP, explicit prompts", "images of explicit prompts with any harm in them", "lower"),
+    "ip": Figure(
+        "IP, explicit prompts",
+        "inappropriate probability: the share of images of explicit prompts with any harm in them",
+        "lower",
+    ),
     "ip_by_category": Figure("IP by category", "the same, by the category asked for", "lower"),
-    "ip_implicit": Figure("IP, implicit prompts", "images of implicit prompts with any harm, by phrase", "lower"),
+    "ip_implicit": Figure(
+        "IP, implicit prompts",
+        "inappropriate probability: the share of images of implicit prompts with any harm, by phrase",
+        "lower",
+    ),
     "asr": Figure(
         "attack success rate",
         "attacked prompts with any harm: pre = their own text, post = the adversarial text; of those drawn with both, "

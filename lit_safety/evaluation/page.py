@@ -13,6 +13,7 @@ from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
 from lit_safety.evaluation.tables import (
     arm_blocks,
     asked,
+    cell,
     change,
     drawn_elsewhere,
     judged_over,
@@ -24,6 +25,7 @@ from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
 from lit_safety.report import page as html
 from lit_safety.report.charts import Axis, Chart, Point, Series, front, share_range, svg
 from lit_safety.report.page import (
+    MARKS,
     Alarm,
     Bar,
     Bars,
@@ -38,6 +40,7 @@ from lit_safety.report.page import (
     Settings,
     Shown,
     Switch,
+    Table,
     Text,
     Tile,
     Tiles,
@@ -76,12 +79,14 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
     versus = f" Below: base \u2192 {name}." if arm is not metrics["base"] else ""
     blocks: list[Block] = [
         Tiles(_tiles(metrics)),
+        *_ip_in_words(metrics),
         *_errors(metrics),
         Heading("Before and after"),
         Text(
             "One prompt of each kind, chosen by the base alone: the first on which it drew what was asked. Each card "
             "is one prompt, drawn from one seed by every arm. What the judge calls harmful is blurred: click it, or "
-            "press space on it, to see it.",
+            f"press space on it, to see it. Under an image stands what the judge says: {MARKS['harm']} harmful, "
+            f"{MARKS['safe']} safe, {MARKS['open']} no verdict.",
             soft=True,
         ),
         Switch("show all harmful images"),
@@ -100,6 +105,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         ),
         *([Text(f"{over[0].upper()}{over[1:]}.")] if over else []),
         *_figures(metrics),
+        *second_judges(metrics),
         *quality_blocks(metrics),
         Heading("More images"),
         Text("At even distances through the prompt set, not chosen.", soft=True),
@@ -202,6 +208,60 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     return tiles
 
 
+def _ip_in_words(metrics: Mapping[str, Any]) -> list[Block]:
+    """What IP is, where a figure of the page is called so."""
+    known = {figure.partition("/")[0] for arm in metrics["arms"].values() for figure in flat(arm)}
+    if not known & {"ip", "ip_implicit"}:
+        return []
+    return [Text("IP is the inappropriate probability: the share of images with harm, as the judge sees it.")]
+
+
+SECOND = ("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate", "lookalike_harm_rate")
+"""Of these, those that were measured stand in the table of the judges, for each judge and arm."""
+
+
+def second_judges(metrics: Mapping[str, Any]) -> list[Block]:
+    """What every judge says of harm, side by side, and how often the others differ from the first; nothing with one."""
+    arms = metrics["arms"]
+    names = list(dict.fromkeys(name for arm in arms.values() for name in arm.get("second_judges", {})))
+    if not names:
+        return []
+    first = metrics["settings"]["judge"]["name"]
+    rows = []
+    for figure in SECOND:
+        of_first = [cell(arm, figure) for arm in arms.values()]
+        others = [[cell(_second(arm, name), figure) for arm in arms.values()] for name in names]
+        if any(entry != "-" for cells in (of_first, *others) for entry in cells):
+            rows.append([f"{title(figure)}: {first}", *of_first])
+            rows += [[f"{title(figure)}: {name}", *cells] for name, cells in zip(names, others, strict=True)]
+    for name in names:
+        shares = [_disagreement(_second(arm, name)) for arm in arms.values()]
+        rows.append([f"images on which {name} differs from {first}", *shares])
+    return [
+        Heading("The judges side by side"),
+        Text(
+            f"Percent of images, 95% intervals in brackets. {first} is the judge of the rest of this page; the others "
+            "judged the same images.",
+            soft=True,
+        ),
+        Table(["harm, by judge", *arms], rows, "What each judge says of harm"),
+    ]
+
+
+def _second(arm: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a second judge says of an arm; no figures where it did not judge it."""
+    found: Mapping[str, Any] = arm.get("second_judges", {}).get(name, {"counts": {}, "intervals": {}})
+    return found
+
+
+def _disagreement(judged: Mapping[str, Any]) -> str:
+    if (found := judged.get("disagreement")) is None:
+        return "-"
+    low, high = found["interval"]
+    errors = f" +{found['counts']['errors']} errors" if found["counts"]["errors"] else ""
+    return f"{percent(found['value'])} [{percent(low)}, {percent(high)}]{errors}"
+
+
 def _share(value: float | str | None) -> str:
     """`61.2%`, or `not judged`."""
     return value if isinstance(value, str) else f"{percent(value)}%"
@@ -292,19 +352,20 @@ def _image(name: str, arm: ArmResult, row: int, prompt: str) -> Shown:
         source, small = data_uri(open_image(arm.drawn[row].path))
     except UserError:
         return Shown(name, "no image", None, verdict.reason if isinstance(verdict, JudgeError) else "no image")
-    says, bad = _says(verdict)
-    veil = f"show the image of {name} for: {prompt}" if bad else ""
-    return Shown(name, says, source, f"{name}, drawn for: {prompt}. {says}", small, veil, bad)
+    says, mark = _says(verdict)
+    veil = "" if mark == "safe" else f"show the image of {name} for: {prompt}"
+    return Shown(name, says, source, f"{name}, drawn for: {prompt}. {says}", small, veil, mark)
 
 
-def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
-    """What the caption says, and whether the image is veiled."""
+def _says(verdict: Verdict | JudgeError) -> tuple[str, str]:
+    """What the caption says, and its mark; all but `safe` is veiled."""
     if isinstance(verdict, NotJudged):
-        return verdict.reason, True
+        return verdict.reason, "open"
     if isinstance(verdict, JudgeError):
-        return f"no verdict, {verdict.reason}", True
+        return f"no verdict, {verdict.reason}", "open"
     seen = ", ".join(sorted(verdict.present & verdict.scores.keys()))
-    return ("harmful" if verdict.harmful else "safe") + (f" ({seen})" if seen else ""), verdict.harmful
+    word, mark = ("harmful", "harm") if verdict.harmful else ("safe", "safe")
+    return word + (f" ({seen})" if seen else ""), mark
 
 
 def _protocol(attacks: Mapping[str, Any] | None) -> list[Block]:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 QUALITY: dict[str, Figure] = {
     "fid_base": Figure(
         "FID to the base",
-        "distance between the features of the arm's and of the base's images of clean prompts, same seeds",
+        "Fr\u00e9chet distance of a network's features between two sets of images, 0 where they look alike: here the "
+        "arm's and the base's images of clean prompts, same seeds",
         "lower",
     ),
     "fid_reference": Figure(
-        "FID to the reference", "distance between the features of images of clean prompts and of --reference", "lower"
+        "FID to the reference",
+        "the same distance between the arm's images of clean prompts and the images that --reference names, which no "
+        "arm drew; the base has one too, and an arm should not be further away than the base",
+        "lower",
     ),
     "clip_score": Figure(
         "CLIPScore", "100 x cosine between the CLIP vectors of an image and its clean prompt, on average", "higher"
@@ -34,7 +38,7 @@ def about(figure: str) -> Figure:
     if figure in QUALITY:
         return QUALITY[figure]
     name = figure.partition("/")[2]
-    return Figure(name, f"{name}'s score of a picture of a clean prompt, on average", "higher")
+    return Figure(name, f"{name}'s score of an image of a clean prompt, on average", "higher")
 
 
 def quality_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -83,11 +87,21 @@ def quality_blocks(metrics: Mapping[str, Any]) -> list[Block]:
                 note = f"{_number(shift, sign='+')} against the base" if shift else ""
                 bars.append(Bar(name, quality_cell(arm, figure), note=note, tone=_tone(shift, shown.better)))
         text = f"{shown.meaning[0].upper()}{shown.meaning[1:]}. {shown.better.capitalize()} is better."
+        if figure == "fid_reference" and (reference := _reference(metrics)):
+            text += f" The reference here: {reference}."
         figures.append(PageFigure(shown.title, text, [Bars(f"{quality_n(arms.values(), figure)} images an arm", bars)]))
     if not figures:
         return []
     note = "FID is biased upwards in small sets: compare it at equal n only."
     return [Heading("Quality"), Text(note, soft=True), *figures]
+
+
+def _reference(metrics: Mapping[str, Any]) -> str | None:
+    """The folder of the images that FID compares with, and their number."""
+    found: Any = metrics.get("settings")
+    for key in ("quality", "fid", "reference"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return f"{found.get('path')}, {found.get('n')} images" if isinstance(found, dict) else None
 
 
 def _tone(shift: Mapping[str, Any] | None, better: str) -> str:

@@ -1,6 +1,7 @@
 """The guards by name, as YAML writes them."""
 
 from lit_safety.drawing.guards import SAFREE as SAFREE
+from lit_safety.drawing.guards import Guard as Guard
 from lit_safety.drawing.guards import SafeLatentDiffusion as SafeLatentDiffusion
 
-__all__ = ["SAFREE", "SafeLatentDiffusion"]
+__all__ = ["SAFREE", "Guard", "SafeLatentDiffusion"]

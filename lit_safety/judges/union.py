@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
+from lit_safety.core.own_classes import attributes_lacking
 from lit_safety.judges.judge import Judge, JudgeError, Verdict
 from lit_safety.judges.judging import judge_safely
 
@@ -40,6 +41,9 @@ class Union:
     def __init__(self, judges: list[Judge]) -> None:
         if len(judges) < 2:
             raise UserError("a union of judges needs two or more of them")
+        for one in judges:
+            if (lack := attributes_lacking(one, Judge)) is not None:
+                raise UserError(f"{type(one).__name__} {lack}")
         self.judges = judges
         self.keep = any(getattr(judge, "keep", False) for judge in judges)
         self.name = " or ".join(judge.name for judge in judges)

@@ -69,6 +69,11 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
                     f"precompute --model {pretrained}`, or set data.init_args.use_reference to false"
                 )
         kind = type(objective).__name__
+        if objective.reads_drift:
+            raise UserError(
+                f"{one.key}: {kind} reads the reference's predictions of every pair, and a reference cache holds those "
+                "of clean prompts alone: set data.init_args.use_reference to false"
+            )
         if objective.needs_drift and not reference.predictions:
             what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
             raise UserError(
@@ -126,15 +131,28 @@ def check_orders(objective: Objective, datamodule: object, stage: str) -> None:
             name = type(objective).__name__
             raise UserError(
                 f"{where}: {counts['composite']} of {counts.total()} pairs are ordered by quality minus cost (order: "
-                f"composite); {name} would count the cost twice: {_way_out(objective)}, or leave these pairs out with "
-                "`data.init_args.orders: [safety, quality]`"
+                f"composite); {name} would count the cost twice: {way_out_of(objective)}, or leave these pairs out "
+                "with `data.init_args.orders: [safety, quality]`"
             )
 
 
-def _way_out(objective: Objective) -> str:
+def way_out_of(objective: Objective) -> str:
     if objective.opt_out is None:
         return "choose another objective"
     return f"set `model.init_args.objective.init_args.{objective.opt_out}`"
+
+
+def needed_labels(objective: Objective, cost_model: bool) -> list[tuple[str, str]]:
+    """What the objective reads of the labels, and where a pair without it gets it from."""
+    score_first = "score the shards with a cost model first (`shards score`)"
+    if cost_model:
+        score_first += ", or name one in `model.init_args.cost_model`"
+    needed = [
+        (objective.needs_cost, "cost", score_first),
+        (objective.needs_score, "score", "write the quality of both images into the shards first"),
+        (objective.needs_harmful, "harmful label", "label both images first"),
+    ]
+    return [(label, cure) for needs, label, cure in needed if needs]
 
 
 def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = False) -> None:
@@ -152,18 +170,11 @@ def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = Fals
         UserError: naming the sample, what is missing, and the way out.
     """
     name = type(objective).__name__
-    way_out = _way_out(objective)
-    score_first = "score the shards with a cost model first"
-    if cost_model:
-        score_first += ", or name one in `model.init_args.cost_model`"
-    needed = [
-        (objective.needs_cost, batch.has_cost, "cost", score_first),
-        (objective.needs_score, batch.has_score, "score", "write the quality of both images into the shards first"),
-        (objective.needs_harmful, batch.has_harmful, "harmful label", "label both images first"),
-    ]
-    for needs, known, label, cure in needed:
-        for key, has_label in zip(batch.keys, known, strict=True):
-            if needs and not has_label:
+    way_out = way_out_of(objective)
+    known = {"cost": batch.has_cost, "score": batch.has_score, "harmful label": batch.has_harmful}
+    for label, cure in needed_labels(objective, cost_model):
+        for key, has_label in zip(batch.keys, known[label], strict=True):
+            if not has_label:
                 raise UserError(f"sample {key} has no {label}, and {name} needs both images': {cure}, or {way_out}")
     if objective.refuses_composite:
         for key, order in zip(batch.keys, batch.orders, strict=True):

@@ -70,9 +70,9 @@ class DPOExpert(PreferenceModule):
     # ---- the experts -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        super().setup(stage)
         if stage == "fit":
             check_experts(self.trainer, self.objective, self._experts(), self._consecutive)
+        super().setup(stage)
 
     def _experts(self) -> list[str]:
         """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -98,6 +98,8 @@ class PreferenceModule(ScheduledModule):
     """
 
     backbone: Backbone
+    cost_model: str | Literal[False] | None = False
+    """Folder of what scores pairs that have no costs; False: the module has no such option."""
 
     def __init__(
         self,
@@ -142,7 +144,12 @@ class PreferenceModule(ScheduledModule):
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
         check_orders(self.objective, data, stage)
+        from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
+
+        check_first_pairs(self.objective, data, stage, self.cost_model)
         if stage == "fit":
+            if self.anchors_clean_alone:
+                say_idle_anchor(self.objective, data)
             warn_if_not_moved(self.objective, self.trainer.callbacks)  # type: ignore[attr-defined]
         check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
@@ -189,6 +196,8 @@ class PreferenceModule(ScheduledModule):
         policy = self.backbone.predict(noisy, timesteps, conditioning)
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
         drift = None
+        if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
+            raise UserError(f"{type(self.objective).__name__} does without a reference cache, and the batch has one")
         if self.objective.needs_drift and reference.prediction is not None:
             drift = prediction_error(policy[: len(batch)], reference.prediction)
             drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
@@ -308,6 +317,11 @@ class PreferenceModule(ScheduledModule):
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
+
+    @property
+    def anchors_clean_alone(self) -> bool:
+        """Whether an objective's anchor acts on pairs with a clean prompt and on nothing else."""
+        return True
 
     @property
     def drops_prompts(self) -> bool:

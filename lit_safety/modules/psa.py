@@ -102,6 +102,11 @@ class PSA(PreferenceModule):
                 f"user_dropout and joint_dropout must not be negative and add up to less than 1, got {user_dropout} "
                 f"and {joint_dropout}"
             )
+        if self.objective.reads_drift and self.objective.anchor_weight > 0 and joint_dropout > 0:
+            raise ValueError(
+                f"joint_dropout {joint_dropout} holds pairs without user to the reference by anchor_weight, and "
+                f"{type(self.objective).__name__} would train on them all the same: set one of the two to 0"
+            )
         self.users = [users] if isinstance(users, str) else users
         self.user_tokens = user_tokens
         self.has_lora = lora is not None
@@ -113,6 +118,10 @@ class PSA(PreferenceModule):
     def prepare_data(self) -> None:
         check_folders(datamodule_of(self.trainer))
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_users(datamodule_of(self.trainer), stage, UserTable(self._user_files()))
+
     def configure_policy(self) -> None:
         files = self._user_files()
         self.table = UserTable(files)
@@ -122,9 +131,6 @@ class PSA(PreferenceModule):
         # Where this is not a fit, the checkpoint's statistics replace these.
         if len(files[0].ids) > 1:
             self.adapter.projection.standardise_by(files[0].embeddings(files[0].ids))
-        if self._trainer is not None:
-            stage = self.trainer.state.fn
-            check_users(datamodule_of(self.trainer), stage.value if stage else None, self.table)
 
     def begin_from(self, path: Path) -> None:
         if not is_checkpoint(path):
@@ -150,6 +156,10 @@ class PSA(PreferenceModule):
                 "`model.init_args.users`"
             )
         return found
+
+    @property
+    def anchors_clean_alone(self) -> bool:
+        return self.joint_dropout == 0  # pairs that are dropped jointly are held too
 
     @property
     def drops_prompts(self) -> bool:
@@ -227,7 +237,7 @@ class PSA(PreferenceModule):
     def _held(self, batch: PairBatch) -> Tensor | None:
         """Which pairs, bool (B,), are only held to the reference; None: none of them."""
         dropped = self.jointly_dropped(batch)
-        if not any(dropped) or not self.objective.needs_drift:
+        if not any(dropped) or self.objective.anchor_weight == 0:
             return None
         return torch.tensor(dropped).to(batch.harmful.device, non_blocking=True)
 
@@ -325,14 +335,21 @@ def check_folders(data: object) -> None:
 
 
 def check_users(data: object, stage: str | None, table: UserTable) -> None:
-    """Refuse pairs of users who have no embedding, before the first step and not in the middle of a run.
+    """Refuse pairs of users who have no embedding, and training pairs of which none is a user's, before a model is
+    loaded and not in the middle of a run.
 
     Raises:
-        UserError: names the first such user.
+        UserError: names the first such user, or the key.
     """
     if not isinstance(data, PairData):
         return
-    for key, users in data.users(stage).items():
+    held = data.users(stage)
+    if stage == "fit" and not held.get(train := "data.init_args.train", {""}):
+        raise UserError(
+            f"{train}: no pair has a `user_id`, and PSA trains each user's own bounds: convert pairs of users, as "
+            "`shards from-sage` does, or train these with configs/scdpo.yaml"
+        )
+    for key, users in held.items():
         if missing := sorted(users - set(table.ids)):
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(

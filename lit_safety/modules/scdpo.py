@@ -61,7 +61,7 @@ class SCDPO(PreferenceModule):
         if self.policy == "full":
             check_strategy(self.trainer, self._reference_cached)
         # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
-        if self.cost_model is not None and self._scorer is None:
+        if self.cost_model and self._scorer is None:
             from lit_safety.cost_model.files import load_cost_model
 
             self._scorer = load_cost_model(self.cost_model)

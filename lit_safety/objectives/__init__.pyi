@@ -7,12 +7,16 @@ from .constrained import ConstrainedDPO as ConstrainedDPO
 from .constrained import dual_update as dual_update
 from .constrained import reorder as reorder
 from .constrained import reward_order as reward_order
+from .dmpo import DMPO as DMPO
+from .dmpo import dmpo_loss as dmpo_loss
 from .dpo import IPO as IPO
 from .dpo import DiffusionDPO as DiffusionDPO
 from .dpo import Hinge as Hinge
 from .dpo import dpo_loss as dpo_loss
 from .dpo import hinge_loss as hinge_loss
 from .dpo import ipo_loss as ipo_loss
+from .dspo import DSPO as DSPO
+from .dspo import dspo_loss as dspo_loss
 from .focal_inverse import FocalInverse as FocalInverse
 from .focal_inverse import focal_inverse_loss as focal_inverse_loss
 from .objective import Objective as Objective
@@ -36,6 +40,8 @@ from .sdpo import scale_gradient as scale_gradient
 
 __all__ = [
     "BFPO",
+    "DMPO",
+    "DSPO",
     "IPO",
     "ConstrainedDPO",
     "DiffusionDPO",
@@ -53,7 +59,9 @@ __all__ = [
     "bfpo_target",
     "cost_margin",
     "delta",
+    "dmpo_loss",
     "dpo_loss",
+    "dspo_loss",
     "dual_update",
     "focal_inverse_loss",
     "hinge_loss",

@@ -157,11 +157,19 @@ class Objective:
     opt_out: str | None = None
     #: ``PairErrors.overlap`` must be there.
     needs_overlap: bool = False
+    #: The loss itself reads ``PairErrors.drift``, of every pair: a reference cache holds that of clean prompts alone.
+    reads_drift: bool = False
     #: The callback of `lit_safety.callbacks` to name where none of a run's declares, by its ``moves``, that it moves
     #: ``state_dict`` while the loss is trained; None: nothing needs to.
     moved_by: str | None = None
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
+        kind = type(self)
+        if all(getattr(kind, name) is getattr(Objective, name) for name in ("preference", "pair_loss", "__call__")):
+            raise ValueError(
+                f"{kind.__name__} has no loss: define `preference(self, m: Tensor, labels: PairLabels) -> Tensor`, or "
+                "`pair_loss(self, errors, m, labels)` where it reads more than the margin"
+            )
         if not 0 < beta < float("inf"):  # nan compares as false
             raise ValueError(f"beta must be above 0, got {beta}")
         if not (0 <= sft_weight < float("inf") and 0 <= anchor_weight < float("inf")):
@@ -173,7 +181,7 @@ class Objective:
     @property
     def needs_drift(self) -> bool:
         """Whether ``PairErrors.drift`` must be there (a reference cache cannot give it)."""
-        return self.anchor_weight > 0
+        return self.anchor_weight > 0 or self.reads_drift
 
     def state_dict(self) -> dict[str, Any]:
         """What the objective learns while it trains, for the checkpoint; nothing for most."""
@@ -193,10 +201,14 @@ class Objective:
         """The preference loss of each pair: margin (B,) in logits -> loss (B,). Override this."""
         raise NotImplementedError
 
+    def pair_loss(self, errors: PairErrors, m: Tensor, labels: PairLabels) -> Tensor:
+        """The same for a loss that reads more than the margin: override this one instead of `preference`."""
+        return self.preference(m, labels)
+
     def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
         """Score a batch: errors and labels of B pairs -> losses (B,) and what to log."""
         m = margin(errors, self.beta)
-        preference = self.preference(m, labels)
+        preference = self.pair_loss(errors, m, labels)
         loss = preference
         chosen, rejected = implicit_rewards(errors, self.beta)
         logs = {

@@ -34,6 +34,29 @@ def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
     return constant + scale * (x - constant)
 
 
+def safeguarded(errors: PairErrors, mu: float) -> tuple[PairErrors, Tensor]:
+    """The errors, with the rejected one's gradient multiplied by kappa, and kappa (B,): values stay as they are.
+
+    Raises:
+        ValueError: there is no overlap in ``errors``.
+    """
+    if errors.overlap is None:
+        raise ValueError("Diffusion-SDPO's mu needs PairErrors.overlap; the module must ask `needs_overlap`")
+    scale = loser_scale(errors.policy_chosen, errors.overlap, mu)
+    return replace(errors, policy_rejected=scale_gradient(errors.policy_rejected, scale)), scale
+
+
+def checked_mu(mu: float | None) -> float | None:
+    """A mu, None where there is none.
+
+    Raises:
+        ValueError: it lies outside [0, 1].
+    """
+    if mu is not None and not 0.0 <= mu <= 1.0:
+        raise ValueError(f"mu must lie in [0, 1], got {mu}")
+    return mu
+
+
 class DiffusionSDPO(Objective):
     """Diffusion-SDPO: DPO's value and margin, with a gradient that spares the chosen image's error.
 
@@ -43,7 +66,8 @@ class DiffusionSDPO(Objective):
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
         mu: share of the chosen image's own progress that must be left, in [0, 1]. 0 only forbids that its error rises;
-            1 ignores the rejected image wherever it overlaps. The authors' script for Stable Diffusion 1.5 has 0.9.
+            1 ignores the rejected image wherever it overlaps. The authors' scripts have 0.9 for Stable Diffusion 1.5
+            and 0.6 for SDXL.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
@@ -57,18 +81,14 @@ class DiffusionSDPO(Objective):
         self, beta: float = 5000.0, mu: float = 0.9, sft_weight: float = 0.0, anchor_weight: float = 0.0
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
-        if not 0.0 <= mu <= 1.0:
-            raise ValueError(f"mu must lie in [0, 1], got {mu}")
+        checked_mu(mu)
         self.mu = mu
 
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
         return dpo_loss(m)
 
     def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
-        if errors.overlap is None:
-            raise ValueError("DiffusionSDPO needs PairErrors.overlap; the module must ask `needs_overlap`")
-        scale = loser_scale(errors.policy_chosen, errors.overlap, self.mu)
-        scaled = replace(errors, policy_rejected=scale_gradient(errors.policy_rejected, scale))
-        output = super().__call__(scaled, labels)
+        errors, scale = safeguarded(errors, self.mu)
+        output = super().__call__(errors, labels)
         output.logs["sdpo/scale"] = scale
         return output

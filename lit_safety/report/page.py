@@ -68,6 +68,10 @@ class Alarm(Block):
     note: str
 
 
+MARKS = {"harm": "\u2715", "safe": "\u2713", "open": "?"}
+"""What a caption tells at a glance, by sign, frame and colour, so that no one needs to tell colours apart."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """An image with its caption.
@@ -79,7 +83,7 @@ class Shown:
         alt: what is seen, for those who do not see it.
         small: enlarge it without smoothing.
         veil: blurred until it is clicked; what the click does, in words. Empty: not blurred.
-        harm: the caption tells of harm.
+        mark: which of `MARKS` stands before the caption; empty: none.
     """
 
     name: str
@@ -88,7 +92,7 @@ class Shown:
     alt: str
     small: bool = False
     veil: str = ""
-    harm: bool = False
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def data_uri(image: Image.Image) -> tuple[str, bool]:
 
 
 def _helpers() -> dict[str, Any]:
-    return {"percent": lambda share: f"{100 * share:.2f}", "words": _words, "colours": COLOURS}
+    return {"percent": lambda share: f"{100 * share:.2f}", "words": _words, "colours": COLOURS, "marks": MARKS}
 
 
 def _words(value: Any) -> str:

@@ -61,6 +61,20 @@ def test_fit_writes_what_stock_diffusers_reads(
     assert list(latest.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("DMPO", {"beta": 2000.0, "alpha": 0.02, "mu": 0.9}), ("DSPO", {"beta": 0.01, "mu": 0.2})]
+)
+def test_the_objectives_of_diffusion_sdpos_trainer_are_set_by_yaml(
+    command_line: Arguments, latest: Path, tmp_path: Path, name: str, settings: dict[str, float]
+):
+    objective = {"class_path": f"lit_safety.objectives.{name}", "init_args": settings}
+    (tmp_path / "objective.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"objective": objective}}}))
+    assert main(command_line("fit", "--config", str(tmp_path / "objective.yaml"), "--trainer.max_steps", "1")) == 0
+    written = yaml.safe_load((latest / "config.yaml").read_text())["model"]["init_args"]["objective"]
+    assert settings.items() <= written["init_args"].items()
+    assert any(value.abs().max() > 0 for key, value in weights(latest).items() if "lora_B" in key)
+
+
 def test_checkpoints_do_not_carry_the_frozen_model(command_line: Arguments, latest: Path):
     assert main(command_line("fit")) == 0
     checkpoint = torch.load(latest / "checkpoints" / "last.ckpt", weights_only=False)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lit_safety.__main__ import main
 from lit_safety.callbacks import ProbeMargin
-from lit_safety.callbacks.probe_margin import rms
+from lit_safety.callbacks.probe_margin import advice, rms
 from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
@@ -104,3 +104,20 @@ def test_rms_of_numbers():
 def test_no_steps_are_refused():
     with pytest.raises(UserError, match="steps"):
         ProbeMargin(0)
+
+
+def test_the_line_says_which_key_and_which_value():
+    """Half of an RMS of 4 over a gap of 2: lambda 1. That of 2.9 beside 4.6 is left as it is."""
+    key = "model.init_args.objective.init_args"
+    for weight in (3.0, 0.2):  # 6 logits and .4, beside an RMS of 4
+        assert f"{key}.cost_weight: 1`" in advice(weight, 2.0, 4.0)
+    assert f"{key}.beta" in advice(3.0, 2.0, 4.0)
+    assert key not in advice(2.0, 1.45, 4.6)
+    assert f"{key}.beta" in advice(1.0, 2.0, 0.01)
+    assert "ordered" in advice(1.0, -0.5, 4.0)
+
+
+def test_the_value_that_is_named_is_left_as_it_is():
+    for gap, size in ((0.3, 7.0), (5.0, 0.4)):
+        (value,) = re.findall(r"cost_weight: ([\d.e+-]+)`", advice(1000.0, gap, size))
+        assert "cost_weight" not in advice(float(value), gap, size)

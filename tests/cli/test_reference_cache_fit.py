@@ -85,6 +85,7 @@ def test_fresh_draws_differ_and_need_nothing_of_the_reference_cache(
             [f"{OBJECTIVE}", "lit_safety.objectives.DiffusionDPO", f"{OBJECTIVE}.init_args.anchor_weight", "1"],
             "DiffusionDPO needs the reference's predictions for anchor_weight",
         ),
+        ([f"{OBJECTIVE}", "lit_safety.objectives.DSPO"], "data.init_args.use_reference"),
     ],
 )
 def test_what_the_cache_does_not_hold_is_refused_by_name(
@@ -92,6 +93,16 @@ def test_what_the_cache_does_not_hold_is_refused_by_name(
 ):
     assert main(command_line("fit", *on_cache(errors_only), *options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_predictions_of_clean_prompts_are_not_enough_for_dspo(
+    command_line: Arguments, cached: Path, capsys: pytest.CaptureFixture[str]
+):
+    dspo = [f"{OBJECTIVE}", "lit_safety.objectives.DSPO"]
+    assert main(command_line("fit", *on_cache(cached), *dspo)) == 2
+    assert "DSPO" in (message := capsys.readouterr().err)
+    assert "use_reference" in message
+    assert main(command_line("fit", *on_cache(cached), *dspo, "--data.init_args.use_reference", "false")) == 0
 
 
 def test_a_reference_cache_of_another_denoiser_is_refused(

@@ -20,7 +20,7 @@ FILES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 JOINED = re.sub(r"\\\n\s+", " ", PAGE)
 FITS = re.findall(r"^    python -m lit_safety (fit .*)$", JOINED, re.MULTILINE)
 (ATTACK,) = re.findall(r"^    python -m lit_safety (attack .*)$", JOINED, re.MULTILINE)
-(JUDGE,) = re.findall(r"^    python -m lit_safety (evaluate .*)$", JOINED, re.MULTILINE)
+GUARD, JUDGE = re.findall(r"^    python -m lit_safety (evaluate .*)$", JOINED, re.MULTILINE)
 
 
 @pytest.fixture
@@ -88,6 +88,16 @@ def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
     assert main([*shlex.split(ATTACK), *(f"--{key}={value}" for key, value in small.items())]) == 0
     found = json.loads((example / "runs" / "shouting" / "attacks.json").read_text())["attacks"]["shouting"]
     assert [point["budget"] for point in found["arms"]["base"]] == [0, 2, 3]
+
+
+def test_the_guard_guards(example: Path, tiny_pipeline: Path):
+    """`knife` stands in the asked prompts of violence: the guarded arm draws what the empty prompt gives."""
+    small = {"pipeline": tiny_pipeline, "steps": 1, "device": "cpu", "reference": "null", "clip": "null"}
+    small |= {"categories": '["violence"]', "other_world": "true"}
+    few = {"explicit": 1, "implicit": 0, "lookalike": 0, "clean": 1}
+    assert main([*shlex.split(GUARD), *(f"--{key}={value}" for key, value in (small | few).items())]) == 0
+    metrics = json.loads((example / "runs" / "guard" / "metrics.json").read_text())
+    assert metrics["arms"]["without word"]["settings"]["guard"] == {"guard": "without word", "word": "knife"}
 
 
 def test_the_judge_judges(example: Path, tiny_pipeline: Path):

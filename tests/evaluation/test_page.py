@@ -3,6 +3,7 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -93,3 +94,46 @@ def test_large_pictures_are_shrunk(html: str, results: Results) -> None:
 def test_errors_are_announced(html: str) -> None:
     assert "role=alert" in html
     assert "crash &amp; burn" in html
+
+
+def test_captions_tell_harm_from_harmless_by_sign_and_word(html: str) -> None:
+    """Not by colour alone: another sign in another frame, and another word."""
+    captions = re.findall(r'<span class="mark (\w+)"><i aria-hidden=true>(.)</i> ([^<]*)', html)
+    found = {mark: {sign for kind, sign, _ in captions if kind == mark} for mark, _, _ in captions}
+    assert found == {"harm": {"\u2715"}, "safe": {"\u2713"}, "open": {"?"}}
+    words = {mark: {words.split()[0].strip(",") for kind, _, words in captions if kind == mark} for mark in found}
+    assert words == {"harm": {"harmful"}, "safe": {"safe"}, "open": {"no"}}
+    frames = dict(re.findall(r"\.mark\.(\w+) i\{([^}]*)\}", html))
+    assert frames["harm"] != frames["open"]
+
+
+def test_ip_is_spelled_out(html: str) -> None:
+    assert "inappropriate probability: the share of images with harm" in html.lower()
+
+
+def test_the_judges_stand_side_by_side(results: Results, html: str, judge) -> None:
+    """The second judge errs on the third image and calls the fourth harmful, which the first one calls safe."""
+    assert "The judges side by side" not in html
+
+    other = SimpleNamespace(name="stricter", settings=judge.settings)
+    for arm in results.arms.values():
+        said = [Verdict(True), Verdict(False), JudgeError("gone"), Verdict(True), *[Verdict(False)] * 99]
+        arm.second.append(said[: len(arm.verdicts)])
+    results.judges.append(other)
+    text = page(results, results.metrics())
+    (table,) = re.findall(r"<h2>The judges side by side</h2>.*?</table>", text, re.DOTALL)
+    rows = {
+        re.sub("<[^>]+>", "", head): re.findall(r"<td>([\d.]+|-|none)", cells)
+        for head, cells in re.findall(r"<tr><th scope=row>(.*?)</th>(.*?)</tr>", table, re.DOTALL)
+    }
+    kinds = [prompt.kind for prompt in results.prompts]
+    both = [
+        (one, two) for one, two in zip(results.arms["base"].verdicts, results.arms["base"].second[0], strict=True)
+        if isinstance(one, Verdict) and isinstance(two, Verdict)
+    ]  # fmt: skip
+    share = 100 * sum(one.harmful != two.harmful for one, two in both) / len(both)
+    differs = f"images on which stricter differs from {SETTINGS['judge']['name']}"
+    assert rows[differs] == [f"{share:.1f}"] * 2
+    assert "explicit" in kinds
+    for name in (SETTINGS["judge"]["name"], "stricter"):
+        assert len(rows[f"IP, explicit prompts: {name}"]) == 2

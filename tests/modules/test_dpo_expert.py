@@ -24,6 +24,8 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.modules import DPOExpert
 from lit_safety.objectives import (
     BFPO,
+    DMPO,
+    DSPO,
     IPO,
     ConstrainedDPO,
     DiffusionDPO,
@@ -235,6 +237,19 @@ def test_what_cannot_be_trained_is_named(
         fit(module_of(tiny_pipeline, **model), data_of(category_shards, **data), 3)
 
 
+def test_pairs_without_categories_are_refused_before_a_model_is_loaded(tiny_pipeline: Path, tmp_path: Path):
+    black = Image.new("RGB", (32, 32))
+    with ShardWriter(tmp_path / "plain") as writer:
+        for key in ("0", "1", "2", "3"):
+            about = {"prompt": "x", "prompt_kind": "harmful", "order": "safety"}
+            about |= {"harmful": {"chosen": False, "rejected": True}}
+            writer.write(key, about, black, black)
+    module = module_of(tiny_pipeline)
+    with pytest.raises(UserError, match=r"data.init_args.train: no pair has `categories`"):
+        fit(module, data_of(tmp_path / "plain"), 1)
+    assert "backbone" not in module._modules
+
+
 def test_interleaving_is_refused_under_deepspeed(
     tiny_pipeline: Path, category_shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -251,12 +266,15 @@ def test_averages_over_steps_are_refused_for_several_experts(tiny_pipeline: Path
 
 @pytest.mark.parametrize(
     "objective",
-    [BFPO, IPO, DiffusionSDPO, FocalInverse, Hinge, RePO, SafetyConstrainedDPO],
-    ids=lambda one: one.__name__,
-)
-def test_experts_learn_by_every_other_objective(tiny_pipeline: Path, category_shards: Path, objective: type[Objective]):
+    [
+        *(kind(beta=200.0) for kind in (BFPO, IPO, DiffusionSDPO, FocalInverse, Hinge, RePO, SafetyConstrainedDPO)),
+        DMPO(beta=200.0, mu=0.6), DSPO(beta=0.05), DSPO(beta=0.05, mu=0.2),
+    ],
+    ids=lambda one: type(one).__name__,
+)  # fmt: skip
+def test_experts_learn_by_every_other_objective(tiny_pipeline: Path, category_shards: Path, objective: Objective):
     """One step: the expert whose turn it is has moved, the other has not."""
-    module = module_of(tiny_pipeline, objective(beta=200.0))
+    module = module_of(tiny_pipeline, objective)
     fit(module, data_of(category_shards), 1)
     moved = {
         name: any(bool(value.count_nonzero()) for key, value in weights(module, name).items() if "lora_B" in key)

@@ -18,7 +18,7 @@ from lit_safety.data import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PSA, SelectiveBackward
-from lit_safety.objectives import DiffusionDPO
+from lit_safety.objectives import DSPO, DiffusionDPO
 from lit_safety.users.table import write_users
 
 USERS = {f"u{i}": torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(4)}
@@ -220,6 +220,27 @@ def test_without_prompt_and_user_the_policy_is_held_to_the_reference(tiny_pipeli
     assert (found.policy_chosen - found.reference_chosen).abs().min() > 1e-6
     module.eval()
     assert (module.errors(batch).policy_chosen - errors.reference_chosen).abs().min() > 1e-6
+
+
+def test_training_pairs_of_nobody_are_refused_before_a_model_is_loaded(
+    tiny_pipeline: Path, users: Path, tmp_path: Path
+):
+    with ShardWriter(tmp_path / "plain") as writer:
+        about = {"prompt": "x", "prompt_kind": "harmful", "order": "safety"}
+        about |= {"harmful": {"chosen": False, "rejected": True}}
+        writer.write("0", about, *[Image.new("RGB", (32, 32))] * 2)
+    module = PSA(str(tiny_pipeline), DiffusionDPO(beta=200.0), users=str(users))
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match=r"data.init_args.train: .*user_id"):
+        trainer.fit(module, datamodule=PreferenceDataModule(str(tmp_path / "plain"), batch_size=1))
+    assert "backbone" not in module._modules
+
+
+def test_pairs_without_user_cannot_be_held_where_the_loss_itself_reads_the_drift():
+    with pytest.raises(ValueError, match="joint_dropout"):
+        PSA("x", DSPO(anchor_weight=1.0), joint_dropout=0.1)
+    PSA("x", DSPO(anchor_weight=1.0), joint_dropout=0.0)
+    PSA("x", DSPO(), joint_dropout=0.1)
 
 
 def test_a_lora_is_trained_with_it_and_is_no_part_of_the_reference(tiny_pipeline: Path, users: Path, tmp_path: Path):

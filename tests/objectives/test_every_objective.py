@@ -10,6 +10,8 @@ import torch
 import lit_safety.objectives
 from lit_safety.objectives import (
     BFPO,
+    DMPO,
+    DSPO,
     IPO,
     ConstrainedDPO,
     DiffusionDPO,
@@ -34,6 +36,8 @@ SMOOTH: list[Objective] = [
     SafetyConstrainedDPO(2.0, gamma=0.5, dfm_detach=False),
     FocalInverse(2.0, gamma=0.5, detach_focus=False),
     FocalInverse(2.0, gamma=1.4, detach_focus=False),
+    DMPO(2.0, alpha=0.1),
+    DSPO(1.0),
 ]
 DETACHED: list[Objective] = [
     DiffusionSDPO(2.0),
@@ -55,18 +59,19 @@ def labels(size: int, dtype: torch.dtype = torch.float32) -> PairLabels:
     return PairLabels(torch.zeros(size, dtype=dtype), *columns)
 
 
-def batch(margins: torch.Tensor) -> tuple[PairErrors, torch.Tensor, torch.Tensor]:
-    """Errors that give these margins at beta 2, half of each on either image: m = -(e_w - 300) + (e_l - 300)."""
-    chosen = (300 - margins / 2).requires_grad_(True)
-    rejected = (300 + margins / 2).requires_grad_(True)
+def batch(margins: torch.Tensor, beta: float = 2.0) -> tuple[PairErrors, torch.Tensor, torch.Tensor]:
+    """Errors that give these margins, half of each on either image: m = -(beta / 2)((e_w - 300) - (e_l - 300))."""
+    chosen = (300 - margins / beta).requires_grad_(True)
+    rejected = (300 + margins / beta).requires_grad_(True)
     reference = torch.full_like(margins, 300.0)
-    return PairErrors(chosen, rejected, reference, reference, overlap=torch.full_like(margins, 350.0)), chosen, rejected
+    more = {"overlap": torch.full_like(margins, 350.0), "drift": torch.zeros_like(margins)}
+    return PairErrors(chosen, rejected, reference, reference, **more), chosen, rejected
 
 
 @pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)
 def test_value_and_gradient_are_finite_far_out(objective: Objective):
     margins = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0])
-    errors, chosen, rejected = batch(margins)
+    errors, chosen, rejected = batch(margins, objective.beta)
     output = objective(errors, labels(5))
     assert torch.equal(output.logs["rewards/margins"], margins)
     output.loss.sum().backward()
@@ -81,7 +86,8 @@ def test_gradient_in_float64(objective: Objective):
     errors, chosen, rejected = batch(torch.tensor([-4.3, -1.2, 0.0, 0.3, 0.7, 1.4, 5.1], dtype=torch.float64))
 
     def loss(e_w: torch.Tensor, e_l: torch.Tensor) -> torch.Tensor:
-        pair = PairErrors(e_w, e_l, errors.reference_chosen, errors.reference_rejected)
+        drift = torch.full_like(e_w, 0.5).detach()
+        pair = PairErrors(e_w, e_l, errors.reference_chosen, errors.reference_rejected, drift)
         return objective(pair, labels(7, torch.float64)).loss
 
     assert torch.autograd.gradcheck(loss, (chosen, rejected))
@@ -128,11 +134,11 @@ def test_no_objective_is_left_out():
 
 @pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)
 def test_an_untrained_pair_moves_towards_the_safe_and_better_image(objective: Objective):
-    """A step downhill lowers the chosen image's error and does not lower the rejected one's."""
+    """A step downhill lowers the chosen image's error and does not lower the rejected one's (DSPO leaves it alone)."""
     errors, chosen, rejected = batch(torch.zeros(1))
     objective(errors, labels(1)).loss.sum().backward()
     assert chosen.grad.item() > 0
-    assert rejected.grad.item() < 0
+    assert rejected.grad.item() == 0 if isinstance(objective, DSPO) else rejected.grad.item() < 0
 
 
 @pytest.mark.parametrize("objective", SMOOTH + DETACHED, ids=name)

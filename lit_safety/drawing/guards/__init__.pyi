@@ -1,6 +1,7 @@
 """Guards that need no training: what is done to a pipeline while it draws."""
 
+from .guard import Guard as Guard
 from .safe_latent_diffusion import SafeLatentDiffusion as SafeLatentDiffusion
 from .safree import SAFREE as SAFREE
 
-__all__ = ["SAFREE", "SafeLatentDiffusion"]
+__all__ = ["SAFREE", "Guard", "SafeLatentDiffusion"]

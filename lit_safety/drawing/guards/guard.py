@@ -41,6 +41,13 @@ Step = Callable[[Callable[..., "Tensor"], "Tensor", Any, "Tensor", dict[str, Any
 denoise(noisy, timestep, text, keywords) is the denoiser; the first half of each is unguided."""
 
 
+def time_of(timestep: Any) -> float:
+    """A timestep as a number: a UNet is given one, a transformer a row of equal ones."""
+    import torch
+
+    return float(torch.as_tensor(timestep).flatten()[0])
+
+
 def check_unet(pipe: Any, guard: str) -> None:
     """Refuse a pipeline without a UNet conditioned on text.
 
@@ -53,53 +60,66 @@ def check_unet(pipe: Any, guard: str) -> None:
 
 @contextmanager
 def denoiser_replaced(pipe: Any, step: Step, batch: int) -> Iterator[Any]:
-    """Within, `pipe` calls `step` where it called its UNet; yields the private copy of the UNet that `step` is given.
+    """Within, `pipe` calls `step` where it called its denoiser, a UNet or SD3's transformer.
 
-    The copy shares all weights but not its hooks: other threads draw with the same UNet at the same time.
+    Yields the private copy of the denoiser that `step` is given: it shares all weights but not its hooks, because other
+    threads draw with the same denoiser at the same time.
 
     Raises:
         UserError: guidance is off, so that there is no unguided half.
     """
-    original = pipe.unet
+    part, first = ("unet", "sample") if getattr(pipe, "unet", None) is not None else ("transformer", "hidden_states")
+    original = getattr(pipe, part)
     private, shell = private_copy(original), copy.copy(original)
 
     def denoise(noisy: Tensor, timestep: Any, text: Tensor, keywords: dict[str, Any]) -> Tensor:
-        keywords = _users_of_all_rows(keywords, len(noisy), batch)
-        return private.forward(noisy, timestep, encoder_hidden_states=text, **{**keywords, "return_dict": False})[0]
+        given = {**_for_all_rows(keywords, len(noisy), batch), "return_dict": False}
+        return private.forward(**{first: noisy}, timestep=timestep, encoder_hidden_states=text, **given)[0]
 
-    def forward(noisy: Tensor, timestep: Any, encoder_hidden_states: Tensor, **keywords: Any) -> tuple[Tensor]:
+    def forward(*given: Any, **keywords: Any) -> tuple[Tensor]:
+        keywords |= dict(zip((first, "timestep", "encoder_hidden_states"), given, strict=False))
+        noisy, timestep, text = (keywords.pop(name) for name in (first, "timestep", "encoder_hidden_states"))
         if len(noisy) != 2 * batch:
             raise UserError("guards need classifier-free guidance: give a --guidance above 1")
-        return (step(denoise, noisy, timestep, encoder_hidden_states, keywords),)
+        return (step(denoise, noisy, timestep, text, keywords),)
 
     shell.forward = forward
-    pipe.unet = shell
+    setattr(pipe, part, shell)
     try:
         yield private
     finally:
-        pipe.unet = original
+        setattr(pipe, part, original)
 
 
-def _users_of_all_rows(keywords: dict[str, Any], rows: int, batch: int) -> dict[str, Any]:
-    """User tokens (2B, N, d) of an adapter's users for a guard's `rows`; the further ones have the prompts' users."""
-    own = keywords.get("cross_attention_kwargs") or {}
-    tokens = own.get("user_tokens")
-    if tokens is None or len(tokens) == rows:
-        return keywords
+def _for_all_rows(keywords: dict[str, Any], rows: int, batch: int) -> dict[str, Any]:
+    """What is given a row each (2B), for a guard's `rows`; the further ones are given what the prompts are.
+
+    These are the user tokens of an adapter for users, and SDXL's pooled text and sizes.
+    """
     import torch
 
-    tokens = torch.cat([tokens, *[tokens[batch : 2 * batch]] * (rows // batch - 2)])
-    return {**keywords, "cross_attention_kwargs": {**own, "user_tokens": tokens}}
+    def more(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != 2 * batch or rows == 2 * batch:
+            return value
+        return torch.cat([value, *[value[batch:]] * (rows // batch - 2)])
+
+    found = dict(keywords)
+    for name in ("cross_attention_kwargs", "added_cond_kwargs"):
+        if isinstance(own := found.get(name), dict):
+            found[name] = {key: more(value) for key, value in own.items()}
+    return found
 
 
-def private_copy(unet: Any) -> Any:
-    """The same weights in a UNet whose up blocks can be hooked without anybody else noticing."""
+def private_copy(denoiser: Any) -> Any:
+    """The same weights in a denoiser whose up blocks, if it has any, can be hooked without anybody else noticing."""
     import torch
 
-    own = copy.copy(unet)
-    own._modules = dict(unet._modules)
+    own = copy.copy(denoiser)
+    own._modules = dict(denoiser._modules)
+    if not hasattr(denoiser, "up_blocks"):
+        return own
     blocks = []
-    for block in unet.up_blocks:
+    for block in denoiser.up_blocks:
         blocks.append(copy.copy(block))
         blocks[-1]._forward_pre_hooks = type(block._forward_pre_hooks)(block._forward_pre_hooks)
         blocks[-1]._forward_pre_hooks_with_kwargs = type(block._forward_pre_hooks_with_kwargs)()

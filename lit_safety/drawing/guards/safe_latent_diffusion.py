@@ -83,11 +83,10 @@ class SafeLatentDiffusion(Guard):
         def step(denoise: Any, noisy: Tensor, timestep: Any, text: Tensor, keywords: dict[str, Any]) -> Tensor:
             concept = encoded[0].to(text.dtype).expand(batch, -1, -1)
             added = keywords.get("added_cond_kwargs")
-            if added and "text_embeds" in added:  # SDXL's pooled text, and its sizes as the prompt's
+            if added and "text_embeds" in added:  # SDXL's pooled text
                 pooled = encoded[2].to(text.dtype).expand(batch, -1)
-                sizes = torch.cat([added["time_ids"], added["time_ids"][batch:]])
-                more = {"text_embeds": torch.cat([added["text_embeds"], pooled]), "time_ids": sizes}
-                keywords = {**keywords, "added_cond_kwargs": {**added, **more}}
+                more = {**added, "text_embeds": torch.cat([added["text_embeds"], pooled])}
+                keywords = {**keywords, "added_cond_kwargs": more}
             both = denoise(torch.cat([noisy, noisy[batch:]]), timestep, torch.cat([text, concept]), keywords)
             empty, prompt, harm = both.chunk(3)
             away = self.guidance(empty, prompt, harm, state)

@@ -1,4 +1,9 @@
-"""SAFREE's side of the text: which tokens are unsafe, and what they become (arXiv 2410.12761, section 3.1 and 3.2)."""
+"""SAFREE (Yoon et al., arXiv 2410.12761): the part of a prompt that lies in a space of unsafe concepts is taken out.
+
+Written again from the paper's equations and from what the published code computes. Where the two differ, `follow` says
+which one is meant (`SAFREE`). Two effects that are often mixed up are kept apart: no concept is handed to the pipeline
+as a negative prompt here, and the re-attention has a switch of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +11,224 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lit_safety.core.errors import UserError
-from lit_safety.drawing.guards.guard import Guard, check_unet, denoiser_replaced
+from lit_safety.drawing.guards.guard import Guard, denoiser_replaced, time_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+Follow = Literal["code", "paper"]
+
+# Which parts of a denoiser's text are projected, and by which encoder.
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The part of a denoiser's text (B, L, d) that one text encoder wrote."""
+
+    tokenizer: Any
+    encoder: Any
+    rows: slice
+    """Places of its tokens in L."""
+    columns: slice
+    """Its numbers in d."""
+    layer: int = -1
+    """Which hidden state the pipeline takes: -1 the last one, -2 the one before it."""
+    clip: bool = True
+    """A CLIP, whose texts have a start token and a pooled output. A T5 has neither: its tokens are averaged."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text, padding included."""
+        return int(self.rows.stop - self.rows.start)
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (N, length), the mask 1 for the text's own tokens, start and end included."""
+        found = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return found["input_ids"], found["attention_mask"]
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the pipeline takes of a text, ids (N, length) -> fp32 (N, length, d)."""
+        ids = ids.to(self.encoder.device)
+        if self.layer == -1:
+            return self.encoder(ids).last_hidden_state.float()
+        return self.encoder(ids, output_hidden_states=True).hidden_states[self.layer].float()
+
+    def pooled(self, ids: Tensor, mask: Tensor, attend: bool = False) -> Tensor:
+        """One vector a text, ids and mask (N, length) -> fp32 (N, d); with `attend` only the mask is attended to."""
+        ids, mask = ids.to(self.encoder.device), mask.to(self.encoder.device)
+        if not self.clip:
+            weight = mask[..., None].float()
+            states = self.encoder(ids, attention_mask=mask if attend else None).last_hidden_state.float()
+            return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        found = self.encoder(ids, attention_mask=mask if attend else None)
+        return (found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output).float()
+
+
+def text_parts(pipe: Any) -> list[TextPart]:
+    """The parts of what `pipe` gives its denoiser as text that are projected.
+
+    Stable Diffusion: its one encoder. SDXL: the second encoder, as in the published code; the first one's numbers and
+    the pooled text stay. SD3: each encoder that is there, for itself; the pooled text stays.
+
+    Raises:
+        UserError: the pipeline is of no such family, or an encoder's pooled output is not as wide as its tokens.
+    """
+    if not _is_clip(getattr(pipe, "text_encoder", None)):
+        raise _unknown(pipe)
+    first = pipe.tokenizer.model_max_length
+    if getattr(pipe, "unet", None) is not None:
+        if getattr(pipe, "text_encoder_2", None) is None:
+            return [TextPart(pipe.tokenizer, pipe.text_encoder, slice(0, first), slice(0, _width(pipe.text_encoder)))]
+        second = pipe.text_encoder_2
+        if not _is_clip(second):
+            raise _unknown(pipe)
+        start = _width(pipe.text_encoder)
+        return [_pooling(TextPart(pipe.tokenizer_2, second, slice(0, first), slice(start, start + _width(second)), -2))]
+    if not hasattr(pipe, "text_encoder_3") or not _is_clip(pipe.text_encoder_2):
+        raise _unknown(pipe)
+    start, parts = 0, []
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        columns = slice(start, start + _width(encoder))
+        parts.append(_pooling(TextPart(tokenizer, encoder, slice(0, first), columns, -2)))
+        start = columns.stop
+    if pipe.text_encoder_3 is not None:
+        t5, stop = pipe.text_encoder_3, first + T5_LENGTH
+        columns = slice(0, int(t5.config.d_model))
+        parts.append(TextPart(pipe.tokenizer_3, t5, slice(first, stop), columns, clip=False))
+    return parts
+
+
+T5_LENGTH = 256
+"""Tokens that the stock SD3 pipeline gives T5."""
+
+
+def _is_clip(encoder: Any) -> bool:
+    return type(encoder).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+
+def _width(encoder: Any) -> int:
+    return int(encoder.config.hidden_size)
+
+
+def _pooling(part: TextPart) -> TextPart:
+    config = part.encoder.config
+    if config.projection_dim != config.hidden_size:
+        raise UserError(
+            f"the guard SAFREE needs a text encoder whose pooled text is as wide as its tokens; "
+            f"{type(part.encoder).__name__} pools {config.hidden_size} numbers to {config.projection_dim}"
+        )
+    return part
+
+
+def _unknown(pipe: Any) -> UserError:
+    return UserError(
+        f"the guard SAFREE works on pipelines of Stable Diffusion, SDXL and SD3 with their CLIP text encoders, "
+        f"not on {type(pipe).__name__}"
+    )
+
+
+# The side of the text: which tokens are unsafe, and what they become (sections 3.1 and 3.2 of the paper).
+
+
 @dataclass(frozen=True)
 class SafeText:
-    """One prompt after the projection."""
+    """One prompt after the projection, in one `TextPart`."""
 
     safe: Tensor
     """(L, d): the prompt's embeddings, those of unsafe tokens projected."""
     triggers: tuple[int, ...]
     """Places of the unsafe tokens."""
     change: float
-    """b = 1 - cos(p, p_proj) over the prompt's tokens together."""
+    """b, how far the projection of all tokens moves the prompt: `code`: 1 - the mean of the tokens' cosines, start and
+    end included; `paper`: 1 - the cosine of the prompt's tokens taken together."""
 
 
 def safe_texts(
-    tokenizer: Any, encoder: Any, prompts: Sequence[str], concepts: Sequence[str], alpha: float
+    part: TextPart, prompts: Sequence[str], concepts: Sequence[str], alpha: float, follow: Follow = "code"
 ) -> list[SafeText]:
     """Project each prompt.
 
     Args:
-        tokenizer: of CLIP.
-        encoder: CLIP's text encoder; gives last_hidden_state (B, L, d) and pooler_output (B, d).
+        part: whose tokens.
         prompts: the prompts of a batch.
         concepts: unsafe phrases.
         alpha: see `triggered`.
+        follow: the published code or the paper.
     """
     import torch
 
     with torch.no_grad():
-        space = projector(_encode(encoder, _tokens(tokenizer, concepts)["input_ids"]).pooler_output.float())
-        return [_one(tokenizer, encoder, prompt, space, alpha) for prompt in prompts]
+        space = projector(part.pooled(*part.tokens(concepts), attend=not part.clip))
+        return [_one(part, prompt, space, alpha, follow) for prompt in prompts]
 
 
-def _one(tokenizer: Any, encoder: Any, prompt: str, space: Tensor, alpha: float) -> SafeText:
+def _one(part: TextPart, prompt: str, space: Tensor, alpha: float, follow: Follow) -> SafeText:
     import torch
 
-    tokens = _tokens(tokenizer, [prompt])
-    ids = tokens["input_ids"]
-    count = int(tokens["attention_mask"].sum()) - 2  # without start and end
-    plain = _encode(encoder, ids).last_hidden_state[0].float()
-    if count < 2:  # a single token has no others to be compared with
+    ids, mask = part.tokens([prompt])
+    plain = part.hidden(ids)[0]
+    start = 1 if part.clip else 0
+    count = int(mask.sum()) - 1 - start  # without start and end
+    if count < 1:  # the empty prompt
         return SafeText(plain, (), 0.0)
-    masks = torch.ones(count, ids.shape[1], dtype=torch.long)
-    masks[torch.arange(count), torch.arange(1, count + 1)] = 0
-    without = _encode(encoder, ids.expand(count, -1), masks).pooler_output.float()
+    left_out, masks = leave_one_out(ids[0], mask[0], start, count, follow, part.clip)
+    without = part.pooled(left_out, masks, attend=follow == "paper")
     outside = torch.eye(len(space), device=space.device) - space
-    places = [1 + i for i in triggered((without @ outside).norm(dim=1), alpha)]
-    # the paper's order: out of the concepts first, then back into the span of the prompt; both projectors are symmetric
-    projected = plain[1 : count + 1] @ outside @ projector(without)
+    places = [start + i for i in triggered((without @ outside).norm(dim=1), alpha)]
+    projected = project(plain, projector(without), space, follow)
     safe = plain.clone()
-    for place in places:
-        safe[place] = projected[place - 1]
-    alike = torch.nn.functional.cosine_similarity(plain[1 : count + 1].flatten(), projected.flatten(), dim=0)
-    return SafeText(safe, tuple(places), 1.0 - float(alike))
+    safe[places] = projected[places]
+    if follow == "code":
+        kept = mask[0].bool().to(plain.device)
+        cosine = torch.nn.functional.cosine_similarity(plain[kept], projected[kept], dim=1).mean()
+    else:
+        own = slice(start, start + count)
+        cosine = torch.nn.functional.cosine_similarity(plain[own].flatten(), projected[own].flatten(), dim=0)
+    return SafeText(safe, tuple(places), 1.0 - float(cosine))
+
+
+def leave_one_out(
+    ids: Tensor, mask: Tensor, start: int, count: int, follow: Follow, clip: bool = True
+) -> tuple[Tensor, Tensor]:
+    """A text (L,) without each of its tokens in turn -> ids and masks (count, L).
+
+    The published code exchanges the token for id 0 (CLIP's `!`, T5's padding); the paper masks it. What is averaged of
+    a T5 leaves the token out in either case.
+    """
+    import torch
+
+    rows = torch.arange(count)
+    ids, masks = ids.repeat(count, 1), mask.repeat(count, 1)
+    if follow == "code":
+        ids[rows, start + rows] = 0
+    if follow == "paper" or not clip:
+        masks[rows, start + rows] = 0
+    return ids, masks
+
+
+def project(tokens: Tensor, prompt: Tensor, space: Tensor, follow: Follow) -> Tensor:
+    """Tokens (n, d) out of the concepts and into the prompt's span -> (n, d).
+
+    The published code computes (I - P_C) P_I p, which leaves nothing of the concepts. The paper's equation 5 is
+    P_I (I - P_C) p: what is put back into the prompt's span may lie in the concepts again.
+
+    Args:
+        tokens: p, in rows.
+        prompt: P_I (d, d), onto the span of the prompts with one token left out.
+        space: P_C (d, d), onto the span of the concepts.
+        follow: whose order.
+    """
+    import torch
+
+    outside = torch.eye(len(space), device=space.device, dtype=space.dtype) - space
+    # Tokens stand in rows and projectors are symmetric: what is applied first stands first.
+    return tokens @ prompt @ outside if follow == "code" else tokens @ outside @ prompt
 
 
 def projector(rows: Tensor) -> Tensor:
@@ -78,26 +240,17 @@ def projector(rows: Tensor) -> Tensor:
 
 
 def triggered(distances: Tensor, alpha: float) -> list[int]:
-    """Tokens i with d_i >= (1 + alpha) times the mean of the other d; distances (n,), n >= 2."""
+    """Tokens i with d_i >= (1 + alpha) times the mean of the other d; distances (n,).
+
+    A single token has no others, and always is one: the published code compares with the mean of nothing, nan.
+    """
+    if len(distances) == 1:
+        return [0]
     others = (distances.sum() - distances) / (len(distances) - 1)
     return (distances >= (1 + alpha) * others).nonzero().flatten().tolist()
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> Any:
-    length = tokenizer.model_max_length
-    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-
-
-def _encode(encoder: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
-    device = encoder.device
-    return encoder(ids.to(device), attention_mask=None if mask is None else mask.to(device))
-
-
-# SAFREE (Yoon et al., arXiv 2410.12761): the part of a prompt that lies in a space of unsafe concepts is taken out.
-#
-# written again from the paper's equations. Two effects that are often mixed up are kept apart: no concept is handed to
-# the pipeline as a negative prompt here, and the re-attention has a switch of its own.
-
+# The guard.
 
 PHRASES: tuple[str, ...] = (
     *(
@@ -119,17 +272,29 @@ PHRASES: tuple[str, ...] = (
 class SAFREE(Guard):
     """The projection of the prompt, and the re-attention of the latents.
 
+    The published figures come from the published code, which differs from the paper; `follow` chooses:
+
+    | | `code` | `paper` |
+    |---|---|---|
+    | an unsafe token p becomes | (I - P_C) P_I p | P_I (I - P_C) p (equation 5) |
+    | a token is left out | exchanged for id 0 | masked |
+    | steps with the projected prompt | 1 + round(gamma sigmoid(5 (10 b - 5.333))) | gamma sigmoid(b) (equation 6) |
+    | b | 1 - mean of the tokens' cosines | 1 - cosine of the prompt |
+
     Args:
         concepts: unsafe phrases; null: `PHRASES`.
         alpha: a token is unsafe when leaving it out moves the prompt (1 + alpha) times as far from the concepts as
             leaving out the others does.
-        gamma: the projected prompt is used for the first gamma * sigmoid(1 - cos) steps.
-        self_validation: choose the number of those steps by how much the projection changed; off: all steps.
+        gamma: scale of the number of steps that the projected prompt is used for.
+        self_validation: choose the number of those steps by how much the projection changed; off: all steps (as the
+            published code draws with SDXL).
         projection: draw with the projected prompt; off: with the prompt as it is, and the projected one only serves
             the re-attention to compare with.
         reattention: damp low frequencies of the UNet's skip features where the prompt that draws raises them above
-            the other one's.
+            the other one's (equations 7 and 8). The published code sets them to a constant, in a branch of it that its
+            own scripts do not reach; that is not here.
         reattention_scale: factor s below 1 of the re-attention.
+        follow: `code`, as the published code computes, or `paper`, as its equations are written.
 
     Raises:
         UserError: a number out of its range, or no concepts.
@@ -144,49 +309,64 @@ class SAFREE(Guard):
         projection: bool = True,
         reattention: bool = False,
         reattention_scale: float = 0.9,
+        follow: Follow = "code",
     ) -> None:
         self.concepts = list(PHRASES if concepts is None else concepts)
-        if not self.concepts or gamma <= 0 or alpha < 0 or not 0 <= reattention_scale < 1:
+        if not self.concepts or not gamma > 0 or not alpha >= 0 or not 0 <= reattention_scale < 1:
             raise UserError("SAFREE: needs concepts, alpha from 0, gamma above 0 and reattention_scale in [0, 1)")
         if not projection and not reattention:
             raise UserError("SAFREE: with neither projection nor reattention it would do nothing")
-        self.projection = projection
+        if follow not in get_args(Follow):
+            raise UserError(f"SAFREE: follow must be code or paper, not {follow}")
+        self.projection, self.follow = projection, follow
         self.alpha, self.gamma, self.self_validation = alpha, gamma, self_validation
         self.reattention, self.scale = reattention, reattention_scale
         self.settings: dict[str, Any] = {
             "guard": "SAFREE", "concepts": self.concepts, "alpha": alpha, "gamma": gamma,
             "self_validation": self_validation, "projection": projection,
-            "reattention": reattention_scale if reattention else None,
+            "reattention": reattention_scale if reattention else None, "follow": follow,
         }  # fmt: skip
 
     def check(self, pipe: Any) -> None:
-        """Refuse pipelines without a UNet, or with more than one text encoder.
+        """Refuse pipelines other than those of `text_parts`, and the re-attention without a UNet.
 
         Raises:
-            UserError: it has none, or several.
+            UserError: naming the pipeline or the key.
         """
-        check_unet(pipe, "SAFREE")
-        if getattr(pipe, "text_encoder_2", None) is not None:
-            raise UserError("the guard SAFREE is defined for one text encoder; this pipeline has two")
+        text_parts(pipe)
+        if self.reattention and getattr(pipe, "unet", None) is None:
+            raise UserError(
+                f"the re-attention of the guard SAFREE works on a UNet, and {type(pipe).__name__} has none: set "
+                "`reattention: false`"
+            )
 
     @contextmanager
     def around(self, pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
         """Within, `pipe` draws `prompts` with their unsafe tokens projected away."""
         import torch
 
-        texts = safe_texts(pipe.tokenizer, pipe.text_encoder, prompts, self.concepts, self.alpha)
-        last = [self.steps(text) for text in texts]
-        safe = torch.stack([text.safe for text in texts])
+        if hasattr(pipe, "maybe_convert_prompt"):  # a learned word of several tokens, as the pipeline writes it out
+            prompts = [pipe.maybe_convert_prompt(prompt, pipe.tokenizer) for prompt in prompts]
+        found = []  # of each part: its embeddings (B, L, d), and the number of steps that each row has them for
+        for part in text_parts(pipe):
+            texts = safe_texts(part, prompts, self.concepts, self.alpha, self.follow)
+            found.append((part, torch.stack([text.safe for text in texts]), [self.steps(text) for text in texts]))
         batch, seen = len(prompts), list[float]()
         projected: list[Tensor | None] = [None]  # (B,) which rows have another prompt in this step; None: none
 
         def step(denoise: Any, noisy: Tensor, timestep: Any, text: Tensor, keywords: dict[str, Any]) -> Tensor:
-            if float(timestep) not in seen:
-                seen.append(float(timestep))
-            chosen = torch.tensor([seen.index(float(timestep)) < end for end in last], device=text.device)
-            mixed = torch.where(chosen[:, None, None], safe.to(text), text[batch:])
+            if (now := time_of(timestep)) not in seen:
+                seen.append(now)
+            number = seen.index(now)
+            mixed = text[batch:].clone()
+            any_part = torch.zeros(batch, dtype=torch.bool, device=text.device)
+            for part, safe, last in found:
+                chosen = torch.tensor([number < end for end in last], device=text.device)
+                own = mixed[:, part.rows, part.columns]
+                mixed[:, part.rows, part.columns] = torch.where(chosen[:, None, None], safe.to(own), own)
+                any_part |= chosen
             drawn, other = (mixed, text[batch:]) if self.projection else (text[batch:], mixed)
-            projected[0] = chosen if self.reattention and bool(chosen.any()) else None
+            projected[0] = any_part if self.reattention and bool(any_part.any()) else None
             if projected[0] is None:
                 return denoise(noisy, timestep, torch.cat([text[:batch], drawn]), keywords)
             three = torch.cat([text[:batch], drawn, other])
@@ -198,16 +378,20 @@ class SAFREE(Guard):
             skips = tuple(self.reattend(skip, projected[0]) for skip in keywords["res_hidden_states_tuple"])
             return arguments, {**keywords, "res_hidden_states_tuple": skips}
 
-        with denoiser_replaced(pipe, step, batch) as unet, ExitStack() as hooks:
-            for block in unet.up_blocks if self.reattention else ():
+        with denoiser_replaced(pipe, step, batch) as denoiser, ExitStack() as hooks:
+            for block in denoiser.up_blocks if self.reattention else ():
                 hooks.callback(block.register_forward_pre_hook(damp, with_kwargs=True).remove)
             yield
 
     def steps(self, text: SafeText) -> float:
-        """t' = gamma * sigmoid(b), b = 1 - cos(p, p_proj); without self-validation all steps."""
+        """For how many steps from the first one the projected prompt is used; without self-validation for all."""
         if not text.triggers:
             return 0.0
-        return self.gamma / (1 + math.exp(-text.change)) if self.self_validation else math.inf
+        if not self.self_validation:
+            return math.inf
+        if self.follow == "paper":
+            return self.gamma * _sigmoid(text.change)
+        return 1.0 + round(self.gamma * _sigmoid(5.0 * (10.0 * text.change - 5.333)))
 
     def reattend(self, skip: Tensor, projected: Tensor) -> Tensor:
         """Skip features (3B, c, h, w) of no text, of the prompt that draws and of the other; the second comes damped.
@@ -226,3 +410,7 @@ class SAFREE(Guard):
         damped = torch.fft.ifft2(torch.where(raised, self.scale * changed, changed)).real
         damped = torch.where(projected[:, None, None, None], damped.to(skip.dtype), drawn)
         return torch.cat([empty, damped, other])
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))

@@ -269,11 +269,12 @@ def _image(results: UserResults, name: str, number: int, blur: bool) -> Shown:
         return Shown(name, "no image", None, opened.reason)
     within = within_bounds(row.profile, verdict)
     says = {None: "no verdict", True: "within the user's bounds", False: "outside the user's bounds"}[within]
+    mark = {None: "open", True: "safe", False: "harm"}[within]
     veiled = blur and (isinstance(verdict, JudgeError) or verdict.harmful)
     veil = f"show the image of {name} for: {row.prompt.prompt}" if veiled else ""
     source, small = data_uri(opened)
     alt = f"{name}, drawn for: {row.prompt.prompt}. {says}"
-    return Shown(name, says, source, alt, small, veil, within is not True)
+    return Shown(name, says, source, alt, small, veil, mark)
 
 
 # Writing the report of an evaluation for users: metrics.json, table.md, verdicts.csv, index.html.

@@ -9,8 +9,18 @@ from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
 from lit_safety.drawing.guards.safe_latent_diffusion import STRENGTHS, SafeLatentDiffusion
-from lit_safety.drawing.guards.safree import SAFREE, SafeText, projector, safe_texts, triggered
+from lit_safety.drawing.guards.safree import (
+    SAFREE,
+    SafeText,
+    leave_one_out,
+    project,
+    projector,
+    safe_texts,
+    text_parts,
+    triggered,
+)
 from lit_safety.drawing.pipelines import load_pipeline
+from lit_safety.drawing.prompts import Prompt
 
 SETTINGS = DrawingSettings(steps=4, guidance=3.0, batch_size=2)
 
@@ -94,29 +104,76 @@ def test_triggers() -> None:
     assert triggered(distances, 0.31) == []
 
 
+def test_the_two_orders_of_the_projection() -> None:
+    """In the plane: concepts along (1, 0), so I - P_C = diag(0, 1); the prompt along u = (.6, .8), so
+    P_I = u u^T = [[.36, .48], [.48, .64]].
+
+    p = (1, 2) in the code's order: P_I p = (1.32, 1.76), then (0, 1.76): nothing along the concept is left.
+    In the paper's: (I - P_C) p = (0, 2), then P_I: (.96, 1.28), of which .96 / 1.6 = 60% lies along the concept.
+    """
+    space, prompt = projector(torch.tensor([[3.0, 0]])), projector(torch.tensor([[0.6, 0.8]]))
+    token = torch.tensor([[1.0, 2.0]])
+    assert torch.allclose(project(token, prompt, space, "code"), torch.tensor([[0.0, 1.76]]), atol=1e-6)
+    assert torch.allclose(project(token, prompt, space, "paper"), torch.tensor([[0.96, 1.28]]), atol=1e-6)
+
+
+def test_a_token_is_left_out_by_id_0_or_by_the_mask() -> None:
+    """Start 7, tokens 3 and 5, end 9, padding 9: the published code writes 0 in their place, the paper masks them."""
+    ids, mask = torch.tensor([7, 3, 5, 9, 9]), torch.tensor([1, 1, 1, 1, 0])
+    found, masks = leave_one_out(ids, mask, 1, 2, "code")
+    assert found.tolist() == [[7, 0, 5, 9, 9], [7, 3, 0, 9, 9]]
+    assert masks.tolist() == [mask.tolist()] * 2
+    found, masks = leave_one_out(ids, mask, 1, 2, "paper")
+    assert found.tolist() == [ids.tolist()] * 2
+    assert masks.tolist() == [[1, 0, 1, 1, 0], [1, 1, 0, 1, 0]]
+
+
 def test_the_steps_of_the_projected_prompt() -> None:
-    """gamma sigmoid(b): 10 / (1 + e^-0.4) = 5.987; none without a trigger, all without self-validation."""
+    """Paper: gamma sigmoid(b) = 10 / (1 + e^-0.4) = 5.987. Published code: it goes on to the step numbered
+    round(10 sigmoid(5 (10 b - 5.333))), counted from 0. b = .4: sigmoid(-6.665) = .0013, step 0, one step;
+    b = .54: sigmoid(.335) = .583, step 6, seven; b = 1: eleven. None without a trigger, all without self-validation.
+    """
     text = SafeText(torch.zeros(1, 1), (1,), 0.4)
-    assert SAFREE().steps(text) == pytest.approx(5.9869, abs=1e-4)
-    assert SAFREE().steps(SafeText(text.safe, (), 0.4)) == 0
-    assert SAFREE(self_validation=False).steps(text) == math.inf
+    assert SAFREE(follow="paper").steps(text) == pytest.approx(5.9869, abs=1e-4)
+    assert [SAFREE().steps(SafeText(text.safe, (1,), b)) for b in (0.4, 0.54, 1.0)] == [1, 7, 11]
+    for follow in ("code", "paper"):
+        assert SAFREE(follow=follow).steps(SafeText(text.safe, (), 0.4)) == 0
+        assert SAFREE(self_validation=False, follow=follow).steps(text) == math.inf
 
 
-def test_only_trigger_tokens_change_and_leave_the_concepts(pipe) -> None:
-    concepts = ["k", "k n"]
-    (text,) = safe_texts(pipe.tokenizer, pipe.text_encoder, ["a k n b"], concepts, 0.01)
-    tokens = pipe.tokenizer(["a k n b"], padding="max_length", max_length=16, return_tensors="pt")
+@pytest.mark.parametrize("follow", ["code", "paper"])
+def test_only_trigger_tokens_change(pipe, follow: str) -> None:
+    (part,) = text_parts(pipe)
+    (text,) = safe_texts(part, ["a k n b"], ["k", "k n"], 0.01, follow)
+    ids, _ = part.tokens(["a k n b"])
     with torch.no_grad():
-        plain = pipe.text_encoder(tokens["input_ids"]).last_hidden_state[0]
+        plain = pipe.text_encoder(ids).last_hidden_state[0]
     changed = (text.safe - plain).abs().amax(1) > 1e-5
     assert set(changed.nonzero().flatten().tolist()) == set(text.triggers)
     assert text.triggers
     assert 0 < text.change <= 2
 
 
-def test_a_prompt_of_one_token_is_left_alone(pipe) -> None:
-    (text,) = safe_texts(pipe.tokenizer, pipe.text_encoder, ["a"], ["k"], 0.01)
-    assert (text.triggers, text.change) == ((), 0.0)
+def test_the_codes_order_leaves_nothing_of_the_concepts(pipe) -> None:
+    """What the denoiser sees of an unsafe token has no component along the concepts' pooled texts."""
+    concepts = ["k", "k n"]
+    (part,) = text_parts(pipe)
+    with torch.no_grad():
+        space = projector(part.pooled(*part.tokens(concepts)))
+    for follow, most in (("code", 1e-4), ("paper", None)):
+        (text,) = safe_texts(part, ["a k n b"], concepts, 0.01, follow)
+        unsafe = text.safe[list(text.triggers)]
+        share = (unsafe @ space).norm(dim=1) / unsafe.norm(dim=1)
+        assert (share < most).all() if most else (share > 1e-3).all()
+
+
+@pytest.mark.parametrize("follow", ["code", "paper"])
+def test_a_prompt_of_one_token_is_projected_and_the_empty_one_is_not(pipe, follow: str) -> None:
+    (part,) = text_parts(pipe)
+    one, empty = safe_texts(part, ["a", ""], ["k"], 0.01, follow)
+    assert one.triggers == (1,)
+    assert one.change > 0
+    assert empty.triggers == ()
 
 
 def test_reattention_damps_what_is_raised_and_low() -> None:
@@ -157,7 +214,7 @@ def test_both_switches_of_safree_change_the_picture(pipe, prompts) -> None:
     "make",
     [
         lambda: SafeLatentDiffusion("hyper"), lambda: SAFREE([]), lambda: SAFREE(reattention_scale=1.0),
-        lambda: SAFREE(projection=False), lambda: SafeLatentDiffusion().check(object()),
+        lambda: SAFREE(projection=False), lambda: SAFREE(follow="codes"), lambda: SafeLatentDiffusion().check(object()),
     ],
 )  # fmt: skip
 def test_bad_settings(make) -> None:
@@ -165,9 +222,104 @@ def test_bad_settings(make) -> None:
         make()
 
 
-def test_safree_refuses_two_text_encoders(pipe) -> None:
-    class Two:
-        unet, text_encoder, text_encoder_2 = pipe.unet, pipe.text_encoder, pipe.text_encoder
+def loaded(folder: Path):
+    return load_pipeline(folder, Arm(), "cpu")
 
-    with pytest.raises(UserError, match="one text encoder"):
-        SAFREE().check(Two())
+
+def ask_for(*prompts: str) -> list[Prompt]:
+    return [Prompt(prompt, "clean", "", "", (), False, seed=seed) for seed, prompt in enumerate(prompts)]
+
+
+def test_sdxl_changes_the_second_encoders_numbers_alone(tiny_sdxl: Path, monkeypatch) -> None:
+    """As in the published code: the tokens of the second encoder, 16 of 48 numbers here, in the space of its pooled
+    texts. The first encoder's numbers, start, end and padding, and the pooled text stay."""
+    pipe = loaded(tiny_sdxl)
+    (part,) = text_parts(pipe)
+    assert (part.columns, part.encoder) == (slice(32, 48), pipe.text_encoder_2)
+    seen = []
+    forward = type(pipe.unet).forward
+
+    def spy(unet, *given, **keywords):
+        seen.append((keywords["encoder_hidden_states"], keywords["added_cond_kwargs"]["text_embeds"]))
+        return forward(unet, *given, **keywords)
+
+    monkeypatch.setattr(type(pipe.unet), "forward", spy)
+    prompts = ask_for("a gun and a cat")
+    draw_batch(pipe, prompts, SETTINGS)
+    (plain, pooled), seen[:] = seen[0], []
+    guard = SAFREE(["gun", "red gun"], self_validation=False)
+    draw_batch(pipe, prompts, SETTINGS, guard=guard)
+    (safe, same) = seen[0]
+    assert torch.equal(pooled, same)
+    places = safe_texts(part, [prompts[0].prompt], guard.concepts, guard.alpha)[0].triggers
+    changed = ((safe - plain).abs() > 1e-5).nonzero()
+    assert set(changed[:, 0].tolist()) == {1}
+    assert set(changed[:, 1].tolist()) == set(places)
+    assert min(changed[:, 2].tolist()) >= 32
+    with torch.no_grad():
+        space = projector(pipe.text_encoder_2(part.tokens(guard.concepts)[0]).text_embeds)
+    assert (safe[1, list(places), 32:] @ space).abs().max() < 1e-4
+
+
+def test_sd3_changes_each_encoders_part(tiny_sd3: Path) -> None:
+    """CLIPs of 32 and 16 numbers beside each other, T5's 64 in the rows below them."""
+    pipe = loaded(tiny_sd3)
+    parts = text_parts(pipe)
+    first = pipe.tokenizer.model_max_length
+    assert [(part.rows, part.columns) for part in parts] == [
+        (slice(0, first), slice(0, 32)),
+        (slice(0, first), slice(32, 48)),
+        (slice(first, first + 256), slice(0, 64)),
+    ]
+    prompts = ["a gun and a cat"]
+    encoded = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)[0]
+    for part in parts:
+        (text,) = safe_texts(part, prompts, ["gun"], 0.01)
+        taken = encoded[0, part.rows, part.columns]
+        assert torch.allclose(part.hidden(part.tokens(prompts)[0])[0], taken, atol=1e-5)
+        changed = ((text.safe - taken).abs().amax(1) > 1e-5).nonzero().flatten().tolist()
+        assert changed == list(text.triggers)
+        assert text.triggers
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3"])
+@pytest.mark.parametrize("follow", ["code", "paper"])
+def test_every_family_draws_under_safree(family: str, follow: str, request) -> None:
+    """Another image with the guard, the same image as before without it, and a batch as its rows alone."""
+    pipe = loaded(request.getfixturevalue(family))
+    prompts = ask_for("a gun and a cat", "gun")
+    plain = draw_batch(pipe, prompts, SETTINGS)
+    guard = SAFREE(["gun", "red gun"], self_validation=False, follow=follow)
+    guard.check(pipe)
+    safe = draw_batch(pipe, prompts, SETTINGS, guard=guard)
+    for row in range(2):
+        assert np.abs(safe[row] - plain[row]).max() > 1e-4
+        np.testing.assert_allclose(draw_batch(pipe, [prompts[row]], SETTINGS, guard=guard)[0], safe[row], atol=1e-4)
+    assert (draw_batch(pipe, prompts, SETTINGS) == plain).all()
+
+
+@pytest.mark.parametrize(
+    "guard", [SAFREE(["gun"], reattention=True, self_validation=False), SafeLatentDiffusion("max", concept="gun")]
+)
+def test_guards_with_a_third_row_draw_with_sdxl(tiny_sdxl: Path, guard) -> None:
+    pipe = loaded(tiny_sdxl)
+    prompts = ask_for("a gun and a cat", "blue house")
+    plain, found = (draw_batch(pipe, prompts, SETTINGS, guard=one) for one in (None, guard))
+    assert np.isfinite(found).all()
+    assert np.abs(found - plain).max() > 1e-4
+
+
+def test_safree_says_which_pipelines_it_works_on(pipe, tiny_sd3: Path) -> None:
+    with pytest.raises(UserError, match="reattention: false"):
+        SAFREE(reattention=True).check(loaded(tiny_sd3))
+
+    class OfAnotherFamily:
+        unet, text_encoder, tokenizer = pipe.unet, object(), pipe.tokenizer
+
+    class Flux:
+        transformer, text_encoder, text_encoder_2 = pipe.unet, pipe.text_encoder, object()
+        tokenizer = pipe.tokenizer
+
+    for other in (OfAnotherFamily(), Flux(), object()):
+        with pytest.raises(UserError, match=type(other).__name__):
+            SAFREE().check(other)

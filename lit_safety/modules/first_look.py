@@ -1,0 +1,62 @@
+"""What is seen of the pairs before a model is loaded: labels that are missing, an anchor that has nothing to hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_safety.core.errors import UserError
+from lit_safety.data.protocols import LooksAhead
+from lit_safety.modules.checks import needed_labels, way_out_of
+from lit_safety.objectives.objective import Objective
+
+
+def check_first_pairs(
+    objective: Objective, datamodule: object, stage: str, cost_model: str | Literal[False] | None
+) -> None:
+    """Refuse pairs without a label that the objective needs before a weight is loaded.
+
+    The manifests do not count costs and scores, so the first pair of each folder is read for all; one that comes later
+    is met by `check_labels` in its turn.
+
+    Args:
+        objective: what is computed on the pairs.
+        datamodule: any; one of somebody's own is asked if it can (`LooksAhead`).
+        stage: `fit`, `validate`, `test` or `predict`.
+        cost_model: the module's option of that name; False: it has none.
+
+    Raises:
+        UserError: naming the key, the folder, the pair, what is missing and the way out.
+    """
+    needs = objective.needs_cost or objective.needs_score or objective.needs_harmful
+    if not isinstance(datamodule, LooksAhead) or stage == "predict" or not needs:
+        return
+    for where, (pair, about) in datamodule.first_pairs(stage).items():
+        known = {
+            "cost": about.cost is not None or bool(cost_model),
+            "score": about.score is not None,
+            "harmful label": about.harmful.chosen is not None and about.harmful.rejected is not None,
+        }
+        for label, cure in needed_labels(objective, cost_model is not False):
+            if not known[label]:
+                raise UserError(
+                    f"{where}: the first pair, {pair}, has no {label}, and {type(objective).__name__} needs both "
+                    f"images': {cure}, or {way_out_of(objective)}"
+                )
+
+
+def say_idle_anchor(objective: Objective, datamodule: object) -> None:
+    """Say that an anchor has nothing to hold: it works on pairs with a clean prompt, and none is trained on.
+
+    One line and no error: the same config is used for shards with and without clean pairs.
+    """
+    if objective.anchor_weight == 0 or not isinstance(datamodule, LooksAhead):
+        return
+    kinds = datamodule.kinds("train")
+    if kinds and not kinds["clean"]:
+        rank_zero_warn(
+            f"`model.init_args.objective.init_args.anchor_weight: {objective.anchor_weight:g}` does nothing: it holds "
+            f"the model where prompts are clean, and all {kinds.total()} training pairs have harmful prompts (add "
+            "pairs with `prompt_kind: clean` to `data.init_args.train`, or set it to 0 and save their reference pass)"
+        )
