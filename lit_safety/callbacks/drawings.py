@@ -70,7 +70,7 @@ class DrawSamples(Callback):
 
 
 def weights_are_sharded(trainer: Trainer) -> bool:
-    """Whether the network's weights lie in pieces on all ranks, so that all must take part when one draws."""
+    """Whether the network's weights are sharded over all ranks, so that all must take part when one draws."""
     strategy = trainer.strategy
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
 

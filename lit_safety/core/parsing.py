@@ -292,15 +292,15 @@ def classes_first(arguments: Sequence[str]) -> list[str]:
     for group in groups:
         name, _, value = (group[0] if "=" in group[0] or len(group) < 2 else "=".join(group[:2])).partition("=")
         key = _plain(name).removesuffix(".class_path")
-        place = len(done)
+        index = len(done)
         if name.startswith("--") and _CLASS.match(value):
             for i in range(len(done) - 1, -1, -1):
                 other = _plain(done[i][0].partition("=")[0])
                 if other in ("--config", "-c"):
                     break
                 if other.startswith(f"{key}.") and other != f"{key}.class_path":
-                    place = i
-        done.insert(place, group)
+                    index = i
+        done.insert(index, group)
     return [word for group in done for word in group]
 
 

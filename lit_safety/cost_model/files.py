@@ -100,7 +100,7 @@ def save_cost_model(
         "clip": source,
         # Found from any working directory as long as both folders keep their places; null for a hub id.
         "clip_from_here": os.path.relpath(source, folder) if Path(source).is_dir() else None,
-        "clip_fingerprint": scorer.tower.fingerprint,
+        "clip_fingerprint": scorer.tower.sha256,
         "features": scorer.tower.features,
         "width": scorer.adapter.mlp[0].out_features,
         "threshold": 0.0,
@@ -215,10 +215,10 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
         if not torch.isfinite(value).all():
             raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite; train this model again")
     tower = ClipTower(_clip(folder, config), config["features"])
-    if tower.fingerprint != config["clip_fingerprint"]:
+    if tower.sha256 != config["clip_fingerprint"]:
         raise UserError(
             f"{folder} was trained on the CLIP {config['clip']} (fingerprint {config['clip_fingerprint'][:12]}), and "
-            f"{tower.source} is another one (fingerprint {tower.fingerprint[:12]}): its costs would mean nothing; "
+            f"{tower.source} is another one (fingerprint {tower.sha256[:12]}): its costs would mean nothing; "
             "restore that CLIP, or train the cost model again"
         )
     adapter = CostAdapter(tower.width, config["width"])

@@ -132,11 +132,11 @@ class Assessor:
             self.judge = load_judge(judge)
             self.settings["judge"] = {key: self.judge.settings.get(key) for key in ("name", "threshold", "sha256")}
         if cost_model is not None:
-            from lit_safety.core.hashes import fingerprint
+            from lit_safety.core.hashes import content_sha256
             from lit_safety.cost_model.files import load_cost_model
 
             self.costs = load_cost_model(cost_model, device)
-            self.settings["cost_model_sha256"] = fingerprint(cost_model)
+            self.settings["cost_model_sha256"] = content_sha256(cost_model)
 
     def check(self, categories: Iterable[str], prompts: str) -> None:
         """Refuse a judge that does not see what the prompts ask for: its "safe" would become a label.

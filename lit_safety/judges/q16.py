@@ -162,7 +162,7 @@ class Q16:
     def __init__(self, clip: str, prompts: str, threshold: float = 0.5, device: str | None = None) -> None:
         import torch
 
-        from lit_safety.core.hashes import fingerprint
+        from lit_safety.core.hashes import content_sha256
         from lit_safety.judges.clip import Clip
 
         if not 0 < threshold < 1:
@@ -184,7 +184,7 @@ class Q16:
             "rule": "harmful = probability of the prompt `inappropriate` at or above the threshold",
             "labels": [],
             "categories": [name for name in CATEGORIES if name not in UNSEEN],
-            "prompts_sha256": fingerprint(prompts),
+            "prompts_sha256": content_sha256(prompts),
             **{f"clip_{key}" if key != "clip" else key: value for key, value in self.clip.settings.items()},
         }
 

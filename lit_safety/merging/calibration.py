@@ -156,9 +156,9 @@ def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[
             shard = source.open_shard(number)
             try:
                 for index in range(count):
-                    place = selection.number(number, index)
+                    position = selection.number(number, index)
                     try:
-                        metadata = parse_metadata(shard.read_member(place, "json"), shard.where(place))
+                        metadata = parse_metadata(shard.read_member(position, "json"), shard.where(position))
                     except UserError as error:
                         bad.append(error)
                         continue
@@ -237,8 +237,8 @@ def measure_activity(
             latents = draw_latents(backbone, batch, seeds, options)
             conditioning = backbone.encode_text(batch)
             for level in range(options.timesteps):
-                place = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
-                timesteps = backbone.timesteps(place)
+                levels = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
+                timesteps = backbone.timesteps(levels)
                 noise = normal(seeds, f"calibration noise {level}", latents.shape[1:]).to(latents)
                 with _watched(probes.values()):
                     backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)

@@ -261,7 +261,7 @@ class PreferenceModule(ScheduledModule):
         return {self.backbone.DENOISER: places_of(self.backbone.denoiser, self.backbone.DENOISER)}
 
     def _shard(self) -> None:
-        """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""
+        """Shard what computes over the ranks (FSDP2), and compare it with the checkpoint that fills it."""
         as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
         for network in self.networks():
             shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
@@ -273,7 +273,7 @@ class PreferenceModule(ScheduledModule):
             check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
 
     def networks(self) -> list[torch.nn.Module]:
-        """The networks that a step runs: what FSDP2 cuts into pieces."""
+        """The networks that a step runs: what FSDP2 shards."""
         return [self.backbone.denoiser]
 
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

@@ -105,7 +105,7 @@ class Chart:
     named: bool = False
 
 
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Names of the points that no other one beats, the lower first coordinate and the higher second being better.
 
     A point is beaten by one that is no worse in both and better in one. In order of the first coordinate.

@@ -59,14 +59,14 @@ def _one(tokenizer: Any, encoder: Any, prompt: str, space: Tensor, alpha: float)
     masks[torch.arange(count), torch.arange(1, count + 1)] = 0
     without = _encode(encoder, ids.expand(count, -1), masks).pooler_output.float()
     outside = torch.eye(len(space), device=space.device) - space
-    places = [1 + i for i in triggered((without @ outside).norm(dim=1), alpha)]
+    positions = [1 + i for i in triggered((without @ outside).norm(dim=1), alpha)]
     # the paper's order: out of the concepts first, then back into the span of the prompt; both projectors are symmetric
     projected = plain[1 : count + 1] @ outside @ projector(without)
     safe = plain.clone()
-    for place in places:
-        safe[place] = projected[place - 1]
+    for position in positions:
+        safe[position] = projected[position - 1]
     alike = torch.nn.functional.cosine_similarity(plain[1 : count + 1].flatten(), projected.flatten(), dim=0)
-    return SafeText(safe, tuple(places), 1.0 - float(alike))
+    return SafeText(safe, tuple(positions), 1.0 - float(alike))
 
 
 def projector(rows: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def evaluate_users(
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
             written then.
     """
-    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.hashes import content_sha256
     from lit_safety.core.processes import check_count
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import read_prompts
@@ -115,7 +115,7 @@ def evaluate_users(
         rows=rows,
         counts=counts,
         users=embeddings,
-        table_sha256=fingerprint(table),
+        table_sha256=content_sha256(table),
         judges=judges,
         adapter=adapter,
         arms=arms or {},

@@ -190,10 +190,10 @@ class UserRun:
         for prompt in wanted:  # one that several users share, and no user changes, is drawn once
             unique.setdefault(prompt, len(unique))
         drawn, verdicts = self._run.pictures(name, list(unique), identity)
-        places = [unique[prompt] for prompt in wanted]
-        answers = [[given[place] for place in places] for given in verdicts]
+        numbers = [unique[prompt] for prompt in wanted]
+        answers = [[given[number] for number in numbers] for given in verdicts]
         own["pictures"] = len(unique)
-        return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in places], answers[0], answers[1:])
+        return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in numbers], answers[0], answers[1:])
 
     def _ask(self, arms: dict[str, ArmResult]) -> Asked:
         judge = self.vlm
