@@ -108,7 +108,7 @@ class Arm:
 def adapter_sha256(path: str | Path) -> str:
     """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration next to them, which says
     their alpha, counts too."""
-    from lit_safety.adapters.lora_file import find_peft
+    from lit_safety.adapters.peft_config import find_peft
 
     own = find_peft(Path(path)) if Path(path).is_file() else None
     return content_sha256(path) if own is None else digest([content_sha256(file) for file in own])

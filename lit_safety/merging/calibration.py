@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers, adapters_off
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.chance import generator, normal, sample_seed

@@ -113,7 +113,7 @@ class DPOExpert(PreferenceModule):
 
     def begin_from(self, path: Path) -> None:
         """`start_from` names `experts` of another run, with a folder for each category, or a checkpoint."""
-        held = read_experts(path, self.lora, POLICY, self.bank.names, self.places())
+        held = read_experts(path, self.lora, POLICY, self.bank.names, self.adaptable_layers())
         for name, weights in held.items():
             check_weights(self.bank.parameters, weights, f"`model.init_args.start_from` {path}: expert {name}")
         self.bank.begin_with(held)
