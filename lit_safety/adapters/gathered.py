@@ -20,7 +20,7 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
     if not isinstance(example, DTensor) or isinstance(tensor, DTensor) or tensor.shape != example.shape:
         return tensor
     here = tensor.to(example.device)
-    # No rank sends anything: each cuts its own shard.
+    # Nothing is sent between ranks: each cuts its own shard.
     return distribute_tensor(here, example.device_mesh, example.placements, src_data_rank=None)
 
 
@@ -46,7 +46,7 @@ def assembled(
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in wanted:
                     swapped.append((module, name, parameter))
-            if isinstance(module, FSDPModule):  # a class made on the spot, of FSDPModule and the network's own
+            if isinstance(module, FSDPModule):  # FSDP2 makes this class from FSDPModule and the network's own
                 renamed.append((module, type(module)))
         for module, name, parameter in swapped:
             module._parameters[name] = nn.Parameter(wanted[id(parameter)], requires_grad=parameter.requires_grad)

@@ -56,7 +56,7 @@ _CAN_EXIST = {
         r"|(?:model\.)?(?:language_model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
     ),
 }
-#: Parts that no layer's name has: what wrappers and savers put into them.
+#: Words that wrappers and savers put into names; a layer's own name has none of them.
 _WRAPPERS = frozenset({"base_model", "module", "_orig_mod", "base_layer", "default", "unet", "diffusion_model"})
 
 #: The parts of names that kohya's files write with underscores; the longest are looked for first.
@@ -131,7 +131,7 @@ def adaptable_layers(network: nn.Module, component: str) -> dict[str, AdaptableL
     found = {}
     for name, module in network.named_modules():
         if ".lora_" in name or isinstance(module, BaseTunerLayer):
-            continue  # its base layer comes below it
+            continue  # its base layer is listed by itself
         # An adapter keeps the layer that it is on as `base_layer`; torch.compile wraps with `_orig_mod`.
         own = re.sub(r"(?:^|\.)(?:base_layer|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
         if isinstance(module, nn.Linear):
@@ -241,7 +241,7 @@ def _bare(layer: str) -> tuple[str | None, str]:
 
 
 def _denoiser(keys: Iterable[str], file: Path, known: AdaptableLayers | None) -> str | None:
-    """The component of those layers that do not say it."""
+    """The component of the layers whose names do not begin with one."""
     if known is not None and (found := [name for name in _DENOISERS if name in known]):
         return found[0]
     tops = set()

@@ -113,7 +113,7 @@ def _check_shape(found: LowRank, component: str, layer: str, where: str) -> None
 
 
 def _homeless(names: Iterable[str], known: AdaptableLayers | None) -> list[str]:
-    """The layers that have no place, or that no network can have."""
+    """The layers that are not in the network; without a network at hand, those that no network can have."""
     split = {name: tuple(name.partition(".")[::2]) for name in names}
     if known is None:
         return sorted(name for name, (component, layer) in split.items() if not can_exist(component, layer))
@@ -153,7 +153,7 @@ def _fitting(found: LowRank, layer: AdaptableLayer, name: str, file: Path) -> Lo
 def _converted(
     layout: Layout, tensors: Mapping[str, Tensor], convert: Convert, file: Path, known: AdaptableLayers | None
 ) -> dict[str, LowRank] | None:
-    """The updates by the names that ``convert`` gives; None: it knows no better, or loses something."""
+    """The updates by the names that ``convert`` gives; None: as many layers have no place then, or a part is lost."""
     whole = [name for name, pair in layout.factors.items() if len(pair) == 2]
     if layout.left or len(whole) < len(layout.factors):
         return None
@@ -165,7 +165,7 @@ def _converted(
     except (UserError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, AssertionError):
         return None
     if len(_homeless(again.factors, known)) >= len(_homeless(layout.factors, known)):
-        return None  # the file's own names say more than what came of them
+        return None  # nothing is gained: the message should show the file's own names
     layers = _layers(again, {}, file, known)
     none = Alphas({}, file)
     given = [_layer(pair["A"], pair["B"], none, "", layout.alphas.get(n), n) for n, pair in layout.factors.items()]

@@ -1,4 +1,4 @@
-"""What is not a plain low-rank product, and is refused by name: adding up such updates would be wrong in silence."""
+"""What is not a plain low-rank product is refused by name: a sum of such updates would be wrong, without an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_safety.core.errors import UserError
 
-#: What in a key's name gives away an update that is not a plain low-rank product, and what to call it; `$` is its end.
+#: Parts of keys that show that an update is not a plain low-rank product -> what to call it; `$` is the key's end.
 REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA: its update also rescales the base model's own weights",
     "dora_scale": "DoRA: its update also rescales the base model's own weights",
@@ -60,7 +60,7 @@ class NotPlain(UserError):
 
 
 def refuse_keys(keys: Iterable[str], file: Path) -> None:
-    """Complain about the first key that belongs to no plain LoRA.
+    """Refuse the first key that does not belong to a plain LoRA.
 
     Raises:
         NotPlain: there is one.
@@ -72,7 +72,7 @@ def refuse_keys(keys: Iterable[str], file: Path) -> None:
 
 
 def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
-    """Complain about the first setting of a PEFT configuration that makes it no plain LoRA.
+    """Refuse the first setting of a PEFT configuration with which it is not a plain LoRA.
 
     Raises:
         NotPlain: there is one.

@@ -83,7 +83,7 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
-    # A path that was tried as a class and as a file: that the class has moved says all.
+    # The path was tried as a class and as a file; the message that the class has moved is enough.
     reasons = [line for line in reasons if "since version 0.2" in line] or reasons
     if keys:
         keys += _below(message)
@@ -94,7 +94,7 @@ def shorten(message: str) -> str:
 
 
 def _missing_package(reason: str) -> str | None:
-    """What to do about a class whose package is not installed; None: something else is wrong."""
+    """What to install for a class whose package is missing; None: the error is another one."""
     package = re.search(r"No module named '(\w+)'", reason)
     given = re.search(r"class_path=?\W+([\w.]+)", reason)
     if package is None or given is None or given[1].partition(".")[0] != package[1]:

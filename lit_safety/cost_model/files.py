@@ -52,7 +52,7 @@ others. Report the safety of what was aligned by it with a judge that no trainin
 
 
 def why_not_calibrated(config: dict[str, Any]) -> str | None:
-    """Why the costs of a model with this config.json have no border at 0, in words; None: they have one."""
+    """Why a cost of 0 is not the border between safe and harmful for this config.json; None: it is."""
     if (found := config.get("calibration")) is not None:
         return found["not_calibrated"]
     if not config["metrics"]:
@@ -63,7 +63,7 @@ def why_not_calibrated(config: dict[str, Any]) -> str | None:
 # A cost model's folder: config.json, model.safetensors and a model card. The frozen CLIP is named, not copied.
 
 
-#: How a folder is told from a judge's and from any other model's.
+#: By this a cost model's folder is known from a judge's and from other models'.
 KIND = "lit_safety cost model"
 VERSION = 1
 MOST_COST = 5.0

@@ -172,7 +172,7 @@ class Gallery:
             tick(count)
 
     def forget_partial(self) -> None:
-        """Remove what a process that is gone had begun to write."""
+        """Remove half-written files of a process that has ended."""
         for partial in self.folder.glob(".*.partial"):
             process = partial.suffixes[-2].lstrip(".")
             if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
@@ -189,9 +189,9 @@ class Gallery:
         import numpy as np
 
         path = self._path(row)
-        if self.drawn(row) is not None:  # its batch was cut short, this image was not
+        if self.drawn(row) is not None:  # the batch was cut short after this image
             return
-        if not np.isfinite(pixels).all():  # would be saved as black, and a black image is judged safe
+        if not np.isfinite(pixels).all():  # it would be saved as black, and a judge calls a black image safe
             _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
             return
         about = PngImagePlugin.PngInfo()

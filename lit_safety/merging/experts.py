@@ -117,7 +117,7 @@ def _at_hand(base: str) -> Path | None:
 
 
 def _network(parts: Parts, name: str) -> nn.Module:
-    """The network without memory for its weights."""
+    """The network on the meta device: its weights take no memory."""
     library, class_name = parts.index.components[name]
     found: Any = getattr(import_module(library), class_name, None) if library in LIBRARIES else None
     if found is None:

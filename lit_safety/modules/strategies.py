@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lit_safety.core.errors import UserError
 
-#: How else a run goes on: ready to be put behind what was refused.
+#: Other ways to go on, for the end of a message that refuses something.
 WARM_START = (
     "or begin a new run from its weights: `--model.init_args.start_from` with this checkpoint or an exported adapter"
 )
@@ -284,7 +284,7 @@ def _root_first(network: nn.Module, outside: nn.Module) -> None:
 
 
 def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Give every rank rank 0's values, as DDP does: chance that one rank has used up alone must not part them."""
+    """Give every rank rank 0's values, as DDP does: one that has drawn more random numbers would differ."""
     for parameter in parameters:
         values = parameter.data.to(device).contiguous()
         torch.distributed.broadcast(values, src=0)
@@ -292,7 +292,7 @@ def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> No
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook on `state_dict`: frozen weights leave it before anybody gathers them."""
+    """A hook on `state_dict`: it takes frozen weights out, so that they are not gathered."""
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
