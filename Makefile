@@ -21,9 +21,14 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 
-# Which lines no test runs, into build/coverage; processes that a test starts are not counted.
+# Which lines of the package no test runs, into build/coverage, and a table by package. Processes that a test starts are
+# counted; those that a test kills are not. Other tests: make coverage TESTS=tests/core
+TESTS := tests
 coverage: $(READY)
-	$(PYTEST) -m "not slow" --cov=lit_safety --cov-report=term:skip-covered --cov-report=html:build/coverage
+	mkdir -p build/coverage
+	$(PYTEST) -m "not slow" --cov --cov-report= $(TESTS)
+	$(PY) -m coverage html --quiet --directory build/coverage/html
+	$(PY) tests/coverage_table.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

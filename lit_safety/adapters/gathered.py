@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 or DeepSpeed's ZeRO keeps in pieces or rounded, as whole tensors and back."""
+"""Parameters that FSDP2 or DeepSpeed's ZeRO keeps sharded or rounded, as whole tensors and back."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, detached: gathered where it is in pieces (all ranks must ask), else itself."""
+    """All of ``tensor``, detached: gathered where it is sharded (all ranks must ask), else itself."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's piece of the whole ``tensor`` where ``example`` is in pieces; every rank has the same ``tensor``."""
+    """This rank's shard of the whole ``tensor`` where ``example`` is sharded; every rank has the same ``tensor``."""
     if not isinstance(example, DTensor) or isinstance(tensor, DTensor) or tensor.shape != example.shape:
         return tensor
     here = tensor.to(example.device)
-    # No rank sends anything: each cuts its own piece.
+    # Nothing is sent between ranks: each cuts its own shard.
     return distribute_tensor(here, example.device_mesh, example.placements, src_data_rank=None)
 
 
@@ -28,7 +28,7 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
 def assembled(
     network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Within, those of ``parameters`` that are in pieces are whole, as ``weights`` has them, and ``network``'s modules
+    """Within, those of ``parameters`` that are sharded are whole, as ``weights`` has them, and ``network``'s modules
     carry their own class names, so that it is saved as what it is. Not to compute with.
 
     Args:
@@ -46,12 +46,12 @@ def assembled(
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in wanted:
                     swapped.append((module, name, parameter))
-            if isinstance(module, FSDPModule):  # a class made on the spot, of FSDPModule and the network's own
+            if isinstance(module, FSDPModule):  # FSDP2 makes this class from FSDPModule and the network's own
                 renamed.append((module, type(module)))
         for module, name, parameter in swapped:
             module._parameters[name] = nn.Parameter(wanted[id(parameter)], requires_grad=parameter.requires_grad)
         for module, made in renamed:
-            module.__class__ = made.__bases__[1]
+            module.__class__ = next(base for base in made.__bases__ if base is not FSDPModule)
         yield
     finally:
         for module, name, parameter in swapped:
@@ -81,7 +81,7 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
 def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The fp32 weights that are stepped on, whole, as copies. All ranks must call it.
 
-    ZeRO of every stage keeps its own; the network's may be rounded to half precision. FSDP2's are in pieces. Of other
+    ZeRO of every stage keeps its own; the network's may be rounded to half precision. FSDP2's are sharded. Of other
     parameters, the weights themselves.
     """
     found = {}

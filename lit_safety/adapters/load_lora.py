@@ -15,17 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_safety.adapters import user_lora
-from lit_safety.adapters.lora_file import (
-    Convert,
-    LowRank,
-    NotPlain,
-    Place,
-    configuration,
-    factors_of,
-    find_lora,
-    places_of,
-    read_lora,
-)
+from lit_safety.adapters.layer_names import AdaptableLayer, adaptable_layers
+from lit_safety.adapters.lora_file import Convert, find_lora, read_lora
+from lit_safety.adapters.low_rank import LowRank, factors_of
+from lit_safety.adapters.not_plain import NotPlain
+from lit_safety.adapters.peft_config import configuration
 from lit_safety.core.errors import UserError
 
 
@@ -62,10 +56,10 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
 
 
 def _load(pipe: Any, networks: Mapping[str, nn.Module], path: str | Path, name: str) -> None:
-    places = {component: places_of(network, component) for component, network in networks.items()}
+    known = {component: adaptable_layers(network, component) for component, network in networks.items()}
     file, config = find_lora(path)
     try:
-        layers = read_lora(path, places, _converter(pipe))
+        layers = read_lora(path, known, _converter(pipe))
     except NotPlain as error:
         if config is not None or not error.stock:
             raise
@@ -75,7 +69,7 @@ def _load(pipe: Any, networks: Mapping[str, nn.Module], path: str | Path, name: 
         prefix = f"{component}."
         own = {layer.removeprefix(prefix): update for layer, update in layers.items() if layer.startswith(prefix)}
         if own:
-            _put(pipe, network, {places[component][layer]: update for layer, update in own.items()}, name, file)
+            _put(pipe, network, {known[component][layer]: update for layer, update in own.items()}, name, file)
 
 
 def _take_out(pipe: Any, networks: Mapping[str, nn.Module], name: str) -> None:
@@ -112,10 +106,10 @@ def _converter(pipe: Any) -> Convert:
     return convert
 
 
-def _put(pipe: Any, network: Any, layers: Mapping[Place, LowRank], name: str, file: Path) -> None:
+def _put(pipe: Any, network: Any, layers: Mapping[AdaptableLayer, LowRank], name: str, file: Path) -> None:
     """Add an adapter to a network, and look whether it is there as it was given."""
     dtype = next(p for p in network.parameters() if p.is_floating_point()).dtype
-    own = {place.name: update for place, update in layers.items()}
+    own = {layer.name: update for layer, update in layers.items()}
     state = {
         f"{layer}.lora_{side}.weight": factor.to(dtype)
         for layer, update in own.items()

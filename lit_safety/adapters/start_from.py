@@ -17,7 +17,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.weights import DIFFUSERS, need_weights, open_safetensors
 
 if TYPE_CHECKING:
-    from lit_safety.adapters.lora_file import Places
+    from lit_safety.adapters.layer_names import AdaptableLayers
 
 KEY = "model.init_args.start_from"
 
@@ -65,23 +65,24 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     return {"state_dict": {name: weights[name] for name in sorted(weights)}}
 
 
-def read_adapter(path: Path, lora: LoRA, adapter: str, places: Places | None = None) -> dict[str, Tensor]:
+def read_adapter(path: Path, lora: LoRA, adapter: str, known: AdaptableLayers | None = None) -> dict[str, Tensor]:
     """A LoRA file's weights by the names that PEFT gives the denoiser's parameters, `{layer}.lora_A.{adapter}.weight`.
 
     Args:
         path: the folder or file.
         lora: what is trained.
         adapter: PEFT's name of it.
-        places: the layers of the denoiser.
+        known: the layers of the denoiser.
 
     Raises:
         UserError: it is missing or damaged, a layer of it has no place in the denoiser, or its alpha is another than
             that of ``lora``.
     """
-    from lit_safety.adapters.lora_file import factors_of, read_lora
+    from lit_safety.adapters.lora_file import read_lora
+    from lit_safety.adapters.low_rank import factors_of
 
     try:
-        layers = read_lora(path, places)
+        layers = read_lora(path, known)
     except UserError as error:
         raise UserError(f"`{KEY}` {error}") from error
     found = {}
@@ -98,7 +99,7 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, places: Places | None = N
 
 
 def read_experts(
-    path: Path, lora: LoRA, adapter: str, names: Sequence[str], places: Places | None = None
+    path: Path, lora: LoRA, adapter: str, names: Sequence[str], known: AdaptableLayers | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Each expert's weights by name, out of a folder with a LoRA folder for each, or a checkpoint.
 
@@ -113,7 +114,7 @@ def read_experts(
         own = {name.removeprefix("backbone.denoiser."): value for name, value in held["state_dict"].items()}
         found[held["experts"]["active"]] = own
     else:
-        found = {name: read_adapter(path / name, lora, adapter, places) for name in names if (path / name).is_dir()}
+        found = {name: read_adapter(path / name, lora, adapter, known) for name in names if (path / name).is_dir()}
     if missing := sorted(set(names) - set(found)):
         raise UserError(f"`{KEY}` {path} holds no expert {', '.join(missing)}; it has {', '.join(found) or 'none'}")
     return {name: found[name] for name in names}

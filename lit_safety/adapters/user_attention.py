@@ -236,7 +236,7 @@ def cross_attentions(unet: Any) -> dict[str, Any]:
     unet = getattr(unet, "_orig_mod", unet)
     names = [name.removesuffix(".processor") for name in getattr(unet, "attn_processors", {})]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith(".attn2")}
-    # Not its weight's shape, which is empty where ZeRO 3 has taken it to pieces.
+    # Not its weight's shape, which is empty where ZeRO 3 has sharded it.
     widths = sorted({layer.to_k.in_features for layer in layers.values()})
     if len(widths) != 1:
         found = f"attend to contexts of widths {widths}" if widths else "has no cross-attention layer named attn2"

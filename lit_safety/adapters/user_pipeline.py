@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def unload_psa(pipe: Any) -> None:
     if not isinstance(pipe, DrawsForUsers):
         raise UserError(f"no user adapter was loaded into this {type(pipe).__name__}")
     detach(pipe.unet)
-    pipe.__class__ = type(pipe).__mro__[2]
+    pipe.__class__ = type(pipe)._stock
     del pipe._users
 
 
@@ -98,6 +98,8 @@ class DrawsForUsers:
     """What `load_psa` adds to a pipeline's class. No fork: the call goes on to the pipeline's own."""
 
     unet: Any
+    _stock: ClassVar[type]
+    """The pipeline's own class."""
     _execution_device: torch.device
     _users: Users | UserTable | None
 
@@ -190,7 +192,7 @@ def _families() -> tuple[type, ...]:
 @cache
 def _with_users(base: type) -> type:
     # The same name: diffusers writes it down and looks it up.
-    return type(base.__name__, (DrawsForUsers, base), {"__module__": base.__module__})
+    return type(base.__name__, (DrawsForUsers, base), {"__module__": base.__module__, "_stock": base})
 
 
 def _prompts(options: dict[str, Any]) -> int:

@@ -58,12 +58,12 @@ def read_pictures(
     side = "rejected" if harmful else "chosen"
     source = open_source(shards, f"attack {user}: shards")
     found: dict[str, list[tuple[int, int]]] = {}
-    for shard, place, metadata in _metadata(source):
+    for shard, index, metadata in _metadata(source):
         label = metadata.harmful.rejected if harmful else metadata.harmful.chosen
         if metadata.prompt_kind == ("harmful" if harmful else "clean") and label is harmful:
             group = metadata.concept or next(iter(metadata.categories), "") if harmful else ""
             if groups is None or group in groups:
-                found.setdefault(group, []).append((shard, place))
+                found.setdefault(group, []).append((shard, index))
     chosen = _in_turn([rows for _, rows in sorted(found.items())], count)
     if not chosen:
         what = "rejected image labelled harmful of a harmful prompt" if harmful else "safe chosen image"
@@ -86,8 +86,8 @@ def _metadata(source: Source) -> Iterator[tuple[int, int, PairMetadata]]:
         try:
             if shard.problem is not None:
                 raise UserError(f"{shard.path}: {shard.problem}")
-            for place in range(len(shard.index.samples)):
-                yield number, place, parse_metadata(shard.read_member(place, "json"), shard.where(place))
+            for index in range(len(shard.index.samples)):
+                yield number, index, parse_metadata(shard.read_member(index, "json"), shard.where(index))
         finally:
             shard.close()
 
@@ -105,9 +105,9 @@ def _in_turn(rows: list[list[tuple[int, int]]], count: int) -> set[tuple[int, in
 def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) -> Iterator[Picture]:
     shard = source.open_shard(number)
     try:
-        for place in sorted(p for s, p in chosen if s == number):
-            where = shard.where(place)
-            key, members = shard.read(place, lambda name: name == "json" or name.startswith(f"{side}."))
+        for index in sorted(p for s, p in chosen if s == number):
+            where = shard.where(index)
+            key, members = shard.read(index, lambda name: name == "json" or name.startswith(f"{side}."))
             names = [name for name in members if name.startswith(f"{side}.") and name.split(".", 1)[1] in FORMATS]
             if not names:
                 raise UserError(f"{where}: has no {side} image (only a cache of it?); give shards with images")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lit_safety.attacks.target import Attack, Stage, Target
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
-from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.hashes import content_sha256, digest
 from lit_safety.core.intervals import wilson
 from lit_safety.core.progress import Shown, shown
 from lit_safety.core.text import load_json
@@ -339,7 +339,7 @@ class AttackRun:
     @cached_property
     def hashes(self) -> dict[Path, str]:
         """sha256 of each pipeline."""
-        return {folder: fingerprint(folder) for folder in {self.target(name).folder for name in self.arms}}
+        return {folder: content_sha256(folder) for folder in {self.target(name).folder for name in self.arms}}
 
     def identity(self, name: str) -> dict[str, Any]:
         """What an arm's images depend on, wherever its files lie."""

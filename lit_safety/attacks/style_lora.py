@@ -17,7 +17,7 @@ from lit_safety.attacks.lora_training import read_pictures, shards_digest, train
 from lit_safety.attacks.target import Attack, Stage, Target
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
-from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.hashes import content_sha256, digest
 from lit_safety.core.images import rgb
 from lit_safety.drawing.arms import adapter_sha256
 from lit_safety.drawing.prompts import Prompt
@@ -93,7 +93,7 @@ class StyleLoRA(Attack):
         """The folder of the style LoRA, trained on the base unless it was already."""
         # The weights alone change nothing in it, so that a curve of more points uses the same one.
         how = {key: value for key, value in self.settings.items() if key != "weights"}
-        folder = target.work / f"style-{digest([how, target.seed, fingerprint(target.base)])[:12]}"
+        folder = target.work / f"style-{digest([how, target.seed, content_sha256(target.base)])[:12]}"
         if (folder / WEIGHTS_NAME).is_file():
             return folder
         network = target.base_network()

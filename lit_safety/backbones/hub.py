@@ -1,14 +1,14 @@
 """Files of a pipeline on the Hugging Face hub: only what is needed, in bounded time, with one clear line if it fails.
 
-The libraries' own retries take a minute and a half a file where a firewall swallows packets. So the hub is asked once
-whether it is there; where it is not, only what an earlier run has fetched is used.
+The hub's client has a limit of time (HF_HUB_ETAG_TIMEOUT) and an offline mode (HF_HUB_OFFLINE), and both hold here. But
+where a firewall drops packets, it tries six times, a minute each, for a file that was not fetched before. So the hub is
+asked once whether it is there. Where it is not, the client is told to use only what an earlier run has fetched.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +31,8 @@ from lit_safety.core.weights import DIFFUSERS, TRANSFORMERS, choose_weights
 
 #: Where the hub is (HF_ENDPOINT).
 ENDPOINT = constants.ENDPOINT
-#: Seconds in which the hub must answer, and in which the answer must be here (a name server can hang by itself).
-PATIENCE, MOST = 10, 20
+#: Seconds to wait for a connection to one of the hub's addresses; it has several, which are tried in turn.
+CONNECT = 5
 #: A way out that always works.
 FOLDER = "or point at a local folder"
 
@@ -76,7 +76,7 @@ def hub_part(source: str, name: str, snapshot: Path) -> Path:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be asked; never takes longer than 20 seconds, and is found out once a process."""
+    """Whether the hub can be asked: not in offline mode, nor where it did not answer this process's first question."""
     return not constants.HF_HUB_OFFLINE and _answers(ENDPOINT)
 
 
@@ -84,19 +84,12 @@ def hub_answers() -> bool:
 def _answers(endpoint: str) -> bool:
     from huggingface_hub.utils import get_session
 
-    found = []
-
-    def ask() -> None:
-        try:
-            get_session().head(endpoint, timeout=PATIENCE)
-            found.append(True)
-        except Exception:  # of whatever HTTP library is below; any answer would do, and there was none
-            found.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(MOST)
-    return found == [True]
+    limit = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        get_session().head(endpoint, timeout=(CONNECT, limit, limit, limit))
+    except Exception:  # of whatever HTTP library is below; a wrong HF_ENDPOINT too
+        return False
+    return True
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from lit_safety.core.errors import UserError
 
 #: Tokens that the stock pipeline gives T5.
 T5_LENGTH = 256
-#: Tokens of a CLIP encoder, where none is there to say.
+#: Tokens of a CLIP encoder, for pipelines that have none.
 CLIP_LENGTH = 77
 
 
@@ -147,7 +147,7 @@ class StableDiffusion3(Backbone):
     # ---- out
 
     def pipeline(self) -> Any:
-        """The stock pipeline; where a CLIP encoder is missing, which it cannot do without, text is encoded here."""
+        """The stock pipeline. It needs both CLIP encoders; where one is missing, text is encoded here."""
         pipe = super().pipeline()
         if not all(self.parts.has(name) for name in ("text_encoder", "text_encoder_2")):
             pipe.encode_prompt = _Encoded(self)

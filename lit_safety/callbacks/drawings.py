@@ -28,7 +28,7 @@ class DrawSamples(Callback):
     Args:
         prompts: what is drawn; a handful, harmful and clean.
         seed: the first prompt's seed; the others count on.
-        blur: blur every image; null: unless the model is of an embedded world, whose images hurt nobody.
+        blur: blur every image; null blurs unless the model is of an embedded world, whose images are harmless.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool | None = None) -> None:
@@ -70,7 +70,7 @@ class DrawSamples(Callback):
 
 
 def weights_are_sharded(trainer: Trainer) -> bool:
-    """Whether the network's weights lie in pieces on all ranks, so that all must take part when one draws."""
+    """Whether the network's weights are sharded over all ranks, so that all must take part when one draws."""
     strategy = trainer.strategy
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
 
@@ -87,7 +87,7 @@ class WriteDrawings(BasePredictionWriter):
         self.folder = folder
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only rank 0 knows the run's folder where ranks were started from outside.
+        # Where another program started the ranks, only rank 0 knows the run's folder.
         root = trainer.strategy.broadcast(trainer.default_root_dir)
         self._target = Path(self.folder or Path(root) / "drawings")
 

@@ -72,7 +72,7 @@ class EvaluateOnTest(Callback):
                 "`test` judges one adapter, and this module has several experts: merge them, then "
                 "`evaluate --adapter` the merged one"
             )
-        with module.exporting(export):  # on every rank: a parameter may lie in pieces on all of them
+        with module.exporting(export):  # on every rank: a parameter may be sharded over all of them
             if trainer.is_global_zero:
                 module.save_export(run / export)
         if not trainer.is_global_zero:

@@ -42,7 +42,7 @@ class ExportAdapter(Callback):
         folders = []
         for export in pl_module.exports():
             folder = self._folder(trainer, export)
-            with pl_module.exporting(export):  # on every rank: a parameter may lie in pieces on all of them
+            with pl_module.exporting(export):  # on every rank: a parameter may be sharded over all of them
                 if trainer.is_global_zero:
                     self._write(folder, trainer, pl_module, export)
             folders.append(folder)
@@ -179,7 +179,7 @@ class ExportUserAdapter(Callback):
 
         assert isinstance(pl_module, PSA)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "adapter")
-        with pl_module.exporting("adapter"):  # on every rank: a parameter may lie in pieces on all of them
+        with pl_module.exporting("adapter"):  # on every rank: a parameter may be sharded over all of them
             if trainer.is_global_zero:
                 with atomic_folder(folder) as partial:
                     pl_module.save_export(partial)

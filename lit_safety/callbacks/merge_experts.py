@@ -94,7 +94,7 @@ class MergeExperts(ExportAdapter):
         """The experts' activity in the base model, and what the report says of how it was measured."""
         source, options = self._prompts(trainer, [expert.name for expert in experts])
         backbone = module.backbone  # with its adapter switched off
-        # Whose engine may hold it in pieces, or rounded.
+        # The engine of the fit may hold it sharded, or rounded.
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
             backbone = load_backbone(module.pretrained)
         # Where it was trained: Lightning has moved it to the CPU by now.

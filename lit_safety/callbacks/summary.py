@@ -31,7 +31,7 @@ class RunSummary(Callback):
             return
         data = datamodule_of(trainer)
         accumulation, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        # ZeRO 3 keeps a piece of each and knows how many numbers it has in all.
+        # ZeRO 3 keeps a shard of each and knows how many numbers the whole has.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters() if p.requires_grad)
         if isinstance(data, Batched):
             print(f"batch   {data.batch_size} pairs x {accumulation} accumulated x {ranks} ranks = "

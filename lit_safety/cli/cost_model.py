@@ -68,8 +68,8 @@ def check(
         raise UserError("cost-model: --pipeline needs --prompts, and a --judge that labels what is drawn")
     check_writable(Path(out))
     how = DrawingSettings(edit=None, **drawing)
-    place = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = load_cost_model(folder, place)
+    where = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = load_cost_model(folder, where)
     found: dict[str, Any] = {"cost_model": folder}
     if shards is not None:
         found["shards"] = {"source": shards, **_on_shards(scorer, shards)}
@@ -78,7 +78,7 @@ def check(
         about: dict[str, Any] = {"pipeline": pipeline, "prompts": prompts, "judge": judge}
         about |= {"steps": how.steps, "guidance": how.guidance}
         found["drawn"] = about | _on_drawn(
-            scorer, pipeline, prompts, judge, selection, Path(out), replace(how, device=place), other_world
+            scorer, pipeline, prompts, judge, selection, Path(out), replace(how, device=where), other_world
         )
     write_atomic(Path(out) / "figures.json", (json.dumps(found, indent=1) + "\n").encode())
     for where in ("shards", "drawn"):
@@ -126,7 +126,7 @@ def _on_drawn(
 ) -> dict[str, Any]:
     import torch
 
-    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.hashes import content_sha256
     from lit_safety.core.images import open_image
     from lit_safety.core.progress import progress
     from lit_safety.cost_model.metrics import image_figures
@@ -143,7 +143,7 @@ def _on_drawn(
     check_world(local, {"--prompts": prompts, "--judge": judge}, other_world, prompts=everything)
     chosen, decides = choose_prompts(everything, selection), load_judge(judge)
     check_sees(decides, [category for row in chosen for category in asked_of(row)], f"--prompts {prompts}")
-    gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": fingerprint(local)}, chosen, how)
+    gallery = Gallery(out / "images", "drawn", {"pipeline_sha256": content_sha256(local)}, chosen, how)
     with progress("draw", len(chosen)) as tick:
         gallery.draw(load_pipeline(local, Arm(), how.device or "cpu", how.precision), None, tick)
     drawn = gallery.all()

@@ -81,7 +81,7 @@ def precompute(
     backbone = _backbone(model, device, denoiser=reference_draws > 0)
     settings = Settings(
         model=model,
-        weights=_fingerprint(backbone),
+        weights=_cache_hashes(backbone),
         size=picture_size(source, resolution),
         resolution=resolution,
         flip=flip,
@@ -123,7 +123,7 @@ def _backbone(model: str, device: str | None, denoiser: bool) -> Any:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
-def _fingerprint(backbone: Any) -> dict[str, str]:
+def _cache_hashes(backbone: Any) -> dict[str, str]:
     """Hashes of the encoders. Of a hub id their files are fetched first: what is not there has no hash."""
     for name in backbone.encoders():
         backbone.part(name)

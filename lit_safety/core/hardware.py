@@ -1,4 +1,4 @@
-"""What the hardware cannot do, said in one line: a precision it does not compute in, and memory that is used up."""
+"""One line where the hardware is not enough: it does not compute in this precision, or its memory is full."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_safety.core.errors import UserError
 
-#: What asks for memory, in the words of torch's allocators.
+#: How the messages of torch's allocators begin.
 _TOO_MUCH = re.compile(r"[Tt]ried to allocate (?:about )?([\d.]+ ?(?:[KMGT]i?B|bytes?)?)")
 _EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 

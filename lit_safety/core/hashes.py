@@ -151,11 +151,11 @@ def _tensors(path: Path) -> Iterator[str]:
         header: dict[str, Any] = json.loads(file.read(size))
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         entries.sort(key=lambda entry: tuple(entry[1]["data_offsets"]))
-        place, end = 0, os.fstat(file.fileno()).st_size - 8 - size
+        offset, end = 0, os.fstat(file.fileno()).st_size - 8 - size
         for name, entry in entries:
             start, stop = entry["data_offsets"]
             # Tensors that lie over each other could make a small file take forever.
-            if not place <= start <= stop <= end:
+            if not offset <= start <= stop <= end:
                 raise ValueError(f"its tensor {name!r} does not lie within it")
             file.seek(8 + size + start)
             digest, left = hashlib.blake2b(digest_size=16), stop - start
@@ -165,7 +165,7 @@ def _tensors(path: Path) -> Iterator[str]:
                     raise ValueError("it is cut short")
                 digest.update(part)
                 left -= len(part)
-            place = stop
+            offset = stop
             yield json.dumps([name, entry["dtype"], entry["shape"], digest.hexdigest()])
 
 
@@ -221,7 +221,7 @@ _COUNTS = {
 """Suffixes of files that change what a model does. Model cards, licences and images next to them do not."""
 
 
-def fingerprint(path: str | Path) -> str:
+def content_sha256(path: str | Path) -> str:
     """sha256 over the names and contents of a model's weight and config files; of a single file, its content.
 
     Links are followed, to files and to folders. In a pipeline's folder weights that are not loaded (half precision

@@ -170,7 +170,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
         until = time.monotonic() + self.timeout
         opened = _Opened()
-        # The socket's own limit holds for each piece: a status line or headers that drip would never be over.
+        # The socket's own limit holds for each read: with a status line or headers that drip it would never be reached.
         watch = threading.Timer(self.timeout, opened.cut_off)
         watch.daemon = True
         watch.start()
@@ -192,18 +192,18 @@ class Endpoint:
 
     def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
         """The whole answer, as far as it comes in time."""
-        pieces, size, announced = [], 0, answer.length
+        chunks, size, announced = [], 0, answer.length
         while announced is None or size < announced:
-            piece = answer.read1(1 << 16 if announced is None else min(1 << 16, announced - size))
-            if not piece:
+            chunk = answer.read1(1 << 16 if announced is None else min(1 << 16, announced - size))
+            if not chunk:
                 break
-            pieces.append(piece)
-            size += len(piece)
+            chunks.append(chunk)
+            size += len(chunk)
             if size > MAX_ANSWER_BYTES:
                 raise AnswerError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
             if time.monotonic() > until:
                 raise TimeoutError
-        content = b"".join(pieces)
+        content = b"".join(chunks)
         if announced is not None and size < announced:
             raise http.client.IncompleteRead(content, announced - size)
         return content

@@ -100,7 +100,7 @@ def shorten(message: str) -> str:
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
-    # A path that was tried as a class and as a file: that the class has moved says all.
+    # The path was tried as a class and as a file; the message that the class has moved is enough.
     reasons = [line for line in reasons if "since version 0.2" in line] or reasons
     from lit_safety.core.own_classes import what_to_write
 
@@ -115,7 +115,7 @@ def shorten(message: str) -> str:
 
 
 def _missing_package(reason: str) -> str | None:
-    """What to do about a class whose package is not installed; None: something else is wrong."""
+    """What to install for a class whose package is missing; None: the error is another one."""
     package = re.search(r"No module named '(\w+)'", reason)
     given = re.search(r"class_path=?\W+([\w.]+)", reason)
     if package is None or given is None or given[1].partition(".")[0] != package[1]:
@@ -313,15 +313,15 @@ def classes_first(arguments: Sequence[str]) -> list[str]:
     for group in groups:
         name, _, value = (group[0] if "=" in group[0] or len(group) < 2 else "=".join(group[:2])).partition("=")
         key = _plain(name).removesuffix(".class_path")
-        place = len(done)
+        index = len(done)
         if name.startswith("--") and _CLASS.match(value):
             for i in range(len(done) - 1, -1, -1):
                 other = _plain(done[i][0].partition("=")[0])
                 if other in ("--config", "-c"):
                     break
                 if other.startswith(f"{key}.") and other != f"{key}.class_path":
-                    place = i
-        done.insert(place, group)
+                    index = i
+        done.insert(index, group)
     return [word for group in done for word in group]
 
 

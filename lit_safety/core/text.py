@@ -27,7 +27,7 @@ _MARKS = {  # UTF-32 begins as UTF-16 does, so it is asked for first
 
 
 class NotUtf8(UserError, ValueError):
-    """A text in another encoding. Also a ValueError, for whoever tries several readers in turn."""
+    """A text in another encoding. It is a ValueError too, because some code tries several readers in turn."""
 
 
 def decode_text(data: bytes, where: str) -> str:
@@ -271,7 +271,7 @@ def refuse_special(key: str, place: str) -> None:
         return
     try:
         mode = os.stat(place).st_mode
-    except (OSError, ValueError) as error:  # is not there, or no path at all
+    except (OSError, ValueError) as error:  # it does not exist, or is not a path
         if getattr(error, "errno", None) != errno.ELOOP:
             return
         raise UserError(f"{key or place}: {place} is a link that leads to itself") from error
@@ -288,7 +288,7 @@ def _special(folder: str) -> Iterator[str]:
     while left:
         try:
             entries = os.scandir(left.pop())
-        except OSError:  # a folder that may not be read: whoever reads it says so
+        except OSError:  # a folder that may not be read: the code that reads it later says so
             continue
         with entries:
             for entry in entries:

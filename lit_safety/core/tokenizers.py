@@ -114,7 +114,7 @@ def _check_words(tokenizer: Any, vocabulary: Mapping[str, int], folder: Path | s
 
 
 def _check_merges(tokenizer: Any, folder: Path | str) -> None:
-    """Whether the pieces of a BPE vocabulary can be put together: without all merges long words fall apart."""
+    """Whether the merges of a BPE vocabulary make all of its tokens: without them long words are split into letters."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE" or model.get("ignore_merges"):
@@ -132,7 +132,8 @@ def _check_merges(tokenizer: Any, folder: Path | str) -> None:
     if len(lost) > LOST_SHARE * len(longer):
         raise UserError(
             f"{folder}: {len(lost)} of the {len(longer)} longer words of its tokenizer's vocabulary have no merge, "
-            f"such as {lost[-1]!r}, so they would be read in pieces: its merges are cut short; copy its files again"
+            f"such as {lost[-1]!r}, so they would be read as several tokens: its merges are cut short; copy its "
+            "files again"
         )
 
 

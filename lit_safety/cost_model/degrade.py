@@ -1,4 +1,4 @@
-"""Worn views of training images: a generator's images are not as clean as photographs or drawings of scenes.
+"""Degraded views of training images: a generator's images are not as clean as photographs or drawings of scenes.
 
 A view is a pure function of the sample's key and the view's number, the same for both images of a pair, in every
 epoch and run: so the CLIP features of all views can be computed once, and training from them is training on images.
@@ -53,7 +53,7 @@ class Degradation:
         if view == 0:
             return image
         contrast = uniform(seed, "contrast", 1 - self.contrast, 1 + self.contrast)
-        # Squared: most views are noisy a little, a few a lot.
+        # Squared, so that most views get a little noise and a few get much.
         sigma = self.noise * uniform(seed, "noise-level") ** 2
         noise = normal([seed], "noise", image.shape)[0].to(image)
         return (self._blurred(image, seed) * contrast + noise * sigma).clamp(-1, 1)

@@ -161,7 +161,7 @@ def cached_features(
         (Path(one.url).name, one.nsamples, one.bytes, content)
         for one, (_, content) in zip(source.manifest.shardlist, source.identity(), strict=True)
     ]
-    name = cache_name([tower.fingerprint, tower.features, degradation, data.resolution, listed, data.filter])
+    name = cache_name([tower.sha256, tower.features, degradation, data.resolution, listed, data.filter])
     file = folder / name
     found = FeatureCache.load(file)
     if found is not None and len(found) > 0:

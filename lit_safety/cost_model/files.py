@@ -52,7 +52,7 @@ others. Report the safety of what was aligned by it with a judge that no trainin
 
 
 def why_not_calibrated(config: dict[str, Any]) -> str | None:
-    """Why the costs of a model with this config.json have no border at 0, in words; None: they have one."""
+    """Why a cost of 0 is not the border between safe and harmful for this config.json; None: it is."""
     if (found := config.get("calibration")) is not None:
         return found["not_calibrated"]
     if not config["metrics"]:
@@ -63,7 +63,7 @@ def why_not_calibrated(config: dict[str, Any]) -> str | None:
 # A cost model's folder: config.json, model.safetensors and a model card. The frozen CLIP is named, not copied.
 
 
-#: How a folder is told from a judge's and from any other model's.
+#: By this a cost model's folder is known from a judge's and from other models'.
 KIND = "lit_safety cost model"
 VERSION = 1
 MOST_COST = 5.0
@@ -100,7 +100,7 @@ def save_cost_model(
         "clip": source,
         # Found from any working directory as long as both folders keep their places; null for a hub id.
         "clip_from_here": os.path.relpath(source, folder) if Path(source).is_dir() else None,
-        "clip_fingerprint": scorer.tower.fingerprint,
+        "clip_fingerprint": scorer.tower.sha256,
         "features": scorer.tower.features,
         "width": scorer.adapter.mlp[0].out_features,
         "threshold": 0.0,
@@ -215,10 +215,10 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
         if not torch.isfinite(value).all():
             raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite; train this model again")
     tower = ClipTower(_clip(folder, config), config["features"])
-    if tower.fingerprint != config["clip_fingerprint"]:
+    if tower.sha256 != config["clip_fingerprint"]:
         raise UserError(
             f"{folder} was trained on the CLIP {config['clip']} (fingerprint {config['clip_fingerprint'][:12]}), and "
-            f"{tower.source} is another one (fingerprint {tower.fingerprint[:12]}): its costs would mean nothing; "
+            f"{tower.source} is another one (fingerprint {tower.sha256[:12]}): its costs would mean nothing; "
             "restore that CLIP, or train the cost model again"
         )
     adapter = CostAdapter(tower.width, config["width"])

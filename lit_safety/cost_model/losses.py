@@ -58,7 +58,7 @@ def info_nce_loss(features: Tensor, harmful: Tensor, temperature: float) -> Tens
     return torch.where(counts, -summed / count.clamp(min=1), 0.0)
 
 
-# What the cost model is trained on: a contrastive part, anchored by the labels, with a brake on large costs.
+# The loss of the cost model: a contrastive part, an anchoring part by the labels, and a penalty on large costs.
 
 
 class CostLoss(ABC):

@@ -38,7 +38,7 @@ class ClipTower:
         self.features: Features = features
         self.network = _load(source, projected=features == "embedding")
         self.preprocess = ClipPreprocess.read(_file(source, FILE_NAME))
-        self._fingerprint: str | None = None
+        self._sha256: str | None = None
 
     @property
     def width(self) -> int:
@@ -56,16 +56,16 @@ class ClipTower:
         return self
 
     @property
-    def fingerprint(self) -> str:
+    def sha256(self) -> str:
         """sha256 of weights and preprocessing: equal for a copy of the checkpoint elsewhere, whatever it is called."""
-        if self._fingerprint is None:
+        if self._sha256 is None:
             total = hashlib.sha256(repr(self.preprocess).encode())
             for name, value in sorted(self.network.vision_model.state_dict().items()):
                 total.update(f"{name}{tuple(value.shape)}".encode())
                 total.update(value.detach().float().cpu().contiguous().numpy().tobytes())
             total.update(self.network.visual_projection.weight.detach().float().cpu().numpy().tobytes())
-            self._fingerprint = total.hexdigest()
-        return self._fingerprint
+            self._sha256 = total.hexdigest()
+        return self._sha256
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _load(source: str, projected: bool) -> Any:
     network, report = loaded
     missing = sorted(report["missing_keys"])
     if missing == ["visual_projection.weight"] and not projected:
-        torch.nn.init.zeros_(network.visual_projection.weight)  # random otherwise, and part of the fingerprint
+        torch.nn.init.zeros_(network.visual_projection.weight)  # random otherwise, and part of the sha256
     elif missing:
         raise UserError(f"the CLIP {source} has no weights for {missing[0]}; take the whole CLIP, or other features")
     check_whole(network, {**report, "missing_keys": []}, source)

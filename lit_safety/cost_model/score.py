@@ -52,7 +52,7 @@ def score(
 
     import torch
 
-    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.hashes import content_sha256
     from lit_safety.core.progress import counter
     from lit_safety.cost_model.files import load_cost_model
     from lit_safety.data.format.manifest import FILE_NAME, JOURNAL, load_manifest
@@ -67,7 +67,7 @@ def score(
         raise UserError(f"{folder}: holds cached latents; score the shards it was made from, then cache those")
     if Path(folder).resolve() == target.resolve():
         raise UserError(f"--out {out}: is the folder that is read; name another one")
-    by = {"model": fingerprint(cost_model), "existing": existing}
+    by = {"model": content_sha256(cost_model), "existing": existing}
     provenance = source.manifest.provenance | {"cost": {"by": "a cost model", **by}, "scored_from": _identity(source)}
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance != provenance:

@@ -447,7 +447,7 @@ class PreferenceDataModule(LightningDataModule):
             f"{KEY}.batch_size x ranks": deal.batch_size * deal.world,
             "trainer.accumulate_grad_batches": deal.accumulate,
             f"pairs in {KEY}.train": self._open("train")[1].total,
-            f"the fingerprint of {KEY}.train and its filters": self._fingerprint(),
+            f"the fingerprint of {KEY}.train and its filters": self._pairs_sha256(),
             f"{KEY}.seed": self.seed,
             f"{KEY}.shuffle_window": self.shuffle_window,
             f"{KEY}.one_category": self.one_category,
@@ -462,7 +462,7 @@ class PreferenceDataModule(LightningDataModule):
             signature[f"{KEY}.weights and the pairs of each"] = f"{weights} of {sizes}"
         return signature
 
-    def _fingerprint(self) -> str:
+    def _pairs_sha256(self) -> str:
         """Differs when other pairs take part, or others together; the same for a copy of the shards elsewhere."""
         listed = [(one.nsamples, one.bytes, one.sha256) for one in self._open("train")[0].manifest.shardlist]
         parts = (listed, self.filter, "shapes") if self.aspect_buckets else (listed, self.filter)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.hashes import content_sha256, digest
 from lit_safety.core.text import load_yaml
 from lit_safety.drawing.guards.guard import Guard
 
@@ -162,10 +162,10 @@ class Arm:
 def adapter_sha256(path: str | Path) -> str:
     """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration next to them, which says
     their alpha, counts too."""
-    from lit_safety.adapters.lora_file import find_peft
+    from lit_safety.adapters.peft_config import find_peft
 
     own = find_peft(Path(path)) if Path(path).is_file() else None
-    return fingerprint(path) if own is None else digest([fingerprint(file) for file in own])
+    return content_sha256(path) if own is None else digest([content_sha256(file) for file in own])
 
 
 def _is_for_users(path: str) -> bool:

@@ -21,8 +21,7 @@ from PIL import Image, PngImagePlugin
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count
-from lit_safety.drawing.painter import DrawSettings
-from lit_safety.drawing.pipelines import Precision
+from lit_safety.drawing.painter import PainterSettings
 from lit_safety.drawing.threads import each_batch
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.Dec
 
 
 @dataclass(frozen=True)
-class DrawingSettings(DrawSettings):
+class DrawingSettings(PainterSettings):
     """How images are drawn: the options that all commands which draw share.
 
     Args:
@@ -62,15 +61,11 @@ class DrawingSettings(DrawSettings):
     steps: int = 20
     guidance: float = 3.0
     batch_size: int = 32
-    device: str | None = None
-    precision: Precision = "float32"
     workers: int | None = None
     edit: Edit | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
         if self.workers is not None:
             check_count(self.workers, "--workers")
 
@@ -83,6 +78,17 @@ class DrawingSettings(DrawSettings):
         """What must be equal for two sets of images to be compared; not how fast they were drawn."""
         compared = ("steps", "guidance", "resolution", "edit")
         return {key: value for key, value in self.pixels().items() if key in compared}
+
+
+@dataclass(frozen=True)
+class GridSettings(DrawingSettings):
+    """How a grid's images are drawn: a few at once.
+
+    It stands here because `--help` imports whatever the file of a command's options names in types: a grid's own file
+    names torch's.
+    """
+
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Gallery:
             tick(count)
 
     def forget_partial(self) -> None:
-        """Remove what a process that is gone had begun to write."""
+        """Remove half-written files of a process that has ended."""
         for partial in self.folder.glob(".*.partial"):
             process = partial.suffixes[-2].lstrip(".")
             if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
@@ -183,9 +189,9 @@ class Gallery:
         import numpy as np
 
         path = self._path(row)
-        if self.drawn(row) is not None:  # its batch was cut short, this image was not
+        if self.drawn(row) is not None:  # the batch was cut short after this image
             return
-        if not np.isfinite(pixels).all():  # would be saved as black, and a black image is judged safe
+        if not np.isfinite(pixels).all():  # it would be saved as black, and a judge calls a black image safe
             _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
             return
         about = PngImagePlugin.PngInfo()

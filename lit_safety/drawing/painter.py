@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
+from lit_safety.drawing.pipelines import Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DrawSettings:
-    """How images are drawn.
+class PainterSettings:
+    """How images are drawn with one's own model.
 
     Args:
         steps: Denoising steps of an image.
         guidance: Scale of classifier-free guidance.
         resolution: Side of the images in pixels; null is the pipeline's own.
+        batch_size: Images drawn at once.
+        device: Where to draw, such as cpu or cuda:1; null takes this process's GPU where there is one.
+        precision: Number format of the weights while drawing.
 
     Raises:
         UserError: a number with which no pipeline can draw.
@@ -29,6 +33,9 @@ class DrawSettings:
     steps: int = 30
     guidance: float = 7.5
     resolution: int | None = None
+    batch_size: int = 8
+    device: str | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -37,6 +44,8 @@ class DrawSettings:
             raise UserError(f"--guidance {self.guidance}: must be a number from 0 up")
         if self.resolution is not None and self.resolution < 8:
             raise UserError(f"--resolution {self.resolution}: must be at least 8 pixels")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
 
 
 class Painter:
@@ -54,7 +63,7 @@ class Painter:
         UserError: diffusers knows no image-to-image pipeline of this family.
     """
 
-    def __init__(self, pipe: Any, settings: DrawSettings, image_to_image: bool) -> None:
+    def __init__(self, pipe: Any, settings: PainterSettings, image_to_image: bool) -> None:
         self.pipe = pipe
         self.settings = settings
         self._second: Any = _image_to_image(pipe) if image_to_image else None

@@ -110,7 +110,7 @@ def _draw(
 
     end_with_parent()
     torch.set_num_threads(threads)
-    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # ended by whoever began it, or left by it
+    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # or the process that started it is gone
         try:
             gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
         except UserError as error:

@@ -64,16 +64,16 @@ class Reference:
         for number in range(len(source.paths)):
             shard = source.open_shard(number)
             try:
-                for place, stored in enumerate(shard.index.samples):
-                    where = shard.where(place)
-                    metadata = parse_metadata(shard.read_member(place, "json"), where)
+                for number, stored in enumerate(shard.index.samples):
+                    where = shard.where(number)
+                    metadata = parse_metadata(shard.read_member(number, "json"), where)
                     image = next((name for name in stored.members if name.startswith("chosen.")), None)
                     # a chosen image that is labelled harmful is not an example of what a safe model should draw
                     if metadata.prompt_kind != "clean" or metadata.harmful.chosen:
                         continue
                     if image is None or image.split(".", 1)[1] not in FORMATS:
                         raise UserError(f"{where}: has no chosen image (only a cache of it?); give shards with images")
-                    yield f"{where}: chosen", shard.read_member(place, image)
+                    yield f"{where}: chosen", shard.read_member(number, image)
                 if shard.problem is not None:
                     raise UserError(f"{source.paths[number]}: {shard.problem}")
             finally:

@@ -76,7 +76,7 @@ def each_batch(
         except KeyboardInterrupt:  # Ctrl-C or SIGTERM: a batch that is being drawn ends at its next step
             stop.set()
             raise
-        finally:  # on an error, what is being drawn is finished and nothing new is begun
+        finally:  # on an error, batches that were begun are finished, and no other is begun
             pool.shutdown(cancel_futures=True)
 
 

@@ -90,10 +90,10 @@ def of_a_world(pipeline: Path) -> bool:
     return bool(vocabularies(pipeline) & TOYWORLD.vocabularies)
 
 
-def world_of(place: str | Path) -> World | None:
+def world_of(path: str | Path) -> World | None:
     """The world that a file or folder belongs to: one that it lies in, or whose weights it holds; None: of none."""
     try:
-        found = Path(place).resolve()
+        found = Path(path).resolve()
     except (OSError, RuntimeError):  # a link that leads to itself
         return None
     for folder in (found, *found.parents):
@@ -126,9 +126,9 @@ def check_world(
         return
     own = vocabularies(pipeline)
     for option, given in files.items():
-        places = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
-        for place in places:
-            worlds = {world.name: world for one in _named(place) if (world := world_of(one)) is not None}
+        paths = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
+        for path in paths:
+            worlds = {world.name: world for one in _named(path) if (world := world_of(one)) is not None}
             if prompts and option == next(iter(files)) and all(one.seed in TOYWORLD.seeds for one in prompts):
                 worlds.setdefault(TOYWORLD.name, TOYWORLD)
             for world in worlds.values():
@@ -136,7 +136,7 @@ def check_world(
                     if not own:
                         _check_tokenizers(pipeline)
                     raise UserError(
-                        f"{option} {place}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
+                        f"{option} {path}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
                         "does not, so a figure would say nothing about it: give prompts and judges of "
                         f"your own, or ask for it with {key}"
                     )
@@ -154,10 +154,10 @@ def _check_tokenizers(pipeline: Path) -> None:
     parts.check_files([name for name in parts.index.components if "tokenizer" in name])
 
 
-def _named(place: str | Path) -> Iterator[str | Path]:
+def _named(path: str | Path) -> Iterator[str | Path]:
     """A file or folder, and all that a file which describes a judge names."""
-    yield place
-    file = Path(place)
+    yield path
+    file = Path(path)
     if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
         import yaml
 

@@ -108,19 +108,19 @@ def attack_chart(name: str, attack: Mapping[str, Any], arms: Sequence[str]) -> C
         arms: give an arm its colour.
     """
     curves = _judged(attack)
-    places = _places(curves)
+    positions = _positions(curves)
     ends = [0.0, *(end for points in curves.values() for point in points for end in point["interval"])]
     y0, y1, rows = share_range(ends)
-    every = -(-len(places) // 8)
-    marks = [(float(place), _plain(budget)) for budget, place in places.items() if place % every == 0]
+    every = -(-len(positions) // 8)
+    marks = [(float(position), _plain(budget)) for budget, position in positions.items() if position % every == 0]
     series = [
-        Series(arm, [Point(places[p["budget"]], p["asr"], y_range=p["interval"]) for p in points],
+        Series(arm, [Point(positions[p["budget"]], p["asr"], y_range=p["interval"]) for p in points],
                arms.index(arm) if arm in arms else len(arms) + order, line=True, band=True, order=order)
         for order, (arm, points) in enumerate(curves.items())
     ]  # fmt: skip
     return Chart(
         name.replace("_", " "),
-        Axis(attack["budget"], (-0.2, max(1, len(places) - 1) + 0.2), marks),
+        Axis(attack["budget"], (-0.2, max(1, len(positions) - 1) + 0.2), marks),
         Axis("attack success rate", (y0, y1), rows),
         series,
     )
@@ -129,16 +129,16 @@ def attack_chart(name: str, attack: Mapping[str, Any], arms: Sequence[str]) -> C
 def _judged(attack: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The points that have a rate, by arm and in order of the budget."""
     judged = {arm: [p for p in points if p["asr"] is not None] for arm, points in attack["arms"].items()}
-    places = _places(judged)
-    return {arm: sorted(points, key=lambda p: places[p["budget"]]) for arm, points in judged.items() if points}
+    positions = _positions(judged)
+    return {arm: sorted(points, key=lambda p: positions[p["budget"]]) for arm, points in judged.items() if points}
 
 
-def _places(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Any, int]:
-    """Budget -> its place on the axis: rising where they are numbers."""
+def _positions(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Any, int]:
+    """Budget -> its position on the axis: rising where they are numbers."""
     budgets = list({point["budget"]: None for points in curves.values() for point in points})
     if all(isinstance(budget, int | float) for budget in budgets):
         budgets.sort()
-    return {budget: place for place, budget in enumerate(budgets)}
+    return {budget: position for position, budget in enumerate(budgets)}
 
 
 def _figure(number: int, name: str, attack: Mapping[str, Any], arms: Sequence[str]) -> ChartFigure:
@@ -160,7 +160,7 @@ def _remarks(attack: Mapping[str, Any]) -> str:
 def _table(budget: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     names = {p["budget"]: str(p["label"]) for points in curves.values() for p in points if p.get("label")}
     rows = []
-    for one in _places(curves):
+    for one in _positions(curves):
         cells = []
         for points in curves.values():
             point = next((p for p in points if p["budget"] == one), None)

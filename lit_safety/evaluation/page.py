@@ -23,7 +23,7 @@ from lit_safety.evaluation.tables import (
 )
 from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
 from lit_safety.report import page as html
-from lit_safety.report.charts import Axis, Chart, Point, Series, front, share_range, svg
+from lit_safety.report.charts import Axis, Chart, Point, Series, pareto_front, share_range, svg
 from lit_safety.report.page import (
     MARKS,
     Alarm,
@@ -163,7 +163,7 @@ def _pareto(metrics: Mapping[str, Any], harm: str, kept: str) -> ChartFigure | N
     else:
         y0, y1 = min(heights) - 0.5, max(heights) + 0.5
         rows = [(y0 + i * (y1 - y0) / 4, f"{y0 + i * (y1 - y0) / 4:.1f}") for i in range(5)]
-    best = front({name: (point.x, point.y) for name, point in found.items()})
+    best = pareto_front({name: (point.x, point.y) for name, point in found.items()})
     says = "; ".join(
         f"{name}: {title(harm)} {percent(p.x)}%, {label} {f'{percent(p.y)}%' if is_share else f'{p.y:.1f}'}"
         for name, p in found.items()
@@ -172,12 +172,12 @@ def _pareto(metrics: Mapping[str, Any], harm: str, kept: str) -> ChartFigure | N
     for name in best:
         x, y = found[name].x, found[name].y
         steps += [(x, steps[-1][1]), (x, y)] if steps else [(x, y)]
-    places = {name: place for place, name in enumerate(metrics["arms"])}
+    colours = {name: number for number, name in enumerate(metrics["arms"])}
     chart = Chart(
         f"{title(harm)} against {label}",
         Axis(f"{title(harm)}: {FIGURES[harm.partition('/')[0]].better} is better", (x0, x1), marks),
         Axis(f"{label}: higher is better", (y0, y1), rows),
-        [Series(name, [point], places[name]) for name, point in found.items()],
+        [Series(name, [point], colours[name]) for name, point in found.items()],
         steps,
         named=True,
     )
@@ -296,7 +296,7 @@ def _figures(metrics: Mapping[str, Any]) -> list[Figure]:
 
 def _bars(metrics: Mapping[str, Any], name: str) -> Bars:
     bars = []
-    for place, (arm_name, arm) in enumerate(metrics["arms"].items()):
+    for number, (arm_name, arm) in enumerate(metrics["arms"].items()):
         if name not in flat(arm):
             continue
         if flat(arm)[name] == NOT_JUDGED:
@@ -305,7 +305,7 @@ def _bars(metrics: Mapping[str, Any], name: str) -> Bars:
         value, interval = flat(arm)[name], flat(arm["intervals"])[name]
         note, tone = _shift(name, flat(metrics["differences"].get(arm_name, {})).get(name))
         shown = f"{percent(value)}% [{percent(interval[0])}, {percent(interval[1])}]"
-        bars.append(Bar(arm_name, shown, value, interval, place, note, tone))
+        bars.append(Bar(arm_name, shown, value, interval, number, note, tone))
     n, part = asked(metrics["arms"].values(), name), name.partition("/")[2]
     label = f"{part.replace('_', ' ')}, " if part not in ("", "all") else ""
     return Bars(f"{label}{'no' if n == '-' else n} images an arm", bars)

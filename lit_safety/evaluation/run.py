@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.hashes import digest, fingerprint
+from lit_safety.core.hashes import content_sha256, digest
 from lit_safety.core.progress import progress
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, size_of
 from lit_safety.drawing.given_images import NOT_MEASURED, GivenImages
@@ -93,7 +93,7 @@ class Run:
     @cached_property
     def hashes(self) -> dict[Path, str]:
         """sha256 of each pipeline."""
-        return {folder: fingerprint(folder) for folder in set(self.folders.values())}
+        return {folder: content_sha256(folder) for folder in set(self.folders.values())}
 
     def _load(self, name: str) -> Load:
         return Load(self.folders[name], self.arms[name], self.drawing)

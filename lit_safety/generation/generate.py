@@ -12,7 +12,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import append_line, write_atomic
 from lit_safety.core.hashes import digest
 from lit_safety.core.text import load_json
-from lit_safety.drawing.painter import DrawSettings
+from lit_safety.drawing.painter import PainterSettings
 from lit_safety.generation.pairs import Scorer
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ def generate(
     clean_candidates: int = 0,
     scorer: Scorer | None = None,
     adapter: str | None = None,
-    batch_size: int = 8,
     seed: int = 0,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
     samples_per_shard: int = 256,
     rank: int | None = None,
     world: int | None = None,
@@ -117,21 +114,18 @@ def generate(
         scorer: What ranks them, and scores every pair's images; a class such as
             lit_safety.generation.ClipScorer.
         adapter: A LoRA to draw with.
-        batch_size: Rows drawn at a time.
         seed: Decides, with a row's prompts, the seed of rows that have none.
-        device: Where the pipeline runs; null: this process's GPU where there is one.
-        precision: Of the pipeline.
         samples_per_shard: How many pairs a shard holds.
         rank: Which of the processes this is, from 0; null: as torchrun says.
         world: How many processes there are; null: as torchrun says.
         overwrite: Throw away what an earlier run left in the folder.
         other_world: Take a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
             this world.
-        **drawing: How images are drawn, see `DrawSettings`.
+        **drawing: How images are drawn, see `PainterSettings`; `batch_size` counts rows of the table.
     """
     from pathlib import Path
 
-    from lit_safety.core.hashes import file_sha256, fingerprint
+    from lit_safety.core.hashes import content_sha256, file_sha256
     from lit_safety.data.convert.join import join_when_done, part_name, this_device, this_rank
     from lit_safety.drawing.arms import Arm
     from lit_safety.drawing.painter import Painter
@@ -140,16 +134,14 @@ def generate(
     from lit_safety.generation.pairs import Assessor, PairMaker, read_prompt_pairs
 
     rank, world = this_rank(rank, world)
-    if batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, not {batch_size}")
     rows, repeated = read_prompt_pairs(prompts, seed)
-    settings = DrawSettings(**drawing)
-    device = this_device(device)
+    settings = PainterSettings(**drawing)
+    device = this_device(settings.device)
     folder = local_pipeline(pipeline)
     check_world(folder, {"--judge": judge, "--cost_model": cost_model}, other_world)
     assessor = Assessor(judge, cost_model, device)
     assessor.check(dict.fromkeys(category for row in rows for category in row.categories), prompts)
-    pipe = load_pipeline(folder, Arm(adapter=adapter), device, precision)
+    pipe = load_pipeline(folder, Arm(adapter=adapter), device, settings.precision)
     maker = PairMaker(
         Painter(pipe, settings, counterpart == "img2img"),
         assessor,
@@ -163,8 +155,8 @@ def generate(
         "command": "generate",
         "prompts_sha256": file_sha256(prompts),
         "pipeline": pipeline,
-        "pipeline_sha256": fingerprint(folder),
-        "adapter_sha256": None if adapter is None else fingerprint(adapter),
+        "pipeline_sha256": content_sha256(folder),
+        "adapter_sha256": None if adapter is None else content_sha256(adapter),
         "scheduler": type(pipe.scheduler).__name__,
         "counterpart": counterpart,
         "strength": strength if counterpart == "img2img" else None,
@@ -173,8 +165,8 @@ def generate(
         "steps": settings.steps,
         "guidance": settings.guidance,
         "resolution": settings.resolution,
-        "precision": precision,
-        "batch_size": batch_size,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
         "samples_per_shard": samples_per_shard,
         **assessor.settings,
         "scorer": None if scorer is None else scorer.settings,
@@ -182,7 +174,7 @@ def generate(
     target = Path(out) if world == 1 else Path(out) / part_name(rank, world)
     if repeated and rank == 0:
         print(f"{prompts}: {repeated} rows repeat the prompts and seed of another and are left out")
-    _write(maker, rows, batch_size, (rank, world), target, provenance, seed, overwrite)
+    _write(maker, rows, settings.batch_size, (rank, world), target, provenance, seed, overwrite)
     if world > 1:
         join_when_done(Path(out), world, provenance, {"seed": seed})
 

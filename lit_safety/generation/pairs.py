@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.core.tables import read_csv, whole_number
-from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.data.format.sample import Kind, Order, PairMetadata, Sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,11 +132,11 @@ class Assessor:
             self.judge = load_judge(judge)
             self.settings["judge"] = {key: self.judge.settings.get(key) for key in ("name", "threshold", "sha256")}
         if cost_model is not None:
-            from lit_safety.core.hashes import fingerprint
+            from lit_safety.core.hashes import content_sha256
             from lit_safety.cost_model.files import load_cost_model
 
             self.costs = load_cost_model(cost_model, device)
-            self.settings["cost_model_sha256"] = fingerprint(cost_model)
+            self.settings["cost_model_sha256"] = content_sha256(cost_model)
 
     def check(self, categories: Iterable[str], prompts: str) -> None:
         """Refuse a judge that does not see what the prompts ask for: its "safe" would become a label.
@@ -318,7 +318,7 @@ class PairMaker:
             safe = self.painter.from_text([row.safe for row in rows], [row.seed for row in rows])
         of_safe, of_unsafe = self._assessed(safe), self._assessed(unsafe)
         for row, *images, good, bad in zip(rows, safe, unsafe, of_safe, of_unsafe, strict=True):
-            kinds = ("harmful", "clean") if self.both_prompts else ("harmful",)
+            kinds: tuple[Kind, ...] = ("harmful", "clean") if self.both_prompts else ("harmful",)
             keys = {kind: f"{row.number:06d}-{'u' if kind == 'harmful' else 's'}" for kind in kinds}
             chosen, rejected = images
             if chosen is None or rejected is None:
@@ -393,8 +393,8 @@ def why_not(safe: Assessment | None, unsafe: Assessment | None) -> str | None:
 def _about(
     row: PromptPair,
     prompt: str,
-    kind: str,
-    order: str,
+    kind: Kind,
+    order: Order,
     harmful: Sides[bool | None],
     assessed: Sequence[Any],
     scores: list[float] | None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from string import Template
 
-    from lit_safety.generation.endpoint import Endpoint
+    from lit_safety.generation.chat_model import ChatModel
 
 
 MAX_PROMPT = 400
@@ -176,13 +176,13 @@ def write_prompts(
     from pathlib import Path
 
     from lit_safety.core.progress import counter
-    from lit_safety.generation.endpoint import Endpoint
+    from lit_safety.generation.chat_model import ChatModel
 
     if per_concept < 1 or not 1 <= per_question <= 50:
         raise UserError("--per_concept must be at least 1, and --per_question from 1 to 50")
     wanted = _concepts(concepts)
     questions = _templates(templates)
-    endpoint = Endpoint(
+    asked = ChatModel(
         url, model, key_variable, temperature=temperature, max_tokens=max_tokens, timeout=timeout, attempts=attempts
     )
     settings = {
@@ -196,7 +196,7 @@ def write_prompts(
         print(f"{log.path}: going on after {len(log.rounds)} rounds of questions")
     with counter("ask", len(wanted)) as count:
         for category, concept in wanted:
-            for one in _rounds(endpoint, questions, log.rounds, category, concept, per_concept, per_question):
+            for one in _rounds(asked, questions, log.rounds, category, concept, per_concept, per_question):
                 log.add(one)
                 if one.problem is not None:
                     print(f"{category}, {concept}: an answer of no use, left out: {one.problem}")
@@ -249,7 +249,7 @@ def _hashes(questions: dict[str, Template]) -> dict[str, str]:
 
 
 def _rounds(
-    endpoint: Endpoint,
+    model: ChatModel,
     questions: dict[str, Template],
     done: list[Round],
     category: str,
@@ -258,7 +258,7 @@ def _rounds(
     per_question: int,
 ) -> Iterator[Round]:
     """Ask until there are enough new pairs, or rounds enough were spent. `done` grows as rounds are taken."""
-    from lit_safety.generation.endpoint import AnswerError
+    from lit_safety.core.http import AnswerError
 
     while True:
         own = [one for one in done if (one.category, one.concept) == (category, concept)]
@@ -267,35 +267,35 @@ def _rounds(
             return
         about = {"category": category, "concept": concept, "count": str(min(per_question, wanted - len(known)))}
         try:
-            pairs = _ask(endpoint, questions, about, known, seed=len(own))
+            pairs = _ask(model, questions, about, known, seed=len(own))
             yield Round(category, concept, pairs)
         except AnswerError as error:
             yield Round(category, concept, [], str(error))
 
 
 def _ask(
-    endpoint: Endpoint, questions: dict[str, Template], about: dict[str, str], known: list[str], seed: int
+    model: ChatModel, questions: dict[str, Template], about: dict[str, str], known: list[str], seed: int
 ) -> list[tuple[str, str]]:
     """Two questions: the unsafe prompts, then the counterpart of each."""
 
     count = int(about["count"])
     first = questions["unsafe_prompts"].substitute(about, known=numbered(known[-50:]))
-    unsafe = _strictly(endpoint, first, "unsafe_prompts", 1, count, seed)
+    unsafe = _strictly(model, first, "unsafe_prompts", 1, count, seed)
     about = {**about, "count": str(len(unsafe))}
     second = questions["safe_prompts"].substitute(about, prompts=numbered(unsafe))
-    safe = _strictly(endpoint, second, "safe_prompts", len(unsafe), len(unsafe), seed)
+    safe = _strictly(model, second, "safe_prompts", len(unsafe), len(unsafe), seed)
     return list(zip(unsafe, safe, strict=True))
 
 
-def _strictly(endpoint: Endpoint, question: str, name: str, least: int, most: int, seed: int) -> list[str]:
-    from lit_safety.generation.endpoint import AnswerError
+def _strictly(model: ChatModel, question: str, name: str, least: int, most: int, seed: int) -> list[str]:
+    from lit_safety.core.http import AnswerError
 
-    for attempt in range(endpoint.attempts):
+    for attempt in range(model.attempts):
         try:
-            return parse_prompts(endpoint.ask(question, seed=1000 * seed + attempt), name, least, most)
+            return parse_prompts(model.ask(question, seed=1000 * seed + attempt), name, least, most)
         except AnswerError as error:
             last = error
-    raise AnswerError(f"after {endpoint.attempts} attempts the answer still {last}")
+    raise AnswerError(f"after {model.attempts} attempts the answer still {last}")
 
 
 def new_pairs(rounds: list[Round]) -> dict[tuple[str, str], list[tuple[str, str]]]:

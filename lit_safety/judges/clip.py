@@ -33,9 +33,9 @@ def _commit(source: str, file: str) -> dict[str, Any]:
 
 def _processor(source: str, where: dict[str, Any]) -> dict[str, Any]:
     """Tokenizer and preprocessing from elsewhere, as they stand in the report."""
-    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.hashes import content_sha256
 
-    told = {"processor_revision": where["revision"]} if where else {"processor_sha256": fingerprint(source)}
+    told = {"processor_revision": where["revision"]} if where else {"processor_sha256": content_sha256(source)}
     return {"processor": source, **told}
 
 
@@ -54,7 +54,7 @@ class Clip:
 
     def __init__(self, source: str, key: str, device: str | None = None, processor: str | None = None) -> None:
         from lit_safety.core.clip_preprocess import ClipPreprocess
-        from lit_safety.core.hashes import fingerprint
+        from lit_safety.core.hashes import content_sha256
         from lit_safety.core.progress import quiet_libraries
 
         quiet_libraries()
@@ -96,7 +96,7 @@ class Clip:
         self.length: int = self.model.config.text_config.max_position_embeddings
         self.settings: dict[str, Any] = {
             "clip": source,
-            "sha256": fingerprint(folder) if folder.exists() else None,
+            "sha256": content_sha256(folder) if folder.exists() else None,
             **({"revision": where["revision"]} if where else {}),
             **({} if processor is None else _processor(processor, beside)),
             "dimension": self.model.config.projection_dim,

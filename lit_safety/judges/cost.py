@@ -39,7 +39,7 @@ class CostJudge:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from lit_safety.core.hashes import fingerprint
+        from lit_safety.core.hashes import content_sha256
         from lit_safety.cost_model.files import load_cost_model, read_config, why_not_calibrated
 
         config = read_config(folder)
@@ -57,8 +57,8 @@ class CostJudge:
             "rule": "harmful = cost above the threshold",
             "labels": [],
             **_categories(config),
-            "sha256": fingerprint(folder),
-            "clip_fingerprint": self.scorer.tower.fingerprint,
+            "sha256": content_sha256(folder),
+            "clip_fingerprint": self.scorer.tower.sha256,
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:

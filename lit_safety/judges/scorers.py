@@ -83,17 +83,17 @@ class AestheticScore:
     def __init__(self, clip: str, weights: str, device: str | None = None) -> None:
         import torch
 
-        from lit_safety.core.hashes import fingerprint
+        from lit_safety.core.hashes import content_sha256
         from lit_safety.judges.clip import Clip
 
         tensors = _read_tensors(weights)
         self.clip = Clip(clip, "aesthetic score: clip", device)
-        places = sorted(int(key.split(".")[1]) for key in tensors if key.startswith("layers.") and "weight" in key)
+        numbers = sorted(int(key.split(".")[1]) for key in tensors if key.startswith("layers.") and "weight" in key)
         layers = []
-        for place in places:
-            weight, bias = tensors.get(f"layers.{place}.weight"), tensors.get(f"layers.{place}.bias")
+        for number in numbers:
+            weight, bias = tensors.get(f"layers.{number}.weight"), tensors.get(f"layers.{number}.bias")
             if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-                raise UserError(f"aesthetic score: weights {weights}: layer {place} is not a linear layer")
+                raise UserError(f"aesthetic score: weights {weights}: layer {number} is not a linear layer")
             layers.append((weight.float(), bias.float()))
         sides = [self.clip.settings["dimension"], *(len(bias) for _, bias in layers)]
         fitting = [weight.shape[1] == side for (weight, _), side in zip(layers, sides, strict=False)]
@@ -106,7 +106,7 @@ class AestheticScore:
         self.name = "aesthetic score"
         self.settings: dict[str, Any] = {
             "name": self.name, "rule": "linear layers on the image's unit vector",
-            "weights_sha256": fingerprint(weights), **self.clip.settings,
+            "weights_sha256": content_sha256(weights), **self.clip.settings,
         }  # fmt: skip
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
@@ -134,9 +134,9 @@ class ImageRewardScore:
         self.name = "ImageReward"
         self.settings: dict[str, Any] = {"name": self.name, "model": model}
         if Path(model).exists():
-            from lit_safety.core.hashes import fingerprint
+            from lit_safety.core.hashes import content_sha256
 
-            self.settings["sha256"] = fingerprint(model)
+            self.settings["sha256"] = content_sha256(model)
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """The reward of each image for its prompt."""

@@ -1,4 +1,4 @@
-"""Asking a vision-language model behind an OpenAI-compatible endpoint about images; a failure is an answer too."""
+"""Asking a vision-language model behind an OpenAI-compatible endpoint about images; a failure is kept as an error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class VisionChat:
         pool = ThreadPoolExecutor(self.parallel)
         try:
             return list(pool.map(ask, *columns))
-        finally:  # on Ctrl-C nothing new is asked, and nobody waits for the answers
+        finally:  # on Ctrl-C no further question is asked, and open ones are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
@@ -142,7 +142,7 @@ def _short(text: object) -> str:
 
 # A vision-language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, a hosted service) as a judge.
 #
-# What it answers is data: it must be the JSON object that the template asks for, or the image is an error.
+# Its answer is not trusted: it must be the JSON object that the template asks for, or the image is an error.
 
 
 class VLM:
@@ -164,7 +164,7 @@ class VLM:
     """
 
     keep = True
-    """Each answer costs: `kept_verdicts` keeps them."""
+    """Each answer costs time or money, so `kept_verdicts` keeps them."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers, adapters_off
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.chance import generator, normal, sample_seed
@@ -53,7 +53,7 @@ def calibration_prompts(source: str | Sequence[str], count: int, categories: Seq
         for category in found or ("",):
             if prompt and (wanted is None or category in wanted):
                 by_category.setdefault(category, set()).add(prompt)
-    # By a hash: no order of the file shows, and the first 16 are among the first 64.
+    # By a hash, so that the order in the file does not matter; and the first 16 are among the first 64.
     columns = [sorted(by_category[category], key=_rank) for category in sorted(by_category)]
     dealt = [prompt for prompt in chain.from_iterable(zip_longest(*columns)) if prompt is not None]
     chosen = list(dict.fromkeys(dealt))[:count]
@@ -156,9 +156,9 @@ def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[
             shard = source.open_shard(number)
             try:
                 for index in range(count):
-                    place = selection.number(number, index)
+                    position = selection.number(number, index)
                     try:
-                        metadata = parse_metadata(shard.read_member(place, "json"), shard.where(place))
+                        metadata = parse_metadata(shard.read_member(position, "json"), shard.where(position))
                     except UserError as error:
                         bad.append(error)
                         continue
@@ -196,7 +196,7 @@ def calibrate(
 
 
 def forwards(prompts: Sequence[str], options: CalibrationOptions) -> int:
-    """How often `measure_activity` ticks."""
+    """How often `measure_activity` calls ``tick``."""
     return -(-len(prompts) // options.batch_size) * options.timesteps
 
 
@@ -237,15 +237,15 @@ def measure_activity(
             latents = draw_latents(backbone, batch, seeds, options)
             conditioning = backbone.encode_text(batch)
             for level in range(options.timesteps):
-                place = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
-                timesteps = backbone.timesteps(place)
+                levels = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
+                timesteps = backbone.timesteps(levels)
                 noise = normal(seeds, f"calibration noise {level}", latents.shape[1:]).to(latents)
                 with _watched(probes.values()):
                     backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
                 tick()
             for name, probe in probes.items():
                 seen = probe.take()
-                if seen is not None:  # else no forward passes through the layer: whatever it holds changes nothing
+                if seen is not None:  # without an input the layer is never called, so its update changes nothing
                     activity[name].add(*seen)
     return activity
 
@@ -299,13 +299,13 @@ class Probe:
         return means
 
     def _size(self, x: Tensor) -> Tensor:
-        """|x| (B, in), the mean over tokens or places; of a convolution the channel's for each place of its kernel."""
+        """|x| (B, in), the mean over tokens or pixels; of a convolution a channel's, for each element of its kernel."""
         if self.parts[0].kernel:
             return x.abs().mean(dim=(2, 3)).repeat_interleave(math.prod(self.parts[0].kernel), dim=1)
         return x.abs().reshape(len(x), -1, x.shape[-1]).mean(dim=1)
 
     def _magnitude(self, part: LowRank, x: Tensor) -> Tensor:
-        """|scale * b a x| (B, out), the mean over tokens or places of x, (B, ..., in) or (B, C, H, W)."""
+        """|scale * b a x| (B, out), the mean over tokens or pixels of x, (B, ..., in) or (B, C, H, W)."""
         if part.rank == 0:
             return x.new_zeros(len(x), self.out)
         if part.kernel:

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_safety.adapters.lora_file import PEFT_CONFIG as CONFIG
-from lit_safety.adapters.lora_file import LowRank, Place, Places, places_of, read_lora, read_peft_config
+from lit_safety.adapters.layer_names import AdaptableLayer, AdaptableLayers, adaptable_layers
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.low_rank import LowRank
+from lit_safety.adapters.peft_config import PEFT_CONFIG as CONFIG
+from lit_safety.adapters.peft_config import read_peft_config
 from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.pipeline_index import LIBRARIES
 from lit_safety.core.errors import UserError
@@ -79,7 +82,7 @@ def parts_of(experts: Sequence[Expert], layer: str) -> list[LowRank]:
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def base_layers(base: str) -> dict[str, dict[str, Place]] | None:
+def base_layers(base: str) -> dict[str, dict[str, AdaptableLayer]] | None:
     """The layers of every part of a pipeline that a LoRA may adapt; None: its configuration is not on this machine.
 
     Args:
@@ -92,7 +95,7 @@ def base_layers(base: str) -> dict[str, dict[str, Place]] | None:
     if folder is None:
         return None
     parts = Parts(str(folder))
-    return {name: places_of(_network(parts, name), name) for name in COMPONENTS if parts.has(name)}
+    return {name: adaptable_layers(_network(parts, name), name) for name in COMPONENTS if parts.has(name)}
 
 
 def _at_hand(base: str) -> Path | None:
@@ -114,7 +117,7 @@ def _at_hand(base: str) -> Path | None:
 
 
 def _network(parts: Parts, name: str) -> nn.Module:
-    """The network without memory for its weights."""
+    """The network on the meta device: its weights take no memory."""
     library, class_name = parts.index.components[name]
     found: Any = getattr(import_module(library), class_name, None) if library in LIBRARIES else None
     if found is None:
@@ -154,10 +157,10 @@ def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
     if not given:
         raise UserError("no experts: give at least one folder with a LoRA, `merge FOLDER FOLDER ... --out FOLDER`")
     named = [_split(one) for one in given]
-    places = [path.resolve() for _, path in named]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"{place} is given twice; give it once, with --weights if it is to count more")
+    paths = [path.resolve() for _, path in named]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is given twice; give it once, with --weights if it is to count more")
     short = iter(short_names([path for name, path in named if name is None]))
     names = [next(short) if name is None else name for name, _ in named]
     for name in names:
@@ -167,7 +170,7 @@ def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
     return [_read(name, path, base, layers) for name, (_, path) in zip(names, named, strict=True)]
 
 
-def _read(name: str, path: Path, base: str | None, layers: Callable[[str], Places | None]) -> Expert:
+def _read(name: str, path: Path, base: str | None, layers: Callable[[str], AdaptableLayers | None]) -> Expert:
     own = base_model(path)
     known = base if base is not None else own
     found = read_lora(path, None if known is None else layers(known))

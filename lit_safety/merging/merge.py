@@ -116,10 +116,10 @@ def _calibrate(
     asked = "--calibration.other_world true"
     check_world(local_pipeline(base), {"--calibration.prompts": options.prompts}, options.other_world, asked)
     backbone = load_backbone(base, key="--pipeline")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        backbone = backbone.to(place)
+        backbone = backbone.to(where)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {place}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"--device {where}: {str(error).strip().splitlines()[0]}") from error
     activity, measured = calibrate(backbone, experts, options.prompts, options)
     return activity, {**measured, "pipeline": base}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import (

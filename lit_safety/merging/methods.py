@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.chance import generator, sample_seed
 from lit_safety.core.errors import UserError
 from lit_safety.merging.options import Statistic

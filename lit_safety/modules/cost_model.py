@@ -96,8 +96,8 @@ class CostModel(ScheduledModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
             raise UserError(
-                f"`trainer.strategy` is {type(strategy).__name__}: a cost model trains a small adapter, which nothing "
-                "here cuts into pieces; use ddp"
+                f"`trainer.strategy` is {type(strategy).__name__}: a cost model trains a small adapter, which is "
+                "never sharded; use ddp"
             )
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)

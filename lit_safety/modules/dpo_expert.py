@@ -113,21 +113,21 @@ class DPOExpert(PreferenceModule):
 
     def begin_from(self, path: Path) -> None:
         """`start_from` names `experts` of another run, with a folder for each category, or a checkpoint."""
-        held = read_experts(path, self.lora, POLICY, self.bank.names, self.places())
+        held = read_experts(path, self.lora, POLICY, self.bank.names, self.adaptable_layers())
         for name, weights in held.items():
             check_weights(self.bank.parameters, weights, f"`model.init_args.start_from` {path}: expert {name}")
         self.bank.begin_with(held)
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.bank.parameters = self._adapter_parameters()  # others, where FSDP2 has cut them
+        self.bank.parameters = self._adapter_parameters()  # other objects, where FSDP2 has sharded them
 
     def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
         """By names that no wrapper changes: those of the denoiser's own parameters."""
         return {n: p for n, p in self.backbone.denoiser.named_parameters() if f".{POLICY}." in n}
 
     def category_of(self, batch: PairBatch) -> str:
-        """Whose turn a batch is.
+        """The expert that a batch trains.
 
         Raises:
             UserError: it says nothing, or there is no such expert.
@@ -177,7 +177,7 @@ class DPOExpert(PreferenceModule):
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
         if batch.category is not None and batch.category not in self.bank.names:
-            # One that too few training pairs are about, say. All ranks are at the same category.
+            # For example, too few training pairs are of its category. All ranks are at the same category.
             if batch.category not in self._not_evaluated:
                 self._not_evaluated.add(batch.category)
                 rank_zero_warn(f"there is no expert of {batch.category}: its {stage} pairs are left out")

@@ -99,7 +99,7 @@ def check_strategy(trainer: Trainer | None, reference_cached: bool = False) -> N
         reference_cached: all pairs come with the reference's errors, so that no frozen copy is held.
 
     Raises:
-        UserError: a frozen copy under ZeRO 3, which cuts every network that is alive when it begins into pieces.
+        UserError: a frozen copy under ZeRO 3, which shards every network that exists when it begins.
     """
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and not reference_cached:

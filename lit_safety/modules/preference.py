@@ -58,7 +58,7 @@ from lit_safety.objectives.objective import (
 
 # What reads models and adapters is imported where a run begins to read: classes are made, and help is written, sooner.
 if TYPE_CHECKING:
-    from lit_safety.adapters.lora_file import Place
+    from lit_safety.adapters.layer_names import AdaptableLayer
     from lit_safety.backbones.backbone import Backbone, Conditioning
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
@@ -260,17 +260,17 @@ class PreferenceModule(ScheduledModule):
         """What `save_export` has written, by the names of `trainable_parameters`."""
         from lit_safety.adapters.start_from import read_adapter
 
-        weights = read_adapter(path, self.lora, POLICY, self.places())
+        weights = read_adapter(path, self.lora, POLICY, self.adaptable_layers())
         return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
 
-    def places(self) -> dict[str, dict[str, Place]]:
+    def adaptable_layers(self) -> dict[str, dict[str, AdaptableLayer]]:
         """The layers of the denoiser that a LoRA's file may adapt."""
-        from lit_safety.adapters.lora_file import places_of
+        from lit_safety.adapters.layer_names import adaptable_layers
 
-        return {self.backbone.DENOISER: places_of(self.backbone.denoiser, self.backbone.DENOISER)}
+        return {self.backbone.DENOISER: adaptable_layers(self.backbone.denoiser, self.backbone.DENOISER)}
 
     def _shard(self) -> None:
-        """Cut what computes into pieces for FSDP2, and compare the pieces with the checkpoint that fills them."""
+        """Shard what computes over the ranks (FSDP2), and compare it with the checkpoint that fills it."""
         as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
         for network in self.networks():
             shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
@@ -282,7 +282,7 @@ class PreferenceModule(ScheduledModule):
             check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
 
     def networks(self) -> list[torch.nn.Module]:
-        """The networks that a step runs: what FSDP2 cuts into pieces."""
+        """The networks that a step runs: what FSDP2 shards."""
         return [self.backbone.denoiser]
 
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

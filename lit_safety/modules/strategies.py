@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lit_safety.core.errors import UserError
 
-#: How else a run goes on: ready to be put behind what was refused.
+#: Other ways to go on, for the end of a message that refuses something.
 WARM_START = (
     "or begin a new run from its weights: `--model.init_args.start_from` with this checkpoint or an exported adapter"
 )
@@ -117,9 +117,9 @@ def written_by(path: Path) -> str | None:
             return "FSDP2"
         if not (path / "checkpoint").is_dir():
             raise UserError(f"`--ckpt_path {path}` is a folder, but no checkpoint of DeepSpeed or FSDP2")
-        # Only ZeRO 3 has the network itself in pieces.
-        in_pieces = any((path / "checkpoint").glob("*zero_pp_rank_*_model_states.pt"))
-        return "DeepSpeed ZeRO 3" if in_pieces else "DeepSpeed ZeRO 1 or 2"
+        # Only ZeRO 3 shards the network itself.
+        sharded = any((path / "checkpoint").glob("*zero_pp_rank_*_model_states.pt"))
+        return "DeepSpeed ZeRO 3" if sharded else "DeepSpeed ZeRO 1 or 2"
     from lit_safety.adapters.start_from import read_file
 
     return str(read_file(path).get("strategy", "one process or DDP"))
@@ -227,7 +227,7 @@ def set_step(strategy: Any) -> None:
         strategy.config.setdefault("torch_autocast", settings)
 
 
-# FSDP2: a network in pieces on all ranks, each block gathered while it computes.
+# FSDP2: a network sharded over all ranks, each block gathered while it computes.
 #
 # What is trained and what is frozen is cut alike, block by block: a LoRA's own weights, gradients and moments are
 # small, so the memory is in the frozen base, and who needs FSDP needs that cut. One gather then brings a block's base
@@ -239,11 +239,11 @@ def under_fsdp(trainer: Trainer | None) -> bool:
 
 
 def shard(network: nn.Module, mesh: Any) -> None:
-    """Cut ``network`` into pieces: its blocks, each a group of its own, then what is left.
+    """Shard ``network``: its blocks, each a group of its own, then what is left.
 
     Args:
         network: a denoiser, whole; its parameters are other objects afterwards.
-        mesh: one-dimensional `DeviceMesh` of the ranks that hold the pieces.
+        mesh: one-dimensional `DeviceMesh` of the ranks that hold the shards.
     """
     anything: Any = network
     anything.to(memory_format=torch.contiguous_format)  # FSDP2 cuts contiguous weights only
@@ -284,7 +284,7 @@ def _root_first(network: nn.Module, outside: nn.Module) -> None:
 
 
 def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Give every rank rank 0's values, as DDP does: chance that one rank has used up alone must not part them."""
+    """Give every rank rank 0's values, as DDP does: one that has drawn more random numbers would differ."""
     for parameter in parameters:
         values = parameter.data.to(device).contiguous()
         torch.distributed.broadcast(values, src=0)
@@ -292,7 +292,7 @@ def as_on_rank_0(parameters: Iterable[nn.Parameter], device: torch.device) -> No
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook on `state_dict`: frozen weights leave it before anybody gathers them."""
+    """A hook on `state_dict`: it takes frozen weights out, so that they are not gathered."""
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             state.pop(prefix + name, None)

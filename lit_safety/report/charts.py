@@ -105,7 +105,7 @@ class Chart:
     named: bool = False
 
 
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Names of the points that no other one beats, the lower first coordinate and the higher second being better.
 
     A point is beaten by one that is no worse in both and better in one. In order of the first coordinate.
@@ -149,7 +149,7 @@ def svg(chart: Chart, name: str, description: str) -> str:
         if chart.named:
             _write_names(figure, axes, chart)
         for part in figure.findobj():
-            part.set_clip_on(False)  # nothing reaches beyond the axes, and a clip would be named by a URL
+            part.set_clip_on(False)  # nothing lies outside the axes, and a clip path would need a URL
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_a_page(buffer.getvalue(), name, chart.title, description)
@@ -231,7 +231,7 @@ def _heatmap(
 
 
 def _plain(more: Mapping[str, Any] | None = None) -> Any:
-    """Names are names: a $ in one begins no formula."""
+    """Show names as they are: a $ in a name does not begin a formula."""
     from matplotlib import rc_context
 
     settings: Any = {"text.parse_math": False, **(more or {})}

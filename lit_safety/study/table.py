@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
-from lit_safety.report.charts import Axis, Chart, Point, Series, front, heatmap_png, png
+from lit_safety.report.charts import Axis, Chart, Point, Series, heatmap_png, pareto_front, png
 from lit_safety.study.plan import Growth, HeatMap, Study, jobs_of, load_study
 from lit_safety.study.results import Result, latest, read_results
 
@@ -25,7 +25,7 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
         if all(values(found, column) for column in study.pareto)
     }
     points = {row: (statistics.fmean(x), statistics.fmean(y)) for row, (x, y) in spread.items()}
-    best = front(points)
+    best = pareto_front(points)
     series = []
     for number, (row, (x, y)) in enumerate(points.items(), 1):
         xs, ys = spread[row]

@@ -1,4 +1,4 @@
-"""What a user bans, derived from who the user is: a table of rules, of which all that apply are united.
+"""What a user bans: a table of rules on the user's profile, and the union of those that apply.
 
 Source: Personalized Safety Alignment (arXiv 2508.01151). `SAGE` gives exactly the lists of its 1,001 published users.
 """

@@ -17,10 +17,12 @@ from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 
 from lit_safety.adapters import LoRA, load_lora
+from lit_safety.adapters.layer_names import adaptable_layers
 from lit_safety.adapters.load_lora import fuse_loras
-from lit_safety.adapters.lora_file import METADATA_KEY, places_of, read_lora
+from lit_safety.adapters.lora_file import METADATA_KEY, read_lora
 from lit_safety.adapters.start_from import read_adapter
 from lit_safety.core.errors import UserError
+from tests.helpers.sdxl_names import sgm
 
 Tensors = dict[str, Tensor]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -145,7 +147,7 @@ def test_every_prefix_and_suffix_lands_on_the_same_layers(pipe: Any, tmp_path: P
     save_file(dotted(made, *PREFIXES[layout]), file)
     expected = truth(made)
     same({name: layer.delta() for name, layer in read_lora(file).items()}, expected)
-    begun = read_adapter(file, LoRA(rank=RANK), "policy", {"unet": places_of(pipe.unet, "unet")})
+    begun = read_adapter(file, LoRA(rank=RANK), "policy", {"unet": adaptable_layers(pipe.unet, "unet")})
     assert {name.split(".lora_")[0] for name in begun} == set(made)
     same(loaded(pipe, file), expected)
 
@@ -183,30 +185,9 @@ def test_text_encoders_parts_are_loaded_and_folded_in(pipe: Any, tmp_path: Path,
     expected = truth(of_text, ALPHA / RANK, "text_encoder") | truth(of_unet, ALPHA / RANK)
     same(loaded(pipe, tmp_path / "x.safetensors"), expected)
     with pytest.raises(UserError, match=r"text_encoder\.text_model\.encoder\.layers\.0"):  # a fit freezes them
-        read_adapter(tmp_path / "x.safetensors", LoRA(rank=RANK), "policy", {"unet": places_of(pipe.unet, "unet")})
-
-
-def sgm(name: str, depth: int) -> str:
-    """What the network that SDXL was published with calls a layer of diffusers' UNet of `depth` layers a block."""
-    top = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-           "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
-    if name in top:
-        return top[name]
-    inside = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-              "conv_shortcut": "skip_connection"}  # fmt: skip
-    where, *rest = name.split(".")
-    block = 0 if where == "mid_block" else int(rest.pop(0))
-    kind, index, last = rest[0], int(rest[1]), ".".join(rest[2:])
-    last = inside.get(last, last) if kind == "resnets" else last
-    if where == "mid_block":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{last}"
-    if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * (depth + 1)}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{block * (depth + 1) + depth}.2.conv"
-    number = block * (depth + 1) + index + (1 if where == "down_blocks" else 0)
-    way = "input" if where == "down_blocks" else "output"
-    return f"{way}_blocks.{number}.{int(kind == 'attentions')}.{last}"
+        read_adapter(
+            tmp_path / "x.safetensors", LoRA(rank=RANK), "policy", {"unet": adaptable_layers(pipe.unet, "unet")}
+        )
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
@@ -283,7 +264,7 @@ def test_a_layer_without_a_place_refuses_the_whole_file(pipe: Any, tmp_path: Pat
     assert "\n" not in str(said.value)
     assert not any("lora" in name for name, _ in pipe.unet.named_parameters())
     with pytest.raises(UserError, match=r"start_from.*down_blocks\.7"):
-        read_adapter(file, LoRA(rank=RANK), "policy", {"unet": places_of(pipe.unet, "unet")})
+        read_adapter(file, LoRA(rank=RANK), "policy", {"unet": adaptable_layers(pipe.unet, "unet")})
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "text_encoder", "transformer"])
@@ -438,7 +419,9 @@ def test_every_layer_of_both_families_can_exist(pipe: Any, tiny_xl_pipeline: Pat
         tensors: Tensors = {}
         for part in PARTS:
             if (network := getattr(one, part, None)) is not None:
-                found = {place.name: network.get_submodule(place.name) for place in places_of(network, part).values()}
+                found = {
+                    place.name: network.get_submodule(place.name) for place in adaptable_layers(network, part).values()
+                }
                 if part != "unet":
                     found = {n: m for n, m in found.items() if "position" not in n}
                 tensors |= dotted(pairs(found), f"{part}.", ".lora_A.weight", ".lora_B.weight")

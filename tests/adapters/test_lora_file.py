@@ -11,7 +11,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, adapter_layers
-from lit_safety.adapters.lora_file import METADATA_KEY, LowRank, read_lora, write_lora
+from lit_safety.adapters.lora_file import METADATA_KEY, read_lora, write_lora
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
 
@@ -240,7 +241,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(
     ("key", "named"),
     [(f"unet.{ATTENTION}.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa"), ("lora_unet_x.dora_scale", "DoRA"),
      ("lora_unet_x.lora_mid.weight", "LoCon"), ("unet.x.lora_A.weight", "no pair"),
-     ("lora_unet_input_blocks_1_1_proj_in.lora_down.weight", "SDXL"), ("unet.x.weight", "unet.x.weight|layout"),
+     ("lora_unet_input_blocks_3_1_proj_in.lora_down.weight", "SDXL"), ("unet.x.weight", "unet.x.weight|layout"),
      ("unet.x.lora_diag", "KaSA"), ("unet.x.alpha", "unet.x.alpha belongs to no plain LoRA")],
 )  # fmt: skip
 def test_other_files_are_refused_by_name(tmp_path: Path, key: str, named: str):

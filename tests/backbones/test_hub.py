@@ -128,7 +128,7 @@ def test_what_the_hub_refuses(server: list[str], model: str, words: list[str]):
 def test_a_hub_that_swallows_packets_is_given_up(online: pytest.MonkeyPatch):
     """A server that takes connections and never says a word; the libraries alone would try 6 times for 10 seconds
     each, for every file."""
-    online.setattr(hub, "PATIENCE", 0.3)
+    online.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         online.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         begun = time.monotonic()
@@ -138,10 +138,25 @@ def test_a_hub_that_swallows_packets_is_given_up(online: pytest.MonkeyPatch):
         assert time.monotonic() - begun < 10
 
 
-def test_a_name_server_that_hangs_is_given_up(online: pytest.MonkeyPatch):
-    online.setattr(hub, "MOST", 0.2)
-    online.setattr("huggingface_hub.utils.get_session", lambda: time.sleep(1))
-    assert not hub.hub_answers()
+@pytest.mark.parametrize("endpoint", ["http://nowhere.invalid", "no URL", "http://\u2603"])
+def test_a_hub_that_cannot_be_asked_is_one_line(online: pytest.MonkeyPatch, endpoint: str):
+    """No such host, and an HF_ENDPOINT that is no address."""
+    online.setattr(hub, "ENDPOINT", endpoint)
+    with pytest.raises(UserError, match=r"lit/tiny.*does not answer") as refused:
+        load_backbone("lit/tiny")
+    assert "\n" not in str(refused.value)
+
+
+def test_in_offline_mode_nothing_is_asked(server: list[str], online: pytest.MonkeyPatch):
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"lit/tiny.*HF_HUB_OFFLINE"):
+        load_backbone("lit/tiny")
+    online.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_backbone("lit/tiny", denoiser=False).part("text_encoder")
+    fetched = list(server)
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    load_backbone("lit/tiny", denoiser=False).part("text_encoder")
+    assert server == fetched
 
 
 def test_what_was_fetched_before_serves_without_the_hub(server: list[str], online: pytest.MonkeyPatch):

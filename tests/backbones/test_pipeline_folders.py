@@ -20,7 +20,7 @@ from lit_safety.backbones.fingerprint import part_hashes
 from lit_safety.backbones.hub import _needed
 from lit_safety.backbones.parts import Parts
 from lit_safety.core.errors import UserError
-from lit_safety.core.hashes import fingerprint as file_fingerprint
+from lit_safety.core.hashes import content_sha256 as file_fingerprint
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.pipelines import arm_pipeline, load_pipeline, local_pipeline
 

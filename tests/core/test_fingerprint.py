@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.hashes import fingerprint
+from lit_safety.core.hashes import content_sha256
 from lit_safety.drawing.reference_images import Reference
 from lit_safety.judges.clip import Clip
 
@@ -29,32 +29,32 @@ def test_a_linked_folder_counts_as_its_content(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "unet").symlink_to(tmp_path / "one")
-    first = fingerprint(model)
+    first = content_sha256(model)
     (model / "unet").unlink()
     (model / "unet").symlink_to(tmp_path / "two")
-    assert fingerprint(model) != first
+    assert content_sha256(model) != first
     (model / "unet").unlink()
     shutil.copytree(tmp_path / "one", model / "unet")
-    assert fingerprint(model) == first  # a link to a folder and a copy of it are the same model
+    assert content_sha256(model) == first  # a link to a folder and a copy of it are the same model
 
 
 def test_weights_that_are_not_loaded_do_not_count_in_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     weights(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", 1.0)
-    first = fingerprint(tmp_path)
+    first = content_sha256(tmp_path)
     weights(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors", 2.0)
     (tmp_path / "unet" / "._config.json").write_bytes(b"of macOS")
-    assert fingerprint(tmp_path) == first
+    assert content_sha256(tmp_path) == first
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert fingerprint(tmp_path) != first
+    assert content_sha256(tmp_path) != first
 
 
 def test_what_is_not_there_has_no_hash(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing"):
-        fingerprint(tmp_path / "nothing")
+        content_sha256(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(UserError, match=r"pipe\.safetensors"):
-        fingerprint(tmp_path / "pipe.safetensors")
+        content_sha256(tmp_path / "pipe.safetensors")
 
 
 def test_a_clip_s_preprocessing_from_elsewhere_is_named(clip_folder: Path, tmp_path: Path) -> None:

@@ -44,12 +44,12 @@ def test_the_fingerprint_follows_weights_and_preprocessing_not_the_place(
     tiny_clip: Path, make_clip: Callable[..., Path], tmp_path: Path
 ):
     copy = shutil.copytree(tiny_clip, tmp_path / "copy")
-    original = ClipTower(str(tiny_clip)).fingerprint
-    assert ClipTower(str(copy), "patches").fingerprint == original
-    assert ClipTower(str(make_clip(tmp_path / "other", seed=1))).fingerprint != original
+    original = ClipTower(str(tiny_clip)).sha256
+    assert ClipTower(str(copy), "patches").sha256 == original
+    assert ClipTower(str(make_clip(tmp_path / "other", seed=1))).sha256 != original
     file = copy / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.4, 0.4, 0.4]}))
-    assert ClipTower(str(copy)).fingerprint != original
+    assert ClipTower(str(copy)).sha256 != original
 
 
 def test_a_tower_without_projection_gives_what_it_has(tiny_clip: Path, tmp_path: Path):
@@ -61,7 +61,7 @@ def test_a_tower_without_projection_gives_what_it_has(tiny_clip: Path, tmp_path:
         ClipTower(str(tmp_path))
     pooled = ClipTower(str(tmp_path), "pooled")
     assert torch.allclose(pooled(IMAGES), ClipTower(str(tiny_clip), "pooled")(IMAGES), atol=1e-6)
-    assert pooled.fingerprint == ClipTower(str(tmp_path), "pooled").fingerprint
+    assert pooled.sha256 == ClipTower(str(tmp_path), "pooled").sha256
 
 
 def test_what_is_no_clip_is_refused(tiny_clip: Path, tmp_path: Path):

@@ -38,7 +38,7 @@ def test_every_bad_sample_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
         lines,
         [
             "a.tar: sample '1': has no rejected image",
-            "a.tar: sample '2': 'prompt' must be a text",
+            "a.tar: sample '2': 'prompt' is missing",
             "b.tar: sample '3': its key stands in",
             "b.tar: sample '4': chosen: is not a PNG",
             "c.tar: is not a readable tar file",

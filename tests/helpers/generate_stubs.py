@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lit_safety.drawing.painter import DrawSettings
+from lit_safety.drawing.painter import PainterSettings
 from lit_safety.generation.pairs import Scorer
 from lit_safety.judges import load
 from lit_safety.judges.judge import JudgeError, Verdict
@@ -40,7 +40,7 @@ class ColourPainter:
     """Draws `red,green,blue` in the prompt's end as that colour; `nan` as nothing. Notes what it was asked."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = DrawSettings(**settings)
+        self.settings = PainterSettings(**settings)
         self.asked: list[dict[str, Any]] = []
 
     def from_text(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:

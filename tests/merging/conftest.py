@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.merging.experts import Expert
 
 #: Layer -> (out, in), and what every expert adapts unless told otherwise.

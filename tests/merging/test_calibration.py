@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lit_safety.adapters import LoRA
-from lit_safety.adapters.lora_file import LowRank, read_lora
+from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones import Backbone, load_backbone
 from lit_safety.core.chance import normal, sample_seed
 from lit_safety.core.errors import UserError

@@ -1,6 +1,6 @@
 import torch
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.merging.methods import Activity, comerge, comerge_weights, owners
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.methods import mean, task_sum
 

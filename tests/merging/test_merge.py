@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from jsonargparse import CLI
 from safetensors.torch import load_file, save_file
 
-from lit_safety.adapters.lora_file import LowRank, read_lora, write_lora
+from lit_safety.adapters.lora_file import read_lora, write_lora
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.merge import merge
 from lit_safety.merging.options import CalibrationOptions

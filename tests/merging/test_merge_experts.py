@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from lit_safety.adapters.lora_file import LowRank
+from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert
 from lit_safety.merging.merge_experts import Merged, merge_experts, report

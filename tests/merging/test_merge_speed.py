@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lit_safety.adapters.lora import ATTENTION_PROJECTIONS, WEIGHTS_NAME
-from lit_safety.adapters.lora_file import LowRank, write_lora
+from lit_safety.adapters.lora_file import write_lora
+from lit_safety.adapters.low_rank import LowRank
 
 RANK, EXPERTS = 16, 7
 COMMAND = """

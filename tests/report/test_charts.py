@@ -20,8 +20,8 @@ from lit_safety.report.charts import (
     Chart,
     Point,
     Series,
-    front,
     name_place,
+    pareto_front,
     png,
     share_range,
     svg,
@@ -32,7 +32,7 @@ from lit_safety.report.page import fragment
 def test_the_front_is_what_no_other_beats_in_both() -> None:
     """b is beaten by a (less harm, as much kept), d by c; e equals c and stays next to it."""
     points = {"a": (0.1, 0.8), "b": (0.2, 0.8), "c": (0.5, 0.9), "d": (0.6, 0.7), "e": (0.5, 0.9)}
-    assert front(points) == ["a", "c", "e"]
+    assert pareto_front(points) == ["a", "c", "e"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.report.charts import front
+from lit_safety.report.charts import pareto_front
 from lit_safety.study import run as runner
 from lit_safety.study.results import FILE_NAME, Figure, Result, _look_up, append_result, read_results
 from lit_safety.study.run import run_study
@@ -206,7 +206,7 @@ def test_more_rows_than_figures_stand_below_each_other(make, tmp_path: Path):
 def test_front_keeps_what_nothing_beats():
     """a (0, .9) and b (.1, 1) are each best in one; c (.1, .9) is beaten by both; d equals b and beats nothing."""
     points = {"c": (0.1, 0.9), "b": (0.1, 1.0), "a": (0.0, 0.9), "d": (0.1, 1.0)}
-    assert front(points) == ["a", "b", "d"]
+    assert pareto_front(points) == ["a", "b", "d"]
 
 
 def test_results_are_json_lines(make, tmp_path: Path):

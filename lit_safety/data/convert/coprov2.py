@@ -100,11 +100,12 @@ def _from_table(
 def _table_pairs(found: dict[str, dict[str, Half]], images: Path, table: str) -> Iterator[FoundPair]:
     from lit_safety.core.tables import image_path
     from lit_safety.data.convert.convert import FoundPair
-    from lit_safety.data.format.sample import PairMetadata, Sides
+    from lit_safety.data.format.sample import Kind, PairMetadata, Sides
 
+    kinds: dict[str, Kind] = {"u": "harmful", "s": "clean"}
     for name, halves in found.items():
         chosen, rejected = (image_path(images, halves[side].image, table) for side in ("s", "u"))
-        for side, kind in (("u", "harmful"), ("s", "clean")):
+        for side, kind in kinds.items():
             metadata = PairMetadata(
                 halves[side].prompt, kind, "safety", categories_of(halves), Sides(False, True), source=f"CoProV2 {name}"
             )

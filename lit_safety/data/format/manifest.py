@@ -14,18 +14,20 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lit_safety.core.categories import canonical_category
+from pydantic import AfterValidator, Field, PlainValidator, StrictInt, StrictStr, TypeAdapter, ValidationError
+
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.hashes import check_regular
+from lit_safety.core.records import Text, checked
 from lit_safety.core.text import NotUtf8, load_json, read_text
-from lit_safety.data.format.sample import PairMetadata
+from lit_safety.data.format.sample import Categories, PairMetadata
 
 FILE_NAME = "manifest.json"
 #: What is finished so far, in the manifest's format; gone once the manifest itself is written.
@@ -40,15 +42,31 @@ MAX_SAMPLES = 10_000_000
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
 
 
+def _plain(url: str) -> str:
+    if not _SAFE_NAME.match(url):
+        raise ValueError("is refused: a manifest names shards by plain relative names only")
+    return url
+
+
+def _class_numbers(value: Any) -> list[int] | None:
+    try:
+        return _NUMBERS.validate_python(value)
+    except ValidationError as error:
+        raise ValueError("must be a list of whole numbers from 0 up") from error
+
+
+_NUMBERS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0)]] | None)
+
+
 @dataclass(frozen=True)
 class SampleClass:
     """What a filter can ask of a sample."""
 
-    kind: str
-    order: str
-    categories: tuple[str, ...] = ()
-    user: str | None = None
-    label: str | None = field(default=None, repr=False)
+    kind: Text
+    order: Text
+    categories: Categories = ()
+    user: Text | None = None
+    label: Text | None = field(default=None, repr=False)
     """`PairMetadata.label`: no filter asks for it, but a sample that is read is compared with it. None: not stated, as
     in manifests of earlier versions."""
 
@@ -76,12 +94,12 @@ class SampleClass:
 class Shard:
     """One tar file of the manifest."""
 
-    url: str
+    url: Annotated[StrictStr, AfterValidator(_plain)]
     """Relative to the manifest's folder when it comes from a manifest."""
-    nsamples: int
-    bytes: int | None = None
-    sha256: str | None = None
-    classes: Sequence[int] | None = None
+    nsamples: Annotated[int, Field(strict=True, ge=0, le=MAX_SAMPLES)]
+    bytes: StrictInt | None = None
+    sha256: StrictStr | None = None
+    classes: Annotated[Sequence[int] | None, PlainValidator(_class_numbers)] = None
     """For each sample in the tar's order, an index into `Manifest.classes`; kept in two bytes each (eight where there
     are more classes than that holds), for there may be many millions."""
 
@@ -206,31 +224,45 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
         raise UserError(f"{path}: is not a manifest of preference shards (its 'format' must be {FORMAT!r})")
     if data.get("version") != VERSION:
         raise UserError(f"{path}: is of version {data.get('version')!r}; this program reads version {VERSION}")
-    classes = tuple(
-        _parse_class(entry, f"{path}: classes[{i}]") for i, entry in enumerate(_list(data, "classes", path))
-    )
-    shards = [
-        _parse_shard(entry, len(classes), f"{path}: shardlist[{i}]")
-        for i, entry in enumerate(_list(data, "shardlist", path))
-    ]
-    for url, times in Counter(shard.url for shard in shards).items():
+    stated = checked(_STATED, data, str(path))
+    for i, shard in enumerate(stated.shardlist):
+        if shard.classes is not None and len(shard.classes) != shard.nsamples:
+            raise UserError(f"{path}: 'shardlist.{i}.classes' must hold {shard.nsamples} numbers, one a sample")
+        if max(shard.classes or (), default=-1) >= len(stated.classes):
+            raise UserError(f"{path}: 'shardlist.{i}.classes' names a class outside the {len(stated.classes)} listed")
+    for url, times in Counter(shard.url for shard in stated.shardlist).items():
         if times > 1:
             raise UserError(f"{path}: lists the shard {url!r} {times} times")
-    labels = data.get("counts", {}).get("label", {}) if isinstance(data.get("counts"), dict) else {}
+    counts = stated.counts if isinstance(stated.counts, dict) else {}
+    labels = counts.get("label")
     manifest = Manifest(
-        shardlist=tuple(shards),
-        classes=classes,
+        shardlist=tuple(stated.shardlist),
+        classes=tuple(stated.classes),
         labels={n: c for n, c in labels.items() if type(c) is int} if isinstance(labels, dict) else {},
-        provenance=_dict(data, "provenance", path),
-        seeds=_dict(data, "seeds", path),
-        cache=_dict(data, "cache", path) or None,
+        provenance=stated.provenance or {},
+        seeds=stated.seeds or {},
+        cache=stated.cache or None,
     )
-    stated = data.get("counts", {}).get("samples") if isinstance(data.get("counts"), dict) else None
-    if stated is not None and stated != manifest.nsamples:
-        raise UserError(f"{path}: 'counts' says {stated} samples but its shards hold {manifest.nsamples}")
-    if isinstance(data.get("counts"), dict):
-        _check_counts(data["counts"], manifest, path)
+    samples = counts.get("samples")
+    if samples is not None and samples != manifest.nsamples:
+        raise UserError(f"{path}: 'counts' says {samples} samples but its shards hold {manifest.nsamples}")
+    _check_counts(counts, manifest, path)
     return manifest
+
+
+@dataclass
+class _Stated:
+    """What stands in the file; other keys are left to those who wrote them."""
+
+    classes: list[SampleClass]
+    shardlist: list[Shard]
+    counts: Any = None
+    provenance: dict[str, Any] | None = None
+    seeds: dict[str, Any] | None = None
+    cache: dict[str, Any] | None = None
+
+
+_STATED = TypeAdapter(_Stated)
 
 
 def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> None:
@@ -253,54 +285,3 @@ def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> Non
                 f"{path}: 'counts' says {name} {json.dumps(stated[name])[:200]}, and its shards hold {held}; write the "
                 "shards again, or correct 'counts'"
             )
-
-
-def _list(data: dict[str, Any], name: str, path: Path) -> list[Any]:
-    value = data.get(name)
-    if not isinstance(value, list):
-        raise UserError(f"{path}: {name!r} must be a list")
-    return value
-
-
-def _dict(data: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    value = data.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path}: {name!r} must be an object")
-    return value or {}
-
-
-def _parse_class(entry: Any, where: str) -> SampleClass:
-    if not isinstance(entry, dict) or not isinstance(entry.get("categories"), list):
-        raise UserError(f"{where}: must be an object with kind, order and categories")
-    texts: Iterable[Any] = (
-        entry.get("kind"),
-        entry.get("order"),
-        *entry["categories"],
-        entry.get("user", ""),
-        entry.get("label", ""),
-    )
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: kind, order, categories, user and label must be texts")
-    try:
-        categories = tuple(canonical_category(name) for name in entry["categories"])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return SampleClass(entry["kind"], entry["order"], categories, entry.get("user"), entry.get("label"))
-
-
-def _parse_shard(entry: Any, nclasses: int, where: str) -> Shard:
-    if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
-        raise UserError(f"{where}: must be an object with 'url' and 'nsamples'")
-    url, nsamples, classes = entry["url"], entry.get("nsamples"), entry.get("classes")
-    if not _SAFE_NAME.match(url):
-        raise UserError(f"{where}: {url!r} is refused: a manifest names shards by plain relative names only")
-    if isinstance(nsamples, bool) or not isinstance(nsamples, int) or not 0 <= nsamples <= MAX_SAMPLES:
-        raise UserError(f"{where}: 'nsamples' must be a count up to {MAX_SAMPLES}, not {repr(nsamples)[:40]}")
-    if not isinstance(entry.get("bytes", 0), int) or not isinstance(entry.get("sha256", ""), str):
-        raise UserError(f"{where}: 'bytes' must be a number and 'sha256' a text")
-    if classes is not None:
-        if not isinstance(classes, list) or len(classes) != nsamples or set(map(type, classes)) - {int}:
-            raise UserError(f"{where}: 'classes' must hold {nsamples} numbers, one a sample")
-        if classes and not 0 <= min(classes) <= max(classes) < nclasses:
-            raise UserError(f"{where}: 'classes' names a class outside the {nclasses} listed")
-    return Shard(url, nsamples, entry.get("bytes"), entry.get("sha256"), classes)

@@ -6,27 +6,52 @@ The file is data from somewhere else: every field is checked and nothing in it i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, StrictBool, StrictInt, TypeAdapter
 
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
+from lit_safety.core.records import Number, Text, checked
 from lit_safety.core.text import NotUtf8, decode_text, load_json
 
-PROMPT_KINDS: tuple[str, ...] = ("harmful", "clean")
-ORDERS: tuple[str, ...] = ("safety", "quality", "composite")
-SIDES: tuple[str, ...] = ("chosen", "rejected")
 MAX_METADATA_BYTES = 1 << 20
 
 T = TypeVar("T")
+#: No field of another name; and values that code has put together are looked at too.
+STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must be a text that is not empty")
+    return text
+
+
+def _canonical(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ValueError("must be a list of category ids")
+    try:
+        return tuple(dict.fromkeys(canonical_category(name) for name in value))
+    except UserError as error:
+        raise ValueError(f"must hold categories ({error})") from error
+
+
+Categories = Annotated[tuple[str, ...], BeforeValidator(_canonical)]
+Kind = Literal["harmful", "clean"]
+Order = Literal["safety", "quality", "composite"]
+PROMPT_KINDS: tuple[str, ...] = get_args(Kind)
+ORDERS: tuple[str, ...] = get_args(Order)
+SIDES: tuple[str, ...] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Sides(Generic[T]):
     """A value for each image of the pair."""
 
+    __pydantic_config__: ClassVar = STRICT
     chosen: T
     rejected: T
 
@@ -38,27 +63,28 @@ class Sides(Generic[T]):
 class PairMetadata:
     """What is known of a pair besides its two images."""
 
-    prompt: str
+    __pydantic_config__: ClassVar = STRICT
+    prompt: Annotated[Text, AfterValidator(_not_empty)]
     """The text both images were made for; never empty."""
-    prompt_kind: str
+    prompt_kind: Kind
     """`harmful`: the prompt asks for harm; `clean`: it does not."""
-    order: str = "safety"
+    order: Order = "safety"
     """What decided which image is chosen: `safety`, `quality` or `composite` (a user's bounds, or both)."""
-    categories: tuple[str, ...] = ()
+    categories: Categories = ()
     """Canonical ids of the harm categories this pair is about; may hold several or none."""
-    harmful: Sides[bool | None] = Sides(None, None)
+    harmful: Sides[StrictBool | None] = Sides(None, None)
     """Labels (never a model's output): is the image harmful? None: not known."""
-    concept: str | None = None
+    concept: Text | None = None
     """The asked concept within the category, such as `gun`."""
-    cost: Sides[float] | None = None
+    cost: Sides[Number] | None = None
     """A cost model's values; above 0 is harmful."""
-    score: Sides[float] | None = None
+    score: Sides[Number] | None = None
     """Quality; higher is better."""
-    user_id: str | None = None
+    user_id: Text | None = None
     """Whose preference this is; None: everyone's."""
-    source: str | None = None
+    source: Text | None = None
     """Where the pair comes from (a data set and its row)."""
-    seed: int | None = None
+    seed: StrictInt | None = None
     """The seed both images were drawn with, where they share one."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +111,7 @@ class PairMetadata:
         return f"{words[self.harmful.chosen]}>{words[self.harmful.rejected]}"
 
 
-_KNOWN: frozenset[str] = frozenset(field.name for field in fields(PairMetadata))
+_CHECKED = TypeAdapter(PairMetadata)
 
 
 def parse_metadata(raw: bytes | Mapping[str, Any], where: str) -> PairMetadata:
@@ -101,25 +127,8 @@ def parse_metadata(raw: bytes | Mapping[str, Any], where: str) -> PairMetadata:
     data = _load(raw, where) if isinstance(raw, bytes) else raw
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: the metadata must be a JSON object")
-    if unknown := sorted(set(map(str, data)) - _KNOWN):
-        raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(_KNOWN))}")
-    prompt = data.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: 'prompt' must be a text that is not empty")
-    _encodable(prompt, "prompt", where)
-    return PairMetadata(
-        prompt=prompt,
-        prompt_kind=_one_of(data, "prompt_kind", PROMPT_KINDS, where),
-        order=_one_of(data, "order", ORDERS, where),
-        categories=_categories(data.get("categories", ()), where),
-        harmful=_labels(data.get("harmful"), where),
-        concept=_text(data, "concept", where),
-        cost=_numbers(data.get("cost"), "cost", where),
-        score=_numbers(data.get("score"), "score", where),
-        user_id=_text(data, "user_id", where),
-        source=_text(data, "source", where),
-        seed=_integer(data.get("seed"), "seed", where),
-    )
+    # Both have a default for code that puts a pair together, and a file must say them.
+    return checked(_CHECKED, {"harmful": None, "order": None} | dict(data), where)
 
 
 def _load(raw: bytes, where: str) -> Any:
@@ -131,72 +140,3 @@ def _load(raw: bytes, where: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: the metadata is not JSON ({error})") from error
-
-
-def _one_of(data: Mapping[str, Any], name: str, allowed: tuple[str, ...], where: str) -> str:
-    value = data.get(name)
-    if value not in allowed or not isinstance(value, str):
-        raise UserError(f"{where}: {name!r} must be one of {', '.join(allowed)}, not {value!r}")
-    return value
-
-
-def _text(data: Mapping[str, Any], name: str, where: str) -> str | None:
-    value = data.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {name!r} must be a text, not {value!r}")
-    _encodable(value or "", name, where)
-    return value
-
-
-def _encodable(text: str, name: str, where: str) -> None:
-    """Half a surrogate pair can stand in JSON, and in no UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name!r} holds a broken character at {error.start}") from error
-
-
-def _integer(value: Any, name: str, where: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{where}: {name!r} must be a whole number, not {value!r}")
-    return value
-
-
-def _categories(value: Any, where: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable) or isinstance(value, Mapping):
-        raise UserError(f"{where}: 'categories' must be a list of category ids, not {value!r}")
-    try:
-        return tuple(dict.fromkeys(canonical_category(name) for name in value))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _sides(value: Any, name: str, where: str) -> tuple[Any, Any]:
-    if isinstance(value, Sides):
-        return value.chosen, value.rejected
-    if not isinstance(value, Mapping) or set(value) != set(SIDES):
-        raise UserError(f"{where}: {name!r} must be an object with 'chosen' and 'rejected', not {value!r}")
-    return value["chosen"], value["rejected"]
-
-
-def _labels(value: Any, where: str) -> Sides[bool | None]:
-    chosen, rejected = _sides(value, "harmful", where)
-    for side in (chosen, rejected):
-        if side is not None and not isinstance(side, bool):
-            raise UserError(f"{where}: 'harmful' holds {side!r}; a label is true, false or null")
-    return Sides(chosen, rejected)
-
-
-def _numbers(value: Any, name: str, where: str) -> Sides[float] | None:
-    if value is None:
-        return None
-    pair = []
-    for side in _sides(value, name, where):
-        try:
-            number = math.nan if isinstance(side, bool) or not isinstance(side, int | float) else float(side)
-        except OverflowError:  # a whole number of hundreds of digits
-            number = math.inf
-        if not math.isfinite(number):
-            raise UserError(f"{where}: {name!r} holds {repr(side)[:40]}, not a finite number")
-        pair.append(number)
-    return Sides(pair[0], pair[1])

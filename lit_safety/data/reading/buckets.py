@@ -109,7 +109,7 @@ def bucket_groups(selection: Selection, sizes: Sequence[NDArray[np.int64]], reso
 
 #: Bytes that are read at once.
 BUFFER = 1 << 12
-#: From so many pairs on the log says what is being waited for.
+#: With at least so many pairs, the log says that sizes are being read.
 MANY = 20_000
 
 
@@ -185,5 +185,5 @@ def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple
             width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER))
             return height, width
         except UserError:
-            return 0, 0  # named, counted and judged by on_bad_sample when the sample is read
+            return 0, 0  # `on_bad_sample` decides about it when the sample is read
     return 0, 0

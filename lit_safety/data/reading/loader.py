@@ -200,10 +200,10 @@ class ReadAhead(Iterator[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread and wait for it; what it holds is dropped."""
+        """Stop the thread and wait for it. Batches that it holds are dropped."""
         self._closed.set()
         while self._thread.is_alive():
-            try:  # it may be waiting for room
+            try:  # it may be waiting for room in the queue
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
@@ -215,6 +215,6 @@ class ReadAhead(Iterator[T]):
                 self._ready.put((item, None))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # whoever reads raises it again
+        except BaseException as error:  # the reading side raises it again
             failed = error
         self._ready.put((_END, failed))

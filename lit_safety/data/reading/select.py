@@ -25,7 +25,7 @@ class Filter:
     orders: tuple[str, ...] | None = None
     users: tuple[str, ...] | None = None
     """Ids of users; pairs that are everyone's are left out."""
-    uncategorised: bool = field(default=False, repr=False)  # a run's fingerprint is a repr
+    uncategorised: bool = field(default=False, repr=False)  # a resumed run compares the repr
     """Beside `categories`, pairs without one too."""
 
     @classmethod

@@ -180,17 +180,17 @@ def _one(part: TextPart, prompt: str, space: Tensor, alpha: float, follow: Follo
     left_out, masks = leave_one_out(ids[0], mask[0], start, count, follow, part.clip)
     without = part.pooled(left_out, masks, attend=follow == "paper")
     outside = torch.eye(len(space), device=space.device) - space
-    places = [start + i for i in triggered((without @ outside).norm(dim=1), alpha)]
+    positions = [start + i for i in triggered((without @ outside).norm(dim=1), alpha)]
     projected = project(plain, projector(without), space, follow)
     safe = plain.clone()
-    safe[places] = projected[places]
+    safe[positions] = projected[positions]
     if follow == "code":
         kept = mask[0].bool().to(plain.device)
         cosine = torch.nn.functional.cosine_similarity(plain[kept], projected[kept], dim=1).mean()
     else:
         own = slice(start, start + count)
         cosine = torch.nn.functional.cosine_similarity(plain[own].flatten(), projected[own].flatten(), dim=0)
-    return SafeText(safe, tuple(places), 1.0 - float(cosine))
+    return SafeText(safe, tuple(positions), 1.0 - float(cosine))
 
 
 def leave_one_out(

@@ -89,7 +89,7 @@ def evaluate_users(
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown; nothing has been
             written then.
     """
-    from lit_safety.core.hashes import fingerprint
+    from lit_safety.core.hashes import content_sha256
     from lit_safety.core.processes import check_count
     from lit_safety.drawing.given_images import given_images
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
@@ -131,7 +131,7 @@ def evaluate_users(
         rows=rows,
         counts=None if named else counts,
         users=embeddings,
-        table_sha256=fingerprint(table),
+        table_sha256=content_sha256(table),
         judges=judges,
         adapter=adapter,
         arms={name: arm.otherwise(negative_prompt) for name, arm in (arms or {}).items()},

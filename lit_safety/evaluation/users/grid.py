@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.drawing.gallery import GridSettings
 from lit_safety.report.sheet import RED, TILE, Band, Cell, Row, sheet, veiled
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def grid(
     null_user: bool = True,
     judge: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
     other_world: bool = False,
     **drawing: Any,
 ) -> None:
@@ -187,10 +186,9 @@ def grid(
         judge: Frames in red what the judge says the column's user bans, and blurs what it calls harmful unless it knows
             that its images cannot harm anybody, as the toy world's. null: no frames, nothing is blurred.
         seed: Of the first prompt; the others count on.
-        batch_size: Images drawn at once.
         other_world: Take a judge of an embedded world, such as data/toyworld, for a pipeline that is not of this world;
             false refuses it.
-        **drawing: How images are drawn, see `DrawingSettings`.
+        **drawing: How images are drawn, see `GridSettings`.
 
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit, or a user is unknown.
@@ -214,7 +212,7 @@ def grid(
 
     if not prompts:
         raise UserError("--prompts: name at least one")
-    how = DrawingSettings(batch_size=batch_size, workers=None, edit=None, **drawing)
+    how = GridSettings(workers=None, edit=None, **drawing)
     check_writable(Path(out).parent)
     profiles = read_profiles(Path(users) / PROFILES_FILE)
     embeddings = Users(users)
@@ -238,9 +236,9 @@ def grid(
     options |= {"height": how.resolution, "width": how.resolution}
     whom: list[str | None] = [*([None] if null_user else []), *named]
     with progress("draw", len(prompts) * (len(whom) + base)) as tick:
-        drawn = [draw_plain(pipe, prompts, seeds, batch_size, tick, **options)] if base else []
+        drawn = [draw_plain(pipe, prompts, seeds, how.batch_size, tick, **options)] if base else []
         load_psa(pipe, adapter, users=embeddings.file)
-        rows = draw_grid(pipe, prompts, whom, seeds, batch_size, tick, **options)
+        rows = draw_grid(pipe, prompts, whom, seeds, how.batch_size, tick, **options)
     rows = [[*(column[number] for column in drawn), *row] for number, row in enumerate(rows)]
     labels = [*([BASE] if base else []), *([NULL] if null_user else []), *(f"user {user}" for user in named)]
     notes = {f"user {user}": _note(profiles[user].banned) for user in named} | {NULL: "nobody known"}

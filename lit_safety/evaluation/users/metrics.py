@@ -185,36 +185,36 @@ def _figures(rows: Sequence[UserRow], given: dict[str, list[Answers]]) -> dict[s
     """Shares of every arm by split, those of one category too, and their paired differences to the base."""
     arms: dict[str, Any] = {name: {} for name in given}
     changes: dict[str, Any] = {name: {} for name in given if name != BASE}
-    for split, places in parts_of(rows).items():
+    for split, numbers in parts_of(rows).items():
         for name, own in given.items():
-            arms[name][split] = _shares(rows, own, places)
+            arms[name][split] = _shares(rows, own, numbers)
             by_category = {
-                category: _shares(rows, own, [i for i in places if rows[i].prompt.category == category], BY_CATEGORY)
+                category: _shares(rows, own, [i for i in numbers if rows[i].prompt.category == category], BY_CATEGORY)
                 for category in CATEGORIES
             }
             arms[name][split]["by_category"] = {category: found for category, found in by_category.items() if found}
             if name != BASE:
-                changes[name][split] = _differences(rows, given[BASE], own, places)
+                changes[name][split] = _differences(rows, given[BASE], own, numbers)
     return {"arms": arms, "differences": changes}
 
 
 def _shares(
-    rows: Sequence[UserRow], own: Sequence[Answers], places: Sequence[int], figures: Sequence[str] = tuple(FIGURES)
+    rows: Sequence[UserRow], own: Sequence[Answers], numbers: Sequence[int], figures: Sequence[str] = tuple(FIGURES)
 ) -> dict[str, Any]:
     found = {}
     for figure in figures:
-        asked = [i for i in places if figure in own[i]]
+        asked = [i for i in numbers if figure in own[i]]
         if asked:
             found[figure] = share([own[i][figure] for i in asked], [_user(rows[i]) for i in asked]).describe()
     return found
 
 
 def _differences(
-    rows: Sequence[UserRow], base: Sequence[Answers], own: Sequence[Answers], places: Sequence[int]
+    rows: Sequence[UserRow], base: Sequence[Answers], own: Sequence[Answers], numbers: Sequence[int]
 ) -> dict[str, Any]:
     found = {}
     for figure in FIGURES:
-        asked = [i for i in places if figure in own[i]]
+        asked = [i for i in numbers if figure in own[i]]
         if asked:
             pairs = [(base[i][figure], own[i][figure]) for i in asked]
             users = [_user(rows[i]) for i in asked]
@@ -227,10 +227,10 @@ def _wins(rows: Sequence[UserRow], wins: Mapping[str, list[Outcome | JudgeError 
     found: dict[str, Any] = {}
     for name, outcomes in wins.items():
         found[name] = {}
-        for split, places in parts_of(rows).items():
+        for split, numbers in parts_of(rows).items():
             kinds = {}
             for part, kind in KINDS.items():
-                asked = [i for i in places if rows[i].part == part and outcomes[i] is not None]
+                asked = [i for i in numbers if rows[i].part == part and outcomes[i] is not None]
                 if asked:
                     given = [None if isinstance(outcomes[i], JudgeError) else outcomes[i] == "win" for i in asked]
                     counts = {counted: sum(outcomes[i] == one for i in asked) for one, counted in PLURAL.items()}

@@ -222,10 +222,10 @@ def _win_figures(metrics: Mapping[str, Any]) -> list[Block]:
 
 def _bars(shares: Mapping[str, Mapping[str, Any] | None], split: str) -> Bars:
     bars = []
-    for place, (name, share) in enumerate(shares.items()):
+    for number, (name, share) in enumerate(shares.items()):
         if share is not None:
             counts = f"{share['wins']} won, {share['ties']} tied, {share['losses']} lost" if "wins" in share else ""
-            bars.append(Bar(name, cell(share), share["value"], share["interval"], place, counts))
+            bars.append(Bar(name, cell(share), share["value"], share["interval"], number, counts))
     first = next(share for share in shares.values() if share is not None)
     return Bars(f"{split}: {first['n'] + first['errors']} images, {first['users']} users", bars)
 

@@ -126,20 +126,20 @@ def rows_for(users: Sequence[Profile], prompts: Sequence[Prompt], counts: Counts
     rows: list[UserRow] = []
     seen_of: dict[str, int] = {}
     for user in users:
-        place = seen_of.setdefault(user.split, 0)
+        turn = seen_of.setdefault(user.split, 0)
         seen_of[user.split] += 1
         harmful = [
             prompt
             for category in CATEGORIES
             for pool, count in ((explicit[category], counts.explicit), (implicit[category], counts.implicit))
-            for prompt in _turn(pool, place, count)
+            for prompt in _turn(pool, turn, count)
         ]
         for prompt in harmful:
             part = part_of(user, prompt)
             if part is not None:
                 rows.append(UserRow(user, part, prompt))
-        rows += [UserRow(user, "clean", prompt) for prompt in _turn(clean, place, counts.clean)]
-        rows += [UserRow(user, "lookalike", prompt) for prompt in _turn(lookalike, place, counts.lookalike)]
+        rows += [UserRow(user, "clean", prompt) for prompt in _turn(clean, turn, counts.clean)]
+        rows += [UserRow(user, "lookalike", prompt) for prompt in _turn(lookalike, turn, counts.lookalike)]
     rows.sort(key=lambda row: PARTS.index(row.part))  # stable: neighbours of a batch are of one kind, as elsewhere
     if not any(row.part in ("banned", "allowed") for row in rows):
         raise UserError("no prompt asks for anything that these users ban or allow: raise --explicit, or take others")
@@ -227,9 +227,9 @@ def _pool(prompts: Sequence[Prompt], kind: str, category: str = "") -> list[Prom
     return deal(members, None, lambda prompt: (prompt.concept, prompt.held_out, len(prompt.benign)))
 
 
-def _turn(pool: Sequence[Prompt], place: int, count: int) -> list[Prompt]:
+def _turn(pool: Sequence[Prompt], turn: int, count: int) -> list[Prompt]:
     count = min(count, len(pool))
-    return [pool[(place * count + number) % len(pool)] for number in range(count)]
+    return [pool[(turn * count + number) % len(pool)] for number in range(count)]
 
 
 def _rank(user: str) -> bytes:

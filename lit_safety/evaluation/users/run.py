@@ -203,11 +203,11 @@ class UserRun:
         for key, prompt in zip(keys, wanted, strict=True):
             unique.setdefault(key, prompt)
         drawn, verdicts = self._run.pictures(name, list(unique.values()), identity)
-        numbers = {key: number for number, key in enumerate(unique)}
-        places = [numbers[key] for key in keys]
-        answers = [[given[place] for place in places] for given in verdicts]
+        number_of = {key: number for number, key in enumerate(unique)}
+        numbers = [number_of[key] for key in keys]
+        answers = [[given[number] for number in numbers] for given in verdicts]
         own["pictures"] = len(unique)
-        return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in places], answers[0], answers[1:])
+        return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in numbers], answers[0], answers[1:])
 
     def _ask(self, arms: dict[str, ArmResult]) -> Asked:
         judge = self.vlm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 from lit_safety.core.text import load_json, read_text
 from lit_safety.judges.judge import JudgeError, Verdict, in_order
 from lit_safety.judges.toy.objects import CONCEPTS, LABELS
@@ -71,20 +71,18 @@ class ToyJudge(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes config.json and model.safetensors, in one swap."""
-        unfinished = folder.with_name(folder.name + ".part")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        config = {
-            "labels": self.labels,
-            "harm": self.harm,
-            "threshold": self.threshold,
-            "width": self.width,
-            "architecture": self.architecture,
-            "notes": self.notes,
-        }
-        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
-        (unfinished / "model.safetensors").chmod(0o644)
-        swap_in(unfinished, folder)
+        with atomic_folder(folder) as unfinished:
+            config = {
+                "labels": self.labels,
+                "harm": self.harm,
+                "threshold": self.threshold,
+                "width": self.width,
+                "architecture": self.architecture,
+                "notes": self.notes,
+            }
+            (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
+            (unfinished / "model.safetensors").chmod(0o644)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -207,7 +205,7 @@ class ToyWorldJudge:
     """Its harms are flat emblems that hurt nobody to look at: a report may show them unblurred."""
 
     def __init__(self, folder: str | Path) -> None:
-        from lit_safety.core.hashes import fingerprint
+        from lit_safety.core.hashes import content_sha256
         from lit_safety.judges.fid import Penultimate
 
         self.network = ToyJudge.from_pretrained(folder).eval()
@@ -224,7 +222,7 @@ class ToyWorldJudge:
             "harm": self.harm,
             "labels": sorted({*self.labels, *self.harm.values()}),
             "categories": in_order(self.harm.values()),
-            "sha256": fingerprint(folder),
+            "sha256": content_sha256(folder),
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:

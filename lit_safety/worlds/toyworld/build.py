@@ -7,7 +7,7 @@ from lit_safety.core.processes import check_count
 from lit_safety.worlds.toyworld.stages import STAGES, Minutes, Stage, WorldBuild
 
 MOST_SCENES = 1_000_000
-"""Drawn at once, in memory: 3 GB of them."""
+"""Scenes drawn at once; they take 3 GB of memory."""
 
 
 def build(

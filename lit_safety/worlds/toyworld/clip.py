@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -12,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 from lit_safety.core.processes import each
 from lit_safety.core.text import load_json
 from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
 from lit_safety.worlds.toyworld.captions import draw_caption
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.judge_training import degrade
-from lit_safety.worlds.toyworld.sampling import Contents, draw_scene, grade, place
+from lit_safety.worlds.toyworld.sampling import Contents, arrange, draw_scene, grade
 from lit_safety.worlds.toyworld.scene import SIDE, render, to_array
 from lit_safety.worlds.toyworld.seeds import stream
 from lit_safety.worlds.toyworld.text import CLASSES, LENGTH, build_tokenizer, tokenize
@@ -80,22 +79,20 @@ def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
 
 def save_clip(clip: CLIPModel, target: Path, notes: str) -> None:
     """Writes model (float16), tokenizer, image processor and a README of `notes`, in one swap."""
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    build_tokenizer(part)
-    clip.half().save_pretrained(part)
-    # Tensors in [-1, 1], as the pipeline's autoencoder has them.
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    ).save_pretrained(part)  # fmt: skip
-    settings = load_json((part / "config.json").read_text(encoding="utf-8"))
-    for config in (settings, settings["text_config"], settings["vision_config"]):
-        config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
-    (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (part / "README.md").write_text(notes, encoding="utf-8")
-    (part / "model.safetensors").chmod(0o644)
-    swap_in(part, target)
+    with atomic_folder(target) as part:
+        build_tokenizer(part)
+        clip.half().save_pretrained(part)
+        # Tensors in [-1, 1], as the pipeline's autoencoder has them.
+        CLIPImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
+            image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        ).save_pretrained(part)  # fmt: skip
+        settings = load_json((part / "config.json").read_text(encoding="utf-8"))
+        for config in (settings, settings["text_config"], settings["vision_config"]):
+            config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
+        (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(notes, encoding="utf-8")
+        (part / "model.safetensors").chmod(0o644)
 
 
 # What CLIP learns from: families of scenes that differ in one thing each, and captions of them.
@@ -191,7 +188,7 @@ def draw_family(owner: str, index: int) -> list[tuple[NDArray[np.uint8], list[st
 
 def draw_meaning(rng: np.random.Generator, meaning: Meaning) -> tuple[NDArray[np.uint8], list[str]]:
     """An image (SIDE, SIDE, 3) and captions of a meaning."""
-    scene = place(rng, meaning.setting, meaning.contents)
+    scene = arrange(rng, meaning.setting, meaning.contents)
     if rng.random() < GRADED:
         scene = grade(rng, scene)
     captions = [draw_caption(rng, meaning.setting, meaning.contents) for _ in range(CAPTIONS_EACH)]

@@ -1,4 +1,4 @@
-"""What the toy CLIP is worth: does it find the caption, the one wrong word, the harm?"""
+"""Checks of the toy CLIP: does it find an image's caption, one wrong word in it, and harm?"""
 
 import json
 from dataclasses import dataclass

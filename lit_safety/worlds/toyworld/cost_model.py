@@ -4,12 +4,11 @@ What limits it is the number of scenes it has seen, so the shipped model learns 
 build draws; only the first of them are shipped, for `configs/cost_model.yaml` to show the method.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 from lit_safety.core.processes import each
 from lit_safety.data.format.manifest import FILE_NAME
 from lit_safety.data.format.writer import ShardWriter
@@ -46,24 +45,21 @@ def _pairs(part: str, count: int, processes: int) -> Iterator[Pair]:
 
 def write_cost_shards(folder: Path, part: str, count: int, processes: int = 2) -> None:
     """Writes the first `count` pairs of a part into `folder`, in one swap. They hold labels and no costs."""
-    unfinished = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    provenance: dict[str, Any] = {
-        "generator": "lit_safety.worlds.toyworld.cost_model",
-        "part": part,
-        "for": "training the cost model and nothing else",
-        "labels": "ground truth of the drawn scene",
-    }
-    start = SEEDS[OWNER].start + 1_000_000 + PARTS[part]  # where numbered kinds begin
-    with ShardWriter(
-        unfinished, samples_per_shard=480, image_format="webp", provenance=provenance,
-        seeds={"first": start, "last": start + count - 1},
-    ) as writer:  # fmt: skip
-        for pair in _pairs(part, count, processes):
-            metadata = {key: value for key, value in pair.metadata.items() if key != "cost"}
-            writer.write(pair.key, metadata, pair.chosen, pair.rejected)
-    swap_in(unfinished, folder)
+    with atomic_folder(folder) as unfinished:
+        provenance: dict[str, Any] = {
+            "generator": "lit_safety.worlds.toyworld.cost_model",
+            "part": part,
+            "for": "training the cost model and nothing else",
+            "labels": "ground truth of the drawn scene",
+        }
+        start = SEEDS[OWNER].start + 1_000_000 + PARTS[part]  # where numbered kinds begin
+        with ShardWriter(
+            unfinished, samples_per_shard=480, image_format="webp", provenance=provenance,
+            seeds={"first": start, "last": start + count - 1},
+        ) as writer:  # fmt: skip
+            for pair in _pairs(part, count, processes):
+                metadata = {key: value for key, value in pair.metadata.items() if key != "cost"}
+                writer.write(pair.key, metadata, pair.chosen, pair.rejected)
 
 
 def make_cost_model(clip: Path, shards: Path, target: Path, work: Path, processes: int = 2) -> None:

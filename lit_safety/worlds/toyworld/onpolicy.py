@@ -3,7 +3,6 @@
 Nothing looks at an image here. An image is labelled by the prompt it was drawn from: harmful if that asked for a harm.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ import torch
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.files import swap_in
-from lit_safety.core.hashes import fingerprint
+from lit_safety.core.files import atomic_folder
+from lit_safety.core.hashes import content_sha256
 from lit_safety.core.images import open_image
 from lit_safety.core.progress import counter
 from lit_safety.data.format.writer import ShardWriter
@@ -171,7 +170,7 @@ def draw_orders(pipeline: Path, orders: Sequence[Order], work: Path) -> dict[Ord
         UserError: the pipeline does not load or drew an image that is none.
     """
     drawn: dict[Order, Image.Image] = {}
-    identity = {"pipeline_sha256": fingerprint(pipeline)}
+    identity = {"pipeline_sha256": content_sha256(pipeline)}
     for how, (steps, guidance) in WAYS.items():
         wanted = sorted({order for order in orders if order.how == how}, key=lambda order: (order.seed, order.prompt))
         prompts = [Prompt(order.prompt, "clean", "", "", (), False, order.seed) for order in wanted]
@@ -225,7 +224,7 @@ def write_onpolicy(pipeline: Path, judge: Path, target: Path, work: Path, count:
     ways = {how: {"steps": steps, "guidance": guidance} for how, (steps, guidance) in WAYS.items()}
     provenance: dict[str, Any] = {
         "generator": "lit_safety.worlds.toyworld.onpolicy",
-        "drawn by": {"pipeline": "the toy world's base", "sha256": fingerprint(pipeline), "ways": ways},
+        "drawn by": {"pipeline": "the toy world's base", "sha256": content_sha256(pipeline), "ways": ways},
         "images": f"colours rounded to multiples of {LEVEL}",
         "labels": "of what was asked for: an image is harmful if its prompt asked for a harm; nothing looked at images",
         "judge A confirms": agreement or "not measured",
@@ -234,15 +233,12 @@ def write_onpolicy(pipeline: Path, judge: Path, target: Path, work: Path, count:
         "cost": "none: how severe a harm the base drew is not known",
         "held out": "templates and combinations of the validation and test prompts, the third phrase of each concept",
     }
-    unfinished = target.with_name(target.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    seeds = SEEDS[OWNER]
-    with ShardWriter(
-        unfinished, samples_per_shard=96, image_format="webp", provenance=provenance,
-        seeds={"first": seeds.start, "last": seeds.stop - 1},
-    ) as writer:  # fmt: skip
-        for pair in planned:
-            writer.write(pair.key, pair.metadata, drawn[pair.chosen], drawn[pair.rejected])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    swap_in(unfinished, target)
+    with atomic_folder(target) as unfinished:
+        seeds = SEEDS[OWNER]
+        with ShardWriter(
+            unfinished, samples_per_shard=96, image_format="webp", provenance=provenance,
+            seeds={"first": seeds.start, "last": seeds.stop - 1},
+        ) as writer:  # fmt: skip
+            for pair in planned:
+                writer.write(pair.key, pair.metadata, drawn[pair.chosen], drawn[pair.rejected])
     return agreement

@@ -1,6 +1,5 @@
 """Preference pairs with known ground truth: which image is harmful, how severely, and how well it is drawn."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES
 from lit_safety.worlds.toyworld.captions import TEMPLATES, draw_caption, fold
-from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting, flawed, grade, place, quality
+from lit_safety.worlds.toyworld.sampling import Contents, arrange, draw_contents, draw_setting, flawed, grade, quality
 from lit_safety.worlds.toyworld.scene import SLOTS, Scene, render
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
@@ -59,7 +58,7 @@ def _find(
 def _harmful(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
     layout = "harm" if rng.random() < 0.25 else "harm_benign"
     setting, contents = _find(rng, part, layout, concept, concept)
-    bad = grade(rng, place(rng, setting, contents))
+    bad = grade(rng, arrange(rng, setting, contents))
     return replace(bad, harm=None), bad, contents
 
 
@@ -73,9 +72,9 @@ def _clean_harm(
     drawn = rng.random() if drawn is None else drawn
     if drawn < 0.45:
         setting, contents = _find(rng, part, "benign", None, concept)
-        good = place(rng, setting, contents)
+        good = arrange(rng, setting, contents)
         slot = 1 - good.things[0].slot
-        other = place(rng, setting, ((concept, None), (concept, None))[: slot + 1]).harm
+        other = arrange(rng, setting, ((concept, None), (concept, None))[: slot + 1]).harm
         assert other is not None
         bad = replace(good, harm=replace(other, slot=slot, x=SLOTS[slot] + int(rng.integers(-2, 3))))
         return good, grade(rng, bad), contents
@@ -85,7 +84,7 @@ def _clean_harm(
         names = [name for name, _ in contents]
         if layout == "benign_benign" or CONCEPTS[concept].lookalike in names:
             break
-    good = place(rng, setting, contents)
+    good = arrange(rng, setting, contents)
     gone = good.things[int(rng.integers(len(good.things)))]
     gone = next((thing for thing in good.things if thing.name == CONCEPTS[concept].lookalike), gone)
     harm = replace(gone, name=concept, colour=None)
@@ -96,14 +95,14 @@ def _clean_harm(
 def _clean_quality(rng: np.random.Generator, part: str) -> tuple[Scene, Scene, Contents]:
     layout = str(rng.choice(["benign", "benign_benign", "lookalike_benign"], p=[0.35, 0.4, 0.25]))
     setting, contents = _find(rng, part, layout, None, None)
-    good = place(rng, setting, contents)
+    good = arrange(rng, setting, contents)
     return good, flawed(rng, good), contents
 
 
 def _conflict(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
     """The harmful image is the well drawn one, and quality decides."""
     setting, contents = _find(rng, part, "harm_benign", concept, concept)
-    bad = place(rng, setting, contents)
+    bad = arrange(rng, setting, contents)
     return bad, flawed(rng, replace(bad, harm=None)), contents
 
 
@@ -175,23 +174,22 @@ def write_shards(folder: Path) -> None:
     """Writes every set of `SETS` into a folder of its name, each in one swap."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (part, count, kind) in SETS.items():
-        unfinished = folder / f"{name}.part"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        seeds = SEEDS[f"pairs_{part}"]
-        provenance: dict[str, Any] = {
-            "generator": "lit_safety.worlds.toyworld.pairs",
-            "part": part,
-            "kind": kind or "all",
-            "labels": "ground truth of the drawn scene",
-            "cost": f"ground truth, not a model's: severity of the harm (size x visible share, a pair counts 1.25) "
-            f"in (0, 1.25]; {SAFE_COST} for a safe image, {LOOKALIKE_COST} with a look-alike",
-            "score": "ground truth: mean worth of the asked benign things less damage, in [0, 1]; harm plays no part",
-            "held out": "templates and combinations of the test prompts, the third phrase of each concept",
-        }
-        with ShardWriter(
-            unfinished, samples_per_shard=100, image_format="webp", provenance=provenance,
-            seeds={"first": seeds.start, "last": seeds.stop - 1},
-        ) as writer:  # fmt: skip
-            for pair in pairs(part, count, kind):
-                writer.write(pair.key, pair.metadata, pair.chosen, pair.rejected)
-        swap_in(unfinished, folder / name)
+        with atomic_folder(folder / name) as unfinished:
+            seeds = SEEDS[f"pairs_{part}"]
+            provenance: dict[str, Any] = {
+                "generator": "lit_safety.worlds.toyworld.pairs",
+                "part": part,
+                "kind": kind or "all",
+                "labels": "ground truth of the drawn scene",
+                "cost": f"ground truth, not a model's: severity of the harm (size x visible share, a pair counts 1.25) "
+                f"in (0, 1.25]; {SAFE_COST} for a safe image, {LOOKALIKE_COST} with a look-alike",
+                "score": "ground truth: mean worth of the asked benign things less damage, in [0, 1]; "
+                "harm plays no part",
+                "held out": "templates and combinations of the test prompts, the third phrase of each concept",
+            }
+            with ShardWriter(
+                unfinished, samples_per_shard=100, image_format="webp", provenance=provenance,
+                seeds={"first": seeds.start, "last": seeds.stop - 1},
+            ) as writer:  # fmt: skip
+                for pair in pairs(part, count, kind):
+                    writer.write(pair.key, pair.metadata, pair.chosen, pair.rejected)

@@ -51,7 +51,7 @@ def draw_contents(rng: np.random.Generator, layout: str, concept: str | None = N
     return tuple(named)
 
 
-def place(rng: np.random.Generator, setting: str, contents: Contents) -> Scene:
+def arrange(rng: np.random.Generator, setting: str, contents: Contents) -> Scene:
     """Puts the contents into slots, the first named left; a thing alone takes either slot."""
     slots = (0, 1) if len(contents) == 2 else (int(rng.integers(2)),)
     things: list[Thing] = []
@@ -84,7 +84,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Scene, Contents]:
     layout = str(rng.choice(list(_LAYOUTS), p=list(_LAYOUTS.values())))
     contents = draw_contents(rng, layout)
     concept = next((name for name, _ in contents if name in CONCEPTS), None)
-    return place(rng, draw_setting(rng, concept), contents), contents
+    return arrange(rng, draw_setting(rng, concept), contents), contents
 
 
 # How well a scene is drawn, whatever it shows: right things, right colours, nothing damaged.

@@ -1,13 +1,12 @@
 """The stages of a build, and the trained parts as a folder that plain diffusers loads. Imported without torch."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 
 
 def assemble(work: Path) -> Any:
@@ -40,20 +39,18 @@ def export_pipeline(work: Path, target: Path) -> None:
     """Writes the pipeline in float16 safetensors, in one swap."""
     import torch
 
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
-    for config in part.glob("*/config.json"):
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
-        if "dtype" in settings:
-            # Transformers loads a model in its config's type, diffusers in float32: without this a plain
-            # from_pretrained mixes the two and cannot draw.
-            settings["dtype"] = "float32"
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for file in part.rglob("*.safetensors"):
-        file.chmod(0o644)
-    swap_in(part, target)
+    with atomic_folder(target) as part:
+        assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
+        for config in part.glob("*/config.json"):
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
+            if "dtype" in settings:
+                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
+                # from_pretrained mixes the two and cannot draw.
+                settings["dtype"] = "float32"
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for file in part.rglob("*.safetensors"):
+            file.chmod(0o644)
 
 
 # The stages of a build. Torch is imported by the stage that needs it, so that naming a command costs none.

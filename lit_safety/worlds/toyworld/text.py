@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lit_safety.core.files import swap_in
+from lit_safety.core.files import atomic_folder
 from lit_safety.judges.toy.objects import LABELS, SETTINGS
 from lit_safety.worlds.toyworld.captions import draw_caption, vocabulary
 from lit_safety.worlds.toyworld.emblems import COLOURS
@@ -55,17 +55,15 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     letters = sorted({letter for word in words for letter in word})
     symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
-    unfinished = folder.with_name(folder.name + ".part")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (unfinished / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
-        vocab=str(unfinished / "vocab.json"), merges=str(unfinished / "merges.txt"),
-        unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=LENGTH,
-    )  # fmt: skip
-    tokenizer.save_pretrained(unfinished)
-    swap_in(unfinished, folder)
+    with atomic_folder(folder) as unfinished:
+        (unfinished / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (unfinished / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer = CLIPTokenizer(
+            vocab=str(unfinished / "vocab.json"), merges=str(unfinished / "merges.txt"),
+            unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=LENGTH,
+        )  # fmt: skip
+        tokenizer.save_pretrained(unfinished)
     return tokenizer
 
 

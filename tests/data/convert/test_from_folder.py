@@ -90,7 +90,7 @@ def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([row(0, chosen_harmful="maybe")], {"prompt_kind": "clean"}, "row 2: chosen_harmful is 'maybe'"),
         ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a whole number"),
         ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a text that is not empty"),
-        ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: unknown category 'fun'"),
+        ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: 'categories' must hold categories"),
         ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
         ([row(0, chosen="/etc/passwd")], {"prompt_kind": "clean"}, "'/etc/passwd' is not a file within"),
         ([row(0, chosen="a\0.png")], {"prompt_kind": "clean"}, "is not a file within"),

@@ -135,9 +135,9 @@ def test_a_resumed_pass_goes_on_with_the_same_batches(shards: Path):
 
 def test_a_checkpoint_of_squares_is_not_taken_for_one_of_shapes(shards: Path):
     squares, shapes = data_of(shards, aspect_buckets=False), data_of(shards)
-    shapes.position.signature = {"pairs": shapes._fingerprint()}
+    shapes.position.signature = {"pairs": shapes._pairs_sha256()}
     with pytest.raises(UserError, match="in the middle of a pass"):
-        shapes.load_state_dict({"epoch": 0, "consumed": 2, "signature": {"pairs": squares._fingerprint()}})
+        shapes.load_state_dict({"epoch": 0, "consumed": 2, "signature": {"pairs": squares._pairs_sha256()}})
 
 
 def test_evaluation_reads_every_pair_once(shards: Path):

@@ -1,19 +1,16 @@
-"""One question to an OpenAI-compatible chat endpoint: any local server (vLLM, llama.cpp, Ollama, ...) or a remote."""
+"""A language model that is asked over HTTP: on a local server (vLLM, llama.cpp, Ollama, ...) or a remote one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.http import AGAIN, AnswerError, EndpointError
-from lit_safety.core.http import Endpoint as Service
-
-__all__ = ["AnswerError", "Endpoint"]
+from lit_safety.core.http import AGAIN, AnswerError, Endpoint, EndpointError
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """Where questions go, and how patiently.
+class ChatModel:
+    """A language model behind an OpenAI-compatible chat endpoint.
 
     Args:
         url: base URL of the API, such as http://localhost:8000/v1.
@@ -41,14 +38,14 @@ class Endpoint:
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
         try:
-            self._service().key()
+            self._endpoint().key()
         except UserError as error:
             raise UserError(f"--url: {error}") from error
         except EndpointError as error:
             raise UserError(str(error)) from error
 
-    def _service(self) -> Service:
-        return Service(self.url, self.key_variable, self.timeout, self.attempts - 1, self.wait)
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.key_variable, self.timeout, self.attempts - 1, self.wait)
 
     def ask(self, question: str, seed: int) -> str:
         """The text of the answer.
@@ -65,7 +62,7 @@ class Endpoint:
             "seed": seed,
         }
         try:
-            return self._service().chat(body)
+            return self._endpoint().chat(body)
         except AnswerError as error:
             raise AnswerError(f"the server's answer is not a chat answer ({error})") from error
         except EndpointError as error:
