@@ -8,13 +8,14 @@ from typing import Any, Literal
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.evaluation.given import JudgeGiven, PromptsGiven, judge_file, prompt_file
 
 
 def evaluate(
     *,
     pipeline: str,
-    prompts: str,
-    judge: str,
+    prompts: PromptsGiven,
+    judge: JudgeGiven,
     out: str,
     adapter: str | None = None,
     arms: dict[str, Arm] | None = None,
@@ -50,9 +51,10 @@ def evaluate(
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
         prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed; or CoProV2's test file,
-            I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the columns they are published with.
+            I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the columns they are published with; or a list of such
+            rows, `[{prompt: a red kite, kind: clean}]`, which is written to prompts.csv in `out`.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
-            as configs/judges/nudenet_or_q16.yaml.
+            as configs/judges/nudenet_or_q16.yaml; or what such a file holds, which is written to judge.yaml in `out`.
         out: Folder of the report; made when it is not there.
         adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
             `aligned` next to the arm `base`.
@@ -121,6 +123,7 @@ def evaluate(
     selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms)
     check_writable(Path(out))
+    prompts, judge = prompt_file(prompts, Path(out)), judge_file(judge, Path(out))
     curves = find_attacks(attacks, Path(out))
     if change is not None:
         change.describe()  # reads the images: what is wrong with them is said before anything is drawn

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers
@@ -35,6 +37,11 @@ class SCDPO(PreferenceModule):
             denoiser and holds a frozen copy as the reference, or none where a reference cache stands for it. `full`
             leaves a whole pipeline instead of an adapter.
         cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
+        label_costs: pairs that have no costs get them from their labels: 1 for a harmful image, -1 for a safe one. Where
+            a label is not known and `order` is safety, the chosen image counts as safe and the rejected one as harmful.
+
+    Raises:
+        ValueError: both `cost_model` and `label_costs` are given: their costs are in two units.
     """
 
     def __init__(
@@ -43,10 +50,14 @@ class SCDPO(PreferenceModule):
         objective: Objective | None = None,
         policy: Literal["lora", "full"] = "lora",
         cost_model: str | None = None,
+        label_costs: bool = False,
         **settings: Any,
     ) -> None:
+        if label_costs and cost_model is not None:
+            raise ValueError("label_costs and cost_model both give costs to pairs that have none: set one of them")
         super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
         self.policy = policy
+        self.label_costs = label_costs
         self.cost_model = cost_model
         self._frozen: FrozenCopy | None = None
         self._reference_cached = False
@@ -122,7 +133,10 @@ class SCDPO(PreferenceModule):
 
         Raises:
             UserError: if mirrored pairs lack costs: they would depend on which way round a pair was met first.
+            UserError: if pairs have neither costs nor what stands for them.
         """
+        if self.label_costs and self.objective.needs_cost and not all(batch.has_cost):
+            batch = costs_of_labels(batch)
         if self._scorer is None:
             check_labels(self.objective, batch, cost_model=True)
         elif self.objective.needs_cost and not all(batch.has_cost):
@@ -142,3 +156,27 @@ class SCDPO(PreferenceModule):
         """Which of the sets of shards is being read: train, val or test."""
         stage = None if self._trainer is None else self._trainer.state.stage
         return "train" if stage is None else str(stage.dataloader_prefix)
+
+
+def costs_of_labels(batch: PairBatch) -> PairBatch:
+    """The batch with 1 and -1 for the costs that it lacks: harmful and safe. The batch given is not changed.
+
+    Args:
+        batch: B pairs. Known costs stay.
+
+    Raises:
+        UserError: a pair has no costs, a label of it is not known, and safety did not decide its order.
+    """
+    for key, cost, label, order in zip(batch.keys, batch.has_cost, batch.has_harmful, batch.orders, strict=True):
+        if not (cost or label or order == "safety"):
+            raise UserError(
+                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot say "
+                "how harmful its images are; label both images, or leave such pairs out with `data.init_args.orders`"
+            )
+    by_order = batch.cost.new_tensor([-1.0, 1.0])
+    costs = torch.where(batch.harmful.isnan(), by_order, 2.0 * batch.harmful - 1.0)
+    known = torch.tensor(batch.has_cost, device=batch.cost.device).unsqueeze(1)
+    filled = copy.copy(batch)
+    filled.cost = torch.where(known, batch.cost, costs)
+    filled.has_cost = [True] * len(batch)
+    return filled
