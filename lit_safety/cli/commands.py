@@ -113,6 +113,10 @@ def run_command(arguments: Sequence[str]) -> None:
     command, rest = arguments[0], list(arguments[1:])
     if command in LISTS_FIRST:
         rest = gather_list(rest)
+    if command == "evaluate":
+        from lit_safety.cli.evaluate_fit import from_fit
+
+        rest = from_fit(rest)
     if command in ("attack", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
         from lit_safety.drawing.arms import gather_arms
 

@@ -159,7 +159,7 @@ def _own(base: str, method: str, folder: str, path: Path, family: _Family) -> st
         )
     text = _text(keys)
     for found, own in ((_DRAWN, _OWN_DRAWN), (_JUDGED, _OWN_JUDGED)):
-        text, count = found.subn(lambda _, own=own: own, text)
+        text, count = found.subn(own.replace("\\", r"\\"), text)
         assert count == 1, f"{method}.yaml: {found.pattern} stands in it {count} times"
     head = [
         f"# {NAMES[method]} on {pretrained}: one file for `fit` and for `evaluate`. EDIT stands where you have a choice.",
