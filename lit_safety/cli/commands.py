@@ -122,6 +122,12 @@ def run_command(arguments: Sequence[str]) -> None:
 
         rest = gather_arms(rest)
     where = COMMANDS[command]
+    # Of a subcommand that is not there the parser knows what to say.
+    named = where if isinstance(where, str) else where.get(rest[0], "") if rest else ""
+    if named and not {"-h", "--help"} & set(rest):
+        from lit_safety.cli.check_config import check_command
+
+        check_command(named, rest)
     components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
     CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=Checked)
 

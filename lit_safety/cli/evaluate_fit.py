@@ -1,4 +1,4 @@
-"""`evaluate --config fit.yaml`: the YAML of a fit says what is evaluated, so that one file holds a run and its report."""
+"""`evaluate --config fit.yaml`: the YAML of a fit says what is evaluated, so one file holds a run and its report."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def from_fit(arguments: Sequence[str]) -> list[str]:
     words: list[str] = []
     name, place = "", 0
     for word, config in _configs(arguments):
-        if config is None:
-            words += word
-        elif (said := _fit_in(config)) is None:
+        if config is None or (said := _fit_in(config)) is None:
             words += word
         else:
             fits, name, place = _over(fits, said), config, len(words)
@@ -103,8 +101,8 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
         left = next((one for one in LEFT if run is not None and (run / one).exists()), None)
         if run is None or left is None:
             raise UserError(
-                f"{file}: no run of it has left an adapter{f' in {run}' if run else ''}: `lit-safety fit --config {file}` "
-                "first, or give --adapter"
+                f"{file}: no run of it has left an adapter{f' in {run}' if run else ''}: "
+                f"`lit-safety fit --config {file}` first, or give --adapter"
             )
         options[LEFT[left]] = str(run / left)
     return [f"--{name}={_word(value)}" for name, value in options.items()]

@@ -52,7 +52,9 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
 
 def _row(row: Any, where: str, number: int) -> dict[str, str]:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {str(row)[:60]!r}: write {{prompt: ..., kind: ...}}, kind one of {', '.join(KINDS)}")
+        raise UserError(
+            f"{where} is {str(row)[:60]!r}: write {{prompt: ..., kind: ...}}, kind one of {', '.join(KINDS)}"
+        )
     known = (*COLUMNS, *MORE)
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"{where} has an unknown key {unknown[0]!r}; it may have {', '.join(known)}")
@@ -92,7 +94,9 @@ def judge_file(judge: JudgeGiven, out: Path, key: str = "--judge") -> str:
         return judge
     said = plain(judge)
     if "class_path" not in said or said.keys() - {"class_path", "init_args"}:
-        raise UserError(f"{key}: must be a file, a folder, or `class_path` and `init_args`, as configs/judges/* hold them")
+        raise UserError(
+            f"{key}: must be a file, a folder, or `class_path` and `init_args`, as configs/judges/* hold them"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "judge.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
     return str(out / "judge.yaml")

@@ -37,8 +37,9 @@ class SCDPO(PreferenceModule):
             denoiser and holds a frozen copy as the reference, or none where a reference cache stands for it. `full`
             leaves a whole pipeline instead of an adapter.
         cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
-        label_costs: pairs that have no costs get them from their labels: 1 for a harmful image, -1 for a safe one. Where
-            a label is not known and `order` is safety, the chosen image counts as safe and the rejected one as harmful.
+        label_costs: pairs that have no costs get them from their labels: 1 for a harmful image, -1 for a safe one.
+            Where a label is not known and `order` is safety, the chosen image counts as safe and the rejected one as
+            harmful.
 
     Raises:
         ValueError: both `cost_model` and `label_costs` are given: their costs are in two units.
@@ -170,8 +171,8 @@ def costs_of_labels(batch: PairBatch) -> PairBatch:
     for key, cost, label, order in zip(batch.keys, batch.has_cost, batch.has_harmful, batch.orders, strict=True):
         if not (cost or label or order == "safety"):
             raise UserError(
-                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot say "
-                "how harmful its images are; label both images, or leave such pairs out with `data.init_args.orders`"
+                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot "
+                "say how harmful its images are; label both, or leave such pairs out with `data.init_args.orders`"
             )
     by_order = batch.cost.new_tensor([-1.0, 1.0])
     costs = torch.where(batch.harmful.isnan(), by_order, 2.0 * batch.harmful - 1.0)

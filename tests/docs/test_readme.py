@@ -1,4 +1,4 @@
-"""The README alone, played through: its four commands, on a folder of image pairs and a copied pipeline, one file edited."""
+"""The README alone, played through: its four commands on a folder of image pairs and a copied pipeline."""
 
 from __future__ import annotations
 
