@@ -118,7 +118,7 @@ def _run(arguments: list[str]) -> int:
     check_launcher()
     command = arguments[0]
     if command in TRAINER_COMMANDS:
-        from lit_safety.cli.check_config import check_config
+        from lit_safety.core.check_config import check_config
 
         if {"-h", "--help"} & set(arguments):
             from lit_safety.cli.help import short_help

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from lit_safety.cli.check_config import check_config
+from lit_safety.core.check_config import check_config
 from lit_safety.core.errors import UserError
 from lit_safety.core.signatures import Absent, Parameter, nested, signature_of
 

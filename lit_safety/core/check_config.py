@@ -21,6 +21,44 @@ from lit_safety.core.shipped import check_is_there, shipped
 from lit_safety.core.signatures import Absent, Parameter, Signature, nested, signature_of, values_of
 from lit_safety.core.text import check_yaml, load_yaml, read_text, refuse_duplicate_keys
 
+#: command -> where its function is, or subcommand -> function. Strings, so that nothing is imported.
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "attack": "lit_safety.attacks.command:attack",
+    "evaluate": "lit_safety.evaluation.command:evaluate",
+    "compare": "lit_safety.evaluation.compare:compare",
+    "cost-model": "lit_safety.cli.cost_model:check",
+    "init": "lit_safety.cli.init:init",
+    "merge": "lit_safety.merging.merge:merge",
+    "shards": {
+        "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
+        "from-folder": "lit_safety.data.convert.folder:from_folder",
+        "from-pickapic": "lit_safety.data.convert.pickapic:from_pickapic",
+        "from-sage": "lit_safety.data.convert.sage:from_sage",
+        "generate": "lit_safety.generation.generate:generate",
+        "inspect": "lit_safety.data.inspect:inspect",
+        "precompute": "lit_safety.cli.precompute:precompute",
+        "join": "lit_safety.data.convert.join:join",
+        "score": "lit_safety.cost_model.score:score",
+        "validate": "lit_safety.data.validate:validate",
+        "write-prompts": "lit_safety.generation.write_prompts:write_prompts",
+    },
+    "study": {
+        "run": "lit_safety.study.run:run_study",
+        "table": "lit_safety.study.table:tabulate",
+    },
+    "toyworld": {
+        "build": "lit_safety.worlds.toyworld.build:build",
+        "sheet": "lit_safety.worlds.toyworld.build:sheet",
+        "users": "lit_safety.worlds.toyworld.users:write_users_world",
+    },
+    "users": {
+        "embed": "lit_safety.users.embed:embed",
+        "evaluate": "lit_safety.evaluation.users.evaluate:evaluate_users",
+        "grid": "lit_safety.evaluation.users.grid:grid",
+        "sample": "lit_safety.users.sample:sample",
+    },
+}
+TRAINER = ("fit", "validate", "test", "predict")
 #: Keys at the top of a trainer's YAML, besides `trainer`, `model`, `data` and `run`.
 TOP = ("config", "seed_everything", "ckpt_path", "weights_only", "verbose")
 GROUPS = {"trainer": "lightning.pytorch.Trainer", "run": "lit_safety.cli.run_files.RunOptions"}
@@ -37,6 +75,25 @@ class _State:
     """Dotted key without `init_args` -> the class that stands there."""
     overlays: dict[str, str] = field(default_factory=dict)
     """`model`, `data` -> the first file with settings of it whose class no file before it names."""
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Check a command line as `check_config` or `check_command` does; a command that is not known is left alone.
+
+    Args:
+        words: the command and what stands behind it.
+
+    Raises:
+        UserError: as these.
+    """
+    command, *rest = words
+    if command in TRAINER:
+        check_config(rest)
+        return
+    where = COMMANDS.get(command)
+    named = where.get(rest[0]) if isinstance(where, dict) and rest else where
+    if isinstance(named, str):
+        check_command(named, rest)
 
 
 def check_config(arguments: Sequence[str]) -> dict[str, str]:
@@ -76,7 +133,8 @@ def check_command(function: str, arguments: Sequence[str]) -> None:
     """
     found, state = signature_of(function.replace(":", ".")), _State()
     for where, said in _said(arguments):
-        if found is not None:
+        of_a_fit = isinstance(said.get("model"), dict)  # `evaluate` reads these otherwise
+        if found is not None and not (of_a_fit and "model" not in found.parameters):
             _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
 
 
@@ -105,9 +163,10 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _at(way: Sequence[str], value: Any) -> dict[str, Any]:
-    for key in reversed(way):
-        value = {key: value}
-    return value
+    nested_in: dict[str, Any] = {way[-1]: value}
+    for key in reversed(way[:-1]):
+        nested_in = {key: nested_in}
+    return nested_in
 
 
 def _value(text: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.cli.check_config import check_command, check_config
+from lit_safety.core.check_config import check_command, check_config
 from lit_safety.core.errors import UserError
 from lit_safety.core.shipped import configs
 
