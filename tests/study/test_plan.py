@@ -77,7 +77,7 @@ def test_a_grid_makes_a_row_of_each_combination_of_values(tmp_path: Path):
         "row_seeds": {"sweep": [7]},
     }
     file = tmp_path / "my study.yaml"
-    file.write_text(yaml.safe_dump(given))
+    file.write_text(yaml.safe_dump(given, sort_keys=False))
     study = load_study(str(file))
     names = [f"sweep lr={lr} objective={name}" for lr in ("0.1", "1e-05") for name in ("IPO", "Hinge-1", "null")]
     assert list(study.rows) == ["first row", *names]
