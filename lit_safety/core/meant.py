@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 #: Packages that a YAML may well name and that need not be there -> what installs them.
 INSTALLED_BY = {
@@ -64,3 +67,40 @@ def _modules_here() -> list[str]:
     except OSError:
         return []
     return ["lit_safety", "torch", "lightning", *(one.stem for one in here if one.suffix == ".py" or one.is_dir())]
+
+
+_UNKNOWN = re.compile(
+    r"(?:unrecognized arguments: --|Option '|accept option '|invalid choice: ')([\w.-]+)(?:'? \(choose from ([^)]*)\))?"
+)
+
+
+def meant(message: str, parser: Any) -> str:
+    """What an option, a key or a subcommand that a parser does not know was probably to be; nothing if there is none.
+
+    Args:
+        message: the parser's complaint.
+        parser: it, with all its options.
+    """
+    found = _UNKNOWN.search(message)
+    if found is None or "did you mean" in message:
+        return ""
+    names = re.findall(r"'([^']+)'", found[2]) if found[2] else list(_names(parser))
+    word = found[1].rpartition(".")[2] if found[1] not in names and "." in found[1] else found[1]
+    return did_you_mean(word, names, listed=False)
+
+
+def _names(parser: Any) -> Iterator[str]:
+    """All options of a parser and its subcommands, and the fields of dataclasses that they hold."""
+    for action in parser._actions:
+        yield action.dest.rpartition(".")[2]
+        yield from (one.name for kind in _dataclasses(getattr(action, "_typehint", None)) for one in fields(kind))
+        if isinstance(getattr(action, "choices", None), Mapping):
+            for below in action.choices.values():
+                yield from _names(below) if hasattr(below, "_actions") else ()
+
+
+def _dataclasses(kind: Any) -> Iterator[type]:
+    if is_dataclass(kind) and isinstance(kind, type):
+        yield kind
+    for one in get_args(kind):
+        yield from _dataclasses(one)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NoReturn, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, cast
 
 import jsonargparse._postponed_annotations as postponed
 import jsonargparse._typehints as typehints
@@ -23,7 +23,6 @@ from jsonargparse._paths import Path
 from jsonargparse._util import import_object
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.meant import did_you_mean, no_package
 from lit_safety.core.processes import is_main_process
 from lit_safety.core.shipped import find_configs
 from lit_safety.core.text import check_values, check_words, check_yaml, read_text, refuse_duplicate_keys
@@ -100,6 +99,8 @@ def _missing_package(reason: str) -> str | None:
     given = re.search(r"class_path=?\W+([\w.]+)", reason)
     if package is None or given is None or given[1].partition(".")[0] != package[1]:
         return None
+    from lit_safety.core.meant import no_package
+
     return no_package(given[1])
 
 
@@ -306,38 +307,6 @@ def _plain(option: str) -> str:
     return option.replace(".init_args", "")
 
 
-_UNKNOWN = re.compile(
-    r"(?:unrecognized arguments: --|Option '|accept option '|invalid choice: ')([\w.-]+)(?:'? \(choose from ([^)]*)\))?"
-)
-
-
-def _meant(message: str, parser: Any) -> str:
-    """What an option, a key or a subcommand that is not known was probably to be."""
-    found = _UNKNOWN.search(message)
-    if found is None or "did you mean" in message:
-        return ""
-    names = re.findall(r"'([^']+)'", found[2]) if found[2] else list(_names(parser))
-    word = found[1].rpartition(".")[2] if found[1] not in names and "." in found[1] else found[1]
-    return did_you_mean(word, names, listed=False)
-
-
-def _names(parser: Any) -> Iterator[str]:
-    """All options of a parser and its subcommands, and the fields of dataclasses that they hold."""
-    for action in parser._actions:
-        yield action.dest.rpartition(".")[2]
-        yield from (one.name for kind in _dataclasses(getattr(action, "_typehint", None)) for one in fields(kind))
-        if isinstance(getattr(action, "choices", None), Mapping):
-            for below in action.choices.values():
-                yield from _names(below) if hasattr(below, "_actions") else ()
-
-
-def _dataclasses(kind: Any) -> Iterator[type]:
-    if is_dataclass(kind) and isinstance(kind, type):
-        yield kind
-    for one in get_args(kind):
-        yield from _dataclasses(one)
-
-
 class SingleLineErrors:
     """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback.
 
@@ -385,7 +354,9 @@ class SingleLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
         # command line, so that no key on the way is lost.
-        raise UserError(f"{message}{_meant(str(message), self)}") from ex
+        from lit_safety.core.meant import meant
+
+        raise UserError(f"{message}{meant(str(message), self)}") from ex
 
     def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
         """As jsonargparse's; a file that holds no config is named."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.meant import did_you_mean
 
 #: The embedded worlds of a checkout. They are too large for an installed package.
 WORLDS = ("data/toyworld", "data/artworld")
@@ -60,6 +59,8 @@ def check_is_there(config: str) -> None:
     Raises:
         UserError: names it.
     """
+    from lit_safety.core.meant import did_you_mean
+
     file = Path(shipped(config))
     if file.is_file():
         return

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lit_safety.adapters.lora import adapter_layers
@@ -137,6 +135,8 @@ class SCDPO(PreferenceModule):
             UserError: if pairs have neither costs nor what stands for them.
         """
         if self.label_costs and self.objective.needs_cost and not all(batch.has_cost):
+            from lit_safety.cost_model.fill import costs_of_labels
+
             batch = costs_of_labels(batch)
         if self._scorer is None:
             check_labels(self.objective, batch, cost_model=True)
@@ -157,27 +157,3 @@ class SCDPO(PreferenceModule):
         """Which of the sets of shards is being read: train, val or test."""
         stage = None if self._trainer is None else self._trainer.state.stage
         return "train" if stage is None else str(stage.dataloader_prefix)
-
-
-def costs_of_labels(batch: PairBatch) -> PairBatch:
-    """The batch with 1 and -1 for the costs that it lacks: harmful and safe. The batch given is not changed.
-
-    Args:
-        batch: B pairs. Known costs stay.
-
-    Raises:
-        UserError: a pair has no costs, a label of it is not known, and safety did not decide its order.
-    """
-    for key, cost, label, order in zip(batch.keys, batch.has_cost, batch.has_harmful, batch.orders, strict=True):
-        if not (cost or label or order == "safety"):
-            raise UserError(
-                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot "
-                "say how harmful its images are; label both, or leave such pairs out with `data.init_args.orders`"
-            )
-    by_order = batch.cost.new_tensor([-1.0, 1.0])
-    costs = torch.where(batch.harmful.isnan(), by_order, 2.0 * batch.harmful - 1.0)
-    known = torch.tensor(batch.has_cost, device=batch.cost.device).unsqueeze(1)
-    filled = copy.copy(batch)
-    filled.cost = torch.where(known, batch.cost, costs)
-    filled.has_cost = [True] * len(batch)
-    return filled
