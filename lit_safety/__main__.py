@@ -36,6 +36,8 @@ OTHER_COMMANDS = {
     "users": "embed users' profiles, draw for users, and measure whose bounds are kept",
 }
 
+ALL_HELP = "--help_all"
+"""Of the trainer's commands: every option that there is."""
 
 READER_GONE = 128 + 13
 """Exit status of a program that SIGPIPE ends."""
@@ -65,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # a reader that went away is noticed here, and not while Python ends
             return status
         except UserError as error:
+            from lit_safety.core.config_places import name_file
             from lit_safety.core.parsing import shorten
 
-            return _complain(shorten(str(error)))
+            return _complain(name_file(shorten(str(error)), arguments))
         except BrokenPipeError:
             if not _reader_is_gone():
                 raise
@@ -115,6 +118,15 @@ def _run(arguments: list[str]) -> int:
     check_launcher()
     command = arguments[0]
     if command in TRAINER_COMMANDS:
+        from lit_safety.core.check_config import check_config
+
+        if {"-h", "--help"} & set(arguments):
+            from lit_safety.cli.help import short_help
+
+            print(short_help(arguments))
+            return 0
+        check_config(arguments[1:])
+        arguments = ["--help" if word == ALL_HELP else word for word in arguments]
         from lit_safety.cli.trainer import run_trainer
 
         run_trainer(arguments)
@@ -123,8 +135,9 @@ def _run(arguments: list[str]) -> int:
 
         run_command(arguments)
     else:
-        known = ", ".join(TRAINER_COMMANDS | OTHER_COMMANDS)
-        raise UserError(f"no command {command!r}; there are: {known}")
+        from lit_safety.core.meant import did_you_mean
+
+        raise UserError(f"no command {command!r}{did_you_mean(command, TRAINER_COMMANDS | OTHER_COMMANDS)}")
     return 0
 
 
@@ -143,8 +156,16 @@ def print_anything() -> None:
     os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
+def see_working_folder() -> None:
+    """Let YAML name classes in files of the working folder, as `python -m` does. What is installed goes first."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.append(here)
+
+
 def run() -> NoReturn:
     """The program: `main`, then the end of the process."""
+    see_working_folder()
     status = main()
     if status in STOPPED:
         end_now(status)

@@ -18,8 +18,8 @@ class EvaluateOnTest(Callback):
     The same as `python -m lit_safety evaluate` on the checkpoint's adapter, with its options.
 
     Args:
-        prompts: CSV of prompts, as `evaluate` reads it.
-        judge: folder of the judge that decides what is harmful.
+        prompts: CSV of prompts, as `evaluate` reads it, or a list of its rows: prompt, kind and the other columns.
+        judge: folder or file of the judge that decides what is harmful, or its `class_path` and `init_args`.
         explicit: explicit prompts of each category; null: all.
         implicit: implicit prompts; null: all.
         lookalike: look-alike prompts; null: all.
@@ -30,8 +30,8 @@ class EvaluateOnTest(Callback):
 
     def __init__(
         self,
-        prompts: str,
-        judge: str,
+        prompts: list[dict[str, Any]] | str,
+        judge: dict[str, Any] | str,
         explicit: int | None = 40,
         implicit: int | None = 80,
         lookalike: int | None = 80,
@@ -54,11 +54,15 @@ class EvaluateOnTest(Callback):
         from lit_safety.drawing.pipelines import local_pipeline
         from lit_safety.drawing.prompts import read_prompts
         from lit_safety.drawing.worlds import check_world
+        from lit_safety.evaluation.given import judge_file, prompt_file
 
         pipeline = local_pipeline(preference_module(pl_module).pretrained)
-        files = {"EvaluateOnTest.prompts": self.prompts, "EvaluateOnTest.judge": self.judge}
+        report = Path(trainer.default_root_dir) / "report"
+        prompts = prompt_file(self.prompts, report, "EvaluateOnTest.prompts")
+        judge = judge_file(self.judge, report, "EvaluateOnTest.judge")
+        files = {"EvaluateOnTest.prompts": prompts, "EvaluateOnTest.judge": judge}
         key = "`other_world: true` of EvaluateOnTest"
-        check_world(pipeline, files, self.other_world, key, read_prompts(self.prompts))
+        check_world(pipeline, files, self.other_world, key, read_prompts(prompts))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from lit_safety.drawing.arms import Arm

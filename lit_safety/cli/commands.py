@@ -12,44 +12,7 @@ from typing import Any
 
 from jsonargparse import CLI
 
-#: command -> where its function is, or subcommand -> function. Imported only when called.
-COMMANDS: dict[str, str | dict[str, str]] = {
-    "attack": "lit_safety.attacks.command:attack",
-    "evaluate": "lit_safety.evaluation.command:evaluate",
-    "compare": "lit_safety.evaluation.compare:compare",
-    "cost-model": "lit_safety.cli.cost_model:check",
-    "init": "lit_safety.cli.init:init",
-    "merge": "lit_safety.merging.merge:merge",
-    "shards": {
-        "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
-        "from-folder": "lit_safety.data.convert.folder:from_folder",
-        "from-pickapic": "lit_safety.data.convert.pickapic:from_pickapic",
-        "from-sage": "lit_safety.data.convert.sage:from_sage",
-        "generate": "lit_safety.generation.generate:generate",
-        "inspect": "lit_safety.data.inspect:inspect",
-        "precompute": "lit_safety.cli.precompute:precompute",
-        "join": "lit_safety.data.convert.join:join",
-        "score": "lit_safety.cost_model.score:score",
-        "validate": "lit_safety.data.validate:validate",
-        "write-prompts": "lit_safety.generation.write_prompts:write_prompts",
-    },
-    "study": {
-        "run": "lit_safety.study.run:run_study",
-        "table": "lit_safety.study.table:tabulate",
-    },
-    "toyworld": {
-        "build": "lit_safety.worlds.toyworld.build:build",
-        "sheet": "lit_safety.worlds.toyworld.build:sheet",
-        "users": "lit_safety.worlds.toyworld.users:write_users_world",
-    },
-    "users": {
-        "embed": "lit_safety.users.embed:embed",
-        "evaluate": "lit_safety.evaluation.users.evaluate:evaluate_users",
-        "grid": "lit_safety.evaluation.users.grid:grid",
-        "sample": "lit_safety.users.sample:sample",
-    },
-}
-
+from lit_safety.core.check_config import COMMANDS, check_words
 
 #: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder
 #: that is replaced whole. What several processes share locks each one's own; `study run` hands its lock to its jobs.
@@ -113,11 +76,17 @@ def run_command(arguments: Sequence[str]) -> None:
     command, rest = arguments[0], list(arguments[1:])
     if command in LISTS_FIRST:
         rest = gather_list(rest)
+    if command == "evaluate":
+        from lit_safety.cli.evaluate_fit import from_fit
+
+        rest = from_fit(rest)
     if command in ("attack", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
         from lit_safety.drawing.arms import gather_arms
 
         rest = gather_arms(rest)
     where = COMMANDS[command]
+    if not {"-h", "--help"} & set(rest):
+        check_words([command, *rest])
     components: Any = _load(where) if isinstance(where, str) else {k: _load(v) for k, v in where.items()}
     CLI(components, args=rest, prog=f"python -m lit_safety {command}", parser_class=Checked)
 

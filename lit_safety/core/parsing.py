@@ -120,10 +120,9 @@ def _missing_package(reason: str) -> str | None:
     given = re.search(r"class_path=?\W+([\w.]+)", reason)
     if package is None or given is None or given[1].partition(".")[0] != package[1]:
         return None
-    return (
-        f"{given[1]} is of the package {package[1]}, which is not installed: `pip install {package[1]}`; if it is your "
-        "own file, run in its folder or name that folder in PYTHONPATH"
-    )
+    from lit_safety.core.meant import no_package
+
+    return no_package(given[1])
 
 
 def _below(message: str) -> list[str]:
@@ -376,7 +375,9 @@ class SingleLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
         # command line, so that no key on the way is lost.
-        raise UserError(str(message)) from ex
+        from lit_safety.core.meant import meant
+
+        raise UserError(f"{message}{meant(str(message), self)}") from ex
 
     def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
         """As jsonargparse's; a file that holds no config is named."""

@@ -53,6 +53,23 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def check_is_there(config: str) -> None:
+    """Refuse a `--config` that is no file, and name those that are called alike.
+
+    Raises:
+        UserError: names it.
+    """
+    from lit_safety.core.meant import did_you_mean
+
+    file = Path(shipped(config))
+    if file.is_file():
+        return
+    here = [str(one) for one in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+    known = [*here, *(str(one.relative_to(configs())) for one in sorted(configs().glob("**/*.yaml")))]
+    what = "is a folder" if file.is_dir() else "there is no such file"
+    raise UserError(f"--config {config}: {what}{did_you_mean(config, known, listed=False)}")
+
+
 def check_worlds(settings: Mapping[str, Any], keys: Sequence[str] | None = None) -> None:
     """Refuse settings that name files of an embedded world where it is not.
 

@@ -1,4 +1,4 @@
-"""Costs for pairs whose shard has none, from a cost model, once a pair."""
+"""Costs for pairs whose shard has none: from a cost model, once a pair, or from their labels."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ def _scored(batch: PairBatch, rows: list[int], scorer: CostScorer) -> Tensor:
         if not finite:
             raise UserError(f"sample {batch.keys[row]}: its cost is not finite; look at it with `shards inspect`")
     return costs
+
+
+def costs_of_labels(batch: PairBatch) -> PairBatch:
+    """The batch with 1 and -1 for the costs that it lacks: harmful and safe. The batch given is not changed.
+
+    Args:
+        batch: B pairs. Known costs stay.
+
+    Raises:
+        UserError: a pair has no costs, a label of it is not known, and safety did not decide its order.
+    """
+    for key, cost, label, order in zip(batch.keys, batch.has_cost, batch.has_harmful, batch.orders, strict=True):
+        if not (cost or label or order == "safety"):
+            raise UserError(
+                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot "
+                "say how harmful its images are; label both, or leave such pairs out with `data.init_args.orders`"
+            )
+    by_order = batch.cost.new_tensor([-1.0, 1.0])
+    costs = torch.where(batch.harmful.isnan(), by_order, 2.0 * batch.harmful - 1.0)
+    known = torch.tensor(batch.has_cost, device=batch.cost.device).unsqueeze(1)
+    filled = copy.copy(batch)
+    filled.cost = torch.where(known, batch.cost, costs)
+    filled.has_cost = [True] * len(batch)
+    return filled

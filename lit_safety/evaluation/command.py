@@ -8,13 +8,14 @@ from typing import Any, Literal
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
+from lit_safety.evaluation.given import JudgeGiven, PromptsGiven, judge_file, prompt_file
 
 
 def evaluate(
     *,
     pipeline: str,
-    prompts: str,
-    judge: str,
+    prompts: PromptsGiven,
+    judge: JudgeGiven,
     out: str,
     adapter: str | None = None,
     arms: dict[str, Arm] | None = None,
@@ -52,9 +53,10 @@ def evaluate(
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
         prompts: File with a column `prompt`, and perhaps kind, category, concept, benign, held_out, seed, guidance,
             pair (CSV, JSON, JSON lines, parquet), or a text with a prompt a line; or CoProV2's test file, I2P, Unsafe
-            Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published.
+            Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published; or a list of such rows,
+            `[{prompt: a red kite, kind: clean}]`, which is written to prompts.csv in `out`.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
-            as configs/judges/nudenet_or_q16.yaml.
+            as configs/judges/nudenet_or_q16.yaml; or what such a file holds, which is written to judge.yaml in `out`.
         out: Folder of the report; made when it is not there.
         adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
             `aligned` next to the arm `base`.
@@ -129,6 +131,7 @@ def evaluate(
     if change is not None and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
         raise UserError(f"--edit: the arm {ready[0]} is a folder of images, which nothing redraws; leave one out")
     check_writable(Path(out))
+    prompts, judge = prompt_file(prompts, Path(out)), judge_file(judge, Path(out))
     curves = find_attacks(attacks, Path(out))
     if change is not None:
         change.describe()  # reads the images: what is wrong with them is said before anything is drawn

@@ -35,6 +35,12 @@ class SCDPO(PreferenceModule):
             denoiser and holds a frozen copy as the reference, or none where a reference cache stands for it. `full`
             leaves a whole pipeline instead of an adapter.
         cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
+        label_costs: pairs that have no costs get them from their labels: 1 for a harmful image, -1 for a safe one.
+            Where a label is not known and `order` is safety, the chosen image counts as safe and the rejected one as
+            harmful.
+
+    Raises:
+        ValueError: both `cost_model` and `label_costs` are given: their costs are in two units.
     """
 
     def __init__(
@@ -43,10 +49,14 @@ class SCDPO(PreferenceModule):
         objective: Objective | None = None,
         policy: Literal["lora", "full"] = "lora",
         cost_model: str | None = None,
+        label_costs: bool = False,
         **settings: Any,
     ) -> None:
+        if label_costs and cost_model is not None:
+            raise ValueError("label_costs and cost_model both give costs to pairs that have none: set one of them")
         super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
         self.policy = policy
+        self.label_costs = label_costs
         self.cost_model = cost_model
         self._frozen: FrozenCopy | None = None
         self._reference_cached = False
@@ -122,7 +132,12 @@ class SCDPO(PreferenceModule):
 
         Raises:
             UserError: if mirrored pairs lack costs: they would depend on which way round a pair was met first.
+            UserError: if pairs have neither costs nor what stands for them.
         """
+        if self.label_costs and self.objective.needs_cost and not all(batch.has_cost):
+            from lit_safety.cost_model.fill import costs_of_labels
+
+            batch = costs_of_labels(batch)
         if self._scorer is None:
             check_labels(self.objective, batch, cost_model=True)
         elif self.objective.needs_cost and not all(batch.has_cost):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 
+from lit_safety.core.check_config import check_command
 from lit_safety.core.errors import UserError
 from lit_safety.core.parsing import SingleLineErrorParser
 from lit_safety.core.shipped import shipped
@@ -76,7 +78,7 @@ def _spoken_of(heatmaps: Mapping[str, HeatMap], growth: Growth | None) -> Iterat
 Options = dict[str, Any]
 #: `{folder:NAME}`, the folder of the row NAME.
 FOLDER_OF = re.compile(r"\{folder:([^{}]+)\}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\Z")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 _.+=-]*[A-Za-z0-9_.+=-])?\Z")
 #: [FILE#][max:|mean:|each:]a.b.0
 _PLACE = re.compile(r"([^#]+#)?((max|mean|each):)?[^:#]+\Z")
 
@@ -101,6 +103,9 @@ class Study:
     `each:place` takes all numbers there by their names, for the heat map."""
     metrics: str = "{folder}/report/metrics.json"
     """The JSON file that a job leaves."""
+    grid: dict[str, dict[str, dict[str, list[Any]]]] = field(default_factory=dict)
+    """Name of a row -> command -> option -> its values. Instead of the row there is one for each combination of values,
+    with the values in its name: `sweep beta=100 lr=0.001`."""
     defaults: dict[str, Options] = field(default_factory=dict)
     """Command -> options that each of its calls gets; a row's own options replace them."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -148,6 +153,7 @@ def load_study(path: str) -> Study:
     """
     if not Path(path := shipped(path)).is_file():
         raise UserError(f"no study file {path}; those that are shipped stand in configs/studies")
+    check_command("lit_safety.study.plan:Study", ["--config", path])  # the parser imports the classes that rows name
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
@@ -155,13 +161,65 @@ def load_study(path: str) -> Study:
         given = {key: _plain(value) for key, value in vars(parser.parse_path(path)).items()}
         given["heatmaps"] = {name: HeatMap(**one) for name, one in given["heatmaps"].items()}
         given["growth"] = Growth(**given["growth"]) if given["growth"] else None
-        study = Study(**given)
+        study = spread(Study(**given))
         check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UserError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error
     _check(path, study)
     return study
+
+
+def spread(study: Study) -> Study:
+    """The study with a row for each combination of a grid's values, in the place of the row that the grid is of.
+
+    Raises:
+        UserError: the grid speaks of a row or command that is not there, or an option has no list of values.
+    """
+    rows: dict[str, dict[str, Options]] = {}
+    became: dict[str, list[str]] = {}
+    for name, commands in study.grid.items():
+        if name not in study.rows:
+            raise UserError(f"grid: speaks of a row {name!r} that it does not have; rows are {', '.join(study.rows)}")
+        for command, options in commands.items():
+            if command not in study.rows[name]:
+                raise UserError(f"grid.{name}: the row calls no {command!r}; it calls {', '.join(study.rows[name])}")
+            for option, values in options.items():
+                if not isinstance(values, list) or not values:
+                    raise UserError(f"grid.{name}.{command}.{option}: must be a list of values, not {values!r}")
+    for name, row in study.rows.items():
+        axes = [
+            (command, option, values)
+            for command, options in study.grid.get(name, {}).items()
+            for option, values in options.items()
+        ]
+        for combination in itertools.product(*(range(len(values)) for _, _, values in axes)):
+            calls = {command: dict(options or {}) for command, options in row.items()}
+            words = [name]
+            for (command, option, values), number in zip(axes, combination, strict=True):
+                calls[command][option] = values[number]
+                words.append(f"{option.rpartition('.')[2]}={_short(values[number], number)}")
+            full = " ".join(words)
+            if full in rows:
+                raise UserError(f"grid.{name}: two combinations of values are both called {full!r}")
+            rows[full] = calls
+            became.setdefault(name, []).append(full)
+    seeds = {one: value for name, value in study.row_seeds.items() for one in became.get(name, [name])}
+    prepare = [one for name in study.prepare for one in became.get(name, [name])]
+    return replace(study, rows=rows, row_seeds=seeds, prepare=prepare)
+
+
+def _short(value: Any, number: int) -> str:
+    """A value in a row's name; of a class its name, and of anything longer its place in the list."""
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        value = f"{value['class_path'].rpartition('.')[2]}-{number}" if "init_args" in value else value["class_path"]
+    if isinstance(value, dict | list) or len(str(value)) > 40:
+        return str(number)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", text.rpartition(".")[2] if _DOTTED.match(text) else text)
+
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\Z")
 
 
 def _plain(value: Any) -> Any:
@@ -177,7 +235,9 @@ def _check(path: str, study: Study) -> None:
     """Complain about a name that the study does not know, or a value that is not what it must be."""
     for name in study.rows:
         if not _NAME.match(name):
-            raise UserError(f"{path}: the row {name!r} may hold only letters, digits and ._+-: it names a folder")
+            raise UserError(
+                f"{path}: the row {name!r} may hold only letters, digits, blanks within, and ._+-=: it names a folder"
+            )
     for name in (*study.row_seeds, *study.prepare, *(need for row in study.rows for need in study.needed(row))):
         if name not in study.rows:
             raise UserError(f"{path}: speaks of a row {name!r} that it does not have")

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
+from lit_safety.core.check_config import check_words
 from lit_safety.core.errors import Terminated, UserError
 from lit_safety.core.files import Lock, lock_of
 from lit_safety.core.processes import VARIABLE, check_count
@@ -46,6 +47,8 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
     wanted = _wanted(everything, only)
     if not wanted:
         raise UserError(f"{study}: no row matches --only {only}; rows are {', '.join(plan.rows)}")
+    for job in wanted:
+        _check(job, plan.out)
     done = latest(read_results(Path(plan.out)), everything)
     left = [job for job in wanted if job.name not in done]
     print(f"{study}: {len(wanted)} jobs, {len(wanted) - len(left)} of them done")
@@ -57,6 +60,20 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         failed = _do(plan, left, done, processes, lock)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the others are noted")
+
+
+def _check(job: Job, out: str) -> None:
+    """Refuse a job with a key that its command does not know: an evaluation may come hours after its training.
+
+    Raises:
+        UserError: names the row, the file or option, and the key.
+    """
+    for command in job.commands:
+        made = [word for word in command if word.startswith(f"--config={out}/")]  # another row may yet write it
+        try:
+            check_words([word for word in command if word not in made])
+        except UserError as error:
+            raise UserError(f"{job.row}: {command[0]}: {error}") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from lit_safety.__main__ import main
 from lit_safety.cli.commands import run_command
 
 
@@ -43,6 +44,53 @@ def test_commands_that_draw_show_the_options_that_they_share(
     assert "--drawing" not in text
     if command != "evaluate":
         assert "--edit" not in text
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_trainers_help_is_a_short_page_that_needs_no_torch(command: str):
+    code = (
+        f"import sys; from lit_safety.__main__ import main; main([{command!r}, '--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) < 80
+    assert max(map(len, lines)) <= 120
+    for named in ("--config", "--ckpt_path", f"{command} --help_all", "--model.help CLASS", "configs/scdpo.yaml"):
+        assert named in done.stdout
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> set[str]:
+    """The keys that `fit --help` lists."""
+    assert main(["fit", *words, "--help"]) == 0
+    return {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+
+
+def test_the_help_of_fit_lists_the_keys_of_the_method_that_is_named(capsys: pytest.CaptureFixture[str]):
+    default = shown(capsys)
+    assert {"pretrained", "cost_model", "lora", "beta", "cost_weight", "anchor_weight", "rank", "batch_size"} <= default
+    users = shown(capsys, "--config", "psa.yaml")
+    assert {"user_dropout", "user_tokens", "label_smoothing"} <= users
+    assert not {"cost_weight", "cost_model"} & users
+    other = shown(capsys, "--config", "scdpo.yaml", "--model.objective", "lit_safety.objectives.FocalInverse")
+    assert "cost_weight" not in other
+    assert "beta" in other
+    assert {"features", "clip"} <= shown(capsys, "--model", "lit_safety.modules.CostModel")
+
+
+def test_the_full_help_is_there_on_request(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help_all"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--trainer.max_steps", "--trainer.detect_anomaly", "--model.help", "--run.root"):
+        assert option in text
+
+
+def test_a_mistake_does_not_hide_the_help(capsys: pytest.CaptureFixture[str]):
+    """The page of a config with a mistake in it is that of the default."""
+    assert {"beta", "rank"} <= shown(capsys, "--config", "no such file.yaml")
 
 
 def test_no_arguments_show_the_help_and_fail():

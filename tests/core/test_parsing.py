@@ -43,7 +43,9 @@ def test_a_class_whose_package_is_not_installed():
         "installed: `pip install bitsandbytes`"
     )
     own = "Parser key \"model\":\n  Problem with given class_path 'mine.Method': No module named 'mine'"
-    assert "name that folder in PYTHONPATH" in shorten(own)
+    assert "mine.py" in shorten(own)  # a name that the user made up is nothing to install
+    assert "PYTHONPATH" in shorten(own)
+    assert "pip install" not in shorten(own)
     # The package is there, and something that it needs is not.
     other = own.replace("named 'mine'", "named 'wanted'")
     assert shorten(other) == "`model`: Problem with given class_path 'mine.Method': No module named 'wanted'"

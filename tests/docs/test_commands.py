@@ -44,6 +44,9 @@ def test_it_is_understood(
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    if "my-run/fit.yaml" in words:  # the file that `init` writes, and what a run of it leaves
+        assert main(["init", "my-run", "--model", "sd15"]) == 0
+        (tmp_path / "my-run" / "runs" / "latest" / "adapter").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         main([*words, "--print_config"])
     assert ended.value.code == 0, capsys.readouterr().err

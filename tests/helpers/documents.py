@@ -24,10 +24,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Words behind `-m lit_safety` of every command in a block of code, in the page's order."""
+    """Words behind `lit-safety` or `-m lit_safety` of every command in a block of code, in the page's order."""
     text = re.sub(r"\\\n\s+", " ", FENCE.sub("", page.read_text(encoding="utf-8")))
     return [
-        shlex.split(words, comments=True) for words in re.findall(r"^    .*-m lit_safety (.+)$", text, re.MULTILINE)
+        shlex.split(words, comments=True)
+        for words in re.findall(r"^    (?:.*-m lit_safety|lit-safety) (.+)$", text, re.MULTILINE)
     ]
 
 

@@ -96,3 +96,35 @@ def test_without_a_cost_model_they_are_refused_by_name(tiny_pipeline: Path):
     says = "sample 0000 has no cost.*, or name one in `model.init_args.cost_model`, or set .*cost_weight: 0`"
     with pytest.raises(UserError, match=says):
         module.labels(batch_of([0], costs=(NAN, NAN)))
+
+
+@pytest.fixture
+def by_label(tiny_pipeline: Path) -> SCDPO:
+    module = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(beta=100.0, cost_weight=1.0), label_costs=True)
+    module.configure_model()
+    return module
+
+
+def test_labels_stand_for_costs_and_known_costs_stay(by_label: SCDPO):
+    """(chosen, rejected): both labels known; none known but ordered by safety; one known; a cost of its own."""
+    batch = batch_of(range(4), costs=(NAN, NAN))
+    batch.harmful = torch.tensor([[0.0, 0.0], [NAN, NAN], [1.0, NAN], [0.0, 1.0]])
+    batch.has_harmful = [True, False, False, True]
+    batch.cost[3] = torch.tensor([-0.3, 0.7])
+    batch.has_cost[3] = True
+    costs = by_label.labels(batch).cost
+    assert torch.equal(costs, torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-0.3, 0.7]]))
+    assert batch.has_cost == [False, False, False, True]
+
+
+def test_a_pair_without_labels_that_quality_ordered_is_refused_by_name(by_label: SCDPO):
+    """Which of its images is harmful stands nowhere."""
+    batch = batch_of([0, 1], costs=(NAN, NAN))
+    batch.harmful[1], batch.has_harmful[1], batch.orders[1] = NAN, False, "quality"
+    with pytest.raises(UserError, match=rf"{batch.keys[1]}.*label"):
+        by_label.labels(batch)
+
+
+def test_costs_in_two_units_are_refused(tiny_pipeline: Path):
+    with pytest.raises(ValueError, match="label_costs"):
+        SCDPO(str(tiny_pipeline), cost_model="folder", label_costs=True)

@@ -47,6 +47,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program.write_text(textwrap.dedent(PROGRAM))
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(program)))
     monkeypatch.setattr(runner, "POLL", 0.01)
+    monkeypatch.setattr(runner, "check_words", lambda words: None)  # the options are the stand-in's
 
     def write(rows: dict[str, dict[str, object]], **more: object) -> str:
         file = tmp_path / "study.yaml"
@@ -314,3 +315,18 @@ def wait_for(path: Path) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"{path} does not come")
+
+
+def test_a_key_that_no_command_knows_is_refused_before_the_first_job(tmp_path: Path) -> None:
+    """The evaluation comes after the training, and its mistake before."""
+    file = tmp_path / "study.yaml"
+    fit = {"config": "scdpo.yaml", "trainer.max_steps": 1}
+    for row, named in (
+        ({"fit": fit, "evaluate": {"promts": "x"}}, "evaluate.*'promts'.*'prompts'"),
+        ({"fit": fit | {"trainer.max_stepps": 1}}, "fit.*'max_stepps'.*'max_steps'"),
+        ({"fit": fit | {"config": "nowhere.yaml"}}, r"nowhere\.yaml"),
+    ):
+        file.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "rows": {"my row": row}, "figures": {}}))
+        with pytest.raises(UserError, match=f"my row.*{named}"):
+            run_study(str(file))
+    assert not (tmp_path / "out").exists()

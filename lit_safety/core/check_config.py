@@ -1,0 +1,324 @@
+"""The keys of YAML files and options, checked against the classes' source before anything heavy is imported.
+
+What is wrong for certain is refused here in a second, with the file and the key that was probably meant; the rest
+(types, values) is the parser's to say, once torch is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.meant import did_you_mean, no_package
+from lit_safety.core.old_names import PACKAGE, explain
+from lit_safety.core.shipped import check_is_there, shipped
+from lit_safety.core.signatures import Absent, Parameter, Signature, nested, signature_of, values_of
+from lit_safety.core.text import check_yaml, load_yaml, read_text, refuse_duplicate_keys
+
+#: command -> where its function is, or subcommand -> function. Strings, so that nothing is imported.
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "attack": "lit_safety.attacks.command:attack",
+    "evaluate": "lit_safety.evaluation.command:evaluate",
+    "compare": "lit_safety.evaluation.compare:compare",
+    "cost-model": "lit_safety.cli.cost_model:check",
+    "init": "lit_safety.cli.init:init",
+    "merge": "lit_safety.merging.merge:merge",
+    "shards": {
+        "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
+        "from-folder": "lit_safety.data.convert.folder:from_folder",
+        "from-pickapic": "lit_safety.data.convert.pickapic:from_pickapic",
+        "from-sage": "lit_safety.data.convert.sage:from_sage",
+        "generate": "lit_safety.generation.generate:generate",
+        "inspect": "lit_safety.data.inspect:inspect",
+        "precompute": "lit_safety.cli.precompute:precompute",
+        "join": "lit_safety.data.convert.join:join",
+        "score": "lit_safety.cost_model.score:score",
+        "validate": "lit_safety.data.validate:validate",
+        "write-prompts": "lit_safety.generation.write_prompts:write_prompts",
+    },
+    "study": {
+        "run": "lit_safety.study.run:run_study",
+        "table": "lit_safety.study.table:tabulate",
+    },
+    "toyworld": {
+        "build": "lit_safety.worlds.toyworld.build:build",
+        "sheet": "lit_safety.worlds.toyworld.build:sheet",
+        "users": "lit_safety.worlds.toyworld.users:write_users_world",
+    },
+    "users": {
+        "embed": "lit_safety.users.embed:embed",
+        "evaluate": "lit_safety.evaluation.users.evaluate:evaluate_users",
+        "grid": "lit_safety.evaluation.users.grid:grid",
+        "sample": "lit_safety.users.sample:sample",
+    },
+}
+TRAINER = ("fit", "validate", "test", "predict")
+#: Keys at the top of a trainer's YAML, besides `trainer`, `model`, `data` and `run`.
+TOP = ("config", "seed_everything", "ckpt_path", "weights_only", "verbose")
+GROUPS = {"trainer": "lightning.pytorch.Trainer", "run": "lit_safety.cli.run_files.RunOptions"}
+CLASSES = ("model", "data")
+_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+_ABOUT_CLASS = {"class_path", "init_args", "dict_kwargs"}
+
+
+@dataclass
+class _State:
+    """What was said so far, file after file."""
+
+    classes: dict[str, str] = field(default_factory=dict)
+    """Dotted key without `init_args` -> the class that stands there."""
+    overlays: dict[str, str] = field(default_factory=dict)
+    """`model`, `data` -> the first file with settings of it whose class no file before it names."""
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Check a command line as `check_config` or `check_command` does; a command that is not known is left alone.
+
+    Args:
+        words: the command and what stands behind it.
+
+    Raises:
+        UserError: as these.
+    """
+    command, *rest = words
+    if command in TRAINER:
+        check_config(rest)
+        return
+    where = COMMANDS.get(command)
+    named = where.get(rest[0]) if isinstance(where, dict) and rest else where
+    if isinstance(named, str):
+        check_command(named, rest)
+
+
+def check_config(arguments: Sequence[str]) -> dict[str, str]:
+    """Check all keys of a trainer's command line, in the order in which the parser will read them.
+
+    Args:
+        arguments: words behind `fit`, `validate`, `test` or `predict`.
+
+    Returns:
+        Dotted key without `init_args` -> the class that stands there in the end.
+
+    Raises:
+        UserError: a file is not there or not YAML, an overlay stands before the method's file, a key is not known, or a
+            class cannot be found; names the file or option, the key, and what was probably meant.
+    """
+    state = _State()
+    for where, said in _said(arguments):
+        _check(said, where, state)
+    for key, file in state.overlays.items():
+        if key not in state.classes:
+            raise UserError(
+                f"{file}: names no `{key}.class_path`, so it is an overlay: put the method's file before it, as in "
+                f"`--config scdpo.yaml --config {file}`"
+            )
+    return state.classes
+
+
+def check_command(function: str, arguments: Sequence[str]) -> None:
+    """The same for a command that is a function.
+
+    Args:
+        function: `package.module:function`.
+        arguments: words behind the command.
+
+    Raises:
+        UserError: as `check_config`.
+    """
+    found, state = signature_of(function.replace(":", ".")), _State()
+    for where, said in _said(arguments):
+        of_a_fit = isinstance(said.get("model"), dict)  # `evaluate` reads these otherwise
+        if found is not None and not (of_a_fit and "model" not in found.parameters):
+            _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
+
+
+def _said(arguments: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every config file and every option with what it says, in their order."""
+    for option, value in _options(arguments):
+        if option in ("--config", "-c"):
+            if value is not None:
+                yield value, _read(value)
+        elif option.startswith("--") and not re.search(r"help|print_config", option):
+            key = option.removeprefix("--").removesuffix("+")
+            if value is not None and key:
+                yield option, _at(key.split("."), _value(value))
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    left = list(arguments)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if not option.startswith("-"):
+            continue
+        if not equals and left and not re.match(r"--?[A-Za-z]", left[0]):
+            yield option, left.pop(0)
+        else:
+            yield option, value if equals else None
+
+
+def _at(way: Sequence[str], value: Any) -> dict[str, Any]:
+    nested_in: dict[str, Any] = {way[-1]: value}
+    for key in reversed(way[:-1]):
+        nested_in = {key: nested_in}
+    return nested_in
+
+
+def _value(text: str) -> Any:
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        check_yaml(text)
+        return load_yaml(text)
+    except (UserError, ValueError, RecursionError, yaml.YAMLError):
+        return text
+
+
+def _read(config: str) -> Mapping[str, Any]:
+    """What a config says; nothing where it is no file: the parser takes YAML itself for one.
+
+    Raises:
+        UserError: it is not there, or not YAML.
+    """
+    if "\n" in config or "{" in config or "://" in config or config == "-":
+        return {}
+    file = Path(shipped(config))
+    check_is_there(config)
+    try:
+        text = read_text(file)
+        check_yaml(text, str(config))
+        refuse_duplicate_keys(text)
+        said = load_yaml(text, str(config))
+    except OSError as error:
+        raise UserError(f"{config}: cannot be read ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(str(error) if str(file) in str(error) else f"{config}: {error}") from error
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{config}: is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{config}: is empty, or holds something else than keys with values")
+    return {str(key): value for key, value in said.items()}
+
+
+# ---- one file, or one option
+
+
+def _check(said: Mapping[str, Any], where: str, state: _State) -> None:
+    for name, value in said.items():
+        key = name.removesuffix("+")
+        if key in GROUPS:
+            if isinstance(value, dict) and (found := signature_of(GROUPS[key])) is not None:
+                _keys(value, found, key, where, state)
+        elif key in CLASSES:
+            before = state.classes.get(key)
+            _class(value, key, None, where, state)
+            _check_order(key, value, where, before, state)
+        elif key not in TOP and not key.startswith("_"):
+            raise UserError(f"{where}: Option {key!r} is not accepted{did_you_mean(key, [*GROUPS, *CLASSES, *TOP])}")
+
+
+def _check_order(key: str, value: Any, where: str, before: str | None, state: _State) -> None:
+    """Whether an overlay stands before the file that names the method."""
+    is_file = not where.startswith("-")
+    if key not in state.classes:
+        if isinstance(value, dict) and is_file:
+            state.overlays.setdefault(key, where)
+    elif before is None and (first := state.overlays.pop(key, None)) is not None and is_file:
+        raise UserError(
+            f"{first}: is an overlay, and stands before the method's file {where}, which would undo it: put the "
+            f"method's file first, `--config {where} --config {first}`"
+        )
+
+
+def _keys(said: Mapping[str, Any], of: Signature, key: str, where: str, state: _State) -> None:
+    for name, value in said.items():
+        plain = str(name).removesuffix("+")
+        parameter = of.parameters.get(plain)
+        if parameter is None:
+            if not of.open and "." not in plain:
+                place = f"`{_dotted(key, state)}`: " if key else ""
+                raise UserError(
+                    f"{where}: {place}Option {plain!r} is not accepted by {of.name}{did_you_mean(plain, of.parameters)}"
+                )
+            continue
+        _class(value, f"{key}.{plain}" if key else plain, parameter, where, state)
+
+
+def _dotted(key: str, state: _State) -> str:
+    """A key as it stands in YAML, with `init_args` below what is a class."""
+    way: list[str] = []
+    for n, part in enumerate(parts := key.split("."), 1):
+        way.append(part)
+        if n < len(parts) and (".".join(parts[:n]) in state.classes):
+            way.append("init_args")
+    return ".".join(way)
+
+
+def _class(value: Any, key: str, parameter: Parameter | None, where: str, state: _State) -> None:
+    """A value that may be a class with its arguments, a dataclass's fields, a list of these, or anything else."""
+    if isinstance(value, list):
+        for number, one in enumerate(value):
+            if isinstance(one, dict) and "class_path" in one:
+                _class(one, f"{key}.{number}", None, where, state)
+        return
+    if isinstance(value, str):
+        certain = key in CLASSES or key in state.classes
+        if _CLASS.match(value) and (certain or not (parameter is None or "str" in parameter.type)):
+            _change(key, value, where, state, certain)
+        elif key not in CLASSES:
+            state.classes.pop(key, None)
+        return
+    if not isinstance(value, dict):
+        return
+    named = value.get("class_path")
+    if isinstance(named, str) and _CLASS.match(named):
+        _change(key, named, where, state)
+    path = state.classes.get(key)
+    if path is None:
+        if _ABOUT_CLASS & value.keys():
+            return
+        if parameter is not None and (fields := nested(parameter)) is not None:
+            _keys(value, fields, key, where, state)
+            return
+        each = None if parameter is None else values_of(parameter)
+        for name, one in value.items():  # a mapping of names that the user gives
+            if isinstance(one, dict | list):
+                _class(one, f"{key}.{name}", each, where, state)
+        return
+    found = signature_of(path)
+    arguments = value.get("init_args") if _ABOUT_CLASS & value.keys() else value
+    if found is not None and isinstance(arguments, dict):
+        _keys(arguments, found, key, where, state)
+
+
+def _change(key: str, path: str, where: str, state: _State, certain: bool = True) -> None:
+    """Note the class that stands at a key from now on; where it is not `certain` to be one, only if there is one.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    try:
+        signature_of(path)
+    except Absent as absent:
+        if not certain:
+            state.classes.pop(key, None)
+            return
+        raise UserError(f"{where}: `{_dotted(key, state)}`: {_absent(path, absent)}") from absent
+    if state.classes.get(key) != path and key not in CLASSES:
+        for below in [one for one in state.classes if one.startswith(f"{key}.")]:
+            del state.classes[below]
+    state.classes[key] = path
+
+
+def _absent(path: str, absent: Absent) -> str:
+    """What to do about a class that is not there."""
+    if path.startswith(f"{PACKAGE}.") and (moved := explain(path)) is not None:
+        return moved
+    if "." in absent.what:
+        return f"there is no class {absent.what}{did_you_mean(path.rpartition('.')[2], absent.names)}"
+    return no_package(path)
