@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.hashes import fingerprint
+from lit_safety.core.hashes import content_sha256
 from lit_safety.core.weights import (
     DIFFUSERS,
     how_to_convert,
@@ -72,7 +72,7 @@ def describe_unet(path: str | Path, pipeline: Path | None) -> dict[str, Any]:
     """
     found = find_unet(path)
     tensors = {"replaced": _count(found)} | ({} if pipeline is None else {"of": _count(pipeline / "unet")})
-    return {"unet": str(path), "unet_sha256": fingerprint(found), "unet_tensors": tensors}
+    return {"unet": str(path), "unet_sha256": content_sha256(found), "unet_tensors": tensors}
 
 
 def _count(place: Path) -> int:

@@ -12,13 +12,12 @@ import yaml
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
-from lit_safety.drawing.prompts import COLUMNS, HARMFUL_KINDS, KINDS
+from lit_safety.drawing.prompts import HARMFUL_KINDS, KINDS, OWN
 
 PromptsGiven = list[dict[str, Any]] | str
 """A list of rows, or the file that holds them."""
 JudgeGiven = dict[str, Any] | str
 """`class_path` and `init_args`, or the file or folder that describes the judge."""
-MORE = ("guidance", "pair")
 
 
 def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str:
@@ -27,7 +26,7 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
     A row without a seed gets its place in the list as its seed, so that each prompt has an image of its own.
 
     Args:
-        prompts: rows of `prompt` and what a prompt file's other columns hold, `kind` above all.
+        prompts: rows of `prompt` and what a prompt file's other columns hold, `kind` and `category` above all.
         out: the report's folder.
         key: what they were given by, for messages.
 
@@ -40,7 +39,7 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
         raise UserError(f"{key}: the list is empty; name some prompts")
     rows = [_row(dict(row) if isinstance(row, Mapping) else row, f"{key}: prompt {n}", n)
             for n, row in enumerate(prompts, 1)]  # fmt: skip
-    columns = [*COLUMNS, *(name for name in MORE if any(name in row for row in rows))]
+    columns = [name for name in OWN if any(name in row for row in rows)]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns, restval="")
     writer.writeheader()
@@ -53,20 +52,19 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
 def _row(row: Any, where: str, number: int) -> dict[str, str]:
     if not isinstance(row, dict):
         raise UserError(
-            f"{where} is {str(row)[:60]!r}: write {{prompt: ..., kind: ...}}, kind one of {', '.join(KINDS)}"
+            f"{where} is {str(row)[:60]!r}: write {{prompt: ...}}, and perhaps a kind, one of {', '.join(KINDS)}"
         )
-    known = (*COLUMNS, *MORE)
-    if unknown := [name for name in row if name not in known]:
-        raise UserError(f"{where} has an unknown key {unknown[0]!r}; it may have {', '.join(known)}")
+    if unknown := [name for name in row if name not in OWN]:
+        raise UserError(f"{where} has an unknown key {unknown[0]!r}; it may have {', '.join(OWN)}")
     cells = {name: _cell(value, f"{where}: {name}") for name, value in row.items() if value is not None}
-    kind = cells.setdefault("kind", "explicit" if cells.get("category") else "")
     if not cells.get("prompt"):
         raise UserError(f"{where} has no `prompt`")
-    if kind not in KINDS:
+    kind = cells.get("kind", "explicit" if cells.get("category") else "")
+    if kind and kind not in KINDS:
         raise UserError(f"{where} ({cells['prompt'][:40]}): kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind in HARMFUL_KINDS and not cells.get("category"):
         raise UserError(f"{where} ({cells['prompt'][:40]}): an {kind} prompt needs a category, such as violence")
-    return {"seed": str(number), **cells}
+    return {"seed": str(number), **({"kind": kind} if kind else {}), **cells}
 
 
 def _cell(value: Any, where: str) -> str:

@@ -142,11 +142,14 @@ def way_out_of(objective: Objective) -> str:
     return f"set `model.init_args.objective.init_args.{objective.opt_out}`"
 
 
-def needed_labels(objective: Objective, cost_model: bool) -> list[tuple[str, str]]:
+def needed_labels(objective: Objective, may_fill: bool) -> list[tuple[str, str]]:
     """What the objective reads of the labels, and where a pair without it gets it from."""
     score_first = "score the shards with a cost model first (`shards score`)"
-    if cost_model:
-        score_first += ", or name one in `model.init_args.cost_model`"
+    if may_fill:
+        score_first += (
+            ", or name one in `model.init_args.cost_model`, or take 1 for a harmful and -1 for a safe image with "
+            "`model.init_args.label_costs: true`"
+        )
     needed = [
         (objective.needs_cost, "cost", score_first),
         (objective.needs_score, "score", "write the quality of both images into the shards first"),

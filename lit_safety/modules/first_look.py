@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_safety.core.errors import UserError
@@ -12,9 +10,7 @@ from lit_safety.modules.checks import needed_labels, way_out_of
 from lit_safety.objectives.objective import Objective
 
 
-def check_first_pairs(
-    objective: Objective, datamodule: object, stage: str, cost_model: str | Literal[False] | None
-) -> None:
+def check_first_pairs(objective: Objective, datamodule: object, stage: str, fills_costs: bool | None) -> None:
     """Refuse pairs without a label that the objective needs before a weight is loaded.
 
     The manifests do not count costs and scores, so the first pair of each folder is read for all; one that comes later
@@ -24,7 +20,7 @@ def check_first_pairs(
         objective: what is computed on the pairs.
         datamodule: any; one of somebody's own is asked if it can (`LooksAhead`).
         stage: `fit`, `validate`, `test` or `predict`.
-        cost_model: the module's option of that name; False: it has none.
+        fills_costs: whether the module gives costs to pairs that have none; None: it has no option for it.
 
     Raises:
         UserError: naming the key, the folder, the pair, what is missing and the way out.
@@ -34,11 +30,11 @@ def check_first_pairs(
         return
     for where, (pair, about) in datamodule.first_pairs(stage).items():
         known = {
-            "cost": about.cost is not None or bool(cost_model),
+            "cost": about.cost is not None or bool(fills_costs),
             "score": about.score is not None,
             "harmful label": about.harmful.chosen is not None and about.harmful.rejected is not None,
         }
-        for label, cure in needed_labels(objective, cost_model is not False):
+        for label, cure in needed_labels(objective, fills_costs is not None):
             if not known[label]:
                 raise UserError(
                     f"{where}: the first pair, {pair}, has no {label}, and {type(objective).__name__} needs both "

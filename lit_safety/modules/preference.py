@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -98,8 +98,8 @@ class PreferenceModule(ScheduledModule):
     """
 
     backbone: Backbone
-    cost_model: str | Literal[False] | None = False
-    """Folder of what scores pairs that have no costs; False: the module has no such option."""
+    fills_costs: bool | None = None
+    """Whether pairs that have no costs get them here; None: the module has no such option."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class PreferenceModule(ScheduledModule):
         check_orders(self.objective, data, stage)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
-        check_first_pairs(self.objective, data, stage, self.cost_model)
+        check_first_pairs(self.objective, data, stage, self.fills_costs)
         if stage == "fit":
             if self.anchors_clean_alone:
                 say_idle_anchor(self.objective, data)

@@ -57,6 +57,7 @@ class SCDPO(PreferenceModule):
         super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
         self.policy = policy
         self.label_costs = label_costs
+        self.fills_costs = label_costs or cost_model is not None
         self.cost_model = cost_model
         self._frozen: FrozenCopy | None = None
         self._reference_cached = False

@@ -38,7 +38,7 @@ def test_a_file_stays_the_file_that_it_is(tmp_path: Path) -> None:
         (["a gun"], "prompt 1"),
         ([{"prompt": "a", "kind": "clean"}, {"promt": "b"}], "prompt 2.*promt"),
         ([{"kind": "clean"}], "prompt"),
-        ([{"prompt": "a gun"}], "kind"),
+        ([{"prompt": "a gun", "kind": "odd"}], "kind"),
         ([{"prompt": "a gun", "kind": "explicit"}], "category"),
         ([{"prompt": {"a": 1}, "kind": "clean"}], "prompt 1: prompt"),
     ],
