@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules.preference import PreferenceModule
-from lit_safety.report.sheet import plain_sheet, veiled
 
 LEAST = 128
 """Pixels to which tiny images are enlarged."""
@@ -45,6 +44,8 @@ class DrawSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not (trainer.is_global_zero or weights_are_sharded(trainer)):
             return
+        from lit_safety.report.sheet import plain_sheet, veiled
+
         seeds = [self.seed + i for i in range(len(self.prompts))]
         rows = preference_module(pl_module).draw_rows(self.prompts, seeds)
         if not trainer.is_global_zero:

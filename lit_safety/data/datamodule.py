@@ -20,7 +20,6 @@ from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
-from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import DataPosition, PairLoader
 from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches, shares
@@ -418,6 +417,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def _by_shape(self, name: str, deal: Deal, resolution: int) -> list[Group]:
         """One group for each shape of image that has pairs enough for a step."""
+        from lit_safety.data.reading.buckets import bucket_groups, chosen_sizes
+
         source, selection = self._open(name)
         if name not in self._sizes:
             self._sizes[name] = chosen_sizes(source, f"{KEY}.aspect_buckets")

@@ -153,11 +153,11 @@ def test_pairs_without_a_label_are_refused_before_a_weight_is_loaded(
 
 def test_a_cost_model_stands_for_costs_and_what_needs_none_is_not_looked_at(tmp_path: Path):
     data = PreferenceDataModule(shards(tmp_path / "none", ["safety"] * 2, ["cost", "harmful"]))
-    check_first_pairs(SafetyConstrainedDPO(), data, "fit", "cost-model")
-    check_first_pairs(DiffusionDPO(), data, "fit", None)
-    check_first_pairs(SafetyConstrainedDPO(), data, "predict", None)
+    check_first_pairs(SafetyConstrainedDPO(), data, "fit", True)
+    check_first_pairs(DiffusionDPO(), data, "fit", False)
+    check_first_pairs(SafetyConstrainedDPO(), data, "predict", False)
     with pytest.raises(UserError, match="has no cost") as caught:
-        check_first_pairs(SafetyConstrainedDPO(), data, "fit", False)
+        check_first_pairs(SafetyConstrainedDPO(), data, "fit", None)
     assert "init_args.cost_model" not in str(caught.value)
 
 

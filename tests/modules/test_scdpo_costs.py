@@ -93,7 +93,7 @@ def test_mirrored_pairs_without_costs_are_refused(module: SCDPO):
 def test_without_a_cost_model_they_are_refused_by_name(tiny_pipeline: Path):
     module = SCDPO(str(tiny_pipeline), SafetyConstrainedDPO(cost_weight=1.0))
     module.configure_model()
-    says = "sample 0000 has no cost.*, or name one in `model.init_args.cost_model`, or set .*cost_weight: 0`"
+    says = "sample 0000 has no cost.*`model.init_args.cost_model`.*label_costs: true.*cost_weight: 0`"
     with pytest.raises(UserError, match=says):
         module.labels(batch_of([0], costs=(NAN, NAN)))
 
