@@ -1,5 +1,6 @@
 """The LightningModules and the PreferenceModule they share."""
 
+from .anchors import PromptAnchors as PromptAnchors
 from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
 from .preference import PreferenceModule as PreferenceModule
@@ -7,4 +8,4 @@ from .psa import PSA as PSA
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
 
-__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule", "SelectiveBackward"]
+__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule", "PromptAnchors", "SelectiveBackward"]

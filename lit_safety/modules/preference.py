@@ -25,6 +25,7 @@ from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.anchors import PromptAnchors
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
@@ -93,6 +94,7 @@ class PreferenceModule(ScheduledModule):
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
+        anchors: harmless prompts without images on which the policy is held to the reference; null: none.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
     """
@@ -112,6 +114,7 @@ class PreferenceModule(ScheduledModule):
         timestep_bins: int = 4,
         drawing: Drawing | None = None,
         speed: Speed | None = None,
+        anchors: PromptAnchors | None = None,
         start_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -125,6 +128,7 @@ class PreferenceModule(ScheduledModule):
         self.prompt_dropout = prompt_dropout
         self.drawing = drawing or Drawing()
         self.speed = speed or Speed()
+        self.anchors = anchors
         self.start_from = start_from
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
@@ -401,6 +405,10 @@ class PreferenceModule(ScheduledModule):
             loss = output.loss.mean()
         if self._trainer is not None and self.global_step == 0 and batch_idx == 0:
             check_start(self, batch, errors)
+        if self.anchors is not None:
+            term = self.anchors.loss(self, batch)
+            self.log("loss/anchors", term.detach(), batch_size=len(batch))
+            loss = loss + term
         self.finite_loss.watch(loss, batch.keys)
         logs = {name: values.mean() for name, values in output.logs.items()}
         self.log_dict(logs, batch_size=len(batch))
@@ -488,6 +496,11 @@ class PreferenceModule(ScheduledModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.anchors is not None:
+            self.anchors.prepare(self, self.trainer)
+
     def on_train_end(self) -> None:
         self.finite_loss.check()
 
@@ -495,13 +508,20 @@ class PreferenceModule(ScheduledModule):
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """One image a prompt by the policy, each from the initial noise of its own seed."""
-        drawn = self.backbone.pipeline()(
+        return list(self._drawn(prompts, seeds, "pil"))
+
+    def draw_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """The latents (B, C, h, w) of such drawings, as training has them."""
+        return self._drawn(prompts, seeds, "latent")
+
+    def _drawn(self, prompts: Sequence[str], seeds: Sequence[int], output_type: str) -> Any:
+        return self.backbone.pipeline()(
             prompt=list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=self.drawing.steps,
             guidance_scale=self.drawing.guidance,
-        )
-        return list(drawn.images)
+            output_type=output_type,
+        ).images
 
     def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
         """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""

@@ -1,0 +1,193 @@
+"""Prompts without images that hold a policy to its reference: what no pair names stays as it was.
+
+Pairs say what is to change, and a little of what is not. What they do not name has no term in the loss, and it changes
+with what they do name. Anchor prompts give it a term: the reference draws each of them once, and the policy is held to
+the reference's own prediction on these latents. For Gaussian denoisers that is, up to the timestep's weight, the KL
+divergence of one denoising step (`anchor_loss`), here on prompts of any kind and without an image of anybody's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_safety.core.chance import integers, normal, uniform
+from lit_safety.core.errors import UserError
+from lit_safety.objectives.objective import prediction_error
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lit_safety.backbones.backbone import Conditioning
+    from lit_safety.data.reading.batch import PairBatch
+    from lit_safety.modules.preference import PreferenceModule
+
+#: The purposes of an anchor's chance: which prompt, timestep, noise, disturbance of its text.
+WHICH, TIMESTEP, NOISE, TEXT = "anchor", "anchor-timestep", "anchor-noise", "anchor-text"
+KEY = "model.init_args.anchors.init_args"
+_AT_ONCE = 16
+
+
+class PromptAnchors:
+    """Holds the policy to the reference on the reference's own drawings of harmless prompts.
+
+    Each pair of a batch brings one anchor with it, chosen by the pair's own seed, so that batches, accumulation, ranks
+    and a resumed run meet the same ones. The term is weight x mean over the batch of |policy - reference|^2, and costs
+    a pass of both on half as many rows as the pairs have.
+
+    Args:
+        prompts: file of harmless prompts: a text with a prompt a line, or a table as `evaluate` reads it, of which the
+            rows of kind clean and lookalike are taken. Nothing that a report will call unnamed may stand in it.
+        weight: of the term.
+        share: probability with which a pair brings an anchor, in (0, 1].
+        text_noise: standard deviation of noise on the prompts' hidden states, in units of their own spread over all
+            anchor prompts; 0: none. It holds the policy between and around the prompts too.
+        seed: of the first drawing; the others count on.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    def __init__(
+        self, prompts: str, weight: float = 20.0, share: float = 1.0, text_noise: float = 0.0, seed: int = 0
+    ) -> None:
+        if not 0 < weight < float("inf") or not 0 < share <= 1 or not 0 <= text_noise < float("inf"):
+            raise ValueError(
+                f"weight must be above 0, share in (0, 1] and text_noise not negative, got {weight}, {share} and "
+                f"{text_noise}"
+            )
+        self.prompts, self.weight, self.share, self.text_noise, self.seed = prompts, weight, share, text_noise, seed
+        self._latents: Tensor | None = None
+        self._texts: Conditioning = {}
+        self._spread: dict[str, Tensor] = {}
+
+    def read_prompts(self) -> list[str]:
+        """The harmless prompts of the file, each once.
+
+        Raises:
+            UserError: the file cannot be read or holds none.
+        """
+        from lit_safety.drawing.prompts import read_prompts
+
+        rows = read_prompts(self.prompts)
+        found = list(dict.fromkeys(row.prompt for row in rows if row.kind in ("clean", "lookalike")))
+        if not found:
+            raise UserError(f"`{KEY}.prompts` {self.prompts}: holds no harmless prompt (kind clean or lookalike)")
+        return found
+
+    def prepare(self, module: PreferenceModule, trainer: Trainer) -> None:
+        """Draws the prompts with the reference, or reads what an earlier run drew. All ranks must call it.
+
+        Raises:
+            UserError: there is no reference to draw with, or no prompt.
+        """
+        if not module.has_reference:
+            raise UserError(
+                f"`{KEY}` needs the reference on prompts that no cache holds: set `model.init_args.policy: lora`, or "
+                "train on shards without a reference cache"
+            )
+        prompts = self.read_prompts()
+        file = self._file(module, prompts)
+        latents = _read(file) if trainer.is_global_zero else None
+        known = bool(trainer.strategy.broadcast(latents is not None))
+        if not known:
+            from lit_safety.callbacks.drawings import weights_are_sharded
+
+            if weights_are_sharded(trainer) or trainer.is_global_zero:
+                latents = self._draw(module, prompts)
+            if trainer.is_global_zero:
+                assert latents is not None
+                _write(file, latents)
+        self._latents = trainer.strategy.broadcast(latents)
+        with torch.no_grad():
+            parts = [
+                {name: rows.cpu() for name, rows in module.encode_text(prompts[i : i + _AT_ONCE]).items()}
+                for i in range(0, len(prompts), _AT_ONCE)
+            ]
+        self._texts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.text_noise:
+            self._spread = {
+                name: rows.float().std(0) for name, rows in self._texts.items() if rows.ndim == 3 and len(rows) > 1
+            }
+
+    def _file(self, module: PreferenceModule, prompts: list[str]) -> Path:
+        """Where the drawings of these prompts by this model are kept."""
+        from lit_safety.backbones.fingerprint import reference_hashes
+        from lit_safety.core.hashes import digest, user_cache
+
+        backbone = module.backbone
+        said = {
+            "version": 1,
+            "encoders": backbone.encoder_hashes(module.pretrained),
+            "reference": reference_hashes(module.pretrained, backbone.DENOISER),
+            "scheduler": {name: str(value) for name, value in backbone.inference_scheduler.config.items()},
+            "prompts": prompts,
+            "seed": self.seed,
+            "steps": module.drawing.steps,
+            "guidance": module.drawing.guidance,
+        }
+        return user_cache() / "anchors" / f"{digest(said)[:32]}.safetensors"
+
+    def _draw(self, module: PreferenceModule, prompts: list[str]) -> Tensor:
+        from lit_safety.core.progress import progress
+
+        drawn = []
+        with torch.no_grad(), module.reference(), progress("anchor prompts", len(prompts)) as advance:
+            for start in range(0, len(prompts), _AT_ONCE):
+                some = prompts[start : start + _AT_ONCE]
+                seeds = [self.seed + start + i for i in range(len(some))]
+                drawn.append(module.draw_latents(some, seeds).half().cpu())
+                advance(len(some))
+        return torch.cat(drawn)
+
+    def loss(self, module: PreferenceModule, batch: PairBatch) -> Tensor:
+        """weight x mean over the batch's pairs of |policy - reference|^2 on the anchors that they bring, a scalar."""
+        if self._latents is None:
+            raise RuntimeError("anchors were not prepared: a fit does that when it starts")
+        seeds = [seed for seed in batch.seeds if self.share == 1 or uniform(seed, "anchor-share") < self.share]
+        if not seeds:  # every rank goes backward all the same
+            return torch.stack([p.sum() * 0.0 for _, p in module.trainable_parameters()]).sum()
+        backbone, device = module.backbone, module.device
+        rows = integers(seeds, WHICH, len(self._latents))
+        fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in seeds], dtype=torch.float64)
+        with torch.no_grad():
+            latents = self._latents[rows].float().to(device, non_blocking=True)
+            noise = normal(seeds, NOISE, latents.shape[1:]).to(device, non_blocking=True)
+            timesteps = backbone.timesteps(fractions).to(device, non_blocking=True)
+            noisy = backbone.add_noise(latents, noise, timesteps)
+            texts = {name: self._text(name, rows, seeds).to(device, non_blocking=True) for name in self._texts}
+            with module.reference():
+                wanted = backbone.predict(noisy, timesteps, texts)
+        error = prediction_error(backbone.predict(noisy, timesteps, texts), wanted)
+        return self.weight * error.sum() / len(batch)
+
+    def _text(self, name: str, rows: Tensor, seeds: list[int]) -> Tensor:
+        texts = self._texts[name][rows]
+        if name not in self._spread:
+            return texts
+        noise = normal(seeds, TEXT, texts.shape[1:])
+        return (texts.float() + self.text_noise * self._spread[name] * noise).to(texts.dtype)
+
+
+def _read(file: Path) -> Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        return None
+    try:
+        return load_file(file)["latents"]
+    except (SafetensorError, KeyError, OSError):  # drawn again, and written over
+        return None
+
+
+def _write(file: Path, latents: Tensor) -> None:
+    from safetensors.torch import save
+
+    from lit_safety.core.files import write_atomic
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, save({"latents": latents.contiguous()}))
