@@ -8,6 +8,7 @@ from .judge import JudgeError as JudgeError
 from .judge import Verdict as Verdict
 from .load import load_judge as load_judge
 from .nudenet import NudeNet as NudeNet
+from .opennsfw import OpenNSFW as OpenNSFW
 from .q16 import Q16 as Q16
 from .scorers import AestheticScore as AestheticScore
 from .scorers import ClipPreference as ClipPreference
@@ -27,6 +28,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "NudeNet",
+    "OpenNSFW",
     "ToyWorldJudge",
     "Union",
     "Verdict",
