@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_safety.core.errors import UserError
 from lit_safety.modules.preference import PreferenceModule
+from lit_safety.modules.strategies import weights_are_sharded
 
 LEAST = 128
 """Pixels to which tiny images are enlarged."""
@@ -68,12 +68,6 @@ class DrawSamples(Callback):
 
             self.blur = not of_a_world(local_pipeline(pretrained))
         return self.blur
-
-
-def weights_are_sharded(trainer: Trainer) -> bool:
-    """Whether the network's weights are sharded over all ranks, so that all must take part when one draws."""
-    strategy = trainer.strategy
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
 
 
 class WriteDrawings(BasePredictionWriter):

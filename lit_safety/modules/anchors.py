@@ -9,26 +9,60 @@ divergence of one denoising step (`anchor_loss`), here on prompts of any kind an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_safety.core.chance import integers, normal, uniform
 from lit_safety.core.errors import UserError
+from lit_safety.modules.strategies import weights_are_sharded
 from lit_safety.objectives.objective import prediction_error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
     from lightning.pytorch import Trainer
 
-    from lit_safety.backbones.backbone import Conditioning
+    from lit_safety.backbones.backbone import Backbone, Conditioning
     from lit_safety.data.reading.batch import PairBatch
-    from lit_safety.modules.preference import PreferenceModule
 
 #: The purposes of an anchor's chance: which prompt, timestep, noise, disturbance of its text.
 WHICH, TIMESTEP, NOISE, TEXT = "anchor", "anchor-timestep", "anchor-noise", "anchor-text"
 KEY = "model.init_args.anchors.init_args"
 _AT_ONCE = 16
+
+
+class Anchored(Protocol):
+    """What is asked of the module that is held: `PreferenceModule`."""
+
+    pretrained: str
+    backbone: Backbone
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def drawing(self) -> Drawing: ...
+
+    @property
+    def has_reference(self) -> bool: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def draw_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor: ...
+
+    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
+
+
+class Drawing(Protocol):
+    """How a module draws."""
+
+    steps: int
+    guidance: float
 
 
 class PromptAnchors:
@@ -78,7 +112,7 @@ class PromptAnchors:
             raise UserError(f"`{KEY}.prompts` {self.prompts}: holds no harmless prompt (kind clean or lookalike)")
         return found
 
-    def prepare(self, module: PreferenceModule, trainer: Trainer) -> None:
+    def prepare(self, module: Anchored, trainer: Trainer) -> None:
         """Draws the prompts with the reference, or reads what an earlier run drew. All ranks must call it.
 
         Raises:
@@ -94,8 +128,6 @@ class PromptAnchors:
         latents = _read(file) if trainer.is_global_zero else None
         known = bool(trainer.strategy.broadcast(latents is not None))
         if not known:
-            from lit_safety.callbacks.drawings import weights_are_sharded
-
             if weights_are_sharded(trainer) or trainer.is_global_zero:
                 latents = self._draw(module, prompts)
             if trainer.is_global_zero:
@@ -113,7 +145,7 @@ class PromptAnchors:
                 name: rows.float().std(0) for name, rows in self._texts.items() if rows.ndim == 3 and len(rows) > 1
             }
 
-    def _file(self, module: PreferenceModule, prompts: list[str]) -> Path:
+    def _file(self, module: Anchored, prompts: list[str]) -> Path:
         """Where the drawings of these prompts by this model are kept."""
         from lit_safety.backbones.fingerprint import reference_hashes
         from lit_safety.core.hashes import digest, user_cache
@@ -131,7 +163,7 @@ class PromptAnchors:
         }
         return user_cache() / "anchors" / f"{digest(said)[:32]}.safetensors"
 
-    def _draw(self, module: PreferenceModule, prompts: list[str]) -> Tensor:
+    def _draw(self, module: Anchored, prompts: list[str]) -> Tensor:
         from lit_safety.core.progress import progress
 
         drawn = []
@@ -143,7 +175,7 @@ class PromptAnchors:
                 advance(len(some))
         return torch.cat(drawn)
 
-    def loss(self, module: PreferenceModule, batch: PairBatch) -> Tensor:
+    def loss(self, module: Anchored, batch: PairBatch) -> Tensor:
         """weight x mean over the batch's pairs of |policy - reference|^2 on the anchors that they bring, a scalar."""
         if self._latents is None:
             raise RuntimeError("anchors were not prepared: a fit does that when it starts")

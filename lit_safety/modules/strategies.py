@@ -238,6 +238,12 @@ def under_fsdp(trainer: Trainer | None) -> bool:
     return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
+def weights_are_sharded(trainer: Trainer) -> bool:
+    """Whether the network's weights are sharded over all ranks, so that all must take part when one draws."""
+    strategy = trainer.strategy
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
+
+
 def shard(network: nn.Module, mesh: Any) -> None:
     """Shard ``network``: its blocks, each a group of its own, then what is left.
 
