@@ -262,7 +262,7 @@ def check_counts(judge: ToyJudge, count: int = 2000, degraded: bool = False) -> 
 
 
 def train_judge(
-    target: Path, minutes: float, training: JudgeTraining, count: int = 24_000, batch_size: int = 64, lr: float = 3e-3
+    target: Path, minutes: float, training: JudgeTraining, count: int = 50_000, batch_size: int = 64, lr: float = 3e-3
 ) -> dict[str, float]:
     """Draws the judge's own scenes, trains, and writes the folder `target`. Returns what `check_judge` finds."""
     pictures, labels, twice = judged_scenes(training.owner, 0, count, training.hybrids, training.doubled)

@@ -9,13 +9,13 @@ import torch
 from lit_safety.core.errors import UserError
 from lit_safety.judges.judge import Verdict
 from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
-from lit_safety.judges.toy.objects import CONCEPTS, LABELS
+from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LABELS, SETTINGS
 from lit_safety.worlds.toyworld.judge_training import UNKNOWN, check_counts, check_judge, judged_scenes, seen
 from lit_safety.worlds.toyworld.scene import SLOTS, Scene, Thing, render
 from tests.helpers.documents import TOYWORLD
 
-COUNTED = {"judge": 0.9, "judge_b": 0.9}
-"""Share of things in scenes to count in that are seen and counted right."""
+COUNTED = {"judge": 0.92, "judge_b": 0.7}
+"""Share of things in the hardest scenes to count in (small, anywhere, hidden) that are seen and counted right."""
 
 
 @pytest.mark.parametrize("name", ["judge", "judge_b"])
@@ -73,6 +73,24 @@ def test_shipped_judges_count_in_fresh_scenes(name: str) -> None:
     found = check_counts(ToyJudge.from_pretrained(TOYWORLD / name), count=300)
     assert found["single"] >= COUNTED[name]
     assert found["several"] >= COUNTED[name]
+
+
+@pytest.mark.parametrize(("name", "least"), [("judge", 1.0), ("judge_b", 0.98)])
+def test_a_thing_in_both_places_is_two_and_a_thing_in_one_is_one(name: str, least: float) -> None:
+    """Every thing, in its usual size, in every setting: what a base draws that doubles what it was asked for."""
+    torch.set_num_threads(1)
+    judge = ToyWorldJudge(TOYWORLD / name)
+    right: list[int] = []
+    for setting in SETTINGS:
+        pairs = [
+            [Thing(thing, slot, SLOTS[slot], 70, "red" if thing in BENIGN else None) for slot in (0, 1)]
+            for thing in LABELS
+        ]
+        for number in (1, 2):
+            verdicts = judge.judge([render(Scene(setting, tuple(pair[:number]))) for pair in pairs])
+            counts = [verdict.counts for verdict in verdicts if isinstance(verdict, Verdict)]
+            right.append(sum(count == {thing: number} for thing, count in zip(LABELS, counts, strict=True)))
+    assert sum(right) >= least * len(right) * len(LABELS)
 
 
 def test_a_judge_that_does_not_count_is_not_measured_for_it() -> None:
