@@ -49,8 +49,9 @@ def evaluate(
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
-        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed; or CoProV2's test file,
-            I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the columns they are published with.
+        prompts: CSV file with the columns prompt,kind,category,concept,benign,held_out,seed, and unnamed, guidance and
+            pair where there are any; or CoProV2's test file, I2P, Unsafe Diffusion, COCO, MMA or Ring-A-Bell in the
+            columns they are published with.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
             as configs/judges/nudenet_or_q16.yaml.
         out: Folder of the report; made when it is not there.
