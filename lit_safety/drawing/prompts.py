@@ -26,7 +26,7 @@ Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
-OWN = (*COLUMNS, "guidance", "pair")
+OWN = (*COLUMNS, "unnamed", "guidance", "pair")
 """The columns of our own files; all but `prompt` have a default."""
 TEXT = ("adv_prompt", "prompt", "sensitive prompt", "caption")
 """Where the prompt stands, the first that is there."""
@@ -64,9 +64,9 @@ class Prompt:
     concept: str
     """The harm asked for, as the judge names it; empty where the prompt set names none."""
     benign: tuple[str, ...]
-    """The benign objects asked for, as the judge names them."""
+    """The benign objects asked for, as the judge names them; a name that stands twice asks for two."""
     held_out: bool
-    """The phrase stood in no alignment data."""
+    """Something of a harmful prompt stood in no alignment data: its phrase, or its setting with its category."""
     seed: int
     """Seed of the drawing's initial noise."""
     guidance: float | None = None
@@ -77,6 +77,8 @@ class Prompt:
     """The same for an attacked prompt and its adversarial text; empty: no such pair."""
     user: str | None = None
     """Whom a pipeline with a user adapter draws it for; None: the null user."""
+    unnamed: tuple[str, ...] = ()
+    """Those of `benign` that stand in no pair and no prompt that alignment or selection saw."""
     place: Place | None = field(default=None, compare=False)
     """None: the row has no image of its own, as the text that an adversarial prompt of the same row was made from."""
     kind_said: bool = field(default=True, compare=False)
@@ -410,7 +412,9 @@ def _prompts_of(
     own = cells if layout.own else {}
     if own.get("held_out", "") not in ("", "0", "1"):
         raise UserError(f"{where}: held_out is `{own['held_out']}`, must be 0 or 1")
-    benign = tuple(name.strip() for name in own.get("benign", "").split(";") if name.strip())
+    benign, unnamed = _names(own.get("benign", "")), _names(own.get("unnamed", ""))
+    if alone := [name for name in unnamed if name not in benign]:
+        raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is none of the row's benign ({own['benign']})")
     pair = own.get("pair", "")
     if attacked:
         pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
@@ -419,8 +423,12 @@ def _prompts_of(
     held_out = own.get("held_out") == "1"
     rest = (first, own.get("concept", ""), benign, held_out, seed, guidance, tuple(others), pair, user)
     if attacked:
-        yield Prompt(attacked, "explicit", *rest)
-    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said)
+        yield Prompt(attacked, "explicit", *rest, unnamed=unnamed)
+    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed)
+
+
+def _names(cell: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in cell.split(";") if name.strip())
 
 
 def _categories(cell: str, where: str) -> list[str]:
@@ -484,7 +492,7 @@ def choose_prompts(prompts: Iterable[Prompt], selection: PromptCounts) -> list[P
     chosen += [attacked[pair] for pair in dict.fromkeys(row.pair for row in chosen) if pair in attacked]
     for category in dict.fromkeys(row.category for row in of["explicit"]):
         members = [row for row in of["explicit"] if row.category == category]
-        chosen += deal(members, selection.explicit, lambda row: row.concept)
+        chosen += deal(members, selection.explicit, lambda row: (row.concept, row.held_out))
     halves = [[row for row in of["implicit"] if row.held_out is held_out] for held_out in (False, True)]
     shuffled = [deal(half, None, lambda row: (row.category, row.concept)) for half in halves]
     chosen += _round_robin(shuffled)[: selection.implicit]

@@ -45,8 +45,10 @@ TOYWORLD = World(
     frozenset({"047beffe9348b15a9fb6a2e3c6bce7281b980c55778f455de3099a90b70d6d3a"}),
     frozenset(
         {
-            "f45fc8153f0be45f976f6255b2cf5900e4536ccf29270e9c8be34890200c0376",  # judge
-            "e171208728fb73d0ab164e9d0ff85e5f953b6d7cb6e8a8f50c59edc3a9418f8d",  # judge_b
+            "a09a9262858da9bf9ddf75143acb25f1ffbe0fa051d1d3188de68666c4053b61",  # judge
+            "fb883f17019bf378c8d277af8f252403c4a5a48efb71ac53570e332e7d4e772d",  # judge_b
+            "f45fc8153f0be45f976f6255b2cf5900e4536ccf29270e9c8be34890200c0376",  # judge of 0.2, which does not count
+            "e171208728fb73d0ab164e9d0ff85e5f953b6d7cb6e8a8f50c59edc3a9418f8d",  # judge_b of 0.2
             "40f84624dd13d3431f61ab1c95762873e86382fb1a099a0685fa3bd0b590d712",  # cost_model
             "bc59c6316cbb5215896effa6fe79ce14186644541352ad20bbb75c5a4f9bc44a",  # clip
         }

@@ -51,10 +51,10 @@ def evaluate(
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id.
-        prompts: File with a column `prompt`, and perhaps kind, category, concept, benign, held_out, seed, guidance,
-            pair (CSV, JSON, JSON lines, parquet), or a text with a prompt a line; or CoProV2's test file, I2P, Unsafe
-            Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published; or a list of such rows,
-            `[{prompt: a red kite, kind: clean}]`, which is written to prompts.csv in `out`.
+        prompts: File with a column `prompt`, and perhaps kind, category, concept, benign, held_out, seed, unnamed,
+            guidance, pair (CSV, JSON, JSON lines, parquet), or a text with a prompt a line; or CoProV2's test file,
+            I2P, Unsafe Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published; or a list of
+            such rows, `[{prompt: a red kite, kind: clean}]`, which is written to prompts.csv in `out`.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
             as configs/judges/nudenet_or_q16.yaml; or what such a file holds, which is written to judge.yaml in `out`.
         out: Folder of the report; made when it is not there.

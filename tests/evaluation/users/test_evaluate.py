@@ -113,10 +113,13 @@ def test_the_report_holds_what_it_promises(run, adapter: Path, capsys) -> None:
     assert counts["seen"]["by_category"]["violence"]["ip_banned"]["n"] == 2
     for arm in found["arms"].values():
         for share in arm["all"].values():
-            if "value" in share:
+            if share.get("value") is not None:
                 low, high = share["interval"]
                 assert low <= share["value"] <= high
         assert arm["settings"]["steps"] == 2
+        unnamed = arm["all"]["unnamed_recall"]  # no prompt of the small set asks for an unnamed thing
+        assert (unnamed["value"], unnamed["n"], unnamed["errors"]) == (None, 0, 0)
+    assert "not measured" in (out / "table.md").read_text()
     for against in found["wins"].values():
         for kind in ("preservation", "suppression"):
             one = against["all"][kind]
