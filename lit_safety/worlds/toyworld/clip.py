@@ -23,8 +23,8 @@ from lit_safety.worlds.toyworld.sampling import Contents, draw_scene, grade, pla
 from lit_safety.worlds.toyworld.scene import SIDE, render, to_array
 from lit_safety.worlds.toyworld.seeds import stream
 from lit_safety.worlds.toyworld.text import CLASSES, LENGTH, build_tokenizer, tokenize
-from lit_safety.worlds.toyworld.training import Budget, decayed, launch, share_gradients
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
+from lit_safety.worlds.autoencoder import to_tensor
 
 WIDTH = 96
 PATCH = 4

@@ -27,7 +27,7 @@ from lit_safety.worlds.toyworld.clip import (
 from lit_safety.worlds.toyworld.sampling import draw_scene
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 from lit_safety.worlds.toyworld.text import build_tokenizer
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.autoencoder import to_tensor
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, fold, say
 from lit_safety.worlds.toyworld.pairs import IMPLICIT, KINDS, SEEN_PHRASES
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.autoencoder import to_tensor
 
 OWNER = "pairs_onpolicy"
 

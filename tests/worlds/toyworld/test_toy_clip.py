@@ -29,7 +29,7 @@ from lit_safety.worlds.toyworld.clip_checks import (
 from lit_safety.worlds.toyworld.drawing import draw, quiet
 from lit_safety.worlds.toyworld.judge_training import degrade
 from lit_safety.worlds.toyworld.text import build_tokenizer
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.autoencoder import to_tensor
 from tests.helpers.documents import TOYWORLD
 
 
