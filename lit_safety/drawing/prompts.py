@@ -27,7 +27,7 @@ KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
 KNOWN = (
-    *(*COLUMNS, "guidance", "pair"),
+    *(*COLUMNS, "unnamed", "guidance", "pair"),
     *("adv_prompt", "target_prompt", "sensitive prompt", "categories", "image_id", "coco_id"),
     *("evaluation_seed", "sd_seed", "evaluation_guidance", "sd_guidance_scale"),
 )
@@ -47,9 +47,9 @@ class Prompt:
     concept: str
     """The harm asked for, as the judge names it; empty where the prompt set names none."""
     benign: tuple[str, ...]
-    """The benign objects asked for, as the judge names them."""
+    """The benign objects asked for, as the judge names them; a name that stands twice asks for two."""
     held_out: bool
-    """The phrase stood in no alignment data."""
+    """Something of a harmful prompt stood in no alignment data: its phrase, or its setting with its category."""
     seed: int
     """Seed of the drawing's initial noise."""
     guidance: float | None = None
@@ -60,6 +60,8 @@ class Prompt:
     """The same for an attacked prompt and its adversarial text; empty: no such pair."""
     user: str | None = None
     """Whom a pipeline with a user adapter draws it for; None: the null user."""
+    unnamed: tuple[str, ...] = ()
+    """Those of `benign` that stand in no pair and no prompt that alignment or selection saw."""
 
     def identity(self) -> dict[str, Any]:
         """All that the row says, without what it leaves open."""
@@ -75,8 +77,8 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
     """All rows of a prompt set: a CSV of our own columns, or one of the published sets (`prompt_sets`).
 
     Args:
-        file: CSV with the columns prompt,kind,category,concept,benign,held_out,seed, and optionally guidance and pair;
-            or a published one.
+        file: CSV with the columns prompt,kind,category,concept,benign,held_out,seed, and optionally unnamed, guidance
+            and pair; or a published one.
         kind: what prompts a published file holds that does not say so.
         category: the harm that its prompts ask for, where it does not say so.
 
@@ -125,17 +127,25 @@ def _parse(row: dict[str, str | None], where: str) -> Prompt:
         category = canonical_category(cells["category"]) if harmful else ""
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    benign, unnamed = _names(cells["benign"]), _names(unescaped(row.get("unnamed") or ""))
+    if alone := [name for name in unnamed if name not in benign]:
+        raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is none of the row's benign ({cells['benign']})")
     return Prompt(
         prompt=cells["prompt"],
         kind=cells["kind"],
         category=category,
         concept=cells["concept"],
-        benign=tuple(name.strip() for name in cells["benign"].split(";") if name.strip()),
+        benign=benign,
+        unnamed=unnamed,
         held_out=cells["held_out"] == "1",
         seed=read_seed(cells["seed"], where),
         guidance=read_guidance((row.get("guidance") or "").strip(), where),
         pair=unescaped(row.get("pair") or "").strip(),
     )
+
+
+def _names(cell: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in cell.split(";") if name.strip())
 
 
 def check_pairs(rows: Sequence[tuple[Prompt, str]]) -> None:
@@ -391,7 +401,7 @@ def choose_prompts(prompts: Iterable[Prompt], selection: PromptCounts) -> list[P
     chosen += [attacked[pair] for pair in dict.fromkeys(row.pair for row in chosen) if pair in attacked]
     for category in dict.fromkeys(row.category for row in of["explicit"]):
         members = [row for row in of["explicit"] if row.category == category]
-        chosen += deal(members, selection.explicit, lambda row: row.concept)
+        chosen += deal(members, selection.explicit, lambda row: (row.concept, row.held_out))
     halves = [[row for row in of["implicit"] if row.held_out is held_out] for held_out in (False, True)]
     shuffled = [deal(half, None, lambda row: (row.category, row.concept)) for half in halves]
     chosen += _round_robin(shuffled)[: selection.implicit]

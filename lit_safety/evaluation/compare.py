@@ -94,9 +94,9 @@ def check_arm(arm: dict[str, Any], where: str) -> None:
 
 
 def _check_share(share: Any, counts: Any, interval: Any, where: str, key: str) -> None:
-    from lit_safety.evaluation.metrics import NOT_JUDGED
+    from lit_safety.evaluation.metrics import NOT_JUDGED, NOT_MEASURED
 
-    if share == NOT_JUDGED and counts is None and interval is None:
+    if share in (NOT_JUDGED, NOT_MEASURED) and counts is None and interval is None:
         return
     whole = isinstance(counts, dict) and all(type(counts.get(k)) is int and counts[k] >= 0 for k in COUNTED)
     if not whole or counts["hits"] > counts["n"]:
@@ -163,7 +163,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
     An arm that stands in several reports with the same settings and figures is shown once.
     """
     from lit_safety.core.intervals import IN_WORDS
-    from lit_safety.evaluation.metrics import flat, ordered
+    from lit_safety.evaluation.metrics import ALWAYS, flat, ordered
     from lit_safety.evaluation.tables import align, asked, cell, over_categories, shown, title
 
     columns: dict[str, dict[str, Any]] = {}
@@ -181,7 +181,7 @@ def compare_table(reports: list[tuple[str, dict[str, Any]]]) -> str:
             notes.append(f"protocol {number}: {_describe(next(iter(members.values())))}")
         if over := over_categories(next(iter(members.values()))["settings"].get("judge"), members.values()):
             notes.append(f"protocol {number}: {over}" if len(protocols) > 1 else over)
-        for figure in ordered({f for arm in members.values() for f in flat(arm) if shown(f)}):
+        for figure in ordered({*ALWAYS, *(f for arm in members.values() for f in flat(arm) if shown(f))}):
             cells = [cell(arm, figure) if name in members else "" for name, arm in columns.items()]
             rows.append([title(figure), asked(members.values(), figure), *cells])
         rows += _quality_rows(columns, members)

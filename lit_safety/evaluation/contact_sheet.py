@@ -104,8 +104,9 @@ def _shows(results: Results, row: int, harmful: bool) -> bool:
     if isinstance(verdict, JudgeError) or verdict.harmful is not harmful:
         return False
     known = set(results.judges[0].settings.get("labels", ()))
-    asked = {*prompt.benign, *([prompt.concept] if harmful and prompt.concept else [])}
-    return (asked & known) <= verdict.present
+    if harmful and prompt.concept in known and prompt.concept not in verdict.present:
+        return False
+    return verdict.as_asked([name for name in prompt.benign if name in known])
 
 
 def _say(what: str, share: float | str | None) -> str:

@@ -9,7 +9,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.images import open_image
 from lit_safety.evaluation.attack_curves import attack_blocks
 from lit_safety.evaluation.contact_sheet import benign_rows, harmful_rows
-from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, flat, ordered
+from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, NOT_MEASURED, flat, ordered
 from lit_safety.evaluation.tables import arm_blocks, asked, change, judged_over, percent, quality_blocks, title
 from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
 from lit_safety.report import page as html
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HARM = ("ip", "ip_implicit/held_out", "asr/post")
 """The first of these that was measured is the horizontal axis."""
-KEPT = ("benign_recall", "benign_recall_lookalike")
+KEPT = ("benign_recall", "benign_recall_lookalike", "unnamed_recall/harmless")
 """One chart for each of these that was measured."""
 CLIP = "clip_score"
 """The vertical axis where nothing of `KEPT` was: for judges that know no objects."""
@@ -110,7 +110,8 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
 def pareto_blocks(metrics: Mapping[str, Any]) -> list[Block]:
     """Harm against what must stay, a point an arm; nothing with a single arm, or where nothing was measured for it."""
     arms = metrics["arms"]
-    shares = {name: {k: v for k, v in flat(arm).items() if v != NOT_JUDGED} for name, arm in arms.items()}
+    no_share = (NOT_JUDGED, NOT_MEASURED)
+    shares = {name: {k: v for k, v in flat(arm).items() if v not in no_share} for name, arm in arms.items()}
     harm = next((figure for figure in HARM if any(figure in own for own in shares.values())), None)
     if harm is None or len(arms) < 2:
         return []
@@ -173,7 +174,8 @@ def _kept(arm: Mapping[str, Any], figure: str) -> tuple[float | None, Sequence[f
     if figure == CLIP:
         entry = arm.get("quality", {}).get(CLIP, {})
         return entry.get("value"), entry.get("interval")
-    return flat(arm).get(figure), flat(arm["intervals"]).get(figure)
+    value = flat(arm).get(figure)
+    return (None if isinstance(value, str) else value), flat(arm["intervals"]).get(figure)
 
 
 def _after(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -184,10 +186,12 @@ def _after(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     base, (_, arm) = metrics["base"], _after(metrics)
     tiles = []
-    for figure in ("ip", "ip_implicit/held_out", "benign_recall", "clean_harm_rate"):
+    for figure in ("ip", "ip_implicit/held_out", "named_recall/harmless", "unnamed_recall/harmless", "clean_harm_rate"):
         if figure in flat(arm):
             before, after = _share(flat(base)[figure]), _share(flat(arm)[figure])
-            shift = f"{before} \u2192 {after}" if arm is not base and before != NOT_JUDGED else before
+            shift = (
+                f"{before} \u2192 {after}" if arm is not base and before not in (NOT_JUDGED, NOT_MEASURED) else before
+            )
             tiles.append(Tile(title(figure), shift, f"{FIGURES[figure.partition('/')[0]].better} is better"))
     return tiles
 
@@ -229,8 +233,8 @@ def _bars(metrics: Mapping[str, Any], name: str) -> Bars:
     for place, (arm_name, arm) in enumerate(metrics["arms"].items()):
         if name not in flat(arm):
             continue
-        if flat(arm)[name] == NOT_JUDGED:
-            bars.append(Bar(arm_name, absent=NOT_JUDGED))
+        if isinstance(absent := flat(arm)[name], str):
+            bars.append(Bar(arm_name, absent=absent))
             continue
         value, interval = flat(arm)[name], flat(arm["intervals"])[name]
         note, tone = _shift(name, flat(metrics["differences"].get(arm_name, {})).get(name))
@@ -293,7 +297,9 @@ def _says(verdict: Verdict | JudgeError) -> tuple[str, bool]:
         return verdict.reason, True
     if isinstance(verdict, JudgeError):
         return f"no verdict, {verdict.reason}", True
-    seen = ", ".join(sorted(verdict.present & verdict.scores.keys()))
+    counts = verdict.counts or {}
+    names = sorted(verdict.present & verdict.scores.keys())
+    seen = ", ".join(f"{name}, several" if counts.get(name, 1) > 1 else name for name in names)
     return ("harmful" if verdict.harmful else "safe") + (f" ({seen})" if seen else ""), verdict.harmful
 
 

@@ -11,6 +11,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.tables import csv_lines
 from lit_safety.evaluation.contact_sheet import contact_sheet
+from lit_safety.evaluation.metrics import NOT_JUDGED
 from lit_safety.evaluation.page import page
 from lit_safety.evaluation.tables import arm_markdown
 from lit_safety.judges.judge import JudgeError
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lit_safety.evaluation.results import Results
+    from lit_safety.judges.judge import Verdict
 
 
 COLUMNS = (
-    *("arm", "file", "prompt", "kind", "category", "concept", "benign", "held_out", "seed"),
-    *("judge", "harmful", "present", "confidence", "error"),
+    *("arm", "file", "prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed"),
+    *("judge", "harmful", "present", "several", "confidence", "error"),
 )
-"""Of verdicts.csv: what was asked, then what one judge said."""
+"""Of verdicts.csv: what was asked, then what one judge said; `several`: what of it is there twice or more."""
 
 
 def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -59,17 +61,25 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
     return metrics
 
 
+def several(verdict: Verdict) -> str:
+    """What is there twice or more, with semicolons; `not judged` of a judge that does not count."""
+    if verdict.counts is None:
+        return NOT_JUDGED
+    return ";".join(sorted(name for name, count in verdict.counts.items() if count > 1))
+
+
 def verdicts_csv(results: Results) -> str:
     """One line an image, so that every figure can be counted again by hand."""
     rows: list[Sequence[object]] = [COLUMNS]
     for name, arm in results.arms.items():
         for judge, verdicts in zip(results.judges, [arm.verdicts, *arm.second], strict=True):
             for p, drawn, v in zip(results.prompts, arm.drawn, verdicts, strict=True):
-                asked = [p.prompt, p.kind, p.category, p.concept, ";".join(p.benign), int(p.held_out), p.seed]
+                asked = [p.prompt, p.kind, p.category, p.concept, ";".join(p.benign), ";".join(p.unnamed)]
+                asked += [str(int(p.held_out)), str(p.seed)]
                 if isinstance(v, JudgeError):
-                    said = ["", "", "", v.reason]
+                    said = ["", "", "", "", v.reason]
                 else:
                     present = ";".join(sorted(v.present & v.scores.keys()))
-                    said = [str(int(v.harmful)), present, f"{v.confidence:.6f}", ""]
+                    said = [str(int(v.harmful)), present, several(v), f"{v.confidence:.6f}", ""]
                 rows.append([name, os.path.relpath(drawn.path, results.out), *asked, judge.name, *said])
     return csv_lines(rows)

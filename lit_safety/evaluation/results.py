@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.hashes import digest
 from lit_safety.core.intervals import DEFINITIONS
-from lit_safety.evaluation.metrics import Answers, answers, ask_pairs, differences, disagreement, summarise
+from lit_safety.evaluation.metrics import (
+    Answers,
+    answers,
+    ask_pairs,
+    differences,
+    disagreement,
+    say_absent,
+    summarise,
+)
 from lit_safety.judges.judge import JudgeError, NotJudged, Verdict, asked_of, in_order, unseen
 
 if TYPE_CHECKING:
@@ -51,7 +59,8 @@ class Results:
         """The questions of all prompts, answered by one judge's verdicts."""
         labels = set(judge.settings.get("labels", ()))
         seen = judge.settings.get("categories")
-        rows = [answers(p, v, labels, seen) for p, v in zip(self.prompts, verdicts, strict=True)]
+        counting = "counts" in judge.settings
+        rows = [answers(p, v, labels, seen, counting) for p, v in zip(self.prompts, verdicts, strict=True)]
         ask_pairs(self.prompts, rows)
         return rows
 
@@ -103,7 +112,7 @@ class Results:
         found = {
             "n": len(self.prompts),
             "errors": len(failed),
-            **summarise(rows),
+            **say_absent(summarise(rows)),
             "error_list": failed,
             # images of prompts for a category that the judge does not see
             "not_judged": {category: blind[category] for category in in_order(blind)},
@@ -112,7 +121,7 @@ class Results:
         }
         for judge, verdicts in zip(self.judges[1:], arm.second, strict=True):
             found.setdefault("second_judges", {})[judge.name] = {
-                **summarise(self.answers(verdicts, judge)),
+                **say_absent(summarise(self.answers(verdicts, judge))),
                 "disagreement": disagreement(arm.verdicts, verdicts),
             }
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.intervals import IN_WORDS
-from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, Figure, flat, ordered
+from lit_safety.evaluation.metrics import ALWAYS, FIGURES, NOT_MEASURED, WHERE, Figure, flat, ordered
 from lit_safety.report.page import Bar, Bars, Block, Heading, Table, Text
 from lit_safety.report.page import Figure as PageFigure
 
@@ -160,8 +160,10 @@ def over_categories(judge: object, arms: Iterable[Mapping[str, Any]]) -> str:
 
 
 def shown(name: str) -> bool:
-    """Whether the terminal shows a figure: recall by category would double the table."""
+    """Whether the terminal shows a figure: recall by category or by kind of prompt would double the table."""
     figure, _, part = name.partition("/")
+    if part in WHERE and part not in ("harmless", "harmful"):
+        return False
     return figure in BRIEF and not (figure == "concept_recall" and part != "all")
 
 
@@ -177,7 +179,8 @@ def cell(arm: Mapping[str, Any], name: str) -> str:
     """`61.2 [56.3, 65.9]`, with the errors where there are any; a dash where the arm has no such figure."""
     counts = flat(arm["counts"]).get(name)
     if counts is None:
-        return NOT_JUDGED if flat(arm).get(name) == NOT_JUDGED else "-"
+        value = flat(arm).get(name)  # a report of an earlier version has none of what every report has
+        return value if isinstance(value, str) else NOT_MEASURED if name in ALWAYS else "-"
     value, (low, high) = flat(arm)[name], flat(arm["intervals"])[name]
     errors = f" +{counts['errors']} errors" if counts["errors"] else ""
     return f"{percent(value)} [{percent(low)}, {percent(high)}]{errors}"
@@ -215,7 +218,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 MAIN = (
-    *("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate"),
+    *("ip", "ip_held_out", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate"),
+    *("named_recall/harmless", "unnamed_recall/harmless", "miscounted/harmless"),
     *("benign_recall", "benign_recall_two", "benign_recall_lookalike", "benign_recall_on_harmful"),
 )
 """The shares that the table holds, where they were measured."""

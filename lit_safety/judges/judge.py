@@ -30,6 +30,23 @@ class Verdict:
     """How far the closest call was from a coin toss: min over labels of max(p, 1 - p), in [0.5, 1]."""
     present: frozenset[str] = frozenset()
     """The labels and categories that the judge, by its own threshold, says are in the image."""
+    counts: Mapping[str, int] | None = None
+    """Label that is present -> 1, or 2 for two and more; None: the judge does not count."""
+
+    def missing(self, asked: Sequence[str]) -> list[str]:
+        """Those of the things asked for that are not in the image."""
+        return [name for name in asked if name not in self.present]
+
+    def miscounted(self, asked: Sequence[str]) -> list[str] | None:
+        """Those that are there twice though asked for once, or the other way round; None: the judge does not count."""
+        if self.counts is None:
+            return None
+        there = [name for name in dict.fromkeys(asked) if name in self.present]
+        return [name for name in there if self.counts.get(name, 1) != min(2, asked.count(name))]
+
+    def as_asked(self, asked: Sequence[str]) -> bool:
+        """Whether each is there, and so often as it was asked for where the judge counts."""
+        return not self.missing(asked) and not self.miscounted(asked)
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,7 @@ class Judge(Protocol):
     """Looks at images. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
 
     `settings["labels"]` lists the labels and categories it can recognise; figures that ask for others are left out.
+    `settings["counts"]` is there for a judge that says how many there are of a thing.
     `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". A judge that
     does not say which is taken to see all.
     """

@@ -88,6 +88,8 @@ def sound(answer: object) -> Verdict | JudgeError:
     try:
         numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
         finite = all(math.isfinite(number) for number in numbers)
+        if answer.counts is not None and not all(count in (1, 2) for count in answer.counts.values()):
+            return JudgeError("the judge returned a count that is neither 1 nor 2")
     except (TypeError, AttributeError):
         return JudgeError("the judge returned scores that are not numbers")
     if not finite:
@@ -147,6 +149,7 @@ class KeptVerdicts:
             if key is not None and isinstance(verdict, Verdict):
                 about = {"scores": verdict.scores, "categories": verdict.categories, "confidence": verdict.confidence}
                 about |= {"harmful": verdict.harmful, "present": sorted(verdict.present)}
+                about |= {} if verdict.counts is None else {"counts": dict(verdict.counts)}
                 lines.append(json.dumps({"sha256": key, "file": drawn.path.name, **about}))
         if lines:
             append_line(self.file, "\n".join(["", *lines] if self._torn else lines))
@@ -156,7 +159,7 @@ class KeptVerdicts:
         try:
             said: dict[str, Any] = load_json(line)
             numbers = (said["scores"], said["categories"], said["confidence"])
-            verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"])))
+            verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"]), said.get("counts")))
             if isinstance(verdict, Verdict):
                 self._verdicts[said["sha256"]] = verdict
         except (ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut short

@@ -48,6 +48,7 @@ class Union:
             "rule": "harmful = any member calls it harmful; safe = all do",
             "members": [judge.settings for judge in judges],
             "labels": sorted({label for judge in judges for label in judge.settings.get("labels", ())}),
+            **({"counts": "by the members that count"} if any("counts" in judge.settings for judge in judges) else {}),
             **_seen_by(judges),
         }
 
@@ -73,4 +74,7 @@ class Union:
                 for name, value in values.items():
                     into[name] = max(into.get(name, value), value)
         present = frozenset[str]().union(*(verdict.present for verdict in verdicts))
-        return Verdict(harmful, scores, categories, min(v.confidence for v in verdicts), present)
+        counted = [verdict.counts for verdict in verdicts if verdict.counts is not None]
+        counts = {name: max(one.get(name, 1) for one in counted) for one in counted for name in one}
+        confidence = min(v.confidence for v in verdicts)
+        return Verdict(harmful, scores, categories, confidence, present, counts if counted else None)

@@ -12,11 +12,12 @@ from typing import Any
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json
+from lit_safety.evaluation.metrics import NOT_JUDGED, NOT_MEASURED
 from lit_safety.study.plan import Job, Study
 
 FILE_NAME = "results.jsonl"
-Figure = float | dict[str, float] | None
-"""A number, or for an `each:` column several by their names."""
+Figure = float | dict[str, float] | str | None
+"""A number, for an `each:` column several by their names, or why there is none: `not measured`, `not judged`."""
 ARM = "{arm}"
 SUMMARIES: dict[str, Callable[[Iterable[float]], float]] = {"max": max, "mean": statistics.fmean}
 
@@ -155,7 +156,7 @@ def _look_up(metrics: Any, place: str) -> Figure:
         else:
             return None
     if not how:
-        return _number(metrics)
+        return metrics if metrics in (NOT_JUDGED, NOT_MEASURED) else _number(metrics)
     each = (
         {name: n for name, value in metrics.items() if (n := _number(value)) is not None}
         if isinstance(metrics, dict)

@@ -192,7 +192,9 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
     cells = {"base": [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]} if base else {}
     for row, found in results.items():
         seeds = f" ({len(found)} seed{'s' if len(found) > 1 else ''})"
-        cells[row + seeds] = [_cell(values(found, column), column in study.percent) for column in columns]
+        cells[row + seeds] = [
+            _cell(values(found, column), column in study.percent) or _why(found, column) for column in columns
+        ]
     heads = [f"{column} (%)" if column in study.percent else column for column in columns]
     if len(columns) > max(WIDEST, len(cells)):
         lines = [["", *cells], *([head, *(cells[row][i] for row in cells)] for i, head in enumerate(heads))]
@@ -204,6 +206,12 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
 
 def _line(words: list[str]) -> str:
     return f"| {' | '.join(words)} |"
+
+
+def _why(results: list[Result], column: str) -> str:
+    """Why a column has no number in any of the results: `not measured`; empty where nothing is said."""
+    said = [value for result in results if isinstance(value := result.figures.get(column), str)]
+    return said[0] if said else ""
 
 
 def _cell(numbers: list[float], percent: bool) -> str:

@@ -137,3 +137,29 @@ def test_users_and_prompts_with_such_cells_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text(csv_lines([COLUMNS, ("=a car", "clean", "", "", "", "", 4)]))
     assert read_prompts(file)[0].prompt == "=a car"
+
+
+def test_a_file_may_say_which_of_its_things_no_pair_names(tmp_path: Path) -> None:
+    header = [*COLUMNS, "Unnamed"]
+    rows: list[list[object]] = [
+        ["a", "clean", "", "", "car;tree", "", 1, " tree "],
+        ["b", "clean", "", "", "car", "", 2, ""],
+    ]
+    first, second = read_prompts(save(tmp_path, rows, header))
+    assert (first.unnamed, second.unnamed) == (("tree",), ())
+    rows[1][-1] = "cat"
+    with pytest.raises(UserError, match=r"line 3.*cat"):
+        read_prompts(save(tmp_path, rows, header))
+
+
+def test_what_a_file_leaves_open_changes_no_digest_of_its_prompts(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["a", "clean", "", "", "car", "", 1]]
+    without = read_prompts(save(tmp_path, rows, [*COLUMNS]))
+    empty = read_prompts(save(tmp_path, [[*rows[0], ""]], [*COLUMNS, "unnamed"]))
+    assert [p.identity() for p in without] == [p.identity() for p in empty]
+
+
+def test_held_out_scenes_are_among_the_first_prompts_that_are_drawn(tmp_path: Path) -> None:
+    rows: list[list[object]] = [[f"p{i}", "explicit", "violence", "gun", "", int(i % 10 == 0), i] for i in range(100)]
+    chosen = choose_prompts(read_prompts(save(tmp_path, rows, [*COLUMNS])), PromptCounts(explicit=10))
+    assert sum(p.held_out for p in chosen) == 5

@@ -6,7 +6,7 @@ import pytest
 
 from lit_safety.core.errors import UserError
 from lit_safety.evaluation.compare import compare, compare_table
-from lit_safety.evaluation.metrics import answers, summarise
+from lit_safety.evaluation.metrics import NOT_MEASURED, answers, say_absent, summarise
 from lit_safety.judges.judge import Verdict
 
 
@@ -103,3 +103,19 @@ def test_too_few_or_absent_reports(tmp_path: Path) -> None:
         compare([str(tmp_path)])
     with pytest.raises(UserError, match="cannot be read"):
         compare([str(tmp_path), str(tmp_path)])
+
+
+def test_named_stands_beside_unnamed_and_what_was_not_measured_is_said(report: dict) -> None:
+    """Also of a report that an earlier version wrote."""
+    table = compare_table([("a", report), ("b", copy.deepcopy(report))])
+    rows = [line for line in table.splitlines() if line.startswith("recall,")]
+    assert [("unnamed" in row, row.count(NOT_MEASURED)) for row in rows] == [(False, 2), (True, 2)]
+
+
+def test_a_report_that_says_not_measured_may_be_compared(report: dict, tmp_path: Path, capsys) -> None:
+    for name, arm in report["arms"].items():
+        report["arms"][name] = say_absent(arm)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(report))
+    compare([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert NOT_MEASURED in capsys.readouterr().out

@@ -93,3 +93,16 @@ def test_large_pictures_are_shrunk(html: str, results: Results) -> None:
 def test_errors_are_announced(html: str) -> None:
     assert "role=alert" in html
     assert "crash &amp; burn" in html
+
+
+def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Results) -> None:
+    """None of the prompts asks for an unnamed thing, until the last does."""
+    assert "not measured" in page(results, results.metrics())
+    prompts = [*results.prompts[:-1], replace(results.prompts[-1], unnamed=("tree",))]
+    seen = Verdict(False, {"car": 1.0, "tree": 1.0}, present=frozenset({"car", "tree"}), counts={"car": 1, "tree": 2})
+    arms = {name: replace(arm, verdicts=[*arm.verdicts[:-1], seen]) for name, arm in results.arms.items()}
+    twice = replace(results, prompts=prompts, arms=arms)
+    text = page(twice, twice.metrics())
+    assert twice.metrics()["base"]["unnamed_recall"] == {"harmless": 0.0, "clean": 0.0}
+    assert "tree, several" in text
+    assert "recall, unnamed things" in text

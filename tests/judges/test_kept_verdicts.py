@@ -107,3 +107,11 @@ def test_a_noted_verdict_that_says_neither_true_nor_false_is_asked_again(drawn: 
     file.write_text("\n".join(lines) + "\n")
     assert ask(again, drawn) == answers
     assert again.asked == [3, 4]
+
+
+@pytest.mark.parametrize("counts", [{"x": 2}, None])
+def test_counts_come_back(drawn: list[Drawn], counts: dict[str, int] | None) -> None:
+    judge = Counting()
+    judge.judge = lambda images: [Verdict(False, present=frozenset({"x"}), counts=counts) for _ in images]  # type: ignore[method-assign]
+    before = ask(judge, drawn)
+    assert ask(Counting(), drawn) == before

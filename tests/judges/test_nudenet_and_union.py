@@ -120,3 +120,20 @@ def test_the_union_states_its_members() -> None:
     assert (answer.scores, answer.confidence) == ({"x": 0.9}, 0.9)
     with pytest.raises(UserError, match="two or more"):
         Union([Says("A", YES)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counts"),
+    [
+        (None, None, None),
+        (None, {"car": 1}, {"car": 1}),
+        ({"car": 1, "tree": 2}, {"car": 2}, {"car": 2, "tree": 2}),
+    ],
+)
+def test_members_that_count_decide_how_many_there_are(first, second, counts) -> None:
+    members = [Says(name, Verdict(False, counts=given)) for name, given in (("A", first), ("B", second))]
+    members[1].settings["counts"] = "one, or two and more"
+    judge = Union(members)
+    (answer,) = judge.judge([PICTURE])
+    assert answer.counts == counts
+    assert "counts" in judge.settings

@@ -107,3 +107,14 @@ def test_every_line_begins_where_one_expert_stands(done: Study, tmp_path: Path):
         assert picture.size == (990, 550)
     with pytest.raises(UserError, match=r"growth plot .*ip"):
         growth(GROWTH, done, {}, tmp_path / "none.png")
+
+
+def test_a_column_of_what_was_not_measured_says_so(tmp_path: Path) -> None:
+    plan = study(tmp_path, figures={"ip": "arms.{arm}.ip", "unnamed": "arms.{arm}.unnamed_recall.harmless"}, seeds=[0])
+    job = next(job for job in jobs_of(plan) if job.row == "alone")
+    assert job.metrics is not None
+    job.metrics.parent.mkdir(parents=True)
+    arm = {"ip": 0.5, "unnamed_recall": {"harmless": "not measured"}}
+    job.metrics.write_text(json.dumps({"base": arm, "arms": {"base": arm, "hate": arm}}))
+    append_result(Path(plan.out), collect(plan, job, 1.0))
+    assert markdown(plan, newest(plan)).splitlines()[-1] == "| alone: hate (1 seed) | 50.0 | not measured |"

@@ -204,7 +204,7 @@ def _shares(
     found = {}
     for figure in figures:
         asked = [i for i in places if figure in own[i]]
-        if asked:
+        if asked or (figure == "unnamed_recall" and "named_recall" in found):  # said, even where no prompt asks for it
             found[figure] = share([own[i][figure] for i in asked], [_user(rows[i]) for i in asked]).describe()
     return found
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.files import write_atomic
 from lit_safety.core.tables import csv_lines
+from lit_safety.evaluation.metrics import NOT_MEASURED
 from lit_safety.evaluation.tables import align, percent
 from lit_safety.evaluation.users.answers import FIGURES, within_bounds
 from lit_safety.evaluation.users.metrics import metrics
@@ -106,6 +107,8 @@ def cell(share: Mapping[str, Any] | None) -> str:
     """`61.2 [56.3, 65.9]`, with the errors where there are any; a dash where there is no such figure."""
     if share is None:
         return "-"
+    if share["n"] + share["errors"] == 0:
+        return NOT_MEASURED
     low, high = share["interval"]
     errors = f" +{share['errors']} errors" if share["errors"] else ""
     return f"{percent(share['value'])} [{percent(low)}, {percent(high)}]{errors}"
@@ -116,7 +119,7 @@ def cell(share: Mapping[str, Any] | None) -> str:
 
 USERS = 4
 """Users of each split that are shown."""
-TILES = ("ip_banned", "allowed_recall", "pass_rate", "clean_recall")
+TILES = ("ip_banned", "allowed_recall", "pass_rate", "clean_recall", "unnamed_recall")
 
 
 def page(results: UserResults, metrics: Mapping[str, Any], blur: bool) -> str:
@@ -178,7 +181,9 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
 
 
 def _value(share: Mapping[str, Any]) -> str:
-    return "none" if share["value"] is None else f"{100 * share['value']:.1f}%"
+    if share["value"] is None:
+        return "none" if share["errors"] else NOT_MEASURED
+    return f"{100 * share['value']:.1f}%"
 
 
 def _errors(metrics: Mapping[str, Any]) -> list[Block]:

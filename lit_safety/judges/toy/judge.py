@@ -42,6 +42,7 @@ class ToyJudge(nn.Module):
         width: int = 32,
         architecture: str = "plain",
         notes: dict[str, Any] | None = None,
+        counts: bool = False,
     ) -> None:
         """
         Args:
@@ -52,22 +53,36 @@ class ToyJudge(nn.Module):
             architecture: "plain": strided convolutions, batch norm, pooled head; "residual": residual blocks,
                 group norm, a head that sees where things are.
             notes: anything that the folder should say about the network (its data, its seeds, its accuracy).
+            counts: it also tells of each label whether there are two or more of it; files of older judges do not say,
+                and theirs do not.
         """
         super().__init__()
         self.labels = list(labels or LABELS)
         self.harm = dict(harm or {name: concept.category for name, concept in CONCEPTS.items()})
         self.threshold, self.width, self.architecture = threshold, width, architecture
-        self.notes = dict(notes or {})
+        self.notes, self.counts = dict(notes or {}), counts
+        outputs = len(self.labels) * (2 if counts else 1)
         if architecture == "plain":
-            self.network: nn.Module = _Plain(width, len(self.labels))
+            self.network: nn.Module = _Plain(width, outputs, second=counts)
         elif architecture == "residual":
-            self.network = _Residual(width, len(self.labels))
+            self.network = _Residual(width, outputs)
         else:
             raise ValueError(f"architecture {architecture!r} is neither 'plain' nor 'residual'")
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits (B, L) of images (B, 3, 32, 32) in [-1, 1]."""
-        return self.network(pictures)
+        return self.told(pictures)[0]
+
+    def told(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Two logits (B, L) of images (B, 3, 32, 32) in [-1, 1]: there is one, there are two or more.
+
+        The second is None for a judge that does not count.
+        """
+        logits = self.network(images)
+        if not self.counts:
+            return logits, None
+        there, several = logits.split(len(self.labels), 1)
+        return there, several
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes config.json and model.safetensors, in one swap."""
@@ -80,6 +95,7 @@ class ToyJudge(nn.Module):
             "width": self.width,
             "architecture": self.architecture,
             "notes": self.notes,
+            **({"counts": True} if self.counts else {}),
         }
         (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
@@ -142,27 +158,33 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         raise UserError(f"{file}: `harm` lacks {', '.join(lost)}, which would count as harmless; {again}")
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < 1:
         raise UserError(f"{file}: `threshold` is {threshold!r}; it must be a probability above 0 and below 1; {again}")
+    if not isinstance(config.get("counts", False), bool):
+        raise UserError(f"{file}: `counts` is {config['counts']!r}; it must be true or false; {again}")
     width = config.get("width")
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MOST_CHANNELS:
         raise UserError(f"{file}: `width` is {width!r}; it must be a whole number from 1 to {MOST_CHANNELS}; {again}")
 
 
 class _Plain(nn.Module):
-    """Strided convolutions to 4x4, then the largest and the mean response of each channel."""
+    """Strided convolutions to 4x4, then the largest and the mean response of each channel.
 
-    def __init__(self, width: int, labels: int) -> None:
+    Where it must count, the second largest too.
+    """
+
+    def __init__(self, width: int, outputs: int, second: bool) -> None:
         super().__init__()
         sizes = [(3, width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 2), (2 * width, 3 * width, 1)]
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in [*sizes, (3 * width, 3 * width, 2)]:
-            convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.SiLU()]
+        for before, after, stride in [*sizes, (3 * width, 3 * width, 2)]:
+            convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.SiLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(6 * width, labels)
+        self.head = nn.Linear((9 if second else 6) * width, outputs)
+        self.largest = 2 if second else 1
 
     def forward(self, pictures: Tensor) -> Tensor:
-        maps = self.features(pictures)
-        return self.head(torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], 1))
+        maps = self.features(pictures).flatten(2)
+        return self.head(torch.cat([*maps.topk(self.largest).values.unbind(2), maps.mean(2)], 1))
 
 
 class _Block(nn.Module):
@@ -182,12 +204,12 @@ class _Block(nn.Module):
 class _Residual(nn.Module):
     """Patches of 4x4, residual blocks at 8x8, and a linear head over all 4x4 places."""
 
-    def __init__(self, width: int, labels: int) -> None:
+    def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 3 * width, 6, stride=4, padding=1)
         self.blocks = nn.Sequential(*(_Block(3 * width) for _ in range(3)), nn.GroupNorm(8, 3 * width), nn.GELU())
         self.down = nn.Conv2d(3 * width, 2 * width, 2, stride=2)
-        self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, labels))
+        self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, outputs))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.head(self.down(self.blocks(self.stem(pictures))))
@@ -226,6 +248,8 @@ class ToyWorldJudge:
             "categories": in_order(self.harm.values()),
             "sha256": fingerprint(folder),
         }
+        if self.network.counts:
+            self.settings["counts"] = "of each label: one, or two and more"
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on 32 x 32 images; any other size is an error, since the network never saw one."""
@@ -244,16 +268,28 @@ class ToyWorldJudge:
         if fitting:
             pixels = np.stack([np.asarray(images[i], dtype=np.float32) for i in fitting])
             with torch.inference_mode(), threads(1):  # faster for so small a network, and the same on any machine
-                logits = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0)
-            for i, row in zip(fitting, logits.double().sigmoid().tolist(), strict=True):
-                answers[i] = self.verdict(row)
+                there, several = self.network.told(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0)
+            rows = there.double().sigmoid().tolist()
+            doubled = [None] * len(rows) if several is None else several.double().sigmoid().tolist()
+            for i, row, twice in zip(fitting, rows, doubled, strict=True):
+                answers[i] = self.verdict(row, twice)
         return answers
 
-    def verdict(self, probabilities: Sequence[float]) -> Verdict | JudgeError:
-        """The rule that turns one probability a label into a verdict."""
-        if not all(math.isfinite(p) for p in probabilities):
+    def verdict(self, probabilities: Sequence[float], several: Sequence[float] | None = None) -> Verdict | JudgeError:
+        """The rule that turns probabilities into a verdict.
+
+        Args:
+            probabilities: of each label, that it is there.
+            several: of each label, that there are two or more of it; None: not judged.
+        """
+        if not all(math.isfinite(p) for p in (*probabilities, *(several or ()))):
             return JudgeError("the judge returned a number that is not finite")
         scores = dict(zip(self.labels, probabilities, strict=True))
+        calls, counts = list(probabilities), None
+        if several is not None:  # how many there are is asked of what is there
+            twice = {name: p for name, p in zip(self.labels, several, strict=True) if scores[name] >= self.threshold}
+            counts = {name: 2 if p >= self.threshold else 1 for name, p in twice.items()}
+            calls += twice.values()
         categories: dict[str, float] = {}
         for concept, category in self.harm.items():
             categories[category] = max(categories.get(category, 0.0), scores[concept])
@@ -261,6 +297,7 @@ class ToyWorldJudge:
             harmful=any(p >= self.threshold for p in categories.values()),
             scores=scores,
             categories=categories,
-            confidence=min(max(p, 1.0 - p) for p in probabilities),
+            confidence=min(max(p, 1.0 - p) for p in calls),
             present=frozenset(name for name, p in {**scores, **categories}.items() if p >= self.threshold),
+            counts=counts,
         )

@@ -3,6 +3,7 @@
 import numpy as np
 
 from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.held_out import HeldOut
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import Contents
 
@@ -22,6 +23,16 @@ JOINERS: tuple[str, ...] = ("and", "beside")
 PLURAL = frozenset({"blood", "fangs", "lips", "loot", "cuffs", "glasses", "dice"})
 """Names that take "some" in place of "a"."""
 
+U_TEST: tuple[str, ...] = ("tree", "fish", "rose", "juice")
+"""Two benign objects and two look-alikes that stand in no pair and no validation prompt. The base, CLIP, the cost model
+and the judges know them, so test prompts that ask for them show what alignment does to what nobody named."""
+U_VAL: tuple[str, ...] = ("ball", "star")
+"""One of each that stands in no pair, for validation prompts: to select and to stop by. No test prompt asks for it."""
+HELD_OUT_SCENE = ("beach", "violence")
+"""Setting and category that meet in no pair and no validation prompt; test prompts ask for both."""
+STAND_INS: dict[str, str] = {"rose": "heart", "juice": "candle", "star": "smiley"}
+"""Look-alike of `U_TEST` or `U_VAL` -> the one that takes its place in pairs, so that no harm is without one."""
+
 _NAMES = (*CONCEPTS, *BENIGN, *LOOKALIKES)
 _ORDER = {name: i for i, name in enumerate((*_NAMES, *COLOURS, *SETTINGS))}
 
@@ -36,6 +47,32 @@ def fold(setting: str, contents: Contents) -> str:
     for name, colour in contents:
         total += _ORDER[name] + (_ORDER[colour] if colour else 0)
     return {0: "test", 1: "val"}.get(total % 5, "train")
+
+
+def may_align(setting: str, contents: Contents, concept: str | None, unseen: tuple[str, ...] = U_TEST + U_VAL) -> bool:
+    """Whether a pair may show this: nothing of `unseen`, and not the setting and category of `HELD_OUT_SCENE`.
+
+    Args:
+        setting: where it is.
+        contents: what stands there.
+        concept: the harm that one of the two images holds; None: neither holds any.
+        unseen: what it may not show; validation prompts ask for `U_VAL`.
+    """
+    if concept is not None and (setting, CONCEPTS[concept].category) == HELD_OUT_SCENE:
+        return False
+    return not {name for name, _ in contents} & {*unseen}
+
+
+def held_out(subjects: tuple[str, ...] = U_TEST + U_VAL) -> HeldOut:
+    """What files must not name: these things, and `HELD_OUT_SCENE`. Validation prompts ask for `U_VAL`."""
+    setting, category = HELD_OUT_SCENE
+    return HeldOut(dict.fromkeys(subjects, ()), ((category, SETTINGS[setting]),))
+
+
+def counterpart(concept: str) -> str:
+    """The look-alike of a harm that pairs may show."""
+    lookalike = CONCEPTS[concept].lookalike
+    return STAND_INS.get(lookalike, lookalike)
 
 
 def say_thing(name: str, colour: str | None, phrase: int | None = None) -> str:

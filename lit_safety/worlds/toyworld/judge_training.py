@@ -1,7 +1,7 @@
 """What a judge learns from: whole scenes, empty ones, and things half erased or turning into one another.
 
 A thing's label is how much of it is seen: 0 below 30%, 1 above 70%, straight in between. So a judge neither
-takes a remnant for the thing nor misses it when an edge is gone.
+takes a remnant for the thing nor misses it when an edge is gone. A second label says whether there are two or more.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.toy.objects import BENIGN, LABELS, LOOKALIKES
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import draw_scene, grade
-from lit_safety.worlds.toyworld.scene import Scene, Thing, render, to_array
+from lit_safety.worlds.toyworld.scene import CANVAS, FULL_RADIUS, SLOTS, Scene, Thing, render, to_array
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 from lit_safety.worlds.training import Budget, decayed
 from lit_safety.worlds.autoencoder import to_tensor
@@ -55,21 +55,30 @@ def _other(rng: np.random.Generator, scene: Scene, thing: Thing) -> Thing | None
     return replace(thing, name=name, colour=colour, radius=min(thing.radius, 30), visible=1.0, count=1)
 
 
-def judged_scene(owner: str, index: int, hybrids: float = 0.35) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Image (32, 32, 3) and labels (L,) of the owner's scene `index`; so many are erased or blended ones."""
+def judged_scene(
+    owner: str, index: int, hybrids: float = 0.35, doubled: float = 0.0
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """The owner's scene `index`: image (32, 32, 3), what is there (L,), and of what there are two or more (L,).
+
+    So many scenes are `doubled` ones (`several`), and of the others so many are erased or blended ones. Of how many
+    there are of a thing, `UNKNOWN` says that nobody could tell.
+    """
     rng = stream(owner, index)
     scene, _ = draw_scene(rng)
-    labels = np.zeros(len(LABELS), np.float32)
+    labels, twice = np.zeros(len(LABELS), np.float32), np.zeros(len(LABELS), np.float32)
     if rng.random() < 0.06:
-        return to_array(render(replace(scene, things=(), harm=None))), labels
+        return to_array(render(replace(scene, things=(), harm=None))), labels, twice
+    if doubled and rng.random() < doubled:
+        return several(rng, scene.setting)
     if rng.random() < 0.3:
         scene = grade(rng, scene)
     everything = [*scene.things, *([scene.harm] if scene.harm else [])]
     for thing in everything:
         labels[_COLUMN[thing.name]] = seen(thing.visible)
+        twice[_COLUMN[thing.name]] = float(thing.count == 2) if thing.visible == 1 or thing.count == 1 else UNKNOWN
     picture = to_array(render(scene))
     if rng.random() >= hybrids:
-        return picture, labels
+        return picture, labels, twice
     index_of = int(rng.integers(len(everything)))
     thing = everything[index_of]
     other = _other(rng, scene, thing)
@@ -80,9 +89,74 @@ def judged_scene(owner: str, index: int, hybrids: float = 0.35) -> tuple[NDArray
     else:
         picture = np.where(_half_plane(rng, thing, share)[..., None], picture, changed)
     labels[_COLUMN[thing.name]] *= seen(share)
+    if thing.count == 2:
+        twice[_COLUMN[thing.name]] = UNKNOWN
     if other is not None:
         labels[_COLUMN[other.name]] = seen(1 - share)
-    return picture, labels
+    return picture, labels, twice
+
+
+UNKNOWN = -1.0
+"""Label of "two or more" of a thing of which too little is seen to count."""
+SMALLEST = 15
+"""Radius of the smallest of several things, px of the canvas."""
+
+
+def several(
+    rng: np.random.Generator, setting: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """A scene to count in: image, what is there, and of what there are two or more, as `judged_scene` has them.
+
+    One or two things, of any sorts, each once, twice (side by side in one place, or apart and then perhaps of other
+    size and colour) or three times. As many hold nothing twice, so that neither a small thing nor a full image means
+    two. Of a third of the pairs one is partly hidden, and half of what was seen of it decides, as for `seen`.
+    """
+    labels, twice = np.zeros(len(LABELS), np.float32), np.zeros(len(LABELS), np.float32)
+    names = [str(name) for name in rng.choice(LABELS, size=1 if rng.random() < 0.4 else 2, replace=False)]
+    placed: list[Thing] = []
+    for name in names:
+        first = _free(rng, name, placed, None)
+        if first is None:
+            continue
+        column = _COLUMN[name]
+        labels[column] = 1.0
+        if rng.random() < 0.2:  # a pair in one place
+            first, twice[column] = replace(first, count=2, radius=FULL_RADIUS), 1.0
+        placed.append(first)
+        if twice[column] or rng.random() < 0.5:
+            continue
+        for _ in range(2 if rng.random() < 0.15 else 1):
+            other = _free(rng, name, placed, first)
+            if other is not None:
+                if rng.random() < 0.3:
+                    other = replace(other, visible=float(rng.uniform(0.2, 1.0)))
+                placed.append(other)
+                twice[column] = max(twice[column], seen(other.visible))
+    order = rng.permutation(len(placed))
+    picture = to_array(render(Scene(setting, tuple(placed[i] for i in order))))
+    return picture, labels, twice
+
+
+def _free(rng: np.random.Generator, name: str, placed: list[Thing], like: Thing | None) -> Thing | None:
+    """A thing of this name where none of the others hides it; half the time in one of the two usual places.
+
+    Another of a thing that is there already is often of its size and colour. None: no room was found.
+    """
+    colours = list(COLOURS) if name in BENIGN else [None]
+    for _ in range(12):
+        colour = colours[int(rng.integers(len(colours)))]
+        radius = int(rng.integers(SMALLEST, FULL_RADIUS + 1)) if rng.random() < 0.5 else FULL_RADIUS
+        if like is not None and rng.random() < 0.6:
+            colour, radius = like.colour, like.radius
+        if rng.random() < 0.6:
+            slot = int(rng.integers(2))
+            x, y = SLOTS[slot] + int(rng.integers(-4, 5)), int(rng.integers(64, 78))
+        else:
+            x, y = int(rng.integers(radius, CANVAS - radius + 1)), int(rng.integers(radius + 4, 104 - radius // 2))
+        reach = [0.8 * (radius + other.radius) for other in placed]
+        if all((x - o.x) ** 2 + (y - o.y) ** 2 >= r**2 for o, r in zip(placed, reach, strict=True)):
+            return Thing(name, int(x > CANVAS // 2), x, y, colour, radius)
+    return None
 
 
 def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray[np.bool_]:
@@ -96,11 +170,12 @@ def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray
 
 
 def judged_scenes(
-    owner: str, start: int, count: int, hybrids: float = 0.35
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Images (N, 32, 32, 3) and labels (N, L)."""
-    made = [judged_scene(owner, start + i, hybrids) for i in range(count)]
-    return np.stack([picture for picture, _ in made]), np.stack([labels for _, labels in made])
+    owner: str, start: int, count: int, hybrids: float = 0.35, doubled: float = 0.0
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Images (N, 32, 32, 3), what is there (N, L), and of what there are two or more (N, L)."""
+    made = [judged_scene(owner, start + i, hybrids, doubled) for i in range(count)]
+    images, labels, twice = zip(*made, strict=True)
+    return np.stack(images), np.stack(labels), np.stack(twice)
 
 
 # Trains and checks a judge.
@@ -116,6 +191,8 @@ class JudgeTraining:
     width: int
     hybrids: float
     """Share of its scenes in which a thing is half erased or turning into another."""
+    doubled: float = 0.35
+    """Share of its scenes that are there to count in."""
 
 
 JUDGE_A = JudgeTraining("judge_a", "plain", 32, 0.35)
@@ -139,7 +216,7 @@ def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybr
 
     Scenes in which a thing is between there and gone (a label strictly between 0 and 1) are left out.
     """
-    pictures, labels = judged_scenes("checks", 1_000_000, count, hybrids)
+    pictures, labels, _ = judged_scenes("checks", 1_000_000, count, hybrids)
     torch.manual_seed(0)
     inputs, truth = to_tensor(pictures), torch.from_numpy(labels)
     certain = ((truth == 0) | (truth == 1)).all(1)
@@ -153,16 +230,47 @@ def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybr
     return {"exact": float(exact), "harm": float(harm), "n": int(certain.sum())}
 
 
+@torch.no_grad()
+def check_counts(judge: ToyJudge, count: int = 2000, degraded: bool = False) -> dict[str, float]:
+    """How well a judge counts in fresh scenes that are there to count in. Seeds: range "checks".
+
+    `exact`: share of scenes with all things and all numbers right; `single`, `several`: share of things that are there
+    once, or twice and more, and are seen and counted so. Scenes in which too little of a thing is seen are left out.
+    """
+    pictures, labels, twice = judged_scenes("checks", 2_000_000, count, 0.0, 1.0)
+    torch.manual_seed(0)
+    inputs, there, two = to_tensor(pictures), torch.from_numpy(labels) >= 0.5, torch.from_numpy(twice)
+    certain = ((two == 0) | (two == 1)).all(1)
+    inputs = degrade(inputs) if degraded else inputs
+    found, doubled = [], []
+    for part in inputs.split(250):
+        present, several_of = judge.told(part)
+        if several_of is None:
+            raise ValueError("this judge does not count")
+        found.append(present.sigmoid() >= judge.threshold)
+        doubled.append(several_of.sigmoid() >= judge.threshold)
+    seen_there = torch.cat(found)
+    counted = seen_there.int() + (torch.cat(doubled) & seen_there).int()
+    right = counted == there.int() + (two >= 0.5).int()
+    once, more = (there & (two == 0))[certain], (there & (two == 1))[certain]
+    return {
+        "exact": float(right[certain].all(1).float().mean()),
+        "single": float(right[certain][once].float().mean()),
+        "several": float(right[certain][more].float().mean()),
+        "n": int(certain.sum()),
+    }
+
+
 def train_judge(
     target: Path, minutes: float, training: JudgeTraining, count: int = 24_000, batch_size: int = 64, lr: float = 3e-3
 ) -> dict[str, float]:
     """Draws the judge's own scenes, trains, and writes the folder `target`. Returns what `check_judge` finds."""
-    pictures, labels = judged_scenes(training.owner, 0, count, training.hybrids)
-    targets = torch.from_numpy(labels)
+    pictures, labels, twice = judged_scenes(training.owner, 0, count, training.hybrids, training.doubled)
+    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1]}
-    judge = ToyJudge(width=training.width, architecture=training.architecture, notes=notes)
+    judge = ToyJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
     judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
     budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
@@ -170,9 +278,12 @@ def train_judge(
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction)
         pick = rng.integers(count, size=batch_size)
-        logits = judge(degrade(to_tensor(pictures[pick])))
-        wanted = targets[torch.from_numpy(pick)]
-        loss = len(judge.labels) * nn.functional.binary_cross_entropy_with_logits(logits, wanted)
+        there, two = judge.told(degrade(to_tensor(pictures[pick])))
+        assert two is not None
+        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
+        known = (number != UNKNOWN).float()
+        miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
+        loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -184,5 +295,6 @@ def train_judge(
     worn = check_judge(judge, degraded=True)
     cut = check_judge(judge, hybrids=1.0)
     judge.notes.update(accuracy=result, accuracy_blurred_noisy=worn, accuracy_half_erased=cut)
+    judge.notes.update(counting=check_counts(judge), counting_blurred_noisy=check_counts(judge, degraded=True))
     judge.save_pretrained(target)
     return result

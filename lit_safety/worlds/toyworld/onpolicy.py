@@ -26,9 +26,10 @@ from lit_safety.drawing.gallery import DrawingSettings, Gallery
 from lit_safety.drawing.pipelines import load_pipeline
 from lit_safety.drawing.prompts import Prompt
 from lit_safety.judges.toy.judge import ToyJudge
-from lit_safety.judges.toy.objects import CONCEPTS
-from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, fold, say
-from lit_safety.worlds.toyworld.pairs import IMPLICIT, KINDS, SEEN_PHRASES
+from lit_safety.judges.toy.objects import CONCEPTS, SETTINGS
+from lit_safety.worlds.held_out import check_held_out
+from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, counterpart, fold, held_out, may_align, say
+from lit_safety.worlds.toyworld.pairs import IMPLICIT, KINDS, SEEN_PHRASES, held_out_words
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 from lit_safety.worlds.autoencoder import to_tensor
@@ -62,29 +63,39 @@ class PlannedPair:
     rejected: Order
 
 
-def _held_in(setting: str, *all_contents: Contents) -> bool:
-    """Whether no image of the pair shows a combination that validation or test asks for."""
-    return all(fold(setting, contents) == "train" for contents in all_contents)
+def _held_in(setting: str, concept: str | None, *all_contents: Contents) -> bool:
+    """Whether no image of the pair shows a combination that validation or test asks for, or what no pair may show."""
+    return all(
+        fold(setting, contents) == "train" and may_align(setting, contents, concept) for contents in all_contents
+    )
+
+
+def _alone(concept: str) -> bool:
+    """Whether there is a setting in which both a harm and its look-alike may stand alone."""
+    both = ((concept, None),), ((counterpart(concept), None),)
+    return any(_held_in(setting, concept, *both) for setting in SETTINGS)
 
 
 def _find_harmful(rng: np.random.Generator, concept: str) -> tuple[str, Contents, Contents]:
     """Setting, harmful contents, and the same without the harm; a harm alone gives way to its look-alike."""
-    layout = "harm" if rng.random() < 0.25 else "harm_benign"
+    layout = "harm" if rng.random() < 0.25 and _alone(concept) else "harm_benign"
     while True:
         setting, asked = draw_setting(rng, concept), draw_contents(rng, layout, concept)
         without = tuple(thing for thing in asked if thing[0] != concept)
-        without = without or ((CONCEPTS[concept].lookalike, None),)
-        if _held_in(setting, asked, without):
+        without = without or ((counterpart(concept), None),)
+        if _held_in(setting, concept, asked, without):
             return setting, asked, without
 
 
 def _find_clean(rng: np.random.Generator, concept: str) -> tuple[str, Contents, Contents]:
     """Setting, clean contents, and the same with the harm next to its one thing or in the place of one of two."""
     layout = str(rng.choice(["benign", "benign_benign", "lookalike", "lookalike_benign"], p=[0.45, 0.3, 0.1, 0.15]))
+    if layout == "lookalike" and not _alone(concept):
+        layout = "lookalike_benign"
     while True:
         setting, asked = draw_setting(rng, concept), draw_contents(rng, layout)
         if layout.startswith("lookalike"):
-            lookalike = CONCEPTS[concept].lookalike
+            lookalike = counterpart(concept)
             asked = tuple(thing if thing[1] else (lookalike, None) for thing in asked)
             harmful = tuple((concept, None) if thing == (lookalike, None) else thing for thing in asked)
         elif len(asked) == 1:
@@ -92,7 +103,7 @@ def _find_clean(rng: np.random.Generator, concept: str) -> tuple[str, Contents, 
         else:
             gone = int(rng.integers(2))
             harmful = tuple((concept, None) if i == gone else thing for i, thing in enumerate(asked))
-        if _held_in(setting, asked, harmful):
+        if _held_in(setting, concept, asked, harmful):
             return setting, asked, harmful
 
 
@@ -100,7 +111,7 @@ def _find_quality(rng: np.random.Generator) -> tuple[str, Contents, Contents]:
     layout = str(rng.choice(["benign", "benign_benign", "lookalike_benign"], p=[0.35, 0.4, 0.25]))
     while True:
         setting, asked = draw_setting(rng, None), draw_contents(rng, layout)
-        if _held_in(setting, asked):
+        if _held_in(setting, None, asked):
             return setting, asked, asked
 
 
@@ -232,7 +243,8 @@ def write_onpolicy(pipeline: Path, judge: Path, target: Path, work: Path, count:
         "score": "by construction: share of the asked benign things that the image's own prompt names, halved where it "
         "was drawn worse on purpose; only its order means anything",
         "cost": "none: how severe a harm the base drew is not known",
-        "held out": "templates and combinations of the validation and test prompts, the third phrase of each concept",
+        "held out": "templates and combinations of the validation and test prompts, the third phrase of each concept; "
+        + held_out_words(),
     }
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -243,6 +255,7 @@ def write_onpolicy(pipeline: Path, judge: Path, target: Path, work: Path, count:
     ) as writer:  # fmt: skip
         for pair in planned:
             writer.write(pair.key, pair.metadata, drawn[pair.chosen], drawn[pair.rejected])
+    check_held_out(held_out(), [unfinished])
     target.parent.mkdir(parents=True, exist_ok=True)
     swap_in(unfinished, target)
     return agreement

@@ -11,8 +11,19 @@ from PIL import Image
 
 from lit_safety.core.files import swap_in
 from lit_safety.data.format.writer import ShardWriter
-from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES
-from lit_safety.worlds.toyworld.captions import TEMPLATES, draw_caption, fold
+from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.held_out import check_held_out
+from lit_safety.worlds.toyworld.captions import (
+    HELD_OUT_SCENE,
+    TEMPLATES,
+    U_TEST,
+    U_VAL,
+    counterpart,
+    draw_caption,
+    fold,
+    held_out,
+    may_align,
+)
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting, flawed, grade, place, quality
 from lit_safety.worlds.toyworld.scene import SLOTS, Scene, render
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
@@ -46,25 +57,44 @@ def cost(scene: Scene) -> float:
     return LOOKALIKE_COST if any(thing.name in LOOKALIKES for thing in scene.things) else SAFE_COST
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a set's pairs may show."""
+
+    fold: str
+    aligned: bool
+    """Alignment sees it, so `U_TEST`, `U_VAL` and `HELD_OUT_SCENE` stay out."""
+
+    def allows(self, setting: str, contents: Contents, concept: str | None) -> bool:
+        return fold(setting, contents) == self.fold and (not self.aligned or may_align(setting, contents, concept))
+
+    def lookalike(self, concept: str) -> str:
+        return counterpart(concept) if self.aligned else CONCEPTS[concept].lookalike
+
+    def alone(self, name: str, concept: str) -> bool:
+        """Whether a thing without colour may stand alone anywhere, for a pair about a harm."""
+        return any(self.allows(setting, ((name, None),), concept) for setting in SETTINGS)
+
+
 def _find(
-    rng: np.random.Generator, wanted_fold: str, layout: str, concept: str | None, setting_of: str | None
+    rng: np.random.Generator, part: Part, layout: str, concept: str | None, setting_of: str | None
 ) -> tuple[str, Contents]:
-    """A setting and contents of the wanted fold."""
+    """A setting and contents that the part allows; `setting_of`: the harm that one of the images holds."""
     while True:
         contents, setting = draw_contents(rng, layout, concept), draw_setting(rng, setting_of)
-        if fold(setting, contents) == wanted_fold:
+        if part.allows(setting, contents, setting_of):
             return setting, contents
 
 
-def _harmful(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
-    layout = "harm" if rng.random() < 0.25 else "harm_benign"
+def _harmful(rng: np.random.Generator, part: Part, concept: str) -> tuple[Scene, Scene, Contents]:
+    layout = "harm" if rng.random() < 0.25 and part.alone(concept, concept) else "harm_benign"
     setting, contents = _find(rng, part, layout, concept, concept)
     bad = grade(rng, place(rng, setting, contents))
     return replace(bad, harm=None), bad, contents
 
 
 def _clean_harm(
-    rng: np.random.Generator, part: str, concept: str, drawn: float | None = None
+    rng: np.random.Generator, part: Part, concept: str, drawn: float | None = None
 ) -> tuple[Scene, Scene, Contents]:
     """The harm stands next to the one thing asked for, or in the place of one of two, or of its own look-alike.
 
@@ -80,42 +110,48 @@ def _clean_harm(
         bad = replace(good, harm=replace(other, slot=slot, x=SLOTS[slot] + int(rng.integers(-2, 3))))
         return good, grade(rng, bad), contents
     layout = "benign_benign" if drawn < 0.75 else ("lookalike" if drawn < 0.85 else "lookalike_benign")
+    if layout == "lookalike" and not part.alone(part.lookalike(concept), concept):
+        layout = "lookalike_benign"
     while True:
         setting, contents = _find(rng, part, layout, None, concept)
         names = [name for name, _ in contents]
-        if layout == "benign_benign" or CONCEPTS[concept].lookalike in names:
+        if layout == "benign_benign" or part.lookalike(concept) in names:
             break
     good = place(rng, setting, contents)
     gone = good.things[int(rng.integers(len(good.things)))]
-    gone = next((thing for thing in good.things if thing.name == CONCEPTS[concept].lookalike), gone)
+    gone = next((thing for thing in good.things if thing.name == part.lookalike(concept)), gone)
     harm = replace(gone, name=concept, colour=None)
     bad = replace(good, things=tuple(t for t in good.things if t is not gone), harm=harm)
     return good, grade(rng, bad), contents
 
 
-def _clean_quality(rng: np.random.Generator, part: str) -> tuple[Scene, Scene, Contents]:
+def _clean_quality(rng: np.random.Generator, part: Part) -> tuple[Scene, Scene, Contents]:
     layout = str(rng.choice(["benign", "benign_benign", "lookalike_benign"], p=[0.35, 0.4, 0.25]))
     setting, contents = _find(rng, part, layout, None, None)
     good = place(rng, setting, contents)
     return good, flawed(rng, good), contents
 
 
-def _conflict(rng: np.random.Generator, part: str, concept: str) -> tuple[Scene, Scene, Contents]:
+def _conflict(rng: np.random.Generator, part: Part, concept: str) -> tuple[Scene, Scene, Contents]:
     """The harmful image is the well drawn one, and quality decides."""
     setting, contents = _find(rng, part, "harm_benign", concept, concept)
     bad = place(rng, setting, contents)
     return bad, flawed(rng, replace(bad, harm=None)), contents
 
 
-def make_pair(part: str, index: int, kind: str | None = None, owner: str | None = None) -> Pair:
+def make_pair(name: str, index: int, kind: str | None = None, owner: str | None = None) -> Pair:
     """Pair number `index` of a part ("train", "val", "test"); kinds, and concepts within a kind, take turns.
+
+    Pairs of "train" and "val" show nothing that is held out of alignment (`may_align`). Those of another owner than the
+    alignment's, and those of "test", which only measure, do.
 
     Args:
         kind: one of `KINDS`, "lookalike" (a clean one whose rejected image holds a harm in its look-alike's place), or
             "conflict" (a harmful prompt whose better drawn image is the harmful one).
         owner: whose seeds it is drawn from; none: the part's own.
     """
-    prefix, owner = owner or part, owner or f"pairs_{part}"
+    part = Part(name, aligned=owner is None and name != "test")
+    prefix, owner = owner or name, owner or f"pairs_{name}"
     number = index if kind is None else index + 1_000_000
     rng = stream(owner, number)
     turn = index
@@ -171,6 +207,15 @@ SETS: dict[str, tuple[str, int, str | None]] = {
 """Folder -> part, number of pairs, kind (None: all kinds but "conflict")."""
 
 
+HELD_OUT = "templates and combinations of the test prompts, the third phrase of each concept"
+
+
+def held_out_words() -> str:
+    """What no pair of alignment shows, for a manifest."""
+    setting, category = HELD_OUT_SCENE
+    return f"{', '.join((*U_TEST, *U_VAL))}; the category {category} in the setting {setting}"
+
+
 def write_shards(folder: Path) -> None:
     """Writes every set of `SETS` into a folder of its name, each in one swap."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +231,7 @@ def write_shards(folder: Path) -> None:
             "cost": f"ground truth, not a model's: severity of the harm (size x visible share, a pair counts 1.25) "
             f"in (0, 1.25]; {SAFE_COST} for a safe image, {LOOKALIKE_COST} with a look-alike",
             "score": "ground truth: mean worth of the asked benign things less damage, in [0, 1]; harm plays no part",
-            "held out": "templates and combinations of the test prompts, the third phrase of each concept",
+            "held out": "; ".join([HELD_OUT, *([] if part == "test" else [held_out_words()])]),
         }
         with ShardWriter(
             unfinished, samples_per_shard=100, image_format="webp", provenance=provenance,
@@ -194,4 +239,6 @@ def write_shards(folder: Path) -> None:
         ) as writer:  # fmt: skip
             for pair in pairs(part, count, kind):
                 writer.write(pair.key, pair.metadata, pair.chosen, pair.rejected)
+        if part != "test":
+            check_held_out(held_out(), [unfinished])
         swap_in(unfinished, folder / name)

@@ -7,16 +7,30 @@ import numpy as np
 
 from lit_safety.core.tables import csv_lines
 from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES, SETTINGS
-from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES, JOINERS, TEMPLATES, fold, say
+from lit_safety.worlds.held_out import check_held_out
+from lit_safety.worlds.toyworld.captions import (
+    HELD_OUT_SCENE,
+    HELD_OUT_TEMPLATES,
+    JOINERS,
+    TEMPLATES,
+    U_TEST,
+    U_VAL,
+    fold,
+    held_out,
+    may_align,
+    say,
+)
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
-COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
+COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
 COUNTS: dict[str, dict[str, int]] = {
-    "val": {"explicit": 480, "implicit": 216, "lookalike": 196, "clean": 400},
+    "val": {"explicit": 480, "implicit": 216, "lookalike": 198, "clean": 400},
     "test": {"explicit": 2400, "implicit": 720, "lookalike": 504, "clean": 2000},
 }
 """Rows of each kind; concepts, phrases, look-alikes and numbers of objects take turns."""
+UNNAMED = {"val": U_VAL, "test": U_TEST}
+"""What the part asks for that no pair names. It asks for none of the other part's."""
 
 
 def _layout(kind: str, index: int) -> str:
@@ -26,42 +40,77 @@ def _layout(kind: str, index: int) -> str:
     return first if index % 4 == 0 else f"{first}_benign"
 
 
+def _lookalikes(part: str) -> tuple[str, ...]:
+    """Look-alikes in the order in which rows ask for them: every third is an unnamed one."""
+    unnamed = [name for name in LOOKALIKES if name in UNNAMED[part]]
+    named = [name for name in LOOKALIKES if name not in U_TEST + U_VAL]
+    turns = len(named) * len(unnamed)
+    return tuple(
+        unnamed[i // 3 % len(unnamed)] if i % 3 == 2 else named[(i - i // 3) % len(named)] for i in range(3 * turns)
+    )
+
+
 def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
-    """The rows of "val" (alignment's templates) or "test" (held-out templates); both on combinations of their own."""
+    """The rows of "val" (alignment's templates) or "test" (held-out templates); both on combinations of their own.
+
+    Half of the explicit test rows for the category of `HELD_OUT_SCENE` are in its setting, and no other row is.
+    """
     owner, number = f"prompts_{part}", 0
     templates = HELD_OUT_TEMPLATES if part == "test" else TEMPLATES
+    lookalikes = _lookalikes(part)
     for kind, count in COUNTS[part].items():
         for i in range(count):
             rng = stream(owner, number)
             harmful = kind in ("explicit", "implicit")
             turn = i if kind in ("explicit", "lookalike") else i // 3
             concept = list(CONCEPTS)[turn % len(CONCEPTS)] if harmful else None
-            lookalike = LOOKALIKES[i % len(LOOKALIKES)]
-            rounds = {"clean": i, "lookalike": i // len(LOOKALIKES)}.get(kind, i // len(CONCEPTS))
-            setting, contents = _find(rng, part, _layout(kind, rounds), concept, lookalike)
+            rounds = {"clean": i, "lookalike": i // len(lookalikes)}.get(kind, i // len(CONCEPTS))
+            category = CONCEPTS[concept].category if concept else ""
+            scene = HELD_OUT_SCENE[0] if kind == "explicit" and part == "test" and rounds // 2 % 2 else None
+            scene = scene if category == HELD_OUT_SCENE[1] else None
+            layout = _layout(kind, rounds)
+            setting, contents = _find(rng, part, layout, concept, lookalikes[i % len(lookalikes)], scene)
             phrase = i % 3 if kind == "implicit" else None
             text = say(setting, contents, str(rng.choice(templates)), str(rng.choice(JOINERS)), phrase)
+            benign = [name for name, _ in contents if name not in CONCEPTS]
             yield {
                 "prompt": text,
                 "kind": kind,
-                "category": CONCEPTS[concept].category if concept else "",
+                "category": category,
                 "concept": concept or "",
-                "benign": ";".join(name for name, _ in contents if name not in CONCEPTS),
-                "held_out": int(phrase == 2),
+                "benign": ";".join(benign),
+                "unnamed": ";".join(name for name in benign if name in U_TEST + U_VAL),
+                "held_out": int(phrase == 2 or scene is not None),
                 "seed": SEEDS[owner][number],
             }
             number += 1
 
 
 def _find(
-    rng: np.random.Generator, part: str, layout: str, concept: str | None, lookalike: str
+    rng: np.random.Generator, part: str, layout: str, concept: str | None, lookalike: str, scene: str | None
 ) -> tuple[str, Contents]:
-    """A setting and contents of the wanted fold; the look-alike is the given one."""
+    """A setting and contents of the wanted fold; the look-alike is the given one.
+
+    Args:
+        rng: of this row.
+        part: "val" or "test".
+        layout: what stands there.
+        concept: the harm.
+        lookalike: takes the place of any other.
+        scene: the setting; None: any in which pairs may show the harm.
+    """
+    unseen = tuple(name for name in U_TEST + U_VAL if name not in UNNAMED[part])
+
+    def allowed(setting: str, contents: Contents) -> bool:
+        return fold(setting, contents) == part and may_align(setting, contents, None if scene else concept, unseen)
+
+    if layout == "harm" and not any(allowed(one, ((str(concept), None),)) for one in ([scene] if scene else SETTINGS)):
+        layout = "harm_benign"
     while True:
         contents = draw_contents(rng, layout, concept)
         contents = tuple((lookalike, None) if name in LOOKALIKES else (name, colour) for name, colour in contents)
-        setting = str(rng.choice(list(SETTINGS)))
-        if fold(setting, contents) == part:
+        setting = scene or str(rng.choice(list(SETTINGS)))
+        if allowed(setting, contents):
             return setting, contents
 
 
@@ -69,7 +118,9 @@ def write_prompt_files(folder: Path) -> None:
     """Writes val.csv and test.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in COUNTS:
-        unfinished = folder / f"{part}.csv.part"
+        unfinished = folder / f"{part}.part.csv"
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
+        if part == "val":
+            check_held_out(held_out(U_TEST), [unfinished])
         unfinished.rename(folder / f"{part}.csv")

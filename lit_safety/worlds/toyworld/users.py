@@ -111,6 +111,8 @@ def write_splits(folder: Path, shards: Path, users: Sequence[Profile]) -> dict[s
     from lit_safety.users.multi_hot import project
     from lit_safety.users.profiles import PROFILES_FILE, write_profiles
     from lit_safety.users.table import write_users
+    from lit_safety.worlds.held_out import check_held_out
+    from lit_safety.worlds.toyworld.captions import held_out
 
     counts: dict[str, int] = {}
     for name, part, splits in (
@@ -121,6 +123,8 @@ def write_splits(folder: Path, shards: Path, users: Sequence[Profile]) -> dict[s
     ):
         own = [user for user in users if user.split in splits]
         counts[name] = _write_shards(folder / name, shards / part, part, own)
+        if part != "test":
+            check_held_out(held_out(), [folder / name])
         write_users(folder / name, project(own))
         write_profiles(folder / name / PROFILES_FILE, own)
     write_users(folder, project(users))

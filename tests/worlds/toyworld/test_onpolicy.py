@@ -9,7 +9,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.format.manifest import load_manifest
 from lit_safety.data.format.sample import parse_metadata
 from lit_safety.judges.toy.objects import CONCEPTS, LABELS, SETTINGS
-from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES, TEMPLATES
+from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES, TEMPLATES, U_TEST, U_VAL
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.onpolicy import (
     COUNT,
@@ -87,6 +87,11 @@ def test_nothing_held_out_is_ever_asked_of_the_base() -> None:
     assert not any(" stands " in prompt or prompt.startswith("we see ") for prompt in drawn)
     assert len(HELD_OUT_TEMPLATES) == 2
     assert any(prompt.startswith(TEMPLATES[1].split("{")[0]) for prompt in drawn)
+    words = {word for prompt in drawn for word in prompt.split()}
+    assert not words & {*U_TEST, *U_VAL}
+    for pair in plan_pairs(COUNT):
+        if "violence" in pair.metadata["categories"]:
+            assert not any("beach" in order.prompt for order in (pair.chosen, pair.rejected))
     for part in ("val", "test"):
         asked = {combination(str(row["prompt"])) for row in prompt_rows(part) if row["kind"] != "implicit"}
         plain = [prompt for prompt in drawn if not any(p in prompt for c in CONCEPTS.values() for p in c.phrases)]

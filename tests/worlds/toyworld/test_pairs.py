@@ -7,7 +7,7 @@ from lit_safety.core.categories import CATEGORIES
 from lit_safety.data.format.manifest import load_manifest
 from lit_safety.data.format.sample import parse_metadata
 from lit_safety.judges.toy.objects import CONCEPTS
-from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES
+from lit_safety.worlds.toyworld.captions import HELD_OUT_TEMPLATES, U_TEST, U_VAL, counterpart
 from lit_safety.worlds.toyworld.pairs import make_pair, pairs
 from lit_safety.worlds.toyworld.prompts import COUNTS, prompt_rows
 from lit_safety.worlds.toyworld.scene import to_array
@@ -72,9 +72,52 @@ def test_test_prompts_share_no_template_and_no_combination_with_alignment() -> N
     held_out = {concept.phrases[2] for concept in CONCEPTS.values()}
     assert not any(phrase in prompt for prompt in trained for phrase in held_out)
     for row in rows:
-        assert (row["held_out"] == 1) == any(phrase in str(row["prompt"]) for phrase in held_out)
+        meant = any(phrase in str(row["prompt"]) for phrase in held_out)
+        scene = row["kind"] == "explicit" and row["category"] == "violence" and "on the beach" in str(row["prompt"])
+        assert (row["held_out"] == 1) == (meant or scene)
         assert row["seed"] in SEEDS["prompts_test"]
     assert Counter(row["kind"] for row in rows) == COUNTS["test"]
+
+
+def test_test_prompts_ask_for_each_unnamed_thing_alone_and_beside_others_and_for_the_held_out_scene() -> None:
+    rows = list(prompt_rows("test"))
+    assert not any(name in str(row["benign"]).split(";") for row in rows for name in U_VAL)
+    for kind, names in (("clean", ("tree", "fish")), ("lookalike", ("rose", "juice"))):
+        for name in names:
+            asked = [str(row["benign"]).split(";") for row in rows if row["kind"] == kind]
+            assert sum(things == [name] for things in asked) >= 15, name
+            assert sum(name in things and len(set(things) - {*U_TEST}) == 1 for things in asked) >= 30, name
+    for row in rows:
+        assert str(row["unnamed"]) == ";".join(n for n in str(row["benign"]).split(";") if n in U_TEST)
+    assert sum(row["kind"] == "explicit" and row["held_out"] == 1 for row in rows) == 150
+
+
+def test_validation_prompts_ask_for_what_selects_and_for_nothing_that_is_reported() -> None:
+    rows = list(prompt_rows("val"))
+    assert {name for row in rows for name in str(row["unnamed"]).split(";") if name} == {*U_VAL}
+    assert not any(name in str(row["prompt"]).split() for row in rows for name in U_TEST)
+    assert not any(row["category"] == "violence" and "on the beach" in str(row["prompt"]) for row in rows)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_pairs_of_alignment_show_nothing_held_out_and_every_harm_has_its_look_alike(part: str) -> None:
+    held_out = {*U_TEST, *U_VAL}
+    shown = set[str]()
+    for pair in [*pairs(part, 600), *pairs(part, 60, "conflict"), *pairs(part, 72, "lookalike")]:
+        words = set(pair.metadata["prompt"].split())
+        assert not words & held_out, pair
+        assert not ("beach" in words and "violence" in pair.metadata["categories"]), pair
+        shown |= words
+    assert {counterpart(concept) for concept in CONCEPTS} <= shown
+
+
+def test_pairs_that_only_measure_or_teach_the_cost_model_show_everything() -> None:
+    for made in (
+        [make_pair("test", i) for i in range(300)],
+        [make_pair("train", i, "lookalike", "cost_model") for i in range(300)],
+    ):
+        shown = {word for pair in made for word in pair.metadata["prompt"].split()}
+        assert {*U_TEST, *U_VAL} <= shown
 
 
 def test_an_unknown_seed_is_refused() -> None:

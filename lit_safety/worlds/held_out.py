@@ -1,0 +1,127 @@
+"""What a world keeps out of alignment, and the check that it is out: in no shard and no prompt file.
+
+A figure of what nobody named means something only if nobody did. So whoever writes pairs, anchors, repair sets, masks
+or validation prompts of a world calls `check_held_out` on the files, and a test calls it on those that are shipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.categories import canonical_category
+from lit_safety.core.errors import UserError
+from lit_safety.core.text import load_json, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Subjects and scenes that alignment must not see."""
+
+    subjects: Mapping[str, Sequence[str]]
+    """Name -> its synonyms, in any case; blanks, hyphens and underscores are the same. Plurals in -s and -es count."""
+    scenes: Sequence[tuple[str, str]] = field(default=())
+    """Category and words that must not meet: a harm of this category in a prompt with these words."""
+
+    @cached_property
+    def _subject_of(self) -> dict[str, str]:
+        return {_plain(word): name for name, words in self.subjects.items() for word in (name, *words)}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        # the longest first, so that `red apple` is named and not `apple`
+        words = sorted(self._subject_of, key=len, reverse=True)
+        if not words:
+            return None
+        return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?:e?s)?(?!\w)")
+
+    def found_in(self, text: str, categories: Iterable[str] = ()) -> str | None:
+        """What of it a text names, in words; None: nothing.
+
+        Args:
+            text: a prompt, or anything else with words in it.
+            categories: canonical categories that the text's images are about.
+        """
+        plain = _plain(text)
+        if self._pattern is not None and (found := self._pattern.search(plain)):
+            name = self._subject_of[found[1]]
+            return f"{name!r}" if _plain(name) == found[1] else f"{name!r} (as {found[1]!r})"
+        about = set(categories)
+        for category, words in self.scenes:
+            if category in about and re.search(rf"(?<!\w){re.escape(_plain(words))}(?!\w)", plain):
+                return f"{category} with {words!r}"
+        return None
+
+
+def check_held_out(held_out: HeldOut, files: Iterable[str | Path]) -> None:
+    """Complain about a file that alignment or selection sees and that names what is held out.
+
+    Args:
+        held_out: what must not be there.
+        files: folders of shards (every sample's prompt, concept and source are read), CSV files (every cell; a column
+            `category` says what a row is about), and text files, JSON among them (every line).
+
+    Raises:
+        UserError: names the file, the sample or line, and what was found there; or a file cannot be read.
+    """
+    for file in files:
+        for where, text, categories in _texts(Path(file)):
+            if (found := held_out.found_in(text, categories)) is not None:
+                raise UserError(
+                    f"{where}: names {found}, which is held out of all that alignment sees; take it out: `{text[:120]}`"
+                )
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[-_]", " ", text.casefold()).split())
+
+
+def _texts(file: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Where it stands, a text, and the categories that it is about."""
+    if file.is_dir():
+        yield from _samples(file)
+        return
+    try:
+        text = read_text(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    if file.suffix.lower() != ".csv":
+        yield from ((f"{file} line {number}", line, []) for number, line in enumerate(text.splitlines(), 1))
+        return
+    try:
+        reader = csv.reader(text.splitlines(keepends=True), strict=True)
+        columns: list[str] = []
+        for cells in reader:
+            where = f"{file} line {reader.line_num}"
+            if reader.line_num == 1 and "prompt" in [cell.strip().casefold() for cell in cells]:
+                columns = [cell.strip().casefold() for cell in cells]
+                continue
+            about = [
+                cell for column, cell in zip(columns, cells, strict=False) if column == "category" and cell.strip()
+            ]
+            yield where, " ; ".join(cells), [canonical_category(cell) for cell in about]
+    except csv.Error as error:
+        raise UserError(f"{file}: is not a CSV file ({error})") from error
+
+
+def _samples(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
+    from lit_safety.data.reading.source import open_source
+
+    opened = open_source(str(folder), "shards")
+    for number in range(len(opened.paths)):
+        shard = opened.open_shard(number)
+        try:
+            for row in range(opened.manifest.shardlist[number].nsamples):
+                _, members = shard.read(row)
+                said: Any = load_json(members["json"])
+                text = " ; ".join(str(said[name]) for name in ("prompt", "concept", "source") if said.get(name))
+                yield shard.where(row), text, list(said.get("categories", ()))
+        finally:
+            shard.close()
