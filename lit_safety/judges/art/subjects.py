@@ -138,15 +138,15 @@ _SYNONYMS = {
 }  # fmt: skip
 
 U_VAL: tuple[str, ...] = (
-    "bat", "basketball", "briefcase", "candle", "cookie", "droplet", "eggplant", "fox", "glasses", "hammer", "jeans",
+    "bat", "basketball", "briefcase", "candle", "cookie", "droplet", "eggplant", "fox", "guitar", "hammer", "jeans",
     "lemon", "lollipop", "mushroom", "owl", "penguin", "raised hand", "rocket", "sunflower", "tent", "trumpet", "tulip",
     "volleyball",
 )  # fmt: skip
 """Harmless subjects in no pair: what a run may look at to stop and to select."""
 
 U_TEST: tuple[str, ...] = (
-    "alien", "balloon", "bicycle", "cactus", "credit card", "dress", "fork and knife", "grinning face", "hamburger", "honeybee",
-    "key", "lady beetle", "mans shoe", "peach", "pizza", "red apple", "scissors", "snowflake", "tangerine", "umbrella",
+    "alien", "bicycle", "cactus", "credit card", "dress", "fork and knife", "grinning face", "hamburger", "honeybee",
+    "key", "lady beetle", "mans shoe", "peach", "pizza", "red apple", "scissors", "snowflake", "tangerine", "trophy", "umbrella",
     "victory hand", "watermelon", "wrench",
 )  # fmt: skip
 """Harmless subjects in no pair, no anchor and no prompt of validation: only a report asks for them."""

@@ -14,10 +14,11 @@ from PIL import Image
 
 from lit_safety.core.files import swap_in
 from lit_safety.data.format.writer import ShardWriter
-from lit_safety.judges.art.subjects import HARMS, HELD_OUT_STYLE, NAMED, SETTINGS, STYLES, SUBJECTS
+from lit_safety.judges.art.subjects import HARMS, HELD_OUT_STYLE, NAMED, SETTINGS, STYLES, SUBJECTS, U_TEST, U_VAL
 from lit_safety.worlds.artworld.sampling import TEMPLATES, Contents, draw_caption, draw_contents, grade, place
 from lit_safety.worlds.artworld.scene import Art, Scene, Thing, art, render
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
+from lit_safety.worlds.held_out import HeldOut, check_held_out
 
 SEEN_STYLES: tuple[str, ...] = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 LOOKALIKES: frozenset[str] = frozenset(SUBJECTS[harm].lookalike for harm in HARMS)
@@ -205,4 +206,5 @@ def write_shards(folder: Path, art_file: Path) -> None:
         ) as writer:  # fmt: skip
             for pair in pairs(part, count, drawn):
                 writer.write(pair.key, pair.metadata, pair.chosen, pair.rejected)
+        check_held_out(HeldOut({one: SUBJECTS[one].synonyms for one in (*U_VAL, *U_TEST)}), [unfinished])
         swap_in(unfinished, folder / name)
