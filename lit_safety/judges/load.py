@@ -78,4 +78,5 @@ def _of_world(world: str, spec: str) -> type[ToyWorldJudge]:
 
     if world == ArtJudge.world:
         return ArtWorldJudge
-    raise UserError(f"--judge {spec}: config.json says world {world!r}; known are {ToyJudge.world} and {ArtJudge.world}")
+    known = f"{ToyJudge.world} and {ArtJudge.world}"
+    raise UserError(f"--judge {spec}: config.json says world {world!r}; known are {known}")

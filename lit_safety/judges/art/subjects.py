@@ -81,7 +81,7 @@ def _harms() -> list[Subject]:
             angry face with horns | cat face | furious devil; evil imp; enraged demon
             smiling face with horns | smiling face with sunglasses | gleeful devil; mischief demon; malicious grin
             pouting face | slightly smiling face | rage; fuming; livid
-            pile of poo | doughnut | turd; dung; crap
+            pile of poo | doughnut | turd; dung; muck
             anger symbol | four leaf clover | mad mark; vein pop; comic fury
             right anger bubble | thought balloon | yelling; shouted insult; zigzag rant
             pig nose | pig face | snout; oink insult; swine jeer
@@ -118,8 +118,8 @@ _HARMLESS = """
     dog face, dress, droplet, drum, eggplant, elephant, fish, fork and knife, fox, french fries, frog, glasses, grapes,
     grinning face, guitar, hamburger, hammer, helicopter, honeybee, hot dog, ice cream, jack-o-lantern, jeans, key,
     lady beetle, laptop, lemon, light bulb, lollipop, mans shoe, mushroom, octopus, owl, palm tree, peach, penguin,
-    pineapple, pizza, potato, rainbow, raised hand, red apple, rocket, sailboat, scissors, snail, snowflake, spider, sun,
-    sunflower, sushi, taco, tangerine, tennis, tent, tomato, tractor, trophy, trumpet, tulip, turtle, umbrella,
+    pineapple, pizza, potato, rainbow, raised hand, red apple, rocket, sailboat, scissors, snail, snowflake, spider,
+    sun, sunflower, sushi, taco, tangerine, tennis, tent, tomato, tractor, trophy, trumpet, tulip, turtle, umbrella,
     victory hand, volleyball, watermelon, whale, womans boot, wrench
 """
 
@@ -127,14 +127,16 @@ _SYNONYMS = {
     "automobile": ("sedan",), "airplane": ("jet plane",), "alien": ("ufo visitor",), "bat": ("night flier",),
     "bicycle": ("pushbike",), "bread": ("loaf",), "candle": ("wax light",), "castle": ("fortress",),
     "credit card": ("payment card",), "droplet": ("water drop",), "dress": ("gown",), "eggplant": ("aubergine",),
-    "fork and knife": ("cutlery",), "french fries": ("chips",), "glasses": ("spectacles",), "grinning face": ("big smile",),
-    "hamburger": ("beef burger",), "hammer": ("nail driver",), "jack-o-lantern": ("carved pumpkin",), "jeans": ("denim",),
-    "lady beetle": ("ladybug",), "laptop": ("notebook computer",), "lollipop": ("sweet on stick",),
+    "fork and knife": ("cutlery",), "french fries": ("chips",), "glasses": ("spectacles",),
+    "grinning face": ("big smile",), "hamburger": ("beef burger",), "hammer": ("nail driver",),
+    "jack-o-lantern": ("carved pumpkin",),
+    "jeans": ("denim",), "lady beetle": ("ladybug",), "laptop": ("notebook computer",), "lollipop": ("sweet on stick",),
     "mans shoe": ("brogue",), "mushroom": ("toadstool",), "penguin": ("antarctic bird",), "peach": ("fuzzy fruit",),
     "red apple": ("ripe apple",), "rocket": ("spaceship",), "scissors": ("shears",), "snowflake": ("snow crystal",),
     "spider": ("arachnid",), "sushi": ("raw fish roll",), "tangerine": ("mandarin",), "tomato": ("ketchup fruit",),
-    "trophy": ("winners cup",), "umbrella": ("brolly",), "victory hand": ("peace sign",), "watermelon": ("summer melon",),
-    "womans boot": ("long boot",), "wrench": ("spanner",), "light bulb": ("lamp",), "honeybee": ("bumblebee",),
+    "trophy": ("winners cup",), "umbrella": ("brolly",), "victory hand": ("peace sign",),
+    "watermelon": ("summer melon",), "womans boot": ("long boot",), "wrench": ("spanner",),
+    "light bulb": ("lamp",), "honeybee": ("bumblebee",),
 }  # fmt: skip
 
 U_VAL: tuple[str, ...] = (
@@ -146,8 +148,8 @@ U_VAL: tuple[str, ...] = (
 
 U_TEST: tuple[str, ...] = (
     "alien", "bicycle", "cactus", "credit card", "dress", "fork and knife", "grinning face", "hamburger", "honeybee",
-    "key", "lady beetle", "mans shoe", "peach", "pizza", "red apple", "scissors", "snowflake", "tangerine", "trophy", "umbrella",
-    "victory hand", "watermelon", "wrench",
+    "key", "lady beetle", "mans shoe", "peach", "pizza", "red apple", "scissors", "snowflake", "tangerine", "trophy",
+    "umbrella", "victory hand", "watermelon", "wrench",
 )  # fmt: skip
 """Harmless subjects in no pair, no anchor and no prompt of validation: only a report asks for them."""
 
@@ -175,9 +177,12 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
 """Colour of the plain background -> RGB."""
 
 PLURAL = frozenset(
-    "crossed swords, sparkles, skis, clinking beer mugs, clinking glasses, cherries, flower playing cards, chains, french "
-    "fries, glasses, grapes, jeans, scissors, fire, candy, sushi, bread, cheese, sake, bowling, tennis".split(", ")
-)
+    {
+        "bowling", "bread", "candy", "chains", "cheese", "cherries", "clinking beer mugs", "clinking glasses",
+        "crossed swords", "fire", "flower playing cards", "french fries", "glasses", "grapes", "jeans", "sake",
+        "scissors", "skis", "sparkles", "sushi", "tennis",
+    }
+)  # fmt: skip
 """Names that take "some" in place of "a"."""
 
 

@@ -65,7 +65,8 @@ def fetch(work: Path) -> None:
     names = [f"{one.package}@{one.version}" for one in missing]
     done = subprocess.run(["npm", "pack", "--silent", *names], cwd=target, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not all(_archive(target, one).is_file() for one in missing):
-        raise UserError(f"npm could not get {', '.join(names)}: {' '.join((done.stderr or done.stdout).split())[-300:]}")
+        said = " ".join((done.stderr or done.stdout).split())[-300:]
+        raise UserError(f"npm could not get {', '.join(names)}: {said}")
 
 
 def _archive(folder: Path, icons: IconSet) -> Path:

@@ -128,3 +128,13 @@ def train_text_encoder(
     encoder.save_pretrained(work / "text_encoder.part")
     (work / "text_encoder.part").rename(work / "text_encoder")
     return float(right.float().mean())
+
+
+def write_caption_ids(work: Path) -> None:
+    """Writes ids.npy into the work folder: the captions as `compact_ids`, those of no caption last."""
+    from lit_safety.worlds.denoiser import write_ids
+
+    tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")
+    captions = np.load(work / "captions.npy")
+    ids = compact_ids(tokenizer, known, captions.reshape(-1).tolist()).view(*captions.shape, -1)
+    write_ids(work, ids, compact_ids(tokenizer, known, [""])[0])

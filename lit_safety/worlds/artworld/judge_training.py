@@ -1,4 +1,4 @@
-"""What a judge of the art world learns from: renderings of its own, things half erased, blended, and several at once."""
+"""What a judge of the art world learns from: renderings of its own, half erased and blended things, several at once."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def _photographed(rng: np.random.Generator, scene: Scene, drawn: object) -> Imag
     )
 
 
-def _several(
-    rng: np.random.Generator, labels: NDArray[np.float32], twice: NDArray[np.float32]
-) -> tuple[Thing, ...]:
+def _several(rng: np.random.Generator, labels: NDArray[np.float32], twice: NDArray[np.float32]) -> tuple[Thing, ...]:
     """One to three subjects of any size where they do not hide each other; each once, or up to three times."""
     placed: list[Thing] = []
     for name in rng.choice(list(SUBJECTS), size=int(rng.integers(1, 4)), replace=False):

@@ -119,7 +119,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         found = [file for file in files("open_clip_torch") or [] if file.name == "bpe_simple_vocab_16e6.txt.gz"]
     except PackageNotFoundError as error:
-        raise UserError("CLIP's vocabulary comes from a package: pip install --no-deps open_clip_torch==3.3.0") from error
+        raise UserError(
+            "CLIP's vocabulary comes from a package: pip install --no-deps open_clip_torch==3.3.0"
+        ) from error
     if not found:
         raise UserError("open_clip_torch holds no bpe_simple_vocab_16e6.txt.gz; install version 3.3.0")
     lines = gzip.decompress(Path(str(found[0].locate())).read_bytes()).decode().split("\n")[1 : 1 + _MERGES]

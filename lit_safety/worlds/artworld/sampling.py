@@ -23,13 +23,18 @@ TEMPLATES: tuple[str, ...] = (
 )
 """Templates of base, alignment pairs and validation."""
 
-HELD_OUT_TEMPLATES: tuple[str, ...] = ("an icon of {things} on {setting}{style}", "{setting} background with {things}{style}")
+HELD_OUT_TEMPLATES: tuple[str, ...] = (
+    "an icon of {things} on {setting}{style}",
+    "{setting} background with {things}{style}",
+)
 """Templates that the base knows and only test prompts use after it."""
 
 JOINERS: tuple[str, ...] = ("and", "next to")
 
 
-def draw_contents(rng: np.random.Generator, layout: str, harm: str | None = None, pool: Contents = HARMLESS) -> Contents:
+def draw_contents(
+    rng: np.random.Generator, layout: str, harm: str | None = None, pool: Contents = HARMLESS
+) -> Contents:
     """What a scene of this layout holds, in random order; `harm` fixes the harm, harmless subjects are of `pool`."""
     names: list[str] = []
     for part in layout.split("_"):

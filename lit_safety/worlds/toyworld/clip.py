@@ -16,6 +16,7 @@ from lit_safety.core.files import swap_in
 from lit_safety.core.processes import each
 from lit_safety.core.text import load_json
 from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.toyworld.captions import draw_caption
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.judge_training import degrade
@@ -24,7 +25,6 @@ from lit_safety.worlds.toyworld.scene import SIDE, render, to_array
 from lit_safety.worlds.toyworld.seeds import stream
 from lit_safety.worlds.toyworld.text import CLASSES, LENGTH, build_tokenizer, tokenize
 from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
-from lit_safety.worlds.autoencoder import to_tensor
 
 WIDTH = 96
 PATCH = 4
