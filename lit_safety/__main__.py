@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
+    "artworld": "build the art world: icons of six design teams, pipeline, judges, shards",
     "attack": "attack models in several ways, and plot how often that works against what it costs",
     "compare": "print several metrics.json in one table",
     "cost-model": "how right a cost model is, on labelled shards and on drawn images",

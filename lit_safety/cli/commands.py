@@ -60,6 +60,10 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
     return alone
 
 
+#: Commands that make a world -> those of their options that read what is made.
+READ_OF_WORLDS = {"artworld": ["build.toy"], "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts"]}
+
+
 def run_command(arguments: Sequence[str]) -> None:
     """Run ``arguments[0]`` with the rest as its options."""
     from lit_safety.core.parsing import SingleLineErrorParser
@@ -68,9 +72,7 @@ def run_command(arguments: Sequence[str]) -> None:
     class Checked(SingleLineErrorParser):
         def parse_args(self, *args: Any, **named: Any) -> Any:
             parsed = super().parse_args(*args, **named)
-            # `toyworld` makes the world, and these two commands of it read what is made.
-            made = ["users.shards", "sheet.pipeline", "sheet.prompts"] if command == "toyworld" else None
-            check_worlds(parsed.as_dict(), made)
+            check_worlds(parsed.as_dict(), READ_OF_WORLDS.get(command))
             return parsed
 
     command, rest = arguments[0], list(arguments[1:])

@@ -23,6 +23,9 @@ from lit_safety.core.text import check_yaml, load_yaml, read_text, refuse_duplic
 
 #: command -> where its function is, or subcommand -> function. Strings, so that nothing is imported.
 COMMANDS: dict[str, str | dict[str, str]] = {
+    "artworld": {
+        "build": "lit_safety.worlds.artworld.build:build",
+    },
     "attack": "lit_safety.attacks.command:attack",
     "evaluate": "lit_safety.evaluation.command:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",

@@ -1,5 +1,6 @@
 """What decides whether an image is harmful: one file a judge. Preference scorers and FID too."""
 
+from .art.judge import ArtWorldJudge as ArtWorldJudge
 from .clip import Clip as Clip
 from .clip import ZeroShotClip as ZeroShotClip
 from .cost import CostJudge as CostJudge
@@ -21,6 +22,7 @@ __all__ = [
     "Q16",
     "VLM",
     "AestheticScore",
+    "ArtWorldJudge",
     "Clip",
     "ClipPreference",
     "CostJudge",

@@ -10,7 +10,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.shipped import shipped
 from lit_safety.core.text import load_json, read_text
 from lit_safety.judges.judge import Judge
-from lit_safety.judges.toy.judge import ToyWorldJudge
+from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
 
 if TYPE_CHECKING:
     pass
@@ -66,6 +66,17 @@ def load_judge(spec: str) -> Judge:
     from safetensors import SafetensorError
 
     try:
-        return ToyWorldJudge(folder)
+        return _of_world(str(keys.get("world", ToyJudge.world)), spec)(folder)
     except SafetensorError as error:
         raise UserError(f"--judge {spec}: model.safetensors is damaged ({error}); copy the folder again") from error
+
+
+def _of_world(world: str, spec: str) -> type[ToyWorldJudge]:
+    if world == ToyJudge.world:
+        return ToyWorldJudge
+    from lit_safety.judges.art.judge import ArtJudge, ArtWorldJudge
+
+    if world == ArtJudge.world:
+        return ArtWorldJudge
+    known = f"{ToyJudge.world} and {ArtJudge.world}"
+    raise UserError(f"--judge {spec}: config.json says world {world!r}; known are {known}")

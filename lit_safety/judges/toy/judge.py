@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from lit_safety.judges.judge import JudgeError, Verdict, in_order
 from lit_safety.judges.toy.objects import CONCEPTS, LABELS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -32,7 +32,16 @@ MOST_CHANNELS = 4096
 
 
 class ToyJudge(nn.Module):
-    """Multi-label classifier of 32x32 images."""
+    """Multi-label classifier of a world's images; a world of its own subclasses it."""
+
+    world: ClassVar[str] = "toyworld"
+    """Stands in the folder's config; a folder of the toy world need not say."""
+    side: ClassVar[int] = 32
+    """Of the images, px; divisible by 8."""
+    known_labels: ClassVar[tuple[str, ...]] = tuple(LABELS)
+    """What a judge tells by default."""
+    known_harm: ClassVar[dict[str, str]] = {name: concept.category for name, concept in CONCEPTS.items()}
+    """The world's harms -> canonical category."""
 
     def __init__(
         self,
@@ -46,7 +55,7 @@ class ToyJudge(nn.Module):
     ) -> None:
         """
         Args:
-            labels: what each logit stands for; default: the toy world's harms, benign objects and look-alikes.
+            labels: what each logit stands for; default: all that the world knows.
             harm: harm concept -> canonical category; the labels that are not in it are benign.
             threshold: probability from which a thing counts as seen.
             width: channels of the first convolution.
@@ -57,24 +66,24 @@ class ToyJudge(nn.Module):
                 and theirs do not.
         """
         super().__init__()
-        self.labels = list(labels or LABELS)
-        self.harm = dict(harm or {name: concept.category for name, concept in CONCEPTS.items()})
+        self.labels = list(labels or self.known_labels)
+        self.harm = dict(harm or self.known_harm)
         self.threshold, self.width, self.architecture = threshold, width, architecture
         self.notes, self.counts = dict(notes or {}), counts
         outputs = len(self.labels) * (2 if counts else 1)
         if architecture == "plain":
             self.network: nn.Module = _Plain(width, outputs, second=counts)
         elif architecture == "residual":
-            self.network = _Residual(width, outputs)
+            self.network = _Residual(width, outputs, (self.side // 8) ** 2)
         else:
             raise ValueError(f"architecture {architecture!r} is neither 'plain' nor 'residual'")
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, L) of images (B, 3, 32, 32) in [-1, 1]."""
+        """Logits (B, L) of images (B, 3, side, side) in [-1, 1]."""
         return self.told(pictures)[0]
 
     def told(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Two logits (B, L) of images (B, 3, 32, 32) in [-1, 1]: there is one, there are two or more.
+        """Two logits (B, L) of images (B, 3, side, side) in [-1, 1]: there is one, there are two or more.
 
         The second is None for a judge that does not count.
         """
@@ -95,6 +104,7 @@ class ToyJudge(nn.Module):
                 "architecture": self.architecture,
                 "notes": self.notes,
                 **({"counts": True} if self.counts else {}),
+                **({"world": self.world} if self.world != ToyJudge.world else {}),
             }
             (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
@@ -112,15 +122,17 @@ class ToyJudge(nn.Module):
         try:
             config = load_json(read_text(folder / "config.json"))
             if isinstance(config, dict):
-                check_config(config, folder / "config.json")
+                check_config(config, folder / "config.json", cls.known_harm)
+                if (world := config.pop("world", ToyJudge.world)) != cls.world:
+                    raise ValueError(f"it is of {world!r}, not of {cls.world!r}")
             weights = load_file(folder / "model.safetensors")
             judge = cls(**config)
             judge.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} is not a toy judge ({reason}); give a folder with config.json and model.safetensors, "
-                "such as data/toyworld/judge"
+                f"{folder} is not a judge of {cls.world} ({reason}); give a folder with config.json and "
+                f"model.safetensors, such as data/{cls.world}/judge"
             ) from error
         for name, value in judge.state_dict().items():
             if not torch.isfinite(value).all():
@@ -129,8 +141,13 @@ class ToyJudge(nn.Module):
         return judge.eval()
 
 
-def check_config(config: dict[str, Any], file: Path) -> None:
+def check_config(config: dict[str, Any], file: Path, known: Mapping[str, str]) -> None:
     """Complain about a judge's settings by which harm would go unseen.
+
+    Args:
+        config: what stands in the file.
+        file: for the message.
+        known: the world's harms -> canonical category.
 
     Raises:
         UserError: names the file and the key.
@@ -148,11 +165,11 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         if category not in CATEGORIES:
             raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}; known are "
                             f"{', '.join(CATEGORIES)}")  # fmt: skip
-        meant = CONCEPTS[name].category if name in CONCEPTS else category
+        meant = known.get(name, category)
         if category != meant:
             raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}, and in this world it "
                             f"is of {meant!r}; {again}")  # fmt: skip
-    if lost := [name for name in labels if name not in harm and name.strip().casefold() in CONCEPTS]:
+    if lost := [name for name in labels if name not in harm and name.strip().casefold() in known]:
         raise UserError(f"{file}: `harm` lacks {', '.join(lost)}, which would count as harmless; {again}")
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < 1:
         raise UserError(f"{file}: `threshold` is {threshold!r}; it must be a probability above 0 and below 1; {again}")
@@ -200,14 +217,14 @@ class _Block(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Patches of 4x4, residual blocks at 8x8, and a linear head over all 4x4 places."""
+    """Patches of 4x4, residual blocks on them, and a linear head over all places of 8x8 pixels."""
 
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(self, width: int, outputs: int, places: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 3 * width, 6, stride=4, padding=1)
         self.blocks = nn.Sequential(*(_Block(3 * width) for _ in range(3)), nn.GroupNorm(8, 3 * width), nn.GELU())
         self.down = nn.Conv2d(3 * width, 2 * width, 2, stride=2)
-        self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, outputs))
+        self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * places, outputs))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.head(self.down(self.blocks(self.stem(pictures))))
@@ -217,7 +234,7 @@ class _Residual(nn.Module):
 
 
 class ToyWorldJudge:
-    """The toy world's own network (`lit_safety.judges.toy.judge.ToyJudge`) behind the interface.
+    """A world's own network (`lit_safety.judges.toy.judge.ToyJudge`) behind the interface.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
@@ -225,18 +242,19 @@ class ToyWorldJudge:
 
     harmless = True
     """Its harms are flat emblems that hurt nobody to look at: a report may show them unblurred."""
+    kind: ClassVar[type[ToyJudge]] = ToyJudge
 
     def __init__(self, folder: str | Path) -> None:
         from lit_safety.core.hashes import content_sha256
         from lit_safety.judges.fid import Penultimate
 
-        self.network = ToyJudge.from_pretrained(folder).eval()
-        self.features = Penultimate(self.network, side=32)
-        self.name = f"toyworld/{Path(folder).name}"
+        self.network = self.kind.from_pretrained(folder).eval()
+        self.side = self.kind.side
+        self.features = Penultimate(self.network, side=self.side)
+        self.name = f"{self.kind.world}/{Path(folder).name}"
         self.harm: dict[str, str] = dict(self.network.harm)
         self.labels: list[str] = list(self.network.labels)
         self.threshold = float(self.network.threshold)
-        self.side = 32
         self.settings: dict[str, Any] = {
             "name": self.name,
             "threshold": self.threshold,
@@ -250,7 +268,7 @@ class ToyWorldJudge:
             self.settings["counts"] = "of each label: one, or two and more"
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on 32 x 32 images; any other size is an error, since the network never saw one."""
+        """Verdicts on images of the world's side; any other size is an error, since the network never saw one."""
         import numpy as np
         import torch
 

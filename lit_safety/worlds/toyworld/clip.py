@@ -15,6 +15,7 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.processes import each
 from lit_safety.core.text import load_json
 from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.toyworld.captions import draw_caption
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.judge_training import degrade
@@ -22,8 +23,7 @@ from lit_safety.worlds.toyworld.sampling import Contents, arrange, draw_scene, g
 from lit_safety.worlds.toyworld.scene import SIDE, render, to_array
 from lit_safety.worlds.toyworld.seeds import stream
 from lit_safety.worlds.toyworld.text import CLASSES, LENGTH, build_tokenizer, tokenize
-from lit_safety.worlds.toyworld.training import Budget, decayed, launch, share_gradients
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
 
 WIDTH = 96
 PATCH = 4

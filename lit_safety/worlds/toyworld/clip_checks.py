@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from lit_safety.judges.toy.objects import CONCEPTS
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, say
 from lit_safety.worlds.toyworld.clip import (
     Meaning,
@@ -27,7 +28,6 @@ from lit_safety.worlds.toyworld.clip import (
 from lit_safety.worlds.toyworld.sampling import draw_scene
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 from lit_safety.worlds.toyworld.text import build_tokenizer
-from lit_safety.worlds.toyworld.vae import to_tensor
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.toy.objects import BENIGN, LABELS, LOOKALIKES
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import draw_scene, grade
 from lit_safety.worlds.toyworld.scene import CANVAS, FULL_RADIUS, SLOTS, Scene, Thing, render, to_array
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
-from lit_safety.worlds.toyworld.training import Budget, decayed
-from lit_safety.worlds.toyworld.vae import to_tensor
+from lit_safety.worlds.training import Budget, decayed
 
 _COLUMN = {name: i for i, name in enumerate(LABELS)}
 

@@ -26,12 +26,12 @@ from lit_safety.drawing.pipelines import load_pipeline
 from lit_safety.drawing.prompts import Prompt
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.toy.objects import CONCEPTS, SETTINGS
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.held_out import check_held_out
 from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, counterpart, fold, held_out, may_align, say
 from lit_safety.worlds.toyworld.pairs import IMPLICIT, KINDS, SEEN_PHRASES, held_out_words
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents, draw_setting
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
-from lit_safety.worlds.toyworld.vae import to_tensor
 
 OWNER = "pairs_onpolicy"
 

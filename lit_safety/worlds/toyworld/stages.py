@@ -11,18 +11,13 @@ from lit_safety.core.files import atomic_folder
 
 def assemble(work: Path) -> Any:
     """The StableDiffusionPipeline with the averaged weights of unet.pt, float32."""
-    import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    from lit_safety.worlds.toyworld.unet import load_networks, new_scheduler
+    from lit_safety.worlds.denoiser import averaged
+    from lit_safety.worlds.toyworld.unet import new_scheduler, new_unet
 
-    networks = load_networks(work)
-    state = torch.load(work / "unet.pt", weights_only=True)
-    with torch.no_grad():
-        for parameter, average in zip(networks.parameters(), state["average"], strict=True):
-            parameter.copy_(average)
-    networks.requires_grad_(False).eval()
+    networks = averaged(work, new_unet)
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=networks.text,
@@ -166,19 +161,33 @@ class WorldBuild:
         print(f"text encoder: {understood:.1%} of fresh captions understood in full")
 
     def _vae(self) -> None:
-        from lit_safety.worlds.toyworld.vae import train_vae
+        import numpy as np
 
-        train_vae(self.work, self.minutes.vae)
+        from lit_safety.worlds.autoencoder import train_vae
+        from lit_safety.worlds.toyworld.vae import new_vae
+
+        train_vae(self.work, new_vae(), np.load(self.work / "scenes.npz")["pictures"], self.minutes.vae)
 
     def _latents(self) -> None:
-        from lit_safety.worlds.toyworld.vae import encode_all
+        import numpy as np
 
-        encode_all(self.work)
+        from lit_safety.worlds.autoencoder import encode_all
+
+        encode_all(self.work, np.load(self.work / "scenes.npz")["pictures"])
 
     def _unet(self) -> None:
-        from lit_safety.worlds.toyworld.unet import train_unet
+        import numpy as np
+        from transformers import CLIPTokenizer
 
-        train_unet(self.work, self.minutes.unet, world=self.processes)
+        from lit_safety.worlds.denoiser import train_unet, write_ids
+        from lit_safety.worlds.toyworld.text import tokenize
+        from lit_safety.worlds.toyworld.unet import new_scheduler, new_unet
+
+        tokenizer = CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+        captions = np.load(self.work / "scenes.npz")["captions"]
+        ids = tokenize(tokenizer, captions.reshape(-1).tolist()).view(*captions.shape, -1)
+        write_ids(self.work, ids, tokenize(tokenizer, [""])[0])
+        train_unet(self.work, new_unet, new_scheduler, self.minutes.unet, world=self.processes)
         (self.work / "unet.done").touch()
 
     def _judge(self) -> None:

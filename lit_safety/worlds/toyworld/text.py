@@ -15,7 +15,7 @@ from lit_safety.worlds.toyworld.captions import draw_caption, vocabulary
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import Contents, draw_scene
 from lit_safety.worlds.toyworld.seeds import stream
-from lit_safety.worlds.toyworld.training import Budget, decayed
+from lit_safety.worlds.training import Budget, decayed
 
 LENGTH = 16
 """Tokens of a prompt, start and end included."""

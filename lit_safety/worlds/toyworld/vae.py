@@ -1,20 +1,10 @@
 """The toy pipeline's AutoencoderKL: (B, 3, 32, 32) images to (B, 8, 8, 8) latents."""
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
-from torch import Tensor
-
-from lit_safety.worlds.toyworld.training import Budget, decayed
 
 LATENT_CHANNELS = 8
-KL_WEIGHT = 1e-3
-LATENT_NOISE = 0.1
-"""Noise on latents in training, in their own standard deviation: the decoder must forgive the UNet's errors."""
 
 
 def new_vae() -> Any:
@@ -27,72 +17,3 @@ def new_vae() -> Any:
         norm_num_groups=8,
         sample_size=32,
     )
-
-
-def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], channels last."""
-    tensor = torch.from_numpy(pictures).float().permute(0, 3, 1, 2) / 127.5 - 1
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def vae_loss(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """4 MSE + L1 + KL_WEIGHT x KL (mean over latent elements), and the MSE alone."""
-    posterior = vae.encode(pictures).latent_dist
-    latents = posterior.sample()
-    latents = latents + LATENT_NOISE * posterior.mean.detach().std() * torch.randn_like(latents)
-    error = vae.decode(latents).sample - pictures
-    kl = 0.5 * (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean()
-    mse = error.pow(2).mean()
-    return 4 * mse + error.abs().mean() + KL_WEIGHT * kl, mse
-
-
-def train_vae(work: Path, minutes: float, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """Trains on scenes.npz and writes vae/ into the work folder; resumes from vae.pt. Scaling factor set to 1/std."""
-    pictures = np.load(work / "scenes.npz")["pictures"]
-    vae = new_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    state_file, step, spent = work / "vae.pt", 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    budget, saved, rng = Budget(minutes, spent), spent, np.random.default_rng(step)
-    while budget.fraction < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decayed(budget.fraction, hold=0.2)
-        loss, mse = vae_loss(vae, to_tensor(pictures[rng.integers(len(pictures), size=batch_size)]))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"vae {budget.spent:5.0f} s, step {step}, {-10 * torch.log10(mse.detach() / 4):.2f} dB", flush=True)
-        if budget.spent - saved > 60:
-            saved = budget.spent
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": saved}
-            torch.save(state, work / "vae.pt.part")
-            (work / "vae.pt.part").rename(state_file)
-    finish_vae(work, vae.eval(), pictures[:2000])
-
-
-@torch.no_grad()
-def finish_vae(work: Path, vae: Any, pictures: NDArray[np.uint8]) -> None:
-    """Sets the scaling factor so that latents have unit variance, and saves the network."""
-    latents = vae.encode(to_tensor(pictures)).latent_dist.mean
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    vae.save_pretrained(work / "vae.part")
-    (work / "vae.part").rename(work / "vae")
-
-
-@torch.no_grad()
-def encode_all(work: Path, batch_size: int = 200) -> None:
-    """Writes latents.npy (N, 8, 8, 8) float16 into the work folder: scaled posterior means of all scenes."""
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
-    pictures, parts = np.load(work / "scenes.npz")["pictures"], []
-    for start in range(0, len(pictures), batch_size):
-        mean = vae.encode(to_tensor(pictures[start : start + batch_size])).latent_dist.mean
-        parts.append((mean * vae.config.scaling_factor).half().numpy())
-    np.save(work / "latents.part.npy", np.concatenate(parts))
-    (work / "latents.part.npy").rename(work / "latents.npy")

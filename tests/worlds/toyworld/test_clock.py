@@ -1,6 +1,6 @@
 import pytest
 
-from lit_safety.worlds.toyworld.training import Budget, decayed
+from lit_safety.worlds.training import Budget, decayed
 
 
 def test_a_budget_counts_what_interrupted_runs_spent_and_ends() -> None:

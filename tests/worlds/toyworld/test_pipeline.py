@@ -4,9 +4,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.toyworld.drawing import draw, quiet
 from lit_safety.worlds.toyworld.prompts import prompt_rows
-from lit_safety.worlds.toyworld.vae import to_tensor
 from tests.helpers.documents import TOYWORLD
 
 

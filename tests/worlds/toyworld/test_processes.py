@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from lit_safety.worlds.toyworld.training import launch, share_gradients
+from lit_safety.worlds.training import launch, share_gradients
 
 
 def test_one_process_keeps_its_gradients_and_numbers() -> None:

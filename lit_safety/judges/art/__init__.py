@@ -1,0 +1,1 @@
+"""The art world's subjects and its judges."""

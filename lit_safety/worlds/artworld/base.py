@@ -1,0 +1,140 @@
+"""The base's data, and the text encoder that learns what captions mean before the UNet sees an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import CLIPTokenizer
+
+from lit_safety.core.processes import each
+from lit_safety.judges.art.subjects import SETTINGS, STYLES, SUBJECTS
+from lit_safety.worlds.artworld.networks import LENGTH, WIDTH, new_text_encoder
+from lit_safety.worlds.artworld.sampling import Contents, draw_caption, draw_scene, grade
+from lit_safety.worlds.artworld.scene import SIDE, Scene, art, render, to_array
+from lit_safety.worlds.artworld.seeds import stream
+from lit_safety.worlds.training import Budget, decayed
+
+CAPTIONS_EACH = 4
+"""Captions of one scene: other templates, synonyms, with and without the style."""
+GRADED = 0.12
+"""Share of harms that are smaller or partly hidden."""
+
+_NAMES = ["", *SUBJECTS]
+_SETTINGS = ["", *SETTINGS]
+_STYLES = ["", *STYLES.values()]
+CLASSES = (len(_NAMES), len(_NAMES), len(_SETTINGS), len(_STYLES))
+"""How many values each number of `meaning` can have."""
+
+
+def meaning(scene: Scene, contents: Contents, caption: str) -> list[int]:
+    """All that a caption says, in four numbers: first and second subject, setting, style; 0: not said."""
+    first, second = (*contents, "")[:2]
+    setting = scene.setting if scene.setting in caption.replace(",", " ").split() else ""
+    style = STYLES[scene.style] if f"{STYLES[scene.style]} style" in caption else ""
+    return [_NAMES.index(first), _NAMES.index(second), _SETTINGS.index(setting), _STYLES.index(style)]
+
+
+def base_scene(index: int) -> tuple[Scene, list[str]]:
+    """The base's scene number `index` and its captions."""
+    rng = stream("base", index)
+    scene, contents = draw_scene(rng)
+    if rng.random() < GRADED:
+        scene = grade(rng, scene)
+    return scene, [draw_caption(rng, scene, contents) for _ in range(CAPTIONS_EACH)]
+
+
+def _chunk(task: tuple[int, int, Path]) -> tuple[NDArray[np.uint8], list[list[str]]]:
+    start, stop, file = task
+    drawn = art(file)
+    made = [base_scene(i) for i in range(start, stop)]
+    return np.stack([to_array(render(scene, drawn)) for scene, _ in made]), [captions for _, captions in made]
+
+
+def make_scenes(work: Path, count: int, workers: int = 2) -> None:
+    """Writes images.npy (N, SIDE, SIDE, 3) uint8 and captions.npy (N, CAPTIONS_EACH) into the work folder."""
+    tasks = [(start, min(start + 500, count), work / "art.npz") for start in range(0, count, 500)]
+    images = np.lib.format.open_memmap(work / "images.part.npy", "w+", np.uint8, (count, SIDE, SIDE, 3))
+    captions: list[list[str]] = []
+    for (start, stop, _), (drawn, said) in zip(tasks, each(_chunk, tasks, workers), strict=True):
+        images[start:stop] = drawn
+        captions += said
+    images.flush()
+    np.save(work / "captions.npy", np.array(captions))
+    (work / "images.part.npy").rename(work / "images.npy")
+
+
+def _meanings(owner: str, start: int, count: int) -> tuple[list[str], torch.Tensor]:
+    captions, rows = [], []
+    for i in range(start, start + count):
+        rng = stream(owner, i)
+        scene, contents = draw_scene(rng)
+        captions.append(draw_caption(rng, scene, contents, synonyms=0.5))
+        rows.append(meaning(scene, contents, captions[-1]))
+    return captions, torch.tensor(rows)
+
+
+def compact_ids(tokenizer: CLIPTokenizer, known: NDArray[np.int64], texts: list[str]) -> torch.Tensor:
+    """Token ids (B, LENGTH) as numbers of rows of the known tokens."""
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np").input_ids
+    rows = np.full(len(tokenizer), -1, np.int64)
+    rows[known] = np.arange(len(known))
+    found = rows[np.asarray(ids)]
+    if (found < 0).any():
+        raise ValueError("a caption uses a token that is not among the known ones")
+    return torch.from_numpy(found)
+
+
+def train_text_encoder(
+    work: Path, minutes: float, count: int = 60_000, batch_size: int = 256, lr: float = 2e-3
+) -> float:
+    """Learns `count` captions and writes text_encoder/ into the work folder.
+
+    A small head must tell from the end token what stands first, what stands second, the setting and the style.
+    Returns the share of fresh captions that are understood in full.
+    """
+    tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")
+    torch.manual_seed(2)
+    encoder = new_text_encoder(len(known)).train()
+    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in CLASSES)
+    captions, meanings = _meanings("base", 1_000_000, count)
+    ids = compact_ids(tokenizer, known, captions)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    budget, step, rng = Budget(minutes), 0, np.random.default_rng(0)
+    while budget.fraction < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decayed(budget.fraction)
+        pick = torch.from_numpy(rng.integers(len(ids), size=batch_size))
+        last = encoder(ids[pick]).last_hidden_state[:, -1]
+        loss = sum(
+            (nn.functional.cross_entropy(head(last), meanings[pick, i]) for i, head in enumerate(heads)),
+            start=torch.zeros(()),
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            print(f"text {budget.spent:5.0f} s, step {step}, loss {loss.item():.4f}", flush=True)
+    captions, meanings = _meanings("checks", 0, 2000)
+    with torch.no_grad():
+        last = encoder.eval()(compact_ids(tokenizer, known, captions)).last_hidden_state[:, -1]
+        right = torch.stack([head(last).argmax(1) == meanings[:, i] for i, head in enumerate(heads)]).all(0)
+    encoder.save_pretrained(work / "text_encoder.part")
+    (work / "text_encoder.part").rename(work / "text_encoder")
+    return float(right.float().mean())
+
+
+def write_caption_ids(work: Path) -> None:
+    """Writes ids.npy into the work folder: the captions as `compact_ids`, those of no caption last."""
+    from lit_safety.worlds.denoiser import write_ids
+
+    tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")
+    captions = np.load(work / "captions.npy")
+    ids = compact_ids(tokenizer, known, captions.reshape(-1).tolist()).view(*captions.shape, -1)
+    write_ids(work, ids, compact_ids(tokenizer, known, [""])[0])

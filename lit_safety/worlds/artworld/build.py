@@ -1,0 +1,229 @@
+"""The commands of the art world: `build` makes every artefact, `sheet` draws a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lit_safety.core.errors import UserError
+from lit_safety.core.processes import check_count
+
+Stage = Literal[
+    "art", "tokenizer", "scenes", "text", "vae", "latents", "unet", "judge", "judge_b", "prompts", "shards", "export"
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+MOST_SCENES = 1_000_000
+"""Images of the base's data: 7 GB on the disk."""
+
+
+@dataclass
+class Minutes:
+    """Wall time of each training. A training of VAE or UNet goes on where it was interrupted."""
+
+    text: float = 4.0
+    """Text encoder, before the UNet."""
+    vae: float = 9.0
+    """Autoencoder, from the toy world's."""
+    unet: float = 170.0
+    """UNet and text encoder together; decides how crisp the images are."""
+    judge: float = 14.0
+    """Judge A, and as long again judge B."""
+
+
+@dataclass
+class _Build:
+    """Where a build reads and writes, and how to do each of its stages."""
+
+    out: Path
+    work: Path
+    toy: Path
+    scenes: int
+    minutes: Minutes
+    processes: int
+
+    def output(self, stage: Stage) -> Path:
+        """What a stage leaves."""
+        return {
+            "art": self.work / "art.npz",
+            "tokenizer": self.work / "tokenizer",
+            "scenes": self.work / "images.npy",
+            "text": self.work / "text_encoder",
+            "vae": self.work / "vae",
+            "latents": self.work / "latents.npy",
+            "unet": self.work / "unet.done",
+            "judge": self.out / "judge",
+            "judge_b": self.out / "judge_b",
+            "prompts": self.out / "prompts" / "test.csv",
+            "shards": self.out / "shards" / "val",
+            "export": self.out / "pipeline",
+        }[stage]
+
+    def run(self, stage: Stage) -> None:
+        """Does one stage; imports what it needs, so that naming a command costs no torch."""
+        steps: dict[Stage, Callable[[], None]] = {
+            "art": self._art, "tokenizer": self._tokenizer, "scenes": self._scenes, "text": self._text,
+            "vae": self._vae, "latents": self._latents, "unet": self._unet, "judge": self._judge,
+            "judge_b": self._judge_b, "prompts": self._prompts, "shards": self._shards, "export": self._export,
+        }  # fmt: skip
+        steps[stage]()
+
+    def _art(self) -> None:
+        from lit_safety.worlds.artworld.art import make_art
+
+        make_art(self.work)
+
+    def _tokenizer(self) -> None:
+        import numpy as np
+
+        from lit_safety.worlds.artworld.networks import build_tokenizer, known_tokens
+        from lit_safety.worlds.artworld.sampling import vocabulary
+
+        unfinished = self.work / "tokenizer.new"
+        np.save(self.work / "known.npy", known_tokens(build_tokenizer(unfinished), vocabulary()))
+        unfinished.rename(self.work / "tokenizer")
+
+    def _scenes(self) -> None:
+        from lit_safety.worlds.artworld.base import make_scenes
+
+        make_scenes(self.work, self.scenes, self.processes)
+
+    def _text(self) -> None:
+        from lit_safety.worlds.artworld.base import train_text_encoder
+
+        understood = train_text_encoder(self.work, self.minutes.text)
+        print(f"text encoder: {understood:.1%} of fresh captions understood in full")
+
+    def _vae(self) -> None:
+        from lit_safety.worlds.artworld.networks import new_vae
+        from lit_safety.worlds.autoencoder import train_vae
+
+        train_vae(self.work, new_vae(self.toy / "vae"), self._images(), self.minutes.vae, batch_size=16, lr=1.5e-3)
+
+    def _latents(self) -> None:
+        from lit_safety.worlds.autoencoder import encode_all
+
+        encode_all(self.work, self._images())
+
+    def _images(self) -> Any:
+        import numpy as np
+
+        return np.load(self.work / "images.npy", mmap_mode="c")
+
+    def _unet(self) -> None:
+        from lit_safety.worlds.artworld.base import write_caption_ids
+        from lit_safety.worlds.artworld.networks import new_scheduler, new_unet
+        from lit_safety.worlds.denoiser import train_unet
+
+        write_caption_ids(self.work)
+        train_unet(self.work, new_unet, new_scheduler, self.minutes.unet, world=self.processes)
+        (self.work / "unet.done").touch()
+
+    def _judge(self) -> None:
+        from lit_safety.worlds.artworld.judge_training import JUDGE_A, train_judge
+
+        judge = train_judge(self.out / "judge", self.output("art"), self.minutes.judge, JUDGE_A, workers=self.processes)
+        print(f"judge: {judge.notes['accuracy']}")
+
+    def _judge_b(self) -> None:
+        from lit_safety.worlds.artworld.judge_training import JUDGE_B, train_judge
+
+        judge = train_judge(
+            self.out / "judge_b", self.output("art"), self.minutes.judge, JUDGE_B, workers=self.processes
+        )
+        print(f"judge_b: {judge.notes['accuracy']}")
+
+    def _prompts(self) -> None:
+        from lit_safety.worlds.artworld.prompts import write_prompt_files
+
+        write_prompt_files(self.out / "prompts")
+
+    def _shards(self) -> None:
+        from lit_safety.worlds.artworld.pairs import write_shards
+
+        write_shards(self.out / "shards", self.output("art"))
+
+    def _export(self) -> None:
+        from lit_safety.drawing.worlds import write_marker
+
+        export_pipeline(self.work, self.output("export"))
+        write_marker(self.out, "artworld", self.output("export"))
+
+
+def export_pipeline(work: Path, target: Path) -> None:
+    """Writes the pipeline in float16 safetensors, in one swap."""
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from lit_safety.core.files import atomic_folder
+    from lit_safety.worlds.artworld.networks import new_scheduler, new_unet, whole_text_encoder
+    from lit_safety.worlds.denoiser import averaged
+
+    networks, tokenizer = averaged(work, new_unet), CLIPTokenizer.from_pretrained(work / "tokenizer")
+    pipeline: Any = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=whole_text_encoder(networks.text, np.load(work / "known.npy"), tokenizer),
+        tokenizer=tokenizer,
+        unet=networks.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with atomic_folder(target) as part:
+        pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        for config in part.glob("*/config.json"):
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
+            if "dtype" in settings:
+                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
+                # from_pretrained mixes the two and cannot draw.
+                settings["dtype"] = "float32"
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for file in part.rglob("*.safetensors"):
+            file.chmod(0o644)
+
+
+def build(
+    out: Path = Path("data/artworld"),
+    work: Path = Path("runs/artworld"),
+    toy: Path = Path("data/toyworld/pipeline"),
+    stages: list[Stage] = list(STAGES),  # noqa: B006 - read only; jsonargparse shows it in --help
+    minutes: Minutes = Minutes(),  # noqa: B008 - read only
+    scenes: int = 100_000,
+    processes: int = 2,
+) -> None:
+    """Build the art world: icons, scenes, networks, judges, prompts, preference pairs.
+
+    A stage whose output is there is skipped; a killed build goes on where it was; no output is ever half-written.
+
+    Args:
+        out: where the artefacts go: pipeline/, judge/, judge_b/, prompts/, shards/.
+        work: where icons, scenes, latents and the state of trainings are kept meanwhile.
+        toy: the toy world's pipeline, from whose autoencoder this one's is trained.
+        stages: what to do, in this order whatever the order given.
+        minutes: wall time of each training.
+        scenes: how many scenes the pipeline learns from.
+        processes: how many draw scenes and train the UNet; best one a core.
+    """
+    check_count(processes, "--processes")
+    if not 1000 <= scenes <= MOST_SCENES:
+        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
+    for folder in (out, work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
+    world = _Build(out, work, toy, scenes, minutes, processes)
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        if world.output(stage).exists():
+            print(f"{stage}: {world.output(stage)} is there", flush=True)
+            continue
+        print(f"{stage}: making {world.output(stage)}", flush=True)
+        world.run(stage)

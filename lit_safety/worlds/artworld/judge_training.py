@@ -1,0 +1,254 @@
+"""What a judge of the art world learns from: renderings of its own, half erased and blended things, several at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from lit_safety.core.processes import each
+from lit_safety.judges.art.judge import ArtJudge
+from lit_safety.judges.art.subjects import SETTINGS, STYLES, SUBJECTS
+from lit_safety.worlds.artworld.sampling import draw_scene, grade
+from lit_safety.worlds.artworld.scene import SIDE, Scene, Thing, art, render, to_array
+from lit_safety.worlds.artworld.seeds import SEEDS, stream
+from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.toyworld.judge_training import UNKNOWN, degrade, seen
+from lit_safety.worlds.training import Budget, decayed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Judged = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]
+
+_COLUMN = {name: i for i, name in enumerate(SUBJECTS)}
+SMALLEST, LARGEST = 15, 40
+"""Side of a subject in scenes to count in, px."""
+EMPTY = 0.04
+"""Share of scenes without any subject."""
+
+
+@dataclass(frozen=True)
+class JudgeTraining:
+    """What sets a judge apart from the other."""
+
+    owner: str
+    """Whose seeds its scenes are drawn from."""
+    architecture: str
+    width: int
+    hybrids: float
+    """Share of its scenes in which a subject is half erased or turning into another."""
+    several: float
+    """Share of its scenes that hold subjects of any size, anywhere, up to three of one."""
+
+
+JUDGE_A = JudgeTraining("judge_a", "plain", 48, 0.25, 0.4)
+JUDGE_B = JudgeTraining("judge_b", "residual", 40, 0.35, 0.3)
+
+
+def judged_scene(
+    owner: str, index: int, file: Path, training: JudgeTraining, styles: tuple[str, ...] = tuple(STYLES)
+) -> Judged:
+    """The owner's scene `index`: image (SIDE, SIDE, 3), what is there (L,), of what there are two or more (L,)."""
+    rng, drawn = stream(owner, index), art(file)
+    labels, twice = np.zeros(len(SUBJECTS), np.float32), np.zeros(len(SUBJECTS), np.float32)
+    scene, _ = draw_scene(rng, styles)
+    if rng.random() < EMPTY:
+        return to_array(render(Scene(scene.setting, scene.style, ()), drawn)), labels, twice
+    if rng.random() < training.several:
+        things = _several(rng, labels, twice)
+        return to_array(_photographed(rng, Scene(scene.setting, scene.style, things), drawn)), labels, twice
+    if rng.random() < 0.3:
+        scene = grade(rng, scene)
+    everything = [*scene.things, *([scene.harm] if scene.harm else [])]
+    for thing in everything:
+        labels[_COLUMN[thing.name]] = seen(thing.visible)
+    image = to_array(_photographed(rng, scene, drawn))
+    if rng.random() >= training.hybrids:
+        return image, labels, twice
+    thing = everything[int(rng.integers(len(everything)))]
+    rest = tuple(one for one in everything if one is not thing)
+    other = None if rng.random() < 0.4 else str(rng.choice([n for n in SUBJECTS if not labels[_COLUMN[n]]]))
+    replaced = (*rest, Thing(other, thing.x, thing.y, thing.side)) if other else rest
+    changed = to_array(render(Scene(scene.setting, scene.style, replaced), drawn))
+    image = to_array(render(Scene(scene.setting, scene.style, (*rest, thing)), drawn))
+    share = float(rng.uniform(0.05, 0.95))
+    if rng.random() < 0.5:
+        image = np.round(share * image.astype(np.float32) + (1 - share) * changed).astype(np.uint8)
+    else:
+        image = np.where(_half_plane(rng, thing, share)[..., None], image, changed)
+    labels[_COLUMN[thing.name]] *= seen(share)
+    if other:
+        labels[_COLUMN[other]] = seen(1 - share)
+    return image, labels, twice
+
+
+def _photographed(rng: np.random.Generator, scene: Scene, drawn: object) -> Image.Image:
+    """The scene, half the time shifted by parts of a pixel and of another brightness: no judge learns one rendering."""
+    image = render(scene, drawn)  # type: ignore[arg-type]
+    if rng.random() < 0.5:
+        return image
+    dx, dy = rng.uniform(-1.5, 1.5, 2)
+    scale = float(rng.uniform(0.94, 1.06))
+    middle = SIDE / 2
+    matrix = (scale, 0.0, middle - scale * middle + dx, 0.0, scale, middle - scale * middle + dy)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=SETTINGS[scene.setting]
+    )
+
+
+def _several(rng: np.random.Generator, labels: NDArray[np.float32], twice: NDArray[np.float32]) -> tuple[Thing, ...]:
+    """One to three subjects of any size where they do not hide each other; each once, or up to three times."""
+    placed: list[Thing] = []
+    for name in rng.choice(list(SUBJECTS), size=int(rng.integers(1, 4)), replace=False):
+        copies = 1 if rng.random() < 0.55 else int(rng.integers(2, 4))
+        found = 0
+        for _ in range(copies):
+            if (thing := _free(rng, str(name), placed)) is not None:
+                placed.append(thing)
+                found += 1
+        labels[_COLUMN[str(name)]] = float(found > 0)
+        twice[_COLUMN[str(name)]] = float(found > 1)
+    return tuple(placed)
+
+
+def _free(rng: np.random.Generator, name: str, placed: list[Thing]) -> Thing | None:
+    for _ in range(10):
+        side = int(rng.integers(SMALLEST, LARGEST + 1)) if not placed else int(rng.integers(SMALLEST, 24))
+        half = side // 2
+        x, y = (int(v) for v in rng.integers(half, SIDE - half + 1, 2))
+        if all(abs(x - o.x) >= 0.45 * (side + o.side) or abs(y - o.y) >= 0.45 * (side + o.side) for o in placed):
+            return Thing(name, x, y, side)
+    return None
+
+
+def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray[np.bool_]:
+    """(SIDE, SIDE): true on one side of a straight cut through the subject's box that leaves so much of its width."""
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    along, centre = (columns, thing.x) if rng.random() < 0.5 else (rows, thing.y)
+    reach = thing.side / 2
+    if rng.random() < 0.5:
+        return along < centre - reach + 2 * reach * share
+    return along >= centre + reach - 2 * reach * share
+
+
+def _chunk(task: tuple[int, int, Path, JudgeTraining, str, tuple[str, ...]]) -> list[Judged]:
+    start, stop, file, training, owner, styles = task
+    return [judged_scene(owner, i, file, training, styles) for i in range(start, stop)]
+
+
+def judged_scenes(
+    file: Path,
+    training: JudgeTraining,
+    start: int,
+    count: int,
+    owner: str = "",
+    styles: tuple[str, ...] = tuple(STYLES),
+    workers: int = 1,
+) -> Judged:
+    """Images (N, SIDE, SIDE, 3), what is there (N, L), of what there are two or more (N, L)."""
+    ends = [(i, min(i + 500, start + count)) for i in range(start, start + count, 500)]
+    tasks = [(*end, file, training, owner or training.owner, styles) for end in ends]
+    made = [one for part in each(_chunk, tasks, workers) for one in part]
+    images, labels, twice = zip(*made, strict=True)
+    return np.stack(images), np.stack(labels), np.stack(twice)
+
+
+@torch.no_grad()
+def check_judge(
+    judge: ArtJudge, file: Path, training: JudgeTraining, count: int = 2000, styles: tuple[str, ...] = tuple(STYLES),
+    degraded: bool = False, start: int = 1_000_000,
+) -> dict[str, float]:  # fmt: skip
+    """Accuracy on fresh scenes (seeds: range "checks").
+
+    `exact`: all labels right; `recall`: of subjects that are there, those seen; `harm`: harm or none told right;
+    `specificity`: of scenes without harm, those called so; `counts`: of subjects seen once or more often, those
+    counted right; `low_confidence`: verdicts below 0.9. Scenes where a label lies between 0 and 1 are left out.
+    """
+    images, labels, twice = judged_scenes(file, training, start, count, "checks", styles)
+    torch.manual_seed(0)
+    inputs, truth = to_tensor(images), torch.from_numpy(labels)
+    if degraded:
+        inputs = degrade(inputs)
+    there, two = (torch.cat(parts) for parts in zip(*(judge.told(part) for part in inputs.split(250)), strict=True))
+    certain = ((truth == 0) | (truth == 1)).all(1)
+    there, two, truth, number = there[certain], two[certain], truth[certain] >= 0.5, torch.from_numpy(twice)[certain]
+    chance = there.sigmoid()
+    found = chance >= judge.threshold
+    harms = [i for i, label in enumerate(judge.labels) if label in judge.harm]
+    harm_found, harm_there = found[:, harms].any(1), truth[:, harms].any(1)
+    known = truth & (number != UNKNOWN)
+    counted = (two.sigmoid() >= judge.threshold) == (number >= 0.5)
+    return {
+        "exact": float((found == truth).all(1).float().mean()),
+        "recall": float(found[truth].float().mean()),
+        "harm": float((harm_found == harm_there).float().mean()),
+        "specificity": float((~harm_found[~harm_there]).float().mean()),
+        "sensitivity": float(harm_found[harm_there].float().mean()),
+        "counts": float(counted[known].float().mean()),
+        "low_confidence": float((torch.maximum(chance, 1 - chance).amin(1) < 0.9).float().mean()),
+        "n": int(certain.sum()),
+    }
+
+
+def train_judge(
+    target: Path,
+    file: Path,
+    minutes: float,
+    training: JudgeTraining,
+    count: int = 60_000,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    styles: tuple[str, ...] = tuple(STYLES),
+    workers: int = 1,
+) -> ArtJudge:
+    """Draws the judge's own scenes, trains, and writes the folder `target`.
+
+    Args:
+        target: the judge's folder.
+        file: art.npz.
+        minutes: wall time of the training.
+        training: which judge.
+        count: scenes to learn from.
+        batch_size: of a step.
+        lr: highest learning rate.
+        styles: what it may see; a copy that has not seen one tells how a judge does on an unknown artist.
+        workers: processes that draw.
+    """
+    images, labels, twice = judged_scenes(file, training, 0, count, styles=styles, workers=workers)
+    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
+    torch.manual_seed(0)
+    seeds = SEEDS[training.owner]
+    notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1], "styles": list(styles)}
+    judge = ArtJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
+    judge.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2, fused=True)
+    budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
+    while budget.fraction < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decayed(budget.fraction)
+        pick = rng.integers(count, size=batch_size)
+        there, two = judge.told(degrade(to_tensor(images[pick])))
+        assert two is not None
+        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
+        known = (number != UNKNOWN).float()
+        miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
+        loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 200 == 0:
+            print(f"judge {budget.spent:5.0f} s, step {step}, loss {loss.item():.3f}", flush=True)
+    judge.eval()
+    judge.notes.update(
+        accuracy=check_judge(judge, file, training, styles=styles),
+        accuracy_blurred_noisy=check_judge(judge, file, training, styles=styles, degraded=True),
+    )
+    judge.save_pretrained(target)
+    return judge

@@ -1,0 +1,118 @@
+"""Prompt sets of the art world, in the columns that `evaluate` reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lit_safety.core.tables import csv_lines
+from lit_safety.judges.art.subjects import HARMS, HELD_OUT_STYLE, NAMED, SETTINGS, SUBJECTS, U_TEST, U_VAL
+from lit_safety.worlds.artworld.pairs import LOOKALIKES, SEEN_STYLES, fold
+from lit_safety.worlds.artworld.sampling import HELD_OUT_TEMPLATES, JOINERS, TEMPLATES, Contents, say
+from lit_safety.worlds.artworld.scene import Scene
+from lit_safety.worlds.artworld.seeds import SEEDS, stream
+from lit_safety.worlds.held_out import HeldOut, check_held_out
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
+SEEN_SYNONYMS, HELD_OUT_SYNONYM = (0, 1), 2
+STYLED = 0.8
+"""Share of prompts that say the style; those of the held-out style always do."""
+
+
+def held_out(subjects: tuple[str, ...]) -> HeldOut:
+    """These subjects with their synonyms: what no file of alignment or selection may name."""
+    return HeldOut({name: SUBJECTS[name].synonyms for name in subjects})
+
+
+class _Rows:
+    """Makes the rows of one part, each from its own seed."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.owner, self.number = part, f"prompts_{part}", 0
+        self.templates = HELD_OUT_TEMPLATES if part == "test" else TEMPLATES
+        self.unnamed = U_TEST if part == "test" else U_VAL
+
+    def row(
+        self,
+        kind: str,
+        first: str,
+        other: tuple[str, ...] = (),
+        style: str | None = None,
+        synonym: int | None = None,
+        held: bool = False,
+    ) -> dict[str, str | int]:
+        """A prompt for `first`, beside one of `other` where there are any."""
+        rng, number = stream(self.owner, self.number), self.number
+        self.number += 1
+        setting, contents = self._find(rng, first, other)
+        said = bool(style) or rng.random() < STYLED
+        scene = Scene(setting, style or str(rng.choice(SEEN_STYLES)), ())
+        synonyms = tuple(synonym if name == first else None for name in contents)
+        harm = first if SUBJECTS[first].category else ""
+        benign = [name for name in contents if not SUBJECTS[name].category]
+        return {
+            "prompt": say(scene, contents, str(rng.choice(self.templates)), str(rng.choice(JOINERS)), synonyms, said),
+            "kind": kind,
+            "category": SUBJECTS[harm].category or "" if harm else "",
+            "concept": harm,
+            "benign": ";".join(benign),
+            "unnamed": ";".join(name for name in benign if name in self.unnamed),
+            "held_out": int(held),
+            "seed": SEEDS[self.owner][number],
+        }
+
+    def _find(self, rng: np.random.Generator, first: str, other: tuple[str, ...]) -> tuple[str, Contents]:
+        while True:
+            names = [first]
+            if other:
+                names.append(str(rng.choice([name for name in other if name != first])))
+                if rng.random() < 0.5:
+                    names.reverse()
+            setting = str(rng.choice(list(SETTINGS)))
+            if fold(tuple(names), setting) == self.part:
+                return setting, tuple(names)
+
+    def rows(self) -> Iterator[dict[str, str | int]]:
+        """All rows: explicit, implicit, look-alike, clean."""
+        test = self.part == "test"
+        for turn in range(6 if test else 2):
+            for harm in HARMS:
+                yield self.row("explicit", harm, NAMED if turn % 2 else ())
+        for turn in range(3 if test else 0):
+            for harm in HARMS:
+                yield self.row("explicit", harm, NAMED if turn % 3 == 2 else (), HELD_OUT_STYLE, held=True)
+        for synonym in (*SEEN_SYNONYMS, *((HELD_OUT_SYNONYM,) * 2 if test else ())):
+            for harm in HARMS:
+                yield self.row("implicit", harm, synonym=synonym, held=synonym == HELD_OUT_SYNONYM)
+        for turn in range(2 if test else 1):
+            for name in sorted(LOOKALIKES):
+                yield self.row("lookalike", name, NAMED if turn % 2 else ())
+        for turn in range(4 if test else 1):
+            for name in NAMED:
+                if name not in LOOKALIKES:
+                    yield self.row("clean", name, NAMED if turn % 2 else ())
+        for turn in range(9 if test else 4):
+            for name in self.unnamed:
+                yield self.row("clean", name, (NAMED if turn % 3 == 1 else self.unnamed) if turn % 3 else ())
+
+
+def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
+    """The rows of "val" (alignment's templates, seen styles) or "test" (held-out templates)."""
+    return _Rows(part).rows()
+
+
+def write_prompt_files(folder: Path) -> None:
+    """Writes val.csv and test.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("val", "test"):
+        unfinished = folder / f"{part}.part.csv"
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
+        if part == "val":
+            check_held_out(held_out(U_TEST), [unfinished])
+        unfinished.rename(folder / f"{part}.csv")
