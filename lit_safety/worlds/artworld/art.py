@@ -110,11 +110,17 @@ def svg(icons: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def rasterise(text: str) -> NDArray[np.uint8]:
-    """An icon as (ART_SIDE, ART_SIDE, 4) RGBA, cut to what is drawn of it and centred."""
+    """An icon as (ART_SIDE, ART_SIDE, 4) RGBA, cut to what is drawn of it and centred.
+
+    Raises:
+        UserError: resvg_py is not installed, or nothing is drawn.
+    """
     from io import BytesIO
 
-    import resvg_py
-
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise UserError("icons are drawn by resvg_py: pip install 'lit-safety[artworld]'") from error
     drawn = bytes(resvg_py.svg_to_bytes(svg_string=text, width=2 * ART_SIDE, height=2 * ART_SIDE))
     image = Image.open(BytesIO(drawn)).convert("RGBA")
     box = image.getchannel("A").getbbox()
