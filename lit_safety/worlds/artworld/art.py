@@ -140,7 +140,7 @@ def rasterise(text: str) -> NDArray[np.uint8]:
 def make_art(work: Path) -> None:
     """Writes art.npz into the work folder: one array (subjects, ART_SIDE, ART_SIDE, 4) for each style."""
     fetch(work)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for style in STYLES:
         icons = icons_of(work, style)
         arrays[style] = np.stack([rasterise(svg(icons, icon_names(name))) for name in SUBJECTS])

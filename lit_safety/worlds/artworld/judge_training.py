@@ -226,7 +226,7 @@ def train_judge(
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1], "styles": list(styles)}
     judge = ArtJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    judge.train().to(memory_format=torch.channels_last)
+    judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2, fused=True)
     budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
     while budget.fraction < 1:

@@ -89,7 +89,7 @@ def known_tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> NDArray[np.i
     return np.array([*first, *sorted(found - set(first))], np.int64)
 
 
-def whole_text_encoder(trained: CLIPTextModel, known: NDArray[np.int64], tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def whole_text_encoder(trained: Any, known: NDArray[np.int64], tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The trained tower over the whole vocabulary: rows of tokens that it never saw are zeros."""
     config = copy.deepcopy(trained.config)
     config.vocab_size = len(tokenizer)
