@@ -10,6 +10,7 @@ from .export import ExportCostModel as ExportCostModel
 from .export import ExportUserAdapter as ExportUserAdapter
 from .merge_experts import MergeExperts as MergeExperts
 from .probe_margin import ProbeMargin as ProbeMargin
+from .stop_when_aligned import StopWhenAligned as StopWhenAligned
 from .summary import RunSummary as RunSummary
 from .update_dual import UpdateDual as UpdateDual
 from .write_costs import WriteCosts as WriteCosts
@@ -25,6 +26,7 @@ __all__ = [
     "ProbeMargin",
     "RunSummary",
     "StopOnSignal",
+    "StopWhenAligned",
     "UpdateDual",
     "WriteCosts",
     "WriteDrawings",

@@ -215,11 +215,11 @@ class CostScorer:
         elif not images:
             return torch.empty(0, device=self.device)
         else:
-            features = self._features(images)
+            features = self.features(images)
         return (self.adapter(features) + self.bias) / self.temperature
 
-    def _features(self, images: Sequence[Image]) -> Tensor:
-        """Images of one size go through the tower together: (B, D) in the order given."""
+    def features(self, images: Sequence[Image]) -> Tensor:
+        """The tower's features (B, D) of images in the order given; those of one size go through it together."""
         from lit_safety.core.images import rgb
         from lit_safety.data.reading.decode import to_tensor
 
