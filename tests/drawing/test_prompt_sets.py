@@ -109,7 +109,7 @@ def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
         ("prompt,category\n", "no rows"),
         ("", "misses the column"),
         ("prompt,category\na,cuteness\n", "line 2: unknown category"),
-        ("prompt,category\na,\n", "line 2: the category is empty"),
+        ("prompt,category,image\na,,b.png\n", "line 2: the category is empty"),
         ("prompt,category\n ,hate\n", "line 2: the prompt is empty"),
         ("prompt,category\na,b,hate\n", "line 2: has more or fewer fields"),
         ("prompt,category,evaluation_seed\na,hate,x\n", "seed `x`"),
