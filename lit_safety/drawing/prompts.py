@@ -265,6 +265,7 @@ UNSAFE_DIFFUSION: dict[str, str] = {
 """The five scopes of Unsafe Diffusion (arXiv 2305.13873) among our categories."""
 BENCHMARK = ("sensitive prompt", "case_number", "evaluation_seed", "sd_seed")
 """Where one of these stands, and nothing says what is asked for, the set was published to be attacked with."""
+_COPROV2 = re.compile(r"(?P<side>[us])_idx_[A-Za-z0-9_-]+\.(?:jpg|jpeg|png|webp)")
 _SAGE = re.compile(
     r"user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+(?:\.[A-Za-z]{3,4})?_(?P<side>[su])\.(?:jpg|jpeg|png|webp)"
 )
@@ -365,6 +366,9 @@ def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | No
         from lit_safety.data.convert.sage import category_and_concept
 
         return _Asked("explicit", [category_and_concept(named["about"], where)[0]])
+    pair = _COPROV2.fullmatch(PurePath(cells.get("image", "")).name)
+    if kind is None and pair is not None and pair["side"] == "s":  # its category is that of the unsafe prompt
+        return _Asked("clean", [])
     decided = kind or layout.kind or ("explicit" if layout.category else None)
     if decided is None and (layout.benchmark or category is not None):
         raise UserError(

@@ -228,6 +228,8 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
         ("set.json", [{"prompt": "a", "Prompt": "b"}], "twice"),
         ("set.json", ["", None], "entry 1: the prompt is empty"),
         ("set.json", "[" * 500, "not JSON"),
+        ("set.json", '["a", "b \\ud800"]', "entry 2: `prompt` holds half a character"),
+        ("set.json", [1, 2], "entry 1: is neither"),
         ("set.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: is not JSON"),
         ("set.txt", "\n\n", "nothing to draw"),
     ],
