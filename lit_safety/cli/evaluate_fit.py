@@ -88,13 +88,16 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
     if not isinstance(pipeline, str):
         raise UserError(f"{file}: names no `model.init_args.pretrained`, so there is nothing to evaluate")
     options: dict[str, Any] = {"pipeline": pipeline}
+    named = {word.partition("=")[0] for word in given}
     callbacks = _at(said, "trainer", "callbacks")
     for one in callbacks if isinstance(callbacks, list) else [callbacks]:
         if str(_at(one, "class_path")).endswith("EvaluateOnTest"):
             options |= _at(one, "init_args") or {}
+    asked = options.keys() | {word.removeprefix("--") for word in named}
+    if missing := [f"--{key}" for key in ("prompts", "judge") if key not in asked and "--config" not in named]:
+        raise UserError(f"{file}: has no callback `EvaluateOnTest` that says it, so give {' and '.join(missing)}")
     drawing = _at(said, "model", "init_args", "drawing")
     options |= {key: drawing[key] for key in ("steps", "guidance") if isinstance(drawing, dict) and key in drawing}
-    named = {word.partition("=")[0] for word in given}
     run = _run(said, file)
     if "--out" not in named and run is not None:
         options["out"] = str(run / "report")

@@ -110,8 +110,18 @@ def check_config(arguments: Sequence[str]) -> dict[str, str]:
             class cannot be found; names the file or option, the key, and what was probably meant.
     """
     state = _State()
+    before: list[tuple[str, Mapping[str, Any]]] = []
     for where, said in _said(arguments):
+        nothing_yet = "model" not in state.classes
         _check(said, where, state)
+        if nothing_yet and "model" in state.classes and not where.startswith("-"):
+            _check_before(before, said, where)
+        before.append((where, said))
+    if "model" not in state.classes | state.overlays and not any("help" in word for word in arguments):
+        raise UserError(
+            "nothing names a model: give a method's file, as in `--config scdpo.yaml`; "
+            "`lit-safety init FOLDER --model MODEL` writes one to edit"
+        )
     for key, file in state.overlays.items():
         if key not in state.classes:
             raise UserError(
@@ -229,10 +239,29 @@ def _check_order(key: str, value: Any, where: str, before: str | None, state: _S
         if isinstance(value, dict) and is_file:
             state.overlays.setdefault(key, where)
     elif before is None and (first := state.overlays.pop(key, None)) is not None and is_file:
-        raise UserError(
-            f"{first}: is an overlay, and stands before the method's file {where}, which would undo it: put the "
-            f"method's file first, `--config {where} --config {first}`"
-        )
+        raise _undone(first, where)
+
+
+def _check_before(before: Sequence[tuple[str, Mapping[str, Any]]], said: Mapping[str, Any], where: str) -> None:
+    """Whether the method's file undoes what stands in files before it, of the trainer or of a run."""
+    for first, earlier in before:
+        if not first.startswith("-") and (key := _other_value(earlier, said)) is not None:
+            raise _undone(first, where, f" (`{key}`)")
+
+
+def _undone(first: str, where: str, what: str = "") -> UserError:
+    return UserError(
+        f"{first}: is an overlay, and stands before the method's file {where}, which would undo it{what}: put the "
+        f"method's file first, `--config {where} --config {first}`"
+    )
+
+
+def _other_value(first: Any, then: Any, key: str = "") -> str | None:
+    """The first dotted key to which both give a value, and not the same."""
+    if not isinstance(first, dict) or not isinstance(then, dict):
+        return None if first == then else key
+    found = (_other_value(first[name], then[name], f"{key}.{name}" if key else name) for name in first if name in then)
+    return next(filter(None, found), None)
 
 
 def _keys(said: Mapping[str, Any], of: Signature, key: str, where: str, state: _State) -> None:

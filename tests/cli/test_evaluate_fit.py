@@ -100,6 +100,15 @@ def test_from_another_folder_the_place_that_was_looked_in_is_named(
         open_source("mine/shards", "data.train")
 
 
+def test_without_the_callback_prompts_and_judge_are_asked_for(fit: Path) -> None:
+    Path("bare.yaml").write_text(yaml.safe_dump({**FIT, "trainer": {"callbacks": []}}))
+    with pytest.raises(UserError, match=r"bare\.yaml.*--prompts and --judge"):
+        from_fit(["--config", "bare.yaml"])
+    with pytest.raises(UserError, match="give --judge"):
+        from_fit(["--config", "bare.yaml", "--prompts=mine.csv"])
+    assert options(from_fit(["--config", "bare.yaml", "--prompts=mine.csv", "--judge=clip.yaml"]))["out"]
+
+
 def test_a_run_that_left_nothing_is_named(fit: Path) -> None:
     Path("mine/runs/first/adapter").rmdir()
     with pytest.raises(UserError, match="mine/runs/first,"):
