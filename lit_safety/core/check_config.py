@@ -143,9 +143,11 @@ def check_command(function: str, arguments: Sequence[str]) -> None:
     """
     found, state = signature_of(function.replace(":", ".")), _State()
     for where, said in _said(arguments):
-        of_a_fit = isinstance(said.get("model"), dict)  # `evaluate` reads these otherwise
-        if found is not None and not (of_a_fit and "model" not in found.parameters):
-            _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
+        if found is None:
+            continue
+        if isinstance(said.get("model"), dict) and "model" not in found.parameters and not where.startswith("-"):
+            raise UserError(f"{where}: is the YAML of a fit, of which {found.name} takes nothing; `evaluate` reads one")
+        _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
 
 
 def _said(arguments: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -318,6 +320,11 @@ def _class(value: Any, key: str, parameter: Parameter | None, where: str, state:
         for name, one in value.items():  # a mapping of names that the user gives
             if isinstance(one, dict | list):
                 _class(one, f"{key}.{name}", each, where, state)
+            elif each is not None and (fields := nested(each)) is not None and not _CLASS.match(str(one)):
+                raise UserError(
+                    f"{where}: `{key}.{name}` is {'empty' if one is None else repr(one)}; it needs keys below it, of "
+                    f"{', '.join(fields.parameters)}"
+                )
         return
     found = signature_of(path)
     arguments = value.get("init_args") if _ABOUT_CLASS & value.keys() else value
