@@ -146,6 +146,8 @@ def check_command(function: str, arguments: Sequence[str]) -> None:
         if found is None:
             continue
         if isinstance(said.get("model"), dict) and "model" not in found.parameters and not where.startswith("-"):
+            if function == COMMANDS["evaluate"]:  # it takes from it what it needs
+                continue
             raise UserError(f"{where}: is the YAML of a fit, of which {found.name} takes nothing; `evaluate` reads one")
         _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
 

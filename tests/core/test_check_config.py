@@ -107,6 +107,7 @@ def test_a_fits_yaml_is_no_other_commands() -> None:
     for command in ("attacks.command:attack", "evaluation.users.evaluate:evaluate_users", "merging.merge:merge"):
         with pytest.raises(UserError, match=r"fit\.yaml: is the YAML of a fit"):
             check_command(f"lit_safety.{command}", ["--config", "fit.yaml"])
+    check_command(EVALUATE, ["--config", "fit.yaml"])
 
 
 def test_a_command_line_without_a_method_says_how_to_get_one() -> None:
