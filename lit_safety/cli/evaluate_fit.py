@@ -94,8 +94,8 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
         if str(_at(one, "class_path")).endswith("EvaluateOnTest"):
             options |= _at(one, "init_args") or {}
     asked = options.keys() | {word.removeprefix("--") for word in named}
-    if missing := [f"--{key}" for key in ("prompts", "judge") if key not in asked and "--config" not in named]:
-        raise UserError(f"{file}: has no callback `EvaluateOnTest` that says it, so give {' and '.join(missing)}")
+    if absent := [f"--{key}" for key in ("prompts", "judge") if key not in asked and "--config" not in named]:
+        raise UserError(f"{file}: has no callback `EvaluateOnTest` that says it, so give {' and '.join(absent)}")
     drawing = _at(said, "model", "init_args", "drawing")
     options |= {key: drawing[key] for key in ("steps", "guidance") if isinstance(drawing, dict) and key in drawing}
     run = _run(said, file)

@@ -366,7 +366,7 @@ class SingleLineErrors:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__
-            if cause is None or cause is error:
+            if cause is None or isinstance(error, UserError):
                 raise
             raise UserError(str(cause)) from error
 
