@@ -30,7 +30,7 @@ class EvaluateOnTest(Callback):
 
     def __init__(
         self,
-        prompts: list[dict[str, Any]] | str,
+        prompts: list[dict[str, Any] | str] | str,
         judge: dict[str, Any] | str,
         explicit: int | None = 40,
         implicit: int | None = 80,

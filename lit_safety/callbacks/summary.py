@@ -25,6 +25,7 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._rate_told = False
+        self._validated = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -56,8 +57,16 @@ class RunSummary(Callback):
         rates = sorted({f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups})
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = self._validated or not trainer.sanity_checking
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = datamodule_of(trainer)
+        if not self._validated and trainer.is_global_zero and trainer.num_val_batches and any(trainer.num_val_batches):
+            print(
+                f"note    nothing was validated and no sample drawn: trainer.val_check_interval is "
+                f"{trainer.val_check_interval}, and the run had {trainer.fit_loop.total_batch_idx + 1} batches"
+            )
         left_out = dict.fromkeys(data.bad_samples) if isinstance(data, LeavingOut) else {}
         truncated = pl_module.truncated.prompts if isinstance(pl_module, PreferenceModule) else {}
         mine = (left_out, truncated)

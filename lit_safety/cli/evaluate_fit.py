@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,22 +88,31 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
     if not isinstance(pipeline, str):
         raise UserError(f"{file}: names no `model.init_args.pretrained`, so there is nothing to evaluate")
     options: dict[str, Any] = {"pipeline": pipeline}
+    named = {word.partition("=")[0] for word in given}
     callbacks = _at(said, "trainer", "callbacks")
     for one in callbacks if isinstance(callbacks, list) else [callbacks]:
         if str(_at(one, "class_path")).endswith("EvaluateOnTest"):
             options |= _at(one, "init_args") or {}
+    asked = options.keys() | {word.removeprefix("--") for word in named}
+    if absent := [f"--{key}" for key in ("prompts", "judge") if key not in asked and "--config" not in named]:
+        raise UserError(f"{file}: has no callback `EvaluateOnTest` that says it, so give {' and '.join(absent)}")
     drawing = _at(said, "model", "init_args", "drawing")
     options |= {key: drawing[key] for key in ("steps", "guidance") if isinstance(drawing, dict) and key in drawing}
-    named = {word.partition("=")[0] for word in given}
     run = _run(said, file)
     if "--out" not in named and run is not None:
         options["out"] = str(run / "report")
     if not any(word == "--adapter" or word.startswith("--arms") for word in named):
         left = next((one for one in LEFT if run is not None and (run / one).exists()), None)
         if run is None or left is None:
+            latest = _latest(said)
+            missing = (
+                f"its run that began last, {run}, has left no adapter"
+                if run is not None
+                else f"there is no run of it, {latest if latest.is_absolute() else Path.cwd() / latest}"
+            )
             raise UserError(
-                f"{file}: no run of it has left an adapter{f' in {run}' if run else ''}: "
-                f"`lit-safety fit --config {file}` first, or give --adapter"
+                f"{file}: {missing}: first, in this folder, `lit-safety fit --config {shlex.quote(file)}`, or give "
+                "--adapter"
             )
         options[LEFT[left]] = str(run / left)
     return [f"--{name}={_word(value)}" for name, value in options.items()]
@@ -113,10 +123,14 @@ def _run(said: dict[str, Any], file: str) -> Path | None:
     beside = Path(shipped(file)).parent
     if Path(file).name == "config.yaml" and any((beside / one).exists() for one in LEFT):
         return beside  # a run's own record of what it did
+    latest = _latest(said)
+    return latest.parent / latest.readlink() if latest.is_symlink() else latest if latest.is_dir() else None
+
+
+def _latest(said: dict[str, Any]) -> Path:
     root = _at(said, "run", "root") or "runs"
     name = _at(said, "run", "name") or str(_at(said, "model", "class_path")).rpartition(".")[2].lower()
-    latest = Path(str(root)) / str(name) / "latest"
-    return latest.parent / latest.readlink() if latest.is_symlink() else latest if latest.is_dir() else None
+    return Path(str(root)) / str(name) / "latest"
 
 
 def _word(value: Any) -> str:

@@ -113,8 +113,18 @@ def check_config(arguments: Sequence[str]) -> dict[str, str]:
             class cannot be found; names the file or option, the key, and what was probably meant.
     """
     state = _State()
+    before: list[tuple[str, Mapping[str, Any]]] = []
     for where, said in _said(arguments):
+        nothing_yet = "model" not in state.classes
         _check(said, where, state)
+        if nothing_yet and "model" in state.classes and not where.startswith("-"):
+            _check_before(before, said, where)
+        before.append((where, said))
+    if "model" not in state.classes | state.overlays and not any("help" in word for word in arguments):
+        raise UserError(
+            "nothing names a model: give a method's file, as in `--config scdpo.yaml`; "
+            "`lit-safety init FOLDER --model MODEL` writes one to edit"
+        )
     for key, file in state.overlays.items():
         if key not in state.classes:
             raise UserError(
@@ -136,9 +146,13 @@ def check_command(function: str, arguments: Sequence[str]) -> None:
     """
     found, state = signature_of(function.replace(":", ".")), _State()
     for where, said in _said(arguments):
-        of_a_fit = isinstance(said.get("model"), dict)  # `evaluate` reads these otherwise
-        if found is not None and not (of_a_fit and "model" not in found.parameters):
-            _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
+        if found is None:
+            continue
+        if isinstance(said.get("model"), dict) and "model" not in found.parameters and not where.startswith("-"):
+            if function == COMMANDS["evaluate"]:  # it takes from it what it needs
+                continue
+            raise UserError(f"{where}: is the YAML of a fit, of which {found.name} takes nothing; `evaluate` reads one")
+        _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
 
 
 def _said(arguments: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -232,10 +246,29 @@ def _check_order(key: str, value: Any, where: str, before: str | None, state: _S
         if isinstance(value, dict) and is_file:
             state.overlays.setdefault(key, where)
     elif before is None and (first := state.overlays.pop(key, None)) is not None and is_file:
-        raise UserError(
-            f"{first}: is an overlay, and stands before the method's file {where}, which would undo it: put the "
-            f"method's file first, `--config {where} --config {first}`"
-        )
+        raise _undone(first, where)
+
+
+def _check_before(before: Sequence[tuple[str, Mapping[str, Any]]], said: Mapping[str, Any], where: str) -> None:
+    """Whether the method's file undoes what stands in files before it, of the trainer or of a run."""
+    for first, earlier in before:
+        if not first.startswith("-") and (key := _other_value(earlier, said)) is not None:
+            raise _undone(first, where, f" (`{key}`)")
+
+
+def _undone(first: str, where: str, what: str = "") -> UserError:
+    return UserError(
+        f"{first}: is an overlay, and stands before the method's file {where}, which would undo it{what}: put the "
+        f"method's file first, `--config {where} --config {first}`"
+    )
+
+
+def _other_value(first: Any, then: Any, key: str = "") -> str | None:
+    """The first dotted key to which both give a value, and not the same."""
+    if not isinstance(first, dict) or not isinstance(then, dict):
+        return None if first == then else key
+    found = (_other_value(first[name], then[name], f"{key}.{name}" if key else name) for name in first if name in then)
+    return next(filter(None, found), None)
 
 
 def _keys(said: Mapping[str, Any], of: Signature, key: str, where: str, state: _State) -> None:
@@ -292,6 +325,11 @@ def _class(value: Any, key: str, parameter: Parameter | None, where: str, state:
         for name, one in value.items():  # a mapping of names that the user gives
             if isinstance(one, dict | list):
                 _class(one, f"{key}.{name}", each, where, state)
+            elif each is not None and (fields := nested(each)) is not None and not _CLASS.match(str(one)):
+                raise UserError(
+                    f"{where}: `{key}.{name}` is {'empty' if one is None else repr(one)}; it needs keys below it, of "
+                    f"{', '.join(fields.parameters)}"
+                )
         return
     found = signature_of(path)
     arguments = value.get("init_args") if _ABOUT_CLASS & value.keys() else value

@@ -36,9 +36,11 @@ def did_you_mean(word: str, names: Iterable[str], listed: bool = True) -> str:
         listed: tell the names where none is close.
     """
     names = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(word, names, 2, 0.7 if len(word) > 4 else 0.6)
-    if not close:  # `LR` for `lr`
-        close = [name for name in names if name.casefold() == word.casefold()]
+    share = 0.7 if len(word) > 4 else 0.6
+    close = difflib.get_close_matches(word, names, 2, share)
+    if not close:  # `LR` for `lr`, `Safre` for `SAFREE`
+        plain = difflib.get_close_matches(word.casefold(), [name.casefold() for name in names], 2, share)
+        close = [name for name in names if name.casefold() in plain]
     if close:
         return f"; did you mean {' or '.join(repr(one) for one in close)}?"
     return f"; there are {', '.join(names)}" if listed and 0 < len(names) <= 60 else ""

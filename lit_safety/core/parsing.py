@@ -355,6 +355,21 @@ class SingleLineErrors:
             check_nulls(parsed.as_dict())
             return parsed
 
+    def instantiate(self, *given: Any, **keys: Any) -> Any:
+        """As jsonargparse's; what a class says of its arguments comes out as it said it.
+
+        Where a type is `X | None`, jsonargparse turns it into a `ValueError` about all that the type allows.
+        """
+        try:
+            return super().instantiate(*given, **keys)  # type: ignore[misc]
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            if cause is None or isinstance(error, UserError):
+                raise
+            raise UserError(str(cause)) from error
+
     @contextmanager
     def _fresh(self) -> Iterator[None]:
         """Applies the rule; the outermost parser prints what was not taken over."""

@@ -215,7 +215,7 @@ def _find(module: str, name: str, depth: int = 0) -> tuple[str, Definition] | No
             return None
     except Absent:
         return None
-    raise Absent(f"{module}.{name}", [one for one in names if not one.startswith("_")])
+    raise Absent(f"{module}.{name}", [one for one in names if not one.startswith("_") and one != "lazy_loader"])
 
 
 def _absolute(module: str, one: ast.ImportFrom) -> str:

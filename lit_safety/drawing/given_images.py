@@ -127,7 +127,7 @@ def _match(
         if by_name:  # else the names are of the set's own images, and the program numbered its own
             _check(by_name, files, places, "by the column of their names", where, _named)
             return "file_name", by_name
-    numbered = _numbers(files, where)
+    numbered = _numbers(files, folder, where)
     ways: dict[str, dict[int, int]] = {}
     cases = {row: place.case_number for row, place in every.items() if place.case_number is not None}
     if set(places) <= set(cases) and len(set(cases.values())) == len(cases):
@@ -160,7 +160,8 @@ def _by_name(files: Sequence[Path], every: Mapping[int, Place], folder: Path, wh
         if row is None:
             continue
         if row in found:
-            raise UserError(f"{where}: {found[row].name} and {file.name} are both the image of one prompt; keep one")
+            raise UserError(f"{where}: {_below(found[row], folder)} and {_below(file, folder)} are both the image of "
+                            "one prompt; keep one")  # fmt: skip
         found[row] = file
     return found
 
@@ -170,7 +171,11 @@ def _spellings(name: PurePath) -> list[str]:
     return [name.as_posix(), name.with_suffix("").as_posix(), name.name, name.stem]
 
 
-def _numbers(files: Sequence[Path], where: str) -> dict[int, Path]:
+def _below(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _numbers(files: Sequence[Path], folder: Path, where: str) -> dict[int, Path]:
     found: dict[int, Path] = {}
     unclear = [file for file in files if _number(file) is None]
     if unclear:
@@ -184,7 +189,8 @@ def _numbers(files: Sequence[Path], where: str) -> dict[int, Path]:
         assert number is not None
         if number in found:
             raise UserError(
-                f"{where}: {found[number].name} and {file.name} are both of the number {number}; keep one a prompt"
+                f"{where}: {_below(found[number], folder)} and {_below(file, folder)} are both of the number {number}; "
+                "keep one a prompt"
             )
         found[number] = file
     return found

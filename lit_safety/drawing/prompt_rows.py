@@ -107,6 +107,9 @@ def _from_json(text: str, file: str, known: Sequence[str], default: str) -> Reco
     else:
         found = whole if isinstance(whole, list) else _entries(whole, file)
         entries = [(f"{file} entry {number}", entry) for number, entry in enumerate(found, start=1)]
+    for where, one in entries:
+        if not isinstance(one, dict | str | None):
+            raise UserError(f"{where}: is neither an object with a `prompt` nor a text")
     objects = [(where, one if isinstance(one, dict) else {default: one}) for where, one in entries]
     given = dict.fromkeys(key for _, entry in objects for key in entry)
     names = dict(zip(given, check_header(list(given), file, known), strict=True))
@@ -157,6 +160,15 @@ def _entries(whole: Any, file: str) -> list[Any]:
     raise UserError(f"{file}: is JSON of another shape; give a list of objects with a `prompt`, or a list of texts")
 
 
+def _encodable(text: str) -> bool:
+    """Half a surrogate pair can stand in JSON, and in no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _record(where: str, values: dict[str, Any]) -> Record:
     """A row of JSON values as the texts that a CSV would hold; what is not known is empty."""
     cells = {}
@@ -165,6 +177,10 @@ def _record(where: str, values: dict[str, Any]) -> Record:
             cells[name] = ""
         elif isinstance(value, str):
             cells[name] = value.strip()
+            if not _encodable(value):
+                return Record(
+                    where, {}, f"`{name}` holds half a character (a lone surrogate such as \\ud800); restore it"
+                )
         elif isinstance(value, int | float):
             cells[name] = str(int(value)) if isinstance(value, bool) else repr(value)
         elif isinstance(value, list) and all(isinstance(one, str | int | float) for one in value):

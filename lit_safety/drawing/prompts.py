@@ -267,6 +267,7 @@ UNSAFE_DIFFUSION: dict[str, str] = {
 """The five scopes of Unsafe Diffusion (arXiv 2305.13873) among our categories."""
 BENCHMARK = ("sensitive prompt", "case_number", "evaluation_seed", "sd_seed")
 """Where one of these stands, and nothing says what is asked for, the set was published to be attacked with."""
+_COPROV2 = re.compile(r"(?P<side>[us])_idx_[A-Za-z0-9_-]+\.(?:jpg|jpeg|png|webp)")
 _SAGE = re.compile(
     r"user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+(?:\.[A-Za-z]{3,4})?_(?P<side>[su])\.(?:jpg|jpeg|png|webp)"
 )
@@ -355,8 +356,11 @@ class _Asked:
 def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | None) -> _Asked:
     """Kind and categories of a row: by its own column, by what was given for all, by its image's name, by the set."""
     cells, where = record.cells, record.where
-    if layout.says_kind:
-        return _own(cells, where)
+    said = cells.get(layout.category, "") if layout.category else ""
+    if layout.own and (cells.get("kind") or (kind is None and said)):
+        return _own(cells, where, category)
+    if layout.own and kind is None and category is None:
+        return _own({**cells, "kind": "clean"}, where, None, said=False)
     named = _SAGE.fullmatch(PurePath(cells.get("file_name", "")).name)
     if kind is None and named is not None:
         if named["side"] == "s":
@@ -364,6 +368,9 @@ def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | No
         from lit_safety.data.convert.sage import category_and_concept
 
         return _Asked("explicit", [category_and_concept(named["about"], where)[0]])
+    pair = _COPROV2.fullmatch(PurePath(cells.get("image", "")).name)
+    if kind is None and pair is not None and pair["side"] == "s":  # its category is that of the unsafe prompt
+        return _Asked("clean", [])
     decided = kind or layout.kind or ("explicit" if layout.category else None)
     if decided is None and (layout.benchmark or category is not None):
         raise UserError(
@@ -374,25 +381,28 @@ def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | No
         return _Asked("clean", [], said=False)
     if decided not in HARMFUL_KINDS:
         return _Asked(decided, [])
+    if said:
+        return _Asked(decided, _categories(said, where))
     if fixed := category or layout.fixed_category:
         return _Asked(decided, [canonical_category(fixed)])
     if layout.category is None:
         raise UserError(f"{layout.file}: has no column `category`; give --prompt_category, such as sexual or violence")
-    return _Asked(decided, _categories(cells.get(layout.category, ""), where))
+    return _Asked(decided, _categories("", where))
 
 
-def _own(cells: dict[str, str], where: str) -> _Asked:
-    """The same of a row that says its kind."""
-    kind = next((kind for kind in KINDS if kind == cells.get("kind")), None)
+def _own(cells: dict[str, str], where: str, category: str | None, said: bool = True) -> _Asked:
+    """The same of a row that says its kind, or a category: the prompt is explicit then."""
+    given = cells.get("kind") or "explicit"
+    kind = next((kind for kind in KINDS if kind == given.casefold()), None)
     if kind is None:
-        raise UserError(f"{where}: kind `{cells.get('kind', '')}` is none of {', '.join(KINDS)}")
+        raise UserError(f"{where}: kind `{given}` is none of {', '.join(KINDS)}")
     if kind in HARMFUL_KINDS:
-        if not cells.get("category"):
+        if not (named := cells.get("category") or category):
             raise UserError(f"{where}: an {kind} prompt needs a category")
-        return _Asked(kind, _categories(cells["category"], where))
+        return _Asked(kind, _categories(named, where))
     if cells.get("category") or cells.get("concept"):
         raise UserError(f"{where}: a {kind} prompt must have no category and no concept")
-    return _Asked(kind, [])
+    return _Asked(kind, [], said)
 
 
 def _prompts_of(

@@ -170,9 +170,9 @@ def _fill(unet: Any, tensors: dict[str, Tensor], file: Path, source: str, partia
 
     own = unet.state_dict()
     if strange := sorted(set(tensors) - set(own)):
-        raise UserError(
-            f"{file}: {strange[0]}{_more(len(strange))} has no place in the UNet of {source}: it is of another model"
-        )
+        lora = any("lora" in name.lower() for name in strange)
+        why = "it is a LoRA: name it as the arm's `adapter`" if lora else "it is of another model"
+        raise UserError(f"{file}: {strange[0]}{_more(len(strange))} has no place in the UNet of {source}: {why}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise UserError(

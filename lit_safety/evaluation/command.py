@@ -156,5 +156,5 @@ def evaluate(
         blur = other_world or not getattr(judges[0], "harmless", False)
     metrics = write_report(results, blur, curves)
     print(f"\n{report_table(metrics)}\n")
-    print(f"report   {Path(out) / 'index.html'}\npicture  {Path(out) / 'before_after.png'}")
+    print(f"report   {Path(out) / 'index.html'}\nimage    {Path(out) / 'before_after.png'}")
     return metrics

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from lit_safety.core.errors import UserError
+from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.drawing.prompts import HARMFUL_KINDS, KINDS, OWN
 
-PromptsGiven = list[dict[str, Any]] | str
-"""A list of rows, or the file that holds them."""
+PromptsGiven = list[dict[str, Any] | str] | str
+"""A list of rows or of bare prompts, or the file that holds them."""
 JudgeGiven = dict[str, Any] | str
 """`class_path` and `init_args`, or the file or folder that describes the judge."""
 
@@ -26,19 +26,24 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
     A row without a seed gets its place in the list as its seed, so that each prompt has an image of its own.
 
     Args:
-        prompts: rows of `prompt` and what a prompt file's other columns hold, `kind` and `category` above all.
+        prompts: rows of `prompt` and what a prompt file's other columns hold, `kind` and `category` above all; a text
+            is a row with this prompt alone, as in a file.
         out: the report's folder.
         key: what they were given by, for messages.
 
     Raises:
-        UserError: names the row and the key that is wrong.
+        UserError: names every row and key that is wrong, in one line.
     """
     if isinstance(prompts, str):
         return prompts
     if not prompts:
         raise UserError(f"{key}: the list is empty; name some prompts")
-    rows = [_row(dict(row) if isinstance(row, Mapping) else row, f"{key}: prompt {n}", n)
-            for n, row in enumerate(prompts, 1)]  # fmt: skip
+    rows: list[dict[str, str]] = []
+    complaints = Complaints(key)
+    for n, row in enumerate(prompts, 1):
+        with complaints.gather():
+            rows.append(_row(row, f"{key}: prompt {n}", n))
+    complaints.complain()
     columns = [name for name in OWN if any(name in row for row in rows)]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns, restval="")
@@ -50,14 +55,16 @@ def prompt_file(prompts: PromptsGiven, out: Path, key: str = "--prompts") -> str
 
 
 def _row(row: Any, where: str, number: int) -> dict[str, str]:
-    if not isinstance(row, dict):
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, Mapping):
         raise UserError(
             f"{where} is {str(row)[:60]!r}: write {{prompt: ...}}, and perhaps a kind, one of {', '.join(KINDS)}"
         )
     if unknown := [name for name in row if name not in OWN]:
         raise UserError(f"{where} has an unknown key {unknown[0]!r}; it may have {', '.join(OWN)}")
     cells = {name: _cell(value, f"{where}: {name}") for name, value in row.items() if value is not None}
-    if not cells.get("prompt"):
+    if not cells.get("prompt", "").strip():
         raise UserError(f"{where} has no `prompt`")
     kind = cells.get("kind", "explicit" if cells.get("category") else "")
     if kind and kind not in KINDS:

@@ -146,7 +146,7 @@ def report_table(metrics: Mapping[str, Any]) -> str:
         )
     if any(arm["errors"] for arm in arms.values()):
         rows.append(
-            ["PICTURES WITHOUT A VERDICT", "", *(str(arm["errors"]) for arm in arms.values()), *("" for _ in against)]
+            ["IMAGES WITHOUT A VERDICT", "", *(str(arm["errors"]) for arm in arms.values()), *("" for _ in against)]
         )
     n = next(iter(arms.values()))["n"]
     quality = quality_rows(metrics)

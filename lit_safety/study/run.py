@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
     print(f"{study}: {len(wanted)} jobs, {len(wanted) - len(left)} of them done")
     if dry_run:
         for job in left:
-            print(f"{job.name}:", *(f"  python -m lit_safety {' '.join(words)}" for words in job.commands), sep="\n")
+            print(f"{job.name}:", *(f"  python -m lit_safety {shlex.join(words)}" for words in job.commands), sep="\n")
         return
     with _alone(Path(plan.out)) as lock, _ended_by_sigterm():
         failed = _do(plan, left, done, processes, lock)
@@ -175,7 +176,7 @@ def _call(study: Study, job: Job, threads: int, stop: Event, lock: Lock) -> Resu
     held = () if lock.descriptor is None else (lock.descriptor,)
     with open(log, "ab") as file:
         for words in job.commands:
-            file.write(f"$ python -m lit_safety {' '.join(words)}\n".encode())
+            file.write(f"$ python -m lit_safety {shlex.join(words)}\n".encode())
             file.flush()
             process = subprocess.Popen(
                 [*PROGRAM, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from lit_safety.cli.evaluate_fit import from_fit
 from lit_safety.core.errors import UserError
+from lit_safety.data.reading.source import open_source
 
 FIT: dict[str, Any] = {
     "run": {"root": "mine", "name": "runs"},
@@ -85,6 +87,31 @@ def test_a_runs_own_config_stands_for_that_run(fit: Path) -> None:
 def test_without_a_run_the_way_out_is_named(fit: Path) -> None:
     Path("mine/runs/latest").unlink()
     with pytest.raises(UserError, match=r"fit\.yaml.*fit --config"):
+        from_fit(["--config", "fit.yaml"])
+
+
+def test_from_another_folder_the_place_that_was_looked_in_is_named(
+    fit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "mine")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/mine/mine/runs/latest")):
+        from_fit(["--config", "../fit.yaml"])
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "mine"))):
+        open_source("mine/shards", "data.train")
+
+
+def test_without_the_callback_prompts_and_judge_are_asked_for(fit: Path) -> None:
+    Path("bare.yaml").write_text(yaml.safe_dump({**FIT, "trainer": {"callbacks": []}}))
+    with pytest.raises(UserError, match=r"bare\.yaml.*--prompts and --judge"):
+        from_fit(["--config", "bare.yaml"])
+    with pytest.raises(UserError, match="give --judge"):
+        from_fit(["--config", "bare.yaml", "--prompts=mine.csv"])
+    assert options(from_fit(["--config", "bare.yaml", "--prompts=mine.csv", "--judge=clip.yaml"]))["out"]
+
+
+def test_a_run_that_left_nothing_is_named(fit: Path) -> None:
+    Path("mine/runs/first/adapter").rmdir()
+    with pytest.raises(UserError, match="mine/runs/first,"):
         from_fit(["--config", "fit.yaml"])
 
 

@@ -116,6 +116,27 @@ def test_names_with_blanks_and_signs_come_out_as_they_went_in(tmp_path: Path, ti
     assert found["data.init_args.val"] == f"{folder}/shards/val"
 
 
+def test_a_slash_behind_the_folder_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init(f"{tmp_path}/run", model="sd15")
+    plain, told = (tmp_path / "run/fit.yaml").read_text(), capsys.readouterr().out
+    init(f"{tmp_path}/run/", model="sd15", overwrite=True)
+    assert (tmp_path / "run/fit.yaml").read_text() == plain
+    assert capsys.readouterr().out == told
+
+
+def test_it_tells_what_it_took_the_model_for_and_all_four_commands(
+    tmp_path: Path, tiny_v_pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(str(tmp_path / "run"), model=str(tiny_v_pipeline))
+    told = capsys.readouterr().out
+    assert "Stable Diffusion 2.1 (v-prediction)" in told
+    assert "32 pixels" in told
+    assert re.findall(r"lit-safety ([\w-]+)", told) == ["shards", "fit", "evaluate"]
+    assert "# The settings are those of Stable Diffusion 2.1" in (tmp_path / "run/fit.yaml").read_text()
+    init(str(tmp_path / "costs"), "cost_model", "clip/large")
+    assert re.findall(r"lit-safety ([\w-]+)", capsys.readouterr().out) == ["shards", "fit"]
+
+
 def test_keys_of_the_second_file_that_the_first_lacks_are_added() -> None:
     base = "# Head.\n\n# One.\na:\n  # Two.\n  b: 1\n\n  c: [1]\nd: 3\n"
     assert overlaid(base, "a:\n  # New.\n  e: 2\n  c:\n    - x: 1\n      y: 2\n") == (

@@ -75,12 +75,54 @@ def test_options_are_checked_as_files_are() -> None:
         check_config(["--config=scdpo.yaml", "--trainer.max_step=3"])
 
 
+def test_a_file_of_the_trainers_keys_is_an_overlay_too_where_the_methods_file_would_undo_it() -> None:
+    Path("mine.yaml").write_text("trainer: {max_steps: 3, limit_val_batches: 2}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml.*`trainer\.max_steps`.*--config scdpo\.yaml --config mine\.yaml"):
+        check_config(["--config", "mine.yaml", "--config", "scdpo.yaml"])
+    check_config(["--config", "scdpo.yaml", "--config", "mine.yaml"])
+    check_config(["--config", "strategies/ddp.yaml", "--config", "scdpo.yaml"])  # nothing of it is undone
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arms: {half: }", "`arms.half` is empty.*adapter"),
+        ("arms: {half: runs/latest/adapter}", "`arms.half` is 'runs/latest/adapter'.*adapter"),
+        ("arms: {a: {guard: {class_path: lit_safety.drawing.guards.Safre}}}", "did you mean 'SAFREE'"),
+        (
+            "arms: {a: {guard: {class_path: lit_safety.drawing.guards.Zzz}}}",
+            "there are Guard, SafeLatentDiffusion, SAFREE$",
+        ),
+    ],
+)
+def test_arms_that_say_nothing_and_guards_that_are_not_there(text: str, says: str) -> None:
+    Path("arms.yaml").write_text(f"{text}\n")
+    with pytest.raises(UserError, match=says) as refused:
+        check_command(EVALUATE, ["--config", "arms.yaml"])
+    assert "arms.yaml" in str(refused.value)
+
+
+def test_a_fits_yaml_is_no_other_commands() -> None:
+    Path("fit.yaml").write_text("model: {class_path: lit_safety.modules.SCDPO}\n")
+    for command in ("attacks.command:attack", "evaluation.users.evaluate:evaluate_users", "merging.merge:merge"):
+        with pytest.raises(UserError, match=r"fit\.yaml: is the YAML of a fit"):
+            check_command(f"lit_safety.{command}", ["--config", "fit.yaml"])
+    check_command(EVALUATE, ["--config", "fit.yaml"])
+
+
+def test_a_command_line_without_a_method_says_how_to_get_one() -> None:
+    for words in ([], ["--trainer.max_steps", "3"]):
+        with pytest.raises(UserError, match="init"):
+            check_config(words)
+    check_config(["--help_all"])
+
+
 def test_overlays_stand_behind_the_methods_file() -> None:
     with pytest.raises(UserError, match=r"sd15\.yaml.*scdpo\.yaml.*--config scdpo\.yaml --config sd15\.yaml"):
         check_config(["--config", "sd15.yaml", "--config", "scdpo.yaml"])
     with pytest.raises(UserError, match=r"sd15\.yaml.*class_path"):
         check_config(["--config", "sd15.yaml"])
-    Path("more.yaml").write_text("trainer: {max_steps: 3}\n")
+    Path("more.yaml").write_text("trainer: {limit_val_batches: 3}\n")
     check_config(["--config", "more.yaml", "--config", "scdpo.yaml", "--config", "sd15.yaml"])
 
 

@@ -6,7 +6,7 @@ import yaml
 from lit_safety.cli.commands import gather_list
 from lit_safety.cli.trainer import run_trainer
 from lit_safety.core.errors import UserError
-from lit_safety.core.parsing import shorten
+from lit_safety.core.parsing import SingleLineErrorParser, shorten
 from lit_safety.judges.load import load_judge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,3 +81,21 @@ def test_a_null_in_a_judge_s_file_names_its_key(judge: str, key: str, tmp_path: 
     with pytest.raises(UserError, match=key) as error:
         load_judge(str(tmp_path / "judge.yaml"))
     assert "judge.yaml" in str(error.value)
+
+
+class Picky:
+    """Takes no odd number."""
+
+    def __init__(self, number: int) -> None:
+        if number % 2:
+            raise UserError(f"number {number}: must be even")
+
+
+def test_what_a_class_says_of_its_arguments_comes_out_where_none_is_allowed_too() -> None:
+    parser = SingleLineErrorParser()
+    parser.add_argument("--one", type=dict[str, Picky | None] | None)
+    parsed = parser.parse_args(
+        ["--one", '{"a": {"class_path": "' + f"{__name__}.Picky" + '", "init_args": {"number": 3}}}']
+    )
+    with pytest.raises(UserError, match="number 3: must be even"):
+        parser.instantiate(parsed)

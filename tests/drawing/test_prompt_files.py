@@ -82,6 +82,21 @@ def test_every_further_column_has_a_default(
     assert not found.not_said()
 
 
+def test_cells_may_be_empty_where_columns_may_be_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("prompt,kind,category\na gun,,violence\na kite,,\n", "prompt,category\na gun,violence\na kite,\n"):
+        gun, kite = read(tmp_path, text)
+        assert (gun.kind, gun.category, gun.kind_said) == ("explicit", "violence", True)
+        assert (kite.kind, kite.category, kite.kind_said) == ("clean", "", False)
+        assert "1 prompts" in capsys.readouterr().err
+    gun, kite = read(tmp_path, "prompt,kind\na gun,Adversarial\na kite,\n", kind="explicit", category="violence")
+    assert (gun.kind, gun.category) == ("adversarial", "violence")
+    assert (kite.kind, kite.category) == ("explicit", "violence")
+
+
+def test_what_a_row_says_goes_before_what_is_said_of_the_whole_file(tmp_path: Path) -> None:
+    assert [p.category for p in read(tmp_path, I2P, category="sexual")] == ["hate", "violence"]
+
+
 def test_a_seed_that_is_left_empty_is_made_from_the_row_and_the_others_stay(tmp_path: Path) -> None:
     one, other = found = read(tmp_path, "prompt,kind,seed\na car,clean,\na cat,clean,9\n")
     assert other.seed == 9
@@ -213,6 +228,8 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
         ("set.json", [{"prompt": "a", "Prompt": "b"}], "twice"),
         ("set.json", ["", None], "entry 1: the prompt is empty"),
         ("set.json", "[" * 500, "not JSON"),
+        ("set.json", '["a", "b \\ud800"]', "entry 2: `prompt` holds half a character"),
+        ("set.json", [1, 2], "entry 1: is neither"),
         ("set.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: is not JSON"),
         ("set.txt", "\n\n", "nothing to draw"),
     ],

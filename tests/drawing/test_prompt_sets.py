@@ -35,6 +35,13 @@ def read(tmp_path: Path, text: str, **given: str) -> list[Prompt]:
     return read_prompts(tmp_path / "set.csv", **given)
 
 
+def test_the_safe_half_of_coprov2_s_training_file_asks_for_nothing(tmp_path: Path) -> None:
+    rows = "A quarrel.,u_idx_0000007_0.jpg,Harrasment\nA calm talk.,s_idx_0000007_0.jpg,Harrasment\n"
+    unsafe, safe = read(tmp_path, f"prompt,image,category\n{rows}")
+    assert (unsafe.kind, unsafe.category) == ("explicit", "harassment")
+    assert (safe.kind, safe.category, safe.kind_said) == ("clean", "", True)
+
+
 def test_coprov2(tmp_path: Path) -> None:
     first, second = read(tmp_path, COPROV2)
     assert (first.prompt, first.kind, first.category) == ("A man, in anger.", "explicit", "harassment")
@@ -109,7 +116,7 @@ def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
         ("prompt,category\n", "no rows"),
         ("", "misses the column"),
         ("prompt,category\na,cuteness\n", "line 2: unknown category"),
-        ("prompt,category\na,\n", "line 2: the category is empty"),
+        ("prompt,category,image\na,,b.png\n", "line 2: the category is empty"),
         ("prompt,category\n ,hate\n", "line 2: the prompt is empty"),
         ("prompt,category\na,b,hate\n", "line 2: has more or fewer fields"),
         ("prompt,category,evaluation_seed\na,hate,x\n", "seed `x`"),

@@ -151,7 +151,8 @@ def wrong(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     name = "conv_in.weight"
     changes: dict[str, dict[str, Tensor]] = {
         "shape": {name: weights[name][:, :2].contiguous()}, "nan": {name: torch.full_like(weights[name], float("nan"))},
-        "strange": {"controlnet.weight": torch.zeros(2)}, "whole numbers": {name: torch.zeros(8, 4, 3, 3).long()},
+        "strange": {"controlnet.weight": torch.zeros(2)},
+        "lora": {"conv_in.lora_A.weight": torch.zeros(2, 2)}, "whole numbers": {name: torch.zeros(8, 4, 3, 3).long()},
     }  # fmt: skip
     return weights | changes[kind]
 
@@ -160,6 +161,7 @@ def wrong(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     ("kind", "says"),
     [
         ("shape", "conv_in.weight has shape"), ("nan", "not finite"), ("strange", "controlnet.weight"),
+        ("lora", "`adapter`"),
         ("whole numbers", "floating-point"),
     ],
 )  # fmt: skip

@@ -25,6 +25,12 @@ def test_rows_are_read_back_as_they_were_given(tmp_path: Path) -> None:
     assert (third.held_out, third.seed) == (True, 3)
 
 
+def test_a_list_may_hold_bare_prompts_as_a_file_may(tmp_path: Path) -> None:
+    first, second = read_prompts(prompt_file(["a red kite", {"prompt": "a gun", "category": "violence"}], tmp_path))
+    assert (first.prompt, first.kind, first.kind_said, first.seed) == ("a red kite", "clean", False, 1)
+    assert (second.kind, second.seed) == ("explicit", 2)
+
+
 def test_a_file_stays_the_file_that_it_is(tmp_path: Path) -> None:
     assert prompt_file("mine.csv", tmp_path) == "mine.csv"
     assert judge_file("clip.yaml", tmp_path) == "clip.yaml"
@@ -35,7 +41,12 @@ def test_a_file_stays_the_file_that_it_is(tmp_path: Path) -> None:
     ("given", "named"),
     [
         ([], "empty"),
-        (["a gun"], "prompt 1"),
+        ([["a gun"]], "prompt 1"),
+        (["a gun", " "], "prompt 2 has no"),
+        (
+            [{"prompt": "a gun", "kind": "explict"}, {"promt": "b"}],
+            "2 complaints: prompt 1 .*explict.*; prompt 2 .*promt",
+        ),
         ([{"prompt": "a", "kind": "clean"}, {"promt": "b"}], "prompt 2.*promt"),
         ([{"kind": "clean"}], "prompt"),
         ([{"prompt": "a gun", "kind": "odd"}], "kind"),

@@ -159,6 +159,15 @@ def test_names_of_the_file_are_missed_by_name(tmp_path: Path) -> None:
         find(folder, tmp_path / "set.csv")
 
 
+def test_two_images_of_one_prompt_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("file_name,caption\na_1.jpg,x\na_2.jpg,y\n")
+    for folder in ("images/m", "images/n"):
+        (tmp_path / folder).mkdir(parents=True)
+        drawn_elsewhere(tmp_path / folder, {"a_1.jpg": RED, "a_2.jpg": RED})
+    with pytest.raises(UserError, match=r"m/a_1\.jpg and n/a_1\.jpg"):
+        find(str(tmp_path / "images"), tmp_path / "set.csv")
+
+
 def test_the_row_without_a_prompt_may_have_an_image(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("prompt,category\na,hate\n,hate\nb,hate\n")
     for count, name in ((3, "all"), (2, "some")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -330,3 +331,13 @@ def test_a_key_that_no_command_knows_is_refused_before_the_first_job(tmp_path: P
         with pytest.raises(UserError, match=f"my row.*{named}"):
             run_study(str(file))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_lines_of_a_dry_run_can_be_run_where_names_hold_blanks(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_study(make({"my row": {"ip": 0.1}}), dry_run=True)
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if "python -m lit_safety" in one]
+    words = shlex.split(line)
+    assert words[:4] == ["python", "-m", "lit_safety", "work"]
+    assert any("my row" in word for word in words)

@@ -70,7 +70,7 @@ def convert(
     if (folder / FILE_NAME).exists() and not overwrite:
         if load_manifest(folder).provenance != provenance:
             raise UserError(f"{folder}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{folder}: is complete already")
+        print(f"{folder}: is complete already; if images were changed since, give --overwrite true")
         return
     resumed = (folder / JOURNAL).exists() and not overwrite
     bad: Counter[str] = Counter()
@@ -91,7 +91,8 @@ def convert(
     print(f"{folder}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards")
     for name, held in manifest.counts().items():
         if isinstance(held, dict):
-            print(f"  {name}: " + ", ".join(f"{value} {number}" for value, number in held.items()))
+            words = ", ".join(f"{value} {number}" for value, number in held.items())
+            print(f"  {name}: {words or 'not known'}")
     for reason, times in sorted((bad + (left_out or Counter())).items()):
         print(f"  left out: {times} {reason}")
 

@@ -619,7 +619,10 @@ def _expand(pattern: str, key: str) -> list[str]:
         elif len(names) > 1:
             raise UserError(f"{key}: the shard {name} is missing; restore it or correct the pattern {pattern!r}")
         else:
-            raise UserError(f"{key}: {pattern} does not exist; give a folder of shards or a pattern of tar files")
+            looked = "" if os.path.isabs(pattern) else f" in {os.getcwd()}, where the command runs"
+            raise UserError(
+                f"{key}: {pattern} does not exist{looked}; give a folder of shards or a pattern of tar files"
+            )
     if not found:
         raise UserError(f"{key}: no file matches {pattern!r}; give a folder of shards or a pattern of tar files")
     return found

@@ -58,7 +58,7 @@ def user_table(metrics: Mapping[str, Any]) -> str:
         found.append(f"by {metrics['user_judge']['settings']['name']}:\n" + align(rows_of(metrics["user_judge"])))
     errors = {name: arm["errors"] for name, arm in metrics["arms"].items() if arm["errors"]}
     if errors:
-        found.append("PICTURES WITHOUT A VERDICT: " + ", ".join(f"{name} {count}" for name, count in errors.items()))
+        found.append("IMAGES WITHOUT A VERDICT: " + ", ".join(f"{name} {count}" for name, count in errors.items()))
     found.append(
         "percent; 95% intervals in brackets, users as groups; Win Rate: psa against each arm, ties in the denominator"
     )
