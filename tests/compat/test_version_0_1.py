@@ -37,7 +37,7 @@ def test_a_fit_goes_on_from_a_checkpoint_by_its_own_config(tmp_path: Path) -> No
     # The world's pairs were written again since: within a pass over others a checkpoint is refused, and rightly so.
     pairs = PreferenceDataModule(train=str(TOYWORLD / "shards/train"), val=str(TOYWORLD / "shards/val"), batch_size=4)
     for held in (checkpoint["PreferenceDataModule"], *checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]):
-        held["signature"][PAIRS] = pairs._fingerprint()
+        held["signature"][PAIRS] = pairs._pairs_sha256()
     torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
     before = weights(HERE / "scdpo" / "last.ckpt")
     arguments = ["fit", "--config", str(HERE / "scdpo" / "config.yaml"), "--run.root", str(tmp_path / "runs")]

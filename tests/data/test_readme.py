@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_the_sample_is_read_in_full() -> None:
     written = json.loads(blocks("json")[0])
     parsed = parse_metadata(blocks("json")[0].encode(), "README")
     assert parsed.to_dict() == written
-    assert set(written) == set(PairMetadata.__dataclass_fields__)
+    assert set(written) == {field.name for field in dataclasses.fields(PairMetadata)}
 
 
 def test_the_manifest_has_the_fields_that_are_written() -> None:
