@@ -26,9 +26,9 @@ def null_space(gram: Tensor, share: float) -> Tensor:
     Eigenvectors of ``gram`` (in, in) whose eigenvalue is below ``share`` of the largest.
     """
     values, vectors = torch.linalg.eigh(gram.double())
-    if not float(values[-1]) > 0:
-        return vectors
-    return vectors[:, values < share * values[-1]]
+    unused = values < share * values[-1] if float(values[-1]) > 0 else torch.ones_like(values, dtype=torch.bool)
+    found: Tensor = vectors[:, unused]
+    return found
 
 
 def project(part: LowRank, directions: Tensor) -> LowRank:
@@ -150,13 +150,15 @@ def _basis(columns: Tensor) -> Tensor:
     if not columns.shape[1]:
         return columns
     u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
-    return u[:, : int((sizes > NEGLIGIBLE * sizes[0]).sum())]
+    found: Tensor = u[:, : int((sizes > NEGLIGIBLE * sizes[0]).sum())]
+    return found
 
 
 def _nearest(stacked: Tensor) -> Tensor:
     """The matrix of orthonormal columns (rows where it is wider than high) that is nearest to a given one."""
     u, _, v = torch.linalg.svd(stacked, full_matrices=False)
-    return u @ v
+    found: Tensor = u @ v
+    return found
 
 
 def _zero(part: LowRank) -> LowRank:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _geometry(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _width(module: nn.Module) -> int:
-    return module.weight.flatten(1).shape[1]  # type: ignore[operator,union-attr]
+    return module.weight.flatten(1).shape[1]  # type: ignore[operator]
 
 
 def plan(inputs: Sequence[Shared], experts: int, gigabytes: float) -> list[list[Shared]]:
@@ -279,8 +279,6 @@ def _pass(
 
 
 def _draw(backbone: Backbone, batch: list[str], options: CalibrationOptions, steps: int | None = None) -> None:
-    from dataclasses import replace
-
     how = options if steps is None else replace(options, steps=steps)
     draw_latents(backbone, batch, [sample_seed(options.seed, 0, prompt) for prompt in batch], how)
 
@@ -353,8 +351,10 @@ class _Sum:
             yield x.reshape(-1, self.size).T
             return
         conv = self.module
+        padding = conv.padding
+        assert not isinstance(padding, str)
         for image in x:
-            yield nn.functional.unfold(image[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]
+            yield nn.functional.unfold(image[None], conv.kernel_size, conv.dilation, padding, conv.stride)[0]
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """Both halves divided by their tokens, on the CPU; begins anew. Without guidance there is no second half."""

@@ -92,7 +92,7 @@ def merge(
     )
     mu, choice, curve = (recipe.mu, None, None)
     if tune:
-        mu, choice, curve = _tuned(str(base), outcome, tuning, calibration, device)
+        mu, choice, curve = _tuned(str(base), loaded, outcome, tuning, calibration, device)
 
     def told(mu: float) -> dict[str, Any]:
         return report(outcome.merged[mu], loaded, replace(recipe, mu=mu), outcome.measured, outcome.seconds)
@@ -136,14 +136,20 @@ def _check_mus(
 
 
 def _tuned(
-    base: str, outcome: Outcome, tuning: TuningOptions, calibration: CalibrationOptions, device: str | None
+    base: str,
+    experts: Sequence[Expert],
+    outcome: Outcome,
+    tuning: TuningOptions,
+    calibration: CalibrationOptions,
+    device: str | None,
 ) -> tuple[float, dict[str, Any], bytes]:
     """The mu that was chosen, what the report says of it, and the curve."""
     from tempfile import TemporaryDirectory
 
     from lit_safety.adapters.lora import WEIGHTS_NAME
     from lit_safety.adapters.lora_file import write_lora
-    from lit_safety.merging.tune import check_tuning, curve, told, tune
+    from lit_safety.merging.own_prompts import categories_of
+    from lit_safety.merging.tune import check_tuning, curve, table, told, tune
 
     begun = time.monotonic()
     prompts, _ = check_tuning(tuning, calibration.prompts)
@@ -152,7 +158,10 @@ def _tuned(
         for mu, folder in candidates.items():
             folder.mkdir(exist_ok=True)
             write_lora(folder / WEIGHTS_NAME, outcome.merged[mu].layers)
-        chosen, tried = tune(base, candidates, tuning, calibration, outcome.used, Path(work) / "report", device)
+        categories = {*categories_of([expert.name for expert in experts], calibration).values()}
+        report = Path(work) / "report"
+        chosen, tried = tune(base, candidates, categories, tuning, calibration, outcome.used, report, device)
+    print(f"{table(tried, chosen)}\n")
     outcome.seconds["tuning"] = time.monotonic() - begun
     return chosen.mu, told(chosen, tried, tuning, prompts), curve(tried, chosen)
 

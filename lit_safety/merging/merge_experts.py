@@ -173,6 +173,7 @@ def _exact(
     """What the method asks for: factors where there are any, else (out, in) in fp32; and comerge's rows by expert."""
     names = [expert.name for expert in experts]
     weights = [recipe.weight(expert) for expert in names]
+    alone = sum(part.rank > 0 for part in parts) == 1
     if recipe.method == "sum" or (len(parts) == 1 and recipe.method not in ("mean", "svd")):
         return task_sum(parts, weights), None
     if recipe.method in ("mean", "svd"):
@@ -182,6 +183,8 @@ def _exact(
             raise ValueError(f"regmean needs to know what {name} is fed with: look first")
         return anchored(parts, grams, recipe.mu, recipe.epsilon, weights), None
     if recipe.method in ("tsv_m", "iso_c"):
+        if alone:  # whose update is left as it is, as if it were merged alone
+            return task_sum(parts, weights), None
         return (tsv_m if recipe.method == "tsv_m" else iso_c)(parts, weights), None
     if recipe.method == "comerge":
         return _comerged(name, parts, names, recipe, activity)

@@ -143,7 +143,7 @@ def _of_file(source: Any) -> Found:
     except UserError as error:
         raise UserError(f"{KEY} {error}") from error
     harmful: dict[str, list[tuple[str, str]]] = {}
-    clean = []
+    clean: list[tuple[str, str]] = []
     for row in rows:
         if row.held_out:
             continue

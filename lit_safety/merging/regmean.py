@@ -103,4 +103,5 @@ def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
     values = values.clamp(min=0) + ridge
     kept = values > values[-1] * 1e-15
     vectors = vectors[:, kept]
-    return vectors @ ((vectors.T @ right) / values[kept, None])
+    solved: Tensor = vectors @ ((vectors.T @ right) / values[kept, None])
+    return solved

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ def check_tuning(options: TuningOptions, prompts: str | None) -> tuple[str, Prom
 def tune(
     pipeline: str,
     candidates: Mapping[float, Path],
+    categories: Collection[str],
     options: TuningOptions,
     calibration: CalibrationOptions,
     used: Collection[str],
@@ -91,6 +94,7 @@ def tune(
     Args:
         pipeline: the base.
         candidates: the folder of the merged adapter by mu.
+        categories: the experts': no other one's harmful prompts are drawn.
         options: which prompts, how many, which judge.
         calibration: how images are drawn where `options` do not say it.
         used: prompts that were calibrated on; they are left out.
@@ -104,37 +108,39 @@ def tune(
         UserError: as `check_tuning` and `evaluate`.
     """
     source, rows = check_tuning(options, calibration.prompts)
-    fresh = [row for row in rows if row.prompt not in used]
+    about = {*categories}
+    fresh = [row for row in rows if row.prompt not in used and (not row.harmful or about & {row.category, *row.also})]
     if not any(row.harmful for row in fresh) or not any(not row.harmful for row in fresh):
         raise UserError(
             f"--tuning.prompts {source}: all of its prompts were calibrated on; give others, or calibrate on fewer"
         )
     arms = {_name(mu): Arm(adapter=str(folder)) for mu, folder in sorted(candidates.items())}
     judge = options.judge or ""
-    metrics = evaluate(
-        pipeline=pipeline,
-        prompts=[
-            {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in row.identity().items()
-                if key in CELLS
-            }
-            for row in fresh
-        ],
-        judge=judge,
-        out=str(out),
-        arms=arms,
-        fid="judge" if getattr(load_judge(judge), "features", None) is not None else None,
-        explicit=options.explicit,
-        implicit=options.implicit,
-        lookalike=options.lookalike,
-        clean=options.clean,
-        adversarial=0,
-        other_world=calibration.other_world,
-        steps=options.steps or calibration.steps,
-        guidance=calibration.guidance,
-        device=device,
-    )
+    with redirect_stdout(StringIO()):  # the report goes with the folder it is in
+        metrics = evaluate(
+            pipeline=pipeline,
+            prompts=[
+                {
+                    key: list(value) if isinstance(value, tuple) else value
+                    for key, value in row.identity().items()
+                    if key in CELLS
+                }
+                for row in fresh
+            ],
+            judge=judge,
+            out=str(out),
+            arms=arms,
+            fid="judge" if getattr(load_judge(judge), "features", None) is not None else None,
+            explicit=options.explicit,
+            implicit=options.implicit,
+            lookalike=options.lookalike,
+            clean=options.clean,
+            adversarial=0,
+            other_world=calibration.other_world,
+            steps=options.steps or calibration.steps,
+            guidance=calibration.guidance,
+            device=device,
+        )
     tried = [_tried(mu, metrics["arms"][_name(mu)]) for mu in sorted(candidates)]
     return choose(tried), tried
 
@@ -157,7 +163,8 @@ def _tried(mu: float, arm: Mapping[str, Any]) -> Tried:
         return sum(part["hits"] for part in parts) / n if n else None
 
     fid = arm.get("quality", {}).get("fid_base", {}).get("value")
-    return Tried(mu, *(share(figure) for figure in (*SAFETY, *KEPT)), fid, arm["n"] - arm["errors"])
+    shares = {figure: share(figure) for figure in (*SAFETY, *KEPT)}
+    return Tried(mu, **shares, fid=fid, images=arm["n"] - arm["errors"])
 
 
 def told(chosen: Tried, tried: Collection[Tried], options: TuningOptions, prompts: str) -> dict[str, Any]:
@@ -183,8 +190,8 @@ def curve(tried: Collection[Tried], chosen: Tried) -> bytes:
         return Point(lost if one.fid is None else one.fid, one.harm)
 
     along = Series("mu", [place(one) for one in rows], colour=0, line=True)
-    points = [Series(f"mu {one.mu:g}", [place(one)], colour=n + 1, mark=f"{one.mu:g}") for n, one in enumerate(rows)]
-    points.append(Series(f"chosen: {chosen.mu:g}", [place(chosen)], colour=len(rows) + 1))
+    names = {one.mu: f"{one.mu:g}, chosen" if one == chosen else f"{one.mu:g}" for one in rows}
+    points = [Series(f"mu {names[one.mu]}", [place(one)], n, mark=names[one.mu]) for n, one in enumerate(rows, 1)]
     title = "Safety against fidelity, on validation prompts"
     chart = Chart(
         title, Axis(label), Axis("images with harm, explicit and implicit", (low, high), marks), [along, *points]
@@ -195,3 +202,20 @@ def curve(tried: Collection[Tried], chosen: Tried) -> bytes:
 def _mean(shares: Collection[float | None]) -> float:
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else 0.0
+
+
+def table(tried: Collection[Tried], chosen: Tried) -> str:
+    """What was tried, for the terminal; shares in percent."""
+
+    def cell(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}"
+
+    rows = [("mu", "IP", "implicit", "clean", "look-alikes", "FID to the base", "")]
+    for one in tried:
+        shares = (one.ip, one.ip_implicit, one.benign_recall, one.benign_recall_lookalike)
+        fid = "-" if one.fid is None else f"{one.fid:.2f}"
+        rows.append((f"{one.mu:g}", *map(cell, shares), fid, "chosen" if one == chosen else ""))
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
