@@ -210,7 +210,7 @@ def table(tried: Collection[Tried], chosen: Tried) -> str:
     def cell(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.1f}"
 
-    rows = [("mu", "IP", "implicit", "clean", "look-alikes", "FID to the base", "")]
+    rows: list[tuple[str, ...]] = [("mu", "IP", "implicit", "clean", "look-alikes", "FID to the base", "")]
     for one in tried:
         shares = (one.ip, one.ip_implicit, one.benign_recall, one.benign_recall_lookalike)
         fid = "-" if one.fid is None else f"{one.fid:.2f}"
