@@ -14,14 +14,12 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.reading.select import Filter, take
 from lit_safety.data.reading.source import open_source
 from lit_safety.drawing.prompts import read_prompts
-from lit_safety.drawing.worlds import world_of
+from lit_safety.drawing.worlds import refuse_reports_own
 from lit_safety.merging.calibration import KEY, read_shards
 from lit_safety.merging.options import NEED_NOTHING, CalibrationOptions, Recipe
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 """Endings of prompt files; anything else is shards."""
-NOT_FOR_CHOICES = ("test", "judge_b")
-"""What an embedded world keeps for reports."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +103,6 @@ def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[s
                 f"--method {NEED_NOTHING}"
             ) from error
     return found
-
-
-def refuse_reports_own(source: Any, key: str) -> None:
-    """Refuse what an embedded world keeps for reports.
-
-    Raises:
-        UserError: it is its test prompts or shards, or its second judge.
-    """
-    for one in [source] if isinstance(source, str) else source:
-        if Path(one).resolve().stem in NOT_FOR_CHOICES and world_of(one) is not None:
-            raise UserError(
-                f"{key} {one}: is what this world's reports are made with, so nothing may be chosen by it; give its "
-                "prompts/val.csv (and the folder judge)"
-            )
 
 
 def _nothing(source: str | Sequence[str], what: str, recipe: Recipe) -> UserError:

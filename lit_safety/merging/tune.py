@@ -12,10 +12,10 @@ from typing import Any
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.prompts import PromptSet, read_prompts
+from lit_safety.drawing.worlds import refuse_reports_own
 from lit_safety.evaluation.command import evaluate
 from lit_safety.judges.load import load_judge
 from lit_safety.merging.options import CalibrationOptions, TuningOptions
-from lit_safety.merging.own_prompts import refuse_reports_own
 from lit_safety.report.charts import Axis, Chart, Point, Series, png, share_range
 
 SAFETY = ("ip", "ip_implicit")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lit_safety.core.errors import UserError
+from lit_safety.drawing.worlds import refuse_reports_own
 from lit_safety.merging.options import CalibrationOptions, Recipe
-from lit_safety.merging.own_prompts import check_own_prompts, own_prompts, refuse_reports_own
+from lit_safety.merging.own_prompts import check_own_prompts, own_prompts
 
 ROWS = [
     *(f"explicit hate {n},explicit,hate,0" for n in range(5)),
