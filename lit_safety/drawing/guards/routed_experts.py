@@ -101,9 +101,11 @@ class RoutedExperts(Guard):
     def _choose(self, file: str, each: int) -> None:
         rows = [row for row in read_prompts(file) if not row.held_out]
         for category in self.categories:
-            self.own[category] = _some(
-                rows, lambda row, own=category: row.harmful and own in (row.category, *row.also), each
-            )
+
+            def own(row: Prompt, category: str = category) -> bool:
+                return row.harmful and category in (row.category, *row.also)
+
+            self.own[category] = _some(rows, own, each)
             if not self.own[category]:
                 raise UserError(f"routed experts: {file} holds no prompt of {category}")
         self.clean = _some(rows, lambda row: not row.harmful, 4 * each)
@@ -236,7 +238,7 @@ def best_threshold(harmful: Sequence[tuple[float, bool]], clean: Sequence[float]
 
 def _true_categories(rows: Sequence[Prompt], known: Sequence[str]) -> dict[str, str]:
     """Prompt -> the first of its categories that has an expert."""
-    found = {}
+    found: dict[str, str] = {}
     for row in rows:
         own = [one for one in (row.category, *row.also) if row.harmful and one in known]
         if own:
