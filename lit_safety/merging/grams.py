@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,8 +127,11 @@ def plan(inputs: Sequence[Shared], experts: int, gigabytes: float) -> list[list[
 
 
 def free_memory() -> float:
-    """Bytes of this machine's memory that are free now."""
+    """Bytes of this machine's memory that are free now, or would be if they were asked for."""
     try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return FREE
@@ -156,9 +160,9 @@ def look(
     """
     experts = sorted(experts, key=lambda expert: expert.name)
     names = united_layers(experts)
+    what = recipe.method if recipe.own_inputs else "--null_space"
     modules = {
-        name: _checked(name, base_layer(backbone.denoiser, name, parts_of(experts, name), recipe.method))
-        for name in names
+        name: _checked(name, base_layer(backbone.denoiser, name, parts_of(experts, name), what)) for name in names
     }
     own = len(experts) if recipe.own_inputs else 0
     first = list(prompts.clean[:1])
