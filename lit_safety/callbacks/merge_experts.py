@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from lit_safety.adapters.lora import WEIGHTS_NAME
+from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.load import load_backbone
 from lit_safety.callbacks.export import ExportAdapter
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
-from lit_safety.core.progress import counter
 from lit_safety.data.protocols import WithTrain, datamodule_of
-from lit_safety.merging.calibration import calibrate, check_prompts, has_categories
-from lit_safety.merging.experts import Expert, read_experts, united_layers
-from lit_safety.merging.merge_experts import merge_experts, report, table
-from lit_safety.merging.methods import Activity
-from lit_safety.merging.options import CalibrationOptions, Recipe
+from lit_safety.merging.calibration import check_prompts, has_categories
+from lit_safety.merging.experts import read_experts
+from lit_safety.merging.merge_experts import report, table
+from lit_safety.merging.options import NEED_NOTHING, CalibrationOptions, Recipe
 from lit_safety.merging.output import REPORT_NAME, write_merge
+from lit_safety.merging.own_prompts import check_own_prompts
+from lit_safety.merging.run import run
 from lit_safety.modules.preference import PreferenceModule
 
 
@@ -35,8 +35,8 @@ class MergeExperts(ExportAdapter):
 
     Args:
         weights: a weight for each category; null weighs all 1. Not for comerge.
-        calibration: comerge: the prompts and how they are looked at; `prompts: null` takes those of the training
-            shards, `categories: null` the experts' own where the prompts have any.
+        calibration: regmean, comerge and null_space: the prompts and how they are looked at; `prompts: null` takes
+            those of the training shards, `categories: null` the experts' own where the prompts have any.
         **settings: how they are merged, see `Recipe`.
     """
 
@@ -61,9 +61,12 @@ class MergeExperts(ExportAdapter):
         names = [Path(export).name for export in pl_module.exports()]
         if unknown := sorted(set(self.recipe.weights) - set(names)):
             raise UserError(f"`MergeExperts.weights` names {', '.join(unknown)}; the experts are {', '.join(names)}")
-        if self.recipe.calibrated and len(names) > 1:
+        if self.recipe.looks(len(names)):
             source, options = self._prompts(trainer, names)
-            check_prompts(source, options.categories)
+            if self.recipe.clean_inputs:
+                check_own_prompts(source, names, self.recipe, options)
+            else:
+                check_prompts(source, options.categories)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PreferenceModule)
@@ -73,41 +76,37 @@ class MergeExperts(ExportAdapter):
 
     def _merge(self, folders: list[Path], trainer: Trainer, module: PreferenceModule) -> None:
         experts = read_experts([f"{folder.name}={folder}" for folder in folders])
-        activity = measured = None
-        begun = time.monotonic()
-        if self.recipe.calibrated and len(experts) > 1:
-            activity, measured = self._calibrated(experts, trainer, module)
-        calibrated = time.monotonic()
-        with counter("merging layers", len(united_layers(experts))) as tick:
-            merged = merge_experts(experts, self.recipe, activity, tick)
-        seconds = {"calibration": calibrated - begun, "merging": time.monotonic() - calibrated}
+        source, options = None, self.calibration
+        if self.recipe.looks(len(experts)):
+            source, options = self._prompts(trainer, [expert.name for expert in experts])
+        done = run(experts, self.recipe, lambda: (_backbone(trainer, module), module.pretrained), source, options)
+        merged = done.merged[self.recipe.mu]
         out = Path(trainer.default_root_dir) / "adapter"
-        write_merge(out, merged, report(merged, experts, self.recipe, measured, seconds), module.pretrained)
+        write_merge(out, merged, report(merged, experts, self.recipe, done.measured, done.seconds), module.pretrained)
         config = Path(trainer.default_root_dir) / "config.yaml"
         if config.is_file():
             shutil.copyfile(config, out / "config.yaml")
         print(f"{table(merged)}\n\nadapter: {out / WEIGHTS_NAME}\nreport:  {out / REPORT_NAME}")
-
-    def _calibrated(
-        self, experts: list[Expert], trainer: Trainer, module: PreferenceModule
-    ) -> tuple[dict[str, Activity], dict[str, Any]]:
-        """The experts' activity in the base model, and what the report says of how it was measured."""
-        source, options = self._prompts(trainer, [expert.name for expert in experts])
-        backbone = module.backbone  # with its adapter switched off
-        # The engine of the fit may hold it sharded, or rounded.
-        if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
-            backbone = load_backbone(module.pretrained)
-        # Where it was trained: Lightning has moved it to the CPU by now.
-        activity, measured = calibrate(backbone.to(trainer.strategy.root_device), experts, source, options)
-        return activity, {**measured, "pipeline": module.pretrained}
 
     def _prompts(self, trainer: Trainer, names: list[str]) -> tuple[str | list[str], CalibrationOptions]:
         """Where the calibration's prompts are, and the options with the categories that are taken of them."""
         data = datamodule_of(trainer)
         source = self.calibration.prompts or (data.train if isinstance(data, WithTrain) else None)
         if source is None:
-            raise UserError("`MergeExperts.calibration.prompts` is not given, and the data names no training shards")
+            raise UserError(
+                "`MergeExperts.calibration.prompts` is not given, and the data names no training shards: "
+                f"{self.recipe.method} needs one of them; or take a `method` that needs no prompts: {NEED_NOTHING}"
+            )
         options = self.calibration
-        if options.categories is None and has_categories(source):
+        if not self.recipe.clean_inputs and options.categories is None and has_categories(source):
             options = replace(options, categories=names)
         return source, options
+
+
+def _backbone(trainer: Trainer, module: PreferenceModule) -> Backbone:
+    """The base model where it was trained: Lightning has moved it to the CPU by now."""
+    backbone = module.backbone  # with its adapter switched off
+    # The engine of the fit may hold it sharded, or rounded.
+    if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
+        backbone = load_backbone(module.pretrained)
+    return backbone.to(trainer.strategy.root_device)

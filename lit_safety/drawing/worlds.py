@@ -197,3 +197,25 @@ def _marked(file: Path) -> World | None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+NOT_FOR_CHOICES = ("test", "judge_b")
+"""Names of what an embedded world keeps for reports."""
+
+
+def refuse_reports_own(source: str | Path | Iterable[str | Path], key: str) -> None:
+    """Refuse to choose anything by what an embedded world keeps for reports.
+
+    Args:
+        source: files and folders.
+        key: what they were given by, for the message.
+
+    Raises:
+        UserError: one is a world's test prompts or shards, or its second judge.
+    """
+    for one in [source] if isinstance(source, str | Path) else source:
+        if Path(one).resolve().stem in NOT_FOR_CHOICES and world_of(one) is not None:
+            raise UserError(
+                f"{key} {one}: is what this world's reports are made with, so nothing may be chosen by it; give its "
+                "prompts/val.csv (and the folder judge)"
+            )

@@ -26,7 +26,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.progress import counter
 from lit_safety.core.tables import check_header, unescaped
 from lit_safety.core.text import NotUtf8, read_text
-from lit_safety.data.format.sample import parse_metadata
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.reading.select import Filter, Selection, take
 from lit_safety.data.reading.source import Source, open_source
 from lit_safety.merging.experts import Expert, parts_of, united_layers
@@ -146,8 +146,12 @@ def _harmful(given: str | Sequence[str], wanted: set[str] | None) -> tuple[Sourc
 
 
 def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[tuple[str, Sequence[str]]]:
+    for metadata in read_shards(*_harmful(given, wanted)):
+        yield metadata.prompt, metadata.categories
+
+
+def read_shards(source: Source, selection: Selection) -> Iterator[PairMetadata]:
     """Only the metadata of what takes part is read; what cannot be read is not a prompt, and is told."""
-    source, selection = _harmful(given, wanted)
     bad: list[UserError] = []
     with counter("reading prompts, shards", sum(count > 0 for count in selection.counts)) as tick:
         for number, count in enumerate(selection.counts):
@@ -162,7 +166,7 @@ def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[
                     except UserError as error:
                         bad.append(error)
                         continue
-                    yield metadata.prompt, metadata.categories
+                    yield metadata
             finally:
                 shard.close()
             tick()
@@ -225,7 +229,7 @@ def measure_activity(
     experts = sorted(experts, key=lambda expert: expert.name)
     device = next(backbone.denoiser.parameters()).device
     probes = {
-        name: Probe(_module(backbone.denoiser, name, parts), [_moved(part, device) for part in parts])
+        name: Probe(base_layer(backbone.denoiser, name, parts), [moved(part, device) for part in parts])
         for name, parts in ((name, parts_of(experts, name)) for name in united_layers(experts))
     }
     activity = {name: Activity.empty(len(experts), *probe.parts[0].shape) for name, probe in probes.items()}
@@ -328,11 +332,15 @@ def _watched(probes: Iterable[Probe]) -> Iterator[None]:
             handle.remove()
 
 
-def _module(denoiser: nn.Module, name: str, parts: Sequence[LowRank]) -> nn.Module:
-    """The base layer that a LoRA layer belongs to, checked for its size."""
+def base_layer(denoiser: nn.Module, name: str, parts: Sequence[LowRank], method: str = "comerge") -> nn.Module:
+    """The base layer that a LoRA layer belongs to, checked for its size.
+
+    Raises:
+        UserError: there is none of this name and size, or it is a text encoder's, which ``method`` does not look at.
+    """
     component, layer = name.split(".", 1)
     if component.startswith("text_encoder"):
-        raise UserError(f"comerge measures the denoiser, and an expert adapts {name}; use another --method")
+        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}; use another --method")
     try:
         module = denoiser.get_submodule(layer)
     except AttributeError:
@@ -351,5 +359,6 @@ def _module(denoiser: nn.Module, name: str, parts: Sequence[LowRank]) -> nn.Modu
     return module
 
 
-def _moved(part: LowRank, device: torch.device) -> LowRank:
+def moved(part: LowRank, device: torch.device) -> LowRank:
+    """The update in fp32 on a device."""
     return LowRank(part.a.to(device, torch.float32), part.b.to(device, torch.float32), part.scale, part.kernel)

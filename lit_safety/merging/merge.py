@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.merging.options import CalibrationOptions, Recipe
+from lit_safety.merging.options import CalibrationOptions, Recipe, TuningOptions
 
 if TYPE_CHECKING:
+    from lit_safety.backbones.backbone import Backbone
     from lit_safety.merging.experts import Expert
-    from lit_safety.merging.methods import Activity
+    from lit_safety.merging.run import Outcome
 
 
 DEFAULT_CALIBRATION = CalibrationOptions()
+DEFAULT_TUNING = TuningOptions()
 
 
 def merge(
@@ -24,6 +27,9 @@ def merge(
     pipeline: str | None = None,
     weights: list[float] | None = None,
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
+    mus: list[float] | None = None,
+    tune: bool = False,
+    tuning: TuningOptions = DEFAULT_TUNING,
     fuse: bool = False,
     device: str | None = None,
     **settings: Any,
@@ -36,22 +42,29 @@ def merge(
     Args:
         experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
         out: Folder of the merged adapter; an earlier merge there is replaced.
-        pipeline: Folder or hub id of the base model, for comerge and fuse, and to look the experts' layers up in where
-            it is on this machine; null takes the one that the experts' model cards, or PEFT's configurations, name.
+        pipeline: Folder or hub id of the base model, for regmean, comerge and fuse, and to look the experts' layers up
+            in where it is on this machine; null takes the one that the experts' model cards, or PEFT's configurations,
+            name.
         weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
-        calibration: comerge: the prompts and how they are looked at.
+        calibration: regmean, comerge and null_space: the prompts and how they are looked at.
+        mus: regmean: also write an adapter for each of these mu, in folders such as mu-0.1, from the same look.
+        tune: regmean: choose mu on validation prompts, among those of `tuning`; writes tuning.png, the curve of safety
+            against fidelity, and what was tried into report.json.
+        tuning: How it is chosen.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
-        device: Where comerge looks at the base model, such as cpu or cuda:1; null takes cuda where there is one.
+        device: Where the base model is looked at and mu chosen, such as cpu or cuda:1; null takes cuda where there is
+            one.
         **settings: How they are merged, see `Recipe`.
 
     Raises:
         UserError: an expert cannot be read or merged, they were made for different backbones, or an option is missing.
     """
     from lit_safety.adapters.lora import WEIGHTS_NAME
-    from lit_safety.core.progress import counter, quiet_libraries
+    from lit_safety.core.progress import quiet_libraries
     from lit_safety.merging.experts import read_experts, united_layers
-    from lit_safety.merging.merge_experts import merge_experts, report, table
-    from lit_safety.merging.output import REPORT_NAME, check_out, write_merge
+    from lit_safety.merging.merge_experts import report, table
+    from lit_safety.merging.output import CURVE_NAME, REPORT_NAME, check_out, write_merge
+    from lit_safety.merging.run import run
 
     quiet_libraries()
     if weights is not None and len(weights) != len(experts):
@@ -60,25 +73,97 @@ def merge(
     named = {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
     recipe = Recipe(weights=named, **settings)
     check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])
-    layers = united_layers(loaded)
+    united_layers(loaded)
     base = pipeline or base_of(loaded)
-    must_calibrate = recipe.calibrated and len(loaded) > 1  # a single expert owns every row, whatever it does
-    needs = [word for word, asked in (("comerge", must_calibrate), ("--fuse", fuse)) if asked]
-    if needs and base is None:
+    looks = recipe.looks(len(loaded))
+    asks = [recipe.method if recipe.null_space is None else "--null_space"] if looks else []
+    if (needs := [*asks, *(["--fuse"] if fuse else [])]) and base is None:
         raise UserError(f"{needs[0]} needs the base model, and no expert's card names one: give --pipeline")
+    _check_mus(recipe, len(loaded), mus, tune, tuning, calibration)
 
-    activity = measured = None
-    begun = time.monotonic()
-    if base is not None and must_calibrate:
-        activity, measured = _calibrate(base, loaded, calibration, device)
-    calibrated = time.monotonic()
-    with counter("merging layers", len(layers)) as tick:
-        merged = merge_experts(loaded, recipe, activity, tick)
-    seconds = {"calibration": calibrated - begun, "merging": time.monotonic() - calibrated}
-    write_merge(Path(out), merged, report(merged, loaded, recipe, measured, seconds), base, fuse)
-    print(f"{table(merged)}\n\nadapter   {Path(out) / WEIGHTS_NAME}\nreport    {Path(out) / REPORT_NAME}")
+    tried = tuning.mus if tune else [recipe.mu]
+    outcome = run(
+        loaded,
+        recipe,
+        lambda: (_backbone(str(base), calibration, device), str(base)),
+        calibration.prompts,
+        calibration,
+        sorted({*tried, *(mus or [])}) if recipe.own_inputs else (),
+    )
+    mu, choice, curve = (recipe.mu, None, None)
+    if tune:
+        mu, choice, curve = _tuned(str(base), loaded, outcome, tuning, calibration, device)
+
+    def told(mu: float) -> dict[str, Any]:
+        return report(outcome.merged[mu], loaded, replace(recipe, mu=mu), outcome.measured, outcome.seconds)
+
+    write_merge(
+        Path(out),
+        outcome.merged[mu],
+        told(mu) | ({"tuning": choice} if choice is not None else {}),
+        base,
+        fuse,
+        {f"mu-{one:g}": (outcome.merged[one], told(one)) for one in mus or []},
+        curve,
+    )
+    print(f"{table(outcome.merged[mu])}\n\nadapter   {Path(out) / WEIGHTS_NAME}\nreport    {Path(out) / REPORT_NAME}")
+    if tune:
+        print(f"mu        {mu:g}, chosen on validation prompts: {Path(out) / CURVE_NAME}")
     if fuse:
         print(f"pipeline  {Path(out) / 'pipeline'}")
+
+
+def _check_mus(
+    recipe: Recipe,
+    experts: int,
+    mus: list[float] | None,
+    tune: bool,
+    tuning: TuningOptions,
+    calibration: CalibrationOptions,
+) -> None:
+    """Complain about `mus` and `tune` before the model is loaded."""
+    asked = [name for name, given in (("--mus", mus is not None), ("--tune", tune)) if given]
+    if asked and not recipe.own_inputs:
+        raise UserError(f"{asked[0]}: {recipe.method} has no mu; it is regmean's")
+    if asked and experts == 1:
+        raise UserError(f"{asked[0]}: a single expert is left as it is; give two or more")
+    for mu in mus or []:
+        replace(recipe, mu=mu)
+    if tune:
+        from lit_safety.merging.tune import check_tuning
+
+        check_tuning(tuning, calibration.prompts)
+
+
+def _tuned(
+    base: str,
+    experts: Sequence[Expert],
+    outcome: Outcome,
+    tuning: TuningOptions,
+    calibration: CalibrationOptions,
+    device: str | None,
+) -> tuple[float, dict[str, Any], bytes]:
+    """The mu that was chosen, what the report says of it, and the curve."""
+    from tempfile import TemporaryDirectory
+
+    from lit_safety.adapters.lora import WEIGHTS_NAME
+    from lit_safety.adapters.lora_file import write_lora
+    from lit_safety.merging.own_prompts import categories_of
+    from lit_safety.merging.tune import check_tuning, curve, table, told, tune
+
+    begun = time.monotonic()
+    prompts, _ = check_tuning(tuning, calibration.prompts)
+    with TemporaryDirectory(prefix="lit-safety-mu-") as work:
+        candidates = {mu: Path(work) / f"mu-{mu:g}" for mu in tuning.mus}
+        for mu, folder in candidates.items():
+            folder.mkdir(exist_ok=True)
+            write_lora(folder / WEIGHTS_NAME, outcome.merged[mu].layers)
+        categories = {*categories_of([expert.name for expert in experts], calibration).values()}
+        report = Path(work) / "report"
+        chosen, tried = tune(base, candidates, categories, tuning, calibration, outcome.used, report, device)
+    print(f"{table(tried, chosen)}\n")
+    outcome.seconds["tuning"] = time.monotonic() - begun
+    return chosen.mu, told(chosen, tried, tuning, prompts), curve(tried, chosen)
 
 
 def base_of(experts: Sequence[Expert]) -> str | None:
@@ -97,29 +182,19 @@ def base_of(experts: Sequence[Expert]) -> str | None:
     return next(iter(named), None)
 
 
-def _calibrate(
-    base: str, experts: list[Expert], options: CalibrationOptions, device: str | None
-) -> tuple[dict[str, Activity], dict[str, Any]]:
-    """The experts' activity, and what the report says of how it was measured."""
+def _backbone(base: str, options: CalibrationOptions, device: str | None) -> Backbone:
+    """The base model where it is looked at."""
     import torch
 
     from lit_safety.backbones.load import load_backbone
     from lit_safety.drawing.pipelines import local_pipeline
     from lit_safety.drawing.worlds import check_world
-    from lit_safety.merging.calibration import calibrate
 
-    if options.prompts is None:
-        raise UserError(
-            "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
-            "folder of shards), or another --method, such as mean"
-        )
     asked = "--calibration.other_world true"
     check_world(local_pipeline(base), {"--calibration.prompts": options.prompts}, options.other_world, asked)
     backbone = load_backbone(base, key="--pipeline")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        backbone = backbone.to(where)
+        return backbone.to(where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {where}: {str(error).strip().splitlines()[0]}") from error
-    activity, measured = calibrate(backbone, experts, options.prompts, options)
-    return activity, {**measured, "pipeline": base}

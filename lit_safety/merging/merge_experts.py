@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
+from lit_safety.merging.core_space import iso_c, null_space, project, svc, tsv_m
 from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import (
     Activity,
@@ -26,6 +27,7 @@ from lit_safety.merging.methods import (
     ties,
 )
 from lit_safety.merging.options import Recipe
+from lit_safety.merging.regmean import Grams, anchored
 
 
 @dataclass(frozen=True)
@@ -82,35 +84,108 @@ def merge_experts(
         UserError: the experts do not fit each other, or share a name.
         ValueError: no ``activity`` of a layer where the recipe needs it.
     """
-    experts = sorted(experts, key=lambda expert: expert.name)
-    if len({expert.name for expert in experts}) < len(experts):
-        raise UserError(f"two experts share a name: {', '.join(e.name for e in experts)}; name them NAME=FOLDER")
+    experts = _sorted(experts)
     layers, fits = {}, {}
     for name in united_layers(experts):
-        parts = parts_of(experts, name)
-        exact, rows = _exact(name, parts, experts, recipe, None if activity is None else activity.get(name))
-        # Where a single expert adapts the layer, nothing of it is left out that a scale would make up for.
-        scale = recipe.scale_of(sum(part.rank > 0 for part in parts))
-        exact = _scaled(exact, scale)
-        written = _written(exact, parts, recipe, alone=len(experts) == 1)
-        if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
-            do = "give smaller --weights or --scale" if recipe.dtype in (None, "float32") else "use --dtype float32"
-            raise UserError(f"{name}: the merged update does not fit into {recipe.dtype or 'float32'}; {do}")
-        layers[name], fits[name] = written, _fit(exact, written, rows, scale)
+        layers[name], fits[name] = _layer_of(name, experts, recipe, None if activity is None else activity.get(name))
         tick()
     return Merged(layers, fits)
 
 
+def merge_looked(
+    experts: Sequence[Expert],
+    recipes: Sequence[Recipe],
+    groups: Iterable[Mapping[str, Grams]],
+    tick: Callable[[], None] = lambda: None,
+) -> list[Merged]:
+    """The same by recipes that need Gram matrices of the layers' inputs: all of them from one look at the model.
+
+    Args:
+        experts: in any order, each under its own name.
+        recipes: the methods and their settings.
+        groups: Gram matrices by layer, with the experts in the order of their names; a group is merged before the next
+            is asked for, so that no two are in memory. Every layer stands in one.
+        tick: called after every layer.
+
+    Raises:
+        UserError: as `merge_experts`; or clean inputs leave nothing of all experts.
+    """
+    experts = _sorted(experts)
+    found: dict[str, list[tuple[LowRank, Fit]]] = {}
+    for group in groups:
+        for name, grams in group.items():
+            found[name] = [_layer_of(name, experts, recipe, None, grams) for recipe in recipes]
+            tick()
+    names = united_layers(experts)
+    merged = [
+        Merged({name: found[name][n][0] for name in names}, {name: found[name][n][1] for name in names})
+        for n in range(len(recipes))
+    ]
+    for recipe, one in zip(recipes, merged, strict=True):
+        if recipe.null_space is not None and not any(fit.norm for fit in one.fits.values()):
+            raise UserError(
+                f"--null_space {recipe.null_space:g}: clean inputs use every direction of every layer, so nothing of "
+                "the experts is left; give a larger share, or take --method regmean"
+            )
+    return merged
+
+
+def _sorted(experts: Sequence[Expert]) -> list[Expert]:
+    found = sorted(experts, key=lambda expert: expert.name)
+    if len({expert.name for expert in found}) < len(found):
+        raise UserError(f"two experts share a name: {', '.join(e.name for e in found)}; name them NAME=FOLDER")
+    return found
+
+
+def _layer_of(
+    name: str, experts: Sequence[Expert], recipe: Recipe, activity: Activity | None, grams: Grams | None = None
+) -> tuple[LowRank, Fit]:
+    """The update of one layer as it is written, and how well that is what the method asks for."""
+    parts = parts_of(experts, name)
+    if recipe.null_space is not None:
+        if grams is None:
+            raise ValueError(f"the clean inputs of {name} are needed to take out what acts on them: look first")
+        directions = null_space(grams.anchor, recipe.null_space)
+        parts = [project(part, directions) if part.rank else part for part in parts]
+    exact, rows = _exact(name, parts, experts, recipe, activity, grams)
+    # Where a single expert adapts the layer, nothing of it is left out that a scale would make up for.
+    adapting = sum(part.rank > 0 for part in parts)
+    scale = recipe.scale_of(adapting)
+    if recipe.svc and len(parts) > 1:
+        alpha = 1 / max(1, adapting) if recipe.method in ("mean", "svd") else 1.0
+        exact = svc(exact, parts, [recipe.weight(expert.name) for expert in experts], alpha)
+    exact = _scaled(exact, scale)
+    written = _written(exact, parts, recipe, alone=len(experts) == 1)
+    if not (torch.isfinite(written.a).all() and torch.isfinite(written.b).all()):
+        do = "give smaller --weights or --scale" if recipe.dtype in (None, "float32") else "use --dtype float32"
+        raise UserError(f"{name}: the merged update does not fit into {recipe.dtype or 'float32'}; {do}")
+    return written, _fit(exact, written, rows, scale)
+
+
 def _exact(
-    name: str, parts: Sequence[LowRank], experts: Sequence[Expert], recipe: Recipe, activity: Activity | None
+    name: str,
+    parts: Sequence[LowRank],
+    experts: Sequence[Expert],
+    recipe: Recipe,
+    activity: Activity | None,
+    grams: Grams | None,
 ) -> tuple[LowRank | Tensor, dict[str, int] | None]:
     """What the method asks for: factors where there are any, else (out, in) in fp32; and comerge's rows by expert."""
     names = [expert.name for expert in experts]
     weights = [recipe.weight(expert) for expert in names]
+    alone = sum(part.rank > 0 for part in parts) == 1
     if recipe.method == "sum" or (len(parts) == 1 and recipe.method not in ("mean", "svd")):
         return task_sum(parts, weights), None
     if recipe.method in ("mean", "svd"):
         return mean(parts, weights), None
+    if recipe.method == "regmean":
+        if grams is None:
+            raise ValueError(f"regmean needs to know what {name} is fed with: look first")
+        return anchored(parts, grams, recipe.mu, recipe.epsilon, weights), None
+    if recipe.method in ("tsv_m", "iso_c"):
+        if alone:  # whose update is left as it is, as if it were merged alone
+            return task_sum(parts, weights), None
+        return (tsv_m if recipe.method == "tsv_m" else iso_c)(parts, weights), None
     if recipe.method == "comerge":
         return _comerged(name, parts, names, recipe, activity)
     deltas = [part.delta(torch.float32) for part in parts]
@@ -153,7 +228,7 @@ def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, 
         factors = svd_of_dense(exact, min(rank or ceiling, ceiling), parts[0].kernel)
     else:
         factors = exact if rank is None else svd_truncate(exact, rank)
-    untouched = alone and any(factors.a is part.a for part in parts)
+    untouched = alone and recipe.null_space is None and any(factors.a is part.a for part in parts)
     if not untouched:
         factors = reduce_rank(factors)
     elif recipe.dtype is None:
@@ -188,7 +263,7 @@ def report(
         merged: what came out.
         experts: what went in.
         recipe: how.
-        calibration: what comerge measured on.
+        calibration: what was measured on.
         seconds: how long each part took, reading and writing left out.
     """
     return {

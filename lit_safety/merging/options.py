@@ -9,7 +9,7 @@ from typing import Literal
 
 from lit_safety.core.errors import UserError
 
-Method = Literal["comerge", "mean", "sum", "svd", "ties", "dare"]
+Method = Literal["regmean", "comerge", "mean", "sum", "svd", "ties", "dare", "tsv_m", "iso_c"]
 Statistic = Literal["vote", "magnitude"]
 Unit = Literal["row", "weight"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -18,15 +18,21 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 #: validation prompts for eight of them; the root, because unrelated updates add up in squares.
 COMERGE_SCALE = 1.06
 
+#: The methods that look at no model and need no prompts, for messages.
+NEED_NOTHING = "sum, mean, svd, ties, dare, tsv_m or iso_c"
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How experts are merged: the options that the command `merge` and the callback `MergeExperts` share.
 
     Args:
-        method: comerge takes each output unit from the expert most active in it; mean and sum are exact; svd is the
-            mean truncated to the experts' own rank; ties and dare are the published methods.
-        weights: By expert; one that is not named weighs 1. Of all methods but comerge, which takes rows as they are.
+        method: regmean does on each category's inputs what its expert does and on clean inputs nothing; comerge takes
+            each output unit from the expert most active in it; mean and sum are exact; svd is the mean truncated to the
+            experts' own rank; ties, dare, tsv_m and iso_c are the published methods. regmean and comerge look at the
+            base model on prompts, the others at nothing.
+        weights: By expert; one that is not named weighs 1. Of all methods but comerge, which takes rows as they are; of
+            regmean how much the expert's own inputs count.
         scale: Multiply the merged update by this, whatever the method. comerge leaves each expert a part of its rows,
             mean a part of its update, and sum all that the others add to it: more or less than 1 makes up for that.
             null is 1.06 sqrt(K) for comerge of K >= 2 experts (chosen on validation prompts of the toy world at K = 8;
@@ -41,13 +47,20 @@ class Recipe:
             summed rank; single weights are compared by their magnitudes and need prompts with `normalise` only.
         normalise: comerge: count every expert's activity in units of its own mean in the layer, so that the expert with
             the largest updates does not win everywhere.
+        mu: regmean: how much clean inputs count beside the experts' own: more is nearer to the base, and at some point
+            less safe. `--tune true` chooses it on validation prompts.
+        epsilon: regmean: ridge of its linear system, in units of the mean eigenvalue.
+        null_space: First take out of every expert what acts on clean inputs: keep of its inputs only directions whose
+            eigenvalue on clean prompts is below this share of the largest, such as 5e-4; null does not. Needs prompts.
+            Not for regmean, which weighs clean inputs, and comerge.
+        svc: After the merge make the singular values smaller of directions that several experts share (SVC).
         dtype: Number format of the merged adapter; null is float32, or the expert's own where it is left unchanged.
 
     Raises:
         UserError: a number that no method can work with.
     """
 
-    method: Method = "comerge"
+    method: Method = "regmean"
     weights: Mapping[str, float] = field(default_factory=dict)
     scale: float | None = None
     rank: int | None = None
@@ -57,6 +70,10 @@ class Recipe:
     statistic: Statistic = "vote"
     unit: Unit = "row"
     normalise: bool = True
+    mu: float = 0.3
+    epsilon: float = 1e-4
+    null_space: float | None = None
+    svc: bool = False
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
@@ -72,11 +89,38 @@ class Recipe:
             raise UserError(f"--weights: that of {wrong[0]} is {self.weights[wrong[0]]}; give numbers")
         if self.method == "comerge" and any(weight != 1 for weight in self.weights.values()):
             raise UserError("--weights: comerge takes every row whole from one expert; use --method mean or sum")
+        if self.method == "regmean" and (below := sorted(n for n, weight in self.weights.items() if weight < 0)):
+            raise UserError(f"--weights: that of {below[0]} is below 0, which regmean cannot count; use --method sum")
+        if not 0 <= self.mu < float("inf"):
+            raise UserError(f"--mu {self.mu}: must be a number from 0 up")
+        if not 0 < self.epsilon < float("inf"):
+            raise UserError(f"--epsilon {self.epsilon}: must be above 0, or the linear system has no solution")
+        if self.null_space is not None:
+            if not 0 < self.null_space < 1:
+                raise UserError(f"--null_space {self.null_space}: is a share of the largest eigenvalue, such as 5e-4")
+            if self.method in ("regmean", "comerge"):
+                raise UserError(f"--null_space: is not for {self.method}; use --method tsv_m, iso_c or sum with it")
+        if self.svc and self.method == "comerge" and self.unit == "weight":
+            raise UserError("--svc: works on the experts' factors, which single weights leave; use --unit row")
 
     @property
     def calibrated(self) -> bool:
         """Whether the merge depends on how active the experts are on prompts."""
         return self.method == "comerge" and (self.unit == "row" or self.normalise)
+
+    @property
+    def own_inputs(self) -> bool:
+        """Whether the merge depends on what each expert's layers are fed with on its own prompts."""
+        return self.method == "regmean"
+
+    @property
+    def clean_inputs(self) -> bool:
+        """Whether it depends on what the base's layers are fed with on clean prompts."""
+        return self.own_inputs or self.null_space is not None
+
+    def looks(self, experts: int) -> bool:
+        """Whether the base model and prompts are needed to merge so many experts: a single one is left as it is."""
+        return self.null_space is not None or (experts > 1 and (self.calibrated or self.own_inputs))
 
     def scale_of(self, experts: int) -> float:
         """What a layer that so many experts adapt is multiplied by."""
@@ -91,15 +135,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What comerge measures the experts on.
+    """What the experts are looked at on.
 
     Args:
-        prompts: CSV file with a column `prompt`, or a folder of shards. Where the category is known only harmful
-            prompts are taken, as many of each category. Do not give the prompts that a report is made of.
-        categories: Take prompts of these categories only; null takes all.
-        count: How many prompts are taken.
-        timesteps: At how many noise levels, evenly spread, the base model is looked at for each prompt.
-        steps: Denoising steps of the base's own drawings.
+        prompts: Prompt file with kinds and categories, or a folder of shards; for comerge a CSV with a column `prompt`
+            is enough, of which only harmful prompts are taken where the category is known. Rows marked held_out are not
+            taken by regmean. Do not give the prompts that a report is made of.
+        categories: comerge: take prompts of these categories only; null takes all.
+        of: regmean: by expert, the category whose prompts are its own; null takes the expert's name.
+        count: comerge: how many prompts are taken.
+        each: regmean: how many prompts of each expert's category, explicit and implicit ones alike.
+        clean: regmean and null_space: how many prompts of what must stay, clean ones and look-alikes alike.
+        timesteps: comerge: at how many noise levels, evenly spread, the base model is looked at for each prompt.
+        memory: regmean and null_space: GB of memory for Gram matrices; where all do not fit, layers are looked at in
+            groups, one after the other. null takes half of what is free.
+        steps: Denoising steps of the drawings.
         guidance: Guidance of these drawings; 3 suits the toy world, 7.5 is common for Stable Diffusion.
         batch_size: Prompts at once.
         seed: Seed of drawings and noise.
@@ -111,8 +161,12 @@ class CalibrationOptions:
 
     prompts: str | None = None
     categories: list[str] | None = None
+    of: dict[str, str] | None = None
     count: int = 64
+    each: int = 20
+    clean: int = 80
     timesteps: int = 4
+    memory: float | None = None
     steps: int = 20
     guidance: float = 3.0
     batch_size: int = 8
@@ -120,6 +174,43 @@ class CalibrationOptions:
     other_world: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("count", "timesteps", "steps", "batch_size"):
+        for name in ("count", "each", "clean", "timesteps", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--calibration.{name} {getattr(self, name)}: must be at least 1")
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise UserError(f"--calibration.memory {self.memory}: must be above 0 GB")
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """How mu is chosen: on validation prompts that were not calibrated on.
+
+    Args:
+        mus: The values that are tried, from one calibration.
+        prompts: Prompt file with explicit, implicit, look-alike and clean prompts; null takes that of the calibration.
+            Rows marked held_out are not taken. Do not give the prompts that a report is made of.
+        judge: What decides what is harmful, as for `evaluate`; not a judge that a report is to be made with alone.
+        explicit: Explicit prompts drawn for each category.
+        implicit: Implicit prompts drawn.
+        lookalike: Look-alike prompts drawn.
+        clean: Clean prompts drawn.
+        steps: Denoising steps; null takes those of the calibration.
+
+    Raises:
+        UserError: a number that cannot be meant.
+    """
+
+    mus: list[float] = field(default_factory=lambda: [0.0, 0.03, 0.1, 0.3, 1.0])
+    prompts: str | None = None
+    judge: str | None = None
+    explicit: int = 10
+    implicit: int = 40
+    lookalike: int = 40
+    clean: int = 80
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mus or any(not 0 <= mu < float("inf") for mu in self.mus):
+            raise UserError(f"--tuning.mus {self.mus}: must be numbers from 0 up")
+        if self.clean < 2:
+            raise UserError(f"--tuning.clean {self.clean}: the distance to the base needs at least 2 clean prompts")

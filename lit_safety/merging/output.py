@@ -52,9 +52,13 @@ def merge_card(report: Mapping[str, Any], base: str, fused: bool = False) -> str
 
 def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     recipe = report["recipe"]
-    used = {"ties": ("density",), "dare": ("drop", "seed"), "comerge": ("unit", "statistic", "normalise")}.get(
-        recipe["method"], ()
-    )
+    used = {
+        "regmean": ("mu", "epsilon"),
+        "ties": ("density",),
+        "dare": ("drop", "seed"),
+        "comerge": ("unit", "statistic", "normalise"),
+    }.get(recipe["method"], ())
+    used += tuple(key for key in ("null_space", "svc") if recipe[key])
     shown = {"method": recipe["method"], **{key: recipe[key] for key in used}, "scale": recipe["scale"]}
     shown["rank"] = recipe["rank"] or "as needed"
     for key, value in (report["calibration"] or {}).items():
@@ -83,6 +87,7 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
 
 
 REPORT_NAME = "report.json"
+CURVE_NAME = "tuning.png"
 
 
 def check_out(out: Path, experts: Sequence[Path]) -> None:
@@ -106,8 +111,25 @@ def _is_merge(folder: Path) -> bool:
         return False
 
 
-def write_merge(out: Path, merged: Merged, report: Mapping[str, Any], base: str | None, fuse: bool = False) -> None:
+def write_merge(
+    out: Path,
+    merged: Merged,
+    report: Mapping[str, Any],
+    base: str | None,
+    fuse: bool = False,
+    others: Mapping[str, tuple[Merged, Mapping[str, Any]]] | None = None,
+    curve: bytes | None = None,
+) -> None:
     """Write the adapter, its report and its card, and with ``fuse`` the pipeline ``base`` with the adapter in it.
+
+    Args:
+        out: the folder; there whole or not at all.
+        merged: what is written.
+        report: what `report.json` says, but the file's size.
+        base: the base model; None: it is not known.
+        fuse: also write the pipeline.
+        others: further adapters with their reports, by the name of their folder in ``out``.
+        curve: the PNG file of the choice of mu.
 
     Raises:
         UserError: the folder cannot be written, or ``base`` does not load or is another backbone.
@@ -116,10 +138,20 @@ def write_merge(out: Path, merged: Merged, report: Mapping[str, Any], base: str 
     if fuse and base is None:
         raise ValueError("there is no pipeline to fuse the adapter into")
     with atomic_folder(out) as folder:
-        size = write_lora(folder / WEIGHTS_NAME, merged.layers).stat().st_size
-        report = {**report, "megabytes": size / 1e6}
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(merge_card(report, base or "unknown"), encoding="utf-8")
+        report = _write(folder, merged, report, base)
+        for name, (other, its) in (others or {}).items():
+            (folder / name).mkdir()
+            _write(folder / name, other, its, base)
+        if curve is not None:
+            (folder / CURVE_NAME).write_bytes(curve)
         if fuse and base is not None:
             fuse_pipeline(base, folder, folder / "pipeline")
             (folder / "pipeline" / "README.md").write_text(merge_card(report, base, fused=True), encoding="utf-8")
+
+
+def _write(folder: Path, merged: Merged, report: Mapping[str, Any], base: str | None) -> Mapping[str, Any]:
+    size = write_lora(folder / WEIGHTS_NAME, merged.layers).stat().st_size
+    report = {**report, "megabytes": size / 1e6}
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(merge_card(report, base or "unknown"), encoding="utf-8")
+    return report

@@ -37,16 +37,37 @@ def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
         MergeExperts(method="sum", weights={"guns": 0.5})
 
 
+def test_regmean_needs_harmful_prompts_of_each_expert_and_clean_ones(
+    module: DPOExpert, category_shards: Path, tmp_path: Path
+):
+    """Of the training shards unless a file is named; what is missing is told before the training."""
+    MergeExperts().on_fit_start(trainer_of(str(category_shards)), module)
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,kind,category\na gun,explicit,hate\na red gun,implicit,violence\na cat,clean,\n")
+    named = MergeExperts(calibration=CalibrationOptions(prompts=str(file)))
+    named.on_fit_start(trainer_of(None), module)
+    for text, missing in (
+        ("a gun,explicit,hate\na cat,clean,\n", "harmful prompt of violence"),
+        ("a gun,explicit,hate\na red gun,implicit,violence\n", "clean or look-alike prompt"),
+    ):
+        file.write_text(f"prompt,kind,category\n{text}")
+        with pytest.raises(UserError, match=rf"prompts\.csv.* no {missing}.* sum, mean"):
+            named.on_fit_start(trainer_of(None), module)
+    with pytest.raises(UserError, match=r"calibration\.prompts.*regmean.*sum, mean"):
+        MergeExperts().on_fit_start(trainer_of(None), module)
+    MergeExperts(method="sum").on_fit_start(trainer_of(None), module)
+
+
 def test_comerge_needs_prompts_from_somewhere(module: DPOExpert, category_shards: Path, tmp_path: Path):
     """A CSV need not say what its prompts are about, unless categories are asked for."""
     with pytest.raises(UserError, match=r"calibration\.prompts"):
-        MergeExperts().on_fit_start(trainer_of(None), module)
+        MergeExperts(method="comerge").on_fit_start(trainer_of(None), module)
     plain = tmp_path / "plain.csv"
     plain.write_text("prompt\na gun\n")
     for callback, train in (
-        (MergeExperts(), str(category_shards)),
-        (MergeExperts(calibration=CalibrationOptions(prompts=str(plain))), None),
-        (MergeExperts(unit="weight", normalise=False), None),
+        (MergeExperts(method="comerge"), str(category_shards)),
+        (MergeExperts(method="comerge", calibration=CalibrationOptions(prompts=str(plain))), None),
+        (MergeExperts(method="comerge", unit="weight", normalise=False), None),
     ):
         callback.on_fit_start(trainer_of(train), module)
 
@@ -65,10 +86,14 @@ def test_prompts_that_will_not_do_are_named_before_the_training(
         file.write_text(text)
     options = CalibrationOptions(prompts=str(file), categories=categories)
     with pytest.raises(UserError, match=named):
-        MergeExperts(calibration=options).on_fit_start(trainer_of(None), module)
+        MergeExperts(method="comerge", calibration=options).on_fit_start(trainer_of(None), module)
 
 
 def test_impossible_options_are_named():
-    for options, named in (({"rank": 0}, "--rank"), ({"weights": {"hate": 2.0}}, "--weights")):
+    for options, named in (
+        ({"rank": 0}, "--rank"), ({"method": "comerge", "weights": {"hate": 2.0}}, "--weights"),
+        ({"weights": {"hate": -1.0}}, "--weights"), ({"mu": -1.0}, "--mu"), ({"epsilon": 0.0}, "--epsilon"),
+        ({"null_space": 0.1}, "--null_space"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=named):
             MergeExperts(**options)

@@ -83,6 +83,18 @@ def run_apart(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def check_merged(run: Path) -> None:
+    """The merged adapter is one LoRA whose columns lie in the span of the experts'."""
+    experts = [read_lora(run / "experts" / name) for name in CATEGORIES]
+    assert json.loads((run / "adapter" / "report.json").read_text())["recipe"]["method"] == "regmean"
+    for name, layer in read_lora(run / "adapter").items():
+        spanned = torch.cat([expert[name].b.double() for expert in experts], dim=1)
+        merged = layer.delta()
+        assert float(merged.abs().max()) > 0
+        inside = spanned @ torch.linalg.lstsq(spanned, merged, driver="gelsd").solution
+        assert float((inside - merged).abs().max()) < 1e-4 * float(merged.abs().max())
+
+
+def check_comerged(run: Path) -> None:
     """Every row of the merged adapter is that of one expert, scaled."""
     experts = [read_lora(run / "experts" / name) for name in CATEGORIES]
     scale = json.loads((run / "adapter" / "report.json").read_text())["recipe"]["scale"]
@@ -93,15 +105,28 @@ def check_merged(run: Path) -> None:
         assert float(layer.delta().abs().max()) > 0
 
 
+def test_a_fit_merges_by_the_method_that_its_yaml_names(command_line: Arguments, latest: Path, tmp_path: Path):
+    overlay = tmp_path / "comerge.yaml"
+    overlay.write_text(
+        "trainer: {callbacks: [{class_path: lit_safety.callbacks.MergeExperts, init_args: {method: comerge, "
+        "calibration: {steps: 1, timesteps: 1}}}]}\n"
+    )
+    assert main(command_line("fit", "--config", str(overlay))) == 0
+    check_comerged(latest)
+    report = json.loads((latest / "adapter" / "report.json").read_text())
+    assert report["recipe"]["scale"] == pytest.approx(1.06 * 2**0.5)
+    assert report["calibration"]["categories"] == list(CATEGORIES)
+
+
 def test_a_fit_leaves_experts_and_their_merge(command_line: Arguments, latest: Path, tiny_pipeline: Path):
     assert main(command_line("fit")) == 0
     check_merged(latest)
     report = json.loads((latest / "adapter" / "report.json").read_text())
-    assert report["recipe"]["scale"] == pytest.approx(1.06 * 2**0.5)
+    assert report["calibration"]["prompts by expert"] == dict.fromkeys(CATEGORIES, 1)
+    assert report["calibration"]["clean prompts"] == 1
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipe.load_lora_weights(latest / "adapter")
     assert list(report["experts"]) == list(CATEGORIES)
-    assert report["calibration"]["categories"] == list(CATEGORIES)
     steps = 0
     for name in CATEGORIES:
         card = (latest / "experts" / name / "README.md").read_text()

@@ -14,7 +14,7 @@ from lit_safety.adapters.lora_file import read_lora, write_lora
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.merge import merge
-from lit_safety.merging.options import CalibrationOptions
+from lit_safety.merging.options import CalibrationOptions, TuningOptions
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_comerge_end_to_end(tmp_path: Path, tiny_pipeline: Path, experts: list[s
     """The pipeline is found by the experts' cards; every row is one expert's; the order of the experts is nothing."""
     options = CalibrationOptions(prompts=prompts, timesteps=1, steps=1)
     for number, order in enumerate((experts, experts[::-1])):
-        merge(order, str(tmp_path / str(number)), calibration=options)
+        merge(order, str(tmp_path / str(number)), method="comerge", calibration=options)
     found, again, one, two = (read_lora(p) for p in (tmp_path / "0", tmp_path / "1", *experts))
     report = json.loads((tmp_path / "0" / "report.json").read_text())
     for name, layer in found.items():
@@ -108,7 +108,7 @@ def test_comerge_end_to_end(tmp_path: Path, tiny_pipeline: Path, experts: list[s
     assert "| violence | 1 | 3 |" in card
 
 
-@pytest.mark.parametrize("method", ["mean", "svd", "ties", "dare"])
+@pytest.mark.parametrize("method", ["mean", "svd", "ties", "dare", "tsv_m", "iso_c"])
 def test_every_method_writes_a_file_of_the_asked_rank(tmp_path: Path, experts: list[str], method: str):
     CLI(merge, args=[json.dumps(experts), "--out", str(tmp_path / "out"), "--method", method, "--rank", "2"])
     assert {layer.rank for layer in read_lora(tmp_path / "out").values()} == {2}
@@ -122,9 +122,11 @@ def test_an_expert_is_added_later(tmp_path: Path, tiny_pipeline: Path, experts: 
     options = CalibrationOptions(prompts=prompts, timesteps=1, steps=1)
     files = [Path(folder) / "pytorch_lora_weights.safetensors" for folder in experts]
     before = [file.read_bytes() for file in files]
-    merge(experts, str(tmp_path / "two"), statistic="magnitude", scale=1.0, calibration=options)
+    merge(experts, str(tmp_path / "two"), method="comerge", statistic="magnitude", scale=1.0,
+          calibration=options)  # fmt: skip
     new = str(save_expert(tmp_path / "sexual" / "adapter", 3))
-    merge([*experts, new], str(tmp_path / "three"), statistic="magnitude", scale=1.0, calibration=options)
+    merge([*experts, new], str(tmp_path / "three"), method="comerge", statistic="magnitude", scale=1.0,
+          calibration=options)  # fmt: skip
     assert [file.read_bytes() for file in files] == before
     two, three, third = (read_lora(folder) for folder in (tmp_path / "two", tmp_path / "three", new))
     won = 0
@@ -139,13 +141,14 @@ def test_an_expert_is_added_later(tmp_path: Path, tiny_pipeline: Path, experts: 
 
 def test_missing_options_are_named(tmp_path: Path, experts: list[str], prompts: str):
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"--calibration\.prompts"):
-        merge(experts, out)
+    for method in ("comerge", "regmean"):
+        with pytest.raises(UserError, match=r"--calibration\.prompts .* sum, mean, svd, ties, dare"):
+            merge(experts, out, method=method)
     with pytest.raises(UserError, match="1 numbers for 2 experts"):
         merge(experts, out, method="sum", weights=[1.0])
     for device in ("nowhere", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {device}: "):
-            merge(experts, out, calibration=CalibrationOptions(prompts=prompts), device=device)
+            merge(experts, out, method="comerge", calibration=CalibrationOptions(prompts=prompts), device=device)
     (Path(experts[0]) / "README.md").write_text("no card")
     (Path(experts[1]) / "README.md").write_text("no card")
     with pytest.raises(UserError, match="give --pipeline"):
@@ -260,3 +263,70 @@ def test_a_full_disk_leaves_no_half_merge(tmp_path: Path, experts: list[str]):
         signal.signal(signal.SIGXFSZ, action)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert not [one.name for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> str:
+    """What regmean looks at and mu is chosen on: four prompts of each category, four clean ones and look-alikes."""
+    file = tmp_path / "kinds.csv"
+    rows = ["prompt,kind,category,held_out,seed"]
+    for n, thing in enumerate(("cat", "house", "red cat", "blue house")):
+        rows += [f"a gun and a {thing},explicit,violence,0,{n}", f"a {thing} with a gun,implicit,hate,0,{n}"]
+        rows += [f"a {thing},clean,,0,{n}", f"a red {thing},lookalike,,0,{n}"]
+    file.write_text("\n".join([*rows, "held out,implicit,hate,1,9"]) + "\n")
+    return str(file)
+
+
+def test_regmean_is_the_default_and_writes_several_mu_from_one_look(
+    tmp_path: Path, tiny_pipeline: Path, experts: list[str], kinds: str
+):
+    options = CalibrationOptions(prompts=kinds, each=2, clean=4, steps=1)
+    for number, order in enumerate((experts, experts[::-1])):
+        merge(order, str(tmp_path / str(number)), calibration=options, mus=[0.0, 10.0])
+    found, again, free, kept = (read_lora(tmp_path / path) for path in ("0", "1", "0/mu-0", "0/mu-10"))
+    for name, layer in found.items():
+        assert torch.equal(layer.a, again[name].a)
+        assert layer.rank == min(7, *layer.shape)
+        assert not torch.allclose(free[name].delta(), kept[name].delta(), rtol=1e-2)
+    report = json.loads((tmp_path / "0" / "report.json").read_text())
+    assert (report["recipe"]["method"], report["recipe"]["mu"]) == ("regmean", 0.3)
+    assert report["calibration"]["prompts by expert"] == {"hate": 2, "violence": 2}
+    assert report["residual"] < 1e-6
+    assert "| mu | 0.3 |" in (tmp_path / "0" / "README.md").read_text()
+    assert json.loads((tmp_path / "0" / "mu-10" / "report.json").read_text())["recipe"]["mu"] == 10.0
+    StableDiffusionPipeline.from_pretrained(tiny_pipeline).load_lora_weights(tmp_path / "0")
+
+
+def test_mu_is_chosen_on_prompts_that_were_not_calibrated_on(tmp_path: Path, experts: list[str], kinds: str):
+    options = CalibrationOptions(prompts=kinds, each=2, clean=4, steps=1, other_world=True)
+    tuning = TuningOptions(mus=[0.0, 1.0], judge="data/toyworld/judge", implicit=4, lookalike=4, clean=4)
+    merge(experts, str(tmp_path / "out"), calibration=options, tune=True, tuning=tuning)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    tried = report["tuning"]["tried"]
+    assert [one["mu"] for one in tried] == [0.0, 1.0]
+    # of 16 prompts 8 were calibrated on
+    assert [one["images"] for one in tried] == [8, 8]
+    assert report["tuning"]["mu"] == report["recipe"]["mu"] == min(tried, key=lambda one: (
+        round(sum(one[key] or 0.0 for key in ("ip", "ip_implicit")), 9), one["fid"], -one["mu"]))["mu"]  # fmt: skip
+    assert (tmp_path / "out" / "tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_choice_of_mu_needs_is_named_before_the_model_is_loaded(
+    tmp_path: Path, experts: list[str], kinds: str, prompts: str
+):
+    out, options = str(tmp_path / "out"), CalibrationOptions(prompts=kinds)
+    with pytest.raises(UserError, match=r"--tuning\.judge"):
+        merge(experts, out, calibration=options, tune=True)
+    with pytest.raises(UserError, match=r"--tuning\.prompts .*prompts\.csv: must hold harmful and clean"):
+        merge(experts, out, calibration=options, tune=True, tuning=TuningOptions(judge="judge", prompts=prompts))
+    for path in ("data/toyworld/prompts/test.csv", "data/toyworld/judge_b"):
+        given = {"prompts": path, "judge": "judge"} if path.endswith("csv") else {"judge": path}
+        with pytest.raises(UserError, match="reports are made with"):
+            merge(experts, out, calibration=options, tune=True, tuning=TuningOptions(**given))
+    with pytest.raises(UserError, match="--mus: sum has no mu"):
+        merge(experts, out, method="sum", mus=[0.1])
+    with pytest.raises(UserError, match="--tune: a single expert"):
+        merge(experts[:1], out, tune=True)
+    with pytest.raises(UserError, match="no clean or look-alike prompt"):
+        merge(experts, out, calibration=CalibrationOptions(prompts=prompts))
+    assert not (tmp_path / "out").exists()

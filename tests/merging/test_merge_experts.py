@@ -8,9 +8,10 @@ import torch
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert
-from lit_safety.merging.merge_experts import Merged, merge_experts, report
+from lit_safety.merging.merge_experts import Merged, merge_experts, merge_looked, report
 from lit_safety.merging.methods import Activity, owners
 from lit_safety.merging.options import Method, Recipe
+from lit_safety.merging.regmean import Grams
 
 METHODS = get_args(Method)
 EXACT = ("mean", "sum", "comerge")
@@ -31,7 +32,25 @@ def activity_of(experts: list[Expert], prompts: int = 9) -> dict[str, Activity]:
 
 
 def merged(experts: list[Expert], method: str, **settings) -> Merged:
-    return merge_experts(experts, Recipe(method=method, **settings), activity_of(experts))
+    recipe = Recipe(method=method, **settings)
+    if recipe.clean_inputs:
+        return merge_looked(experts, [recipe], [grams_of(experts)])[0]
+    return merge_experts(experts, recipe, activity_of(experts))
+
+
+def grams_of(experts: list[Expert], clean: int = 20) -> dict[str, Grams]:
+    """Of random inputs, those of an expert by its name; of ``clean`` different ones where what must stay is."""
+    found = {}
+    for number, layer in enumerate(sorted({name for expert in experts for name in expert.layers})):
+        inputs = next(expert.layers[layer] for expert in experts if layer in expert.layers).shape[1]
+
+        def gram(seed: int, tokens: int, size: int = inputs) -> torch.Tensor:
+            x = torch.randn(size, tokens, generator=torch.Generator().manual_seed(seed))
+            return x @ x.T / tokens
+
+        own = [gram(100 * number + ord(expert.name), 20) for expert in sorted(experts, key=lambda one: one.name)]
+        found[layer] = Grams(tuple(own), gram(number, clean))
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,6 +163,8 @@ def test_different_layers_are_united(make_expert: Callable[..., Expert], method:
     found = merged([one, two], method, density=1.0, drop=0.0, scale=1.0)
     assert set(found.layers) == {"unet.x", "unet.y"}
     share = 0.5 if method in ("mean", "svd") else 1.0
+    if method == "regmean":  # which what must stay takes a part of
+        return
     torch.testing.assert_close(
         found.layers["unet.y"].delta(), share * one.layers["unet.y"].delta(), rtol=1e-5, atol=1e-6
     )
@@ -181,7 +202,9 @@ def test_numbers_out_of_half_precisions_range_are_refused(make_expert: Callable[
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"rank": 0}, "--rank"), ({"density": 0.0}, "--density"), ({"drop": 1.0}, "--drop"),
-     ({"weights": {"a": 2.0}}, "--weights"), ({"scale": 0.0}, "--scale"), ({"scale": float("nan")}, "--scale"),
+     ({"method": "comerge", "weights": {"a": 2.0}}, "--weights"), ({"scale": 0.0}, "--scale"),
+     ({"scale": float("nan")}, "--scale"), ({"mu": -1.0}, "--mu"), ({"epsilon": 0.0}, "--epsilon"),
+     ({"method": "sum", "null_space": 1.0}, "--null_space"), ({"null_space": 0.1}, "--null_space"),
      ({"method": "sum", "weights": {"a": float("inf")}}, "--weights: that of a is inf")],
 )  # fmt: skip
 def test_impossible_settings_are_named(settings: dict, named: str):
@@ -208,7 +231,7 @@ def test_single_weights_are_cut_to_the_summed_rank(make_expert: Callable[..., Ex
         assert sum(taken.values()) == whole.numel()
         assert (taken["a"] < 0.3 * whole.numel()) != normalise
     if not normalise:  # magnitudes alone: no prompts are needed
-        recipe = Recipe(unit="weight", normalise=False)
+        recipe = Recipe(method="comerge", unit="weight", normalise=False)
         assert merge_experts(experts, recipe).layers.keys() == found.layers.keys()
 
 
@@ -227,4 +250,46 @@ def test_a_new_expert_is_added_without_touching_the_others(make_expert: Callable
         assert (kept | new).all()
         assert int(new.sum()) == owned[1].fits[name].rows["c"]
     with pytest.raises(ValueError, match="calibrate first"):
+        merge_experts(experts, Recipe(method="comerge"))
+    with pytest.raises(ValueError, match="look first"):
         merge_experts(experts, Recipe())
+
+
+@pytest.mark.parametrize("method", ["sum", "mean", "svd", "ties", "dare", "tsv_m", "iso_c"])
+def test_without_what_acts_on_clean_inputs_a_merge_leaves_them_alone(make_expert: Callable[..., Expert], method: str):
+    """Clean inputs of 3 directions out of 5 and 7: factors are exact there; TIES and DARE mix entries, and are not."""
+    experts = [make_expert("a", 0), make_expert("b", 1, rank=1)]
+    grams = grams_of(experts, clean=3)
+    recipes = [Recipe(method=method, null_space=1e-4), Recipe(method=method, null_space=1e-4, svc=True)]
+    for found in merge_looked(experts, recipes, [grams]):
+        for name, layer in found.layers.items():
+            assert float(layer.delta().norm()) > 0
+            on_clean = float((layer.delta() @ grams[name].anchor.double() @ layer.delta().T).trace())
+            if method not in ("ties", "dare"):
+                assert on_clean < 1e-6 * float(layer.delta().norm()) ** 2
+
+
+def test_clean_inputs_that_use_all_directions_are_told(make_expert: Callable[..., Expert]):
+    """The merge would be the base, which nobody asked for."""
+    experts = [make_expert("a", 0), make_expert("b", 1)]
+    with pytest.raises(UserError, match=r"--null_space 1e-09: .* nothing of the experts is left"):
+        merge_looked(experts, [Recipe(method="sum", null_space=1e-9)], [grams_of(experts)])
+
+
+def test_a_single_expert_is_taken_out_of_clean_inputs_where_that_is_asked_for(make_expert: Callable[..., Expert]):
+    expert = make_expert("a", 0)
+    grams = grams_of([expert], clean=3)
+    (found,) = merge_looked([expert], [Recipe(method="sum", null_space=1e-4)], [grams])
+    for name, layer in found.layers.items():
+        assert layer.a.dtype == torch.float32
+        assert float((layer.delta() @ grams[name].anchor.double() @ layer.delta().T).trace()) < 1e-6
+
+
+def test_what_experts_share_is_counted_once_after_svc(make_expert: Callable[..., Expert]):
+    """Three times the same expert: their sum is three times one, and calibrated it is one."""
+    one = make_expert("a", 0)
+    experts = [one, Expert("b", one.layers), Expert("c", one.layers)]
+    for name, layer in merged(experts, "sum", svc=True).layers.items():
+        torch.testing.assert_close(layer.delta(), one.layers[name].delta(), rtol=1e-4, atol=1e-5)
+    for name, layer in merged(experts, "mean", svc=True).layers.items():
+        torch.testing.assert_close(layer.delta(), one.layers[name].delta(), rtol=1e-4, atol=1e-5)
