@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.pipeline_index import KEY, pipeline_class_name
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.backbones.stable_diffusion import StableDiffusion
 from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
 from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
@@ -30,20 +31,24 @@ def family_of(source: str, key: str = KEY) -> type[Backbone]:
     return family
 
 
-def load_backbone(source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
-    """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32.
+def load_backbone(
+    source: str, denoiser: bool = True, key: str = KEY, settings: BackboneSettings | None = None
+) -> Backbone:
+    """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32 unless set otherwise.
 
     Args:
         source: the pipeline.
         denoiser: False leaves the denoiser out, for work that needs the encoders only.
         key: the option or YAML key that it was given by, for messages.
+        settings: of the family's kind; None: its defaults.
 
     Raises:
-        UserError: if there is no pipeline, its family is unknown, or its files do not load.
+        UserError: if there is no pipeline, its family is unknown, its files do not load, or the settings are those of
+            another kind of family.
     """
     family = family_of(source, key)
     try:
-        backbone = family.from_pretrained(source, denoiser, key)
+        backbone = family.from_pretrained(source, denoiser, key, settings)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(

@@ -238,7 +238,7 @@ def measure_activity(
             conditioning = backbone.encode_text(batch)
             for level in range(options.timesteps):
                 levels = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
-                timesteps = backbone.timesteps(levels)
+                timesteps = backbone.timesteps(levels, (latents.shape[-2], latents.shape[-1]))
                 noise = normal(seeds, f"calibration noise {level}", latents.shape[1:]).to(latents)
                 with _watched(probes.values()):
                     backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
