@@ -273,6 +273,10 @@ class Backbone(nn.Module, ABC):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def drawn_latents(self, drawn: Tensor) -> Tensor:
+        """What the stock pipeline gives of square images as `latent`, as scaled latents (B, C, h, w)."""
+        return drawn
+
     def pipeline_options(self) -> dict[str, Any]:
         """What else the stock pipeline is made with."""
         return {}

@@ -75,11 +75,14 @@ class Drawing:
 
     Args:
         steps: denoising steps.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance, 1 for none; of models with embedded guidance the scale that they
+            are told.
+        resolution: side in pixels; null: the pipeline's own, for which a tiny model may be too small.
     """
 
     steps: int = 20
     guidance: float = 3.0
+    resolution: int | None = None
 
 
 class PreferenceModule(ScheduledModule):
@@ -530,11 +533,15 @@ class PreferenceModule(ScheduledModule):
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """One image a prompt by the policy, each from the initial noise of its own seed."""
-        drawn = self.backbone.pipeline()(
+        from lit_safety.backbones.call import call_options
+
+        pipe, side = self.backbone.pipeline(), self.drawing.resolution
+        drawn = pipe(
             prompt=list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=self.drawing.steps,
-            guidance_scale=self.drawing.guidance,
+            **call_options(pipe, self.drawing.guidance, count=len(prompts)),
+            **({} if side is None else {"height": side, "width": side}),
         )
         return list(drawn.images)
 
