@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lit_safety.backbones import BackboneSettings, FlowSettings, GuidedFlowSettings, load_backbone
-from lit_safety.backbones.backbone import Backbone, Conditioning, encode_alike
+from lit_safety.backbones.backbone import Backbone, encode_alike
 from lit_safety.backbones.call import call_options
 from lit_safety.core.errors import UserError
 from tests.helpers.flow_pipelines import FAMILIES, save_flow
 
 PROMPTS = ["a red cat", "a gun and a house with a blue cat"]
 #: Not square, so that rows and columns cannot be taken for each other.
-SIZE = (32, 48)
+SIZE = (32, 64)
 STEPS = 3
 
 
@@ -328,11 +327,6 @@ def test_latents_drawn_by_the_stock_pipeline_are_taken_back(name: str, backbone:
         generator=torch.Generator().manual_seed(0), **call_options(pipe, 1.0, count=1),
     ).images  # fmt: skip
     assert backbone.drawn_latents(drawn).shape == (1, channels_of(name), *backbone.latent_size(32, 32))
-
-
-@cache
-def nothing() -> Conditioning:
-    return {}
 
 
 @pytest.mark.parametrize(
