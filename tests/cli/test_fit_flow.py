@@ -108,7 +108,8 @@ def test_cached_is_uncached_and_a_cache_of_the_reference_is_taken(
     cached = tmp_path / "cached"
     command = ["shards", "precompute", str(wide_shards), "--model", str(folder), "--out", str(cached)]
     command += ["--resolution", "32", "--dtype", "float32", "--batch_size", "4"]
-    assert main([*command, "--reference_draws", "2", "--reference_dropout", "true"]) == 0
+    command += ["--reference_draws", "2", "--reference_dropout", "true", "--reference_predictions", "true"]
+    assert main(command) == 0
     from_images = fit()
     from_cache = fit(cached, "--data.init_args.use_reference", "false")
     for key, weight in from_images.items():
@@ -127,7 +128,6 @@ FOREIGN = {
     "flux": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha", {
         "double_blocks_0_img_attn_qkv": (32, 96), "double_blocks_0_txt_attn_proj": (32, 32),
         "double_blocks_0_img_mlp_0": (32, 128), "single_blocks_1_linear2": (160, 32),
-        "single_blocks_0_linear1": (32, 224),
     }),
     "klein": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", None, {
         "double_blocks.0.img_attn.qkv": (32, 96), "double_blocks.0.txt_attn.proj": (32, 32),
