@@ -22,15 +22,18 @@ def call_options(pipe: Any, guidance: float, negatives: Sequence[str] | None = N
         count: images that are drawn.
 
     Raises:
-        UserError: there are negative prompts, and the pipeline takes none.
+        UserError: there are negative prompts, and the pipeline takes none, or would pass over them.
     """
     kind = type(pipe).__name__
     options: dict[str, Any] = {}
     if negatives is not None:
         options["negative_prompt"] = list(negatives)
         taken = inspect.signature(type(pipe).__call__).parameters
-        if "negative_prompt" not in taken and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
-            raise UserError(f"{kind} takes no negative prompt: leave it out")
+        silent = kind.startswith("Flux") or "negative_prompt" not in taken  # FLUX.1's is read by true guidance alone
+        if silent and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+            raise UserError(
+                f"{kind} draws without negative prompts: leave them out (of `shards generate`: --counterpart same_seed)"
+            )
     if kind.startswith("QwenImage"):
         options["true_cfg_scale"] = guidance
         if guidance > 1:

@@ -82,7 +82,12 @@ class Sana(RectifiedFlow):
             texts = [_instruction() + text for text in texts]
             length += len(tokenizer.encode(_instruction())) - 2
         tokens = tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_tensors="pt"
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
         ).to(self.device)
         hidden = self.part("text_encoder")(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         kept = [0, *range(length - LENGTH + 1, length)]

@@ -128,7 +128,9 @@ def _check_merges(tokenizer: Any, folder: Path | str) -> None:
     longer = [
         token
         for token in model["vocab"]
-        if len(token.removesuffix(end)) > 1 and token not in own and not _BYTE.fullmatch(token)
+        if len(token.removesuffix(end)) > 1
+        and token not in own
+        and not _BYTE.fullmatch(token)
         and not _MARK.fullmatch(token)
     ]
     lost = [token for token in longer if token not in made]

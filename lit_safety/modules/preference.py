@@ -151,7 +151,7 @@ class PreferenceModule(ScheduledModule):
         pipeline_class_name(self.pretrained)
         data = datamodule_of(self.trainer)
         check_caches(data, self.pretrained, stage)
-        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
+        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts, self.backbone_settings)
         check_orders(self.objective, data, stage)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 

@@ -304,9 +304,7 @@ def test_a_lora_by_default_is_in_every_block(name: str, backbone: Backbone):
     assert all(layer.split(".")[0] in STREAMS for layer in adapted)  # the model's last layer is none of them
 
 
-STREAMS = (
-    *("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner"),
-)
+STREAMS = (*("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner"),)
 
 
 def test_images_that_cannot_be_cut_into_tokens_are_refused(name: str, backbone: Backbone):

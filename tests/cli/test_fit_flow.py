@@ -168,3 +168,19 @@ def test_a_lora_of_another_program_merges_as_stock_diffusers_reads_it(name: str,
         found.append(draw(pipe))
     assert np.abs(found[0] - draw(DiffusionPipeline.from_pretrained(folder))).max() > 1e-2
     np.testing.assert_allclose(found[1], found[0], atol=1e-3)
+
+
+def test_settings_of_the_family_come_from_yaml(name: str, fit: Fit, wide_shards: Path, tmp_path: Path):
+    """Another shift, and for embedded guidance another scale, train another adapter."""
+    if name not in ("flux", "z_image"):
+        pytest.skip("the way is the same")
+    kind = "GuidedFlowSettings" if name == "flux" else "FlowSettings"
+    words = ["--model.init_args.backbone", f"lit_safety.backbones.{kind}"]
+    plain = fit()
+    shifted = fit(wide_shards, *words, "--model.init_args.backbone.init_args.shift", "1.5")
+    assert any(not torch.equal(plain[key], shifted[key]) for key in plain)
+    if name == "flux":
+        guided = fit(wide_shards, *words, "--model.init_args.backbone.init_args.guidance", "1.0")
+        assert any(not torch.equal(plain[key], guided[key]) for key in plain)
+    written = (tmp_path / "runs" / "scdpo" / "latest" / "config.yaml").read_text()
+    assert kind in written
