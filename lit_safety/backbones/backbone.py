@@ -48,9 +48,9 @@ def encode_alike(backbone: Backbone, prompts: Sequence[str]) -> Conditioning:
 # What every model family must offer. A new family is one subclass and one line in `load.py`.
 
 
-#: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch. Texts of a family
-#: have one length, short ones padded; where the transformer must know, a mask (B, L) is a tensor of its own, which
-#: `predict` takes in any numeric type, since caches give floats.
+#: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch. Texts of a
+#: family have one length, short ones padded; where the transformer must know, a mask (B, L) is a tensor of its own,
+#: which `predict` takes in any numeric type, since caches give floats.
 Conditioning = dict[str, Tensor]
 
 

@@ -13,7 +13,7 @@ NOTHING = " "
 
 
 def call_options(pipe: Any, guidance: float, negatives: Sequence[str] | None = None, count: int = 1) -> dict[str, Any]:
-    """Arguments of ``pipe``'s call for a guidance of ``guidance``, 1 being none; for embedded guidance what is embedded.
+    """Arguments of ``pipe``'s call for a guidance, 1 being none; of embedded guidance the scale that is told.
 
     Args:
         pipe: a stock pipeline.

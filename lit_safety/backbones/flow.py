@@ -50,7 +50,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def linear_mu(tokens: int, config: Any) -> float:
-    """mu of dynamic shifting: linear in the number of image tokens, as FLUX.1, Qwen-Image and SD3's pipelines have it."""
+    """mu of dynamic shifting, linear in the number of image tokens: FLUX.1's, Qwen-Image's and SD3's pipelines'."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return float(low + (high - low) / (many - few) * (tokens - few))
@@ -90,7 +90,7 @@ class RectifiedFlow(Backbone):
         return 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
 
     @classmethod
-    def refuse_student(cls, parts: Parts) -> None:  # noqa: B027 (most families have none)
+    def refuse_student(cls, parts: Parts) -> None:
         """Complain of a model that was distilled to draw in a few steps; training by flow matching undoes that.
 
         Raises:

@@ -1,7 +1,7 @@
 """FLUX.2: -dev (Mistral as text encoder, embedded guidance) and -klein-base (Qwen3, guidance by two passes).
 
-Latents are 2 x 2 patches as channels (B, 4 C, h/2, w/2), each channel normalised by statistics that lie in the weights of
-the image encoder; so a posterior is normalised already, and a cache of it needs no weights.
+Latents are 2 x 2 patches as channels (B, 4 C, h/2, w/2), each channel normalised by statistics that lie in the weights
+of the image encoder; so a posterior is normalised already, and a cache of it needs no weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SANA: Gemma 2 as text encoder behind a fixed instruction, an autoencoder of 32 x without deviation, linear attention."""
+"""SANA: Gemma 2 behind a fixed instruction as text encoder, an autoencoder of 32 x whose latents have no deviation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH = 300
 class Sana(RectifiedFlow):
     """A `SanaPipeline`. An empty prompt has no instruction in front of it, as the pipeline draws with.
 
-    diffusers' training script reads a flow-matching scheduler out of the pipeline's, which has no `shift`, and so trains
+    diffusers' training script makes a flow-matching scheduler of the pipeline's, which has no `shift`, and so trains
     unshifted (`shift: script`) although inference shifts by `flow_shift`.
     """
 
@@ -57,21 +57,20 @@ class Sana(RectifiedFlow):
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Rows (B, 300, W) and their mask (B, 300)."""
         asked = [prompt != "" for prompt in prompts]
-        parts = [
-            (number, self._rows([one for one, yes in zip(prompts, asked, strict=True) if yes is kind], kind))
-            for number, kind in enumerate((True, False))
-            if kind in asked
-        ]
-        found = dict(parts)
-        taken = {number: 0 for number in found}
-        rows, masks = [], []
-        for yes in asked:
-            number = 0 if yes else 1
-            hidden, mask = found[number]
-            rows.append(hidden[taken[number]])
-            masks.append(mask[taken[number]])
-            taken[number] += 1
-        return {"encoder_hidden_states": torch.stack(rows), "encoder_attention_mask": torch.stack(masks)}
+        found = {
+            kind: iter(
+                zip(
+                    *self._rows([one for one, yes in zip(prompts, asked, strict=True) if yes is kind], kind),
+                    strict=True,
+                )
+            )
+            for kind in sorted(set(asked))
+        }
+        rows = [next(found[kind]) for kind in asked]
+        return {
+            "encoder_hidden_states": torch.stack([hidden for hidden, _ in rows]),
+            "encoder_attention_mask": torch.stack([mask for _, mask in rows]),
+        }
 
     def _rows(self, prompts: Sequence[str], instructed: bool) -> tuple[Tensor, Tensor]:
         """Rows and mask of prompts, all of them with the instruction or without."""

@@ -31,11 +31,11 @@ class BackboneSettings:
 class FlowSettings(BackboneSettings):
     """Families trained by rectified flow: where on the way from image to noise they are trained.
 
-    A draw u in (0, 1) becomes sigma = shift u / (1 + (shift - 1) u). Losses have no further weight: with one, beta would
-    depend on the timestep. What a published weight does to the expected loss, a sampling does.
+    A draw u in (0, 1) becomes sigma = shift u / (1 + (shift - 1) u). Losses have no further weight: with one, beta
+    would depend on the timestep. What a published weight does to the expected loss, a sampling does.
 
     Args:
-        shift: `inference`: the pipeline's scheduler's own, which with dynamic shifting depends on the size of the image;
+        shift: `inference`: the pipeline's scheduler's own, which with dynamic shifting depends on the image's size;
             training is then where drawing is. `script`: that of diffusers' training script for the family, which is 1
             where the scheduler shifts dynamically. Or a number, 1 for none.
         sampling: how u is drawn. `logit_normal`: sigmoid of N(mean, std^2), of SD3's paper and script. `uniform`: of

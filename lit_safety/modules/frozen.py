@@ -31,9 +31,9 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen weights of linear layers and convolutions in ``dtype``, and always run the network in autocast.
 
     What is trained stays in fp32. Every number is the one that autocast gives with weights in fp32, whose cast it
-    would do at each use (it keeps casts only of what is trained); what was read in ``dtype`` beside those layers, such as
-    normalisations, is fp32 again. Whoever draws, probes or merges outside of a
-    training step gets autocast too: weights in ``dtype`` cannot meet inputs in fp32.
+    would do at each use (it keeps casts only of what is trained); what was read in ``dtype`` besides, such as
+    normalisations, is fp32 again. Whoever draws, probes or merges outside of a training step gets autocast too: weights
+    in ``dtype`` cannot meet inputs in fp32.
 
     Args:
         denoiser: with all adapters attached.

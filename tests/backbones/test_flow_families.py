@@ -1,4 +1,4 @@
-"""Every family of rectified flow against its stock pipeline, scheduler and training script, with tiny random weights."""
+"""Every family of rectified flow against its stock pipeline, scheduler and training script, tiny and random."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_timesteps_are_distributed_as_in_diffusers_own_training(tiny_sd3: Path):
 
 
 def test_a_shift_that_depends_on_the_image_is_the_stock_pipelines(tmp_path: Path):
-    """8 x 12 latents are 4 x 6 tokens: mu = .5 + .65 (24 - 256) / 3840 = .46073, e^mu = 1.58523; u = .5 gives .61319."""
+    """8 x 12 latents are 4 x 6 tokens: mu = .5 + .65 (24 - 256) / 3840 = .46073, e^mu = 1.58523; of u = .5 .61319."""
     folder = save_sd3(tmp_path / "pipe", without=("_3",))
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
@@ -177,7 +177,7 @@ def test_a_shift_that_depends_on_the_image_is_the_stock_pipelines(tmp_path: Path
 
 def test_a_student_of_few_steps_is_refused(tmp_path: Path):
     folder = save_sd3(tmp_path / "stable-diffusion-3.5-large-turbo", without=("_3",))
-    with pytest.raises(UserError, match="stable-diffusion-3.5-large"):
+    with pytest.raises(UserError, match=r"stable-diffusion-3\.5-large"):
         load_backbone(str(folder))
 
 
