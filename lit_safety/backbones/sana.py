@@ -57,15 +57,10 @@ class Sana(RectifiedFlow):
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Rows (B, 300, W) and their mask (B, 300)."""
         asked = [prompt != "" for prompt in prompts]
-        found = {
-            kind: iter(
-                zip(
-                    *self._rows([one for one, yes in zip(prompts, asked, strict=True) if yes is kind], kind),
-                    strict=True,
-                )
-            )
-            for kind in sorted(set(asked))
-        }
+        found = {}
+        for kind in sorted(set(asked)):
+            own = [prompt for prompt, yes in zip(prompts, asked, strict=True) if yes is kind]
+            found[kind] = iter(zip(*self._rows(own, kind), strict=True))
         rows = [next(found[kind]) for kind in asked]
         return {
             "encoder_hidden_states": torch.stack([hidden for hidden, _ in rows]),
