@@ -64,7 +64,7 @@ class RectifiedFlow(Backbone):
     """
 
     DENOISER = "transformer"
-    SETTINGS = FlowSettings
+    SETTINGS: ClassVar[type[BackboneSettings]] = FlowSettings
     #: A latent's sides are multiples of it: what one token of the transformer covers.
     PATCH: ClassVar[int] = 2
 

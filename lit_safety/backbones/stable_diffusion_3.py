@@ -62,7 +62,7 @@ class StableDiffusion3(RectifiedFlow):
         self.has_t5 = parts.has("text_encoder_3")
         if denoiser and not self.has_t5:
             for block in self.denoiser.transformer_blocks:  # type: ignore[union-attr]  # modules of diffusers
-                block.attn.set_processor(BiasedJointAttention())  # type: ignore[union-attr]
+                block.attn.set_processor(BiasedJointAttention())
 
     @classmethod
     def refuse_student(cls, parts: Parts) -> None:
