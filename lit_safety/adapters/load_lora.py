@@ -93,12 +93,23 @@ def _networks(pipe: Any) -> dict[str, nn.Module]:
 
 def _converter(pipe: Any) -> Convert:
     """What this family's stock pipeline makes of a whole file's names."""
+    unet = getattr(pipe, "unet", None)
+    return converter(type(pipe), None if unet is None else unet.config)
+
+
+def converter(kind: Any, unet_config: Any = None) -> Convert:
+    """What a class of stock pipelines makes of a whole file's names.
+
+    Args:
+        kind: the class.
+        unet_config: that of its UNet, if it has one.
+    """
 
     def convert(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        read = type(pipe).lora_state_dict
+        read = kind.lora_state_dict
         extra: dict[str, Any] = {"return_alphas": True} if "return_alphas" in inspect.signature(read).parameters else {}
-        if getattr(pipe, "unet", None) is not None:
-            extra["unet_config"] = pipe.unet.config
+        if unet_config is not None:
+            extra["unet_config"] = unet_config
         found = read(tensors, **extra)
         state, alphas = (found[0], found[1] or {}) if isinstance(found, tuple) else (found, {})
         return state, {key: float(alpha) for key, alpha in alphas.items()}

@@ -28,7 +28,8 @@ class LoRA:
     Args:
         rank: rank r of every adapter.
         alpha: the update is scaled by alpha / rank; null means alpha = rank.
-        target_modules: endings of the names of the layers that get an adapter.
+        target_modules: endings of the names of the layers that get an adapter; null: those of the model's family,
+            text streams and fused blocks included (of a UNet the attention projections).
         blocks: beginnings of the names of the blocks that are adapted; null: all. With [mid_block, up_blocks] the
             backward pass of a UNet ends at its middle: less time and memory a step.
         init: "gaussian" draws A from N(0, 1/r), "kaiming" as PEFT's default; B is 0 in both, so that policy and
@@ -42,22 +43,28 @@ class LoRA:
         self,
         rank: int = 16,
         alpha: float | None = None,
-        target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
+        target_modules: Sequence[str] | None = None,
         init: Literal["gaussian", "kaiming"] = "gaussian",
         blocks: Sequence[str] | None = None,
     ) -> None:
         if rank < 1 or (alpha is not None and alpha <= 0):
             raise ValueError(f"rank must be at least 1 and alpha above 0, got rank {rank}, alpha {alpha}")
-        if encoders := [name for name in target_modules if "text_encoder" in name]:
+        if encoders := [name for name in target_modules or () if "text_encoder" in name]:
             raise ValueError(
                 f"`lora.target_modules` names {encoders[0]}: the text encoders are frozen, and caches hold what they "
                 "give; adapt layers of the denoiser"
             )
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
-        self.target_modules = list(target_modules)
+        self.target_modules = None if target_modules is None else list(target_modules)
         self.init = init
         self.blocks = None if blocks is None else list(blocks)
+
+    def with_targets(self, targets: Sequence[str]) -> LoRA:
+        """The same on ``targets``, unless layers were named."""
+        if self.target_modules is not None:
+            return self
+        return LoRA(self.rank, self.alpha, targets, self.init, self.blocks)
 
     def attach(self, denoiser: nn.Module, adapter: str) -> list[nn.Parameter]:
         """Put the adapter called ``adapter`` on ``denoiser`` and make it trainable; returns its parameters.
@@ -91,10 +98,11 @@ class LoRA:
 
     def _targets(self) -> list[str] | str:
         """What PEFT takes: endings of names, or a pattern for whole names."""
+        named = list(ATTENTION_PROJECTIONS) if self.target_modules is None else self.target_modules
         if self.blocks is None:
-            return self.target_modules
-        blocks, endings = ("|".join(map(re.escape, names)) for names in (self.blocks, self.target_modules))
-        return rf"({blocks})\.(.*\.)?({endings})"
+            return named
+        blocks, endings = ("|".join(map(re.escape, names)) for names in (self.blocks, named))
+        return rf"(?=({blocks})\.)(.*\.)?({endings})"
 
     def draw(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
         """Fresh fp32 weights of an adapter's parameters by name, A drawn from ``seed`` as `init` says, B 0."""

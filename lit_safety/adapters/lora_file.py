@@ -259,7 +259,7 @@ def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
     tensors = {}
     for name, layer in kept.items():
         for side, factor in zip("AB", factors_of(layer), strict=True):
-            tensors[f"{name}.lora_{side}.weight"] = factor
+            tensors[f"{name}.lora_{side}.weight"] = factor.clone()  # q, k and v of one layer may share theirs
     metadata: dict[str, Any] = {}
     for component in sorted({name.split(".", 1)[0] for name in kept}):
         prefix = f"{component}."

@@ -164,7 +164,7 @@ def denoising_loss(
     shape = tuple(posterior.shape[2:])
     noise, spread = (normal(seeds, purpose, shape).to(posterior.device) for purpose in (NOISE, LATENT))
     fractions = torch.tensor([uniform(s, "timestep") for s in seeds], dtype=torch.float64)
-    timesteps = backbone.timesteps(fractions).to(posterior.device)
+    timesteps = backbone.timesteps(fractions, (shape[-2], shape[-1])).to(posterior.device)
     latents = backbone.latents(posterior, spread)
     noisy = backbone.add_noise(latents, noise, timesteps)
     target = backbone.target(latents, noise, timesteps)
@@ -188,7 +188,7 @@ def train_lora(
     backbone = network.backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # PEFT draws the initial A from the global generator
-        parameters = lora.attach(backbone.denoiser, name)
+        parameters = lora.with_targets(backbone.lora_targets()).attach(backbone.denoiser, name)
     for parameter in parameters:
         parameter.data = parameter.data.to(backbone.device)
     optimizer = torch.optim.AdamW(parameters, lr=lr)

@@ -69,8 +69,14 @@ def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = N
     if arm.loras():
         pipe.unload_lora_weights()  # fp32 adapters were folded in, so this takes away what is empty now
     backbone = family(PipelineParts(str(folder), pipe)).requires_grad_(False).eval()
-    config: Any = backbone.denoiser.config
-    return Network(backbone, pipe, resolution or int(config.sample_size * pipe.vae_scale_factor))
+    return Network(backbone, pipe, resolution or _own_side(pipe))
+
+
+def _own_side(pipe: Any) -> int:
+    """Side in pixels of the images that a pipeline draws where none is given."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    side = getattr(denoiser.config, "sample_size", None) or getattr(pipe, "default_sample_size", 128)
+    return int(side * pipe.vae_scale_factor)
 
 
 def compute_threads(network: Network) -> int:

@@ -177,7 +177,8 @@ class PredictionMatch(Similarity):
             seeds = [derive(p.seed, f"prediction match {target.seed} {number}") for p in target.prompts]
             shape = tuple(posterior.shape[2:])
             spread, noise = (normal(seeds, what, shape).to(posterior.device) for what in (LATENT, NOISE))
-            steps = backbone.timesteps(torch.full((len(seeds),), time, dtype=torch.float64)).to(posterior.device)
+            fractions = torch.full((len(seeds),), time, dtype=torch.float64)
+            steps = backbone.timesteps(fractions, (shape[-2], shape[-1])).to(posterior.device)
             noisy = backbone.add_noise(backbone.latents(posterior, spread), noise, steps)
             with torch.no_grad():
                 goal = torch.cat(

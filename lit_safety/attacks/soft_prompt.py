@@ -139,7 +139,7 @@ class SoftPrompt(Attack):
         self.settings["shards_sha256"] = shards_digest(self.shards, "SoftPrompt")
 
     def refuses(self, target: Target) -> str | None:
-        return target.closed()
+        return target.closed() or target.text_closed()
 
     def stages(self, target: Target) -> Iterator[Stage]:
         groups = list(dict.fromkeys(prompt.concept or prompt.category for prompt in target.prompts))

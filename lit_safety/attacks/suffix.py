@@ -243,6 +243,8 @@ class SuffixSearch(Attack):
         self.goal.check(attacked)
 
     def refuses(self, target: Target) -> str | None:
+        if (reason := target.text_closed()) is not None:
+            return reason
         tokenizers = [p for n, p in target.pipe.components.items() if n.startswith("tokenizer") and p is not None]
         if any(one.get_vocab() != tokenizers[0].get_vocab() for one in tokenizers):
             return "its text encoders do not share one vocabulary"

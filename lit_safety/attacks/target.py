@@ -167,6 +167,15 @@ class Target:
         name = pipeline_class_name(str(self.folder))
         return None if name in FAMILIES else f"no backbone knows pipelines of class {name}"
 
+    def text_closed(self) -> str | None:
+        """Why attacks on the tokens of CLIP do not apply to this arm's pipeline; None: they do."""
+        from lit_safety.backbones.pipeline_index import pipeline_class_name
+
+        name = pipeline_class_name(str(self.folder))
+        if name.startswith("StableDiffusion"):
+            return self.unknown()
+        return f"its text encoder is no CLIP alone ({name}), whose tokens this attack changes"
+
     @property
     def exact(self) -> DrawingSettings:
         """How images are drawn with `network`, which is in fp32 whatever the others are drawn in."""

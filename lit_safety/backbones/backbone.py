@@ -11,10 +11,12 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_safety.adapters.lora import adapter_metadata
+from lit_safety.adapters.lora import ATTENTION_PROJECTIONS, adapter_metadata
 from lit_safety.backbones.fingerprint import part_hashes
 from lit_safety.backbones.parts import NoDenoiser, Parts
 from lit_safety.backbones.pipeline_index import KEY
+from lit_safety.backbones.settings import BackboneSettings
+from lit_safety.core.errors import UserError
 
 
 def too_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[bool]:
@@ -39,14 +41,16 @@ def encode_alike(backbone: Backbone, prompts: Sequence[str]) -> Conditioning:
     training without a cache would compute. Images come in pairs anyway.
     """
     odd = len(prompts) % 2
-    rows = backbone.encode_text([*prompts, *[""] * odd])
+    rows = {name: one.float() for name, one in backbone.encode_text([*prompts, *[""] * odd]).items()}
     return {name: tensor[: len(prompts)] for name, tensor in rows.items()} if odd else rows
 
 
 # What every model family must offer. A new family is one subclass and one line in `load.py`.
 
 
-#: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch.
+#: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch. Texts of a
+#: family have one length, short ones padded; where the transformer must know, a mask (B, L) is a tensor of its own,
+#: which `predict` takes in any numeric type, since caches give floats.
 Conditioning = dict[str, Tensor]
 
 
@@ -59,6 +63,10 @@ class Backbone(nn.Module, ABC):
     Args:
         parts: the pipeline's components.
         denoiser: False leaves the denoiser out, for work that needs the encoders only.
+        settings: of the family's kind (`SETTINGS`); None: its defaults.
+
+    Raises:
+        UserError: the settings are those of another kind of family.
     """
 
     #: The stock pipeline that draws with the family.
@@ -69,19 +77,52 @@ class Backbone(nn.Module, ABC):
     ENCODERS: ClassVar[tuple[str, ...]] = ()
     #: (tokenizer, most tokens it gives its encoder; None: as the tokenizer says) of every text encoder.
     TOKENIZERS: ClassVar[tuple[tuple[str, int | None], ...]] = ()
+    #: What a run may set of it.
+    SETTINGS: ClassVar[type[BackboneSettings]] = BackboneSettings
+    #: Endings of the names of the layers that a LoRA adapts where a run names none.
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
+    #: Latents' sides are multiples of it.
+    PATCH: ClassVar[int] = 1
 
     denoiser: nn.Module
+    settings: BackboneSettings
+    pixels_a_latent: int = 1
+    """Pixels of an image that a side of one latent covers."""
 
-    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
+    def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
         super().__init__()
+        self.settings = self._checked(settings)
+        parts.dtypes = {name: getattr(torch, self.settings.encoder_dtype) for name in parts.index.components
+                        if name.startswith("text_encoder")} | {
+                        self.DENOISER: getattr(torch, self.settings.denoiser_dtype)}  # fmt: skip
         self.parts = parts
         self.denoiser = parts.get(self.DENOISER) if denoiser else NoDenoiser()
         self.inference_scheduler = parts.get("scheduler")
 
     @classmethod
-    def from_pretrained(cls, source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
-        """From a pipeline folder or a hub id, in fp32; of the networks only the denoiser is loaded at once."""
-        return cls(Parts(source, key=key), denoiser)
+    def from_pretrained(
+        cls, source: str, denoiser: bool = True, key: str = KEY, settings: BackboneSettings | None = None
+    ) -> Backbone:
+        """From a pipeline folder or a hub id, in fp32 but for what ``settings`` say; of the networks only the denoiser
+        is loaded at once."""
+        return cls(Parts(source, key=key), denoiser, settings)
+
+    @classmethod
+    def _checked(cls, settings: BackboneSettings | None) -> BackboneSettings:
+        if settings is None:
+            return cls.SETTINGS()
+        if type(settings) is not cls.SETTINGS:
+            if issubclass(cls.SETTINGS, type(settings)):  # it says less, and the rest is the family's default
+                return cls.SETTINGS(**vars(settings))
+            raise UserError(
+                f"`model.init_args.backbone` is a {type(settings).__name__}, and {cls.__name__} reads a "
+                f"lit_safety.backbones.{cls.SETTINGS.__name__}: name that as its class_path"
+            )
+        return settings
+
+    def lora_targets(self) -> list[str]:
+        """Endings of the names of the layers that a LoRA adapts where a run names none; some may be whole names."""
+        return list(self.LORA_TARGETS)
 
     # ---- the frozen parts
 
@@ -98,7 +139,8 @@ class Backbone(nn.Module, ABC):
         """
         fresh = name not in self.parts.loaded
         part = self.parts.get(name, self.device)
-        if fresh and name == "vae":  # faster; and whoever asks first, for another memory format rounds otherwise
+        # Faster; and whoever asks first, for another memory format rounds otherwise. Convolutions over time have none.
+        if fresh and name == "vae" and all(weight.ndim <= 4 for weight in part.parameters()):
             part.to(memory_format=torch.channels_last)
         return part
 
@@ -156,7 +198,13 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def posterior(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, unscaled, float32
-        (B, 2, C, h, w), contiguous."""
+        (B, 2, C, h, w), contiguous. Encoders that give no deviation have zeros there.
+
+        Whatever needs the image encoder's weights to become a scaled latent is done here.
+
+        Raises:
+            UserError: a side of the images is no multiple of what the family takes.
+        """
 
     @abstractmethod
     def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
@@ -169,11 +217,34 @@ class Backbone(nn.Module, ABC):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), sampled with ``noise`` (B, C, h, w)."""
         return self.latents(self.posterior(images), noise)
 
+    def check_size(self, images: Tensor) -> None:
+        """Whether the transformer can cut images (B, 3, H, W) into its tokens.
+
+        Raises:
+            UserError: a side is no multiple of what a token covers.
+        """
+        unit = self.pixels_a_latent * self.PATCH
+        height, width = images.shape[-2:]
+        if height % unit or width % unit:
+            raise UserError(
+                f"images of {height}x{width} pixels: {type(self).__name__} takes sides that are multiples of {unit}: "
+                "set `data.init_args.resolution` (`shards precompute --resolution`) to one, and the step of buckets"
+            )
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """h and w of the latents of an image, both in pixels."""
+        return height // self.pixels_a_latent, width // self.pixels_a_latent
+
     # ---- the process
 
     @abstractmethod
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B,) -> training timesteps (B,) in the family's own unit."""
+    def timesteps(self, uniform: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Uniform numbers in [0, 1) (B,) -> training timesteps (B,) in the family's own unit.
+
+        Args:
+            uniform: the numbers.
+            size: h and w of the latents, for families that shift by it.
+        """
 
     @abstractmethod
     def timestep_fraction(self, timesteps: Tensor) -> Tensor:
@@ -201,6 +272,10 @@ class Backbone(nn.Module, ABC):
         pipe = self.PIPELINE(**parts, **networks, **self.pipeline_options())
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def drawn_latents(self, drawn: Tensor) -> Tensor:
+        """What the stock pipeline gives of square images as `latent`, as scaled latents (B, C, h, w)."""
+        return drawn
 
     def pipeline_options(self) -> dict[str, Any]:
         """What else the stock pipeline is made with."""

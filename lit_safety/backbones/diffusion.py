@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.encoders import encode_posterior
 from lit_safety.backbones.parts import Parts
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
 
@@ -22,8 +23,8 @@ class UNetDiffusion(Backbone):
             DDPM's.
     """
 
-    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
-        super().__init__(parts, denoiser)
+    def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
+        super().__init__(parts, denoiser, settings)
         config = self.inference_scheduler.config
         if "sigma_data" in config:
             raise UserError(
@@ -63,7 +64,7 @@ class UNetDiffusion(Backbone):
             return drawn * self.scaling_factor
         return (drawn - self.latents_mean.to(drawn)) * (self.scaling_factor / self.latents_std.to(drawn))
 
-    def timesteps(self, uniform: Tensor) -> Tensor:
+    def timesteps(self, uniform: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         return (uniform * self.noise_scheduler.config.num_train_timesteps).long()
 
     def timestep_fraction(self, timesteps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def encode_posterior(vae: Any, images: Tensor) -> Tensor:
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
     with torch.autocast(device, enabled=False) if half else nullcontext():
         found = vae.encode(images.to(vae.dtype)).latent_dist
-    return torch.stack([found.mean.float(), found.std.float()], dim=1)
+    return torch.stack([found.mean.float(), found.std.float()], dim=1).contiguous()
 
 
 # Text by a CLIP encoder as SDXL and SD3 read it: the layer before the last, and the pooled projection.

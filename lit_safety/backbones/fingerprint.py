@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ PROCESS = (
     "rescale_betas_zero_snr",
     "shift",
     "use_dynamic_shifting",
+)
+#: The same of a process of flow matching, where its shift stands besides `shift`.
+FLOW_PROCESS = ("flow_shift", "use_flow_sigmas")
+DYNAMIC_PROCESS = (
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "shift_terminal"),
 )
 #: What of the image encoder's configuration turns its output into what the denoiser is trained on.
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -122,10 +127,10 @@ def _class(kind: tuple[str, str]) -> Any:
     return getattr(import_module(kind[0]), kind[1], None) if kind[0] in LIBRARIES else None
 
 
-def _stated(file: Path) -> dict[str, Any]:
+def _stated(file: Path, read: Callable[[str], Any] = load_json) -> dict[str, Any]:
     """A JSON object; empty: there is no such file."""
     try:
-        stated = load_json(file.read_text(encoding="utf-8"))
+        stated = read(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -171,12 +176,15 @@ def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
     """What of a scheduler decides training, its class's defaults filled in; what is off is left out, so that
     schedulers of one process are alike."""
     found = _class(kind)
-    stated = _stated(folder / "scheduler_config.json")
+    # Infinite limits of samplers, which diffusers writes so, decide nothing here.
+    stated = _stated(folder / "scheduler_config.json", json.loads)
     if stated and found is not None:
         parameters = inspect.signature(found.__init__).parameters.items()
         default = {name: one.default for name, one in parameters if one.default is not one.empty}
-        stated = {name: stated.get(name, default.get(name)) for name in PROCESS}
-    return {name: stated[name] for name in PROCESS if stated.get(name) not in (None, False)}
+        stated = {**default, **stated}
+    counted = [*PROCESS, *(FLOW_PROCESS if stated.get("use_flow_sigmas") else ())]
+    counted += DYNAMIC_PROCESS if stated.get("use_dynamic_shifting") else ()
+    return {name: stated[name] for name in counted if stated.get(name) not in (None, False)}
 
 
 def _tokenizer(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
@@ -196,7 +204,9 @@ def _tokenizer(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
         files = [file for file in sorted(folder.iterdir()) if file.suffix in (".txt", ".model") or file.name in WORDS]
         words = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         words["settings"] = _stated(folder / "tokenizer_config.json")
+    template = getattr(tokenizer, "chat_template", None)
     return {
+        **({} if template is None else {"template": template}),
         "words": words,
         "special": special,
         "pad": tokenizer.pad_token_id,

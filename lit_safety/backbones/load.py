@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from lit_safety.backbones.backbone import Backbone
 from lit_safety.backbones.pipeline_index import KEY, pipeline_class_name
-from lit_safety.backbones.stable_diffusion import StableDiffusion
-from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
-from lit_safety.backbones.stable_diffusion_xl import StableDiffusionXL
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
-#: diffusers' pipeline class name -> the class that knows the family.
-FAMILIES: dict[str, type[Backbone]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
+#: diffusers' pipeline class name -> the file here and the class in it that knows the family; imported when it is met.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "Flux2KleinPipeline": ("flux_2", "Flux2Klein"),
+    "Flux2Pipeline": ("flux_2", "Flux2"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "SanaPipeline": ("sana", "Sana"),
+}
+#: Pipelines that are not trained, and why.
+REFUSED = {
+    "SanaSprintPipeline": "was distilled to draw in a few steps, which training would undo: train its base, "
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "ChromaPipeline": "diffusers adds its text mask to the logits as 0 and 1, and leaves it out under gradient "
+    "checkpointing, so gradients would be those of another model",
 }
 
 
@@ -24,26 +37,33 @@ def family_of(source: str, key: str = KEY) -> type[Backbone]:
         UserError: if there is no pipeline, or its family is unknown.
     """
     name = pipeline_class_name(source, key)
-    family = FAMILIES.get(name)
-    if family is None:
+    if name in REFUSED:
+        raise UserError(f"{source}: pipelines of class {name} are not supported: {REFUSED[name]}")
+    if name not in FAMILIES:
         raise UserError(f"{source}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    file, kind = FAMILIES[name]
+    family: type[Backbone] = getattr(import_module(f"lit_safety.backbones.{file}"), kind)
     return family
 
 
-def load_backbone(source: str, denoiser: bool = True, key: str = KEY) -> Backbone:
-    """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32.
+def load_backbone(
+    source: str, denoiser: bool = True, key: str = KEY, settings: BackboneSettings | None = None
+) -> Backbone:
+    """The pipeline at ``source`` (a folder or a hub id) as its family's backbone, frozen, in fp32 unless set otherwise.
 
     Args:
         source: the pipeline.
         denoiser: False leaves the denoiser out, for work that needs the encoders only.
         key: the option or YAML key that it was given by, for messages.
+        settings: of the family's kind; None: its defaults.
 
     Raises:
-        UserError: if there is no pipeline, its family is unknown, or its files do not load.
+        UserError: if there is no pipeline, its family is unknown, its files do not load, or the settings are those of
+            another kind of family.
     """
     family = family_of(source, key)
     try:
-        backbone = family.from_pretrained(source, denoiser, key)
+        backbone = family.from_pretrained(source, denoiser, key, settings)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(

@@ -43,6 +43,8 @@ class Parts:
     def __init__(self, source: str, dtype: torch.dtype = torch.float32, key: str = KEY) -> None:
         self.source = source
         self.dtype = dtype
+        self.dtypes: dict[str, torch.dtype] = {}
+        """What single networks compute in, where it is not `dtype`; set before they are loaded."""
         self.index = pipeline_index(source, key)
         self._loaded: dict[str, Any] = {}
 
@@ -216,7 +218,7 @@ class Parts:
         if not folder.is_dir():
             raise UserError(f"model_index.json names it, and there is no folder {folder}")
         if issubclass(found, nn.Module):
-            return load_network(found, folder, self.dtype)
+            return load_network(found, folder, self.dtypes.get(name, self.dtype))
         if "tokenizer" not in name:
             return self._config_only(found, folder)
         check_tokenizer_files(folder, found)

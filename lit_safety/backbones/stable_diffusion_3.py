@@ -1,44 +1,44 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer trained by rectified flow, up to three text encoders.
 
-    x_t = (1 - sigma) x0 + sigma noise          target = noise - x0
-    u = sigmoid(z), z ~ N(0, 1)                 sigma = shift u / (1 + (shift - 1) u)
-
-Timesteps are sigma x 1000, as the denoiser takes them; `shift` is the pipeline's scheduler's own.
+Its defaults are those of the paper, of diffusers' training script and of inference at once: logit-normal timesteps of
+mean 0 and deviation 1, and the scheduler's shift.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lit_safety.backbones.backbone import Backbone, Conditioning
-from lit_safety.backbones.encoders import encode_posterior, penultimate
+from lit_safety.backbones.backbone import Conditioning
+from lit_safety.backbones.encoders import penultimate
+from lit_safety.backbones.flow import RectifiedFlow, is_student
 from lit_safety.backbones.parts import Parts
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
 #: Tokens that the stock pipeline gives T5.
 T5_LENGTH = 256
 #: Tokens of a CLIP encoder, for pipelines that have none.
 CLIP_LENGTH = 77
+#: What is added to the logits of the keys of two rows that stand for the 256 rows of zeros of a missing T5: those rows
+#: are alike in every layer, so attention sees e^5.5 + e^2.42 = 256 of them. One number, 5.545, loses 1.4% in bfloat16.
+STAND_INS = (5.5, math.log(T5_LENGTH - math.exp(5.5)))
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(RectifiedFlow):
     """A `StableDiffusion3Pipeline`. Any of its text encoders may be missing: zeros stand for what it would give.
 
-    Timesteps are drawn from the logit-normal distribution of the paper (its mean 0 and deviation 1) and shifted as
-    the pipeline's scheduler shifts them; a loss needs no further weight then.
-
     Raises:
-        UserError: if the scheduler shifts by the size of the image, or is none of flow matching.
+        UserError: the scheduler is none of flow matching, or the model was distilled to draw in a few steps.
     """
 
     PIPELINE = StableDiffusion3Pipeline
-    DENOISER = "transformer"
     ENCODERS = (
         "vae",
         "text_encoder",
@@ -49,22 +49,28 @@ class StableDiffusion3(Backbone):
         "tokenizer_3",
     )
     TOKENIZERS = (("tokenizer", None), ("tokenizer_2", None), ("tokenizer_3", T5_LENGTH))
+    LORA_TARGETS = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
 
-    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
-        super().__init__(parts, denoiser)
-        config = self.inference_scheduler.config
-        if not hasattr(self.inference_scheduler, "scale_noise") or config.get("use_dynamic_shifting"):
-            raise UserError(
-                f"{parts.source}: SD3 is trained by flow matching with one shift; its scheduler is "
-                f"{type(self.inference_scheduler).__name__}, use_dynamic_shifting {config.get('use_dynamic_shifting')}"
-            )
-        self.steps = int(config.num_train_timesteps)
-        self.shift = float(config.shift)
-        vae, transformer = parts.config("vae"), parts.config("transformer")
-        self.scaling_factor = float(vae.get("scaling_factor", 1.0))
-        self.shift_factor = float(vae.get("shift_factor") or 0.0)
+    def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
+        super().__init__(parts, denoiser, settings)
+        transformer = parts.config("transformer")
         self.width = int(transformer["joint_attention_dim"])
         self.pooled_width = int(transformer["pooled_projection_dim"])
+        self.has_t5 = parts.has("text_encoder_3")
+        if denoiser and not self.has_t5:
+            for block in self.denoiser.transformer_blocks:  # type: ignore[union-attr]  # modules of diffusers
+                block.attn.set_processor(BiasedJointAttention())
+
+    @classmethod
+    def refuse_student(cls, parts: Parts) -> None:
+        if is_student(parts, "turbo", "flash"):
+            raise UserError(
+                f"{parts.source}: was distilled to draw in a few steps, which training would undo: train its base, "
+                "stabilityai/stable-diffusion-3.5-large or -medium"
+            )
 
     # ---- text
 
@@ -102,9 +108,9 @@ class StableDiffusion3(Backbone):
         return first or zeros, second or zeros
 
     def _t5(self, prompts: Sequence[str], clip: Tensor) -> Tensor:
-        """Hidden states (B, 256, width); zeros where there is no T5, as the stock pipeline has it."""
-        if not self.parts.has("text_encoder_3"):
-            return clip.new_zeros(len(prompts), T5_LENGTH, self.width)
+        """Hidden states (B, 256, width); two rows of zeros where there is no T5, which `predict` counts as 256."""
+        if not self.has_t5:
+            return clip.new_zeros(len(prompts), len(STAND_INS), self.width)
         encoder = self.part("text_encoder_3")
         tokens = self.part("tokenizer_3")(
             list(prompts),
@@ -116,33 +122,16 @@ class StableDiffusion3(Backbone):
         )
         return encoder(tokens.input_ids.to(encoder.device, non_blocking=True))[0].to(clip.dtype)
 
-    # ---- images
-
-    def posterior(self, images: Tensor) -> Tensor:
-        return encode_posterior(self.part("vae"), images)
-
-    def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
-        return (posterior[:, 0] + posterior[:, 1] * noise - self.shift_factor) * self.scaling_factor
-
     # ---- the process
 
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        """The timestep below which a share ``uniform`` of them lies, float32, from the scheduler's lowest to 1000."""
-        u = torch.special.ndtri(uniform.double()).sigmoid().clamp(min=1 / self.steps)
-        return (self.shift * u / (1 + (self.shift - 1) * u) * self.steps).float()
-
-    def timestep_fraction(self, timesteps: Tensor) -> Tensor:
-        return timesteps / self.steps
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        sigma = (timesteps / self.steps).view(-1, 1, 1, 1).to(latents)
-        return sigma * noise + (1 - sigma) * latents
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return noise - latents
-
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.denoiser(hidden_states=noisy, timestep=timesteps, **conditioning, return_dict=False)[0]
+        given = {**conditioning, "return_dict": False}
+        rows = conditioning["encoder_hidden_states"].shape[1]
+        if not self.has_t5 and rows < T5_LENGTH:  # caches of versions before 0.3 hold all 256
+            keys = rows + self.tokens(*noisy.shape[-2:])
+            bias = pad(noisy.new_tensor(STAND_INS), (keys - len(STAND_INS), 0))
+            given["joint_attention_kwargs"] = {"attention_mask": bias}
+        return self.denoiser(hidden_states=noisy, timestep=timesteps, **given)[0]
 
     # ---- out
 
@@ -169,6 +158,39 @@ class _Encoded:
         count = options.get("num_images_per_prompt", 1)
         with torch.no_grad():
             found = [self.backbone.encode_text(texts) for texts in (prompts, negatives)]
-        hidden, negative = (one["encoder_hidden_states"].repeat_interleave(count, 0) for one in found)
+        # The stock pipeline counts no row twice.
+        missing = 0 if self.backbone.has_t5 else T5_LENGTH - len(STAND_INS)
+        rows = [pad(one["encoder_hidden_states"], (0, 0, 0, missing)) for one in found]
+        hidden, negative = (one.repeat_interleave(count, 0) for one in rows)
         pooled, negative_pooled = (one["pooled_projections"].repeat_interleave(count, 0) for one in found)
         return hidden, negative, pooled, negative_pooled
+
+
+class BiasedJointAttention:
+    """SD3's joint attention with a bias on the keys' logits; without one, its numbers are those of diffusers' own."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, N, W), text tokens (B, L, W), bias (N + L,) -> both again."""
+
+        def heads(of: Any, tokens: Tensor, norm: Any = None) -> Tensor:
+            split = of(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return split if norm is None else norm(split)
+
+        query = torch.cat([heads(attn.to_q, hidden_states, attn.norm_q),
+                           heads(attn.add_q_proj, encoder_hidden_states, attn.norm_added_q)], dim=2)  # fmt: skip
+        key = torch.cat([heads(attn.to_k, hidden_states, attn.norm_k),
+                         heads(attn.add_k_proj, encoder_hidden_states, attn.norm_added_k)], dim=2)  # fmt: skip
+        value = torch.cat([heads(attn.to_v, hidden_states), heads(attn.add_v_proj, encoder_hidden_states)], dim=2)
+        bias = None if attention_mask is None else attention_mask.to(query.dtype).view(1, 1, 1, -1)
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        mixed = mixed.to(query.dtype)
+        image, text = mixed.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image)), text

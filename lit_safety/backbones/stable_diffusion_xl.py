@@ -14,6 +14,7 @@ from lit_safety.backbones.diffusion import UNetDiffusion
 from lit_safety.backbones.encoders import penultimate
 from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.pipeline_index import pipeline_index
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
 #: What the pipeline's index says of how it treats an empty prompt; diffusers' default is true.
@@ -34,8 +35,8 @@ class StableDiffusionXL(UNetDiffusion):
     ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     TOKENIZERS = (("tokenizer", None), ("tokenizer_2", None))
 
-    def __init__(self, parts: Parts, denoiser: bool = True) -> None:
-        super().__init__(parts, denoiser)
+    def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
+        super().__init__(parts, denoiser, settings)
         kind = parts.config("unet").get("addition_embed_type")
         if kind != "text_time":
             raise UserError(f"{parts.source}: the UNet of an SDXL takes text and sizes, and this one's says {kind!r}")

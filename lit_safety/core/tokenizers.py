@@ -28,6 +28,8 @@ PROBES = 32
 #: The share of longer words of a BPE vocabulary that may have no merge: a few are put in by hand.
 LOST_SHARE = 0.02
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+#: A mark such as `</think>`, which no merge makes: some tokenizers do not list it among their special tokens.
+_MARK = re.compile(r"<[^<>\s]+>")
 #: What a word begins or ends with in the vocabularies of byte-level BPE, SentencePiece and CLIP.
 MARKS = ("\u0120", "\u2581", "</w>")
 #: transformers takes this for the end token of CLIP models whose configuration was written wrongly.
@@ -126,7 +128,10 @@ def _check_merges(tokenizer: Any, folder: Path | str) -> None:
     longer = [
         token
         for token in model["vocab"]
-        if len(token.removesuffix(end)) > 1 and token not in own and not _BYTE.fullmatch(token)
+        if len(token.removesuffix(end)) > 1
+        and token not in own
+        and not _BYTE.fullmatch(token)
+        and not _MARK.fullmatch(token)
     ]
     lost = [token for token in longer if token not in made]
     if len(lost) > LOST_SHARE * len(longer):

@@ -232,6 +232,7 @@ def draw_batch(
     import torch
 
     from lit_safety.adapters.user_pipeline import draws_for_users
+    from lit_safety.backbones.call import call_options
 
     own = [settings.guidance if p.guidance is None else p.guidance for p in prompts]
     if len(set(own)) > 1:
@@ -242,8 +243,7 @@ def draw_batch(
     extra: dict[str, Any] = {}
     if draws_for_users(pipe):
         extra["user"] = [p.user for p in prompts]
-    if negative_prompt is not None:
-        extra["negative_prompt"] = [negative_prompt] * len(prompts)
+    negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
     if settings.edit is not None:
         extra |= settings.edit.inputs(pipe, prompts, settings.resolution)
     elif settings.resolution is not None:
@@ -254,8 +254,8 @@ def draw_batch(
                 prompt=[p.prompt for p in prompts],
                 generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
                 num_inference_steps=settings.steps,
-                guidance_scale=own[0],
                 output_type="np",
+                **call_options(pipe, own[0], negatives, len(prompts)),
                 **extra,
             ).images
     except ValueError as error:  # a size, a number of steps or a UNet that this family does not take

@@ -87,18 +87,22 @@ class Painter:
         Args:
             strength: share of the steps that are taken again; 1 keeps nothing of the image.
         """
-        given = {"image": list(images), "prompt": list(prompts), "negative_prompt": list(negatives)}
-        return self._draw(self._second, seeds, strength=strength, **given)
+        given = {"image": list(images), "prompt": list(prompts)}
+        return self._draw(self._second, seeds, negatives, strength=strength, **given)
 
-    def _draw(self, pipe: Any, seeds: Sequence[int], **inputs: Any) -> list[Image | None]:
+    def _draw(
+        self, pipe: Any, seeds: Sequence[int], negatives: Sequence[str] | None = None, **inputs: Any
+    ) -> list[Image | None]:
         import torch
+
+        from lit_safety.backbones.call import call_options
 
         try:
             pixels = pipe(
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=self.settings.steps,
-                guidance_scale=self.settings.guidance,
                 output_type="np",
+                **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
                 **inputs,
             ).images
         except ValueError as error:  # a size or a number of steps that this family does not take

@@ -67,7 +67,9 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         put_unet(parts, arm.unet, arm.unet_partial)
     pipe = parts.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []):
+    # SANA's is compatible by class alone: DDIM has no flow matching.
+    process = getattr(pipe.scheduler, "config", {}).get("prediction_type", "epsilon")
+    if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []) and process != "flow_prediction":
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     try:
         pipe.to(device)

@@ -242,7 +242,7 @@ def measure_activity(
             conditioning = backbone.encode_text(batch)
             for level in range(options.timesteps):
                 levels = torch.full((len(batch),), (level + 0.5) / options.timesteps, device=device)
-                timesteps = backbone.timesteps(levels)
+                timesteps = backbone.timesteps(levels, (latents.shape[-2], latents.shape[-1]))
                 noise = normal(seeds, f"calibration noise {level}", latents.shape[1:]).to(latents)
                 with _watched(probes.values()):
                     backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
@@ -256,14 +256,17 @@ def measure_activity(
 
 def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions) -> Tensor:
     """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
-    drawn: Tensor = backbone.pipeline()(
-        prompts,
+    from lit_safety.backbones.call import call_options
+
+    pipe = backbone.pipeline()
+    drawn: Tensor = pipe(
+        prompt=list(prompts),  # Z-Image's writes into it
         num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
+        **call_options(pipe, options.guidance, count=len(prompts)),
     ).images
-    return drawn
+    return backbone.drawn_latents(drawn)
 
 
 class Probe:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lit_safety.adapters.layer_names import AdaptableLayer, AdaptableLayers, adaptable_layers
-from lit_safety.adapters.lora_file import read_lora
+from lit_safety.adapters.lora_file import Convert, read_lora
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.adapters.peft_config import PEFT_CONFIG as CONFIG
 from lit_safety.adapters.peft_config import read_peft_config
@@ -173,8 +173,21 @@ def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
 def _read(name: str, path: Path, base: str | None, layers: Callable[[str], AdaptableLayers | None]) -> Expert:
     own = base_model(path)
     known = base if base is not None else own
-    found = read_lora(path, None if known is None else layers(known))
+    there = None if known is None else layers(known)
+    convert = None if known is None or there is None or "unet" in there else _converter(known)
+    found = read_lora(path, there, convert)
     return Expert(name, found, {"path": str(path), "sha256": adapter_sha256(path), "base_model": own})
+
+
+def _converter(base: str) -> Convert | None:
+    """What the base's stock pipeline makes of the names in other programs' files; of UNets they are known here."""
+    import diffusers
+
+    from lit_safety.adapters.load_lora import converter
+
+    folder = _at_hand(base)
+    kind = getattr(diffusers, Parts(str(folder)).index.class_name, None)
+    return converter(kind) if hasattr(kind, "lora_state_dict") else None
 
 
 def _split(given: str) -> tuple[str | None, Path]:

@@ -152,7 +152,7 @@ class PromptAnchors:
 
         backbone = module.backbone
         said = {
-            "version": 1,
+            "version": 2,
             "encoders": backbone.encoder_hashes(module.pretrained),
             "reference": reference_hashes(module.pretrained, backbone.DENOISER),
             "scheduler": {name: str(value) for name, value in backbone.inference_scheduler.config.items()},

@@ -14,6 +14,7 @@ from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
 
 if TYPE_CHECKING:
+    from lit_safety.backbones.settings import BackboneSettings
     from lit_safety.data.cache.sources import CachedSource
 
 # Were the data's caches made by the model that is trained, and do they hold what it needs?
@@ -39,7 +40,24 @@ def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
             )
 
 
-def check_references(datamodule: object, pretrained: str, stage: str, objective: Objective, drops: bool) -> None:
+def _changed(settings: BackboneSettings, default: BackboneSettings) -> list[str]:
+    """What of the settings decides errors and is not the family's default."""
+    usual = vars(default)
+    return [
+        name
+        for name, value in vars(settings).items()
+        if not name.endswith("_dtype") and value != usual.get(name, value)
+    ]
+
+
+def check_references(
+    datamodule: object,
+    pretrained: str,
+    stage: str,
+    objective: Objective,
+    drops: bool,
+    settings: BackboneSettings | None = None,
+) -> None:
     """Whether the reference caches that are read were made by the denoiser of ``pretrained`` and hold what is needed;
     tells ``datamodule`` whether predictions are to be read.
 
@@ -49,6 +67,7 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
         stage: `fit`, `validate`, `test` or `predict`.
         objective: what is computed on errors.
         drops: whether prompts are dropped in training.
+        settings: what is set of the model's family; a cache is made with its defaults.
 
     Raises:
         UserError: naming the cache and what it lacks.
@@ -60,6 +79,11 @@ def check_references(datamodule: object, pretrained: str, stage: str, objective:
             continue
         from lit_safety.backbones.fingerprint import reference_hashes
 
+        if settings is not None and (changed := _changed(settings, family_of(pretrained).SETTINGS())):
+            raise UserError(
+                f"{one.key}: a reference cache is made with the family's defaults, and `model.init_args.backbone` sets "
+                f"{', '.join(changed)}: set data.init_args.use_reference to false"
+            )
         own = reference_hashes(pretrained, family_of(pretrained).DENOISER)
         for name in {**reference.weights, **own}:
             if own.get(name) != (made := reference.weights.get(name)):

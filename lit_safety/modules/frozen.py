@@ -31,18 +31,19 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen weights of linear layers and convolutions in ``dtype``, and always run the network in autocast.
 
     What is trained stays in fp32. Every number is the one that autocast gives with weights in fp32, whose cast it
-    would do at each use (it keeps casts only of what is trained). Whoever draws, probes or merges outside of a
-    training step gets autocast too: weights in ``dtype`` cannot meet inputs in fp32.
+    would do at each use (it keeps casts only of what is trained); what was read in ``dtype`` besides, such as
+    normalisations, is fp32 again. Whoever draws, probes or merges outside of a training step gets autocast too: weights
+    in ``dtype`` cannot meet inputs in fp32.
 
     Args:
         denoiser: with all adapters attached.
         dtype: of autocast, such as bfloat16.
     """
     for layer in denoiser.modules():
-        if isinstance(layer, CAST_BY_AUTOCAST):
-            for weight in layer.parameters(recurse=False):
-                if not weight.requires_grad:
-                    weight.data = weight.data.to(dtype)
+        kept = dtype if isinstance(layer, CAST_BY_AUTOCAST) else torch.float32
+        for weight in layer.parameters(recurse=False):
+            if not weight.requires_grad:
+                weight.data = weight.data.to(kept)
     network: Any = denoiser
     network.lowered_to = dtype
     network.forward = MethodType(_in_autocast, denoiser)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_safety.adapters.gathered import master_weights, replaced, unpartitioned, whole
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
+from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import datamodule_of
@@ -74,11 +76,14 @@ class Drawing:
 
     Args:
         steps: denoising steps.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance, 1 for none; of models with embedded guidance the scale that they
+            are told.
+        resolution: side in pixels; null: the pipeline's own, for which a tiny model may be too small.
     """
 
     steps: int = 20
     guidance: float = 3.0
+    resolution: int | None = None
 
 
 class PreferenceModule(ScheduledModule):
@@ -95,6 +100,8 @@ class PreferenceModule(ScheduledModule):
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         anchors: harmless prompts without images on which the policy is held to the reference; null: none.
+        backbone: what is set of the model's family, such as its training timesteps: one of the classes of settings in
+            `lit_safety.backbones`; null: the family's defaults.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
     """
@@ -116,6 +123,7 @@ class PreferenceModule(ScheduledModule):
         speed: Speed | None = None,
         anchors: PromptAnchors | None = None,
         start_from: str | None = None,
+        backbone: BackboneSettings | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -130,6 +138,7 @@ class PreferenceModule(ScheduledModule):
         self.speed = speed or Speed()
         self.anchors = anchors
         self.start_from = start_from
+        self.backbone_settings = backbone
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.validation_errors = TimestepBins(timestep_bins)
@@ -146,7 +155,7 @@ class PreferenceModule(ScheduledModule):
         pipeline_class_name(self.pretrained)
         data = datamodule_of(self.trainer)
         check_caches(data, self.pretrained, stage)
-        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts)
+        check_references(data, self.pretrained, stage, self.objective, self.drops_prompts, self.backbone_settings)
         check_orders(self.objective, data, stage)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
@@ -217,27 +226,51 @@ class PreferenceModule(ScheduledModule):
     def configure_model(self) -> None:
         if "backbone" in self._modules:
             return
-        from lit_safety.backbones.load import load_backbone
-
         if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self.backbone = load_backbone(self.pretrained)
+            self._load()
             self.configure_policy()
             self._start()
             self.speed.apply(self.backbone.denoiser)
+            dtype = self._frozen_dtype()
             if under_fsdp(self._trainer):  # which wants one precision in all that it cuts together
                 self._shard()
             elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
+                dtype = torch.bfloat16
+            if dtype != torch.float32:
                 for network in self.networks():
-                    lower_frozen(network, torch.bfloat16)
+                    lower_frozen(network, dtype)
             return
         with unpartitioned():  # diffusers loads into whole parameters only
-            self.backbone = load_backbone(self.pretrained)
+            self._load()
+            self._frozen_dtype()
             # DeepSpeed sends weights as bytes, and those in channels-last cannot be read as such.
             whole: Any = self.backbone
             whole.to(memory_format=torch.contiguous_format)
             self.configure_policy()
             self._start()
             self.speed.apply(self.backbone.denoiser)
+
+    def _load(self) -> None:
+        from lit_safety.backbones.load import load_backbone
+
+        self.backbone = load_backbone(self.pretrained, settings=self.backbone_settings)
+        self.lora = self.lora.with_targets(self.backbone.lora_targets())
+
+    def _frozen_dtype(self) -> torch.dtype:
+        """What frozen weights are kept in.
+
+        Raises:
+            UserError: below fp32, and the strategy or a full fine-tune needs fp32.
+        """
+        dtype: torch.dtype = getattr(torch, self.backbone.settings.denoiser_dtype)
+        if dtype == torch.float32:
+            return dtype
+        told = f"`model.init_args.backbone.init_args.denoiser_dtype: {self.backbone.settings.denoiser_dtype}`"
+        if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
+            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: set float32, or train by DDP")
+        if not any(isinstance(layer, BaseTunerLayer) for layer in self.backbone.denoiser.modules()):
+            raise UserError(f"{told}: rounds what is trained where there is no LoRA: set float32")
+        return dtype
 
     def _start(self) -> None:
         if self.start_from is None:
@@ -351,7 +384,12 @@ class PreferenceModule(ScheduledModule):
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
         # In double precision: rounded to single, a number just below 1 would be 1 and lie outside the schedule.
         fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.noise_seeds], dtype=torch.float64)
-        return self.backbone.timesteps(fractions).to(self.device, non_blocking=True)
+        return self.backbone.timesteps(fractions, self._latent_size(batch)).to(self.device, non_blocking=True)
+
+    def _latent_size(self, batch: PairBatch) -> tuple[int, int] | None:
+        if batch.latents is not None:
+            return batch.latents.shape[-2], batch.latents.shape[-1]
+        return None if batch.chosen is None else self.backbone.latent_size(*batch.chosen.shape[-2:])
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected."""
@@ -508,20 +546,26 @@ class PreferenceModule(ScheduledModule):
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """One image a prompt by the policy, each from the initial noise of its own seed."""
-        return list(self._drawn(prompts, seeds, "pil"))
+        from lit_safety.backbones.call import call_options
 
-    def draw_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """The latents (B, C, h, w) of such drawings, as training has them."""
-        return self._drawn(prompts, seeds, "latent")
-
-    def _drawn(self, prompts: Sequence[str], seeds: Sequence[int], output_type: str) -> Any:
-        return self.backbone.pipeline()(
+        pipe, side = self.backbone.pipeline(), self.drawing.resolution
+        drawn = pipe(
             prompt=list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=self.drawing.steps,
-            guidance_scale=self.drawing.guidance,
-            output_type=output_type,
-        ).images
+            **call_options(pipe, self.drawing.guidance, count=len(prompts)),
+            **({} if side is None else {"height": side, "width": side}),
+        )
+        return list(drawn.images)
+
+    def draw_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """The latents (B, C, h, w) of such drawings, as training has them: without noise of the image encoder's."""
+        from lit_safety.data.reading.decode import to_tensor
+
+        images = torch.stack([to_tensor(image) for image in self.draw(prompts, seeds)]).to(self.device)
+        with torch.no_grad():
+            posterior = self.backbone.posterior(images)
+            return self.backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
 
     def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
         """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""

@@ -94,8 +94,8 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path):
         load_backbone(str(tmp_path))
     with pytest.raises(UserError, match=r"nowhere"):
         load_backbone(str(tmp_path / "nowhere"))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="FluxPipeline are not supported"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "HunyuanDiTPipeline"}')
+    with pytest.raises(UserError, match="HunyuanDiTPipeline are not supported"):
         load_backbone(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match="does not load"):

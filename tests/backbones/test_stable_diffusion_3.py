@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
+from lit_safety.adapters.lora import LoRA
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
 from tests.helpers.tiny_pipelines import save_sd3
@@ -41,9 +42,41 @@ def test_text_is_encoded_as_the_stock_pipeline_does(tiny_sd3: Path, tmp_path: Pa
     with torch.no_grad():
         hidden, none, pooled, pooled_none = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
         found = backbone.encode_text([*PROMPTS, "", ""])
-    close(found["encoder_hidden_states"], torch.cat([hidden, none]))
+    rows = found["encoder_hidden_states"].shape[1]
+    close(found["encoder_hidden_states"], torch.cat([hidden, none])[:, :rows])
     close(found["pooled_projections"], torch.cat([pooled, pooled_none]))
-    assert hidden[:, 16:].any() == (endings == ())  # T5's part follows CLIP's 16 tokens
+    # T5's part follows CLIP's 16 tokens; without it two rows stand for 256 of zeros.
+    assert rows == (16 + 256 if endings == () else 16 + 2)
+    assert hidden[:, 16:].any() == (endings == ())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_rows_stand_for_a_missing_t5(tiny_sd3: Path, tmp_path: Path, checkpointing: bool):
+    """Prediction and gradient are those of the stock pipeline's 256 rows of zeros, which caches of 0.2 hold."""
+    backbone = load_backbone(str(without(tiny_sd3, tmp_path / "pipe", "_3")))
+    stock = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipe", text_encoder_3=None, tokenizer_3=None)
+    if checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()
+        backbone.denoiser.train()
+    with torch.no_grad():
+        hidden, _, pooled, _ = stock.encode_prompt(PROMPTS, None, None, device="cpu")
+        short = backbone.encode_text(PROMPTS)
+    t, noisy = torch.tensor([900.0, 100.0]), torch.randn(2, 4, 8, 8)
+    found = []
+    for text in (short, {"encoder_hidden_states": hidden, "pooled_projections": pooled}):
+        one = noisy.clone().requires_grad_(True)
+        prediction = backbone.predict(one, t, text)
+        prediction.square().mean().backward()
+        found += [(prediction.detach(), one.grad)]
+    expected = stock.transformer(noisy, hidden, pooled, t, return_dict=False)[0]
+    close(found[1][0], expected)
+    close(found[0][0], expected)
+    close(found[0][1], found[1][1])
+    no_t5 = backbone.denoiser(hidden_states=noisy, timestep=t, **short, return_dict=False)[0]
+    assert (no_t5 - expected).abs().max() > 1e-3  # without the bias it is another function
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        half = [backbone.predict(noisy, t, text) for text in (short, dict(short, encoder_hidden_states=hidden))]
+    assert (half[0].float() - half[1].float()).abs().max() < 0.02 * half[1].float().std()
 
 
 def test_zeros_stand_where_a_clip_encoder_is_missing(tiny_sd3: Path, tmp_path: Path):
@@ -132,9 +165,31 @@ def test_timesteps_are_distributed_as_in_diffusers_own_training(tiny_sd3: Path):
     assert (torch.quantile(drawn, deciles) - backbone.timesteps(deciles)).abs().max() < 10
 
 
-def test_a_shift_that_depends_on_the_picture_is_refused(tmp_path: Path):
+def test_a_shift_that_depends_on_the_image_is_the_stock_pipelines(tmp_path: Path):
+    """8 x 12 latents are 4 x 6 tokens: mu = .5 + .65 (24 - 256) / 3840 = .46073, e^mu = 1.58523; of u = .5 .61319."""
     folder = save_sd3(tmp_path / "pipe", without=("_3",))
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
-    with pytest.raises(UserError, match="use_dynamic_shifting True"):
+    backbone = load_backbone(str(folder), denoiser=False)
+    found = backbone.timesteps(torch.tensor([0.5]), (8, 12))
+    torch.testing.assert_close(found, torch.tensor([613.1866]), rtol=1e-5, atol=0)
+
+
+def test_a_student_of_few_steps_is_refused(tmp_path: Path):
+    folder = save_sd3(tmp_path / "stable-diffusion-3.5-large-turbo", without=("_3",))
+    with pytest.raises(UserError, match=r"stable-diffusion-3\.5-large"):
         load_backbone(str(folder))
+
+
+def test_a_lora_adapts_the_text_stream_by_default(tiny_sd3: Path):
+    backbone = load_backbone(str(tiny_sd3))
+    LoRA(rank=2).with_targets(backbone.lora_targets()).attach(backbone.denoiser, "policy")
+    adapted = {name.split(".lora_A")[0] for name, _ in backbone.denoiser.named_parameters() if ".lora_A." in name}
+    linear = {
+        name.removesuffix(".base_layer")
+        for name, layer in backbone.denoiser.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in name and ".norm1" not in name
+    }
+    left = {name for name in linear - adapted if name.startswith("transformer_blocks.")}
+    assert adapted >= {f"transformer_blocks.0.attn.{name}" for name in ("add_q_proj", "to_add_out", "to_q")}
+    assert left == set(), left

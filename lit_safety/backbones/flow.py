@@ -1,0 +1,192 @@
+"""What the families of rectified flow share: the process, the target, and where on the way training is.
+
+    x_t = (1 - sigma) x0 + sigma noise          target = noise - x0          timestep = 1000 sigma
+    u ~ the sampling                            sigma = shift u / (1 + (shift - 1) u)
+
+Dynamic shifting has shift = e^mu, and mu grows with the number of image tokens. The default (`shift: inference`) is the
+scheduler's shift, dynamic or not: training is where drawing is. diffusers' training scripts (`shift: script`) index
+the scheduler's stored sigmas, which are shifted where the shift is one number and are not where it is dynamic; u is
+logit-normal in SD3's script and uniform in the others. The default here is logit-normal for all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from lit_safety.backbones.backbone import Backbone
+from lit_safety.backbones.encoders import encode_posterior
+from lit_safety.backbones.parts import Parts
+from lit_safety.backbones.settings import BackboneSettings, FlowSettings
+from lit_safety.core.errors import UserError
+
+#: Of the `mode` sampling, as SD3's paper found best.
+MODE_SCALE = 1.29
+
+
+def sampled(uniform: Tensor, settings: FlowSettings) -> Tensor:
+    """Uniform numbers in [0, 1) -> the u below which such a share of the draws lies, float64, of the same shape."""
+    u = uniform.double()
+    if settings.sampling == "logit_normal":
+        return (torch.special.ndtri(u) * settings.std + settings.mean).sigmoid()
+    if settings.sampling == "mode":
+        return _mode(u)
+    if settings.sampling == "cosmap":  # density 2 / (pi (1 - 2 u + 2 u^2)); its distribution function has an inverse
+        return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+    return u
+
+
+def _mode(u: Tensor) -> Tensor:
+    v = 1 - u  # what the paper draws uniformly: 1 - v - scale (cos^2(pi v / 2) - 1 + v) falls as it rises
+    return 1 - v - MODE_SCALE * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """sigma of u: e^mu / (e^mu + 1/u - 1) is the same with shift = e^mu."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def linear_mu(tokens: int, config: Any) -> float:
+    """mu of dynamic shifting, linear in the number of image tokens: FLUX.1's, Qwen-Image's and SD3's pipelines'."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) / (many - few) * (tokens - few))
+
+
+class RectifiedFlow(Backbone):
+    """A transformer trained by rectified flow. Latents are (B, C, h, w); packing is `predict`'s own.
+
+    Raises:
+        UserError: the scheduler is none of flow matching, or the model is a few-step student; names its base.
+    """
+
+    DENOISER = "transformer"
+    SETTINGS: ClassVar[type[BackboneSettings]] = FlowSettings
+    #: A latent's sides are multiples of it: what one token of the transformer covers.
+    PATCH: ClassVar[int] = 2
+
+    def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
+        self.refuse_student(parts)
+        super().__init__(parts, denoiser, settings)
+        config = self.inference_scheduler.config
+        flow = hasattr(self.inference_scheduler, "scale_noise") or (
+            config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+        )
+        if not flow:
+            raise UserError(
+                f"{parts.source}: {type(self).__name__} is trained by flow matching, and its scheduler is a "
+                f"{type(self.inference_scheduler).__name__} of another process: copy its scheduler/ again"
+            )
+        self.steps = int(config.num_train_timesteps)
+        vae = parts.config("vae")
+        self.scaling_factor = float(vae.get("scaling_factor") or 1.0)
+        self.shift_factor = float(vae.get("shift_factor") or 0.0)
+        self.pixels_a_latent = self._pixels_a_latent(vae)
+
+    def _pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        return 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+
+    @classmethod
+    def refuse_student(cls, parts: Parts) -> None:
+        """Complain of a model that was distilled to draw in a few steps; training by flow matching undoes that.
+
+        Raises:
+            UserError: it is one; names the base to train instead.
+        """
+
+    @property
+    def flow(self) -> FlowSettings:
+        return cast(FlowSettings, self.settings)
+
+    # ---- images
+
+    def posterior(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        return encode_posterior(self.part("vae"), images)
+
+    def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
+        return (posterior[:, 0] + posterior[:, 1] * noise - self.shift_factor) * self.scaling_factor
+
+    # ---- the process
+
+    def timesteps(self, uniform: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """The timestep below which a share ``uniform`` of them lies, float32, from the schedule's lowest to 1000."""
+        u = sampled(uniform, self.flow).clamp(min=1 / self.steps)
+        return (self.stretched(shifted(u, self.training_shift(size))) * self.steps).float()
+
+    def training_shift(self, size: tuple[int, int] | None) -> float:
+        """The shift that timesteps of latents of ``size`` (h, w) are drawn with."""
+        if not isinstance(self.flow.shift, str):
+            return float(self.flow.shift)
+        if self.flow.shift == "script":
+            return self.script_shift()
+        config = self.inference_scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return self.static_shift()
+        if size is None:
+            raise ValueError("the scheduler shifts by the size of the image: timesteps need the latents' size")
+        mu = self.mu(self.tokens(*size))
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def static_shift(self) -> float:
+        """The scheduler's one shift."""
+        config = self.inference_scheduler.config
+        return float(config.get("shift", config.get("flow_shift")) or 1.0)
+
+    def script_shift(self) -> float:
+        """What diffusers' training script comes to: it indexes the stored sigmas."""
+        return 1.0 if self.inference_scheduler.config.get("use_dynamic_shifting") else self.static_shift()
+
+    def tokens(self, height: int, width: int) -> int:
+        """How many tokens the transformer makes of latents of h x w."""
+        return (height // self.PATCH) * (width // self.PATCH)
+
+    def mu(self, tokens: int) -> float:
+        """mu of dynamic shifting for an image of so many tokens."""
+        return linear_mu(tokens, self.inference_scheduler.config)
+
+    def stretched(self, sigma: Tensor) -> Tensor:
+        """Sigmas as a scheduler with `shift_terminal` stretches them: its lowest is that number (many steps' limit)."""
+        terminal = self.inference_scheduler.config.get("shift_terminal")
+        return sigma if not terminal or self.flow.shift != "inference" else terminal + (1 - terminal) * sigma
+
+    def timestep_fraction(self, timesteps: Tensor) -> Tensor:
+        return timesteps / self.steps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = (timesteps / self.steps).view(-1, 1, 1, 1).to(latents)
+        return sigma * noise + (1 - sigma) * latents
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+
+# Tokens out of latents and back, as most of these transformers take them.
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> tokens (B, h/2 w/2, 4 C) of 2 x 2 latents each, the channel slowest."""
+    rows, channels, height, width = latents.shape
+    blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, h/2 w/2, 4 C) -> (B, C, h, w)."""
+    rows, _, numbers = tokens.shape
+    blocks = tokens.reshape(rows, height // 2, width // 2, numbers // 4, 2, 2)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(rows, numbers // 4, height, width)
+
+
+def longest(mask: Tensor) -> int:
+    """How many places the longest of the rows of a mask (B, L) has, of any numeric type, filled from the left."""
+    return max(int((mask > 0.5).sum(1).max()), 1)
+
+
+def is_student(parts: Parts, *words: str) -> bool:
+    """Whether a pipeline's name says that it draws in a few steps; its files often look like its base's."""
+    name = parts.source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+    return any(word in name for word in words)

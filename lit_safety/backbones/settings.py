@@ -1,0 +1,103 @@
+"""What a run may set of a backbone, one class a kind of family: `model.init_args.backbone` names it by `class_path`.
+
+A family says which of these classes it reads (`Backbone.SETTINGS`) and refuses those of another kind. This file imports
+nothing heavy: command lines are parsed with it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = ["BackboneSettings", "FlowSettings", "GuidedFlowSettings"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class BackboneSettings:
+    """What every family has.
+
+    Args:
+        encoder_dtype: number format of the frozen text encoders. The image encoder stays in float32: it is small, and
+            its rounding would be in every latent.
+        denoiser_dtype: number format of the denoiser's frozen weights, from the moment they are read. Below float32 it
+            always runs under autocast of that format; the LoRA stays in float32.
+    """
+
+    def __init__(self, encoder_dtype: Dtype = "float32", denoiser_dtype: Dtype = "float32") -> None:
+        self.encoder_dtype = encoder_dtype
+        self.denoiser_dtype = denoiser_dtype
+
+
+class FlowSettings(BackboneSettings):
+    """Families trained by rectified flow: where on the way from image to noise they are trained.
+
+    A draw u in (0, 1) becomes sigma = shift u / (1 + (shift - 1) u). Losses have no further weight: with one, beta
+    would depend on the timestep. What a published weight does to the expected loss, a sampling does.
+
+    Args:
+        shift: `inference`: the pipeline's scheduler's own, which with dynamic shifting depends on the image's size;
+            training is then where drawing is. `script`: that of diffusers' training script for the family, which is 1
+            where the scheduler shifts dynamically. Or a number, 1 for none.
+        sampling: how u is drawn. `logit_normal`: sigmoid of N(mean, std^2), of SD3's paper and script. `uniform`: of
+            diffusers' scripts for FLUX, Qwen-Image, Z-Image and SANA. `mode` (with scale 1.29) and `cosmap`: of SD3's
+            paper.
+        mean: of the logit-normal distribution.
+        std: of the logit-normal distribution.
+        encoder_dtype: as in `BackboneSettings`.
+        denoiser_dtype: as in `BackboneSettings`.
+
+    Raises:
+        ValueError: ``shift`` or ``std`` is not above 0.
+    """
+
+    def __init__(
+        self,
+        shift: float | Literal["inference", "script"] = "inference",
+        sampling: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+        encoder_dtype: Dtype = "float32",
+        denoiser_dtype: Dtype = "float32",
+    ) -> None:
+        super().__init__(encoder_dtype, denoiser_dtype)
+        if not isinstance(shift, str) and not 0 < shift < float("inf"):
+            raise ValueError(f"`model.init_args.backbone.init_args.shift` must be above 0, got {shift}")
+        if not 0 < std < float("inf"):
+            raise ValueError(f"`model.init_args.backbone.init_args.std` must be above 0, got {std}")
+        self.shift = shift
+        self.sampling = sampling
+        self.mean = mean
+        self.std = std
+
+
+class GuidedFlowSettings(FlowSettings):
+    """Families whose guidance was distilled into the network, which is told its scale: FLUX.1-dev and FLUX.2-dev.
+
+    Args:
+        guidance: the scale that the network is told in training; 3.5 is that of diffusers' scripts, whose READMEs also
+            train with 1. Drawing has its own (`drawing.guidance`). Networks that are told none ignore it.
+        shift: as in `FlowSettings`.
+        sampling: as in `FlowSettings`.
+        mean: as in `FlowSettings`.
+        std: as in `FlowSettings`.
+        encoder_dtype: as in `BackboneSettings`.
+        denoiser_dtype: as in `BackboneSettings`.
+
+    Raises:
+        ValueError: as `FlowSettings`, or ``guidance`` is below 0.
+    """
+
+    def __init__(
+        self,
+        guidance: float = 3.5,
+        shift: float | Literal["inference", "script"] = "inference",
+        sampling: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+        encoder_dtype: Dtype = "float32",
+        denoiser_dtype: Dtype = "float32",
+    ) -> None:
+        super().__init__(shift, sampling, mean, std, encoder_dtype, denoiser_dtype)
+        if not 0 <= guidance < float("inf"):
+            raise ValueError(f"`model.init_args.backbone.init_args.guidance` must be 0 or more, got {guidance}")
+        self.guidance = guidance
