@@ -11,13 +11,12 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
-from lit_safety.data.protocols import Batched, Seeded, WithTrain, datamodule_of
+from lit_safety.data.protocols import Batched, Seeded, datamodule_of
 from lit_safety.modules.preference import PreferenceModule
-from lit_safety.report.card import WARNING, Card, card_text, code, last_validation, run_settings
 
 # Each callback imports what it writes when it writes: a fit of SC-DPO loads neither PSA nor the cost model.
 if TYPE_CHECKING:
-    from lit_safety.modules.psa import PSA
+    pass
 
 
 class ExportAdapter(Callback):
@@ -54,54 +53,16 @@ class ExportAdapter(Callback):
         return Path(self.folder) / Path(export).name if "/" in export else Path(self.folder)
 
     def _write(self, folder: Path, trainer: Trainer, module: PreferenceModule, export: str) -> None:
+        from lit_safety.callbacks.cards import adapter_card
+        from lit_safety.report.card import card_text
 
         with atomic_folder(folder) as partial:
             module.save_export(partial)
             config = Path(trainer.default_root_dir) / "config.yaml"
             if config.is_file():
                 shutil.copyfile(config, partial / "config.yaml")
-            (partial / "README.md").write_text(card_text(self._card(trainer, module, export)), encoding="utf-8")
+            (partial / "README.md").write_text(card_text(adapter_card(trainer, module, export)), encoding="utf-8")
         print(f"{export}: {folder}")
-
-    def _card(self, trainer: Trainer, module: PreferenceModule, export: str) -> Card:
-        settings = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
-        settings["steps"] = trainer.global_step
-        group = trainer.optimizers[0].param_groups[0]
-        settings |= {"learning_rate": getattr(trainer.optimizers[0], "defaults", group)["lr"]}
-        own = module.export_settings(export)
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if "category" in own:
-            metrics = {k: v for k, v in metrics.items() if k.endswith(f"/{own['category']}")}
-        adapter, base = export != "pipeline", code(module.pretrained)
-        judged = (
-            "Images judged before and after are made by `python -m lit_safety evaluate "
-            f"--{'adapter' if adapter else 'arms.aligned.pipeline'} THIS_FOLDER`."
-        )
-        facts = (
-            f"- Base model: {base}\n- Data: {code(str(_train_shards(trainer)))}\n"
-            f"- Method: {type(module).__name__} with {type(module.objective).__name__}"
-        )
-        return Card(
-            "Safety adapter" if adapter else "Aligned pipeline",
-            f"{(_ADAPTER if adapter else _PIPELINE).format(base=base)}\n\n{facts}",
-            [run_settings(settings | own), last_validation(metrics, note=judged)],
-            module.pretrained,
-            [*(["lora"] if adapter else []), "text-to-image", "safety", "preference-optimisation"],
-        )
-
-
-_ADAPTER = f"""\
-A LoRA that makes {{base}} draw less of what it was trained to refuse. Load it with
-
-    pipe.load_lora_weights("THIS_FOLDER")
-
-{WARNING}"""
-_PIPELINE = """\
-{base} with a denoiser trained to draw less of what it should refuse. It is a whole pipeline:
-
-    pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
-
-It is not a lock: who holds the weights can train the harm back."""
 
 
 # At the end of a fit: the cost model's folder, as `shards score`, `SCDPO` and `evaluate` load it.
@@ -118,6 +79,7 @@ class ExportCostModel(Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lit_safety.callbacks.cards import train_shards
         from lit_safety.cost_model.files import save_cost_model
         from lit_safety.modules.cost_model import CostModel
 
@@ -130,7 +92,7 @@ class ExportCostModel(Callback):
         per_rank = data.batch_size if isinstance(data, Batched) else 0
         loss = {name: value for name, value in vars(pl_module.loss).items() if not name.startswith("_")}
         settings = {
-            "data": _train_shards(trainer),
+            "data": train_shards(trainer),
             "loss": type(pl_module.loss).__name__,
             **loss,
             "degradation": vars(pl_module.degradation),
@@ -179,6 +141,9 @@ class ExportUserAdapter(Callback):
 
         assert isinstance(pl_module, PSA)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "adapter")
+        from lit_safety.callbacks.cards import user_card
+        from lit_safety.report.card import card_text
+
         with pl_module.exporting("adapter"):  # on every rank: a parameter may be sharded over all of them
             if trainer.is_global_zero:
                 with atomic_folder(folder) as partial:
@@ -188,47 +153,5 @@ class ExportUserAdapter(Callback):
                     config = Path(trainer.default_root_dir) / "config.yaml"
                     if config.is_file():
                         shutil.copyfile(config, partial / "config.yaml")
-                    (partial / "README.md").write_text(card_text(_card(trainer, pl_module)), encoding="utf-8")
+                    (partial / "README.md").write_text(card_text(user_card(trainer, pl_module)), encoding="utf-8")
                 print(f"adapter: {folder / WEIGHTS_NAME}")
-
-
-def _train_shards(trainer: Trainer) -> str | list[str] | None:
-    """The training pairs, as a card names them."""
-    data = datamodule_of(trainer)
-    return data.train if isinstance(data, WithTrain) else "unknown"
-
-
-def _card(trainer: Trainer, module: PSA) -> Card:
-    objective = {name: value for name, value in vars(module.objective).items() if not name.startswith("_")}
-    settings = objective | {
-        "data": _train_shards(trainer),
-        "user_tokens": module.user_tokens,
-        "embedding_dim": module.table.dimension,
-        "user_dropout": module.user_dropout,
-        "joint_dropout": module.joint_dropout,
-        "prompt_dropout": module.prompt_dropout,
-        "lora": f"rank {module.lora.rank}, alpha {module.lora.alpha:g}" if module.has_lora else "none",
-        "steps": trainer.global_step,
-    }
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    text = f"""\
-User attention for {code(module.pretrained)} (Personalized Safety Alignment, arXiv 2508.01151): it draws within the
-bounds of the user it is given.
-
-    from lit_safety.adapters import load_psa
-
-    load_psa(pipe, "THIS_FOLDER", users="users.safetensors")
-    pipe("a prompt", user="0000033")
-
-A user is an embedding of {module.table.dimension} numbers, made by the text model of the training users. Without a
-user, or for an unknown one, the null user is drawn for, who was trained to prefer the safe image of every pair.
-
-**It is not a lock.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and whoever
-chooses the user chooses the bounds."""
-    return Card(
-        "User adapter",
-        text,
-        [run_settings(settings, f"Method: PSA with {type(module.objective).__name__}"), last_validation(metrics)],
-        module.pretrained,
-        ["text-to-image", "safety", "personalisation", "preference-optimisation"],
-    )
