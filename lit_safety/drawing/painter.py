@@ -71,7 +71,7 @@ class Painter:
     def from_text(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image | None]:
         """Draw prompts."""
         side = self.settings.resolution
-        size = {} if side is None else {"height": side, "width": side}
+        size: dict[str, Any] = {} if side is None else {"height": side, "width": side}
         return self._draw(self.pipe, seeds, prompt=list(prompts), **size)
 
     def from_images(
