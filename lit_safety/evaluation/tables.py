@@ -162,7 +162,8 @@ def judged_over(metrics: Mapping[str, Any]) -> str:
 
 def drawn_elsewhere(metrics: Mapping[str, Any]) -> str:
     """Which arms are images that another program drew; empty where there are none."""
-    given = {name: arm["settings"] for name, arm in metrics["arms"].items() if arm["settings"].get("drawn_by")}
+    settings = {name: arm.get("settings", {}) for name, arm in metrics["arms"].items()}
+    given = {name: said for name, said in settings.items() if said.get("drawn_by")}
     return "; ".join(f"{name}: images of {own['drawn_by']}, seeds {own['seeds']}" for name, own in given.items())
 
 

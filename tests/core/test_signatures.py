@@ -46,7 +46,7 @@ def test_types_defaults_and_words_are_those_of_the_source() -> None:
     assert module.parameters["pretrained"].default is None
     drawing = nested(module.parameters["drawing"])
     assert drawing is not None
-    assert set(drawing.parameters) == {"steps", "guidance"}
+    assert set(drawing.parameters) == {"steps", "guidance", "resolution"}
     evaluate = signature_of("lit_safety.evaluation.evaluate")
     assert evaluate is not None
     assert {"prompts", "steps", "workers"} <= set(evaluate.parameters)  # of its own, and of what `**drawing` becomes

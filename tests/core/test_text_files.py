@@ -79,7 +79,8 @@ def test_a_config_in_another_encoding_is_one_line(
     file = tmp_path / "own.yaml"
     text = CONFIG if where == "--config" else "class_path: lit_safety.data.PreferenceDataModule\n# Bär\n"
     file.write_bytes(text.encode(encoding))
-    assert main(["fit", where, str(file)]) == 2
+    method = [] if where == "--config" else ["--config", "scdpo.yaml"]
+    assert main(["fit", *method, where, str(file)]) == 2
     said = capsys.readouterr().err
     assert "own.yaml" in said
     assert "iconv" in said

@@ -44,7 +44,11 @@ def test_losses_and_gradients_are_the_same_bits(family: str, request: pytest.Fix
     whole, half = module_of(pipeline, lower=False), module_of(pipeline, lower=True)
     (loss, gradients), (same, also) = step(whole), step(half)
     assert torch.equal(loss, same)
-    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    names = [name for name, _ in whole.trainable_parameters()]
+    idle = [name for name, gradient in zip(names, gradients, strict=True) if not gradient.abs().max() > 0]
+    # In SD3's last block nothing reads what the text asks: its queries are adapted and learn nothing.
+    assert all("add_q_proj" in name for name in idle)
+    assert len(idle) <= 2
     assert all(torch.equal(one, other) for one, other in zip(gradients, also, strict=True))
     sizes = [
         sum(p.numel() * p.element_size() for p in module.backbone.denoiser.parameters() if not p.requires_grad)
