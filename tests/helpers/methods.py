@@ -52,7 +52,7 @@ def write_config(
     if method == "dpo_expert":
         data["consecutive"] = consecutive
     if method == "psa":
-        for key in ("policy", "cost_model", "objective", "backbone"):
+        for key in ("policy", "cost_model", "label_costs", "objective", "backbone"):
             model.pop(key)
         config["model"]["class_path"] = "lit_safety.modules.PSA"
     model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}
