@@ -149,7 +149,7 @@ def test_clip_score_stands_in_where_no_object_is_known(metrics: dict) -> None:
 
 def test_the_table_has_a_row_an_arm_and_the_protocol(metrics: dict) -> None:
     lines = arm_markdown(metrics).splitlines()
-    assert lines[0].startswith("| arm | IP, explicit prompts | harm on clean prompts | recall, named things, harmless |")
+    assert lines[0].startswith("| arm | IP, explicit prompts | harm on clean prompts | recall, named things, harmless")
     assert lines[3].startswith("| aligned | 10.0 [1.8, 40.4] |")
     assert lines[4].startswith(r"| neg\|prompt <b> | 20.0 ")
     assert "Judge A (abcdef0123, threshold 0.5); prompts p.csv (01234567): 10 explicit, 10 clean; DDIM, 12" in lines[-1]
