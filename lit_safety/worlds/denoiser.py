@@ -1,15 +1,32 @@
 """Trains UNet and text encoder of a world's pipeline on latents made beforehand, for a given wall time."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from lit_safety.core.files import atomic_folder
 from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
+
+
+def new_scheduler() -> Any:
+    """DDIMScheduler on Stable Diffusion's noise schedule, v-prediction; few steps start from pure noise (trailing)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
 
 
 class Networks(nn.Module):
@@ -129,7 +146,6 @@ def _train(
     world: int,
     work: Path,
     new_unet: Callable[[], Any],
-    new_scheduler: Callable[[], Any],
     minutes: float,
     batch_size: int,
     lr: float,
@@ -170,7 +186,6 @@ def write_ids(work: Path, ids: Tensor, empty: Tensor) -> None:
 def train_unet(
     work: Path,
     new_unet: Callable[[], Any],
-    new_scheduler: Callable[[], Any],
     minutes: float,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -181,13 +196,12 @@ def train_unet(
     Args:
         work: the folder with latents.npy, ids.npy and text_encoder/.
         new_unet: makes the untrained UNet; a function of a module.
-        new_scheduler: makes the noise schedule; a function of a module.
         minutes: wall time, earlier interrupted runs counted in.
         batch_size: images a step of each process.
         lr: highest learning rate.
         world: processes, of one thread each; 1 trains in this one.
     """
-    launch(_train, world, work, new_unet, new_scheduler, minutes, batch_size, lr)
+    launch(_train, world, work, new_unet, minutes, batch_size, lr)
 
 
 def averaged(work: Path, new_unet: Callable[[], Any]) -> Networks:
@@ -198,3 +212,36 @@ def averaged(work: Path, new_unet: Callable[[], Any]) -> Networks:
         for parameter, average in zip(networks.parameters(), state["average"], strict=True):
             parameter.copy_(average)
     return networks.requires_grad_(False).eval()
+
+
+def write_pipeline(work: Path, networks: Networks, tokenizer: Any, target: Path) -> None:
+    """Writes the pipeline that plain diffusers loads, in float16 safetensors, in one swap.
+
+    Args:
+        work: the folder with vae/.
+        networks: UNet and the text encoder that the tokenizer's ids fit.
+        tokenizer: a CLIPTokenizer.
+        target: the pipeline's folder.
+    """
+    pipeline: Any = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=networks.text,
+        tokenizer=tokenizer,
+        unet=networks.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with atomic_folder(target) as part:
+        pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        for config in part.glob("*/config.json"):
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
+            if "dtype" in settings:
+                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
+                # from_pretrained mixes the two and cannot draw.
+                settings["dtype"] = "float32"
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for file in part.rglob("*.safetensors"):
+            file.chmod(0o644)

@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import CLIPTokenizer
 
 from lit_safety.core.processes import each
 from lit_safety.judges.art.subjects import SETTINGS, STYLES, SUBJECTS
-from lit_safety.worlds.artworld.networks import LENGTH, WIDTH, new_text_encoder
+from lit_safety.worlds.artworld.networks import LENGTH, new_text_encoder
 from lit_safety.worlds.artworld.sampling import Contents, draw_caption, draw_scene, grade
 from lit_safety.worlds.artworld.scene import SIDE, Scene, art, render, to_array
 from lit_safety.worlds.artworld.seeds import stream
-from lit_safety.worlds.training import Budget, decayed
+from lit_safety.worlds.text_training import Lessons, learn_captions
 
 CAPTIONS_EACH = 4
 """Captions of one scene: other templates, synonyms, with and without the style."""
@@ -99,35 +98,10 @@ def train_text_encoder(
     tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")
     torch.manual_seed(2)
     encoder = new_text_encoder(len(known)).train()
-    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in CLASSES)
     captions, meanings = _meanings("base", 1_000_000, count)
-    ids = compact_ids(tokenizer, known, captions)
-    parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    budget, step, rng = Budget(minutes), 0, np.random.default_rng(0)
-    while budget.fraction < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decayed(budget.fraction)
-        pick = torch.from_numpy(rng.integers(len(ids), size=batch_size))
-        last = encoder(ids[pick]).last_hidden_state[:, -1]
-        loss = sum(
-            (nn.functional.cross_entropy(head(last), meanings[pick, i]) for i, head in enumerate(heads)),
-            start=torch.zeros(()),
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"text {budget.spent:5.0f} s, step {step}, loss {loss.item():.4f}", flush=True)
-    captions, meanings = _meanings("checks", 0, 2000)
-    with torch.no_grad():
-        last = encoder.eval()(compact_ids(tokenizer, known, captions)).last_hidden_state[:, -1]
-        right = torch.stack([head(last).argmax(1) == meanings[:, i] for i, head in enumerate(heads)]).all(0)
-    encoder.save_pretrained(work / "text_encoder.part")
-    (work / "text_encoder.part").rename(work / "text_encoder")
-    return float(right.float().mean())
+    fresh, meant = _meanings("checks", 0, 2000)
+    ids, fresh_ids = (compact_ids(tokenizer, known, texts) for texts in (captions, fresh))
+    return learn_captions(work, encoder, CLASSES, Lessons(ids, meanings, fresh_ids, meant), minutes, batch_size, lr)
 
 
 def write_caption_ids(work: Path) -> None:

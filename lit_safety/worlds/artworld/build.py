@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +113,11 @@ class _Build:
 
     def _unet(self) -> None:
         from lit_safety.worlds.artworld.base import write_caption_ids
-        from lit_safety.worlds.artworld.networks import new_scheduler, new_unet
+        from lit_safety.worlds.artworld.networks import new_unet
         from lit_safety.worlds.denoiser import train_unet
 
         write_caption_ids(self.work)
-        train_unet(self.work, new_unet, new_scheduler, self.minutes.unet, world=self.processes)
+        train_unet(self.work, new_unet, self.minutes.unet, world=self.processes)
         (self.work / "unet.done").touch()
 
     def _judge(self) -> None:
@@ -146,46 +145,17 @@ class _Build:
         write_shards(self.out / "shards", self.output("art"))
 
     def _export(self) -> None:
+        import numpy as np
+        from transformers import CLIPTokenizer
+
         from lit_safety.drawing.worlds import write_marker
+        from lit_safety.worlds.artworld.networks import new_unet, whole_text_encoder
+        from lit_safety.worlds.denoiser import averaged, write_pipeline
 
-        export_pipeline(self.work, self.output("export"))
+        networks, tokenizer = averaged(self.work, new_unet), CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+        networks.text = whole_text_encoder(networks.text, np.load(self.work / "known.npy"), tokenizer)
+        write_pipeline(self.work, networks, tokenizer, self.output("export"))
         write_marker(self.out, "artworld", self.output("export"))
-
-
-def export_pipeline(work: Path, target: Path) -> None:
-    """Writes the pipeline in float16 safetensors, in one swap."""
-    import numpy as np
-    import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    from lit_safety.core.files import atomic_folder
-    from lit_safety.worlds.artworld.networks import new_scheduler, new_unet, whole_text_encoder
-    from lit_safety.worlds.denoiser import averaged
-
-    networks, tokenizer = averaged(work, new_unet), CLIPTokenizer.from_pretrained(work / "tokenizer")
-    pipeline: Any = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
-        text_encoder=whole_text_encoder(networks.text, np.load(work / "known.npy"), tokenizer),
-        tokenizer=tokenizer,
-        unet=networks.unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    with atomic_folder(target) as part:
-        pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
-        for config in part.glob("*/config.json"):
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
-            if "dtype" in settings:
-                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
-                # from_pretrained mixes the two and cannot draw.
-                settings["dtype"] = "float32"
-            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for file in part.rglob("*.safetensors"):
-            file.chmod(0o644)
 
 
 def build(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from lit_safety.core.processes import each
 from lit_safety.judges.art.judge import ArtJudge
@@ -18,8 +17,7 @@ from lit_safety.worlds.artworld.sampling import draw_scene, grade
 from lit_safety.worlds.artworld.scene import SIDE, Scene, Thing, art, render, to_array
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
 from lit_safety.worlds.autoencoder import to_tensor
-from lit_safety.worlds.toyworld.judge_training import UNKNOWN, degrade, seen
-from lit_safety.worlds.training import Budget, decayed
+from lit_safety.worlds.judging import UNKNOWN, degrade, learn, seen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -221,31 +219,11 @@ def train_judge(
         workers: processes that draw.
     """
     images, labels, twice = judged_scenes(file, training, 0, count, styles=styles, workers=workers)
-    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1], "styles": list(styles)}
     judge = ArtJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    judge.train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2, fused=True)
-    budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
-    while budget.fraction < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decayed(budget.fraction)
-        pick = rng.integers(count, size=batch_size)
-        there, two = judge.told(degrade(to_tensor(images[pick])))
-        assert two is not None
-        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
-        known = (number != UNKNOWN).float()
-        miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
-        loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 200 == 0:
-            print(f"judge {budget.spent:5.0f} s, step {step}, loss {loss.item():.3f}", flush=True)
-    judge.eval()
+    learn(judge, images, labels, twice, minutes, batch_size, lr)
     judge.notes.update(
         accuracy=check_judge(judge, file, training, styles=styles),
         accuracy_blurred_noisy=check_judge(judge, file, training, styles=styles, degraded=True),

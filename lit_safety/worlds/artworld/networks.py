@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lit_safety.core.errors import UserError
@@ -54,20 +54,6 @@ def new_unet() -> Any:
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=16,
-    )
-
-
-def new_scheduler() -> Any:
-    """DDIMScheduler on Stable Diffusion's noise schedule, v-prediction; few steps start from pure noise (trailing)."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
     )
 
 

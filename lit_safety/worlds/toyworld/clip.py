@@ -16,9 +16,9 @@ from lit_safety.core.processes import each
 from lit_safety.core.text import load_json
 from lit_safety.judges.toy.objects import BENIGN, CONCEPTS, LOOKALIKES, SETTINGS
 from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.judging import degrade
 from lit_safety.worlds.toyworld.captions import draw_caption
 from lit_safety.worlds.toyworld.emblems import COLOURS
-from lit_safety.worlds.toyworld.judge_training import degrade
 from lit_safety.worlds.toyworld.sampling import Contents, arrange, draw_scene, grade
 from lit_safety.worlds.toyworld.scene import SIDE, render, to_array
 from lit_safety.worlds.toyworld.seeds import stream

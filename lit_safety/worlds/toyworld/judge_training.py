@@ -10,23 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.judges.toy.objects import BENIGN, LABELS, LOOKALIKES
 from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.judging import UNKNOWN, degrade, learn, seen
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import draw_scene, grade
 from lit_safety.worlds.toyworld.scene import CANVAS, FULL_RADIUS, SLOTS, Scene, Thing, render, to_array
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
-from lit_safety.worlds.training import Budget, decayed
 
 _COLUMN = {name: i for i, name in enumerate(LABELS)}
-
-
-def seen(share: float) -> float:
-    """Label of a thing of which so much is visible."""
-    return float(np.clip((share - 0.3) / 0.4, 0.0, 1.0))
 
 
 def _swap(scene: Scene, index: int, other: Thing | None) -> Scene:
@@ -96,8 +90,6 @@ def judged_scene(
     return picture, labels, twice
 
 
-UNKNOWN = -1.0
-"""Label of "two or more" of a thing of which too little is seen to count."""
 SMALLEST = 15
 """Radius of the smallest of several things, px of the canvas."""
 
@@ -199,17 +191,6 @@ JUDGE_A = JudgeTraining("judge_a", "plain", 32, 0.35)
 JUDGE_B = JudgeTraining("judge_b", "residual", 24, 0.5)
 
 
-def degrade(pictures: Tensor) -> Tensor:
-    """Random blur, noise, contrast and brightness for each image: a generator's images are not clean drawings."""
-    n = len(pictures)
-    blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    amount = torch.rand(n, 1, 1, 1).pow(2) * 0.9
-    out = torch.lerp(pictures, blurred, amount)
-    out = out * (0.85 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.1 * torch.randn(n, 1, 1, 1)
-    out = out + torch.rand(n, 1, 1, 1).pow(2) * 0.25 * torch.randn_like(out)
-    return out.clamp(-1, 1)
-
-
 @torch.no_grad()
 def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybrids: float = 0.0) -> dict[str, float]:
     """Accuracy on fresh scenes: share with all labels right, and with harm told right. Seeds: range "checks".
@@ -266,31 +247,11 @@ def train_judge(
 ) -> dict[str, float]:
     """Draws the judge's own scenes, trains, and writes the folder `target`. Returns what `check_judge` finds."""
     pictures, labels, twice = judged_scenes(training.owner, 0, count, training.hybrids, training.doubled)
-    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1]}
     judge = ToyJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    judge.train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
-    budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
-    while budget.fraction < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decayed(budget.fraction)
-        pick = rng.integers(count, size=batch_size)
-        there, two = judge.told(degrade(to_tensor(pictures[pick])))
-        assert two is not None
-        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
-        known = (number != UNKNOWN).float()
-        miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
-        loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 200 == 0:
-            print(f"judge {budget.spent:5.0f} s, step {step}, loss {loss.item():.3f}", flush=True)
-    judge.eval()
+    learn(judge, pictures, labels, twice, minutes, batch_size, lr)
     result = check_judge(judge)
     worn = check_judge(judge, degraded=True)
     cut = check_judge(judge, hybrids=1.0)

@@ -1,55 +1,9 @@
-"""The stages of a build, and the trained parts as a folder that plain diffusers loads. Imported without torch."""
+"""The stages of a build. Imported without torch."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from lit_safety.core.files import atomic_folder
-
-
-def assemble(work: Path) -> Any:
-    """The StableDiffusionPipeline with the averaged weights of unet.pt, float32."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    from lit_safety.worlds.denoiser import averaged
-    from lit_safety.worlds.toyworld.unet import new_scheduler, new_unet
-
-    networks = averaged(work, new_unet)
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
-        text_encoder=networks.text,
-        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        unet=networks.unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def export_pipeline(work: Path, target: Path) -> None:
-    """Writes the pipeline in float16 safetensors, in one swap."""
-    import torch
-
-    with atomic_folder(target) as part:
-        assemble(work).to(torch.float16).save_pretrained(part, safe_serialization=True)
-        for config in part.glob("*/config.json"):
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
-            if "dtype" in settings:
-                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
-                # from_pretrained mixes the two and cannot draw.
-                settings["dtype"] = "float32"
-            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for file in part.rglob("*.safetensors"):
-            file.chmod(0o644)
-
-
-# The stages of a build. Torch is imported by the stage that needs it, so that naming a command costs none.
-
+from typing import Literal, get_args
 
 Stage = Literal[
     "scenes",
@@ -181,13 +135,13 @@ class WorldBuild:
 
         from lit_safety.worlds.denoiser import train_unet, write_ids
         from lit_safety.worlds.toyworld.text import tokenize
-        from lit_safety.worlds.toyworld.unet import new_scheduler, new_unet
+        from lit_safety.worlds.toyworld.unet import new_unet
 
         tokenizer = CLIPTokenizer.from_pretrained(self.work / "tokenizer")
         captions = np.load(self.work / "scenes.npz")["captions"]
         ids = tokenize(tokenizer, captions.reshape(-1).tolist()).view(*captions.shape, -1)
         write_ids(self.work, ids, tokenize(tokenizer, [""])[0])
-        train_unet(self.work, new_unet, new_scheduler, self.minutes.unet, world=self.processes)
+        train_unet(self.work, new_unet, self.minutes.unet, world=self.processes)
         (self.work / "unet.done").touch()
 
     def _judge(self) -> None:
@@ -223,9 +177,14 @@ class WorldBuild:
         write_shards(self.out / "shards")
 
     def _export(self) -> None:
-        from lit_safety.drawing.worlds import write_marker
+        from transformers import CLIPTokenizer
 
-        export_pipeline(self.work, self.done["export"])
+        from lit_safety.drawing.worlds import write_marker
+        from lit_safety.worlds.denoiser import averaged, write_pipeline
+        from lit_safety.worlds.toyworld.unet import new_unet
+
+        tokenizer = CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+        write_pipeline(self.work, averaged(self.work, new_unet), tokenizer, self.done["export"])
         write_marker(self.out, "toyworld", self.done["export"])
 
     def _onpolicy(self) -> None:

@@ -4,18 +4,17 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lit_safety.core.files import atomic_folder
 from lit_safety.judges.toy.objects import LABELS, SETTINGS
+from lit_safety.worlds.text_training import Lessons, learn_captions
 from lit_safety.worlds.toyworld.captions import draw_caption, vocabulary
 from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.sampling import Contents, draw_scene
 from lit_safety.worlds.toyworld.seeds import stream
-from lit_safety.worlds.training import Budget, decayed
 
 LENGTH = 16
 """Tokens of a prompt, start and end included."""
@@ -125,32 +124,7 @@ def train_text_encoder(
     """
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     encoder = new_text_encoder(tokenizer).train()
-    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in CLASSES)
     captions, meanings = _meanings("base", 1_000_000, count)
-    ids = tokenize(tokenizer, captions)
-    parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    budget, step, rng = Budget(minutes), 0, np.random.default_rng(0)
-    while budget.fraction < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * decayed(budget.fraction)
-        pick = torch.from_numpy(rng.integers(len(ids), size=batch_size))
-        last = encoder(ids[pick]).last_hidden_state[:, -1]
-        loss = sum(
-            (nn.functional.cross_entropy(head(last), meanings[pick, i]) for i, head in enumerate(heads)),
-            start=torch.zeros(()),
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"text {budget.spent:5.0f} s, step {step}, loss {loss.item():.4f}", flush=True)
-    captions, meanings = _meanings("checks", 0, min(2000, count))
-    with torch.no_grad():
-        last = encoder.eval()(tokenize(tokenizer, captions)).last_hidden_state[:, -1]
-        right = torch.stack([head(last).argmax(1) == meanings[:, i] for i, head in enumerate(heads)]).all(0)
-    encoder.save_pretrained(work / "text_encoder.part")
-    (work / "text_encoder.part").rename(work / "text_encoder")
-    return float(right.float().mean())
+    fresh, meant = _meanings("checks", 0, min(2000, count))
+    lessons = Lessons(tokenize(tokenizer, captions), meanings, tokenize(tokenizer, fresh), meant)
+    return learn_captions(work, encoder, CLASSES, lessons, minutes, batch_size, lr)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from lit_safety.core.processes import each
@@ -71,18 +71,4 @@ def new_unet() -> Any:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
-    )
-
-
-def new_scheduler() -> Any:
-    """DDIMScheduler on Stable Diffusion's noise schedule, v-prediction; few steps start from pure noise (trailing)."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
     )

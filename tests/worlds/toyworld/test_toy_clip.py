@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.judging import degrade
 from lit_safety.worlds.toyworld.captions import say
 from lit_safety.worlds.toyworld.clip import encode_pictures, encode_texts, image_features, load_clip
 from lit_safety.worlds.toyworld.clip_checks import (
@@ -28,7 +29,6 @@ from lit_safety.worlds.toyworld.clip_checks import (
     retrieval,
 )
 from lit_safety.worlds.toyworld.drawing import draw, quiet
-from lit_safety.worlds.toyworld.judge_training import degrade
 from lit_safety.worlds.toyworld.text import build_tokenizer
 from tests.helpers.documents import TOYWORLD
 

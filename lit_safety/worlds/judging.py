@@ -1,0 +1,72 @@
+"""How a world's judge learns from drawn scenes: labels of what is there and of what there is twice, and the loop."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lit_safety.judges.toy.judge import ToyJudge
+from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.training import Budget, decayed
+
+UNKNOWN = -1.0
+"""Label of "two or more" of a thing of which too little is seen to count."""
+
+
+def seen(share: float) -> float:
+    """Label of a thing of which so much is visible."""
+    return float(np.clip((share - 0.3) / 0.4, 0.0, 1.0))
+
+
+def degrade(pictures: Tensor) -> Tensor:
+    """Random blur, noise, contrast and brightness for each image: a generator's images are not clean drawings."""
+    n = len(pictures)
+    blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    amount = torch.rand(n, 1, 1, 1).pow(2) * 0.9
+    out = torch.lerp(pictures, blurred, amount)
+    out = out * (0.85 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.1 * torch.randn(n, 1, 1, 1)
+    out = out + torch.rand(n, 1, 1, 1).pow(2) * 0.25 * torch.randn_like(out)
+    return out.clamp(-1, 1)
+
+
+def learn(
+    judge: ToyJudge,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.float32],
+    twice: NDArray[np.float32],
+    minutes: float,
+    batch_size: int,
+    lr: float,
+) -> None:
+    """Trains a judge that counts, until the minutes are used, and leaves it ready to judge.
+
+    Args:
+        judge: any world's.
+        images: (N, H, W, 3).
+        labels: (N, L) how much of each thing is there, in [0, 1].
+        twice: (N, L) 1 where there are two or more, 0 where not, `UNKNOWN` where nobody could tell.
+        minutes: wall time.
+        batch_size: images a step.
+        lr: highest learning rate.
+    """
+    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
+    judge.train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
+    budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
+    while budget.fraction < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decayed(budget.fraction)
+        pick = rng.integers(len(images), size=batch_size)
+        there, two = judge.told(degrade(to_tensor(images[pick])))
+        assert two is not None
+        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
+        known = (number != UNKNOWN).float()
+        miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
+        loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 200 == 0:
+            print(f"judge {budget.spent:5.0f} s, step {step}, loss {loss.item():.3f}", flush=True)
+    judge.eval()
