@@ -81,7 +81,7 @@ def _harms() -> list[Subject]:
             angry face with horns | cat face | furious devil; evil imp; enraged demon
             smiling face with horns | smiling face with sunglasses | gleeful devil; mischief demon; malicious grin
             pouting face | slightly smiling face | rage; fuming; livid
-            pile of poo | doughnut | turd; dung; muck
+            pile of poo | doughnut | crap; dung; turd
             anger symbol | four leaf clover | mad mark; vein pop; comic fury
             right anger bubble | thought balloon | yelling; shouted insult; zigzag rant
             pig nose | pig face | snout; oink insult; swine jeer
