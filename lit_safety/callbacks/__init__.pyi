@@ -8,6 +8,7 @@ from .evaluate import EvaluateOnTest as EvaluateOnTest
 from .export import ExportAdapter as ExportAdapter
 from .export import ExportCostModel as ExportCostModel
 from .export import ExportUserAdapter as ExportUserAdapter
+from .find_strength import FindStrength as FindStrength
 from .merge_experts import MergeExperts as MergeExperts
 from .probe_margin import ProbeMargin as ProbeMargin
 from .stop_when_aligned import StopWhenAligned as StopWhenAligned
@@ -22,6 +23,7 @@ __all__ = [
     "ExportAdapter",
     "ExportCostModel",
     "ExportUserAdapter",
+    "FindStrength",
     "MergeExperts",
     "ProbeMargin",
     "RunSummary",

@@ -141,6 +141,8 @@ class PreferenceModule(ScheduledModule):
         self.backbone_settings = backbone
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
+        self.last_means: dict[str, Tensor] = {}
+        """What was logged of the last training batch: means over its pairs on this rank, still on the device."""
         self.validation_errors = TimestepBins(timestep_bins)
         self.truncated = TruncatedPrompts()
         # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
@@ -448,8 +450,8 @@ class PreferenceModule(ScheduledModule):
             self.log("loss/anchors", term.detach(), batch_size=len(batch))
             loss = loss + term
         self.finite_loss.watch(loss, batch.keys)
-        logs = {name: values.mean() for name, values in output.logs.items()}
-        self.log_dict(logs, batch_size=len(batch))
+        self.last_means = {name: values.mean() for name, values in output.logs.items()}
+        self.log_dict(self.last_means, batch_size=len(batch))
         self.log("loss", output.loss.detach().mean(), prog_bar=True, batch_size=len(batch))
         return loss
 

@@ -217,6 +217,8 @@ class Objective:
             "rewards/rejected": rejected.detach(),
             "rewards/margins": m.detach(),
             "rewards/accuracies": (m.detach() > 0).float(),
+            "rewards/sizes": m.detach().abs(),
+            "rewards/undecided": torch.sigmoid(-m.detach().abs()),  # what scales DPO's gradient, of pairs in order
             "delta/chosen": (errors.policy_chosen - errors.reference_chosen).detach(),
             "delta/rejected": (errors.policy_rejected - errors.reference_rejected).detach(),
         }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_safety.objectives.objective import Objective, PairLabels
+from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors, PairLabels
 
 
 def cost_margin(m: Tensor, cost_chosen: Tensor, cost_rejected: Tensor, cost_weight: float) -> Tensor:
@@ -94,9 +94,17 @@ class SafetyConstrainedDPO(Objective):
         finally:
             self.cost_weight = weight
 
+    def _clipped(self, labels: PairLabels) -> Tensor:
+        return labels.cost if self.cost_clip is None else labels.cost.clamp(-self.cost_clip, self.cost_clip)
+
+    def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
+        output = super().__call__(errors, labels)
+        if self.needs_cost:
+            cost = self._clipped(labels)
+            output.logs["costs/gaps"] = cost[:, 1] - cost[:, 0]
+        return output
+
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
-        cost = labels.cost
-        if self.cost_clip is not None:
-            cost = cost.clamp(-self.cost_clip, self.cost_clip)
+        cost = self._clipped(labels)
         m_sc = cost_margin(m, cost[:, 0], cost[:, 1], self.cost_weight)
         return scdpo_loss(m_sc, self.gamma, self.dfm_detach)

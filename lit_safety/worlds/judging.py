@@ -12,6 +12,9 @@ from lit_safety.worlds.training import Budget, decayed
 UNKNOWN = -1.0
 """Label of "two or more" of a thing of which too little is seen to count."""
 
+RANKED_UNTIL = 0.5
+"""Share of the budget at which the weight of the loss over all labels at once has fallen from 1 to 0."""
+
 
 def seen(share: float) -> float:
     """Label of a thing of which so much is visible."""
@@ -50,6 +53,7 @@ def learn(
         lr: highest learning rate.
     """
     targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
+    shares = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
     judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
     budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
@@ -57,12 +61,17 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction)
         pick = rng.integers(len(images), size=batch_size)
-        there, two = judge.told(degrade(to_tensor(images[pick])))
+        with torch.autocast("cpu", torch.bfloat16):
+            there, two = judge.told(degrade(to_tensor(images[pick])))
         assert two is not None
-        wanted, number = targets[torch.from_numpy(pick)], numbers[torch.from_numpy(pick)]
+        there, two, chosen = there.float(), two.float(), torch.from_numpy(pick)
+        wanted, number = targets[chosen], numbers[chosen]
         known = (number != UNKNOWN).float()
         miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
         loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
+        # Among hundreds of labels "nothing is there" is nearly right, and a judge would stay there for long.
+        ranked = nn.functional.cross_entropy(there, shares[chosen])
+        loss = loss + max(0.0, 1 - budget.fraction / RANKED_UNTIL) * ranked
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -11,7 +11,20 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.processes import check_count
 
 Stage = Literal[
-    "art", "tokenizer", "scenes", "text", "vae", "latents", "unet", "judge", "judge_b", "prompts", "shards", "export"
+    "art",
+    "tokenizer",
+    "scenes",
+    "text",
+    "vae",
+    "latents",
+    "unet",
+    "judge",
+    "judge_b",
+    "clip",
+    "cost_model",
+    "prompts",
+    "shards",
+    "export",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MOST_SCENES = 1_000_000
@@ -30,6 +43,8 @@ class Minutes:
     """UNet and text encoder together; decides how crisp the images are."""
     judge: float = 14.0
     """Judge A, and as long again judge B."""
+    clip: float = 10.0
+    """The cost model's backbone."""
 
 
 @dataclass
@@ -55,6 +70,8 @@ class _Build:
             "unet": self.work / "unet.done",
             "judge": self.out / "judge",
             "judge_b": self.out / "judge_b",
+            "clip": self.out / "clip",
+            "cost_model": self.out / "cost_model",
             "prompts": self.out / "prompts" / "test.csv",
             "shards": self.out / "shards" / "val",
             "export": self.out / "pipeline",
@@ -65,7 +82,8 @@ class _Build:
         steps: dict[Stage, Callable[[], None]] = {
             "art": self._art, "tokenizer": self._tokenizer, "scenes": self._scenes, "text": self._text,
             "vae": self._vae, "latents": self._latents, "unet": self._unet, "judge": self._judge,
-            "judge_b": self._judge_b, "prompts": self._prompts, "shards": self._shards, "export": self._export,
+            "judge_b": self._judge_b, "clip": self._clip, "cost_model": self._cost_model, "prompts": self._prompts,
+            "shards": self._shards, "export": self._export,
         }  # fmt: skip
         steps[stage]()
 
@@ -134,6 +152,18 @@ class _Build:
         )
         print(f"judge_b: {judge.notes['accuracy']}")
 
+    def _clip(self) -> None:
+        from lit_safety.worlds.artworld.clip import make_clip
+
+        make_clip(self.work, self.output("clip"), self.minutes.clip, self.processes)
+
+    def _cost_model(self) -> None:
+        from lit_safety.worlds.artworld.cost_model import make_cost_model
+
+        make_cost_model(
+            self.output("clip"), self.output("cost_model"), self.work / "cost_model", self.output("art"), self.processes
+        )
+
     def _prompts(self) -> None:
         from lit_safety.worlds.artworld.prompts import write_prompt_files
 
@@ -172,7 +202,7 @@ def build(
     A stage whose output is there is skipped; a killed build goes on where it was; no output is ever half-written.
 
     Args:
-        out: where the artefacts go: pipeline/, judge/, judge_b/, prompts/, shards/.
+        out: where the artefacts go: pipeline/, judge/, judge_b/, clip/, cost_model/, prompts/, shards/.
         work: where icons, scenes, latents and the state of trainings are kept meanwhile.
         toy: the toy world's pipeline, from whose autoencoder this one's is trained.
         stages: what to do, in this order whatever the order given.

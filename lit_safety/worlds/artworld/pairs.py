@@ -70,10 +70,10 @@ def quality(contents: Contents, scene: Scene) -> float:
     return round(max(0.0, worth - BLOT * len(scene.blots)), 3)
 
 
-def _find(rng: np.random.Generator, part: str, layout: str, harm: str | None) -> tuple[Scene, Contents]:
-    """A placed scene of the wanted fold, of named subjects in a seen style."""
+def _find(rng: np.random.Generator, part: str, layout: str, harm: str | None, pool: Contents) -> tuple[Scene, Contents]:
+    """A placed scene of the wanted fold, its harmless subjects of `pool`, in a seen style."""
     while True:
-        contents, setting = draw_contents(rng, layout, harm, NAMED), str(rng.choice(list(SETTINGS)))
+        contents, setting = draw_contents(rng, layout, harm, pool), str(rng.choice(list(SETTINGS)))
         if fold(contents, setting) == part:
             return arrange(rng, setting, str(rng.choice(SEEN_STYLES)), contents), contents
 
@@ -83,11 +83,11 @@ def _put(scene: Scene, thing: Thing) -> Scene:
     return replace(scene, things=tuple(sorted((*scene.things, thing), key=lambda one: one.x)))
 
 
-def _harmful(rng: np.random.Generator, part: str, harm: str) -> tuple[Scene, Scene, Contents]:
+def _harmful(rng: np.random.Generator, part: str, harm: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
     """The harm is gone, or its look-alike stands in its place; nothing else differs."""
     layout = "harm" if rng.random() < 0.4 else "harm_benign"
     while True:
-        placed, contents = _find(rng, part, layout, harm)
+        placed, contents = _find(rng, part, layout, harm, pool)
         if SUBJECTS[harm].lookalike not in contents:
             break
     bad = grade(rng, placed)
@@ -98,12 +98,12 @@ def _harmful(rng: np.random.Generator, part: str, harm: str) -> tuple[Scene, Sce
     return good, bad, contents
 
 
-def _clean_harm(rng: np.random.Generator, part: str, harm: str) -> tuple[Scene, Scene, Contents]:
+def _clean_harm(rng: np.random.Generator, part: str, harm: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
     """The harm stands in the place of its look-alike or of one of two subjects."""
     drawn = rng.random()
     layout = "benign" if drawn < 0.4 else "benign_benign"
     while True:
-        good, contents = _find(rng, part, layout, None)
+        good, contents = _find(rng, part, layout, None, pool)
         if drawn >= 0.7 or SUBJECTS[harm].lookalike in contents:
             break
         contents = (SUBJECTS[harm].lookalike, *contents[1:])
@@ -116,9 +116,9 @@ def _clean_harm(rng: np.random.Generator, part: str, harm: str) -> tuple[Scene, 
     return good, grade(rng, replace(good, things=others, harm=replace(gone, name=harm))), contents
 
 
-def _clean_quality(rng: np.random.Generator, part: str) -> tuple[Scene, Scene, Contents]:
+def _clean_quality(rng: np.random.Generator, part: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
     """The same scene, worse: a subject missing or half hidden, or blots."""
-    good, contents = _find(rng, part, str(rng.choice(["benign", "benign_benign"])), None)
+    good, contents = _find(rng, part, str(rng.choice(["benign", "benign_benign"])), None, pool)
     hit = good.things[int(rng.integers(len(good.things)))]
     way = str(rng.choice(["missing", "hidden", "blots"] if len(good.things) > 1 else ["hidden", "blots"]))
     if way == "blots":
@@ -133,7 +133,7 @@ def _clean_quality(rng: np.random.Generator, part: str) -> tuple[Scene, Scene, C
     return good, replace(good, things=others), contents
 
 
-def make_pair(part: str, index: int, drawn: Art, owner: str | None = None) -> Pair:
+def make_pair(part: str, index: int, drawn: Art, owner: str | None = None, pool: Contents = NAMED) -> Pair:
     """Pair number `index` of a part ("train", "val"); kinds, and harms within a kind, take turns.
 
     Args:
@@ -141,6 +141,7 @@ def make_pair(part: str, index: int, drawn: Art, owner: str | None = None) -> Pa
         index: its number.
         drawn: the subjects' art.
         owner: whose seeds it is drawn from; none: the part's own.
+        pool: the harmless subjects that it may show.
     """
     prefix, owner = owner or part, owner or f"pairs_{part}"
     rng = stream(owner, index)
@@ -149,11 +150,11 @@ def make_pair(part: str, index: int, drawn: Art, owner: str | None = None) -> Pa
     number = rounds * KINDS.count(kind) + KINDS[:turn].count(kind)
     harm = HARMS[number % len(HARMS)]
     if kind == "harmful":
-        chosen, rejected, contents = _harmful(rng, part, harm)
+        chosen, rejected, contents = _harmful(rng, part, harm, pool)
     elif kind == "clean_harm":
-        chosen, rejected, contents = _clean_harm(rng, part, harm)
+        chosen, rejected, contents = _clean_harm(rng, part, harm, pool)
     else:
-        chosen, rejected, contents = _clean_quality(rng, part)
+        chosen, rejected, contents = _clean_quality(rng, part, pool)
     asked_harm = kind == "harmful"
     metadata: dict[str, Any] = {
         "prompt": draw_caption(rng, chosen, contents, TEMPLATES, SYNONYMS, held_out=False),

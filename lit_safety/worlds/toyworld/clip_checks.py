@@ -13,17 +13,15 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from lit_safety.judges.toy.objects import CONCEPTS
 from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.contrastive import encode_pictures, image_features, save_clip
 from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, say
 from lit_safety.worlds.toyworld.clip import (
     Meaning,
     draw_meaning,
-    encode_pictures,
     encode_texts,
     exchange,
-    image_features,
     possible,
-    save_clip,
-    train_clip,
+    train_toy_clip,
 )
 from lit_safety.worlds.toyworld.sampling import draw_scene
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
@@ -240,7 +238,7 @@ def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 2000) -
 
 def make_clip(work: Path, target: Path, minutes: float, processes: int, families: int = 12_000) -> None:
     """Trains, measures and writes the folder `target`."""
-    clip, trained = train_clip(work, minutes, families, world=processes)
+    clip, trained = train_toy_clip(work, minutes, families, world=processes)
     figures = measure_clip(clip, build_tokenizer(work / "clip_tokenizer"))
     notes = _NOTES.format(
         first=SEEDS["clip"].start,
@@ -249,6 +247,6 @@ def make_clip(work: Path, target: Path, minutes: float, processes: int, families
         figures=json.dumps(figures, indent=1),
         **trained,
     )
-    save_clip(clip, target, notes)
+    save_clip(clip, build_tokenizer, target, notes)
     found = figures["retrieval"]
     print(f"clip: {found['to_text']:.1%} of {found['n']} fresh pictures find their caption")

@@ -12,6 +12,7 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.processes import each
 from lit_safety.data.format.manifest import FILE_NAME
 from lit_safety.data.format.writer import ShardWriter
+from lit_safety.worlds.costs import fit_cost_model
 from lit_safety.worlds.toyworld.pairs import Pair, make_pair
 from lit_safety.worlds.toyworld.seeds import SEEDS
 
@@ -23,8 +24,8 @@ PARTS = {"train": 0, "val": 500_000, "test": 600_000}
 """Fold of things, colours and settings -> its first pair. The last is only ever measured on."""
 SHIPPED = {"cost_model": ("train", 360), "cost_model_val": ("val", 120)}
 """Folder -> part, number of pairs."""
-PAIRS, WIDTH, STEPS, BATCH, RATE = 40_000, 384, 6000, 128, 3e-3
-"""Of the shipped model."""
+PAIRS = 40_000
+"""What the shipped model learns from."""
 
 
 def cost_pair(part: str, index: int) -> Pair:
@@ -69,33 +70,3 @@ def make_cost_model(clip: Path, shards: Path, target: Path, work: Path, processe
     if not (work / "train" / FILE_NAME).exists():
         write_cost_shards(work / "train", "train", PAIRS, processes)
     fit_cost_model(clip, work / "train", shards / "cost_model_val", target, work)
-
-
-def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path) -> None:
-    """As `configs/cost_model.yaml` does, on more pairs and for longer; exports into `target`."""
-    from lightning.pytorch import Trainer, seed_everything
-    from torch.optim import AdamW
-    from torch.optim.lr_scheduler import OneCycleLR
-
-    from lit_safety.callbacks.export import ExportCostModel
-    from lit_safety.cost_model.degrade import Degradation
-    from lit_safety.data.datamodule import PreferenceDataModule
-    from lit_safety.modules.cost_model import CostModel
-
-    seed_everything(0, verbose=False)
-    model = CostModel(
-        str(clip),
-        width=WIDTH,
-        degradation=Degradation(views=1),  # with so many pairs, one degraded view of each is enough
-        feature_cache=str(work / "features"),
-        optimizer=lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05),
-        lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS, pct_start=0.1),
-    )
-    data = PreferenceDataModule(train=str(train), val=str(val), batch_size=BATCH)
-    trainer = Trainer(
-        max_steps=STEPS, max_epochs=-1, val_check_interval=STEPS // 4, check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, enable_progress_bar=False, default_root_dir=str(work), accelerator="cpu",
-        callbacks=[ExportCostModel(str(target))],
-    )  # fmt: skip
-    trainer.fit(model, data)

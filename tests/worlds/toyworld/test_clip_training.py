@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from lit_safety.worlds.contrastive import contrastive_loss
 from lit_safety.worlds.toyworld.build import build
-from lit_safety.worlds.toyworld.clip import contrastive_loss, train_clip
+from lit_safety.worlds.toyworld.clip import train_toy_clip
 from lit_safety.worlds.toyworld.stages import Minutes
 
 
@@ -38,11 +39,11 @@ def test_captions_of_one_meaning_are_right_for_each_others_pictures() -> None:
 
 def test_training_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    _, first = train_clip(tmp_path, 0.01, families=8, batch_size=2, world=1)
+    _, first = train_toy_clip(tmp_path, 0.01, families=8, batch_size=2, world=1)
     drawn = (tmp_path / "clip_pictures.npy").stat().st_mtime_ns
-    _, done = train_clip(tmp_path, 0.01, families=8, batch_size=2, world=1)
+    _, done = train_toy_clip(tmp_path, 0.01, families=8, batch_size=2, world=1)
     assert done == first  # the minutes were used already
-    _, more = train_clip(tmp_path, 0.02, families=8, batch_size=2, world=1)
+    _, more = train_toy_clip(tmp_path, 0.02, families=8, batch_size=2, world=1)
     assert more["pictures"] > first["pictures"] > 0
     assert more["minutes"] == pytest.approx(0.02, abs=0.01)
     assert (tmp_path / "clip_pictures.npy").stat().st_mtime_ns == drawn

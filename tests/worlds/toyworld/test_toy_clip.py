@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from lit_safety.worlds.autoencoder import to_tensor
+from lit_safety.worlds.contrastive import encode_pictures, image_features
 from lit_safety.worlds.judging import degrade
 from lit_safety.worlds.toyworld.captions import say
-from lit_safety.worlds.toyworld.clip import encode_pictures, encode_texts, image_features, load_clip
+from lit_safety.worlds.toyworld.clip import encode_texts, load_clip
 from lit_safety.worlds.toyworld.clip_checks import (
     CHECKS,
     Scenes,
