@@ -12,13 +12,19 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from lit_safety.core.files import atomic_folder
 from lit_safety.core.text import load_json
@@ -86,21 +92,32 @@ def encode_pictures(clip: CLIPModel, pictures: NDArray[np.uint8] | Tensor, batch
 
 def save_clip(clip: CLIPModel, write_tokenizer: Callable[[Path], object], target: Path, notes: str) -> None:
     """Writes model (float16), tokenizer, image processor and a README of `notes`, in one swap."""
-    side = clip.config.vision_config.image_size
     with atomic_folder(target) as part:
         write_tokenizer(part)
-        clip.half().save_pretrained(part)
-        # Tensors in [-1, 1], as the pipeline's autoencoder has them.
-        CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-            image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        ).save_pretrained(part)  # fmt: skip
-        settings = load_json((part / "config.json").read_text(encoding="utf-8"))
-        for config in (settings, settings["text_config"], settings["vision_config"]):
-            config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
-        (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (part / "README.md").write_text(notes, encoding="utf-8")
-        (part / "model.safetensors").chmod(0o644)
+        _write(clip, clip.config.vision_config.image_size, part, notes)
+
+
+def save_image_tower(clip: CLIPModel, target: Path, notes: str) -> None:
+    """The same of the image tower alone, which is all that a cost model needs."""
+    tower = CLIPVisionModelWithProjection(clip.config.vision_config)
+    tower.load_state_dict({name: clip.state_dict()[name] for name in tower.state_dict()})
+    with atomic_folder(target) as part:
+        _write(tower, tower.config.image_size, part, notes)
+
+
+def _write(model: Any, side: int, part: Path, notes: str) -> None:
+    model.half().save_pretrained(part)
+    # Tensors in [-1, 1], as the pipeline's autoencoder has them.
+    CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    ).save_pretrained(part)  # fmt: skip
+    settings = load_json((part / "config.json").read_text(encoding="utf-8"))
+    for config in (settings, settings.get("text_config", {}), settings.get("vision_config", {})):
+        config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
+    (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (part / "README.md").write_text(notes, encoding="utf-8")
+    (part / "model.safetensors").chmod(0o644)
 
 
 class Families(NamedTuple):

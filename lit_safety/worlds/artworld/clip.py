@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from lit_safety.core.processes import each
 from lit_safety.judges.art.subjects import HARMLESS, HARMS, SETTINGS, STYLES, SUBJECTS
 from lit_safety.worlds.artworld.base import CLASSES, compact_ids, meaning
-from lit_safety.worlds.artworld.networks import LENGTH, build_tokenizer, whole_clip
+from lit_safety.worlds.artworld.networks import LENGTH
 from lit_safety.worlds.artworld.pairs import SEEN_STYLES
 from lit_safety.worlds.artworld.sampling import TEMPLATES, Contents, arrange, draw_caption, draw_scene, grade
 from lit_safety.worlds.artworld.scene import SIDE, Scene, art, render, to_array
@@ -26,7 +26,7 @@ from lit_safety.worlds.contrastive import (
     Families,
     encode_pictures,
     new_clip,
-    save_clip,
+    save_image_tower,
     text_features,
     train_clip,
     write_families,
@@ -126,7 +126,7 @@ def retrieval(clip: CLIPModel, families: Families) -> float:
 
 
 def make_clip(work: Path, target: Path, minutes: float, processes: int, families: int = 12_000) -> None:
-    """Draws families, trains, measures and writes the folder `target`, over CLIP's whole vocabulary."""
+    """Draws families, trains, measures and writes the image tower into `target`."""
     if not (work / "clip_pictures.npy").exists():
         write_families(work, _families(work, "clip", 0, families, processes))
     clip, trained = train_clip(work, new_art_clip, CLASSES, minutes, world=processes)
@@ -139,6 +139,5 @@ def make_clip(work: Path, target: Path, minutes: float, processes: int, families
         "caption found among four that differ in one thing": round(found, 4),
         **{key: round(value, 2) for key, value in trained.items()},
     }
-    whole = whole_clip(clip, np.load(work / "known.npy"), CLIPTokenizer.from_pretrained(work / "tokenizer"))
-    save_clip(whole, build_tokenizer, target, "# The art world's CLIP\n\n" + json.dumps(notes, indent=1) + "\n")
+    save_image_tower(clip, target, "# The art world's CLIP, image tower\n\n" + json.dumps(notes, indent=1) + "\n")
     print(f"clip: {found:.1%} of fresh images find their caption among four that differ in one thing")

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lit_safety.core.errors import UserError
 from lit_safety.worlds.artworld.scene import SIDE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
 LATENT_CHANNELS = 8
 LENGTH = 32
@@ -79,32 +78,16 @@ def known_tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> NDArray[np.i
 def whole_text_encoder(trained: Any, known: NDArray[np.int64], tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The trained tower over the whole vocabulary: rows of tokens that it never saw are zeros."""
     config = copy.deepcopy(trained.config)
-    _use_ids_of(config, tokenizer)
-    whole = CLIPTextModel(config)
-    whole.load_state_dict(_whole_rows(trained.state_dict(), known, len(tokenizer)))
-    return whole.eval()
-
-
-def whole_clip(trained: CLIPModel, known: NDArray[np.int64], tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The same for a CLIP's text tower."""
-    config = copy.deepcopy(trained.config)
-    _use_ids_of(config.text_config, tokenizer)
-    whole = CLIPModel(config)
-    whole.load_state_dict(_whole_rows(trained.state_dict(), known, len(tokenizer)))
-    return whole.eval()
-
-
-def _use_ids_of(config: Any, tokenizer: CLIPTokenizer) -> None:
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-
-
-def _whole_rows(weights: Mapping[str, Tensor], known: NDArray[np.int64], tokens: int) -> dict[str, Tensor]:
+    whole = CLIPTextModel(config)
+    weights = dict(trained.state_dict())
     (name,) = [key for key in weights if key.endswith("token_embedding.weight")]
-    rows = torch.zeros(tokens, weights[name].shape[1])
+    rows = torch.zeros(len(tokenizer), WIDTH)
     rows[torch.from_numpy(known)] = weights[name].float()
-    return {**weights, name: rows}
+    whole.load_state_dict({**weights, name: rows})
+    return whole.eval()
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
