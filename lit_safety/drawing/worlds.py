@@ -1,9 +1,10 @@
 """Whose prompts, judges and pipelines are whose: those of an embedded world say nothing about another model.
 
-A world's folder holds `world.json`: its name and the vocabularies of its pipelines' tokenizers. What lies in that
-folder is the world's, under whatever path or link it is given. The toy world's files are known by what is in them too,
-so that a copy of one of them is not taken for somebody's own. A pipeline is the world's when its tokenizer knows the
-world's words: then every adapter on it, every merged and every further trained copy of it is.
+A world's folder holds `world.json`: its name and the marks of its pipelines. What lies in that folder is the world's,
+under whatever path or link it is given. The embedded worlds' files are known by what is in them too, so that a copy of
+one of them is not taken for somebody's own. A pipeline is the world's when it bears a mark of it: then every adapter on
+it, every merged and every further trained copy of it is. A mark is the vocabulary of a tokenizer, where a world has one
+of its own, or a text encoder's table of token embeddings, which no training here moves.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class World:
     """An embedded world."""
 
     name: str
-    vocabularies: frozenset[str]
-    """`vocabulary` of its pipelines' tokenizers."""
+    marks: frozenset[str]
+    """Those of `marks` that its pipelines alone bear."""
     weights: frozenset[str] = frozenset()
     """sha256 of `model.safetensors` of its judges, its cost model and its CLIP, wherever they lie."""
     seeds: range = range(0)
@@ -57,16 +58,28 @@ TOYWORLD = World(
 )
 
 
-def write_marker(folder: Path, name: str, pipeline: Path) -> None:
+WORLDS = (TOYWORLD,)
+_WIDEST = 256
+"""Of a table of token embeddings that may be a world's; larger ones are real models', and not read."""
+
+
+def write_marker(folder: Path, name: str, pipeline: Path, own_words: bool = True) -> None:
     """Say in a world's folder that it is one.
 
     Args:
         folder: the world's.
         name: of the world.
-        pipeline: a pipeline of it, whose tokenizers are the world's.
+        pipeline: a pipeline of it.
+        own_words: its tokenizers' vocabulary is its own; false: it is that of real models too, and no mark.
     """
-    about = {"world": name, "vocabularies": sorted(vocabularies(pipeline))}
+    found = vocabularies(pipeline) if own_words else embeddings(pipeline)
+    about = {"world": name, "vocabularies" if own_words else "embeddings": sorted(found)}
     (folder / MARKER).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def marks(pipeline: Path) -> set[str]:
+    """What a pipeline may be known by: `vocabularies` and `embeddings`."""
+    return vocabularies(pipeline) | embeddings(pipeline)
 
 
 def vocabularies(pipeline: Path) -> set[str]:
@@ -87,9 +100,28 @@ def vocabularies(pipeline: Path) -> set[str]:
     return found
 
 
+def embeddings(pipeline: Path) -> set[str]:
+    """A hash of each small text encoder's table of token embeddings, in float16, whatever type it is stored in."""
+    found = set()
+    for file in pipeline.glob("text_encoder*/*.safetensors"):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    if not name.endswith("token_embedding.weight") or weights.get_slice(name).get_shape()[1] > _WIDEST:
+                        continue
+                    table = weights.get_tensor(name).half().contiguous()
+                    found.add(hashlib.sha256(table.numpy().tobytes()).hexdigest())
+        except (OSError, SafetensorError, IndexError):  # whoever loads it says what is wrong
+            continue
+    return found
+
+
 def of_a_world(pipeline: Path) -> bool:
-    """Whether a pipeline is of a world whose scenes are drawn for it and hurt nobody: the toy world."""
-    return bool(vocabularies(pipeline) & TOYWORLD.vocabularies)
+    """Whether a pipeline is of an embedded world, whose images hurt nobody."""
+    borne = marks(pipeline)
+    return any(borne & world.marks for world in WORLDS)
 
 
 def world_of(path: str | Path) -> World | None:
@@ -102,7 +134,10 @@ def world_of(path: str | Path) -> World | None:
         if (marked := _marked(folder / MARKER)) is not None:
             return marked
     weights = found / "model.safetensors"
-    return TOYWORLD if weights.is_file() and _sha256(weights) in TOYWORLD.weights else None
+    if not weights.is_file():
+        return None
+    digest = _sha256(weights)
+    return next((world for world in WORLDS if digest in world.weights), None)
 
 
 def check_world(
@@ -126,16 +161,17 @@ def check_world(
     """
     if allowed:
         return
-    own = vocabularies(pipeline)
+    own = marks(pipeline)
     for option, given in files.items():
         paths = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
         for path in paths:
             worlds = {world.name: world for one in _named(path) if (world := world_of(one)) is not None}
-            if prompts and option == next(iter(files)) and all(one.seed in TOYWORLD.seeds for one in prompts):
-                worlds.setdefault(TOYWORLD.name, TOYWORLD)
+            for world in WORLDS if prompts and option == next(iter(files)) else ():
+                if all(one.seed in world.seeds for one in prompts):
+                    worlds.setdefault(world.name, world)
             for world in worlds.values():
-                if not own & world.vocabularies:
-                    if not own:
+                if not own & world.marks:
+                    if not vocabularies(pipeline):
                         _check_tokenizers(pipeline)
                     raise UserError(
                         f"{option} {path}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
@@ -189,8 +225,9 @@ def paths_in(value: object) -> Iterator[str]:
 def _marked(file: Path) -> World | None:
     try:
         about = load_json(file.read_bytes())
-        return World(str(about["world"]), frozenset(map(str, about["vocabularies"])))
-    except (OSError, ValueError, KeyError, TypeError):
+        found = [*about.get("vocabularies", []), *about.get("embeddings", [])]
+        return World(str(about["world"]), frozenset(map(str, found)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

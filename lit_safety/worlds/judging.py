@@ -1,5 +1,7 @@
 """How a world's judge learns from drawn scenes: labels of what is there and of what there is twice, and the loop."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from lit_safety.worlds.training import Budget, decayed
 UNKNOWN = -1.0
 """Label of "two or more" of a thing of which too little is seen to count."""
 
+SAVE_EVERY = 60
+"""Seconds between saved states."""
 RANKED_UNTIL = 0.5
 """Share of the budget at which the weight of the loss over all labels at once has fallen from 1 to 0."""
 
@@ -40,6 +44,7 @@ def learn(
     minutes: float,
     batch_size: int,
     lr: float,
+    state: Path | None = None,
 ) -> None:
     """Trains a judge that counts, until the minutes are used, and leaves it ready to judge.
 
@@ -51,12 +56,20 @@ def learn(
         minutes: wall time.
         batch_size: images a step.
         lr: highest learning rate.
+        state: file of an interrupted training, from which it goes on, and where it is saved on the way; none: from the
+            start, unsaved.
     """
     targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
     shares = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
     judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
-    budget, rng, step = Budget(minutes), np.random.default_rng(0), 0
+    step, spent = 0, 0.0
+    if state is not None and state.exists():
+        saved = torch.load(state, weights_only=True)
+        judge.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent = saved["step"], saved["spent"]
+    budget, rng = Budget(minutes, spent), np.random.default_rng(step)
     while budget.fraction < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction)
@@ -78,4 +91,9 @@ def learn(
         step += 1
         if step % 200 == 0:
             print(f"judge {budget.spent:5.0f} s, step {step}, loss {loss.item():.3f}", flush=True)
+        if state is not None and (budget.spent - spent > SAVE_EVERY or budget.fraction >= 1):
+            spent = budget.spent
+            held = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+            torch.save(held, state.with_suffix(".part"))
+            state.with_suffix(".part").rename(state)
     judge.eval()

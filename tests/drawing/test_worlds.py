@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lit_safety.__main__ import main
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import read_prompts
-from lit_safety.drawing.worlds import check_world, of_a_world, vocabularies, world_of, write_marker
+from lit_safety.drawing.worlds import check_world, embeddings, of_a_world, vocabularies, world_of, write_marker
 from lit_safety.evaluation.command import evaluate
 from tests.helpers.documents import CONFIGS, TOYWORLD
 
@@ -128,3 +128,26 @@ def test_generate_and_merge_refuse_them_for_another_model(
     merged = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--pipeline", str(pipeline), "--method", "comerge"]
     assert main([*merged, "--out", str(tmp_path / "merged"), "--calibration.prompts", str(TEST)]) == 2
     assert "--calibration.other_world" in capsys.readouterr().err
+
+
+def embedded(folder: Path, table: torch.Tensor) -> Path:
+    """A pipeline whose text encoder has this table of token embeddings."""
+    shutil.copytree(TOYWORLD / "pipeline" / "tokenizer", folder / "tokenizer")
+    (folder / "text_encoder").mkdir(parents=True)
+    save_file({"text_model.embeddings.token_embedding.weight": table}, folder / "text_encoder" / "model.safetensors")
+    return folder
+
+
+def test_a_world_that_speaks_real_words_is_known_by_its_text_encoder(tmp_path: Path) -> None:
+    """Stored in another type it is the same world's; another table, and a real model's width, are not."""
+    table = torch.randn(40, 8).half()
+    own = embedded(tmp_path / "world" / "pipeline", table)
+    write_marker(tmp_path / "world", "artworld", own, own_words=False)
+    prompts = tmp_path / "world" / "test.csv"
+    prompts.write_text("prompt\na bomb\n")
+    check_world(own, {"--prompts": prompts}, False)
+    check_world(embedded(tmp_path / "copy", table.float()), {"--prompts": prompts}, False)
+    for name, other in (("else", table + 1), ("wide", torch.zeros(40, 768))):
+        with pytest.raises(UserError, match="artworld"):
+            check_world(embedded(tmp_path / name, other), {"--prompts": prompts}, False)
+    assert embeddings(tmp_path / "wide") == set()

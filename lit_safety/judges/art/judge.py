@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import torch
+
 from lit_safety.judges.art.subjects import HARMS, SUBJECTS
 from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
 
@@ -11,6 +13,7 @@ class ArtJudge(ToyJudge):
 
     world: ClassVar[str] = "artworld"
     side: ClassVar[int] = 48
+    stored: ClassVar[torch.dtype] = torch.float16
     known_labels: ClassVar[tuple[str, ...]] = tuple(SUBJECTS)
     known_harm: ClassVar[dict[str, str]] = {name: str(SUBJECTS[name].category) for name in HARMS}
 

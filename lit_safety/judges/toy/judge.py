@@ -1,6 +1,7 @@
 """Judges: small networks that tell which things are in a toy image. None is ever used in training.
 
-Two architectures, so that two judges err differently: "plain" (judge A) and "residual" (judge B).
+Architectures, so that two judges err differently: "plain" (the toy world's judge A), "deep" (the art world's) and
+"residual" (judge B of both).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class ToyJudge(nn.Module):
     """What a judge tells by default."""
     known_harm: ClassVar[dict[str, str]] = {name: concept.category for name, concept in CONCEPTS.items()}
     """The world's harms -> canonical category."""
+    stored: ClassVar[torch.dtype] = torch.float32
+    """Of the weights in the file."""
 
     def __init__(
         self,
@@ -59,8 +62,9 @@ class ToyJudge(nn.Module):
             harm: harm concept -> canonical category; the labels that are not in it are benign.
             threshold: probability from which a thing counts as seen.
             width: channels of the first convolution.
-            architecture: "plain": strided convolutions, batch norm, pooled head; "residual": residual blocks,
-                group norm, a head that sees where things are.
+            architecture: "plain": strided convolutions, batch norm, pooled head; "deep": the same with layers on top
+                that see the whole image, for hundreds of labels; "residual": residual blocks, group norm, a head that
+                sees where things are.
             notes: anything that the folder should say about the network (its data, its seeds, its accuracy).
             counts: it also tells of each label whether there are two or more of it; files of older judges do not say,
                 and theirs do not.
@@ -73,10 +77,12 @@ class ToyJudge(nn.Module):
         outputs = len(self.labels) * (2 if counts else 1)
         if architecture == "plain":
             self.network: nn.Module = _Plain(width, outputs, second=counts)
+        elif architecture == "deep":
+            self.network = _Deep(width, outputs)
         elif architecture == "residual":
             self.network = _Residual(width, outputs, (self.side // 8) ** 2)
         else:
-            raise ValueError(f"architecture {architecture!r} is neither 'plain' nor 'residual'")
+            raise ValueError(f"architecture {architecture!r} is none of 'plain', 'deep' and 'residual'")
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits (B, L) of images (B, 3, side, side) in [-1, 1]."""
@@ -107,7 +113,10 @@ class ToyJudge(nn.Module):
                 **({"world": self.world} if self.world != ToyJudge.world else {}),
             }
             (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "model.safetensors")
+            weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            for name, tensor in weights.items():
+                weights[name] = tensor.to(self.stored) if tensor.is_floating_point() else tensor
+            save_file(weights, unfinished / "model.safetensors")
             (unfinished / "model.safetensors").chmod(0o644)
 
     @classmethod
@@ -191,8 +200,7 @@ class _Plain(nn.Module):
         sizes = [(3, width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 2), (2 * width, 3 * width, 1)]
         layers: list[nn.Module] = []
         for before, after, stride in [*sizes, (3 * width, 3 * width, 2)]:
-            convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.SiLU()]
+            layers += _convolution(before, after, stride)
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear((9 if second else 6) * width, outputs)
         self.largest = 2 if second else 1
@@ -200,6 +208,29 @@ class _Plain(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         maps = self.features(pictures).flatten(2)
         return self.head(torch.cat([*maps.topk(self.largest).values.unbind(2), maps.mean(2)], 1))
+
+
+class _Deep(nn.Module):
+    """Strided convolutions to an eighth of the side, two residual ones there, pooled as in `_Plain` that counts."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        sizes = [(3, width, 2), (width, 2 * width, 1), (2 * width, 3 * width, 2), (3 * width, 4 * width, 1)]
+        self.features = nn.Sequential(*(_convolution(*size) for size in [*sizes, (4 * width, 6 * width, 2)]))
+        self.top = nn.ModuleList(_convolution(6 * width, 6 * width, 1) for _ in range(2))
+        self.head = nn.Linear(18 * width, outputs)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        maps = self.features(pictures)
+        for layer in self.top:
+            maps = maps + layer(maps)
+        flat = maps.flatten(2)
+        return self.head(torch.cat([*flat.topk(2).values.unbind(2), flat.mean(2)], 1))
+
+
+def _convolution(before: int, after: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.SiLU())
 
 
 class _Block(nn.Module):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import check_count
+
+if TYPE_CHECKING:
+    from lit_safety.worlds.artworld.judge_training import JudgeTraining
 
 Stage = Literal[
     "art",
@@ -41,7 +44,7 @@ class Minutes:
     """Autoencoder, from the toy world's."""
     unet: float = 170.0
     """UNet and text encoder together; decides how crisp the images are."""
-    judge: float = 14.0
+    judge: float = 40.0
     """Judge A, and as long again judge B."""
     clip: float = 10.0
     """The cost model's backbone."""
@@ -139,18 +142,23 @@ class _Build:
         (self.work / "unet.done").touch()
 
     def _judge(self) -> None:
-        from lit_safety.worlds.artworld.judge_training import JUDGE_A, train_judge
+        from lit_safety.worlds.artworld.judge_training import JUDGE_A
 
-        judge = train_judge(self.out / "judge", self.output("art"), self.minutes.judge, JUDGE_A, workers=self.processes)
-        print(f"judge: {judge.notes['accuracy']}")
+        self._train_judge("judge", JUDGE_A)
 
     def _judge_b(self) -> None:
-        from lit_safety.worlds.artworld.judge_training import JUDGE_B, train_judge
+        from lit_safety.worlds.artworld.judge_training import JUDGE_B
+
+        self._train_judge("judge_b", JUDGE_B)
+
+    def _train_judge(self, stage: Stage, training: JudgeTraining) -> None:
+        from lit_safety.worlds.artworld.judge_training import train_judge
 
         judge = train_judge(
-            self.out / "judge_b", self.output("art"), self.minutes.judge, JUDGE_B, workers=self.processes
-        )
-        print(f"judge_b: {judge.notes['accuracy']}")
+            self.output(stage), self.output("art"), self.minutes.judge, training, workers=self.processes,
+            state=self.work / f"{stage}.pt",
+        )  # fmt: skip
+        print(f"{stage}: {judge.notes['accuracy']}")
 
     def _clip(self) -> None:
         from lit_safety.worlds.artworld.clip import make_clip
@@ -185,7 +193,7 @@ class _Build:
         networks, tokenizer = averaged(self.work, new_unet), CLIPTokenizer.from_pretrained(self.work / "tokenizer")
         networks.text = whole_text_encoder(networks.text, np.load(self.work / "known.npy"), tokenizer)
         write_pipeline(self.work, networks, tokenizer, self.output("export"))
-        write_marker(self.out, "artworld", self.output("export"))
+        write_marker(self.out, "artworld", self.output("export"), own_words=False)
 
 
 def build(

@@ -45,8 +45,8 @@ class JudgeTraining:
     """Share of its scenes that hold subjects of any size, anywhere, up to three of one."""
 
 
-JUDGE_A = JudgeTraining("judge_a", "plain", 48, 0.25, 0.4)
-JUDGE_B = JudgeTraining("judge_b", "residual", 40, 0.35, 0.3)
+JUDGE_A = JudgeTraining("judge_a", "deep", 32, 0.25, 0.3)
+JUDGE_B = JudgeTraining("judge_b", "residual", 32, 0.35, 0.25)
 
 
 def judged_scene(
@@ -204,6 +204,7 @@ def train_judge(
     lr: float = 2e-3,
     styles: tuple[str, ...] = tuple(STYLES),
     workers: int = 1,
+    state: Path | None = None,
 ) -> ArtJudge:
     """Draws the judge's own scenes, trains, and writes the folder `target`.
 
@@ -217,13 +218,14 @@ def train_judge(
         lr: highest learning rate.
         styles: what it may see; a copy that has not seen one tells how a judge does on an unknown artist.
         workers: processes that draw.
+        state: file from which an interrupted training goes on.
     """
     images, labels, twice = judged_scenes(file, training, 0, count, styles=styles, workers=workers)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1], "styles": list(styles)}
     judge = ArtJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    learn(judge, images, labels, twice, minutes, batch_size, lr)
+    learn(judge, images, labels, twice, minutes, batch_size, lr, state)
     judge.notes.update(
         accuracy=check_judge(judge, file, training, styles=styles),
         accuracy_blurred_noisy=check_judge(judge, file, training, styles=styles, degraded=True),

@@ -172,8 +172,8 @@ def make_pair(part: str, index: int, drawn: Art, owner: str | None = None, pool:
     return Pair(f"{prefix}-{index:06d}", metadata, render(chosen, drawn), render(rejected, drawn))
 
 
-SETS: dict[str, tuple[str, int]] = {"train": ("train", 1488), "val": ("val", 186)}
-"""Folder -> part, number of pairs. 1,488 = 62 harms x 24: every harm stands in 12 harmful pairs and 8 clean ones."""
+SETS: dict[str, tuple[str, int]] = {"train": ("train", 1116), "val": ("val", 186)}
+"""Folder -> part, number of pairs. 1,116 = 62 harms x 18: every harm stands in 9 harmful pairs and 6 clean ones."""
 
 
 def pairs(part: str, count: int, drawn: Art) -> Iterator[Pair]:
