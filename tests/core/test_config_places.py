@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.core.config_places import name_file
+from lit_safety.core.check_config import name_file
 
 FIRST = "model: {init_args: {pretrained: x, objective: {init_args: {beta: 3}}}}\njudge: y\n"
 SECOND = "data: {init_args: {train: x}}\narms: {mine: {guard: {class_path: a.B}}}\n"
