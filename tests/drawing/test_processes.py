@@ -71,7 +71,7 @@ def test_what_a_dead_process_began_is_removed_and_a_living_one_s_is_not(small_se
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws_each_picture_once(pipeline: Path, small_set, tmp_path: Path) -> None:
+def test_two_processes_draw_what_one_draws_each_image_once(pipeline: Path, small_set, tmp_path: Path) -> None:
     load, ticks = Load(pipeline, Arm(negative_prompt="gun"), SETTINGS), []
     galleries = [Gallery(tmp_path / str(count), "a", {}, small_set, SETTINGS) for count in (1, 2)]
     for count, one in enumerate(galleries, start=1):
@@ -89,7 +89,7 @@ def test_an_error_in_a_process_is_the_command_s_error(pipeline: Path, small_set,
     one = Gallery(tmp_path, "a", {}, small_set, SETTINGS)
     one.folder.write_bytes(b"in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        draw_missing(Load(pipeline, Arm(), SETTINGS), gallery, lambda _: None, 2)
+        draw_missing(Load(pipeline, Arm(), SETTINGS), one, lambda _: None, 2)
 
 
 @pytest.mark.slow
@@ -127,5 +127,5 @@ def test_killed_with_its_processes_and_resumed_is_the_same_report(pipeline: Path
     subprocess.run(command, check=True, capture_output=True, env=environment)
     for name in ("metrics.json", "index.html", "table.md", "verdicts.csv", "before_after.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a picture that was there is not written again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "an image that was there is not written again"
     assert json.loads((cut / "metrics.json").read_text())["base"]["n"] == 24
