@@ -129,8 +129,8 @@ def check_config(arguments: Sequence[str]) -> dict[str, str]:
     for key, file in state.overlays.items():
         if key not in state.classes:
             raise UserError(
-                f"{file}: does not name `{key}.class_path`, so it is an overlay: put the method's file before it, as in "
-                f"`--config scdpo.yaml --config {file}`"
+                f"{file}: does not name `{key}.class_path`, so it is an overlay: put the method's file before it, as "
+                f"in `--config scdpo.yaml --config {file}`"
             )
     return state.classes
 
@@ -339,7 +339,8 @@ def _class(value: Any, key: str, parameter: Parameter | None, where: str, state:
 
 
 def _change(key: str, path: str, where: str, state: _State, certain: bool = True) -> None:
-    """Note which class stands at a key from now on. If it is not `certain` that the value is a class, only if it exists.
+    """Note which class stands at a key from now on. If it is not `certain` that the value is a class, only if it
+    exists.
 
     Raises:
         UserError: there is no such class.

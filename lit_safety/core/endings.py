@@ -31,7 +31,7 @@ _WHY = {
     errno.ELOOP: "is a link to itself",
     errno.ENOSPC: "no space is left on the disk; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
-    errno.EFBIG: "the file is larger than this shell allows (`ulimit -f`); raise the limit and run the same command again",
+    errno.EFBIG: "the file is larger than this shell allows (`ulimit -f`); raise the limit and run the command again",
     errno.EIO: "the disk cannot read or write it (input/output error)",
 }
 
@@ -94,8 +94,8 @@ def explain(error: BaseException) -> str | None:
     chain = list(_chain(error))
     if any(_few_handles(one) for one in chain):
         return (
-            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise the limit, such as `ulimit -n 4096`, "
-            "or use fewer worker processes"
+            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise the limit, such as `ulimit -n "
+            "4096`, or use fewer worker processes"
         )
     if (lost := next((text for one in chain if (text := _lost_process(one)) is not None), None)) is not None:
         return lost
@@ -184,8 +184,8 @@ def _lost_process(error: BaseException) -> str | None:
     )
     if told or broken:
         return (
-            f"a process that reads the data has ended ({text[:200]}): it was killed, most often because the memory is used "
-            "up; use a smaller `data.init_args.num_workers` or batch, and continue with `--ckpt_path last`"
+            f"a process that reads the data has ended ({text[:200]}): it was killed, most often because the memory is "
+            "used up; use a smaller `data.init_args.num_workers` or batch, and continue with `--ckpt_path last`"
         )
     if type(error).__name__ in ("ProcessExitedException", "BrokenProcessPool"):
         return (

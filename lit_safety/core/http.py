@@ -118,7 +118,9 @@ class Endpoint:
         """
         key = os.environ.get(self._variable, "").strip()
         if not (key.isascii() and key.isprintable()):  # http.client would name the key in its complaint
-            raise EndpointError(f"the environment variable {self._variable} holds characters that cannot be part of a key")
+            raise EndpointError(
+                f"the environment variable {self._variable} holds characters that cannot be part of a key"
+            )
         return key
 
     def chat(self, body: dict[str, Any]) -> str:

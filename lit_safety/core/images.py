@@ -110,7 +110,8 @@ def _check_pixels(data: bytes) -> None:
         if place + 8 > len(data):
             return
         length, name = struct.unpack_from(">I4s", data, place)
-        if name != b"IDAT" and seen:  # the parts with pixels follow each other; later frames of an animation are not shown
+        # the parts with pixels follow each other; later frames of an animation are not shown
+        if name != b"IDAT" and seen:
             return
         if name == b"IDAT":
             end = place + 8 + length
@@ -133,7 +134,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: it cannot be read, is not an ordinary file (reading a pipe might never end), or too large for an image.
+        UserError: it cannot be read, is not an ordinary file (reading a pipe might never end), or too large for an
+            image.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -175,8 +177,8 @@ def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
     """The 8-bit RGB image that an image shows; the same for files and for PIL images from other code.
 
     It is turned as its EXIF says. Transparent parts become white. 16-bit grey (`I;16`) is divided by 257. The 32-bit
-    modes of PIL have no fixed range: `I` is read as 8 bits if its values are at most 255, and as 16 bits up to 65535; `F`
-    must lie in 0 to 255.
+    modes of PIL have no fixed range: `I` is read as 8 bits if its values are at most 255, and as 16 bits up to 65535;
+    `F` must lie in 0 to 255.
 
     Raises:
         UserError: PIL cannot convert it, or the numbers of a 32-bit image are out of range.

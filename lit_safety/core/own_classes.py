@@ -22,7 +22,8 @@ def methods(protocol: type) -> Iterator[str]:
 def lacking(value: object, protocol: type) -> str | None:
     """Which of a protocol's methods a class lacks; None: it can be called as the protocol says.
 
-    Annotations may be missing, and parameters may have other names. A return type that is written must be the right one.
+    Annotations may be missing, and parameters may have other names. A return type that is written must be the right
+    one.
     """
     kind = protocol.__name__
     _lacking_of[kind] = protocol
@@ -143,5 +144,7 @@ def what_to_write(reason: str, message: str) -> str | None:
             missing = "`, `".join(abstract_methods(import_object(found[1])))
             return f"{found[1]} does not define `{missing}`"
     if (found := _UNTYPED.search(reason)) is not None:
-        return f"`{found[1]}` of {found[2]} needs a type, so that YAML can be read: write one, such as `{found[1]}: float`"
+        return (
+            f"`{found[1]}` of {found[2]} needs a type, so that YAML can be read: write one, such as `{found[1]}: float`"
+        )
     return None

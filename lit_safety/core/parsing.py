@@ -70,7 +70,8 @@ _implements_exactly = typehints.implements_protocol
 
 
 def _implements_protocol(value: Any, protocol: Any) -> bool:
-    """Replaces jsonargparse's own, which demands exactly the protocol's annotations. Here it must only be callable so."""
+    """Replaces jsonargparse's own, which demands exactly the protocol's annotations. Here it must only be callable
+    so."""
     if _implements_exactly(value, protocol):
         return True
     if not typehints.is_protocol(protocol) or value is object or protocol.__module__.partition(".")[0] != "lit_safety":
@@ -128,8 +129,8 @@ def _missing_package(reason: str) -> str | None:
 def _below(message: str) -> list[str]:
     """Keys below the last one that jsonargparse names, on the way to an option that is not accepted.
 
-    It does not name a key whose value is a class that is made later (an optimizer, a scheduler). Only the whole value in
-    its message shows where the option stood.
+    It does not name a key whose value is a class that is made later (an optimizer, a scheduler). Only the whole value
+    in its message shows where the option stood.
     """
     option = re.search(r"Option '([^']+)' is not accepted", message)
     if option is None:
@@ -187,9 +188,9 @@ _keep_what_fits: Callable[..., None] = typehints.discard_init_args_on_class_path
 def _begin_from_own_defaults(parser_or_action: Any, prev_val: Any, value: Any) -> None:
     """Replaces jsonargparse's rule, by which a class takes over every argument that the class before it also has.
 
-    By that rule `beta: 100` of one loss becomes the beta of another, without a note. Here a changed class takes over only
-    required arguments, such as a logger's folder. Exceptions: the same class by another path, and a subclass of a class in
-    `inherits`.
+    By that rule `beta: 100` of one loss becomes the beta of another, without a note. Here a changed class takes over
+    only required arguments, such as a logger's folder. Exceptions: the same class by another path, and a subclass of a
+    class in `inherits`.
     """
     changes = _changes.get()
     if changes is not None and _changed(prev_val, value, changes.inherits):
@@ -230,8 +231,8 @@ def _without_default(class_path: str) -> set[str]:
 def check_nulls(values: Any, key: str = "") -> None:
     """Refuse a null in a config for a class's parameter that cannot be null.
 
-    jsonargparse accepts it in files, and the class would then fail with a message that does not name the key. Only plain
-    types are checked. A parameter whose default is null accepts null, whatever its type says.
+    jsonargparse accepts it in files, and the class would then fail with a message that does not name the key. Only
+    plain types are checked. A parameter whose default is null accepts null, whatever its type says.
 
     Raises:
         UserError: names the key.
@@ -299,8 +300,8 @@ _CLASS = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][\w.]*$", re.IGNORECASE)
 def classes_first(arguments: Sequence[str]) -> list[str]:
     """Options that name a class are moved to the left, before the options of that class.
 
-    `--loss.beta 3 --loss Hinge` must mean the same as `--loss Hinge --loss.beta 3`: without this the beta would go to the
-    class before. Options are not moved over a `--config`.
+    `--loss.beta 3 --loss Hinge` must mean the same as `--loss Hinge --loss.beta 3`: without this the beta would go to
+    the class before. Options are not moved over a `--config`.
     """
     groups: list[list[str]] = []
     for word in arguments:
@@ -331,7 +332,8 @@ def _plain(option: str) -> str:
 class SingleLineErrors:
     """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback.
 
-    And a class that is named instead of another one starts from its own defaults; the arguments that it drops are printed.
+    And a class that is named instead of another one starts from its own defaults; the arguments that it drops are
+    printed.
     """
 
     inherits: tuple[type, ...] = ()
@@ -358,7 +360,8 @@ class SingleLineErrors:
     def instantiate(self, *given: Any, **keys: Any) -> Any:
         """As jsonargparse's own, but a class's own message about its arguments is kept.
 
-        If a type is `X | None`, jsonargparse turns that message into a `ValueError` about everything that the type allows.
+        If a type is `X | None`, jsonargparse turns that message into a `ValueError` about everything that the type
+        allows.
         """
         try:
             return super().instantiate(*given, **keys)  # type: ignore[misc]

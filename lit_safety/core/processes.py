@@ -162,5 +162,5 @@ def check_launcher() -> None:
         if value is not None and not value.strip():
             del os.environ[name]
         elif value is not None and not (value.strip().isascii() and value.strip().isdigit()):
-            raise UserError(f"the environment variable {name} is {value[:40]!r}, which is not a whole number: `unset {name}`, "
+            raise UserError(f"the environment variable {name} is {value[:40]!r}, not a whole number: `unset {name}`, "
                             "or let the launcher set it")  # fmt: skip

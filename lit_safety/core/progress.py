@@ -47,7 +47,8 @@ def counter(what: str, total: int | None = None) -> Iterator[Callable[[], None]]
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many images of all are done. The function that this gives takes how many were done since its last call."""
+    """Show how many images of all are done. The function that this gives takes how many were done since its last
+    call."""
     with shown(what, total) as bar:
         yield bar.advance
 

@@ -42,7 +42,8 @@ def check_tokenizer_files(folder: Path, kind: type, settings: bool = True) -> No
     Args:
         folder: the tokenizer's.
         kind: a class of transformers. One that chooses another class, such as `AutoTokenizer`, does not name files.
-        settings: whether it needs `tokenizer_config.json`. A caller that sets the length of texts and masks them does not.
+        settings: whether it needs `tokenizer_config.json`. A caller that sets the length of texts and masks them does
+            not.
 
     Raises:
         UserError: a file is missing, empty or a pointer of git LFS; names it.
@@ -159,7 +160,8 @@ def _reads(tokenizer: Any, word: str, number: int) -> bool:
 def _check_size(tokenizer: Any, vocabulary: Mapping[str, int], rows: int, folder: Path | str) -> None:
     added = set(tokenizer.get_added_vocab())
     used = {number for token, number in vocabulary.items() if token not in added}
-    # Of the special tokens only those that stand around a text: others, as for masking, may be added without an embedding.
+    # Of the special tokens only those that stand around a text: others, as for masking, may be added without an
+    # embedding.
     used |= {*tokenizer("")["input_ids"], *([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])}
     if max(used, default=0) >= rows:
         raise UserError(
@@ -179,8 +181,8 @@ def _check_clip(tokenizer: Any, encoder: Mapping[str, Any], folder: Path | str) 
     base = getattr(tokenizer, "backend_tokenizer", None)
     if end is None or (base is not None and tokenizer.eos_token not in base.get_vocab(with_added_tokens=False)):
         raise UserError(
-            f"{folder}: its vocabulary lacks the end token {tokenizer.eos_token!r}, at which CLIP reads a prompt; copy the "
-            "tokenizer again"
+            f"{folder}: its vocabulary lacks the end token {tokenizer.eos_token!r}, at which CLIP reads a prompt; "
+            "copy the tokenizer again"
         )
     if isinstance(stated, int) and stated != OLD_CLIP_END and stated < rows and end != stated:
         raise UserError(

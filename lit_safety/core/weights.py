@@ -54,13 +54,14 @@ class Weights:
 
 
 def is_hidden(path: Path | str) -> bool:
-    """Whether a file was made by the system, not by the user: macOS leaves `._NAME` next to every file on other disks, and
-    `.DS_Store` in folders."""
+    """Whether a file was made by the system, not by the user: macOS leaves `._NAME` next to every file on other disks,
+    and `.DS_Store` in folders."""
     return Path(path).name.startswith(".")
 
 
 def choose_weights(names: Iterable[str], stem: str) -> Weights | None:
-    """Which of a folder's files are a network's weights: full precision if there is one, else half; None: there are none.
+    """Which of a folder's files are a network's weights: full precision if there is one, else half; None: there are
+    none.
 
     `ema` and `non_ema` are not the weights that draw, so they are never chosen here.
 
@@ -90,11 +91,15 @@ def _one_set(files: list[tuple[str, int, int]], variant: str | None, index: str 
     whole = [name for name, number, _ in files if not number]
     cut = [(name, number, count) for name, number, count in files if number]
     if whole and cut:
-        raise UserError(f"{whole[0]} and {cut[0][0]} are both there: two sets of weights of one network; remove the old one")
+        raise UserError(
+            f"{whole[0]} and {cut[0][0]} are both there: two sets of weights of one network; remove the old one"
+        )
     if whole:
         return Weights(variant, (whole[0],))
     if len({count for _, _, count in cut}) > 1 and index is None:
-        raise UserError(f"{cut[0][0]} and {cut[-1][0]} are both there, and the index that says which belong together is missing")
+        raise UserError(
+            f"{cut[0][0]} and {cut[-1][0]} are both there, and the index that says which belong together is missing"
+        )
     if index is None:
         count = cut[0][2]
         missing = sorted(set(range(1, count + 1)) - {number for _, number, _ in cut})
@@ -299,8 +304,8 @@ def check_whole(
         doubtful = value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32))
         if doubtful and not torch.isfinite(value.float()).all():
             raise UserError(
-                f"{folder}: {name} holds numbers that are not finite (NaN or infinity), so every image would be broken: "
-                "use weights from before that happened"
+                f"{folder}: {name} holds numbers that are not finite (NaN or infinity), so every image would be "
+                "broken: use weights from before that happened"
             )
 
 
