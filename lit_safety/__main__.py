@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # a reader that went away is noticed here, and not while Python ends
             return status
         except UserError as error:
-            from lit_safety.core.config_places import name_file
+            from lit_safety.core.check_config import name_file
             from lit_safety.core.parsing import shorten
 
             return _complain(name_file(shorten(str(error)), arguments))

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from lit_safety.adapters import user_lora
 from lit_safety.adapters.layer_names import AdaptableLayer, adaptable_layers
-from lit_safety.adapters.lora_file import Convert, find_lora, read_lora
+from lit_safety.adapters.lora_file import Convert, NotPlain, find_lora, read_lora
 from lit_safety.adapters.low_rank import LowRank, factors_of
-from lit_safety.adapters.not_plain import NotPlain
 from lit_safety.adapters.peft_config import configuration
 from lit_safety.core.errors import UserError
 

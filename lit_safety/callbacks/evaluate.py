@@ -54,7 +54,7 @@ class EvaluateOnTest(Callback):
         from lit_safety.drawing.pipelines import local_pipeline
         from lit_safety.drawing.prompts import read_prompts
         from lit_safety.drawing.worlds import check_world
-        from lit_safety.evaluation.given import judge_file, prompt_file
+        from lit_safety.evaluation.command import judge_file, prompt_file
 
         pipeline = local_pipeline(preference_module(pl_module).pretrained)
         report = Path(trainer.default_root_dir) / "report"

@@ -1,9 +1,9 @@
-"""Every random choice made for a sample, as a pure function of (seed, epoch, key, purpose).
+"""Every random choice for a sample, as a pure function of (seed, epoch, key, purpose).
 
-No choice depends on the batch a sample is in, on its rank or on its worker, so batch 8, batch 4 accumulated
-twice and two ranks of 4 make the same choices, and a resumed run makes those of the run it continues. Chosen
-and rejected share a sample's seed and so share every choice. A purpose is a word such as `"timestep"`; two
-purposes never share their numbers.
+A choice does not depend on the sample's batch, rank or worker. So batch 8, batch 4 accumulated
+twice and two ranks of 4 make the same choices, and a resumed run makes the choices of the run that it continues.
+Chosen and rejected share a sample's seed and so share every choice. A purpose is a word such as `"timestep"`;
+two purposes never share their numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: The purposes of the numbers that a step needs by the thousand; workers draw them ahead where they know how many.
+#: A step needs thousands of numbers for these purposes. Workers draw them early where they know how many.
 NOISE, LATENT = "noise", "latent"
 TIMESTEP = "timestep"
 
@@ -27,7 +27,7 @@ def _hash(*parts: str | int) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = str(part).encode("utf-8", "surrogatepass")
-        # Lengths keep ("a", "bc") and ("ab", "c") apart.
+        # With the lengths, ("a", "bc") and ("ab", "c") give different bytes.
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little") & _63_BITS
 
@@ -55,7 +55,7 @@ def fixed_seed(key: str, number: int, count: int) -> int:
 
 
 def turn(seed: int, epoch: int, key: str, count: int) -> int:
-    """Which of its `count` fixed draws the sample `key` has in a pass; in `count` passes each of them once."""
+    """Which of its `count` fixed draws the sample `key` uses in a pass. In `count` passes it uses each of them once."""
     return (_hash("turn", seed, key) + epoch) % count
 
 
@@ -71,7 +71,7 @@ def uniform(sample_seed: int, purpose: str, low: float = 0.0, high: float = 1.0)
 
 def integers(seeds: Sequence[int], purpose: str, high: int, low: int = 0) -> Tensor:
     """One whole number in [low, high) a sample: int64 (B,)."""
-    # The modulo's bias is below high / 2^63: nothing.
+    # The modulo's bias is below high / 2^63, which does not matter.
     return torch.tensor([low + derive(seed, purpose) % (high - low) for seed in seeds], dtype=torch.int64)
 
 

@@ -1,7 +1,8 @@
 """The keys of YAML files and options, checked against the classes' source before anything heavy is imported.
 
-What is wrong for certain is refused here in a second, with the file and the key that was probably meant; the rest
-(types, values) is the parser's to say, once torch is there.
+What is wrong for certain is refused here in a second, with the file and the key that was probably meant. The parser
+checks the rest (types, values) once torch is there. `name_file` says which config file of a command line a message is
+about.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "embed": "lit_safety.users.embed:embed",
         "evaluate": "lit_safety.evaluation.users.evaluate:evaluate_users",
         "grid": "lit_safety.evaluation.users.grid:grid",
-        "sample": "lit_safety.users.sample:sample",
+        "sample": "lit_safety.users.profiles:sample",
     },
 }
 TRAINER = ("fit", "validate", "test", "predict")
@@ -81,13 +82,13 @@ class _State:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Check a command line as `check_config` or `check_command` does; a command that is not known is left alone.
+    """Check a command line as `check_config` or `check_command` does. An unknown command is not checked.
 
     Args:
-        words: the command and what stands behind it.
+        words: the command and the words after it.
 
     Raises:
-        UserError: as these.
+        UserError: as these two functions do.
     """
     command, *rest = words
     if command in TRAINER:
@@ -103,13 +104,13 @@ def check_config(arguments: Sequence[str]) -> dict[str, str]:
     """Check all keys of a trainer's command line, in the order in which the parser will read them.
 
     Args:
-        arguments: words behind `fit`, `validate`, `test` or `predict`.
+        arguments: the words after `fit`, `validate`, `test` or `predict`.
 
     Returns:
-        Dotted key without `init_args` -> the class that stands there in the end.
+        Dotted key without `init_args` -> the class that finally stands there.
 
     Raises:
-        UserError: a file is not there or not YAML, an overlay stands before the method's file, a key is not known, or a
+        UserError: a file is missing or not YAML, an overlay stands before the method's file, a key is not known, or a
             class cannot be found; names the file or option, the key, and what was probably meant.
     """
     state = _State()
@@ -122,24 +123,24 @@ def check_config(arguments: Sequence[str]) -> dict[str, str]:
         before.append((where, said))
     if "model" not in state.classes | state.overlays and not any("help" in word for word in arguments):
         raise UserError(
-            "nothing names a model: give a method's file, as in `--config scdpo.yaml`; "
+            "no config names a model: give a method's file, as in `--config scdpo.yaml`; "
             "`lit-safety init FOLDER --model MODEL` writes one to edit"
         )
     for key, file in state.overlays.items():
         if key not in state.classes:
             raise UserError(
-                f"{file}: names no `{key}.class_path`, so it is an overlay: put the method's file before it, as in "
-                f"`--config scdpo.yaml --config {file}`"
+                f"{file}: does not name `{key}.class_path`, so it is an overlay: put the method's file before it, as "
+                f"in `--config scdpo.yaml --config {file}`"
             )
     return state.classes
 
 
 def check_command(function: str, arguments: Sequence[str]) -> None:
-    """The same for a command that is a function.
+    """As `check_config`, for a command that is a function.
 
     Args:
         function: `package.module:function`.
-        arguments: words behind the command.
+        arguments: the words after the command.
 
     Raises:
         UserError: as `check_config`.
@@ -149,14 +150,14 @@ def check_command(function: str, arguments: Sequence[str]) -> None:
         if found is None:
             continue
         if isinstance(said.get("model"), dict) and "model" not in found.parameters and not where.startswith("-"):
-            if function == COMMANDS["evaluate"]:  # it takes from it what it needs
+            if function == COMMANDS["evaluate"]:  # `evaluate` takes what it needs from the YAML of a fit
                 continue
-            raise UserError(f"{where}: is the YAML of a fit, of which {found.name} takes nothing; `evaluate` reads one")
+            raise UserError(f"{where}: is the YAML of a fit, which {found.name} does not read; `evaluate` reads it")
         _keys({key: value for key, value in said.items() if key != "config"}, found, "", where, state)
 
 
 def _said(arguments: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every config file and every option with what it says, in their order."""
+    """Every config file and every option with its content, in the order of the command line."""
     for option, value in _options(arguments):
         if option in ("--config", "-c"):
             if value is not None:
@@ -197,10 +198,10 @@ def _value(text: str) -> Any:
 
 
 def _read(config: str) -> Mapping[str, Any]:
-    """What a config says; nothing where it is no file: the parser takes YAML itself for one.
+    """The content of a config; empty if it is not a file, because the parser also takes YAML text.
 
     Raises:
-        UserError: it is not there, or not YAML.
+        UserError: it is missing, or not YAML.
     """
     if "\n" in config or "{" in config or "://" in config or config == "-":
         return {}
@@ -218,11 +219,11 @@ def _read(config: str) -> Mapping[str, Any]:
     except (RecursionError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{config}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(said, dict):
-        raise UserError(f"{config}: is empty, or holds something else than keys with values")
+        raise UserError(f"{config}: is empty, or does not hold keys with values")
     return {str(key): value for key, value in said.items()}
 
 
-# ---- one file, or one option
+# ---- checks of one file, or of one option
 
 
 def _check(said: Mapping[str, Any], where: str, state: _State) -> None:
@@ -240,7 +241,7 @@ def _check(said: Mapping[str, Any], where: str, state: _State) -> None:
 
 
 def _check_order(key: str, value: Any, where: str, before: str | None, state: _State) -> None:
-    """Whether an overlay stands before the file that names the method."""
+    """Refuse an overlay that stands before the file that names the method."""
     is_file = not where.startswith("-")
     if key not in state.classes:
         if isinstance(value, dict) and is_file:
@@ -250,7 +251,7 @@ def _check_order(key: str, value: Any, where: str, before: str | None, state: _S
 
 
 def _check_before(before: Sequence[tuple[str, Mapping[str, Any]]], said: Mapping[str, Any], where: str) -> None:
-    """Whether the method's file undoes what stands in files before it, of the trainer or of a run."""
+    """Refuse a method's file that undoes trainer or run settings of files before it."""
     for first, earlier in before:
         if not first.startswith("-") and (key := _other_value(earlier, said)) is not None:
             raise _undone(first, where, f" (`{key}`)")
@@ -258,13 +259,13 @@ def _check_before(before: Sequence[tuple[str, Mapping[str, Any]]], said: Mapping
 
 def _undone(first: str, where: str, what: str = "") -> UserError:
     return UserError(
-        f"{first}: is an overlay, and stands before the method's file {where}, which would undo it{what}: put the "
+        f"{first}: is an overlay and stands before the method's file {where}, which would undo it{what}: put the "
         f"method's file first, `--config {where} --config {first}`"
     )
 
 
 def _other_value(first: Any, then: Any, key: str = "") -> str | None:
-    """The first dotted key to which both give a value, and not the same."""
+    """The first dotted key to which both give a value, if the values differ."""
     if not isinstance(first, dict) or not isinstance(then, dict):
         return None if first == then else key
     found = (_other_value(first[name], then[name], f"{key}.{name}" if key else name) for name in first if name in then)
@@ -286,7 +287,7 @@ def _keys(said: Mapping[str, Any], of: Signature, key: str, where: str, state: _
 
 
 def _dotted(key: str, state: _State) -> str:
-    """A key as it stands in YAML, with `init_args` below what is a class."""
+    """A key as it stands in YAML, with `init_args` below a class."""
     way: list[str] = []
     for n, part in enumerate(parts := key.split("."), 1):
         way.append(part)
@@ -338,7 +339,8 @@ def _class(value: Any, key: str, parameter: Parameter | None, where: str, state:
 
 
 def _change(key: str, path: str, where: str, state: _State, certain: bool = True) -> None:
-    """Note the class that stands at a key from now on; where it is not `certain` to be one, only if there is one.
+    """Note which class stands at a key from now on. If it is not `certain` that the value is a class, only if it
+    exists.
 
     Raises:
         UserError: there is no such class.
@@ -363,3 +365,86 @@ def _absent(path: str, absent: Absent) -> str:
     if "." in absent.what:
         return f"there is no class {absent.what}{did_you_mean(path.rpartition('.')[2], absent.names)}"
     return no_package(path)
+
+
+#: A key in a message: `a.b.c` between backticks, an option, or a dotted key of a fit.
+_KEY = re.compile(
+    r"`([A-Za-z_][\w.+-]*)`|--([A-Za-z_][\w.]*)|\b((?:model|data|trainer|run)\.[\w.]+)|^([A-Za-z_]\w*) (?=must|is|has)"
+)
+_OPTION = re.compile(r"Option '([^']+)'|accept option '([^']+)'")
+
+
+def name_file(message: str, arguments: Sequence[str]) -> str:
+    """The message with the name of the config file that gave its key in front; unchanged if no file gave it.
+
+    Args:
+        message: one line.
+        arguments: the whole command line. If an option after the file gives the same key, the file is not named.
+    """
+    given = list(_given(arguments))
+    files = [file for file, _ in given if file is not None]
+    if not files or any(file in message for file in files):
+        return message
+    for key in _named_keys(message):
+        for file, keys in reversed(given):
+            if any(_same(key, one) for one in keys):
+                return message if file is None else f"{file}: {message}"
+    return message
+
+
+def _named_keys(message: str) -> Iterator[str]:
+    """Keys that a message names, the most exact first."""
+    found = [next(filter(None, groups)) for groups in _KEY.findall(message)]
+    for option in _OPTION.findall(message):
+        name = next(filter(None, option))
+        yield from (f"{key}.{name}" for key in found)
+        yield name
+    yield from found
+
+
+def _same(asked: str, said: str) -> bool:
+    """Whether a key of a file is the key that is looked for, or lies below it, or is its last part.
+
+    Parts in the middle may be missing: jsonargparse leaves out names that the user chose, such as an arm's.
+    """
+    wanted, parts = _plain(asked).split("."), _plain(said).split(".")
+    if len(wanted) == 1:
+        return wanted[0] in (parts[0], parts[-1])
+    left = iter(parts)
+    return wanted[0] == parts[0] and all(part in left for part in wanted)
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"\.init_args\b|\.class_path\b|\+", "", key)
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str | None, list[str]]]:
+    """Each `--config` with its keys, and each option (its file is None) with its key, in their order."""
+    for i, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") and option != "-c":
+            continue
+        if option not in ("--config", "-c"):
+            yield None, [option.removeprefix("--")]
+            continue
+        file = value if equals else arguments[i + 1] if i + 1 < len(arguments) else ""
+        yield file, list(_leaves(_load(file)))
+
+
+def _load(file: str) -> Any:
+    try:
+        path = Path(shipped(file))
+        return load_yaml(read_text(path), file) if path.is_file() else None
+    except (OSError, UserError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{number}")
+    elif key:
+        yield key

@@ -1,4 +1,4 @@
-"""CLIP's image preprocessing on tensors: resize, crop, normalise. Needs no torchvision, and stays on the device."""
+"""CLIP's image preprocessing on tensors: resize, crop, normalise, on the tensors' device and without torchvision."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FILTERS = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class ClipPreprocess:
-    """What `CLIPImageProcessor` does to an RGB image, with its settings out of `preprocessor_config.json`."""
+    """What `CLIPImageProcessor` does to an RGB image, with its settings from `preprocessor_config.json`."""
 
     shortest: int | None = 224
-    """Pixels of the shorter side after resizing; None: not resized."""
+    """Length of the shorter side after resizing, in pixels; None: not resized."""
     crop: tuple[int, int] | None = (224, 224)
     """Height and width cut from the middle, with black where the image is smaller; None: not cropped."""
     square: bool = False
-    """Resize to shortest x shortest whatever the image's shape."""
+    """Resize to shortest x shortest pixels, whatever the image's shape is."""
     mode: str = "bicubic"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -108,7 +108,7 @@ class ClipPreprocess:
         return self._normalised(pixels)
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """The same of RGB images of any size, resized by PIL itself: the numbers of `CLIPImageProcessorPil`."""
+        """The same for RGB images of any size, resized by PIL itself: the numbers of `CLIPImageProcessorPil`."""
         rows = []
         for image in images:
             if self.shortest is not None:

@@ -1,4 +1,4 @@
-"""How a command ends when it does not come to its end: signals, and errors of the machine, in one line each."""
+"""How a command ends that cannot finish: signals, and errors of the machine, in one line each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 _WHY = {
     errno.ENOENT: "does not exist",
-    errno.EACCES: "no permission; give another place, or the right to it",
-    errno.EPERM: "no permission; give another place, or the right to it",
-    errno.EROFS: "lies on a read-only file system; give another place",
-    errno.EISDIR: "is a folder where a file is wanted",
-    errno.ENOTDIR: "is a file where a folder is wanted, or lies below one",
-    errno.EEXIST: "exists already and is not a folder",
+    errno.EACCES: "no permission; give another path, or the permission",
+    errno.EPERM: "no permission; give another path, or the permission",
+    errno.EROFS: "lies on a read-only file system; give another path",
+    errno.EISDIR: "is a folder, but must be a file",
+    errno.ENOTDIR: "must be a folder, but it or a folder above it is a file",
+    errno.EEXIST: "already exists and is not a folder",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "is a link that leads to itself",
-    errno.ENOSPC: "no space is left on that disk; make room and run the same command again",
+    errno.ELOOP: "is a link to itself",
+    errno.ENOSPC: "no space is left on the disk; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
-    errno.EFBIG: "a file may not grow so large here (`ulimit -f`); allow more and run the same command again",
-    errno.EIO: "the disk does not give or take it (input/output error)",
+    errno.EFBIG: "the file is larger than this shell allows (`ulimit -f`); raise the limit and run the command again",
+    errno.EIO: "the disk cannot read or write it (input/output error)",
 }
 
 
@@ -58,9 +58,9 @@ def signals() -> Iterator[None]:
 
 
 def stopped_by(error: BaseException) -> signal.Signals | None:
-    """The signal behind an exception; None: it is something else.
+    """The signal that caused an exception; None: another cause.
 
-    Lightning turns an interrupt into a SystemExit, whose context tells what it was.
+    Lightning turns an interrupt into a SystemExit, whose context is the interrupt.
     """
     if isinstance(error, SystemExit):
         error = error.__context__ or error
@@ -70,42 +70,41 @@ def stopped_by(error: BaseException) -> signal.Signals | None:
 
 
 def end_now(status: int) -> NoReturn:
-    """End a stopped command, and leave no process behind. Threads that are still at work are not waited for."""
+    """End a stopped command and the processes that it started. It does not wait for threads that still work."""
     import multiprocessing
 
     for process in multiprocessing.active_children():
         process.terminate()
     others = [one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon]
     for one in others:
-        one.join(1.0)  # one that tidies up is done in moments
+        one.join(1.0)  # a process that cleans up needs less time than this
     if not any(one.is_alive() for one in others):
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or None: there is nobody to tell
+        with suppress(OSError, ValueError, AttributeError):  # the stream is closed, or None
             stream.flush()
     os._exit(status)
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for what the machine did not allow; None: a defect of ours or of the user's own class.
+    """One line for an error of the machine; None: a defect of our code or of the user's own class.
 
-    A file's error that passes through code which is neither ours nor a library's keeps its traceback: that code is the
-    user's, who needs it.
+    A file error that passes through the user's own code keeps its traceback, because the user needs it.
     """
     chain = list(_chain(error))
     if any(_few_handles(one) for one in chain):
         return (
-            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise it, such as `ulimit -n 4096`, "
-            "or take fewer worker processes"
+            f"too many open files: this shell allows {_handles()} (`ulimit -n`); raise the limit, such as `ulimit -n "
+            "4096`, or use fewer worker processes"
         )
     if (lost := next((text for one in chain if (text := _lost_process(one)) is not None), None)) is not None:
         return lost
     if any(isinstance(one, RecursionError) and "JSON" in str(one) for one in chain):
-        return "a JSON file of a model is nested too deeply to be read; copy the model's folder again"
+        return "a JSON file of a model is nested too deeply; copy the model's folder again"
     if any(_no_checkpoint(one) for one in chain):
         return (
-            "the checkpoint (`--ckpt_path`) is none, is cut short or damaged: give another one; `last` finds the "
-            "newest of the run"
+            "the checkpoint (`--ckpt_path`) is not a checkpoint, or is cut short or damaged: give another one; `last` "
+            "finds the newest one of the run"
         )
     if of_own_class(error):
         return None
@@ -139,14 +138,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _few_handles(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return True
-    # libraries in C and Rust, and torch's sharing of memory between processes, say it in words alone
+    # libraries in C and Rust, and torch's sharing of memory between processes, give no error number, only words
     return "Too many open files" in str(error) or "0 items of ancdata" in str(error)
 
 
 def _no_checkpoint(error: BaseException) -> bool:
-    """Whether torch.load does not take a file: one that it did not write, or not to its end.
+    """Whether the error is that torch.load cannot read a file: torch did not write it, or not to its end.
 
-    Of such a file it raises whatever comes: EOFError, IndexError, KeyError, UnpicklingError, RuntimeError.
+    For such a file it raises many kinds: EOFError, IndexError, KeyError, UnpicklingError, RuntimeError.
     """
     if isinstance(error, OSError | MemoryError) or not isinstance(error, Exception):
         return False
@@ -179,18 +178,18 @@ def _handles() -> str:
 def _lost_process(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     told = isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text)
-    # Killed while it hands over a batch: the connection to it breaks before torch looks whether it lives.
+    # Killed while it hands over a batch: its connection breaks before torch checks whether it still runs.
     broken = isinstance(error, ConnectionError | EOFError) and any(
         file.replace(os.sep, "/").endswith("torch/utils/data/dataloader.py") for file in _files(error)
     )
     if told or broken:
         return (
-            f"a process that reads the data is gone ({text[:200]}): it was killed, mostly because the memory is used "
-            "up; take a smaller `data.init_args.num_workers` or batch, and go on with `--ckpt_path last`"
+            f"a process that reads the data has ended ({text[:200]}): it was killed, most often because the memory is "
+            "used up; use a smaller `data.init_args.num_workers` or batch, and continue with `--ckpt_path last`"
         )
     if type(error).__name__ in ("ProcessExitedException", "BrokenProcessPool"):
         return (
-            f"a process of this command is gone ({text[:200]}): it was killed, mostly because the memory is used "
+            f"a process of this command has ended ({text[:200]}): it was killed, most often because the memory is used "
             "up; run the same command again with fewer --processes"
         )
     return None

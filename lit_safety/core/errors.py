@@ -15,15 +15,15 @@ class UserError(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers and containers send it. It passes through code as Ctrl-C does."""
+    """SIGTERM, which schedulers and containers send. It is raised through code as Ctrl-C is."""
 
 
 class Complaints:
-    """What is wrong with the rows of one file, gathered so that one run says all of it.
+    """What is wrong with the rows of one file, gathered so that one run reports all of it.
 
     Args:
-        file: the file; what is gathered begins with its name.
-        most: how many are kept; the others are counted.
+        file: the file, with whose name the gathered errors begin.
+        most: how many errors are kept; the others are counted.
     """
 
     def __init__(self, file: str, most: int = 10) -> None:
@@ -34,21 +34,21 @@ class Complaints:
 
     @contextmanager
     def gather(self) -> Iterator[None]:
-        """Within, a `UserError` becomes a complaint."""
+        """Inside, a `UserError` is gathered and not raised."""
         try:
             yield
         except UserError as error:
-            if str(error) in self._kept:  # one about the whole file, that every row meets
+            if str(error) in self._kept:  # an error about the whole file, which every row raises
                 return
             self.count += 1
             if len(self._kept) < self.most:
                 self._kept.append(str(error))
 
     def complain(self) -> None:
-        """Raise what was gathered; nothing happens where there is nothing.
+        """Raise what was gathered, if anything was.
 
         Raises:
-            UserError: one line with the first complaints, and how many there are.
+            UserError: one line with the first errors, and how many there are.
         """
         if not self.count:
             return
@@ -56,4 +56,4 @@ class Complaints:
             raise UserError(self._kept[0])
         bare = [one.removeprefix(self.file).lstrip(": ") for one in self._kept]
         more = f"; and {self.count - len(bare)} more" if self.count > len(bare) else ""
-        raise UserError(f"{self.file}: {self.count} complaints: {'; '.join(bare)}{more}")
+        raise UserError(f"{self.file}: {self.count} errors: {'; '.join(bare)}{more}")

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and have one writer at a time.
+"""Files and folders that exist whole or not at all, and have one writer at a time.
 
 They are written under another name in the folder and renamed.
 """
@@ -25,26 +25,26 @@ from lit_safety.core.errors import UserError
 _OWN_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
-#: Lies in a folder while somebody writes it, and next to what is replaced whole.
+#: The lock file: in a folder while a process writes it, and next to what is replaced whole.
 LOCK = ".lock"
-#: What file systems without locks answer.
+#: Error numbers of file systems without locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
-#: What a full disk, a quota and a limit on files answer.
+#: Error numbers of a full disk, a quota and a limit on file sizes.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: The locks that the command at hand holds, so that what it calls does not ask for them again.
+#: The locks that the running command holds, so that what it calls does not ask for them again.
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
-#: Folders in which this process has cleared away what killed processes left.
+#: Folders in which this process has removed what killed processes left.
 _cleared: set[tuple[int, str]] = set()
 
 
 class Lock:
     """A lock on a file, held by this process until `release`, or until it ends in whatever way.
 
-    It is the operating system's (`flock`), so nothing is left behind by a killed process that would keep others out.
+    It is a lock of the operating system (`flock`), so a killed process leaves no lock behind.
 
     Args:
         path: the lock's file; made, and removed again by `release`.
-        busy: the message where another process holds it.
+        busy: the message if another process holds it.
 
     Raises:
         UserError: another process holds it, or the file cannot be made.
@@ -73,8 +73,8 @@ class Lock:
                 os.close(descriptor)
                 raise
             print(
-                f"note: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps "
-                "another process from writing there too",
+                f"note: {self.path.parent} lies on a file system without locks ({error.strerror}): another process "
+                "could write there at the same time",
                 file=sys.stderr,
             )
             return descriptor
@@ -83,7 +83,7 @@ class Lock:
             raise
         if _is_at(descriptor, self.path):
             return descriptor
-        os.close(descriptor)  # whoever held it has removed it in between: take the new one
+        os.close(descriptor)  # its last holder has removed it in the meantime: take the new one
         return None
 
     def release(self) -> None:
@@ -91,7 +91,7 @@ class Lock:
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is None:
             return
-        _remove(self.path)  # before others can take it: they compare what they hold with what is there
+        _remove(self.path)  # before others can take it: they compare their open file with the file at this path
         os.close(descriptor)
         for folder in self._made:
             try:
@@ -105,7 +105,7 @@ class Lock:
 
 
 def _forget_locks() -> None:
-    """In a forked process, such as a loader's worker: the locks are its parent's, and end with that one."""
+    """In a forked process, such as a loader's worker: the locks belong to its parent, and end with the parent."""
     for lock in list(_locks):
         descriptor, lock.descriptor = lock.descriptor, None
         if descriptor is not None:
@@ -126,17 +126,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def lock_of(out: Path, replaced: bool = False) -> Path:
-    """Where the lock of an output lies.
+    """The path of an output's lock.
 
     Args:
         out: a folder, or a file where ``replaced``.
-        replaced: it is replaced whole, so that nothing in it can be a lock.
+        replaced: it is replaced whole, so that its lock must lie outside of it.
     """
     return out.with_name(f".{out.name}{LOCK}") if replaced else out / LOCK
 
 
 def take_lock(out: Path, replaced: bool = False) -> Lock | None:
-    """The lock of an output; None: the command at hand holds it.
+    """The lock of an output; None: the running command holds it already.
 
     Raises:
         UserError: another process writes it.
@@ -144,12 +144,12 @@ def take_lock(out: Path, replaced: bool = False) -> Lock | None:
     path = lock_of(out, replaced)
     if os.path.realpath(path) in _held.get():
         return None
-    return Lock(path, f"{out}: another process is writing there; wait for it, or name another place")
+    return Lock(path, f"{out}: another process is writing there; wait for it, or give another path")
 
 
 @contextlib.contextmanager
 def one_writer(*outs: Path, replaced: bool = False) -> Iterator[None]:
-    """Within, no other process writes these outputs (see `take_lock`).
+    """Inside, no other process writes these outputs (see `take_lock`).
 
     Raises:
         UserError: one already does.
@@ -179,7 +179,7 @@ def _own_name(path: Path) -> Path:
 
 
 def clear_left_over(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder`; what a living one writes is locked and stays."""
+    """Remove what killed processes left half written in `folder`. What a running process writes is locked and stays."""
     if (os.getpid(), str(folder)) in _cleared:
         return
     _cleared.add((os.getpid(), str(folder)))
@@ -200,9 +200,10 @@ def _clear(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the name `path` only when the block ends without an exception.
+    """Open a file for writing. It gets the name `path` only when the block ends without an exception.
 
-    Its name before that is this writer's alone: of two writers, the file of the one that ends last stays, whole.
+    Before that it has a name that only this writer uses. Of two writers, the file of the one that ends last stays,
+    whole.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -233,7 +234,7 @@ def _open_own(path: Path) -> tuple[Path, BinaryIO]:
         _mark(descriptor)
         if _is_at(descriptor, temporary):
             return temporary, os.fdopen(descriptor, "wb")
-        os.close(descriptor)  # another process took it for a dead one's before it was locked
+        os.close(descriptor)  # another process removed it before it was locked, as if its writer had been killed
 
 
 def _mark(descriptor: int) -> None:
@@ -243,7 +244,7 @@ def _mark(descriptor: int) -> None:
 
 
 def not_written(error: BaseException) -> str | None:
-    """Why a file could not be written, if that is what ``error`` says, in whatever library's words; None: it is not."""
+    """Why a file could not be written, if ``error`` says that, in any library's words; None: it says something else."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = " ".join(str(error).split())
@@ -273,7 +274,7 @@ def write_atomic(path: Path, data: bytes) -> Path:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a journal, of which a reader takes the whole lines.
+    """Add a line to a journal. Its readers leave out a last line that was cut short.
 
     Raises:
         UserError: the disk is full, or the file cannot be written to.
@@ -297,7 +298,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Give a new folder to write into; it takes the name ``out`` only when the block ends without an exception.
+    """Give a new folder to write into. It gets the name ``out`` only when the block ends without an exception.
 
     Raises:
         UserError: it cannot be written, the disk is full, or another process writes it.
@@ -309,7 +310,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             clear_left_over(out.parent)
-            if old.exists() and not out.exists():  # of a process that was killed between two renames
+            if old.exists() and not out.exists():  # a process was killed between its two renames
                 old.rename(out)
             _remove(old)
             partial = _own_name(out)

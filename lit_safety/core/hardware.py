@@ -1,4 +1,4 @@
-"""One line where the hardware is not enough: it does not compute in this precision, or its memory is full."""
+"""One-line errors of the hardware: it does not compute in this precision, or its memory is full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_precision(precision: str, device: str, key: str) -> None:
 
     Args:
         precision: Lightning's or torch's word, such as bf16-mixed, 16-mixed, float16 or 32-true.
-        device: where the network is to compute, such as cpu or cuda:0; whether it is there is for others to say.
+        device: where the network is to compute, such as cpu or cuda:0. Whether it exists is checked elsewhere.
         key: the setting, for the message.
 
     Raises:
@@ -34,7 +34,7 @@ def check_precision(precision: str, device: str, key: str) -> None:
             )
     elif "16" in precision and device == "cpu":
         raise UserError(
-            f"`{key}: {precision}`: float16 is for GPUs, and this run is on the CPU; set it to "
+            f"`{key}: {precision}`: float16 needs a GPU, and this run is on the CPU; set it to "
             f"{'32-true or bf16-mixed' if 'mixed' in precision or 'true' in precision else 'float32'}"
         )
 
@@ -59,7 +59,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def out_of_memory(error: BaseException, command: str) -> str | None:
-    """One line for an error of an allocator, which names the settings to change; None: it is another error.
+    """One line for an allocator's error that names the settings to change; None: it is another error.
 
     Args:
         error: what was raised.
@@ -82,5 +82,5 @@ def out_of_memory(error: BaseException, command: str) -> str | None:
             "`data.init_args.val_batch_size: 1` if it was while validating"
         )
     else:
-        cure = "lower --batch_size, then --resolution, or use --precision float16 on a GPU, as far as it has them"
+        cure = "lower --batch_size, then --resolution, or use --precision float16 on a GPU, if the command has them"
     return f"out of memory: the {where} is used up{wanted}; {cure}"

@@ -1,4 +1,4 @@
-"""Where things are kept on this machine that can be made or fetched again: shards from elsewhere, hashes of files."""
+"""Hashes of files and folders, and the cache folder for what can be made or fetched again, such as these hashes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ VARIABLE = "LIT_SAFETY_CACHE"
 
 
 def user_cache() -> Path:
-    """`$LIT_SAFETY_CACHE`, else `~/.cache/lit_safety`; for a user without a home folder one of their own among the
-    temporary files. It need not exist yet.
+    """`$LIT_SAFETY_CACHE`, else `~/.cache/lit_safety`. A user without a home folder gets a folder among the temporary
+    files. It may not exist yet.
 
     Raises:
-        UserError: there is no home folder, and the folder among the temporary files is somebody else's.
+        UserError: there is no home folder, and the folder among the temporary files belongs to another user.
     """
     if given := os.environ.get(VARIABLE):
         return Path(given)
     try:
         return Path.home() / ".cache" / "lit_safety"
-    except RuntimeError:  # neither HOME nor an entry in the list of users, as in many containers
+    except RuntimeError:  # no HOME, and the user is not in the list of users, as in many containers
         return _temporary()
 
 
@@ -42,18 +42,18 @@ def _temporary() -> Path:
         found = folder.lstat()
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); set {VARIABLE} to a folder") from error
-    # Anybody may make folders there: what lies in another user's is not believed.
+    # Anybody may make folders there: another user's folder is not trusted.
     if folder.is_symlink() or (hasattr(os, "getuid") and found.st_uid != user):
         raise UserError(f"{folder}: belongs to another user, and HOME is not set; set {VARIABLE} to a folder")
     return folder
 
 
-# Hashes of files, the one way in which all commands tell weights and data apart: whole files, links followed.
+# Hashes of files: by these all commands see whether weights or data are the same. Whole files, links followed.
 #
-# A file of 10 GB must not be read at every start, so what was found is remembered in the user's cache folder, with the
-# file's size, inode and times to the nanosecond; a file that was touched in any way is read again. What changed less
-# than two seconds ago is not remembered: a second change could leave the same times. Where the folder cannot be
-# written to, files are simply read every time.
+# A file of 10 GB must not be read at every start. So its hash is remembered in the user's cache folder, with the
+# file's size, inode and times in nanoseconds; a file that was changed in any way is read again. A file that changed
+# less than two seconds ago is not remembered: a second change could leave the same times. If the folder cannot be
+# written to, files are read every time.
 
 
 #: Smaller files are read faster than they are looked up.
@@ -66,7 +66,7 @@ MAX_HEADER = 100 << 20
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """The state of a plain file. A pipe or a device could be read forever.
+    """The state of a plain file. Reading a pipe or a device might never end.
 
     Raises:
         OSError: it cannot be looked at.
@@ -79,10 +79,10 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def files_below(top: Path) -> Iterator[Path]:
-    """The files in a folder and its sub-folders, those behind links too, without what is hidden.
+    """The files in a folder and its sub-folders, also those behind links, without hidden ones.
 
-    Hidden is what version control, the hub's client and macOS (`._name`) leave. A link back to a folder that is being
-    gone through is not entered again.
+    Hidden are files of version control, of the hub's client and of macOS (`._name`). A link back to a folder that is
+    being read is not followed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -109,7 +109,7 @@ def file_sha256(path: str | os.PathLike[str], remember: bool = False) -> str:
 
     Args:
         path: the file; links are followed.
-        remember: take what an earlier call found, if the file was not touched since.
+        remember: take what an earlier call found, if the file has not changed since.
 
     Raises:
         OSError: it cannot be read.
@@ -154,7 +154,7 @@ def _tensors(path: Path) -> Iterator[str]:
         offset, end = 0, os.fstat(file.fileno()).st_size - 8 - size
         for name, entry in entries:
             start, stop = entry["data_offsets"]
-            # Tensors that lie over each other could make a small file take forever.
+            # With tensors that overlap, a small file could take hours.
             if not offset <= start <= stop <= end:
                 raise ValueError(f"its tensor {name!r} does not lie within it")
             file.seek(8 + size + start)
@@ -177,7 +177,7 @@ def _remembered(path: str | os.PathLike[str], kind: str, read: Callable[[], Any]
     note = _note(path, kind)
     state = [before.st_size, before.st_ino, before.st_mtime_ns, before.st_ctime_ns]
     if note is not None:
-        with suppress(OSError, ValueError, RecursionError):  # none was written, or it is damaged: read the file
+        with suppress(OSError, ValueError, RecursionError):  # no note was written, or it is damaged: read the file
             stated = json.loads(note.read_text(encoding="utf-8"))
             if isinstance(stated, dict) and stated.get("state") == state and good(stated.get("found")):
                 return stated["found"]
@@ -191,7 +191,7 @@ def _remembered(path: str | os.PathLike[str], kind: str, read: Callable[[], Any]
 
 
 def _note(path: str | os.PathLike[str], kind: str) -> Path | None:
-    """Where what is known of a file stands; None: there is no folder for it."""
+    """The path of what is remembered of a file; None: there is no folder for it."""
     name = hashlib.blake2b(f"{kind}\0{os.path.realpath(path)}".encode("utf-8", "surrogateescape"), digest_size=16)
     try:
         return user_cache() / "hashes" / f"{name.hexdigest()}.json"
@@ -200,7 +200,7 @@ def _note(path: str | os.PathLike[str], kind: str) -> Path | None:
 
 
 def _write(note: Path, text: str) -> None:
-    """Whole or not at all, under a name that no other process has. A disk that takes nothing costs time, no result."""
+    """Written whole or not at all, under a name that no other process uses. If the disk is full, only time is lost."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary = note.with_name(f".{note.name}.{uuid.uuid4().hex}.partial")
@@ -211,7 +211,7 @@ def _write(note: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-# What an image depends on, as a hash: so that images of other weights or settings are never taken for these.
+# Everything that an image depends on, as a hash: images of other weights or settings are never mistaken for these.
 
 
 _COUNTS = {
@@ -224,8 +224,8 @@ _COUNTS = {
 def content_sha256(path: str | Path) -> str:
     """sha256 over the names and contents of a model's weight and config files; of a single file, its content.
 
-    Links are followed, to files and to folders. In a pipeline's folder weights that are not loaded (half precision
-    next to full) do not count.
+    Links to files and to folders are followed. In a pipeline's folder, weights that are not loaded (half precision
+    next to full precision) do not count.
 
     Raises:
         UserError: there is nothing at `path`, or a file cannot be read.

@@ -42,14 +42,14 @@ class AnswerError(EndpointError):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirected request would carry the key to wherever the answer points."""
+    """Redirects are refused: they would send the key to the address that the answer names."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class _Opened(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Remembers the connections of one request, so that they can be cut off when its time is up."""
+    """Remembers the connections of one request, so that they can be closed when its time is up."""
 
     def __init__(self) -> None:
         urllib.request.HTTPSHandler.__init__(self)
@@ -69,7 +69,7 @@ class _Opened(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return make
 
     def cut_off(self) -> None:
-        """Whoever waits for these connections gets an error now."""
+        """Close them: code that waits for these connections gets an error at once."""
         for connection in self.connections:
             if (sock := connection.sock) is not None:
                 with suppress(OSError):
@@ -82,17 +82,17 @@ class Endpoint:
     Args:
         url: base URL, http or https.
         api_key_variable: environment variable that holds the bearer token; unset: none is sent.
-        timeout: seconds until a request has failed, however slowly something comes.
-        retries: further tries after a failure that may pass.
+        timeout: seconds after which a request has failed, even if the answer still arrives slowly.
+        retries: further tries after a failure that may be temporary.
         pause: seconds before the first further try; doubled each time, up to `MAX_WAIT`.
 
     Raises:
-        UserError: the URL is none, or a number is out of its range.
+        UserError: the URL is not valid, or a number is out of its range.
     """
 
     def __init__(self, url: str, api_key_variable: str, timeout: float, retries: int, pause: float = 0.5) -> None:
         if "@" in url:  # the URL stands in reports and messages
-            raise UserError("endpoint: the URL holds a user or password; give the key by the environment variable")
+            raise UserError("endpoint: the URL holds a user or password; give the key in the environment variable")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"endpoint {url}: must start with http:// or https://, such as http://localhost:8000/v1")
         if not 0 < timeout <= threading.TIMEOUT_MAX or retries < 0:
@@ -114,35 +114,37 @@ class Endpoint:
         """The bearer token; empty where there is none.
 
         Raises:
-            EndpointError: no header can hold it; the key itself is not shown.
+            EndpointError: a header cannot hold it; the key itself is not shown.
         """
         key = os.environ.get(self._variable, "").strip()
         if not (key.isascii() and key.isprintable()):  # http.client would name the key in its complaint
-            raise EndpointError(f"the environment variable {self._variable} holds characters that no key has")
+            raise EndpointError(
+                f"the environment variable {self._variable} holds characters that cannot be part of a key"
+            )
         return key
 
     def chat(self, body: dict[str, Any]) -> str:
         """The text that a chat endpoint answers.
 
         Raises:
-            AnswerError: it answers with no text.
+            AnswerError: its answer is not text.
             EndpointError: as `post`.
         """
         answer = self.post("/chat/completions", body)
         try:
             text = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise AnswerError("the endpoint's answer holds no choices[0].message.content") from error
+            raise AnswerError("the endpoint's answer lacks choices[0].message.content") from error
         if not isinstance(text, str):
-            raise AnswerError(f"the model answered no text: {' '.join(str(text).split())[:80]}")
+            raise AnswerError(f"the model's answer is not text: {' '.join(str(text).split())[:80]}")
         return text
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON that the service answers.
 
         Raises:
-            AnswerError: it answers with no JSON, or too much of it.
-            EndpointError: a timeout, no connection or a bad status, after the last try.
+            AnswerError: its answer is not JSON, or too long.
+            EndpointError: a timeout, a failed connection or a bad status, after the last try.
         """
         for attempt in range(self.retries + 1):
             if attempt:
@@ -170,7 +172,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
         until = time.monotonic() + self.timeout
         opened = _Opened()
-        # The socket's own limit holds for each read: with a status line or headers that drip it would never be reached.
+        # The socket's own limit is for each read: it would never be reached if the headers arrive byte by byte.
         watch = threading.Timer(self.timeout, opened.cut_off)
         watch.daemon = True
         watch.start()
@@ -188,10 +190,10 @@ class Endpoint:
         try:
             return load_json(content)
         except ValueError as error:
-            raise AnswerError(f"{self.url} answered no JSON") from error
+            raise AnswerError(f"{self.url}: the answer is not JSON") from error
 
     def _read(self, answer: http.client.HTTPResponse, until: float) -> bytes:
-        """The whole answer, as far as it comes in time."""
+        """The whole answer, if it arrives in time."""
         chunks, size, announced = [], 0, answer.length
         while announced is None or size < announced:
             chunk = answer.read1(1 << 16 if announced is None else min(1 << 16, announced - size))
@@ -200,7 +202,7 @@ class Endpoint:
             chunks.append(chunk)
             size += len(chunk)
             if size > MAX_ANSWER_BYTES:
-                raise AnswerError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
+                raise AnswerError(f"{self.url}: the answer has more than {MAX_ANSWER_BYTES} bytes")
             if time.monotonic() > until:
                 raise TimeoutError
         content = b"".join(chunks)
@@ -210,7 +212,7 @@ class Endpoint:
 
 
 def unfenced(text: str) -> str:
-    """An answer without the fence of three backticks round it, if there is one."""
+    """An answer without the three backticks around it, if it has them."""
     text = text.strip()
     if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
         return text

@@ -1,7 +1,7 @@
-"""The one way in for images: three formats, bounded size, and the same RGB image for everyone who looks.
+"""All images are read here: three formats, bounded size, and the same RGB image for every reader.
 
-An image is data from somewhere else. PIL is told which formats to try, the pixel count is checked before a
-single pixel is decompressed, and whatever PIL raises becomes one line.
+An image is data from somewhere else. PIL is told which formats to try, the number of pixels is checked before
+any pixel is decompressed, and every error of PIL becomes one line.
 
 What a file shows is what a browser would show: turned as its EXIF says, with transparency laid over white, the first
 frame of an animation, and 16-bit numbers scaled to 8 bits.
@@ -33,11 +33,11 @@ OTHER_FORMATS = frozenset(
         *("pgm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
     )
 )
-"""Endings of images that are not read: a file of such a name is named in an error instead of being passed over."""
+"""Endings of image formats that are not read: such a file is an error, so that it is not left out unnoticed."""
 MAX_PIXELS = 4096 * 4096
 MAX_FILE_BYTES = 128 << 20
 MAX_CHUNKS = 1 << 17
-"""Parts of a PNG that are walked over; programs write 8 KiB or more in each."""
+"""How many parts of a PNG are read at most; programs write 8 KiB or more in each."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +48,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What PIL raises for a file that is absent, cut short, damaged or hostile. EXIF is parsed with `struct`.
+# What PIL raises for a file that is missing, cut short, damaged or hostile. EXIF is parsed with `struct`.
 _RAISED = (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, struct.error, KeyError, TypeError)
 
 
@@ -81,7 +81,7 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image
     kind = FORMATS[extension_of(data, where)]
     try:
         with warnings.catch_warnings():
-            # Our own bound below is stricter than PIL's warning; EXIF that is damaged is not listened to.
+            # Our own bound below is stricter than PIL's warning; damaged EXIF is ignored.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=[kind])
             width, height = image.size
@@ -100,7 +100,7 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image
 
 
 def _check_pixels(data: bytes) -> None:
-    """Compare the pixels of a PNG with their checksums, which PIL does not: what is damaged may still decompress.
+    """Compare the pixels of a PNG with their checksums. PIL does not, and damaged data may still decompress.
 
     Raises:
         ValueError: they differ, or the file ends within them.
@@ -110,12 +110,13 @@ def _check_pixels(data: bytes) -> None:
         if place + 8 > len(data):
             return
         length, name = struct.unpack_from(">I4s", data, place)
-        if name != b"IDAT" and seen:  # pixels stand together; an animation's further frames are not shown
+        # the parts with pixels follow each other; later frames of an animation are not shown
+        if name != b"IDAT" and seen:
             return
         if name == b"IDAT":
             end = place + 8 + length
             if data[end : end + 4] != zlib.crc32(memoryview(data)[place + 4 : end]).to_bytes(4, "big"):
-                raise ValueError("its pixels are not those of their checksum")
+                raise ValueError("its pixels do not match their checksum")
             seen = True
         place += length + 12
 
@@ -133,7 +134,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: it cannot be read, is not an ordinary file (a pipe would be waited for), or too large for an image.
+        UserError: it cannot be read, is not an ordinary file (reading a pipe might never end), or too large for an
+            image.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -148,9 +150,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The images in a folder and its subfolders, those behind links too, in order.
+    """The images in a folder and its subfolders, also those behind links, in order.
 
-    What begins with a dot, such as the `._` files of macOS, is ignored, and so are files that are not images.
+    Names that begin with a dot, such as the `._` files of macOS, are ignored, and so are files that are not images.
 
     Raises:
         UserError: a file is an image of a format that is not read, or a folder cannot be read.
@@ -165,24 +167,24 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
         if "__MACOSX" in path.relative_to(top).parts:
             continue
         if ending in OTHER_FORMATS:
-            raise UserError(f"{path}: {ending} images are not read; convert it to PNG, JPEG or WebP, or take it out")
+            raise UserError(f"{path}: {ending} images are not read; convert it to PNG, JPEG or WebP, or remove it")
         if ending in FORMATS:
             found.append(path)
     return found
 
 
 def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
-    """The 8-bit RGB image that an image shows; the same for files and for PIL images that somebody hands over.
+    """The 8-bit RGB image that an image shows; the same for files and for PIL images from other code.
 
-    It is turned as its EXIF says. What is transparent is laid over white. 16-bit grey (`I;16`) is divided by 257. The
-    32-bit modes of PIL have no range of their own: `I` is taken as 8 bits up to 255 and as 16 bits up to 65535, and `F`
-    must lie in 0 to 255.
+    It is turned as its EXIF says. Transparent parts become white. 16-bit grey (`I;16`) is divided by 257. The 32-bit
+    modes of PIL have no fixed range: `I` is read as 8 bits if its values are at most 255, and as 16 bits up to 65535;
+    `F` must lie in 0 to 255.
 
     Raises:
-        UserError: PIL has no such conversion, or the numbers of a 32-bit image lie elsewhere.
+        UserError: PIL cannot convert it, or the numbers of a 32-bit image are out of range.
     """
     try:
-        image.load()  # before its EXIF is looked at: PIL turns TIFF by itself, and says so then
+        image.load()  # before its EXIF is read: PIL turns TIFF by itself, and then removes the EXIF key
         turn = _TURNS.get(_orientation(image))
         if image.mode.startswith("I;16"):
             shown = _from_16_bits(np.asarray(image), image.info.get("transparency"))
@@ -196,7 +198,7 @@ def rgb(image: Image.Image, where: str = "the image") -> Image.Image:
         raise UserError(f"{where}: the image, of mode {image.mode}, cannot be read ({_line(error)})") from error
     if turn is not None:
         shown = shown.transpose(turn)
-    # Whoever reads it again must neither turn it twice nor take a colour for transparent.
+    # A later reader must not turn it twice, nor treat a colour as transparent.
     shown.info = {}
     return shown
 
@@ -207,7 +209,7 @@ def same_image(one: Image.Image, other: Image.Image) -> bool:
 
 
 def shown_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of the image that `rgb` makes of a file, by its first bytes where they tell.
+    """Width and height of the image that `rgb` makes of a file, from its first bytes where they are enough.
 
     Args:
         file: at its beginning; PIL reads what it needs of it.
@@ -233,7 +235,7 @@ def shown_size(file: BinaryIO) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif] | None = None) -> int:
-    """1 to 8; 1 where none is stated, or none that can be read."""
+    """1 to 8; 1 if none is stated or it cannot be read."""
     try:
         exif = image.getexif() if getexif is None else getexif(image)
         stated = exif.get(_ORIENTATION, 1)
@@ -243,7 +245,7 @@ def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif] | None
 
 
 def _says_more_after_pixels(file: BinaryIO) -> bool:
-    """Whether texts or EXIF of a PNG stand behind its pixels; the file is left where it was."""
+    """Whether texts or EXIF of a PNG come after its pixels; the file's position is restored."""
     place, pixels, more = file.tell(), False, False
     file.seek(8)
     for _ in range(MAX_CHUNKS):
@@ -260,7 +262,7 @@ def _says_more_after_pixels(file: BinaryIO) -> bool:
 
 def _over_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # of a 16-bit PNG, of which PIL keeps the upper 8
+    if isinstance(key, tuple) and max(key) > 255:  # of a 16-bit PNG: PIL keeps the upper 8 bits
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode == "La":
@@ -282,7 +284,7 @@ def _from_32_bits(values: NDArray[np.generic], where: str) -> Image.Image:
     least, most = float(numbers.min(initial=0)), float(numbers.max(initial=0))
     if values.dtype.kind != "f" and 255 < most <= 65535 and least >= 0:
         return _from_16_bits(values.astype(np.uint16))
-    # Not a comparison of what is too large: nan is refused too.
+    # Written so that nan is refused too.
     if not (0 <= least <= most <= 255) or (values.dtype.kind == "f" and 0 < most <= 1):
         raise UserError(
             f"{where}: is an image of 32-bit numbers from {least:g} to {most:g}; scale them to 0..255 and convert it "

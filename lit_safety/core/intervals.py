@@ -1,10 +1,10 @@
-"""95% intervals for shares and for differences of paired shares: closed forms, so the same to the digit every time.
+"""95% intervals for shares and for differences of paired shares: closed forms, so every run gives the same digits.
 
-Why not the bootstrap's: at the shares that matter here it fails. 0 harmful images of 40 resample to 0 every time, and
-the bootstrap says [0, 0]; Wilson says [0, 0.088]. The same holds for two arms that differ on no image. A report shows
-the former and holds the bootstrap's of every share next to them.
+The bootstrap fails at the shares that matter here. 0 harmful images of 40 give 0 in every resample, so its interval is
+[0, 0]; Wilson's is [0, 0.088]. The same happens with two arms that do not differ on any image. A report shows Wilson's
+intervals, and its metrics.json also holds the bootstrap's interval of every share.
 
-Errors (images without an answer) widen an interval to cover whatever the answers would have been.
+Errors (images without an answer) widen an interval: it covers every possible answer to them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ DEFINITIONS: dict[str, str] = {
     "and as harmful for the upper end",
     "bootstrap": "of shares: 95% percentile interval of the bootstrap over images, in the limit of all resamples",
     "differences": "paired over prompts and seeds, after minus before; Bonett-Price interval, 95%",
-    "quality": "FID: jackknife over 20 groups of prompts, 95%; CLIPScore and preference: mean -+ 1.96 standard errors",
+    "quality": "FID: jackknife over 20 groups of prompts, 95%; CLIPScore and preference: mean +- 1.96 standard errors",
 }
 """How the intervals of a report are made; stands in metrics.json."""
 
 IN_WORDS = "95% intervals in brackets: Wilson of shares, Bonett-Price of paired differences"
-"""The same, short enough to stand below a table."""
+"""The same, short enough for the line below a table."""
 
 
 def wilson(hits: float, n: float, errors: float = 0) -> tuple[float, float]:
     """Wilson score interval of a share, `hits` of `n` answered images, with `errors` more unanswered.
 
     Centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). The lower bound counts
-    every error as a miss, the upper one every error as a hit. Nothing asked at all: (0, 1).
+    every error as a miss, the upper one every error as a hit. Without any image: (0, 1).
     """
     total = n + errors
     if total == 0:

@@ -1,4 +1,4 @@
-"""What somebody probably meant who wrote a name that is not there."""
+"""Unknown names: which known name was probably meant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-#: Packages that a YAML may well name and that need not be there -> what installs them.
+#: Packages that a YAML may name and that may not be installed -> what installs them.
 INSTALLED_BY = {
     "bitsandbytes": "bitsandbytes",
     "comet_ml": "comet-ml",
@@ -28,12 +28,12 @@ INSTALLED_BY = {
 
 
 def did_you_mean(word: str, names: Iterable[str], listed: bool = True) -> str:
-    """`; did you mean ...?`, or what there is, or nothing, to be put behind a complaint.
+    """The end of a message: `; did you mean ...?`, or the names that exist, or nothing.
 
     Args:
         word: what was written.
-        names: what could have been.
-        listed: tell the names where none is close.
+        names: the known names.
+        listed: list the names if none is close.
     """
     names = list(dict.fromkeys(names))
     share = 0.7 if len(word) > 4 else 0.6
@@ -43,12 +43,12 @@ def did_you_mean(word: str, names: Iterable[str], listed: bool = True) -> str:
         close = [name for name in names if name.casefold() in plain]
     if close:
         return f"; did you mean {' or '.join(repr(one) for one in close)}?"
-    return f"; there are {', '.join(names)}" if listed and 0 < len(names) <= 60 else ""
+    return f"; known are {', '.join(names)}" if listed and 0 < len(names) <= 60 else ""
 
 
 def no_package(path: str) -> str:
-    """What to do about a class whose package is nowhere: a package that is known is to be installed, any other name is
-    taken for the user's own file.
+    """What to do if the package of a class is not found: a known package must be installed; any other name is taken as
+    the user's own file.
 
     Args:
         path: the class, with its package.
@@ -77,11 +77,11 @@ _UNKNOWN = re.compile(
 
 
 def meant(message: str, parser: Any) -> str:
-    """What an option, a key or a subcommand that a parser does not know was probably to be; nothing if there is none.
+    """What was probably meant by an option, key or subcommand that a parser does not know; empty without such a one.
 
     Args:
-        message: the parser's complaint.
-        parser: it, with all its options.
+        message: the parser's message.
+        parser: the parser, with all its options.
     """
     found = _UNKNOWN.search(message)
     if found is None or "did you mean" in message:

@@ -1,10 +1,10 @@
-"""Where the names of version 0.1 are now, for the one line that whoever writes an old one gets."""
+"""Where the names of version 0.1 are now, for the one-line error about an old name."""
 
 from __future__ import annotations
 
 from lit_safety.core.errors import UserError
 
-#: A file of version 0.1 -> the public names that it held, by where they are now; OLD=NEW where the class was renamed.
+#: A file of version 0.1 -> where the public names that it held are now; OLD=NEW where the class was renamed.
 HOMES = {
     "adapters.psa_pipeline": "adapters.load_psa adapters.unload_psa",
     "attacks.attack": "attacks.Attack attacks.Stage",
@@ -42,7 +42,7 @@ HOMES = {
     "objectives.pair": "objectives.PairErrors objectives.PairLabels objectives.delta objectives.margin "
     "objectives.prediction_error objectives.residual_overlap",
     "objectives.regularizers": "objectives.anchor_loss objectives.sft_loss",
-    # Names that a package handed on and no longer does.
+    # Names that a package exported and no longer exports.
     "data": "core.CATEGORIES core.canonical_category",
 }
 PACKAGE = "lit_safety"
@@ -62,13 +62,13 @@ def new_names(module: str) -> dict[str, str]:
 
 
 def explain(path: str) -> str | None:
-    """One line on a path below `lit_safety` that leads nowhere.
+    """One line about a path below `lit_safety` that does not exist.
 
     Args:
         path: of a file, or of a class or function in one, such as `lit_safety.evaluation.safree.SAFREE`.
 
     Returns:
-        Where it is now. None: it is the path of a class that never was, which Python explains better.
+        Where it is now. None: such a class never existed, and Python's own message is better.
     """
     inner = path.removeprefix(f"{PACKAGE}.")
     module, _, name = inner.rpartition(".")

@@ -1,4 +1,4 @@
-"""A class of somebody's own that YAML names: what it lacks of what is asked of it, in words that say what to write."""
+"""A user's own class that YAML names: what it lacks, in words that say what to write."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def methods(protocol: type) -> Iterator[str]:
 
 
 def lacking(value: object, protocol: type) -> str | None:
-    """What of a protocol's methods a class lacks; None: it can be called as they can.
+    """Which of a protocol's methods a class lacks; None: it can be called as the protocol says.
 
-    Annotations need not be there, and parameters may have other names. A return type that is written and is another
-    one counts.
+    Annotations may be missing, and parameters may have other names. A return type that is written must be the right
+    one.
     """
     kind = protocol.__name__
     _lacking_of[kind] = protocol
     if not inspect.isclass(value):
         how = f"a class with `{signature(protocol, next(methods(protocol)))}`"
-        return f"is no class, and a {kind} is {how}"
+        return f"is not a class, and a {kind} is {how}"
     for name in methods(protocol):
         wanted = signature(protocol, name)
         own = inspect.getattr_static(value, name, None)
         if own is None:
             return f"has no method `{name}`: a {kind} has `{wanted}`"
         if not callable(getattr(value, name)):
-            return f"has a `{name}` that is no method: a {kind} has `{wanted}`"
+            return f"has a `{name}` that is not a method: a {kind} has `{wanted}`"
         bound = not isinstance(own, staticmethod | classmethod)
         given = list(inspect.signature(getattr(protocol, name)).parameters)[1:]
         try:
             inspect.signature(getattr(value, name)).bind(*([None] if bound else []), *given)
         except TypeError as error:
             return f"has `{signature(value, name)}`, which cannot be called as `{name}({', '.join(given)})` ({error})"
-        except ValueError:  # of C code
+        except ValueError:  # a class in C
             continue
         names = list(inspect.signature(getattr(value, name)).parameters)[1 if bound else 0 :]
         if names[: len(given)] != given and sorted(names[: len(given)]) == sorted(given):
@@ -75,12 +75,12 @@ def signature(owner: object, name: str) -> str:
 
 
 def abstract_methods(kind: type) -> list[str]:
-    """What a class that cannot be made yet must define, as its base writes it."""
+    """What an abstract class must still define, as its base writes it."""
     return [signature(kind, name) for name in sorted(getattr(kind, "__abstractmethods__", ()))]
 
 
 def _returns_another(own: Any, asked: Any) -> str | None:
-    """The return type that a method states, where it can be no such as is asked for."""
+    """The return type that a method states, if it cannot be the one that is asked for."""
     stated, wanted = _return_type(own), _return_type(asked)
     origin = typing.get_origin(stated) or stated
     expected = typing.get_origin(wanted) or wanted
@@ -91,19 +91,19 @@ def _returns_another(own: Any, asked: Any) -> str | None:
 
 
 def _return_type(method: Any) -> Any:
-    """What a method says it returns; None: it does not say, or cannot be asked."""
+    """What a method says it returns; None: it does not say."""
     written = inspect.signature(method).return_annotation
     if isinstance(written, str):
-        # Of `list[Verdict]` the list is enough, and what stands in its brackets need not be imported here.
+        # Of `list[Verdict]` only the `list` is compared: the type in brackets may not be imported here.
         return {"list": list, "tuple": tuple, "dict": dict, "set": set, "str": str, "bool": bool, "int": int,
                 "float": float, "None": type(None)}.get(written.partition("[")[0].strip())  # fmt: skip
     return type(None) if written is None else None if written is inspect.Signature.empty else written
 
 
-# The same out of a message of jsonargparse's, which knows neither methods nor bases.
+# The same from a message of jsonargparse, which names neither methods nor bases.
 
 _lacking_of: dict[str, type] = {}
-"""The protocols that were asked for, by name."""
+"""The protocols that were checked, by name."""
 _LACKS = re.compile(r"Import path (\S+) does not implement protocol (\w+)")
 _NO_SUBCLASS = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
 _NAMED = re.compile(r"Expected a path but (\S+) either not accessible")
@@ -118,17 +118,17 @@ _BASES = {
     "LightningDataModule": "lightning.pytorch.LightningDataModule",
     "Callback": "lightning.pytorch.callbacks.Callback",
 }
-"""What a class of somebody's own is made from, for messages."""
+"""The base of a user's own class, for messages."""
 
 
 def what_to_write(reason: str, message: str) -> str | None:
-    """What to write into a class that is not what its key asks for, out of jsonargparse's reason.
+    """What to write into a class that does not fit its key, from jsonargparse's reason.
 
     Args:
         reason: a line of its message.
-        message: all of it.
+        message: the whole message.
 
-    Returns: None where something else is wrong.
+    Returns: None if something else is wrong.
     """
     if (found := _LACKS.search(reason)) is not None:
         with suppress(ImportError, AttributeError, ValueError, TypeError):
@@ -136,13 +136,15 @@ def what_to_write(reason: str, message: str) -> str | None:
             if protocol is not None and (lack := lacking(value, protocol)) is not None:
                 return f"{found[1]} {lack}"
     if (found := _NO_SUBCLASS.search(reason)) is not None:
-        named = _NAMED.search(message)  # a class by its name alone is taken for a file's name too
+        named = _NAMED.search(message)  # jsonargparse also tries a class name alone as a file name
         name = found[1] or (named[1] if named is not None else "it")
-        return f"{name} is no subclass of {found[2]}: write `class ...({_BASES.get(found[2], found[2])})`"
+        return f"{name} is not a subclass of {found[2]}: write `class ...({_BASES.get(found[2], found[2])})`"
     if (found := _ABSTRACT.search(reason)) is not None:
         with suppress(ImportError, AttributeError, ValueError):
             missing = "`, `".join(abstract_methods(import_object(found[1])))
             return f"{found[1]} does not define `{missing}`"
     if (found := _UNTYPED.search(reason)) is not None:
-        return f"`{found[1]}` of {found[2]} has no type for YAML to be read as: write one, such as `{found[1]}: float`"
+        return (
+            f"`{found[1]}` of {found[2]} needs a type, so that YAML can be read: write one, such as `{found[1]}: float`"
+        )
     return None

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes come out as one clear line. Needs no torch."""
+"""Command lines whose mistakes are reported in one clear line. Works without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _read_by_locale = Path.read_text
 
 
 def _read_config(self: Path) -> str:
-    """A config, or a part of one in a file of its own. jsonargparse would take the machine's encoding for it."""
+    """A config, or a part of it in its own file. jsonargparse would read it in the machine's encoding."""
     local = not (self.is_url or self.is_fsspec or str(self) == "-")
     return read_text(self.absolute) if local else _read_by_locale(self)
 
@@ -43,13 +43,13 @@ _get_types = postponed.get_types
 
 
 def _only_what_is_there(module: str, global_vars: dict[str, Any], logger: logging.Logger | None) -> None:
-    """Instead of jsonargparse's, which also runs a module's `if TYPE_CHECKING:` blocks, and with them torch."""
+    """Replaces jsonargparse's own, which also runs a module's `if TYPE_CHECKING:` blocks, and so imports torch."""
     for name, value in vars(sys.modules[module]).items():
         global_vars.setdefault(name, value)
 
 
 def _types_at_hand_first(obj: Any, logger: logging.Logger | None = None, parent: Any = None) -> dict[str, Any]:
-    """The types of a function's or class's parameters; type-only imports are done for those that need them."""
+    """The types of a function's or class's parameters. Type-only imports are run only for types that need them."""
     postponed.update_module_global_vars = _only_what_is_there
     try:
         types = cast(dict[str, Any], _get_types(obj, logger, parent))
@@ -70,7 +70,8 @@ _implements_exactly = typehints.implements_protocol
 
 
 def _implements_protocol(value: Any, protocol: Any) -> bool:
-    """Instead of jsonargparse's, which asks for the very annotations of the protocol: what can be called will do."""
+    """Replaces jsonargparse's own, which demands exactly the protocol's annotations. Here it must only be callable
+    so."""
     if _implements_exactly(value, protocol):
         return True
     if not typehints.is_protocol(protocol) or value is object or protocol.__module__.partition(".")[0] != "lit_safety":
@@ -83,29 +84,29 @@ def _implements_protocol(value: Any, protocol: Any) -> bool:
 typehints.implements_protocol = _implements_protocol
 
 
-# Lines of jsonargparse's messages that describe its search through a union's types and not the mistake itself.
+# Lines of jsonargparse's messages that describe its search through a union's types, not the mistake itself.
 _SEARCH = re.compile(
     r"Parser key |Does not validate against any|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>"
 )
 
 
 def shorten(message: str) -> str:
-    """One line out of jsonargparse's report: the YAML key and what is wrong with its value.
+    """One line from jsonargparse's report: the YAML key and what is wrong with its value.
 
-    jsonargparse reports every type that it tried for every key on the way down; the keys on the way and the
-    innermost reasons are what a person needs.
+    jsonargparse reports every type that it tried for every key on the way down. A person needs the keys on the way and
+    the innermost reasons.
     """
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not _SEARCH.match(line)]
     if not reasons:
         return " ".join(message.split())
-    # The path was tried as a class and as a file; the message that the class has moved is enough.
+    # The path was tried as a class and as a file. The message that the class has moved is enough.
     reasons = [line for line in reasons if "since version 0.2" in line] or reasons
     from lit_safety.core.own_classes import what_to_write
 
     own = [said for line in reasons if (said := what_to_write(line, message)) is not None]
-    reasons = own or reasons  # then the other ways in which the value could have been read say nothing
+    reasons = own or reasons  # then the other types that were tried do not matter
     if keys:
         keys += _below(message)
     where = [f"`{'.init_args.'.join(keys)}`:"] if keys else []
@@ -115,7 +116,7 @@ def shorten(message: str) -> str:
 
 
 def _missing_package(reason: str) -> str | None:
-    """What to install for a class whose package is missing; None: the error is another one."""
+    """What to install for a class whose package is missing; None: it is another error."""
     package = re.search(r"No module named '(\w+)'", reason)
     given = re.search(r"class_path=?\W+([\w.]+)", reason)
     if package is None or given is None or given[1].partition(".")[0] != package[1]:
@@ -128,8 +129,8 @@ def _missing_package(reason: str) -> str | None:
 def _below(message: str) -> list[str]:
     """Keys below the last one that jsonargparse names, on the way to an option that is not accepted.
 
-    It names no key whose value is a class that is made later (an optimizer, a scheduler): only the whole value that it
-    was given shows where the option stood.
+    It does not name a key whose value is a class that is made later (an optimizer, a scheduler). Only the whole value
+    in its message shows where the option stood.
     """
     option = re.search(r"Option '([^']+)' is not accepted", message)
     if option is None:
@@ -161,16 +162,16 @@ def _way(value: object, option: str) -> list[str] | None:
 
 @dataclass
 class _Changes:
-    """What a class that was named instead of another one did not take over from it, while a parser reads."""
+    """Arguments that were dropped because another class was named, noted while a parser reads."""
 
     inherits: tuple[type, ...]
     said: dict[tuple[str, str], str] = field(default_factory=dict)
-    """(class before, class now) -> what is said of it."""
+    """(class before, class now) -> the note about it."""
 
     def note(self, before: str, now: str, dropped: Mapping[str, Any]) -> None:
-        """Remember what was dropped; a second time it would be the arguments of a parameter's default."""
+        """Remember what was dropped. Only the first time: later it would be the arguments of a parameter's default."""
         told = ", ".join(f"{key}: {_brief(one)}" for key, one in dropped.items())
-        text = f"{now} instead of {before} begins from its own defaults; not taken over: {told}"
+        text = f"{now} instead of {before} starts from its own defaults; not taken over: {told}"
         if dropped:
             self.said.setdefault((before, now), text)
 
@@ -185,11 +186,11 @@ _keep_what_fits: Callable[..., None] = typehints.discard_init_args_on_class_path
 
 
 def _begin_from_own_defaults(parser_or_action: Any, prev_val: Any, value: Any) -> None:
-    """Instead of jsonargparse's rule, by which a class takes over every argument of the one before that it also has.
+    """Replaces jsonargparse's rule, by which a class takes over every argument that the class before it also has.
 
-    By that rule `beta: 100` of one loss becomes the beta of another, in silence. Here a changed class takes over
-    nothing but what it needs and has no default for, such as a logger's folder. Exceptions: the same class by another
-    path, and a subclass of a class in `inherits`.
+    By that rule `beta: 100` of one loss becomes the beta of another, without a note. Here a changed class takes over
+    only required arguments, such as a logger's folder. Exceptions: the same class by another path, and a subclass of a
+    class in `inherits`.
     """
     changes = _changes.get()
     if changes is not None and _changed(prev_val, value, changes.inherits):
@@ -222,16 +223,16 @@ def _changed(prev_val: Any, value: Any, inherits: tuple[type, ...]) -> bool:
 def _without_default(class_path: str) -> set[str]:
     try:
         parameters = inspect.signature(import_object(class_path)).parameters.values()
-    except (TypeError, ValueError):  # a class of C code
+    except (TypeError, ValueError):  # a class in C
         return set()
     return {one.name for one in parameters if one.default is one.empty}
 
 
 def check_nulls(values: Any, key: str = "") -> None:
-    """Complain about a null of a class in a config whose parameter takes none.
+    """Refuse a null in a config for a class's parameter that cannot be null.
 
-    jsonargparse lets it through in files, and the class would fail on it in words that name no key. Only plain types
-    are looked at; a parameter whose default is null takes one whatever its type says.
+    jsonargparse accepts it in files, and the class would then fail with a message that does not name the key. Only
+    plain types are checked. A parameter whose default is null accepts null, whatever its type says.
 
     Raises:
         UserError: names the key.
@@ -260,7 +261,7 @@ _PLAIN = (int, float, bool, str)
 def _parameters(class_path: str) -> Sequence[Any]:
     try:
         return get_signature_parameters(typehints.import_object(class_path), "__init__")
-    except (ImportError, AttributeError, TypeError, ValueError):  # no class, or one of C code
+    except (ImportError, AttributeError, TypeError, ValueError):  # not a class, or a class in C
         return ()
 
 
@@ -275,8 +276,8 @@ _load = get_loader("yaml")
 
 
 def _load_strictly(content: str, path: object = "") -> Any:
-    """jsonargparse's reader of YAML within the bounds of `bounded`; keys that stand twice, of which YAML keeps the
-    last, are refused."""
+    """jsonargparse's YAML reader with the bounds of `bounded`. A key that stands twice is refused; YAML would keep the
+    last one."""
     where = str(path) or content[:80]
     check_yaml(content, where)
     if _changes.get() is not None and ("\n" in content or "{" in content):
@@ -286,7 +287,7 @@ def _load_strictly(content: str, path: object = "") -> Any:
             raise UserError(f"{where}: {error}") from error
     try:
         return _load(content)
-    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 10^5 digits
+    except (ValueError, OverflowError, RecursionError) as error:  # an impossible date, a number of 10^5 digits
         raise yaml.YAMLError(f"holds a value that cannot be read ({str(error)[:100]})") from error
 
 
@@ -297,10 +298,10 @@ _CLASS = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][\w.]*$", re.IGNORECASE)
 
 
 def classes_first(arguments: Sequence[str]) -> list[str]:
-    """Options that name a class, moved before options of that class that stand further to the left.
+    """Options that name a class are moved to the left, before the options of that class.
 
-    `--loss.beta 3 --loss Hinge` says as much as `--loss Hinge --loss.beta 3`: without this the beta would go to the
-    class before. Nothing is moved over a `--config`.
+    `--loss.beta 3 --loss Hinge` must mean the same as `--loss Hinge --loss.beta 3`: without this the beta would go to
+    the class before. Options are not moved over a `--config`.
     """
     groups: list[list[str]] = []
     for word in arguments:
@@ -331,11 +332,12 @@ def _plain(option: str) -> str:
 class SingleLineErrors:
     """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback.
 
-    And a class that is named instead of another one begins from its own defaults; what that leaves behind is printed.
+    And a class that is named instead of another one starts from its own defaults; the arguments that it drops are
+    printed.
     """
 
     inherits: tuple[type, ...] = ()
-    """A subclass of such a class, named instead of it, keeps the arguments that were given for it."""
+    """A subclass of one of these classes, named instead of it, keeps the arguments that were given for it."""
 
     def parse_args(self, args: Any = None, *more: Any, **keys: Any) -> Any:
         with self._fresh():
@@ -356,9 +358,10 @@ class SingleLineErrors:
             return parsed
 
     def instantiate(self, *given: Any, **keys: Any) -> Any:
-        """As jsonargparse's; what a class says of its arguments comes out as it said it.
+        """As jsonargparse's own, but a class's own message about its arguments is kept.
 
-        Where a type is `X | None`, jsonargparse turns it into a `ValueError` about all that the type allows.
+        If a type is `X | None`, jsonargparse turns that message into a `ValueError` about everything that the type
+        allows.
         """
         try:
             return super().instantiate(*given, **keys)  # type: ignore[misc]
@@ -388,21 +391,21 @@ class SingleLineErrors:
         changes.tell()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # Messages of nested parsers come back here inside the outer one's; only the outermost is shortened, by the
-        # command line, so that no key on the way is lost.
+        # Messages of nested parsers come back here inside the outer message. Only the outermost is shortened, by the
+        # command line, so that all keys on the way are kept.
         from lit_safety.core.meant import meant
 
         raise UserError(f"{message}{meant(str(message), self)}") from ex
 
     def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-        """As jsonargparse's; a file that holds no config is named."""
+        """As jsonargparse's own, but a file that does not hold a config is named."""
         try:
             with self._fresh():
                 return cast(Any, super()).parse_path(path, *arguments, **options)
         except UserError as error:
             said = str(error)
             if said.startswith("Unexpected config:"):
-                raise UserError(f"{path}: is empty, or holds something else than keys with values") from error
+                raise UserError(f"{path}: is empty, or does not hold keys with values") from error
             if said.startswith("Problems parsing config:"):
                 raise UserError(f"{path}: is not YAML ({said.partition(':')[2].strip()})") from error
             raise

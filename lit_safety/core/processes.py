@@ -1,4 +1,4 @@
-"""Which process this is, and who started it."""
+"""Which process this is, and which process started it."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def is_launched() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-# A process that ends with the one that started it, even when that one is killed.
+# A process that ends together with the process that started it, even if that one is killed.
 
 
-#: The process id of who started this process and wants it to end with it.
+#: Holds the id of the process that started this one and with which this one must end.
 VARIABLE = "LIT_SAFETY_ENDS_WITH"
-#: How often to look, in seconds.
+#: Seconds between two checks.
 POLL = 0.5
-#: Seconds to end in good order, such as to write a checkpoint, before it is ended at once.
+#: Seconds that the process has to end by itself, such as to write a checkpoint, before it is killed.
 GRACE = 120.0
 
 
 def watch_parent() -> None:
-    """Begin to look after the process that `VARIABLE` names, where it is set."""
+    """Start to watch the process that `VARIABLE` names, if it is set."""
     parent = os.environ.pop(VARIABLE, "")
     if parent.isdigit():
         end_with(int(parent))
 
 
 def end_with(parent: int) -> None:
-    """From now on send this process a SIGTERM when ``parent`` is no longer what started it."""
+    """From now on, send this process a SIGTERM when ``parent`` has ended."""
     threading.Thread(target=_watch, args=(parent,), daemon=True, name="watch parent").start()
 
 
@@ -58,7 +58,7 @@ def _watch(parent: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-# Processes that a command starts and that must end with it, whatever ends it.
+# Processes that a command starts and that must end with it, however it ends.
 
 
 Work = TypeVar("Work")
@@ -66,7 +66,7 @@ Done = TypeVar("Done")
 
 
 def check_count(count: int, option: str) -> None:
-    """Refuse a number of processes or threads that no machine of this many cores has use for.
+    """Refuse a number of processes or threads that is too large for this machine's cores.
 
     Raises:
         UserError: names the option and the limit.
@@ -78,14 +78,14 @@ def check_count(count: int, option: str) -> None:
 
 @contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that are started within do not hear Ctrl-C, which a terminal sends to all of them.
+    """Processes that are started inside do not receive Ctrl-C, which a terminal sends to all of them.
 
-    Whoever started them ends them, so that one process says one line. A Ctrl-C that comes meanwhile arrives after.
+    Their parent ends them, so that only one process prints a line. A Ctrl-C during this block arrives after it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # multiprocessing's own process: its start would unblock the signal
+    resource_tracker.ensure_running()  # multiprocessing's own process: starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,7 +94,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def end_all(processes: Iterable[Any], patience: float = 5.0) -> None:
-    """End processes by SIGTERM, and by SIGKILL those that do not hear it within `patience` seconds."""
+    """End processes by SIGTERM, and by SIGKILL those that are still there after `patience` seconds."""
     processes = list(processes)
     for process in processes:
         if process.is_alive():
@@ -107,9 +107,9 @@ def end_all(processes: Iterable[Any], patience: float = 5.0) -> None:
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing's: end as soon as the process that started it is gone, even when it was killed.
+    """In a process of multiprocessing: end as soon as the process that started it has ended, even if it was killed.
 
-    SIGTERM ends it at once, and Ctrl-C, which its parent hears too, does not.
+    SIGTERM ends it at once. Ctrl-C does not, because its parent receives it too.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -126,9 +126,9 @@ def _wait(sentinel: Any) -> None:
 def each(work: Callable[[Work], Done], parts: Sequence[Work], processes: int) -> Iterator[Done]:
     """`work(part)` for every part, in their order, in `processes` processes. `work`: of a module.
 
-    A process that is killed ends the work with BrokenProcessPool; one that this command's end leaves behind ends too.
+    If a process is killed, the work ends with BrokenProcessPool. If this command ends, its processes end too.
     """
-    # Not a fork: one of a process that runs threads may hang.
+    # Not a fork: the fork of a process that runs threads may hang.
     count = max(1, min(processes, len(parts)))
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
     before, started = multiprocessing.active_children(), []
@@ -152,7 +152,7 @@ _COUNTS = (
 
 
 def check_launcher() -> None:
-    """Complain about a launcher's variables that hold no whole number; one that is set to nothing is not set.
+    """Refuse a launcher's variables that are not whole numbers. An empty variable counts as not set.
 
     Raises:
         UserError: names the variable.
@@ -162,5 +162,5 @@ def check_launcher() -> None:
         if value is not None and not value.strip():
             del os.environ[name]
         elif value is not None and not (value.strip().isascii() and value.strip().isdigit()):
-            raise UserError(f"the environment variable {name} is {value[:40]!r}, and no whole number: `unset {name}`, "
+            raise UserError(f"the environment variable {name} is {value[:40]!r}, not a whole number: `unset {name}`, "
                             "or let the launcher set it")  # fmt: skip

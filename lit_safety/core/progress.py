@@ -1,4 +1,4 @@
-"""How far a command has come, on stderr, so that what it prints can be piped on: a bar, or lines in a log file."""
+"""Progress of a command, on stderr, so that its output can be piped: a bar, or lines in a log file."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from rich.progress import (
 )
 
 EVERY = 15.0
-"""Seconds between two lines where stderr is not a terminal."""
+"""Seconds between two lines if stderr is not a terminal."""
 
 
 class Shown(Protocol):
-    """What a command tells its progress to."""
+    """The object that a command reports its progress to."""
 
     def advance(self, count: int) -> None:
         """So many more are done."""
 
     def tell(self, text: str) -> None:
-        """What it is at just now, within one of them."""
+        """What it is doing now, within one of them."""
 
 
 @contextlib.contextmanager
 def counter(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Show how far a command has come; the function this gives counts one pair.
+    """Show the progress of a command. The function that this gives counts one pair.
 
     Args:
-        what: what is being done, in a word.
-        total: how many pairs there are, if that is known.
+        what: what is being done, in one word.
+        total: how many pairs there are; None: that is not known.
     """
     with shown(what, total, transient=True) as bar:
         yield lambda: bar.advance(1)
@@ -47,14 +47,15 @@ def counter(what: str, total: int | None = None) -> Iterator[Callable[[], None]]
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many images of how many are done; the function this gives is told how many were done just now."""
+    """Show how many images of all are done. The function that this gives takes how many were done since its last
+    call."""
     with shown(what, total) as bar:
         yield bar.advance
 
 
 @contextlib.contextmanager
 def shown(what: str, total: int | None, transient: bool = False) -> Iterator[Shown]:
-    """The same, for commands that also say what they are at.
+    """The same, for commands that also say what they are doing.
 
     Args:
         what: what is being done.
@@ -106,13 +107,13 @@ class Lines:
         self._at = ""
         now = time.monotonic()
         if now - self._begun < 0.5:
-            self._first = self.done  # what was there already says nothing of the speed
+            self._first = self.done  # what existed before does not count for the speed
         if now - self._told >= EVERY and self.done != self.total:
             self._told = now
             self._print(self._text(now))
 
     def tell(self, text: str) -> None:
-        """What it is at just now; shown where a line is due."""
+        """What it is doing now; shown with the next line."""
         self._at = text
         now = time.monotonic()
         if now - self._told >= EVERY:
@@ -137,15 +138,15 @@ class Lines:
         print(f"{self.what}: {text}", file=sys.stderr, flush=True)
 
 
-# No remarks of libraries between our own lines.
+# Libraries print no remarks between our own lines.
 
 
 def quiet_libraries() -> None:
-    """No remarks and no loading bars between our own progress bars."""
+    """Switch off the remarks and loading bars of libraries, which would stand between our own progress bars."""
     import transformers
 
     remarks: Any = transformers.logging
-    remarks.set_verbosity_error()  # before diffusers is imported, which sets off most of its remarks
+    remarks.set_verbosity_error()  # before diffusers is imported, because most remarks come with the import
     remarks.disable_progress_bar()
     from diffusers.utils import logging
 

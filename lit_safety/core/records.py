@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def _encodable(text: str) -> str:
-    """Half a surrogate pair can stand in JSON, and in no UTF-8."""
+    """Refuse half a surrogate pair: JSON can hold it, but UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -21,12 +21,12 @@ def _encodable(text: str) -> str:
     return text
 
 
-#: The types of fields. A number is neither a text nor true or false, and is finite.
+#: The types of fields. A number must be finite; a text, true and false are not numbers.
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-#: What pydantic finds -> what we say of the field.
+#: pydantic's word for an error -> our words about the field.
 _WORDS = {
     "missing": "is missing",
     "string_type": "must be a text",

@@ -1,4 +1,4 @@
-"""The configs that come with the trainer, found from any folder, and what stands for the worlds where they are not."""
+"""The configs that come with the trainer, found from any folder, and one line where the worlds are missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shipped(path: str) -> str:
     user's own that is called `configs` goes first.
 
     Args:
-        path: as it was given; what is shipped nowhere comes back as it is.
+        path: as it was given. If no shipped config has this name, it is returned unchanged.
     """
     if Path(path).exists() or not path.endswith((".yaml", ".yml")) or Path(path).is_absolute():
         return path
@@ -42,7 +42,7 @@ def shipped(path: str) -> str:
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
-    """A command line whose `--config` is a file that is there, or a shipped one."""
+    """The command line with each `--config` as a path: a file that exists, or a shipped config."""
     found: list[str] = []
     for i, word in enumerate(arguments):
         option, equals, value = word.partition("=")
@@ -54,7 +54,7 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def check_is_there(config: str) -> None:
-    """Refuse a `--config` that is no file, and name those that are called alike.
+    """Refuse a `--config` that does not exist, and name shipped configs with a similar name.
 
     Raises:
         UserError: names it.
@@ -71,11 +71,11 @@ def check_is_there(config: str) -> None:
 
 
 def check_worlds(settings: Mapping[str, Any], keys: Sequence[str] | None = None) -> None:
-    """Refuse settings that name files of an embedded world where it is not.
+    """Refuse settings that name files of an embedded world if the world is not there.
 
     Args:
         settings: a command's, nested.
-        keys: dotted beginnings of those that are read; None: all but `out` are.
+        keys: the beginnings of the dotted keys that are read; None: all but `out`.
 
     Raises:
         UserError: names the first such key, and where the world comes from.
@@ -93,7 +93,7 @@ def check_worlds(settings: Mapping[str, Any], keys: Sequence[str] | None = None)
 
 
 def _address() -> str:
-    """Where the repository lies, as far as the installed package says so."""
+    """The repository's address, if the installed package states it."""
     from importlib.metadata import PackageNotFoundError, metadata
 
     try:

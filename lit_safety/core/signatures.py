@@ -1,7 +1,7 @@
-"""What classes and functions take, read from their source without importing it: keys are checked before torch loads.
+"""Which arguments classes and functions take, read from their source: keys are checked before torch is imported.
 
-Only what the source says plainly is known. Where a name is made while a module runs, or arguments are handed on to
-something that cannot be found, nothing is claimed.
+Only what the source says directly is known. If a name is made while a module runs, or arguments are passed on to
+something that cannot be found, the answer is "not known".
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Parameter:
 
     name: str
     module: str
-    """Where it is written down, and so where the names in its type are to be looked up."""
+    """The module that defines it, where the names in its type are looked up."""
     annotation: ast.expr | None
     default: str | None
-    """As it stands in the source; None: it has to be given."""
+    """As it stands in the source; None: it must be given."""
     doc: str
 
     @property
@@ -39,18 +39,18 @@ class Parameter:
 
 @dataclass
 class Signature:
-    """What a class or function takes."""
+    """The arguments of a class or function."""
 
     name: str
     doc: str
-    """The first paragraph of what is said of it."""
+    """The first paragraph of its docstring."""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     open: bool = False
     """Whether it may take more than `parameters` holds."""
 
 
 class Absent(Exception):
-    """There is no such module or class; `names` are those that are there instead."""
+    """There is no such module or class; `names` are those that exist."""
 
     def __init__(self, what: str, names: list[str]) -> None:
         super().__init__(what)
@@ -59,7 +59,7 @@ class Absent(Exception):
 
 
 def signature_of(path: str) -> Signature | None:
-    """What `package.Class` takes; None: its source does not say.
+    """The arguments of `package.Class`; None: its source does not say.
 
     Raises:
         Absent: there is certainly no such module, or no such name in it.
@@ -72,7 +72,7 @@ def signature_of(path: str) -> Signature | None:
 
 
 def nested(parameter: Parameter) -> Signature | None:
-    """What the dataclass takes that is the one class in a parameter's type; None: there is none, or several."""
+    """The arguments of the only dataclass in a parameter's type; None: there is none, or there are several."""
     annotation = _annotation(parameter)
     if annotation is None:
         return None
@@ -89,7 +89,7 @@ def nested(parameter: Parameter) -> Signature | None:
 
 
 def values_of(parameter: Parameter) -> Parameter | None:
-    """What each value of a parameter is whose type is `dict[str, X]`; None: it is no such thing."""
+    """For a parameter of type `dict[str, X]`, a parameter of type X; None: it has another type."""
     annotation = _annotation(parameter)
     for one in ast.walk(annotation) if annotation is not None else ():
         if isinstance(one, ast.Subscript) and ast.unparse(one.value) == "dict" and isinstance(one.slice, ast.Tuple):
@@ -108,15 +108,15 @@ def _annotation(parameter: Parameter) -> ast.expr | None:
 
 
 _PLAIN = {"None", "Optional", "Union"}
-#: What leaves a class's arguments as they are written down.
+#: Decorators that do not change a class's arguments.
 _KNOWN_DECORATORS = re.compile(r"(dataclass|runtime_checkable|final|deprecated)$")
 
 
-# ---- finding the source
+# ---- find the source
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module; None: it has none that is Python.
+    """The file of a module; None: it is not a Python file.
 
     Raises:
         Absent: there is no such module.
@@ -148,7 +148,7 @@ def _parse(file: Path, changed: int) -> ast.Module:
 
 
 def _trees(module: str) -> tuple[ast.Module, ...]:
-    """What a module says; of a package that hands names on when they are used, its list of names comes first."""
+    """The parsed source of a module. For a package that exports lazily, its list of names comes first."""
     file = _file(module)
     trees = []
     for one in [] if file is None else [file.with_suffix(".pyi"), file]:
@@ -161,7 +161,7 @@ def _trees(module: str) -> tuple[ast.Module, ...]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """A module's own statements, those within `if` and `try` too."""
+    """A module's own statements, also those within `if` and `try`."""
     left: list[ast.stmt] = list(tree.body)
     while left:
         one = left.pop(0)
@@ -171,10 +171,10 @@ def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _find(module: str, name: str, depth: int = 0) -> tuple[str, Definition] | None:
-    """Where a name is defined, and how; None: that cannot be told.
+    """Where a name is defined, and how; None: that is not known.
 
     Raises:
-        Absent: certainly nowhere.
+        Absent: it is certainly not defined.
     """
     trees = _trees(module)
     if depth > 8 or not trees:
@@ -228,7 +228,7 @@ def _absolute(module: str, one: ast.ImportFrom) -> str:
     return f"{package}.{one.module}" if one.module else package
 
 
-# ---- reading it
+# ---- read the source
 
 
 def _signature(module: str, found: Definition, depth: int = 0) -> Signature:
@@ -261,7 +261,7 @@ def _signature(module: str, found: Definition, depth: int = 0) -> Signature:
 
 
 def _take(said: Signature, others: list[Signature | None]) -> None:
-    """Add what others take, where the class has no such parameter of its own."""
+    """Add the parameters of others that the class does not have itself."""
     for other in others:
         said.open = said.open or other is None or other.open
         for name, one in (other.parameters if other is not None else {}).items():
@@ -285,7 +285,7 @@ def _bases(module: str, found: ast.ClassDef, depth: int) -> list[Signature | Non
 def _add(
     said: Signature, module: str, function: ast.FunctionDef, doc: str, depth: int, owner: ast.ClassDef | None
 ) -> None:
-    """The parameters of a function, and those of what it hands its `**` on to."""
+    """The parameters of a function, and those of the functions that it passes its `**` arguments on to."""
     docs = _documented(doc)
     given = function.args
     plain = [*given.posonlyargs, *given.args]
@@ -329,7 +329,7 @@ _ARGUMENT = re.compile(r"^    (\w+)(?: \([^)]*\))?: ?(.*(?:\n {5,}.*)*)", re.MUL
 
 
 def _documented(doc: str) -> dict[str, str]:
-    """What a docstring says of each argument, under `Args:`."""
+    """What a docstring says about each argument, under `Args:`."""
     doc = textwrap.dedent(doc)
     section = re.search(r"^Args:\n((?: {4,}.*\n|\n)*)", f"{doc}\n", re.MULTILINE)
     found = _ARGUMENT.findall(section[1]) if section else []

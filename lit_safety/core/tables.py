@@ -1,7 +1,7 @@
 """Read the tables that data sets are published with, and write tables that a spreadsheet may open.
 
 A spreadsheet runs a cell that begins with = + - @, a tab or a carriage return as a formula. Such a text is written with
-a quote before it, which readers here take away again; numbers stay as they are.
+a quote before it, which our readers remove again. Numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\Z")
 
 
 def csv_lines(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as lines of CSV; what a spreadsheet would run as a formula is escaped."""
+    """Rows as lines of CSV. A text that a spreadsheet would run as a formula is escaped."""
     lines = []
     for row in rows:
         text = io.StringIO()
@@ -43,11 +43,11 @@ def unescaped(cell: str) -> str:
 
 
 def check_header(header: Sequence[str], path: str, known: Iterable[str] = ()) -> list[str]:
-    """The names of the columns, those in `known` spelt as there, whatever their case and the blanks around them.
+    """The names of the columns. A name in `known` is found in any case and with blanks around it, and spelt as there.
 
     Raises:
-        UserError: a column stands twice, perhaps spelt differently: of its cells only the last would be read; or the
-            columns are not separated by commas, as spreadsheets of many countries write them.
+        UserError: a column stands twice, perhaps with different spelling (only the last one would be read); or the
+        columns are not separated by commas, as in files of spreadsheets in many countries.
     """
     if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise UserError(f"{path}: its columns are separated by {mark!r}; save it with commas between them")
@@ -97,7 +97,7 @@ def read_csv(path: str, required: Iterable[str], optional: Iterable[str] = ()) -
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that a cell holds, also one that a spreadsheet or pandas wrote as `41.0`; None: it holds none.
+    """The whole number in a cell, also one that a spreadsheet or pandas wrote as `41.0`; None: it is not one.
 
     >>> [whole_number(text) for text in ("41", " 41.0 ", "-3", "41.5", "4.1E+10", "1_000", "")]
     [41, 41, -3, None, None, None, None]
@@ -107,7 +107,7 @@ def whole_number(text: str) -> int | None:
 
 
 def decimal_number(text: str) -> float | None:
-    """The number that a cell holds, perhaps nan or infinite; None: it holds none."""
+    """The number in a cell, perhaps nan or infinite; None: it is not a number."""
     try:
         return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
@@ -115,7 +115,7 @@ def decimal_number(text: str) -> float | None:
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:
-    """The file `name` within `folder`. A link there may lead elsewhere, as those in the hub's cache do.
+    """The file `name` within `folder`. A link there may lead elsewhere, as links in the hub's cache do.
 
     Raises:
         UserError: the name is empty or leads out of the folder.
@@ -124,7 +124,7 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name!r} is not a name of a file") from error
+        raise UserError(f"{where}: {name!r} is not a file name") from error
     if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: {name!r} is not a file within {folder}; give the images' folder with --images")
     return folder / path

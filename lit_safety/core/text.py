@@ -1,7 +1,7 @@
-"""The one way in for text that people write: configs, tables, prompts, templates. UTF-8, with a mark or without.
+"""All text that people write is read here: configs, tables, prompts, templates. UTF-8, with or without a mark.
 
-Any other encoding is refused by the file's name instead of being guessed: a guess that is wrong changes prompts in
-silence, and which one Python would take by itself depends on the machine.
+A file in another encoding is refused. The encoding is not guessed: a wrong guess would change prompts without an error,
+and Python's own choice depends on the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from lit_safety.core.errors import UserError
 
-_MARKS = {  # UTF-32 begins as UTF-16 does, so it is asked for first
+_MARKS = {  # UTF-32 begins as UTF-16 does, so it is tested first
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -27,7 +27,7 @@ _MARKS = {  # UTF-32 begins as UTF-16 does, so it is asked for first
 
 
 class NotUtf8(UserError, ValueError):
-    """A text in another encoding. It is a ValueError too, because some code tries several readers in turn."""
+    """A text in another encoding. It is also a ValueError, because some code tries several readers in turn."""
 
 
 def decode_text(data: bytes, where: str) -> str:
@@ -38,7 +38,7 @@ def decode_text(data: bytes, where: str) -> str:
         where: its name, for messages.
 
     Raises:
-        NotUtf8: it is in another encoding; the message names the file, says where that shows and how to convert it.
+        NotUtf8: it is in another encoding; the message names the file, the first such place, and how to convert it.
     """
     for mark, name in _MARKS.items():
         if data.startswith(mark):
@@ -72,18 +72,18 @@ def _advice(encoding: str) -> str:
     return f"save it as UTF-8, as `iconv -f {encoding} -t UTF-8` does"
 
 
-# YAML and JSON that others wrote, and files that are none: what is read is bounded, or refused in one line.
+# YAML and JSON of other people, and things that are not files: reading is bounded, or refused in one line.
 #
-# An alias of YAML stands for a whole subtree: a few lines of aliases of aliases stand for more than any memory holds,
-# and brackets within brackets end Python's stack. JSON has the brackets alone.
+# An alias in YAML stands for a whole subtree: a few lines of aliases of aliases can stand for more values than fit in
+# memory. Deeply nested brackets overflow Python's stack. JSON has only the second problem.
 
 
 DEPTH = 100
-"""Mappings and lists within each other."""
+"""How deep mappings and lists may be nested."""
 ALIASED = 20_000
-"""Values that aliases may add to those which are written out."""
+"""How many values aliases may add to those that are written out."""
 ENTRIES = 100_000
-"""Names in a folder that are looked at for what is not a file."""
+"""How many names in a folder are checked for something that is not a file."""
 
 
 def check_yaml(text: str | bytes, where: str = "") -> None:
@@ -97,7 +97,7 @@ def check_yaml(text: str | bytes, where: str = "") -> None:
         UserError: it is.
         yaml.YAMLError: it is not YAML.
     """
-    if len(text) < 2 * DEPTH:  # numbers and words of a command line, most of the time
+    if len(text) < 2 * DEPTH:  # most often a number or a word of a command line
         return
     import yaml
 
@@ -110,7 +110,7 @@ def check_yaml(text: str | bytes, where: str = "") -> None:
             open_nodes.append((size, event.anchor))
             size, written = size + 1, written + 1
             if len(open_nodes) > DEPTH:
-                raise UserError(f"{prefix}more than {DEPTH} lists or mappings stand within each other; flatten it")
+                raise UserError(f"{prefix}more than {DEPTH} lists or mappings are nested; flatten it")
         elif isinstance(event, yaml.CollectionEndEvent):
             before, anchor = open_nodes.pop()
             if anchor is not None:
@@ -121,17 +121,17 @@ def check_yaml(text: str | bytes, where: str = "") -> None:
                 anchors[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for _, anchor in open_nodes):
-                raise UserError(f"{prefix}the alias *{event.anchor} stands within what it stands for")
+                raise UserError(f"{prefix}the alias *{event.anchor} refers to a part that contains it")
             size, written = size + anchors.get(str(event.anchor), 1), written + 1
         if size > written + ALIASED:
-            raise UserError(f"{prefix}its aliases (*name) stand for more than {ALIASED} values; write them out")
+            raise UserError(f"{prefix}its aliases (*name) stand for more than {ALIASED} values; write the values out")
 
 
 def refuse_duplicate_keys(content: bytes | str) -> None:
-    """Complain about a YAML text in which a key stands twice in one mapping.
+    """Refuse a YAML text in which a key stands twice in one mapping.
 
     Raises:
-        UserError: there is one (the message names the key and both lines), or the text is nested too deeply.
+        UserError: there is such a key (the message names it and both lines), or the text is nested too deeply.
         yaml.YAMLError: it is not YAML.
     """
     import yaml
@@ -141,7 +141,7 @@ def refuse_duplicate_keys(content: bytes | str) -> None:
     seen: set[int] = set()
     while left:
         node = left.pop()
-        if id(node) in seen:  # an alias stands for a node that stands elsewhere
+        if id(node) in seen:  # an alias: its node was seen where it is written out
             continue
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
@@ -164,7 +164,7 @@ def _refuse(mapping: Any) -> None:
 
 
 def load_yaml(text: str | bytes, where: str = "", loader: Any = None) -> Any:
-    """What a YAML text says; `yaml.safe_load` within bounds, of a text in which no key stands twice in a mapping.
+    """The content of a YAML text: `yaml.safe_load` with bounds, and a key that stands twice in a mapping is refused.
 
     Args:
         text: the YAML.
@@ -173,7 +173,7 @@ def load_yaml(text: str | bytes, where: str = "", loader: Any = None) -> Any:
 
     Raises:
         UserError: it is nested too deeply, its aliases stand for too much, or a key stands twice.
-        yaml.YAMLError: it is not YAML, or holds a value that cannot be.
+        yaml.YAMLError: it is not YAML, or holds an impossible value.
     """
     import yaml
 
@@ -184,20 +184,20 @@ def load_yaml(text: str | bytes, where: str = "", loader: Any = None) -> Any:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
     try:
         return yaml.load(text, Loader=loader or yaml.SafeLoader)
-    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 10^5 digits
+    except (ValueError, OverflowError, RecursionError) as error:  # an impossible date, a number of 10^5 digits
         raise yaml.YAMLError(f"holds a value that cannot be read ({str(error)[:100]})") from error
 
 
 def load_json(text: str | bytes, finite: bool = True) -> Any:
-    """`json.loads`, but of a text that means one thing only, is not too deep, and holds numbers.
+    """`json.loads`, but keys that stand twice, deep nesting and numbers that are not finite are refused.
 
     Args:
         text: the JSON.
-        finite: refuse nan and infinity, which Python and pandas write, and which no JSON may hold.
+        finite: refuse nan and infinity, which Python and pandas write although JSON does not allow them.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, a key stands twice in an object, or a number is not finite. A
-            `json.JSONDecodeError` but for the last two.
+        ValueError: a key stands twice in an object, or a number is not finite. `json.JSONDecodeError`: it is not JSON,
+        or is nested too deeply.
     """
     numbers: dict[str, Any] = {"parse_constant": _constant, "parse_float": _number} if finite else {}
     try:
@@ -216,7 +216,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is not a number of JSON")
+    raise ValueError(f"it holds {name}, which JSON does not allow")
 
 
 def _number(text: str) -> float:
@@ -227,7 +227,7 @@ def _number(text: str) -> float:
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse what a command line names before it is opened: a FIFO or a device, which may give bytes forever.
+    """Refuse a FIFO or a device that a command line names, before it is opened: reading it might never end.
 
     Raises:
         UserError: names the option.
@@ -258,7 +258,7 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def refuse_special(key: str, place: str) -> None:
-    """Refuse a place that is neither a file nor a folder, or a folder that holds such a thing.
+    """Refuse a path that is neither a file nor a folder, or a folder that holds such a thing.
 
     Args:
         key: the option or YAML key that names it; empty: an argument without a name.
@@ -274,7 +274,7 @@ def refuse_special(key: str, place: str) -> None:
     except (OSError, ValueError) as error:  # it does not exist, or is not a path
         if getattr(error, "errno", None) != errno.ELOOP:
             return
-        raise UserError(f"{key or place}: {place} is a link that leads to itself") from error
+        raise UserError(f"{key or place}: {place} is a link to itself") from error
     special = _special(place) if stat.S_ISDIR(mode) else () if stat.S_ISREG(mode) else (place,)
     found = next(iter(special), None)
     if found is not None:
@@ -283,12 +283,12 @@ def refuse_special(key: str, place: str) -> None:
 
 
 def _special(folder: str) -> Iterator[str]:
-    """What lies in a folder and is not a file, folder or dangling link; the first `ENTRIES` names are looked at."""
+    """The first name in a folder that is not a file, folder or dangling link. Only `ENTRIES` names are checked."""
     left, seen = [folder], 0
     while left:
         try:
             entries = os.scandir(left.pop())
-        except OSError:  # a folder that may not be read: the code that reads it later says so
+        except OSError:  # the folder may not be read: the code that reads it later reports that
             continue
         with entries:
             for entry in entries:

@@ -1,8 +1,8 @@
 """A tokenizer is read whole or refused.
 
-transformers makes a tokenizer of two words where a folder holds no vocabulary, and never says so: every prompt becomes
-the same tokens. So its files are looked for before, and afterwards it must read the words of its own vocabulary, and
-fit the text encoder that gets its tokens.
+If a folder holds no vocabulary, transformers makes a tokenizer of two words and does not report it: every prompt then
+becomes the same tokens. So we check its files first. Then it must read the words of its own vocabulary, and fit the
+text encoder that gets its tokens.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from lit_safety.core.weights import is_hidden, is_pointer
 #: The whole tokenizer in one file.
 WHOLE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
-#: Vocabularies of tokenizers whose class names no file of its own.
+#: Vocabularies of tokenizers whose class does not name a file.
 OTHER_VOCABULARIES = ("tokenizer.model", "tekken.json")
-#: How many embeddings may stand without a token: networks are padded to multiples of 64 or 128, large ones further.
+#: How many embeddings may lack a token: networks are padded to multiples of 64 or 128, large ones to more.
 PADDING, PADDING_SHARE = 128, 0.1
 #: How many words of its vocabulary a tokenizer is asked for.
 PROBES = 32
-#: The share of longer words of a BPE vocabulary that may have no merge: a few are put in by hand.
+#: The share of longer words of a BPE vocabulary that may lack a merge: a few are added by hand.
 LOST_SHARE = 0.02
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-#: A mark such as `</think>`, which no merge makes: some tokenizers do not list it among their special tokens.
+#: A mark such as `</think>`, which merges do not make: some tokenizers do not list it among their special tokens.
 _MARK = re.compile(r"<[^<>\s]+>")
 #: What a word begins or ends with in the vocabularies of byte-level BPE, SentencePiece and CLIP.
 MARKS = ("\u0120", "\u2581", "</w>")
-#: transformers takes this for the end token of CLIP models whose configuration was written wrongly.
+#: transformers uses this as the end token of CLIP models whose configuration was written wrongly.
 OLD_CLIP_END = 2
 
 
 def check_tokenizer_files(folder: Path, kind: type, settings: bool = True) -> None:
-    """Whether a folder holds the vocabulary and the settings of a tokenizer of the class ``kind``.
+    """Refuse a folder without the vocabulary and the settings of a tokenizer of the class ``kind``.
 
     Args:
         folder: the tokenizer's.
-        kind: a class of transformers; one that chooses by itself, such as `AutoTokenizer`, names no files.
-        settings: whether it needs `tokenizer_config.json`: whoever says how long texts are and masks them does not.
+        kind: a class of transformers. One that chooses another class, such as `AutoTokenizer`, does not name files.
+        settings: whether it needs `tokenizer_config.json`. A caller that sets the length of texts and masks them does
+            not.
 
     Raises:
         UserError: a file is missing, empty or a pointer of git LFS; names it.
@@ -52,7 +53,7 @@ def check_tokenizer_files(folder: Path, kind: type, settings: bool = True) -> No
     stated: Mapping[str, str] = getattr(kind, "vocab_files_names", {})
     own = [name for name in stated.values() if name != WHOLE]
     several = all(name in there for name in own) if own else any(name in there for name in OTHER_VOCABULARIES)
-    if not stated:  # it is chosen by the settings
+    if not stated:  # the settings choose the class
         several = several or {"vocab.json", "merges.txt"} <= there or bool(there & {"vocab.txt", "spiece.model"})
     if WHOLE not in there and not several:
         missing = " and ".join(name for name in own if name not in there)
@@ -75,15 +76,15 @@ def check_tokenizer_files(folder: Path, kind: type, settings: bool = True) -> No
 
 
 def check_tokenizer(tokenizer: Any, folder: Path | str, encoder: Mapping[str, Any] | None = None) -> None:
-    """Whether a tokenizer reads words, and whether its tokens are those of its text encoder.
+    """Refuse a tokenizer that does not read words, or whose tokens are not those of its text encoder.
 
     Args:
         tokenizer: of transformers, loaded.
         folder: where it comes from, for messages.
-        encoder: the text encoder's `config.json`; None: it is not there to be compared.
+        encoder: the text encoder's `config.json`; None: it is not compared.
 
     Raises:
-        UserError: it does not; says what differs.
+        UserError: says what differs.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     _check_words(tokenizer, vocabulary, folder)
@@ -104,7 +105,7 @@ def _check_words(tokenizer: Any, vocabulary: Mapping[str, int], folder: Path | s
     ordinary = [token for token in vocabulary if token not in special]
     marked = [token for token in ordinary if token != (word := _word(token)) and _is_plain(word)]
     words = sorted(marked or [token for token in ordinary if _is_plain(token)], key=vocabulary.__getitem__)
-    if not words and len(ordinary) >= 16:  # of no alphabet that is known here
+    if not words and len(ordinary) >= 16:  # in an alphabet that is not known here
         return
     probes = words[:: max(1, len(words) // PROBES)]
     read = sum(_reads(tokenizer, _word(token), vocabulary[token]) for token in probes)
@@ -116,7 +117,7 @@ def _check_words(tokenizer: Any, vocabulary: Mapping[str, int], folder: Path | s
 
 
 def _check_merges(tokenizer: Any, folder: Path | str) -> None:
-    """Whether the merges of a BPE vocabulary make all of its tokens: without them long words are split into letters."""
+    """Refuse a BPE vocabulary whose merges do not make its tokens: long words would be split into letters."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE" or model.get("ignore_merges"):
@@ -159,7 +160,8 @@ def _reads(tokenizer: Any, word: str, number: int) -> bool:
 def _check_size(tokenizer: Any, vocabulary: Mapping[str, int], rows: int, folder: Path | str) -> None:
     added = set(tokenizer.get_added_vocab())
     used = {number for token, number in vocabulary.items() if token not in added}
-    # Of the special ones those that stand around a text: others, as for masking, may be added and never embedded.
+    # Of the special tokens only those that stand around a text: others, as for masking, may be added without an
+    # embedding.
     used |= {*tokenizer("")["input_ids"], *([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])}
     if max(used, default=0) >= rows:
         raise UserError(
@@ -179,8 +181,8 @@ def _check_clip(tokenizer: Any, encoder: Mapping[str, Any], folder: Path | str) 
     base = getattr(tokenizer, "backend_tokenizer", None)
     if end is None or (base is not None and tokenizer.eos_token not in base.get_vocab(with_added_tokens=False)):
         raise UserError(
-            f"{folder}: its vocabulary has no end token {tokenizer.eos_token!r}, where CLIP reads a prompt; copy the "
-            "tokenizer again"
+            f"{folder}: its vocabulary lacks the end token {tokenizer.eos_token!r}, at which CLIP reads a prompt; "
+            "copy the tokenizer again"
         )
     if isinstance(stated, int) and stated != OLD_CLIP_END and stated < rows and end != stated:
         raise UserError(
@@ -210,5 +212,5 @@ def read_config(config: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{config} is not readable JSON: {error}") from error
     if not isinstance(stated, dict):
-        raise UserError(f"{config} holds no JSON object")
+        raise UserError(f"{config} is not a JSON object")
     return stated

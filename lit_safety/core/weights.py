@@ -1,7 +1,7 @@
-"""Which weights of a model's folder are read, and whether they are whole: one answer for every reader and every hash.
+"""Which weights of a model's folder are read, and whether they are whole. All readers and hashes ask here.
 
-Only safetensors are read. Pickled weights (`.bin`, `.pt`, `.ckpt`) can run code when they are loaded, and whoever was
-given a folder cannot see what is in it; converting once, where one trusts the file, is one line.
+Only safetensors are read. Pickled weights (`.bin`, `.pt`, `.ckpt`) can run code when they are loaded, and one cannot
+see what a folder from somebody else contains. A trusted file can be converted once, by one line.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-#: What weights are called by diffusers and by transformers.
+#: The names of weights in diffusers and in transformers.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-#: Variants that are read, the first that is there; "" are files without one.
+#: Variants that are read, the first that exists; "" are files without a variant.
 VARIANTS = ("", "fp32", "fp16", "bf16")
 #: Weights in formats that can run code, or that only other libraries read.
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf")
-#: What a file begins with that git LFS has left in the place of the real one.
+#: The beginning of a pointer file that git LFS has left in place of the real file.
 POINTER = b"version https://git-lfs.github.com/spec/"
-#: Ends of names under which older releases kept numbers that are counted and not learned.
+#: Endings of names under which older releases stored numbers that are counted, not learned.
 COUNTED = (".position_ids", ".inv_freq", ".num_batches_tracked")
 MAX_HEADER = 100 << 20  # safetensors' own limit
 MAX_INDEX = 64 << 20  # bytes of the index of a model in many files; that of 400 billion parameters has 1 MB
@@ -50,19 +50,20 @@ class Weights:
     names: tuple[str, ...]
     """Of the files, in the order of their numbers."""
     index: str | None = None
-    """Of a network in several files: which tensor is in which."""
+    """Of a network in several files: which tensor is in which file."""
 
 
 def is_hidden(path: Path | str) -> bool:
-    """Whether a file is none of the user's own: macOS leaves `._NAME` next to every file on other disks, and
-    `.DS_Store` in folders."""
+    """Whether a file was made by the system, not by the user: macOS leaves `._NAME` next to every file on other disks,
+    and `.DS_Store` in folders."""
     return Path(path).name.startswith(".")
 
 
 def choose_weights(names: Iterable[str], stem: str) -> Weights | None:
-    """Which of a folder's files are a network's weights: full precision if it is there, else half; None: none is.
+    """Which of a folder's files are a network's weights: full precision if there is one, else half; None: there are
+    none.
 
-    `ema` and `non_ema` are other weights than those that draw, so they are never taken by themselves.
+    `ema` and `non_ema` are not the weights that draw, so they are never chosen here.
 
     Args:
         names: the folder's files.
@@ -90,11 +91,15 @@ def _one_set(files: list[tuple[str, int, int]], variant: str | None, index: str 
     whole = [name for name, number, _ in files if not number]
     cut = [(name, number, count) for name, number, count in files if number]
     if whole and cut:
-        raise UserError(f"{whole[0]} lies beside {cut[0][0]}: both are weights of one network; take away what is old")
+        raise UserError(
+            f"{whole[0]} and {cut[0][0]} are both there: two sets of weights of one network; remove the old one"
+        )
     if whole:
         return Weights(variant, (whole[0],))
     if len({count for _, _, count in cut}) > 1 and index is None:
-        raise UserError(f"{cut[0][0]} lies beside {cut[-1][0]}, and no index says which belong together")
+        raise UserError(
+            f"{cut[0][0]} and {cut[-1][0]} are both there, and the index that says which belong together is missing"
+        )
     if index is None:
         count = cut[0][2]
         missing = sorted(set(range(1, count + 1)) - {number for _, number, _ in cut})
@@ -105,7 +110,7 @@ def _one_set(files: list[tuple[str, int, int]], variant: str | None, index: str 
 
 
 def weights_of(folder: Path, stem: str) -> Weights | None:
-    """`choose_weights` of a folder, files that are links followed, with the index read; None: it has no safetensors.
+    """`choose_weights` of a folder, with links followed and the index read; None: it has no safetensors.
 
     Raises:
         UserError: as `choose_weights`; or a file that the index names is missing, or the index is damaged; names the
@@ -135,7 +140,7 @@ def _indexed(index: Path, there: set[str]) -> tuple[str, ...]:
         stated = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         names = tuple(sorted(set(stated.values())))
         if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ValueError("its weight_map names no files of its own folder")
+            raise ValueError("its weight_map does not name files of its own folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         pointer = ": it is a pointer of git LFS; run `git lfs pull`" if is_pointer(index) else ""
         raise UserError(f"{index} is not a readable index of weights ({_first_line(error)}){pointer}") from error
@@ -164,8 +169,8 @@ def _why_none(folder: Path, stem: str) -> str:
     others = [name for name in names if _NAME.fullmatch(name) and name.startswith(f"{stem}")]
     if others:
         return (
-            f"{folder}: {stem}.safetensors is missing, and {others[0]} is another variant, which is not drawn with; if "
-            f"it is what you mean, copy it to {stem}.safetensors"
+            f"{folder}: {stem}.safetensors is missing, and {others[0]} is another variant, which is not used; to use "
+            f"it, copy it to {stem}.safetensors"
         )
     pickled = [name for name in names if name.endswith(OTHER_FORMATS)]
     if pickled:
@@ -188,7 +193,7 @@ def is_pickled(file: Path) -> bool:
 
 
 def how_to_convert(file: Path) -> str:
-    """The command that makes safetensors of a plain torch file: `weights_only` runs nothing of it."""
+    """The command that makes safetensors of a plain torch file: with `weights_only` no code in it runs."""
     new = file.with_name(f"{file.stem}{'-converted' if file.suffix == '.safetensors' else ''}.safetensors")
     code = (
         f"import torch, safetensors.torch as s; d = torch.load(open({str(file)!r}, 'rb'), 'cpu', weights_only=True); "
@@ -198,7 +203,7 @@ def how_to_convert(file: Path) -> str:
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether git LFS has left a pointer in the file's place."""
+    """Whether the file is a pointer that git LFS has left in place of the real file."""
     try:
         with file.open("rb") as stream:
             return stream.read(len(POINTER)) == POINTER
@@ -208,10 +213,10 @@ def is_pointer(file: Path) -> bool:
 
 @contextmanager
 def open_safetensors(file: Path | str) -> Iterator[Any]:
-    """`safe_open` of torch tensors. Its reader bounds the header, which may be a list or very deep.
+    """`safe_open` for torch tensors. It bounds the header, which could otherwise be deeply nested.
 
     Raises:
-        UserError: the file is missing or damaged, or a pointer of git LFS; also what goes wrong while it is read.
+        UserError: the file is missing, damaged or a pointer of git LFS; also for errors while it is read.
     """
     try:
         with safe_open(file, framework="pt") as handle:
@@ -221,7 +226,7 @@ def open_safetensors(file: Path | str) -> Iterator[Any]:
 
 
 def check_safetensors(file: Path) -> None:
-    """Whether the header is whole and all the numbers that it promises are there; none is read.
+    """Refuse a file whose header is damaged, or in which numbers are missing. The numbers are not read.
 
     Raises:
         UserError: as `open_safetensors`.
@@ -233,7 +238,7 @@ def check_safetensors(file: Path) -> None:
 def not_readable(file: Path, error: Exception) -> str:
     """Why a safetensors file cannot be read, as one line that names it."""
     if is_pointer(file):
-        return f"{file} is a pointer of git LFS and no weights: run `git lfs pull` in its clone, or copy the file"
+        return f"{file} is a pointer of git LFS, not weights: run `git lfs pull` in its clone, or copy the file"
     return f"{file} is not a readable safetensors file: {_first_line(error)}"
 
 
@@ -243,7 +248,7 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     Raises:
         UserError: as `open_safetensors`.
     """
-    check_safetensors(file)  # bounds the depth, and checks kinds and offsets
+    check_safetensors(file)  # bounds the depth, and checks types and offsets
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -259,9 +264,9 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 def check_whole(
     network: nn.Module, report: Mapping[str, Any], folder: Path | str, used: nn.Module | None = None
 ) -> None:
-    """Whether every tensor of a network was in its file, the file held no other layers, and all numbers are finite.
+    """Refuse a network of which a tensor is missing in its file, or a file with other layers or with nan or infinity.
 
-    Of a larger model, such as a CLIP whose text half is loaded, what belongs to its other parts may be left over.
+    If only a part of a model is loaded, such as the text half of a CLIP, tensors of its other parts may be left over.
 
     Args:
         network: just loaded.
@@ -279,7 +284,7 @@ def check_whole(
     idle = {name for name, parameter in parameters if own is not None and id(parameter) not in own}
     if missing := sorted(set(report["missing_keys"]) - idle):
         raise UserError(
-            f"{folder}: its weights have no {missing[0]}{_more(missing)}, which config.json asks for: they belong to "
+            f"{folder}: its weights lack {missing[0]}{_more(missing)}, which config.json asks for: they belong to "
             "another model, or are damaged"
         )
     parts = {name for name, _ in network.named_children()}
@@ -291,16 +296,16 @@ def check_whole(
     ]
     if left:
         raise UserError(
-            f"{folder}: its weights hold {left[0]}{_more(left)}, for which the network of config.json has no place: "
-            "they belong to another model, or config.json does"
+            f"{folder}: its weights hold {left[0]}{_more(left)}, which is not a layer of the network in config.json: "
+            "the weights or config.json belong to another model"
         )
     for name, value in network.state_dict().items():
-        # A sum is quick; it is not a number either where very many are very large, and then all are looked at.
+        # A sum is quick. It may also overflow where very many numbers are very large; then each number is tested.
         doubtful = value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32))
         if doubtful and not torch.isfinite(value.float()).all():
             raise UserError(
-                f"{folder}: {name} holds numbers that are not finite (NaN or infinity), and so would every image: "
-                "take weights from before they were spoilt"
+                f"{folder}: {name} holds numbers that are not finite (NaN or infinity), so every image would be "
+                "broken: use weights from before that happened"
             )
 
 
@@ -316,7 +321,7 @@ def _first_line(error: Exception) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights in a component's folder that are loaded, of several variants those in full precision; none: [].
+    """The weights in a component's folder that are loaded, of several variants those in full precision; [] if none.
 
     Raises:
         UserError: as `weights_of`.

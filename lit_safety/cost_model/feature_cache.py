@@ -30,11 +30,10 @@ from lit_safety.cost_model.network import ClipTower
 from lit_safety.data.datamodule import KEY, PreferenceDataModule
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.data.reading.decode import PairDecoder
-from lit_safety.data.reading.loader import PairLoader
+from lit_safety.data.reading.loader import PairLoader, PairStream
 from lit_safety.data.reading.order import Deal, Group
 from lit_safety.data.reading.select import select
 from lit_safety.data.reading.source import open_source
-from lit_safety.data.reading.stream import PairStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

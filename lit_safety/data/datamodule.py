@@ -21,11 +21,10 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.reading.decode import PairDecoder
-from lit_safety.data.reading.loader import DataPosition, PairLoader
+from lit_safety.data.reading.loader import DataPosition, PairLoader, PairStream
 from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches, shares
 from lit_safety.data.reading.select import Filter, Selection, select, take
 from lit_safety.data.reading.source import Source, open_source
-from lit_safety.data.reading.stream import PairStream
 
 if TYPE_CHECKING:
     from lit_safety.data.cache.sources import CachedSource

@@ -16,7 +16,7 @@ from lit_safety.report.sheet import GREY, NOTHING, RED, TILE, Band, Cell, Row, f
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lit_safety.evaluation.results import ArmResult, Results
+    from lit_safety.evaluation.run import ArmResult, Results
 
 
 COLUMNS = 8

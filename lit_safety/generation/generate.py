@@ -12,7 +12,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import append_line, write_atomic
 from lit_safety.core.hashes import digest
 from lit_safety.core.text import load_json
-from lit_safety.drawing.painter import PainterSettings
+from lit_safety.drawing.pipelines import PainterSettings
 from lit_safety.generation.pairs import Scorer
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def generate(
     from lit_safety.core.hashes import content_sha256, file_sha256
     from lit_safety.data.convert.join import join_when_done, part_name, this_device, this_rank
     from lit_safety.drawing.arms import Arm
-    from lit_safety.drawing.painter import Painter
-    from lit_safety.drawing.pipelines import load_pipeline, local_pipeline
+    from lit_safety.drawing.pipelines import Painter, load_pipeline, local_pipeline
     from lit_safety.drawing.worlds import check_world
     from lit_safety.generation.pairs import Assessor, PairMaker, read_prompt_pairs
 

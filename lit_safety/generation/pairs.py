@@ -17,7 +17,7 @@ from lit_safety.data.format.sample import Kind, Order, PairMetadata, Sides
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lit_safety.drawing.painter import Painter
+    from lit_safety.drawing.pipelines import Painter
 
 
 COLUMNS = ("harmful_prompt", "safe_prompt", "category")

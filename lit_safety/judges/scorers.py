@@ -149,8 +149,8 @@ def load_scorer(spec: str) -> PreferenceScorer:
     Raises:
         UserError: the file is unreadable, describes no scorer, or its weights are missing.
     """
-    from lit_safety.core.classes import object_from_file
     from lit_safety.core.shipped import shipped
+    from lit_safety.judges.load import object_from_file
 
     if not Path(spec := shipped(spec)).is_file():
         raise UserError(f"--preference {spec}: no such file; give one such as configs/scorers/pickscore.yaml")

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from lit_safety.report.card import templates
 from lit_safety.report.charts import COLOURS
-from lit_safety.report.template import templates
 
 LARGEST = 320
 """Side in pixels above which an image is shrunk for the page."""

@@ -9,7 +9,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.report.charts import Axis, Chart, Point, Series, heatmap_png, pareto_front, png
 from lit_safety.study.plan import Growth, HeatMap, Study, jobs_of, load_study
-from lit_safety.study.results import Result, latest, read_results
+from lit_safety.study.run import Result, latest, read_results
 
 FRONT, BEATEN = 1, 0
 """Colours of rows: blue and grey."""

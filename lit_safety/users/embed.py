@@ -36,10 +36,9 @@ def embed(
 
     from lit_safety.core.errors import UserError
     from lit_safety.core.progress import counter
-    from lit_safety.users.multi_hot import project
+    from lit_safety.users.embeddings import fill, project, read_template
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
     from lit_safety.users.table import write_users
-    from lit_safety.users.template import fill, read_template
 
     users = read_profiles(profiles)
     if batch_size < 1:
@@ -52,7 +51,7 @@ def embed(
             raise UserError("--none_as_nan is about the text that a model reads: give --model too")
         embeddings = project(users.values(), dimension)
     else:
-        from lit_safety.users.text_model import TextModel
+        from lit_safety.users.embeddings import TextModel
 
         text = read_template(template)
         with counter("embed", len(users)) as tick:

@@ -18,7 +18,7 @@ from lit_safety.backbones.call import call_options
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings, draw_batch
-from lit_safety.drawing.painter import Painter, PainterSettings
+from lit_safety.drawing.pipelines import Painter, PainterSettings
 from lit_safety.drawing.prompts import Prompt
 from tests.helpers.flow_pipelines import FAMILIES, save_flow
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_safety.cli.evaluate_fit import from_fit
+from lit_safety.cli.commands import from_fit
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.source import open_source
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.core.classes import object_from_file
 from lit_safety.core.errors import UserError
 from lit_safety.core.old_names import HOMES, new_names
 from lit_safety.judges.judge import Judge
+from lit_safety.judges.load import object_from_file
 
 
 @pytest.mark.parametrize("module", HOMES)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_safety.core.classes import object_from_file
 from lit_safety.core.errors import UserError
 from lit_safety.judges.judge import Judge
-from lit_safety.judges.load import load_judge
+from lit_safety.judges.load import load_judge, object_from_file
 from lit_safety.judges.scorers import PreferenceScorer
 from lit_safety.objectives import Objective
 

@@ -21,7 +21,7 @@ from lit_safety.judges.load import judge_from_file, load_judge
 from lit_safety.judges.vlm import read_template as read_question
 from lit_safety.merging.calibration import _opened
 from lit_safety.study.plan import load_study
-from lit_safety.users.template import read_template
+from lit_safety.users.embeddings import read_template
 
 OTHERS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1"]
 

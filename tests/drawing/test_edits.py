@@ -10,10 +10,9 @@ from PIL import Image, ImageOps
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.edits import Edit, mask, place_of, read_pictures
-from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, Load, draw_batch
 from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.pipelines import load_pipeline
-from lit_safety.drawing.processes import Load
 from lit_safety.evaluation.command import evaluate
 
 

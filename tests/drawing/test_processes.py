@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from lit_safety.core.errors import UserError
-from lit_safety.drawing import processes
+from lit_safety.drawing import gallery
 from lit_safety.drawing.arms import Arm
-from lit_safety.drawing.gallery import DrawingSettings, Gallery
-from lit_safety.drawing.processes import Load, draw_missing
+from lit_safety.drawing.gallery import DrawingSettings, Gallery, Load, draw_missing
 from lit_safety.evaluation.command import evaluate
 from lit_safety.judges.toy.judge import ToyJudge
 
@@ -45,7 +44,7 @@ def test_ticks_of_all_processes_are_heard() -> None:
             writer.send(tick)
         writer.close()
     heard: list[int] = []
-    processes._listen({reader: Ended(0) for reader in readers}, heard.append)
+    gallery._listen({reader: Ended(0) for reader in readers}, heard.append)
     assert sorted(heard) == [3, 4, 5]
 
 
@@ -56,7 +55,7 @@ def test_an_error_or_a_kill_in_one_process_ends_the_drawing(says: str | None, st
         writer.send(says)
     writer.close()
     with pytest.raises(UserError, match=expected):
-        processes._listen({reader: Ended(status)}, lambda _: None)
+        gallery._listen({reader: Ended(status)}, lambda _: None)
 
 
 def test_what_a_dead_process_began_is_removed_and_a_living_one_s_is_not(small_set, tmp_path: Path) -> None:
@@ -72,14 +71,14 @@ def test_what_a_dead_process_began_is_removed_and_a_living_one_s_is_not(small_se
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws_each_picture_once(pipeline: Path, small_set, tmp_path: Path) -> None:
+def test_two_processes_draw_what_one_draws_each_image_once(pipeline: Path, small_set, tmp_path: Path) -> None:
     load, ticks = Load(pipeline, Arm(negative_prompt="gun"), SETTINGS), []
     galleries = [Gallery(tmp_path / str(count), "a", {}, small_set, SETTINGS) for count in (1, 2)]
-    for count, gallery in enumerate(galleries, start=1):
+    for count, one in enumerate(galleries, start=1):
         ticks.clear()
-        draw_missing(load, gallery, ticks.append, count)
+        draw_missing(load, one, ticks.append, count)
         assert sum(ticks) == len(small_set)
-    one, two = ([Image.open(drawn.path).tobytes() for drawn in gallery.all()] for gallery in galleries)
+    one, two = ([Image.open(drawn.path).tobytes() for drawn in one.all()] for one in galleries)
     assert one == two
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -87,10 +86,10 @@ def test_two_processes_draw_what_one_draws_each_picture_once(pipeline: Path, sma
 @pytest.mark.slow
 def test_an_error_in_a_process_is_the_command_s_error(pipeline: Path, small_set, tmp_path: Path) -> None:
     """The folder of the images is a file: the process that draws cannot write."""
-    gallery = Gallery(tmp_path, "a", {}, small_set, SETTINGS)
-    gallery.folder.write_bytes(b"in the way")
+    one = Gallery(tmp_path, "a", {}, small_set, SETTINGS)
+    one.folder.write_bytes(b"in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        draw_missing(Load(pipeline, Arm(), SETTINGS), gallery, lambda _: None, 2)
+        draw_missing(Load(pipeline, Arm(), SETTINGS), one, lambda _: None, 2)
 
 
 @pytest.mark.slow
@@ -128,5 +127,5 @@ def test_killed_with_its_processes_and_resumed_is_the_same_report(pipeline: Path
     subprocess.run(command, check=True, capture_output=True, env=environment)
     for name in ("metrics.json", "index.html", "table.md", "verdicts.csv", "before_after.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a picture that was there is not written again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "an image that was there is not written again"
     assert json.loads((cut / "metrics.json").read_text())["base"]["n"] == 24

@@ -89,7 +89,7 @@ def test_edits_are_for_users_too(pipeline: Path, user_adapter: Path, tmp_path: P
     from PIL import Image
 
     from lit_safety.drawing.edits import Edit
-    from lit_safety.drawing.processes import Load
+    from lit_safety.drawing.gallery import Load
 
     for number in range(3):
         Image.new("RGB", (32, 32), (80 * number, 40, 200 - 60 * number)).save(tmp_path / f"{number}.png")

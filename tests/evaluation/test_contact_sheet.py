@@ -6,7 +6,7 @@ from PIL import Image
 
 from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.contact_sheet import benign_rows, contact_sheet, harmful_rows, tile
-from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.evaluation.run import ArmResult, Results
 from lit_safety.judges.judge import JudgeError, Verdict
 from lit_safety.report.sheet import TILE
 

@@ -10,7 +10,7 @@ import yaml
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import read_prompts
-from lit_safety.evaluation.given import judge_file, prompt_file
+from lit_safety.evaluation.command import judge_file, prompt_file
 
 
 def test_rows_are_read_back_as_they_were_given(tmp_path: Path) -> None:

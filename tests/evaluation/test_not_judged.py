@@ -20,9 +20,8 @@ from lit_safety.drawing.prompts import Prompt
 from lit_safety.evaluation.compare import compare_table, read_metrics
 from lit_safety.evaluation.contact_sheet import contact_sheet
 from lit_safety.evaluation.metrics import NOT_JUDGED, answers, ask_pairs, differences, flat, summarise
-from lit_safety.evaluation.page import page, pareto_blocks
-from lit_safety.evaluation.report import verdicts_csv, write_report
-from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.evaluation.report import page, pareto_blocks, verdicts_csv, write_report
+from lit_safety.evaluation.run import ArmResult, Results
 from lit_safety.evaluation.tables import arm_markdown, report_table
 from lit_safety.judges.clip import ZeroShotClip
 from lit_safety.judges.cost import CostJudge

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from lit_safety.drawing.gallery import Drawn
-from lit_safety.evaluation.page import page
-from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.evaluation.report import page
+from lit_safety.evaluation.run import ArmResult, Results
 from lit_safety.judges.judge import Verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

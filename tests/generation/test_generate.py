@@ -134,15 +134,15 @@ KILLED = """
 import json, os, signal, sys
 from tests.helpers.generate_stubs import install_judge
 install_judge()
-from lit_safety.drawing import painter
+from lit_safety.drawing import pipelines
 from lit_safety.generation.generate import generate
-calls, draw = [0], painter.Painter.from_text
+calls, draw = [0], pipelines.Painter.from_text
 def counted(self, prompts, seeds):
     calls[0] += 1
     if calls[0] > 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(self, prompts, seeds)
-painter.Painter.from_text = counted
+pipelines.Painter.from_text = counted
 generate(**json.loads(sys.argv[1]))
 """
 
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
 ) -> None:
     import json
 
-    from lit_safety.drawing.painter import Painter
+    from lit_safety.drawing.pipelines import Painter
 
     generate(**given, out=str(tmp_path / "whole"))
     out = tmp_path / "out"

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lit_safety.drawing.painter import PainterSettings
+from lit_safety.drawing.pipelines import PainterSettings
 from lit_safety.generation.pairs import Scorer
 from lit_safety.judges import load
 from lit_safety.judges.judge import JudgeError, Verdict

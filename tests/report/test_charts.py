@@ -10,7 +10,7 @@ from PIL import Image
 from lit_safety.core.errors import UserError
 from lit_safety.evaluation.attack_curves import attack_blocks, curves_png, find_attacks, read_attacks
 from lit_safety.evaluation.metrics import answers, summarise
-from lit_safety.evaluation.page import pareto_blocks
+from lit_safety.evaluation.report import pareto_blocks
 from lit_safety.evaluation.tables import arm_blocks, arm_markdown
 from lit_safety.judges.judge import Verdict
 from lit_safety.report.charts import (

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.study.plan import Growth, HeatMap, Job, Study, jobs_of
-from lit_safety.study.results import Result, append_result, collect, read_results
+from lit_safety.study.run import Result, append_result, collect, read_results
 from lit_safety.study.table import cells, growth, heatmap, lines, markdown, newest, newest_by_row
 
 HEAT = HeatMap("alone", "by category")

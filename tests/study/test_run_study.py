@@ -20,8 +20,7 @@ from PIL import Image
 from lit_safety.core.errors import UserError
 from lit_safety.report.charts import pareto_front
 from lit_safety.study import run as runner
-from lit_safety.study.results import FILE_NAME, Figure, Result, _look_up, append_result, read_results
-from lit_safety.study.run import run_study
+from lit_safety.study.run import FILE_NAME, Figure, Result, _look_up, append_result, read_results, run_study
 from lit_safety.study.table import tabulate
 
 #: Stands in for `python -m lit_safety`: writes the numbers it is given and counts how often it is called.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_safety.core.errors import UserError
-from lit_safety.users.multi_hot import SIZE, multi_hot, project
+from lit_safety.users.embeddings import SIZE, multi_hot, project
 from lit_safety.users.profiles import Profile, read_profiles
 
 PROFILE = Profile("anna", 18, "adolescents", "male", "None", "healthy", "war", ("violence", "propaganda"), ("hate",))

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from lit_safety.core.errors import UserError
-from lit_safety.users.profiles import Profile, read_profiles
-from lit_safety.users.rules import AGES, EIGHT, SAGE, VALUES
+from lit_safety.users.profiles import AGES, EIGHT, SAGE, VALUES, Profile, read_profiles
 
 PUBLISHED = Path(__file__).parent / "sage_profiles.csv"
 ADULT = {

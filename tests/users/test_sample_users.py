@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from lit_safety.core.errors import UserError
-from lit_safety.users.profiles import read_profiles
-from lit_safety.users.rules import AGES, EIGHT, VALUES
-from lit_safety.users.sample import POSSIBLE, WEIGHTS, draw_profiles, sample
+from lit_safety.users.profiles import AGES, EIGHT, POSSIBLE, VALUES, WEIGHTS, draw_profiles, read_profiles, sample
 
 
 def test_users_are_drawn_by_the_seed_and_their_traits_go_together(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from lit_safety.core.errors import UserError
+from lit_safety.users.embeddings import FIELDS, fill, read_template
 from lit_safety.users.profiles import Profile, read_profiles
-from lit_safety.users.template import FIELDS, fill, read_template
 
 PROFILE = Profile("anna", 18, "adolescents", "male", "None", "healthy", "<<AGE>>", ("violence", "sexual"), ())
 

@@ -1,20 +1,215 @@
-"""The loader that a trainer iterates: worker processes in, batches out, and where the run stands in the data."""
+"""The loader that a trainer iterates: batches that worker processes make, and where the run stands in the data."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_safety.core.errors import UserError
-from lit_safety.data.reading.batch import PairBatch
-from lit_safety.data.reading.stream import Failure, PairStream
+from lit_safety.data.format.tar_index import BadSample, OpenShard
+from lit_safety.data.reading.batch import Pair, PairBatch, collate
+from lit_safety.data.reading.decode import PairDecoder
+from lit_safety.data.reading.order import (
+    Deal,
+    Draw,
+    EpochOrder,
+    Group,
+    MixedPlan,
+    Plan,
+    Window,
+    batches_in,
+    mixed_batches,
+)
+from lit_safety.data.reading.select import Selection
+from lit_safety.data.reading.source import Source
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A user's error on its way out of a worker process, where an exception would become a torch traceback."""
+
+    message: str
+
+
+class PairStream(IterableDataset):
+    """This rank's batches of one pass over the data, from `first` on.
+
+    Worker w of W makes the batches first + w, first + w + W, ..., which is the order in which a DataLoader asks its
+    workers, so the stream does not depend on W. A bad sample is an error, or with `skip_bad` it is left out: in
+    training the next good sample of its window takes its place (so batches keep their size and ranks stay in step),
+    in evaluation the batch is smaller.
+
+    Args:
+        source: the shards.
+        groups: the samples of them that take part: one group, or several that take turns.
+        deal: how the global order is dealt to this rank.
+        decoder: how a sample becomes tensors.
+        shuffle: False keeps the stored order, and every pass has the seeds of epoch 0 (validation, test).
+        window: how many shards are mixed with each other.
+        skip_bad: leave bad samples out instead of stopping.
+        steps_each: the groups come one after the other, each for so many steps; None: they take turns.
+        weights: every batch is made of all groups, in this proportion; None: a batch is made of one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        groups: Sequence[Group],
+        deal: Deal,
+        decoder: PairDecoder,
+        shuffle: bool = True,
+        window: int = 4,
+        skip_bad: bool = False,
+        steps_each: int | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.source = source
+        self.groups = groups
+        self.deal = deal
+        self.decoder = decoder
+        self.shuffle = shuffle
+        self.window = window
+        self.skip_bad = skip_bad
+        self.steps_each = steps_each
+        self.weights = weights
+        self.epoch = 0
+        self.first = 0
+
+    @property
+    def batches(self) -> int:
+        """Batches in a whole pass, the same in each."""
+        if self.weights is not None:
+            return mixed_batches(self.groups, self.deal)
+        return batches_in(self.groups, self.deal, self.steps_each)
+
+    def at(self, epoch: int, first: int) -> PairStream:
+        """The stream set to a place: a copy, so that a place handed to workers never moves under them."""
+        placed = copy.copy(self)
+        placed.epoch, placed.first = (epoch if self.shuffle else 0), first
+        return placed
+
+    def __iter__(self) -> Iterator[PairBatch | Failure]:
+        worker = get_worker_info()
+        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        seed, window = (self.decoder.seed, self.window) if self.shuffle else (None, 1)
+        plan: Plan | MixedPlan
+        if self.weights is None:
+            plan = Plan(self.groups, self.deal, seed, self.epoch, window, self.steps_each)
+        else:
+            plan = MixedPlan(self.groups, self.weights, self.deal, seed, self.epoch, window)
+        shards = _Shards(self.source, self.skip_bad)
+        readers = [_Reader(self, group, shards) for group in self.groups]
+        try:
+            for number in range(self.first + start, plan.batches, step):
+                yield self._batch(readers, plan, number)
+        except UserError as error:
+            yield Failure(str(error))
+        finally:
+            shards.close()
+
+    def _batch(self, readers: Sequence[_Reader], plan: Plan | MixedPlan, number: int) -> PairBatch:
+        skipped: list[str] = []
+        pairs: list[Pair] = []
+        draws = plan.draws(number)
+        for draw in draws:
+            pairs += readers[draw.group].read(draw, plan.order(draw), skipped)
+        if not pairs:
+            raise UserError(f"no good sample is left for a batch: {skipped[0]}")
+        return collate(pairs, self.groups[draws[0].group].category, skipped, self.decoder.empty())
+
+
+class _Shards:
+    """The shards that are open, shared by the readers of all groups."""
+
+    def __init__(self, source: Source, skip_bad: bool) -> None:
+        self._source = source
+        self._skip_bad = skip_bad
+        self._open: dict[int, OpenShard] = {}
+        self._users: dict[int, set[int]] = {}
+
+    def enter(self, reader: int, window: Window) -> None:
+        """A reader goes over to a window: what no reader's window holds any more is closed."""
+        self._users[reader] = set(window.shards)
+        wanted = set().union(*self._users.values())
+        for shard in [one for one in self._open if one not in wanted]:
+            self._open.pop(shard).close()
+
+    def get(self, shard: int) -> OpenShard:
+        if shard not in self._open:
+            self._open[shard] = self._source.open_shard(shard)
+        tar = self._open[shard]
+        if tar.problem is not None and not self._skip_bad:
+            raise UserError(f"{tar.path}: {tar.problem}; restore the shard, or set on_bad_sample to skip")
+        return tar
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class _Reader:
+    """Reads one group's samples by their position in its order."""
+
+    _order: EpochOrder
+    _epoch: int
+
+    def __init__(self, stream: PairStream, group: Group, shards: _Shards) -> None:
+        self._stream = stream
+        self._selection: Selection = group.selection
+        self._size = group.size
+        self._shards = shards
+        self._window: Window | None = None
+        self._samples: NDArray[np.int64]
+
+    def read(self, draw: Draw, order: EpochOrder, skipped: list[str]) -> list[Pair]:
+        """The pairs at a draw's positions; bad ones that were left out are added to `skipped`."""
+        if self._window is None or order is not self._order:
+            self._window, self._order, self._epoch = None, order, draw.epoch
+        read = [self._pair(position, skipped) for position in range(draw.start, draw.stop)]
+        return [pair for pair in read if pair is not None]
+
+    def _pair(self, position: int, skipped: list[str]) -> Pair | None:
+        window = self._enter(self._order.window_at(position))
+        size = window.stop - window.start
+        for ahead in range(size if self._stream.shuffle else 1):
+            shard, index = (int(one) for one in self._samples[(position - window.start + ahead) % size])
+            try:
+                return self._read(shard, self._selection.number(shard, index))
+            except BadSample as error:
+                if not self._stream.skip_bad:
+                    raise
+                skipped.append(str(error))
+        return None
+
+    def _enter(self, window: Window) -> Window:
+        if self._window is None or self._window.number != window.number:
+            self._window, self._samples = window, self._order.samples(window)
+            self._shards.enter(id(self), window)
+        return window
+
+    def _read(self, shard: int, number: int) -> Pair:
+        try:
+            tar = self._shards.get(shard)
+        except UserError as error:
+            if not self._stream.skip_bad:
+                raise
+            raise BadSample(f"sample {number} of {error}") from error
+        key, members = tar.read(number, self._stream.decoder.wants)
+        where = tar.where(number)
+        pair = self._stream.decoder(key, members, self._epoch, where, self._size)
+        self._stream.source.check(shard, number, pair.metadata, where)
+        return pair
+
 
 T = TypeVar("T")
 

@@ -11,8 +11,7 @@ from lit_safety.core.hashes import digest
 from lit_safety.core.progress import progress
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.prompts import PromptCounts
-from lit_safety.evaluation.results import ArmResult
-from lit_safety.evaluation.run import Run
+from lit_safety.evaluation.run import ArmResult, Run
 from lit_safety.evaluation.users.rows import PARTS
 from lit_safety.evaluation.users.vlm import AnswerBook, ask_passes, ask_wins
 from lit_safety.judges.judge import JudgeError, figure_settings

@@ -29,8 +29,7 @@ def draw_users(train: int = TRAIN, seen: int = SEEN, val: int = VAL, unseen: int
     """The world's users. No user of validation or of the unseen shares all traits but age with one of training."""
     from dataclasses import replace
 
-    from lit_safety.users.rules import EIGHT
-    from lit_safety.users.sample import draw_profiles
+    from lit_safety.users.profiles import EIGHT, draw_profiles
     from lit_safety.worlds.toyworld.seeds import stream
 
     drawn = draw_profiles(stream("users", 0), EIGHT)
@@ -46,7 +45,7 @@ def draw_users(train: int = TRAIN, seen: int = SEEN, val: int = VAL, unseen: int
 
 
 def _traits(profile: Profile) -> tuple[str, ...]:
-    from lit_safety.users.rules import VALUES
+    from lit_safety.users.profiles import VALUES
 
     return tuple(getattr(profile, field) for field in VALUES)
 
@@ -108,7 +107,7 @@ def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Pa
 
 def write_splits(folder: Path, shards: Path, users: Sequence[Profile]) -> dict[str, int]:
     """Write users and shards into an empty folder; gives the number of pairs by split."""
-    from lit_safety.users.multi_hot import project
+    from lit_safety.users.embeddings import project
     from lit_safety.users.profiles import PROFILES_FILE, write_profiles
     from lit_safety.users.table import write_users
     from lit_safety.worlds.held_out import check_held_out

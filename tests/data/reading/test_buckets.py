@@ -16,8 +16,8 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.data.reading.buckets import bucket_sizes, merged, nearest
 from lit_safety.data.reading.decode import PairDecoder
+from lit_safety.data.reading.loader import PairStream
 from lit_safety.data.reading.order import Deal
-from lit_safety.data.reading.stream import PairStream
 from tests.helpers.pair_shards import metadata
 
 WIDE, SQUARE, TALL, WIDEST = (32, 48), (32, 32), (64, 42), (32, 128)

@@ -11,8 +11,7 @@ from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.format.manifest import load_manifest
 from lit_safety.data.format.sample import PairMetadata, Sides
-from lit_safety.users.profiles import Profile, read_profiles
-from lit_safety.users.rules import VALUES
+from lit_safety.users.profiles import VALUES, Profile, read_profiles
 from lit_safety.users.table import Users
 from lit_safety.worlds.toyworld.users import (
     _stored_pairs,

@@ -1,20 +1,97 @@
-"""A profile's text as numbers: the mean of a text model's last hidden state over the text's tokens.
+"""A profile as numbers, by a text model or without any model.
 
-Source: Personalized Safety Alignment (arXiv 2508.01151), which takes Qwen/Qwen2.5-7B-Instruct (3,584 numbers).
+A text model reads the profile's text: the embedding is the mean of its last hidden state over the text's tokens.
+Personalized Safety Alignment (arXiv 2508.01151) takes Qwen/Qwen2.5-7B-Instruct (3,584 numbers). Fields of the text are
+named and filled as in its published template, which fits too: its adapters expect a user's lists to be written as a
+Python list of Sage's names, `['Sexuality', 'Violence']`.
+
+The default, where no text model is at hand, is the profile's multi-hot through one fixed random projection. As in a
+text model's embedding, the directions of traits and bans mean nothing by themselves: an adapter must learn them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
+from lit_safety.core.text import decode_text
 from lit_safety.core.tokenizers import check_tokenizer, check_tokenizer_files
 from lit_safety.core.weights import TRANSFORMERS, check_whole, need_weights
+from lit_safety.users.profiles import VALUES, Profile, check_traits
+
+_FIELD = re.compile(r"<<([A-Z_]+)>>")
+_MAX_BYTES = 1 << 16
+#: What a template may name; the last two are ours, the lists in plain words.
+FIELDS = (
+    "AGE", "AGE_GROUP", "GENDER", "RELIGION", "PHYSICAL", "MENTAL", "BANNED", "ALLOWED", "BANNED_WORDS",
+    "ALLOWED_WORDS",
+)  # fmt: skip
+
+
+def read_template(path: str | Path | None = None) -> str:
+    """A template's text; None: the one of this package.
+
+    Raises:
+        UserError: it cannot be read, names an unknown field, or says neither what is banned nor who the user is.
+    """
+    if path is None:
+        return (resources.files("lit_safety.users") / "templates" / "profile.txt").read_text("utf-8")
+    try:
+        with open(path, "rb") as file:
+            text = decode_text(file.read(_MAX_BYTES + 1), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    named = _FIELD.findall(text)
+    known = ", ".join(f"<<{name}>>" for name in FIELDS)
+    if unknown := [name for name in named if name not in FIELDS]:
+        raise UserError(f"{path}: unknown field <<{unknown[0]}>>; known are {known}")
+    if not named or len(text) > _MAX_BYTES:
+        raise UserError(f"{path}: is not a template of a profile: it names no field of {known}, or is over 64 KiB")
+    return text
+
+
+def fill(template: str, profile: Profile, none_as_nan: bool = False) -> str:
+    """The template's text with this profile's values.
+
+    Args:
+        template: as `read_template` gives it.
+        profile: whose values.
+        none_as_nan: write `nan` for a trait that is "None", as the published texts have it: they were filled with a
+            table that pandas had read, which takes "None" for a missing value.
+    """
+
+    def trait(text: str) -> str:
+        return "nan" if none_as_nan and text == "None" else text
+
+    values = {
+        "AGE": str(profile.age),
+        "AGE_GROUP": trait(profile.age_group),
+        "GENDER": trait(profile.gender),
+        "RELIGION": trait(profile.religion),
+        "PHYSICAL": trait(profile.physical_condition),
+        "MENTAL": trait(profile.mental_condition),
+        "BANNED": _as_published(profile.banned),
+        "ALLOWED": _as_published(profile.allowed),
+        # A list that is empty says so: an empty line would say nothing.
+        "BANNED_WORDS": ", ".join(profile.banned) or "nothing",
+        "ALLOWED_WORDS": ", ".join(profile.allowed) or "nothing",
+    }
+    # In one pass: a value that looks like a field is not filled in again.
+    return _FIELD.sub(lambda match: values[match[1]], template)
+
+
+def _as_published(categories: Sequence[str]) -> str:
+    """The list as it stands in Sage's users.csv: names with capitals, by the alphabet."""
+    return str(sorted("Sexuality" if name == "sexual" else name.title() for name in categories))
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -146,3 +223,35 @@ class TextModel:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+SEED = 20250801
+#: What a user bans is what the adapter must respect, and eight numbers among 33: they weigh more than a trait.
+BAN_WEIGHT = 3.0
+#: One number for each value of each trait and for each category that is banned.
+SIZE = sum(len(values) for values in VALUES.values()) + len(CATEGORIES)
+
+
+def multi_hot(profile: Profile) -> Tensor:
+    """1 where the profile's traits stand and `BAN_WEIGHT` where its banned categories do, (SIZE,), float32.
+
+    Raises:
+        UserError: a trait is none of the known values; names the user.
+    """
+    traits = {field: getattr(profile, field) for field in VALUES}
+    try:
+        check_traits(traits)
+    except UserError as error:
+        raise UserError(f"user {profile.user_id!r}: {error}; a text model (--model) reads any profile") from error
+    hot = [float(traits[field] == value) for field, values in VALUES.items() for value in values]
+    return torch.tensor(hot + [BAN_WEIGHT * (name in profile.banned) for name in CATEGORIES])
+
+
+def project(profiles: Iterable[Profile], dimension: int = 64, seed: int = SEED) -> dict[str, Tensor]:
+    """Embeddings (dimension,) by user id: the multi-hot times a fixed Gaussian matrix, the same in every release."""
+    if dimension < 1:
+        raise UserError(f"dimension must be at least 1, not {dimension}")
+    # RandomState's streams are frozen by numpy's compatibility policy; Generator's and torch's are not.
+    matrix = np.random.RandomState(seed).standard_normal((SIZE, dimension)) / np.sqrt(SIZE)
+    projection = torch.from_numpy(matrix).float()
+    return {profile.user_id: multi_hot(profile) @ projection for profile in profiles}

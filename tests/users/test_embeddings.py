@@ -9,10 +9,9 @@ import torch
 
 from lit_safety.core.errors import UserError
 from lit_safety.users.embed import embed
+from lit_safety.users.embeddings import TextModel, fill, masked_mean, read_template
 from lit_safety.users.profiles import read_profiles
 from lit_safety.users.table import Users
-from lit_safety.users.template import fill, read_template
-from lit_safety.users.text_model import TextModel, masked_mean
 
 PUBLISHED = Path(__file__).parent / "sage_profiles.csv"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "age", "religion", "none", "violence", "sexual", "18", "male"]

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from lit_safety.drawing.gallery import Drawn
-from lit_safety.evaluation.page import page
-from lit_safety.evaluation.results import ArmResult, Results
+from lit_safety.evaluation.report import page
+from lit_safety.evaluation.run import ArmResult, Results
 from lit_safety.judges.judge import JudgeError, Verdict
 
 SETTINGS = {"pipeline": "<script>alert(1)</script>", "judge": {"name": "brightness", "threshold": 0.5}, "steps": 2}
