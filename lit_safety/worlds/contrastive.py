@@ -178,8 +178,10 @@ class _Training(nn.Module):
 
     def forward(self, pictures: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The loss, and its contrastive part; `share` is the heads' weight."""
-        seen, images = image_features(self.clip, pictures)
-        read, texts = text_features(self.clip, ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen, images = image_features(self.clip, pictures)
+            read, texts = text_features(self.clip, ids)
+        seen, images, read, texts = (one.float() for one in (seen, images, read, texts))
         contrastive = contrastive_loss(images, texts, meanings, self.clip.logit_scale)
         told = self.of_pictures(seen, meanings) + self.of_texts(read, meanings)
         return contrastive + share * told, contrastive.detach()

@@ -1,4 +1,4 @@
-"""Pairs and prompts of the art world, on squares of colour in place of the icons, which are not in the repository."""
+"""Pairs and prompts of the art world."""
 
 from pathlib import Path
 
@@ -15,18 +15,8 @@ from lit_safety.worlds.held_out import HeldOut
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Art:
-    """Every subject in every style a square of its own colour."""
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("art") / "art.npz"
-    squares = {}
-    for style in STYLES:
-        colours = rng.integers(0, 256, (len(SUBJECTS), 1, 1, 3))
-        opaque = np.full((len(SUBJECTS), 8, 8, 1), 255)
-        filled = np.broadcast_to(colours, (len(SUBJECTS), 8, 8, 3))
-        squares[style] = np.concatenate([filled, opaque], 3).astype(np.uint8)
-    np.savez(file, **squares)
-    return Art(file)
+def drawn(art_file: Path) -> Art:
+    return Art(art_file)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
