@@ -29,7 +29,7 @@ def shipped(path: str) -> str:
     Args:
         path: as it was given. If no shipped config has this name, it is returned unchanged.
     """
-    if Path(path).exists() or not path.endswith((".yaml", ".yml")) or Path(path).is_absolute():
+    if Path(path).exists() or not path.endswith((".yaml", ".yml", ".txt")) or Path(path).is_absolute():
         return path
     root = configs()
     inner = path.removeprefix("./").removeprefix("configs/")

@@ -73,7 +73,8 @@ class PromptAnchors:
     a pass of both on half as many rows as the pairs have.
 
     Args:
-        prompts: file of harmless prompts: a text with a prompt a line, or a table as `evaluate` reads it, of which the
+        prompts: file of harmless prompts: a text with a prompt a line (`anchors/harmless.txt` is shipped: 226 prompts
+            for models of real photographs and drawings), or a table as `evaluate` reads it, of which the
             rows of kind clean and lookalike are taken. Nothing that a report will call unnamed may stand in it.
         weight: of the term.
         share: probability with which a pair brings an anchor, in (0, 1].
@@ -104,9 +105,10 @@ class PromptAnchors:
         Raises:
             UserError: the file cannot be read or holds none.
         """
+        from lit_safety.core.shipped import shipped
         from lit_safety.drawing.prompts import read_prompts
 
-        rows = read_prompts(self.prompts)
+        rows = read_prompts(shipped(self.prompts))
         found = list(dict.fromkeys(row.prompt for row in rows if row.kind in ("clean", "lookalike")))
         if not found:
             raise UserError(f"`{KEY}.prompts` {self.prompts}: holds no harmless prompt (kind clean or lookalike)")

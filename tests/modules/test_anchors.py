@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lit_safety.core.chance import integers, normal, uniform
 from lit_safety.core.errors import UserError
+from lit_safety.drawing.prompts import read_prompts
 from lit_safety.modules import SCDPO, PromptAnchors
 from lit_safety.modules.anchors import NOISE, TIMESTEP, WHICH
 from tests.helpers.batches import batch_of
-from tests.helpers.documents import CONFIGS, ROOT
+from tests.helpers.documents import CONFIGS, ROOT, TOYWORLD
 from tests.helpers.small_fits import small_fit
 
 PROMPTS = ["a red cat", "a blue house in the park", "a gun shop sign", "two trees"]
@@ -135,3 +136,21 @@ def test_a_fit_draws_its_anchors_once_and_ends_in_the_same_bits_when_they_are_ke
         assert len(kept) == 1
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_the_shipped_list_is_found_by_name_and_has_no_prompt_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts = PromptAnchors("anchors/harmless.txt").read_prompts()
+    assert len(prompts) >= 200
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize("world", [path.name for path in sorted(TOYWORLD.parent.iterdir()) if path.is_dir()])
+def test_a_world_s_anchors_name_nothing_that_a_report_calls_unnamed(world: str) -> None:
+    folder = TOYWORLD.parent / world / "prompts"
+    rows = {part: read_prompts(folder / f"{part}.csv") for part in ("anchors", "val", "test")}
+    unnamed = {name for part in ("val", "test") for row in rows[part] for name in row.unnamed}
+    assert unnamed
+    assert all(not row.harmful and not unnamed & set(row.benign) for row in rows["anchors"])

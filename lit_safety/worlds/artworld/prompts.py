@@ -35,7 +35,8 @@ class _Rows:
     def __init__(self, part: str) -> None:
         self.part, self.owner, self.number = part, f"prompts_{part}", 0
         self.templates = HELD_OUT_TEMPLATES if part == "test" else TEMPLATES
-        self.unnamed = U_TEST if part == "test" else U_VAL
+        self.unnamed = {"test": U_TEST, "val": U_VAL, "anchors": ()}[part]
+        self.fold = "train" if part == "anchors" else part
 
     def row(
         self,
@@ -74,11 +75,16 @@ class _Rows:
                 if rng.random() < 0.5:
                     names.reverse()
             setting = str(rng.choice(list(SETTINGS)))
-            if fold(tuple(names), setting) == self.part:
+            if fold(tuple(names), setting) == self.fold:
                 return setting, tuple(names)
 
     def rows(self) -> Iterator[dict[str, str | int]]:
-        """All rows: explicit, implicit, look-alike, clean."""
+        """All rows: explicit, implicit, look-alike, clean; of "anchors" harmless ones of what pairs name."""
+        if self.part == "anchors":
+            for turn in range(2):
+                for name in NAMED:
+                    yield self.row("lookalike" if name in LOOKALIKES else "clean", name, NAMED if turn else ())
+            return
         test = self.part == "test"
         for turn in range(6 if test else 2):
             for harm in HARMS:
@@ -102,17 +108,17 @@ class _Rows:
 
 
 def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
-    """The rows of "val" (alignment's templates, seen styles) or "test" (held-out templates)."""
+    """The rows of "val" (alignment's templates, seen styles), "test" (held-out templates) or "anchors"."""
     return _Rows(part).rows()
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes val.csv and test.csv."""
+    """Writes anchors.csv, val.csv and test.csv, which is the last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("val", "test"):
+    for part in ("anchors", "val", "test"):
         unfinished = folder / f"{part}.part.csv"
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
-        if part == "val":
-            check_held_out(held_out(U_TEST), [unfinished])
+        if part != "test":
+            check_held_out(held_out(U_TEST if part == "val" else (*U_TEST, *U_VAL)), [unfinished])
         unfinished.rename(folder / f"{part}.csv")

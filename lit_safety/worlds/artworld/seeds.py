@@ -10,6 +10,7 @@ SEEDS: dict[str, range] = {
     "cost_model": range(240_000_000, 250_000_000),
     "pairs_train": range(250_000_000, 260_000_000),
     "pairs_val": range(260_000_000, 270_000_000),
+    "prompts_anchors": range(270_000_000, 275_000_000),
     "prompts_val": range(280_000_000, 285_000_000),
     "prompts_test": range(285_000_000, 290_000_000),
     "checks": range(290_000_000, 300_000_000),  # scenes that only measure

@@ -27,10 +27,13 @@ COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_o
 COUNTS: dict[str, dict[str, int]] = {
     "val": {"explicit": 480, "implicit": 216, "lookalike": 198, "clean": 400},
     "test": {"explicit": 2400, "implicit": 720, "lookalike": 504, "clean": 2000},
+    "anchors": {"lookalike": 72, "clean": 120},
 }
 """Rows of each kind; concepts, phrases, look-alikes and numbers of objects take turns."""
-UNNAMED = {"val": U_VAL, "test": U_TEST}
+UNNAMED: dict[str, tuple[str, ...]] = {"val": U_VAL, "test": U_TEST, "anchors": ()}
 """What the part asks for that no pair names. It asks for none of the other part's."""
+FOLD = {"val": "val", "test": "test", "anchors": "train"}
+"""Whose combinations of things, colours and settings the part has."""
 
 
 def _layout(kind: str, index: int) -> str:
@@ -41,9 +44,11 @@ def _layout(kind: str, index: int) -> str:
 
 
 def _lookalikes(part: str) -> tuple[str, ...]:
-    """Look-alikes in the order in which rows ask for them: every third is an unnamed one."""
+    """Look-alikes in the order in which rows ask for them: every third is an unnamed one, where there are any."""
     unnamed = [name for name in LOOKALIKES if name in UNNAMED[part]]
     named = [name for name in LOOKALIKES if name not in U_TEST + U_VAL]
+    if not unnamed:
+        return tuple(named)
     turns = len(named) * len(unnamed)
     return tuple(
         unnamed[i // 3 % len(unnamed)] if i % 3 == 2 else named[(i - i // 3) % len(named)] for i in range(3 * turns)
@@ -51,7 +56,8 @@ def _lookalikes(part: str) -> tuple[str, ...]:
 
 
 def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
-    """The rows of "val" (alignment's templates) or "test" (held-out templates); both on combinations of their own.
+    """The rows of "val" (alignment's templates) or "test" (held-out templates), both on combinations of their own, or
+    of "anchors" (harmless, of what pairs name).
 
     Half of the explicit test rows for the category of `HELD_OUT_SCENE` are in its setting, and no other row is.
     """
@@ -93,7 +99,7 @@ def _find(
 
     Args:
         rng: of this row.
-        part: "val" or "test".
+        part: "val", "test" or "anchors".
         layout: what stands there.
         concept: the harm.
         lookalike: takes the place of any other.
@@ -102,7 +108,8 @@ def _find(
     unseen = tuple(name for name in U_TEST + U_VAL if name not in UNNAMED[part])
 
     def allowed(setting: str, contents: Contents) -> bool:
-        return fold(setting, contents) == part and may_align(setting, contents, None if scene else concept, unseen)
+        aligned = may_align(setting, contents, None if scene else concept, unseen)
+        return fold(setting, contents) == FOLD[part] and aligned
 
     if layout == "harm" and not any(allowed(one, ((str(concept), None),)) for one in ([scene] if scene else SETTINGS)):
         layout = "harm_benign"
@@ -115,12 +122,12 @@ def _find(
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes val.csv and test.csv."""
+    """Writes anchors.csv, val.csv and test.csv, which is the last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in COUNTS:
+    for part in ("anchors", "val", "test"):
         unfinished = folder / f"{part}.part.csv"
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
-        if part == "val":
-            check_held_out(held_out(U_TEST), [unfinished])
+        if part != "test":
+            check_held_out(held_out(U_TEST if part == "val" else U_TEST + U_VAL), [unfinished])
         unfinished.rename(folder / f"{part}.csv")

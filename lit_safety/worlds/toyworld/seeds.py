@@ -16,6 +16,7 @@ SEEDS: dict[str, range] = {
     "checks": range(90_000_000, 100_000_000),  # scenes that only measure: accuracy of judges and CLIP, VAE error
     "pairs_onpolicy": range(100_000_000, 110_000_000),  # prompts, and the noise their images begin with
     "users": range(110_000_000, 120_000_000),  # profiles of users, and which pairs are whose
+    "prompts_anchors": range(120_000_000, 125_000_000),  # harmless prompts that hold a policy to its reference
 }
 
 
