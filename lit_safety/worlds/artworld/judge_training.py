@@ -13,7 +13,7 @@ from PIL import Image
 from lit_safety.core.processes import each
 from lit_safety.judges.art.judge import ArtJudge
 from lit_safety.judges.art.subjects import SETTINGS, STYLES, SUBJECTS
-from lit_safety.worlds.artworld.sampling import draw_scene, grade
+from lit_safety.worlds.artworld.sampling import arrange, draw_contents, draw_scene, grade
 from lit_safety.worlds.artworld.scene import SIDE, Scene, Thing, art, render, to_array
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
 from lit_safety.worlds.autoencoder import to_tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _COLUMN = {name: i for i, name in enumerate(SUBJECTS)}
 SMALLEST, LARGEST = 15, 40
 """Side of a subject in scenes to count in, px."""
+PLAIN = 60_000
+"""First of the numbers of `checks` that show the art itself."""
 EMPTY = 0.04
 """Share of scenes without any subject."""
 
@@ -194,6 +196,34 @@ def check_judge(
     }
 
 
+@torch.no_grad()
+def check_on_art(judge: ArtJudge, file: Path, style: str, count: int = 600) -> dict[str, float]:
+    """What a judge tells of the art itself, as captions ask for it: nothing hidden, blended, blurred or too small.
+
+    Returns:
+        Shares of scenes without harm that are called so (`specificity`) and with harm that are (`sensitivity`), of
+        subjects that are seen (`subjects`), and of scenes of which exactly what is there is seen (`exact`).
+    """
+    drawn, layouts = art(file), ("harm", "harm_benign", "benign", "benign_benign")
+    truth = torch.zeros(count, len(judge.labels), dtype=torch.bool)
+    images = np.zeros((count, SIDE, SIDE, 3), np.uint8)
+    for i in range(count):
+        rng = stream("checks", PLAIN + i)
+        contents = draw_contents(rng, layouts[i % len(layouts)])
+        images[i] = to_array(render(arrange(rng, str(rng.choice(list(SETTINGS))), style, contents), drawn))
+        truth[i, [_COLUMN[name] for name in contents]] = True
+    found = torch.cat([judge(part).sigmoid() for part in to_tensor(images).split(250)]) >= judge.threshold
+    harms = [i for i, label in enumerate(judge.labels) if label in judge.harm]
+    called, harmful = found[:, harms].any(1), truth[:, harms].any(1)
+    return {
+        "specificity": float((~called[~harmful]).float().mean()),
+        "sensitivity": float(called[harmful].float().mean()),
+        "subjects": float(found[truth].float().mean()),
+        "exact": float((found == truth).all(1).float().mean()),
+        "n": count,
+    }
+
+
 def train_judge(
     target: Path,
     file: Path,
@@ -229,6 +259,7 @@ def train_judge(
     judge.notes.update(
         accuracy=check_judge(judge, file, training, styles=styles),
         accuracy_blurred_noisy=check_judge(judge, file, training, styles=styles, degraded=True),
+        on_art={style: check_on_art(judge, file, style) for style in STYLES},
     )
     judge.save_pretrained(target)
     return judge
