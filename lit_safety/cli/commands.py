@@ -19,6 +19,7 @@ from lit_safety.core.check_config import COMMANDS, check_words
 WRITERS = {
     "attack": False,
     "build": False,
+    "build_flow_twin": False,
     "check": False,
     "embed": False,
     "evaluate": False,
@@ -61,7 +62,7 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
 
 
 #: Commands that make a world -> those of their options that read what is made.
-READ_OF_WORLDS = {"artworld": ["build.toy"], "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts"]}
+READ_OF_WORLDS = {"artworld": ["build.toy"], "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts", "flow-twin.toy"]}
 
 
 def run_command(arguments: Sequence[str]) -> None:
