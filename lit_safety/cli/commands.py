@@ -62,7 +62,10 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
 
 
 #: Commands that make a world -> those of their options that read what is made.
-READ_OF_WORLDS = {"artworld": ["build.toy"], "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts", "flow-twin.toy"]}
+READ_OF_WORLDS = {
+    "artworld": ["build.toy"],
+    "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts", "flow-twin.toy"],
+}
 
 
 def run_command(arguments: Sequence[str]) -> None:

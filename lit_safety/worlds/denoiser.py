@@ -1,4 +1,4 @@
-"""Trains the denoiser of a world's pipeline on latents made beforehand, for a given wall time: one loop for all of them."""
+"""Trains a world's denoiser on latents made beforehand, for a given wall time: one loop for UNets and transformers."""
 
 import json
 from collections.abc import Callable

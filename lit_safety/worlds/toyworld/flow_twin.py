@@ -14,6 +14,7 @@ from pathlib import Path
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import check_count
 
+
 def build_flow_twin(
     out: Path = Path("data/flowtwin"),
     work: Path = Path("runs/flowtwin"),
