@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lit_safety.callbacks.drawings import preference_module
 from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
 from lit_safety.data.protocols import WithVal, datamodule_of
 from lit_safety.modules.strategies import weights_are_sharded
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from lit_safety.data.reading.batch import PairBatch
 
 STABILITY = "model.init_args.stability"
+FILE_NAME = "chosen_error.json"
 
 
 def risen(metrics: Mapping[str, Tensor], prefix: str = "") -> Tensor | None:
@@ -33,7 +37,7 @@ def risen(metrics: Mapping[str, Tensor], prefix: str = "") -> Tensor | None:
 def share_of(numbers: Tensor) -> float:
     """How far the chosen error is above the reference's, as a share of it: delta / (error - delta)."""
     delta, error = numbers.tolist()
-    return delta / (error - delta) if error > delta else math.inf
+    return float(delta / max(error - delta, 1e-12))
 
 
 class WatchChosenError(Callback):
@@ -46,6 +50,9 @@ class WatchChosenError(Callback):
     With ``stop``, the fit ends at the first validation that finds it above the limit, and exports the weights of the
     validation with the lowest loss among those before; without any before, the weights that it began with. Means are
     over all ranks, and with the best weights they stand in the checkpoint: a resumed run ends as the uninterrupted one.
+
+    All that was found lies in `chosen_error.json` in the run's folder: `last` and `highest` share on validation pairs,
+    and `train` and `val`, a step and a share each.
 
     Args:
         limit: share of the reference's error that the chosen error may rise by.
@@ -64,6 +71,7 @@ class WatchChosenError(Callback):
         self._sum: Tensor | None = None
         self._count = self._checked_at = 0
         self._said = self._ended = False
+        self._found: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._best_step = math.inf, 0
 
@@ -84,8 +92,6 @@ class WatchChosenError(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
-        if self._said:
-            return
         if (numbers := risen(trainer.callback_metrics)) is not None:
             self._sum = numbers if self._sum is None else self._sum.to(numbers.device) + numbers
             self._count += 1
@@ -96,6 +102,7 @@ class WatchChosenError(Callback):
         self._checked_at = step
         mean = torch.as_tensor(trainer.strategy.reduce(self._sum / self._count, reduce_op="mean"))
         self._sum, self._count = None, 0
+        self._found["train"].append((step, share_of(mean)))
         self._say(share_of(mean), f"step {step}: over the last {self.every_n_steps} steps")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,6 +110,7 @@ class WatchChosenError(Callback):
         if numbers is None or trainer.state.fn != "fit":
             return
         share, step = share_of(numbers), trainer.global_step
+        self._found["val"].append((step, share))
         self._say(share, f"step {step}: on the validation pairs")
         if not self.stop or self._ended:
             return
@@ -138,12 +146,21 @@ class WatchChosenError(Callback):
         module.print(f"best    step {self._best_step} of {trainer.global_step}: later the error on chosen images was "
                      "above its limit; its weights are exported")  # fmt: skip
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        shares = [share for _, share in self._found["val"]]
+        found = {"last": shares[-1], "highest": max(shares)} if shares else {}
+        text = json.dumps({"limit": self.limit, **found, **self._found}, indent=1)
+        write_atomic(Path(trainer.default_root_dir) / FILE_NAME, text.encode())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "sum": self._sum,
             "count": self._count,
             "checked_at": self._checked_at,
             "said": self._said,
+            "found": self._found,
             "ended": self._ended,
             "best": self._best,
             "best_loss": self._best_loss,

@@ -217,9 +217,9 @@ class Objective:
             "rewards/rejected": rejected.detach(),
             "rewards/margins": m.detach(),
             "rewards/accuracies": (m.detach() > 0).float(),
-            "error/chosen": errors.policy_chosen.detach(),
             "delta/chosen": (errors.policy_chosen - errors.reference_chosen).detach(),
             "delta/rejected": (errors.policy_rejected - errors.reference_rejected).detach(),
+            "error/chosen": errors.policy_chosen.detach(),
         }
         if self.sft_weight > 0:
             sft = sft_loss(errors.policy_chosen)

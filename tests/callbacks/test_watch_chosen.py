@@ -85,7 +85,9 @@ def test_it_says_once_what_to_set() -> None:
 
 
 def test_a_run_within_the_limit_says_nothing() -> None:
-    module, last, said = run(WatchChosenError(every_n_steps=1, stop=True), [(0.008, 0.208)] * 4, {4: (0.008, 0.208, 0.5)})
+    module, last, said = run(
+        WatchChosenError(every_n_steps=1, stop=True), [(0.008, 0.208)] * 4, {4: (0.008, 0.208, 0.5)}
+    )
     assert (last, said, module.told) == (4, [], [])
     assert module.weight.tolist() == [4.0, 4.0]
 
