@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,11 +87,23 @@ def test_it_says_once_what_to_set() -> None:
 
 
 def test_a_run_within_the_limit_says_nothing() -> None:
-    module, last, said = run(
-        WatchChosenError(every_n_steps=1, stop=True), [(0.008, 0.208)] * 4, {4: (0.008, 0.208, 0.5)}
-    )
+    within = (0.008, 0.208)
+    callback = WatchChosenError(every_n_steps=1, stop=True)
+    module, last, said = run(callback, [within] * 4, {4: (*within, 0.5)})
     assert (last, said, module.told) == (4, [], [])
     assert module.weight.tolist() == [4.0, 4.0]
+
+
+def test_what_was_found_lies_in_a_file(tmp_path: Path) -> None:
+    """Training means of 2 steps, .01 over .2 and .03 over .2; validations .02 and .01 over .2."""
+    callback = WatchChosenError(every_n_steps=2, limit=1.0)
+    run(callback, [(0.01, 0.21)] * 2 + [(0.03, 0.23)] * 2, {2: (0.02, 0.22, 0.5), 4: (0.01, 0.21, 0.5)})
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
+    callback.on_fit_end(trainer, Module())  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "chosen_error.json").read_text())
+    assert found["train"] == [[2, pytest.approx(0.05)], [4, pytest.approx(0.15)]]
+    assert found["val"] == [[2, pytest.approx(0.1)], [4, pytest.approx(0.05)]]
+    assert (found["last"], found["highest"]) == (pytest.approx(0.05), pytest.approx(0.1))
 
 
 def test_told_to_stop_it_ends_at_the_lowest_loss_before() -> None:
