@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.sample import PairMetadata, Sides
+from lit_safety.data.reading.batch import Pair, collate
 from lit_safety.modules import SCDPO, Stability
-from lit_safety.modules.steadied import SteadiedSteps
+from lit_safety.modules.steadied import SteadiedSteps, check_stability, own_noise
 from lit_safety.objectives import DiffusionDPO, PairErrors, PairLabels
 from tests.helpers.batches import batch_of
 from tests.helpers.documents import ROOT
@@ -184,3 +188,102 @@ def test_accumulation_and_a_resume_end_in_the_same_weights(tmp_path: Path, setti
     fit(tmp_path / "parts", {**settings, **total}, ("--ckpt_path", "last"))
     resumed = weights(tmp_path / "parts")
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+# ---- noise that images were drawn from
+
+
+def test_own_noise_is_what_the_stock_pipeline_draws_from(tiny_sd3: Path) -> None:
+    """The latents that a stock pipeline gives its transformer first, of either image's seed."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[torch.Tensor] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["hidden_states"][-1:].clone()), with_kwargs=True
+    )
+    batch = batch_of([0])
+    batch.origins = [(5, 6)]
+    for seed in batch.origins[0] or ():
+        generator = torch.Generator().manual_seed(seed)
+        pipe("a cat", num_inference_steps=1, generator=generator, height=32, width=32, output_type="latent")
+    assert torch.equal(own_noise(batch, tuple(seen[0].shape[1:])), torch.cat(seen))
+
+
+def test_an_image_is_noised_with_its_own_noise(tiny_sd3: Path) -> None:
+    """x_t = (1 - sigma) x0 + sigma noise and the target noise - x0, so x_t - sigma target is x0, and with it the noise
+    target + x0: for either image the one of its seed."""
+    module = SCDPO(str(tiny_sd3), objective=DiffusionDPO(), stability=Stability(own_noise=True))
+    module.configure_model()
+    batch = batch_of([0, 1])
+    batch.origins = [(5, 6), (7, 7)]
+    noisy, timesteps, target, _ = module.noised(batch)
+    sigma = (timesteps / 1000).view(-1, 1, 1, 1)
+    noise = target + (noisy - sigma * target)
+    expected = [torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in (5, 7, 6, 7)]
+    torch.testing.assert_close(noise, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def pair(noise_seeds: Sides[int] | None, crops: list[int] | None = None) -> Pair:
+    about = PairMetadata("a cat", "clean", noise_seeds=noise_seeds)
+    image = torch.zeros(3, 8, 8)
+    cut = None if crops is None else torch.tensor([crops, crops], dtype=torch.float32)
+    return Pair("0001", 1, about, image, image, "shard: 0001", cut)
+
+
+@pytest.mark.parametrize(
+    ("one", "known"),
+    [
+        (pair(Sides(5, 6)), True),
+        (pair(Sides(5, 6), [8, 8, 0, 0, 8, 8]), True),
+        (pair(Sides(5, 6), [16, 16, 0, 0, 8, 8]), False),  # scaled
+        (pair(Sides(5, 6), [8, 12, 0, 2, 8, 8]), False),  # cut
+        (pair(None), False),  # by img2img, or another program
+    ],
+)
+def test_images_without_noise_of_their_own_are_named(one: Pair, known: bool) -> None:
+    batch = collate([one])
+    if known:
+        assert own_noise(batch, (4, 2, 2)).shape == (2, 4, 2, 2)
+        return
+    with pytest.raises(UserError, match=r"sample 0001.*own_noise"):
+        own_noise(batch, (4, 2, 2))
+
+
+def fake(pipeline: Path) -> Any:
+    return SimpleNamespace(pretrained=str(pipeline), trainer=SimpleNamespace(strategy=object()))
+
+
+def test_own_noise_is_refused_for_mirrored_images_and_for_models_without_straight_lines(
+    tiny_sd3: Path, tiny_pipeline: Path
+) -> None:
+    check_stability(Stability(own_noise=True), fake(tiny_sd3), SimpleNamespace(flip=False))
+    with pytest.raises(UserError, match=r"data\.init_args\.flip"):
+        check_stability(Stability(own_noise=True), fake(tiny_sd3), SimpleNamespace(flip=True))
+    with pytest.raises(UserError, match=r"own_noise.*StableDiffusion"):
+        check_stability(Stability(own_noise=True), fake(tiny_pipeline), SimpleNamespace(flip=False))
+
+
+class Cached:
+    """A datamodule whose pairs come with a reference cache."""
+
+    def caches(self, stage: str | None = "fit") -> list[Any]:
+        return [SimpleNamespace(key="data.init_args.train", cache=SimpleNamespace(reference=object()))]
+
+    orders = users = labels = training_categories = read_predictions = caches
+
+
+@pytest.mark.parametrize("settings", [{"own_noise": True}, {"reference_decay": 0.9}])
+def test_a_reference_cache_is_refused(tiny_sd3: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"data\.init_args\.train.*use_reference"):
+        check_stability(Stability(**settings), fake(tiny_sd3), Cached())
+
+
+def test_a_moving_reference_is_refused_where_a_strategy_cuts_weights(tiny_pipeline: Path) -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    module = fake(tiny_pipeline)
+    module.trainer.strategy = ModelParallelStrategy()
+    with pytest.raises(UserError, match=r"reference_decay.*ModelParallelStrategy"):
+        check_stability(Stability(reference_decay=0.9), module, SimpleNamespace(flip=False))
