@@ -39,7 +39,7 @@ from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, Truncat
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
-from lit_safety.modules.stability import Stability
+from lit_safety.modules.stability import PlainSteps, Stability
 from lit_safety.modules.strategies import (
     as_on_rank_0,
     check_resume,
@@ -140,7 +140,11 @@ class PreferenceModule(ScheduledModule):
         self.anchors = anchors
         self.start_from = start_from
         self.backbone_settings = backbone
-        self.steps = (stability or Stability()).make()
+        self.steps = PlainSteps()
+        if stability is not None and not stability.plain:
+            from lit_safety.modules.steadied import SteadiedSteps
+
+            self.steps = SteadiedSteps(stability)
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.validation_errors = TimestepBins(timestep_bins)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lit_safety.core.chance import NOISE
 from lit_safety.objectives.objective import ObjectiveOutput, PairErrors
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lit_safety.data.reading.batch import PairBatch
-    from lit_safety.modules.preference import PreferenceModule
 
 
 @dataclass
@@ -53,19 +55,38 @@ class Stability:
     reference_every: int = 1
     own_noise: bool = False
 
-    def make(self) -> PlainSteps:
-        """What a module's steps go through."""
-        if self.winner_limit is None and self.reference_decay is None and not self.own_noise:
-            return PlainSteps()
-        from lit_safety.modules.steadied import SteadiedSteps
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is set: `PlainSteps` do; else `SteadiedSteps`."""
+        return self.winner_limit is None and self.reference_decay is None and not self.own_noise
 
-        return SteadiedSteps(self)
+
+class Stepping(Protocol):
+    """What is asked of the module whose steps these are: `PreferenceModule`."""
+
+    pretrained: str
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def global_step(self) -> int: ...
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+    def gaussian(self, batch: PairBatch, purpose: str, shape: tuple[int, ...]) -> Tensor: ...
+
+    def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
 
 
 class PlainSteps:
     """A step of a fit without any of these settings."""
 
-    def check(self, module: PreferenceModule, datamodule: object) -> None:
+    def check(self, module: Stepping, datamodule: object) -> None:
         """Refuse data and strategies that the settings cannot be trained with, before a weight is loaded."""
 
     def spared(self, errors: PairErrors) -> PairErrors:
@@ -76,15 +97,15 @@ class PlainSteps:
         """What the objective gave, with what is added to it."""
         return output
 
-    def reference(self, module: PreferenceModule) -> AbstractContextManager[None]:
+    def reference(self, module: Stepping) -> AbstractContextManager[None]:
         """Within, the denoiser is the reference that a step compares with."""
         return module.reference()
 
-    def noise(self, module: PreferenceModule, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
+    def noise(self, module: Stepping, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
         """Noise of the images (2B, *shape), chosen, then rejected; the two of a pair share it."""
         return module.gaussian(batch, NOISE, shape).repeat(2, 1, 1, 1)
 
-    def follow(self, module: PreferenceModule) -> None:
+    def follow(self, module: Stepping) -> None:
         """The optimizer has stepped."""
 
     def state_dict(self) -> dict[str, Any]:

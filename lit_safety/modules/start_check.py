@@ -7,7 +7,7 @@ compiled kernels round the two passes apart. Both are measured before the first 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,40 @@ from lit_safety.core.errors import UserError
 from lit_safety.objectives.objective import PairErrors, margin, prediction_error
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lightning.pytorch import Trainer
+
+    from lit_safety.backbones.backbone import Backbone, Conditioning
     from lit_safety.data.reading.batch import PairBatch
-    from lit_safety.modules.preference import PreferenceModule
+    from lit_safety.modules.speed import Speed
+    from lit_safety.objectives.objective import Objective
 
 
-def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> None:
+class Beginning(Protocol):
+    """What is asked of the module that begins: `PreferenceModule`."""
+
+    backbone: Backbone
+    objective: Objective
+    speed: Speed
+    start_from: str | None
+
+    @property
+    def has_reference(self) -> bool: ...
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    def print(self, *args: object) -> None: ...
+
+    def timesteps(self, batch: PairBatch) -> Tensor: ...
+
+    def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+
+def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None:
     """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
 
     Args:
@@ -55,7 +84,7 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
 
 
 @torch.no_grad()
-def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
+def cached_margin(module: Beginning, batch: PairBatch, errors: PairErrors) -> Tensor:
     """m (B,) of the reference as it is now against the cached one; one forward pass."""
     noisy, timesteps, target, conditioning = module.noised(batch)
     with module.reference():
@@ -66,7 +95,7 @@ def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors
     )
 
 
-def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
+def _check_timesteps(module: Beginning, batch: PairBatch) -> None:
     now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
     for key, one, other in zip(batch.keys, now, stored or now, strict=True):
         if abs(one - other) > 1e-6 * max(1.0, abs(other)):

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import Mirroring, PairData
-from lit_safety.modules.stability import PlainSteps, Stability
+from lit_safety.modules.stability import PlainSteps, Stability, Stepping
 from lit_safety.modules.strategies import under_fsdp
 from lit_safety.objectives.objective import ObjectiveOutput, PairErrors
 
 if TYPE_CHECKING:
     from lit_safety.data.reading.batch import PairBatch
-    from lit_safety.modules.preference import PreferenceModule
 
 KEY = "model.init_args.stability"
 
@@ -48,7 +47,7 @@ class SteadiedSteps(PlainSteps):
         if limit is not None and decay is not None:
             raise ValueError("winner_limit is a share of the reference's error, and reference_decay moves it: set one")
 
-    def check(self, module: PreferenceModule, datamodule: object) -> None:
+    def check(self, module: Stepping, datamodule: object) -> None:
         if self.settings.reference_decay is not None or self.settings.own_noise:
             check_stability(self.settings, module, datamodule)
 
@@ -79,7 +78,7 @@ class SteadiedSteps(PlainSteps):
     # ---- the moving reference
 
     @contextmanager
-    def reference(self, module: PreferenceModule) -> Iterator[None]:
+    def reference(self, module: Stepping) -> Iterator[None]:
         """Within, the denoiser is the reference that a step compares with."""
         if self.settings.reference_decay is None or not module.training:
             with module.reference():
@@ -102,7 +101,7 @@ class SteadiedSteps(PlainSteps):
             copy = self._copies[name].to(parameter.device)
             self._copies[name], parameter.data = parameter.data, copy
 
-    def follow(self, module: PreferenceModule) -> None:
+    def follow(self, module: Stepping) -> None:
         """The optimizer has stepped: the reference follows."""
         if self.settings.reference_decay is None or (module.global_step + 1) % self.settings.reference_every:
             return
@@ -129,14 +128,14 @@ class SteadiedSteps(PlainSteps):
 
     # ---- noise
 
-    def noise(self, module: PreferenceModule, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
+    def noise(self, module: Stepping, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
         """Noise of the images (2B, *shape), chosen, then rejected: their own, or one that the two of a pair share."""
         if self.settings.own_noise:
             return own_noise(batch, shape).to(module.device, non_blocking=True)
         return super().noise(module, batch, shape)
 
 
-def check_stability(stability: Stability, module: PreferenceModule, datamodule: object) -> None:
+def check_stability(stability: Stability, module: Stepping, datamodule: object) -> None:
     """Refuse what a moving reference or own noise cannot be trained with.
 
     Raises:

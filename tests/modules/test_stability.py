@@ -14,6 +14,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.format.sample import PairMetadata, Sides
 from lit_safety.data.reading.batch import Pair, collate
 from lit_safety.modules import SCDPO, Stability
+from lit_safety.modules.stability import PlainSteps
 from lit_safety.modules.steadied import SteadiedSteps, check_stability, own_noise
 from lit_safety.objectives import DiffusionDPO, PairErrors, PairLabels
 from tests.helpers.batches import batch_of
@@ -42,7 +43,7 @@ def test_guard_golden() -> None:
     d/de_w = 50 sigmoid(-2.5) + 50 = 3.792909 + 50, d/de_l = 0.
     """
     pairs = errors([0.21, 0.25], [0.3, 0.3])
-    stability, objective = Stability(winner_limit=0.05).make(), DiffusionDPO(beta=100.0)
+    stability, objective = SteadiedSteps(Stability(winner_limit=0.05)), DiffusionDPO(beta=100.0)
     output = stability.guarded(pairs, objective(stability.spared(pairs), labels(2)), objective.beta)
     torch.testing.assert_close(output.loss.detach(), torch.tensor([0.011048, 2.078889]), rtol=0, atol=2e-6)
     assert output.logs["winner/over"].tolist() == [0.0, 1.0]
@@ -54,7 +55,7 @@ def test_guard_golden() -> None:
 def test_without_a_weight_the_guard_cuts_the_rejected_gradient_alone() -> None:
     """As above, pair 2: the loss is DPO's own .078889, d/de_w 3.792909 and d/de_l 0."""
     pairs = errors([0.25], [0.3])
-    stability, objective = Stability(winner_limit=0.05, winner_weight=0.0).make(), DiffusionDPO(beta=100.0)
+    stability, objective = SteadiedSteps(Stability(winner_limit=0.05, winner_weight=0.0)), DiffusionDPO(beta=100.0)
     output = stability.guarded(pairs, objective(stability.spared(pairs), labels(1)), objective.beta)
     torch.testing.assert_close(output.loss.detach(), torch.tensor([0.078889]), rtol=0, atol=2e-6)
     output.loss.sum().backward()
@@ -63,7 +64,7 @@ def test_without_a_weight_the_guard_cuts_the_rejected_gradient_alone() -> None:
 
 
 def test_without_a_limit_errors_and_output_are_passed_on() -> None:
-    pairs, stability = errors([0.9], [0.3]), Stability().make()
+    pairs, stability = errors([0.9], [0.3]), PlainSteps()
     output = DiffusionDPO()(pairs, labels(1))
     assert stability.spared(pairs) is pairs
     assert stability.guarded(pairs, output, 5000.0) is output
@@ -172,7 +173,7 @@ def fit(runs: Path, settings: dict[str, Any], more: tuple[str, ...] = ()) -> Non
     "settings",
     [
         {"model.init_args.stability.reference_decay": 0.5, "model.init_args.stability.reference_every": 2},
-        {"model.init_args.stability.winner_limit": 0.0},
+        {"model.init_args.stability.winner_limit": 0.005},
     ],
 )
 def test_accumulation_and_a_resume_end_in_the_same_weights(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ def test_accumulation_and_a_resume_end_in_the_same_weights(tmp_path: Path, setti
     halves = {**settings, "data.init_args.batch_size": 2, "trainer.accumulate_grad_batches": 2}
     fit(tmp_path / "halves", {**halves, "trainer.val_check_interval": 8})
     for name, value in weights(tmp_path / "halves").items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
     total = {"model.init_args.lr_scheduler.init_args.total_steps": 4}
     fit(tmp_path / "parts", {**settings, **total, "trainer.max_steps": 2, "trainer.val_check_interval": 2})
     fit(tmp_path / "parts", {**settings, **total}, ("--ckpt_path", "last"))
