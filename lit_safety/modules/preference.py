@@ -27,7 +27,7 @@ from lit_safety.core.chance import LATENT, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.anchors import PromptAnchors
+from lit_safety.modules.anchored import Anchors
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
@@ -121,7 +121,7 @@ class PreferenceModule(ScheduledModule):
         timestep_bins: int = 4,
         drawing: Drawing | None = None,
         speed: Speed | None = None,
-        anchors: PromptAnchors | None = None,
+        anchors: Anchors | None = None,
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
         stability: Stability | None = None,

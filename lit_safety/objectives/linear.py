@@ -34,7 +34,7 @@ class LinearDPO(Objective):
         self, beta: float = 5000.0, limit: float | None = None, sft_weight: float = 0.0, anchor_weight: float = 0.0
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
-        if limit is not None and not limit > 0:
+        if limit is not None and not 0 < limit < float("inf"):
             raise ValueError(f"limit must be above 0, got {limit}")
         self.limit = limit
 

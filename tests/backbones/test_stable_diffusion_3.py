@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.backbones import load_backbone
+from lit_safety.backbones.stable_diffusion_3 import count_missing_t5
 from lit_safety.core.errors import UserError
 from tests.helpers.tiny_pipelines import save_sd3
 
