@@ -96,7 +96,7 @@ def shift(module: SCDPO, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in module.trainable_parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_the_reference_becomes_decay_times_itself_plus_the_rest_of_the_policy(tiny_pipeline: Path) -> None:

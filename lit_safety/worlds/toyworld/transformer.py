@@ -29,7 +29,7 @@ IMAGE_TOKENS = 16
 
 def new_transformer() -> Any:
     """An untrained SD3Transformer2DModel of 3.6 M parameters on 16 tokens an image; it begins by predicting 0."""
-    transformer = SD3Transformer2DModel(
+    transformer: Any = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=LATENT_CHANNELS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from lit_safety.backbones.load import load_backbone
 from lit_safety.core.errors import UserError
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.worlds.autoencoder import to_tensor
-from lit_safety.worlds.denoiser import train_networks, write_ids
+from lit_safety.worlds.denoiser import take_average, train_networks, write_ids
 from lit_safety.worlds.toyworld.drawing import draw, quiet
 from lit_safety.worlds.toyworld.flow_twin import build_flow_twin
 from lit_safety.worlds.toyworld.prompts import prompt_rows
@@ -68,7 +67,9 @@ def test_an_untrained_transformer_predicts_0(work: Path) -> None:
     assert sum(p.numel() for p in networks.transformer.parameters()) == 3_608_672
 
 
-def test_what_was_trained_is_what_the_backbone_predicts(work: Path, tmp_path: Path) -> None:
+def test_what_was_trained_is_what_the_backbone_predicts(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training of a second, written in float16 and loaded as any pipeline of its family: 1.5% at most is rounding."""
     train_networks(work, load_networks, "transformer", 1 / 60, batch_size=4, lr=1e-2, world=1)
     write_pipeline(work, tmp_path / "pipeline")
@@ -79,21 +80,16 @@ def test_what_was_trained_is_what_the_backbone_predicts(work: Path, tmp_path: Pa
     with torch.no_grad():
         predicted = backbone.predict(noisy, 1000 * spread, backbone.encode_text(CAPTIONS))
     networks = load_networks(work)
-    from lit_safety.worlds.denoiser import take_average
-
     take_average(networks, work / "transformer.pt")
     seen: list[torch.Tensor] = []
     networks.transformer.register_forward_hook(lambda module, args, out: seen.append(out[0].float()))
     from transformers import CLIPTokenizer
 
     ids = tokenize(CLIPTokenizer.from_pretrained(work / "tokenizer"), CAPTIONS)
-    monkey: Any = torch.randn_like
-    try:  # with x_t where the loss would draw noise, at latents that make x_t of it
-        torch.randn_like = lambda like: (noisy - (1 - spread.view(-1, 1, 1, 1)) * like) / spread.view(-1, 1, 1, 1)
-        with torch.no_grad():
-            networks.loss(torch.zeros_like(noisy), ids, spread)
-    finally:
-        torch.randn_like = monkey
+    # x_t = (1 - sigma) 0 + sigma noise is `noisy` for this noise
+    monkeypatch.setattr(torch, "randn_like", lambda like: noisy / spread.view(-1, 1, 1, 1))
+    with torch.no_grad():
+        networks.loss(torch.zeros_like(noisy), ids, spread)
     assert predicted.abs().mean() > 0.01
     difference = (predicted - seen[0]).square().mean().sqrt() / predicted.square().mean().sqrt()
     assert float(difference) < 0.015
