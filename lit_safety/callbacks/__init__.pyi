@@ -14,6 +14,7 @@ from .probe_margin import ProbeMargin as ProbeMargin
 from .stop_when_aligned import StopWhenAligned as StopWhenAligned
 from .summary import RunSummary as RunSummary
 from .update_dual import UpdateDual as UpdateDual
+from .watch_chosen import WatchChosenError as WatchChosenError
 from .write_costs import WriteCosts as WriteCosts
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "StopOnSignal",
     "StopWhenAligned",
     "UpdateDual",
+    "WatchChosenError",
     "WriteCosts",
     "WriteDrawings",
 ]

@@ -150,6 +150,7 @@ def _word(value: Any) -> str:
 WRITERS = {
     "attack": False,
     "build": False,
+    "build_flow_twin": False,
     "check": False,
     "embed": False,
     "evaluate": False,
@@ -192,7 +193,10 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
 
 
 #: Commands that make a world -> those of their options that read what is made.
-READ_OF_WORLDS = {"artworld": ["build.toy"], "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts"]}
+READ_OF_WORLDS = {
+    "artworld": ["build.toy"],
+    "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts", "flow-twin.toy"],
+}
 
 
 def run_command(arguments: Sequence[str]) -> None:

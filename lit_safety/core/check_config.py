@@ -54,6 +54,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "build": "lit_safety.worlds.toyworld.build:build",
         "sheet": "lit_safety.worlds.toyworld.build:sheet",
         "users": "lit_safety.worlds.toyworld.users:write_users_world",
+        "flow-twin": "lit_safety.worlds.toyworld.flow_twin:build_flow_twin",
     },
     "users": {
         "embed": "lit_safety.users.embed:embed",

@@ -10,7 +10,7 @@ from typing import Any
 from lit_safety.core.errors import UserError
 
 #: The embedded worlds of a checkout. They are too large for an installed package.
-WORLDS = ("data/toyworld", "data/artworld")
+WORLDS = ("data/toyworld", "data/artworld", "data/flowtwin")
 _PACKAGE = Path(__file__).parents[1]
 
 

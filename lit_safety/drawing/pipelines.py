@@ -106,6 +106,10 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
             network.to(memory_format=torch.channels_last)
     if arm.guard is not None:
         arm.guard.check(pipe)
+    elif hasattr(pipe, "text_encoder_3") and pipe.text_encoder_3 is None:
+        from lit_safety.backbones.stable_diffusion_3 import count_missing_t5
+
+        count_missing_t5(pipe)
     return pipe
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.core.categories import canonical_category
@@ -330,37 +330,45 @@ class PairMaker:
                     prompt = row.harmful if kind == "harmful" else row.safe
                     scores = None if self.scorer is None else self._scores([chosen, rejected], prompt)
                     about = _about(row, prompt, kind, "safety", Sides(False, True), [good, bad], scores)
+                    if self.counterpart == "same_seed":
+                        about = self._drawn_from(about, row.seed, row.seed)
                     yield Made(key, about, chosen, rejected)
 
     # ---- clean prompts
 
     def _clean(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
-        drawn = []
+        drawn, seeds = [], []
         for number in range(self.clean_candidates):
-            seeds = [_derived(row.seed, f"candidate {number}") for row in rows]
-            drawn.append(self.painter.from_text([row.safe for row in rows], seeds))
+            seeds.append([_derived(row.seed, f"candidate {number}") for row in rows])
+            drawn.append(self.painter.from_text([row.safe for row in rows], seeds[-1]))
         assessed = [self._assessed(images) for images in drawn]
         for index, row in enumerate(rows):
             key = f"{row.number:06d}-c"
             good = [
-                (image, verdict)
-                for images, verdicts in zip(drawn, assessed, strict=True)
+                (image, verdict, own[index])
+                for images, verdicts, own in zip(drawn, assessed, seeds, strict=True)
                 if (image := images[index]) is not None and (verdict := verdicts[index]) and not verdict.harmful
             ]
             if len(good) < 2:
                 yield LeftOut(key, TOO_FEW)
                 continue
-            scores = self._scores([image for image, _ in good], row.safe)
+            scores = self._scores([image for image, _, _ in good], row.safe)
             best, worst = scores.index(max(scores)), scores.index(min(scores))
             if scores[best] == scores[worst]:
                 yield LeftOut(key, TIED)
                 continue
-            (chosen, first), (rejected, second) = good[best], good[worst]
+            (chosen, first, own), (rejected, second, other) = good[best], good[worst]
             both = [scores[best], scores[worst]]
             about = _about(row, row.safe, "clean", "quality", Sides(False, False), [first, second], both)
-            yield Made(key, about, chosen, rejected)
+            yield Made(key, self._drawn_from(about, own, other), chosen, rejected)
 
     # ---- what is known of an image
+
+    def _drawn_from(self, about: PairMetadata, chosen: int, rejected: int) -> PairMetadata:
+        """With the seeds of both images' noise, where it is drawn in the numbers that training draws."""
+        if self.painter.settings.precision != "float32":
+            return about
+        return replace(about, noise_seeds=Sides(chosen, rejected))
 
     def _assessed(self, images: Sequence[Image | None]) -> list[Assessment | None]:
         """Of each image; None where there is no image or no assessment."""

@@ -7,5 +7,15 @@ from .preference import PreferenceModule as PreferenceModule
 from .psa import PSA as PSA
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
+from .stability import Stability as Stability
 
-__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule", "PromptAnchors", "SelectiveBackward"]
+__all__ = [
+    "PSA",
+    "SCDPO",
+    "CostModel",
+    "DPOExpert",
+    "PreferenceModule",
+    "PromptAnchors",
+    "SelectiveBackward",
+    "Stability",
+]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_safety.core.chance import integers, normal, uniform
 from lit_safety.core.errors import UserError
+from lit_safety.modules.anchored import Anchors
 from lit_safety.modules.strategies import weights_are_sharded
 from lit_safety.objectives.objective import prediction_error
 
@@ -65,7 +66,7 @@ class Drawing(Protocol):
     guidance: float
 
 
-class PromptAnchors:
+class PromptAnchors(Anchors):
     """Holds the policy to the reference on the reference's own drawings of harmless prompts.
 
     Each pair of a batch brings one anchor with it, chosen by the pair's own seed, so that batches, accumulation, ranks

@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 from lit_safety.adapters.gathered import master_weights, replaced, unpartitioned, whole
 from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
 from lit_safety.backbones.settings import BackboneSettings
-from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
+from lit_safety.core.chance import LATENT, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.anchors import PromptAnchors
+from lit_safety.modules.anchored import Anchors
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
@@ -35,11 +35,11 @@ from lit_safety.modules.checks import (
     check_references,
     warn_if_not_moved,
 )
-from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
+from lit_safety.modules.stability import PlainSteps, Stability
 from lit_safety.modules.strategies import (
     as_on_rank_0,
     check_resume,
@@ -54,7 +54,6 @@ from lit_safety.objectives.objective import (
     ObjectiveOutput,
     PairErrors,
     PairLabels,
-    margin,
     prediction_error,
     residual_overlap,
 )
@@ -100,6 +99,7 @@ class PreferenceModule(ScheduledModule):
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         anchors: harmless prompts without images on which the policy is held to the reference; null: none.
+        stability: what keeps the chosen images' errors from rising, and what stands for the reference.
         backbone: what is set of the model's family, such as its training timesteps: one of the classes of settings in
             `lit_safety.backbones`; null: the family's defaults.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
@@ -121,9 +121,10 @@ class PreferenceModule(ScheduledModule):
         timestep_bins: int = 4,
         drawing: Drawing | None = None,
         speed: Speed | None = None,
-        anchors: PromptAnchors | None = None,
+        anchors: Anchors | None = None,
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
+        stability: Stability | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -139,6 +140,11 @@ class PreferenceModule(ScheduledModule):
         self.anchors = anchors
         self.start_from = start_from
         self.backbone_settings = backbone
+        self.steps = PlainSteps()
+        if stability is not None and not stability.plain:
+            from lit_safety.modules.steadied import SteadiedSteps
+
+            self.steps = SteadiedSteps(stability)
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.last_means: dict[str, Tensor] = {}
@@ -163,6 +169,7 @@ class PreferenceModule(ScheduledModule):
 
         check_first_pairs(self.objective, data, stage, self.fills_costs)
         if stage == "fit":
+            self.steps.check(self, data)
             if self.anchors_clean_alone:
                 say_idle_anchor(self.objective, data)
             warn_if_not_moved(self.objective, self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -221,7 +228,8 @@ class PreferenceModule(ScheduledModule):
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
         """Loss of each pair (B,) and what to log."""
-        return self.objective(errors, self.labels(batch))
+        output = self.objective(self.steps.spared(errors), self.labels(batch))
+        return self.steps.guarded(errors, output, self.objective.beta)
 
     # ---- the network: loaded, given an adapter, cut for the strategy ------------------------------------------
 
@@ -239,6 +247,8 @@ class PreferenceModule(ScheduledModule):
             elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
                 dtype = torch.bfloat16
             if dtype != torch.float32:
+                from lit_safety.modules.frozen import lower_frozen
+
                 for network in self.networks():
                     lower_frozen(network, dtype)
             return
@@ -352,7 +362,7 @@ class PreferenceModule(ScheduledModule):
         """The reference's errors on the batch, out of its cache or by a pass of what `noised` gave."""
         if batch.reference is not None:
             return cached_pass(batch, self.dropped_prompts(batch))
-        with torch.no_grad(), self.reference():
+        with torch.no_grad(), self.steps.reference(self):
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
@@ -398,7 +408,7 @@ class PreferenceModule(ScheduledModule):
         with torch.no_grad():
             posterior = self.posterior(batch)
             shape = tuple(posterior.shape[2:])
-            noise = self.gaussian(batch, NOISE, shape).repeat(2, 1, 1, 1)
+            noise = self.steps.noise(self, batch, shape)
             latents = self.backbone.latents(posterior, self.gaussian(batch, LATENT, shape).repeat(2, 1, 1, 1))
             timesteps = self.timesteps(batch).repeat(2)
             noisy = self.backbone.add_noise(latents, noise, timesteps)
@@ -443,7 +453,10 @@ class PreferenceModule(ScheduledModule):
             errors = self.errors(batch)
             output = self.loss(errors, batch)
             loss = output.loss.mean()
-        if self._trainer is not None and self.global_step == 0 and batch_idx == 0:
+        begins = self._trainer is not None and self.global_step == 0 and batch_idx == 0
+        if begins and (batch.reference is not None or self.speed.compile is not None):
+            from lit_safety.modules.start_check import check_start
+
             check_start(self, batch, errors)
         if self.anchors is not None:
             term = self.anchors.loss(self, batch)
@@ -509,6 +522,7 @@ class PreferenceModule(ScheduledModule):
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
+        self.steps.follow(self)
         engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
         # DeepSpeed has it only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
@@ -598,6 +612,7 @@ class PreferenceModule(ScheduledModule):
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
+        checkpoint["stability"] = self.steps.state_dict()
         if self._trainer is not None:
             checkpoint["strategy"] = family(self.trainer.strategy)
 
@@ -607,68 +622,7 @@ class PreferenceModule(ScheduledModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
+        self.steps.load_state_dict(checkpoint.get("stability", {}))
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")
-
-
-# At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
-#
-# Eager and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another
-# precision; compiled kernels round the two passes apart. Both are measured before the first update.
-
-
-def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> None:
-    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
-
-    Args:
-        module: before its first update.
-        batch: what it was asked for, as `ordered` gives it.
-        errors: what it has computed on it.
-
-    Raises:
-        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
-    """
-    found = []
-    if batch.reference is not None:
-        _check_timesteps(module, batch)
-        if module.has_reference:
-            found.append(cached_margin(module, batch, errors))
-    if module.speed.compile is not None and module.start_from is None:
-        found.append(margin(errors, module.objective.beta).detach())
-    if not found:
-        return
-    largest = torch.cat(found).abs().max()
-    largest = torch.as_tensor(module.trainer.strategy.reduce(largest, reduce_op="max"))
-    limit = module.speed.margin_limit
-    module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
-    if not float(largest) <= limit:  # nan too
-        how = "compiled" if batch.reference is None else "read from the reference cache"
-        raise UserError(
-            f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
-            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
-            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
-            "`--dtype float32`, or run without compile"
-        )
-
-
-@torch.no_grad()
-def cached_margin(module: PreferenceModule, batch: PairBatch, errors: PairErrors) -> Tensor:
-    """m (B,) of the reference as it is now against the cached one; one forward pass."""
-    noisy, timesteps, target, conditioning = module.noised(batch)
-    with module.reference():
-        prediction = module.backbone.predict(noisy, timesteps, conditioning)
-    chosen, rejected = prediction_error(prediction, target).chunk(2)
-    return margin(
-        PairErrors(chosen, rejected, errors.reference_chosen, errors.reference_rejected), module.objective.beta
-    )
-
-
-def _check_timesteps(module: PreferenceModule, batch: PairBatch) -> None:
-    now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
-    for key, one, other in zip(batch.keys, now, stored or now, strict=True):
-        if abs(one - other) > 1e-6 * max(1.0, abs(other)):
-            raise UserError(
-                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
-                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
-            )

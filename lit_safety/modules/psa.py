@@ -25,6 +25,7 @@ from lit_safety.data.protocols import PairData, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
 from lit_safety.modules.speed import Speed
+from lit_safety.modules.stability import Stability
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
@@ -62,6 +63,7 @@ class PSA(PreferenceModule):
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
+        stability: what keeps the chosen images' errors from rising, and what stands for the reference.
     """
 
     adapter: UserAdapter
@@ -82,6 +84,7 @@ class PSA(PreferenceModule):
         drawing: Drawing | None = None,
         speed: Speed | None = None,
         start_from: str | None = None,
+        stability: Stability | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -94,6 +97,7 @@ class PSA(PreferenceModule):
             drawing=drawing,
             speed=speed,
             start_from=start_from,
+            stability=stability,
         )
         if user_tokens < 1:
             raise ValueError(f"user_tokens must be at least 1, got {user_tokens}")

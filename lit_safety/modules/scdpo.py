@@ -14,13 +14,13 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import Mirroring, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.checks import check_labels, reference_cached
-from lit_safety.modules.frozen import FrozenCopy, check_strategy, make_all_trainable
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.objectives.objective import Objective, PairLabels
 from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
 
 if TYPE_CHECKING:
     from lit_safety.cost_model.network import CostScorer
+    from lit_safety.modules.frozen import FrozenCopy
 
 
 class SCDPO(PreferenceModule):
@@ -70,6 +70,8 @@ class SCDPO(PreferenceModule):
         self._costs.clear()  # a module may meet another datamodule
         self._reference_cached = reference_cached(datamodule_of(self.trainer), stage)
         if self.policy == "full":
+            from lit_safety.modules.frozen import check_strategy
+
             check_strategy(self.trainer, self._reference_cached)
         # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
         if self.cost_model and self._scorer is None:
@@ -83,6 +85,8 @@ class SCDPO(PreferenceModule):
         if self.policy == "lora":
             super().configure_policy()
             return
+        from lit_safety.modules.frozen import FrozenCopy, make_all_trainable
+
         self.backbone.check_files()  # at the end the whole pipeline is written
         if not self._reference_cached:
             self._frozen = FrozenCopy(self.backbone)

@@ -19,6 +19,8 @@ from .dspo import DSPO as DSPO
 from .dspo import dspo_loss as dspo_loss
 from .focal_inverse import FocalInverse as FocalInverse
 from .focal_inverse import focal_inverse_loss as focal_inverse_loss
+from .linear import LinearDPO as LinearDPO
+from .linear import linear_loss as linear_loss
 from .objective import Objective as Objective
 from .objective import ObjectiveOutput as ObjectiveOutput
 from .objective import PairErrors as PairErrors
@@ -48,6 +50,7 @@ __all__ = [
     "DiffusionSDPO",
     "FocalInverse",
     "Hinge",
+    "LinearDPO",
     "Objective",
     "ObjectiveOutput",
     "PairErrors",
@@ -66,6 +69,7 @@ __all__ = [
     "focal_inverse_loss",
     "hinge_loss",
     "ipo_loss",
+    "linear_loss",
     "loser_scale",
     "margin",
     "prediction_error",

@@ -221,6 +221,7 @@ class Objective:
             "rewards/undecided": torch.sigmoid(-m.detach().abs()),  # what scales DPO's gradient, of pairs in order
             "delta/chosen": (errors.policy_chosen - errors.reference_chosen).detach(),
             "delta/rejected": (errors.policy_rejected - errors.reference_rejected).detach(),
+            "error/chosen": errors.policy_chosen.detach(),
         }
         if self.sft_weight > 0:
             sft = sft_loss(errors.policy_chosen)

@@ -1,7 +1,8 @@
-"""Trains UNet and text encoder of a world's pipeline on latents made beforehand, for a given wall time."""
+"""Trains a world's denoiser on latents made beforehand, for a given wall time: one loop for UNets and transformers."""
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,44 @@ def new_scheduler() -> Any:
     )
 
 
-class Networks(nn.Module):
-    """Denoiser and text encoder, trained as one."""
+class Trainee(nn.Module):
+    """Networks that the loop trains; those that are frozen do not require gradients."""
+
+    def loss(self, latents: Tensor, ids: Tensor, spread: Tensor) -> Tensor:
+        """The scalar that is minimised; its noise comes from torch's own random numbers.
+
+        Args:
+            latents: (B, C, h, w), unit variance.
+            ids: (B, L) token ids.
+            spread: (B,), float32 in [0, 1): where each is on the way from image to noise, spread evenly over the batch.
+        """
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, `params`, and the `share` of the learning rate that they get."""
+        raise NotImplementedError
+
+
+class Networks(Trainee):
+    """UNet and text encoder, trained as one."""
 
     def __init__(self, unet: nn.Module, text: nn.Module) -> None:
         super().__init__()
         self.unet, self.text = unet, text
+        self._scheduler = new_scheduler()
 
-    def loss(self, scheduler: Any, latents: Tensor, ids: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error of v (Salimans & Ho, 2022, arXiv:2202.00512, appendix D).
+    def groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.unet.parameters()), "share": 1.0},
+            {"params": list(self.text.parameters()), "share": TEXT_LR},
+        ]
 
-        Args:
-            scheduler: gives noisy latents and the velocity.
-            latents: (B, C, h, w), unit variance.
-            ids: (B, L) token ids.
-            timesteps: (B,).
-        """
+    def loss(self, latents: Tensor, ids: Tensor, spread: Tensor) -> Tensor:
+        """Mean squared error of v (Salimans & Ho, 2022, arXiv:2202.00512, appendix D)."""
+        timesteps = (spread * _TIMESTEPS).long()
         noise = torch.randn_like(latents)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        target = scheduler.get_velocity(latents, noise, timesteps)
+        noisy = self._scheduler.add_noise(latents, noise, timesteps)
+        target = self._scheduler.get_velocity(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):  # 1.45 times as fast as float32 on a CPU with AVX-512 BF16
             hidden = self.text(ids).last_hidden_state
             predicted = self.unet(noisy, timesteps, hidden).sample
@@ -75,7 +95,7 @@ _TIMESTEPS = 1000
 
 
 class _Batches:
-    """Random batches of latents, token ids and timesteps."""
+    """Random batches of latents, token ids and places on the way to noise."""
 
     def __init__(self, work: Path, batch_size: int, seed: int) -> None:
         self._latents = np.load(work / "latents.npy", mmap_mode="r")
@@ -85,31 +105,28 @@ class _Batches:
         self._random = torch.Generator().manual_seed(seed)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w) channels last, ids (B, L), timesteps (B,)."""
+        """Latents (B, C, h, w) channels last, ids (B, L), spread (B,) in [0, 1)."""
         pick = torch.randint(len(self._latents), (self._size,), generator=self._random)
         latents = torch.from_numpy(self._latents[pick.numpy()].astype(np.float32))
         which = torch.randint(self._ids.shape[1], (self._size,), generator=self._random)
         dropped = torch.rand(self._size, generator=self._random) < CAPTION_DROPOUT
         ids = torch.where(dropped[:, None], self._empty, self._ids[pick, which])
         spread = (torch.arange(self._size) + torch.rand(self._size, generator=self._random)) / self._size
-        return latents.contiguous(memory_format=torch.channels_last), ids, (spread * _TIMESTEPS).long()
+        return latents.contiguous(memory_format=torch.channels_last), ids, spread
 
 
 class _Training:
     """Networks, their moving average, the optimizer and how far they are."""
 
-    def __init__(self, work: Path, lr: float, new_unet: Callable[[], Any]) -> None:
+    def __init__(self, work: Path, lr: float, load: Callable[[Path], Trainee], name: str) -> None:
         torch.manual_seed(1)
-        self.networks: Networks = load_networks(work, new_unet)
-        self.parameters = list(self.networks.parameters())
+        self.networks = load(work)
+        self.parameters = _trained(self.networks)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
-        groups = [
-            {"params": list(self.networks.unet.parameters()), "share": 1.0},
-            {"params": list(self.networks.text.parameters()), "share": TEXT_LR},
-        ]
         self.lr = lr
+        groups = self.networks.groups()
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-        self.step, self.spent, self._file = 0, 0.0, work / "unet.pt"
+        self.step, self.spent, self._file = 0, 0.0, work / f"{name}.pt"
         if self._file.exists():
             state = torch.load(self._file, weights_only=True)
             self.networks.load_state_dict(state["model"])
@@ -118,7 +135,7 @@ class _Training:
             self.step, self.spent = state["step"], state["spent"]
 
     def save(self, spent: float) -> None:
-        """Writes unet.pt in one rename."""
+        """Writes the state in one rename."""
         state = {
             "model": self.networks.state_dict(),
             "average": self.average,
@@ -143,30 +160,35 @@ class _Training:
             torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - keep)
 
 
+def _trained(networks: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in networks.parameters() if parameter.requires_grad]
+
+
 def _train(
     rank: int,
     world: int,
     work: Path,
-    new_unet: Callable[[], Any],
+    load: Callable[[Path], Trainee],
+    name: str,
     minutes: float,
     batch_size: int,
     lr: float,
 ) -> None:
     """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
-    training, scheduler = _Training(work, lr, new_unet), new_scheduler()
+    training = _Training(work, lr, load, name)
     seed = world * training.step + rank
     batches = _Batches(work, batch_size, seed)
     torch.manual_seed(seed)
     budget = Budget(minutes, training.spent)
     saved, fraction, shown = budget.spent, budget.fraction, float("nan")
     while fraction < 1:
-        loss = training.networks.loss(scheduler, *batches.next())
+        loss = training.networks.loss(*batches.next())
         loss.backward()
         fraction, mean_loss = share_gradients(training.parameters, [budget.fraction, float(loss.detach())], world)
         training.update(fraction)
         shown = mean_loss if shown != shown else 0.98 * shown + 0.02 * mean_loss
         if rank == 0 and training.step % 100 == 0:
-            print(f"unet {budget.spent:5.0f} s, step {training.step}, loss {shown:.4f}", flush=True)
+            print(f"{name} {budget.spent:5.0f} s, step {training.step}, loss {shown:.4f}", flush=True)
         if rank == 0 and (budget.spent - saved > SAVE_EVERY or fraction >= 1):
             saved = budget.spent
             training.save(saved)
@@ -185,35 +207,48 @@ def write_ids(work: Path, ids: Tensor, empty: Tensor) -> None:
     unfinished.rename(work / "ids.npy")
 
 
-def train_unet(
+def train_networks(
     work: Path,
-    new_unet: Callable[[], Any],
+    load: Callable[[Path], Trainee],
+    name: str,
     minutes: float,
     batch_size: int = 32,
     lr: float = 1e-3,
     world: int = 2,
 ) -> None:
-    """Trains until the minutes are used; state in unet.pt, saved on the way.
+    """Trains until the minutes are used; state in {name}.pt, saved on the way.
 
     Args:
-        work: the folder with latents.npy, ids.npy and text_encoder/.
-        new_unet: makes the untrained UNet; a function of a module.
+        work: the folder with latents.npy, ids.npy and what `load` reads.
+        load: makes the networks out of that folder; a function of a module.
+        name: of the state's file and in what is printed.
         minutes: wall time, earlier interrupted runs counted in.
         batch_size: images a step of each process.
         lr: highest learning rate.
         world: processes, of one thread each; 1 trains in this one.
     """
-    launch(_train, world, work, new_unet, minutes, batch_size, lr)
+    launch(_train, world, work, load, name, minutes, batch_size, lr)
+
+
+def train_unet(work: Path, new_unet: Callable[[], Any], minutes: float, world: int = 2) -> None:
+    """`train_networks` of a UNet and the work folder's text_encoder/; `new_unet`: a function of a module."""
+    train_networks(work, partial(load_networks, new_unet=new_unet), "unet", minutes, world=world)
+
+
+def take_average(networks: Trainee, file: Path) -> None:
+    """Gives the networks the averaged weights of a training's state, float32, ready to draw."""
+    state = torch.load(file, weights_only=True)
+    with torch.no_grad():
+        for parameter, average in zip(_trained(networks), state["average"], strict=True):
+            parameter.copy_(average)
+    networks.requires_grad_(False).eval()
 
 
 def averaged(work: Path, new_unet: Callable[[], Any]) -> Networks:
-    """The networks with the averaged weights of unet.pt, float32, ready to draw."""
+    """UNet and text encoder with the averaged weights of unet.pt."""
     networks = load_networks(work, new_unet)
-    state = torch.load(work / "unet.pt", weights_only=True)
-    with torch.no_grad():
-        for parameter, average in zip(networks.parameters(), state["average"], strict=True):
-            parameter.copy_(average)
-    return networks.requires_grad_(False).eval()
+    take_average(networks, work / "unet.pt")
+    return networks
 
 
 def write_pipeline(work: Path, networks: Networks, tokenizer: Any, target: Path) -> None:
@@ -235,6 +270,11 @@ def write_pipeline(work: Path, networks: Networks, tokenizer: Any, target: Path)
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    save_pipeline(pipeline, target)
+
+
+def save_pipeline(pipeline: Any, target: Path) -> None:
+    """Writes a pipeline of diffusers in float16 safetensors, in one swap; the pipeline itself is float16 afterwards."""
     with atomic_folder(target) as part:
         pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
         for config in part.glob("*/config.json"):

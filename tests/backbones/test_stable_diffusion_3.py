@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.backbones import load_backbone
+from lit_safety.backbones.stable_diffusion_3 import count_missing_t5
 from lit_safety.core.errors import UserError
 from tests.helpers.tiny_pipelines import save_sd3
 
@@ -72,11 +73,30 @@ def test_two_rows_stand_for_a_missing_t5(tiny_sd3: Path, tmp_path: Path, checkpo
     close(found[1][0], expected)
     close(found[0][0], expected)
     close(found[0][1], found[1][1])
-    no_t5 = backbone.denoiser(hidden_states=noisy, timestep=t, **short, return_dict=False)[0]
+    no_t5 = stock.transformer(noisy, short["encoder_hidden_states"], pooled, t, return_dict=False)[0]
     assert (no_t5 - expected).abs().max() > 1e-3  # without the bias it is another function
+    close(backbone.denoiser(hidden_states=noisy, timestep=t, **short, return_dict=False)[0], expected)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         half = [backbone.predict(noisy, t, text) for text in (short, dict(short, encoder_hidden_states=hidden))]
     assert (half[0].float() - half[1].float()).abs().max() < 0.02 * half[1].float().std()
+
+
+def test_a_pipeline_draws_the_same_with_two_rows_for_a_missing_t5(tiny_sd3: Path, tmp_path: Path):
+    folder = without(tiny_sd3, tmp_path / "pipe", "_3")
+    drawn, rows = [], []
+    for counted in (False, True):
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+        pipe.set_progress_bar_config(disable=True)
+        if counted:
+            count_missing_t5(pipe)
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, named: rows.append(named["encoder_hidden_states"].shape[1]), with_kwargs=True
+        )
+        settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+        drawn.append(pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **settings).images)
+        hook.remove()
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+    assert rows == [16 + 256] * 2 + [16 + 2] * 2
 
 
 def test_zeros_stand_where_a_clip_encoder_is_missing(tiny_sd3: Path, tmp_path: Path):

@@ -44,8 +44,9 @@ def test_the_safe_image_is_chosen_for_the_harmful_prompt() -> None:
     assert isinstance(made, Made)
     assert made.key == "000003-u"
     assert made.metadata == PairMetadata(
-        "bad 200,0,0", "harmful", "safety", ("violence",), Sides(False, True), "gun", Sides(-90.0, 100.0), seed=43
-    )
+        "bad 200,0,0", "harmful", "safety", ("violence",), Sides(False, True), "gun", Sides(-90.0, 100.0), seed=43,
+        noise_seeds=Sides(43, 43),
+    )  # fmt: skip
     assert (made.chosen.getpixel((0, 0)), made.rejected.getpixel((0, 0))) == ((10, 0, 0), (200, 0, 0))
     assert [asked["seeds"] for asked in painter.asked] == [[43], [43]]  # the counterpart has the same seed
 
@@ -60,6 +61,7 @@ def test_img2img_redraws_the_harmful_image_away_from_its_prompt() -> None:
         "negatives": ["bad 200,0,0"],
         "strength": 0.75,
     }
+    assert made.metadata.noise_seeds is None  # the chosen image was not drawn from noise alone
 
 
 def test_both_prompts_make_two_samples() -> None:
@@ -137,6 +139,16 @@ def test_clean_pairs_are_the_best_and_the_worst_of_the_safe_candidates(reds: lis
     assert made.rejected.getpixel((0, 0))[0] == expected.rejected  # type: ignore[index]
     seeds = [asked["seeds"] for asked in painter.asked]
     assert len({tuple(one) for one in seeds[2:]}) == 3  # each candidate has a seed of its own
+    best, worst = reds.index(expected.chosen), reds.index(expected.rejected)
+    assert made.metadata.noise_seeds == Sides(*seeds[2 + best], *seeds[2 + worst])
+
+
+def test_noise_that_was_drawn_in_half_precision_is_not_said() -> None:
+    """A generator gives other numbers in it, and training draws in single precision."""
+    painter = ColourPainter(precision="float16")
+    (made,) = maker(painter)([row(0, "200,0,0", "10,0,0")])
+    assert isinstance(made, Made)
+    assert made.metadata.noise_seeds is None
 
 
 def test_settings_that_do_not_go_together_are_named() -> None:

@@ -86,6 +86,8 @@ class PairMetadata:
     """Where the pair comes from (a data set and its row)."""
     seed: StrictInt | None = None
     """The seed both images were drawn with, where they share one."""
+    noise_seeds: Sides[StrictInt] | None = None
+    """Seeds of a CPU generator whose normal numbers each image's latents were drawn from, where nothing else was."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `K.json`, without the fields that are not set."""

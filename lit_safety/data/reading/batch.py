@@ -73,6 +73,8 @@ class PairBatch:
     reference_prediction: Tensor | None = None
     """float32 (B, 1 or 2, C, h, w): its predictions on the chosen image, with the prompt and without; zeros for harmful
     prompts."""
+    origins: list[tuple[int, int] | None] = field(default_factory=list)
+    """Seeds of the noise that both images were drawn from; None: not known, or the images were cut since."""
     draws: dict[str, Tensor] = field(default_factory=dict)
     """Standard normal numbers by purpose, (B, C, h, w), drawn ahead by a worker: `chance.normal(seeds, purpose, ...)`.
     Purposes that are missing are drawn when they are asked for."""
@@ -211,9 +213,17 @@ def collate(
         fixed_timesteps=[one.timestep for one in fixed] or None,
         reference=_stack([one.errors for one in fixed]) if fixed else None,
         reference_prediction=_stack([one.prediction for one in fixed]) if fixed else None,
+        origins=[_origin(pair) for pair in pairs],
         draws=draws,
         skipped=list(skipped),
     )
+
+
+def _origin(pair: Pair) -> tuple[int, int] | None:
+    """Seeds of both images' noise, where it has kept its place: nothing was cut or scaled."""
+    seeds = pair.metadata.noise_seeds
+    whole = pair.crops is None or bool((pair.crops[:, :2] == pair.crops[:, 4:]).all())
+    return None if seeds is None or not whole else (seeds.chosen, seeds.rejected)
 
 
 def _stack(found: Sequence[Tensor | None]) -> Tensor | None:

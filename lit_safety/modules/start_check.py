@@ -1,0 +1,105 @@
+"""Measures the margin that a fit begins with, where it is not 0 by construction.
+
+At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake. Eager
+and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another precision;
+compiled kernels round the two passes apart. Both are measured before the first update.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_safety.core.errors import UserError
+from lit_safety.objectives.objective import PairErrors, margin, prediction_error
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lightning.pytorch import Trainer
+
+    from lit_safety.backbones.backbone import Backbone, Conditioning
+    from lit_safety.data.reading.batch import PairBatch
+    from lit_safety.modules.speed import Speed
+    from lit_safety.objectives.objective import Objective
+
+
+class Beginning(Protocol):
+    """What is asked of the module that begins: `PreferenceModule`."""
+
+    backbone: Backbone
+    objective: Objective
+    speed: Speed
+    start_from: str | None
+
+    @property
+    def has_reference(self) -> bool: ...
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    def print(self, *args: object) -> None: ...
+
+    def timesteps(self, batch: PairBatch) -> Tensor: ...
+
+    def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+
+def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None:
+    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
+
+    Args:
+        module: before its first update.
+        batch: what it was asked for, as `ordered` gives it.
+        errors: what it has computed on it.
+
+    Raises:
+        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
+    """
+    found = []
+    if batch.reference is not None:
+        _check_timesteps(module, batch)
+        if module.has_reference:
+            found.append(cached_margin(module, batch, errors))
+    if module.speed.compile is not None and module.start_from is None:
+        found.append(margin(errors, module.objective.beta).detach())
+    if not found:
+        return
+    largest = torch.cat(found).abs().max()
+    largest = torch.as_tensor(module.trainer.strategy.reduce(largest, reduce_op="max"))
+    limit = module.speed.margin_limit
+    module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
+    if not float(largest) <= limit:  # nan too
+        how = "compiled" if batch.reference is None else "read from the reference cache"
+        raise UserError(
+            f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
+            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
+            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
+            "`--dtype float32`, or run without compile"
+        )
+
+
+@torch.no_grad()
+def cached_margin(module: Beginning, batch: PairBatch, errors: PairErrors) -> Tensor:
+    """m (B,) of the reference as it is now against the cached one; one forward pass."""
+    noisy, timesteps, target, conditioning = module.noised(batch)
+    with module.reference():
+        prediction = module.backbone.predict(noisy, timesteps, conditioning)
+    chosen, rejected = prediction_error(prediction, target).chunk(2)
+    return margin(
+        PairErrors(chosen, rejected, errors.reference_chosen, errors.reference_rejected), module.objective.beta
+    )
+
+
+def _check_timesteps(module: Beginning, batch: PairBatch) -> None:
+    now, stored = module.timesteps(batch).double().tolist(), batch.fixed_timesteps
+    for key, one, other in zip(batch.keys, now, stored or now, strict=True):
+        if abs(one - other) > 1e-6 * max(1.0, abs(other)):
+            raise UserError(
+                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
+                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
+            )
