@@ -95,6 +95,8 @@ class Backbone(nn.Module, ABC):
         parts.dtypes = {name: getattr(torch, self.settings.encoder_dtype) for name in parts.index.components
                         if name.startswith("text_encoder")} | {
                         self.DENOISER: getattr(torch, self.settings.denoiser_dtype)}  # fmt: skip
+        if self.settings.denoiser_quantization is not None:
+            parts.quantizations = {self.DENOISER: self.settings.denoiser_quantization}
         self.parts = parts
         self.denoiser = parts.get(self.DENOISER) if denoiser else NoDenoiser()
         self.inference_scheduler = parts.get("scheduler")

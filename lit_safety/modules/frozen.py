@@ -35,14 +35,18 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
     normalisations, is fp32 again. Whoever draws, probes or merges outside of a training step gets autocast too: weights
     in ``dtype`` cannot meet inputs in fp32.
 
+    Weights in fewer bits stay as they are: their layers compute in the inputs' format.
+
     Args:
         denoiser: with all adapters attached.
         dtype: of autocast, such as bfloat16.
     """
+    from lit_safety.backbones.quantized import is_quantized
+
     for layer in denoiser.modules():
         kept = dtype if isinstance(layer, CAST_BY_AUTOCAST) else torch.float32
         for weight in layer.parameters(recurse=False):
-            if not weight.requires_grad:
+            if not weight.requires_grad and not is_quantized(weight):
                 weight.data = weight.data.to(kept)
     network: Any = denoiser
     network.lowered_to = dtype

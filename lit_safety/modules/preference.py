@@ -262,14 +262,16 @@ class PreferenceModule(ScheduledModule):
         Raises:
             UserError: below fp32, and the strategy or a full fine-tune needs fp32.
         """
-        dtype: torch.dtype = getattr(torch, self.backbone.settings.denoiser_dtype)
-        if dtype == torch.float32:
+        settings = self.backbone.settings
+        dtype: torch.dtype = getattr(torch, settings.denoiser_dtype)
+        name = "denoiser_dtype" if settings.denoiser_quantization is None else "denoiser_quantization"
+        if dtype == torch.float32 and name == "denoiser_dtype":
             return dtype
-        told = f"`model.init_args.backbone.init_args.denoiser_dtype: {self.backbone.settings.denoiser_dtype}`"
+        told = f"`model.init_args.backbone.init_args.{name}: {getattr(settings, name)}`"
         if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
-            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: set float32, or train by DDP")
+            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: leave it out, or train by DDP")
         if not any(isinstance(layer, BaseTunerLayer) for layer in self.backbone.denoiser.modules()):
-            raise UserError(f"{told}: rounds what is trained where there is no LoRA: set float32")
+            raise UserError(f"{told}: rounds what is trained where there is no LoRA: leave it out")
         return dtype
 
     def _start(self) -> None:
