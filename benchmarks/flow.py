@@ -162,9 +162,8 @@ class Kept:
             handle.remove()
 
 
-def count(name: str, resolution: int) -> dict[str, Any]:
-    """What a model costs: parameters, TFLOP of a pair, and GB of weights, LoRA and activations."""
-    model = MODELS[name]
+def counts(model: Model, resolution: int) -> dict[str, float]:
+    """Weights, trained numbers and their layers, TFLOP and bytes of a pair."""
     backbone = backbone_of(model)
     weights = sum(p.numel() for p in backbone.denoiser.parameters())
     given = inputs(model, resolution)
@@ -177,17 +176,25 @@ def count(name: str, resolution: int) -> dict[str, Any]:
     step = counted(lambda: backbone.predict(*given).sum().backward())
     with Kept(backbone.denoiser, blocks(backbone.denoiser)) as kept:
         backbone.predict(*given)
-    numbers = sum(p.numel() for p in trained)
-    least = {how: weights * size / GB + 16 * numbers / GB for how, size in FROZEN.items()}
-    checkpointed = (kept.entering + kept.block) / GB
     return {
-        "model": name, "size from": model.says, "resolution": resolution, "parameters, 1e9": round(weights / 1e9, 2),
-        "LoRA, 1e6": round(numbers / 1e6, 1), "LoRA layers": len(trained) // 2,
+        "weights": weights, "trained": sum(p.numel() for p in trained), "layers": len(trained) // 2,
+        "forward": forward, "step": step, "kept": kept.total, "entering": kept.entering, "block": kept.block,
+    }  # fmt: skip
+
+
+def report(name: str, resolution: int, found: dict[str, float]) -> dict[str, Any]:
+    """What a model costs, in the units that the overlays state."""
+    weights, numbers, forward, step = (found[key] for key in ("weights", "trained", "forward", "step"))
+    least = {how: weights * size / GB + 16 * numbers / GB for how, size in FROZEN.items()}
+    checkpointed = (found["entering"] + found["block"]) / GB
+    return {
+        "model": name, "size from": MODELS[name].says, "resolution": resolution,
+        "parameters, 1e9": round(weights / 1e9, 2), "LoRA, 1e6": round(numbers / 1e6, 1),
+        "LoRA layers": round(found["layers"]),
         "TFLOP of a forward pass": round(forward, 1), "TFLOP forward and backward": round(step, 1),
-        "TFLOP a pair": round(forward + step, 1),
-        "TFLOP a pair, checkpointing": round(2 * forward + step, 1),
+        "TFLOP a pair": round(forward + step, 1), "TFLOP a pair, checkpointing": round(2 * forward + step, 1),
         "GB of weights": {how: round(weights * size / GB, 1) for how, size in FROZEN.items()},
-        "GB of activations": round(kept.total / GB, 1), "GB of activations, checkpointing": round(checkpointed, 1),
+        "GB of activations": round(found["kept"] / GB, 1), "GB of activations, checkpointing": round(checkpointed, 1),
         "GB at least, checkpointing": {how: round(one + checkpointed, 1) for how, one in least.items()},
     }  # fmt: skip
 
@@ -198,4 +205,5 @@ if __name__ == "__main__":
     parser.add_argument("--resolution", type=int, default=1024)
     options = parser.parse_args()
     for one in options.model:
-        print(json.dumps(count(one, options.resolution), indent=1), flush=True)
+        found = counts(MODELS[one], options.resolution)
+        print(json.dumps(report(one, options.resolution, found), indent=1), flush=True)

@@ -126,6 +126,12 @@ class Backbone(nn.Module, ABC):
         """Endings of the names of the layers that a LoRA adapts where a run names none; some may be whole names."""
         return list(self.LORA_TARGETS)
 
+    def left_out(self, targets: Sequence[str]) -> tuple[list[str], int]:
+        """The layers that `lora_targets` has and ``targets``, endings of names too, do not; and how many it has."""
+        own, given = (tuple(f".{one}" for one in some) for some in (self.lora_targets(), targets))
+        usual = [name for name, _ in self.denoiser.named_modules() if f".{name}".endswith(own)]
+        return [name for name in usual if not f".{name}".endswith(given)], len(usual)
+
     # ---- the frozen parts
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
@@ -254,6 +255,13 @@ class PreferenceModule(ScheduledModule):
         from lit_safety.backbones.load import load_backbone
 
         self.backbone = load_backbone(self.pretrained, settings=self.backbone_settings)
+        if self.lora.target_modules is not None and self.lora.blocks is None:
+            left, usual = self.backbone.left_out(self.lora.target_modules)
+            if left:
+                rank_zero_warn(
+                    f"`lora.target_modules` leaves out {len(left)} of the {usual} layers that are adapted by default "
+                    f"in a {type(self.backbone).__name__}, such as {left[0]}: harm may stay. null adapts them"
+                )
         self.lora = self.lora.with_targets(self.backbone.lora_targets())
 
     def _frozen_dtype(self) -> torch.dtype:
