@@ -164,7 +164,13 @@ def _converted(
         again.alphas.update(to_one_layout(named, file, known).alphas)
     except (UserError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, AssertionError):
         return None
-    if len(_homeless(again.factors, known)) >= len(_homeless(layout.factors, known)):
+    homeless = set(_homeless(layout.factors, known))
+    for name in (set(layout.factors) & set(again.factors)) - homeless:
+        # Our own reading of what has a place: diffusers drops the alphas of FLUX.1's CLIP.
+        again.factors[name] = layout.factors[name]
+        again.alphas.pop(name, None)
+        again.alphas |= {name: layout.alphas[name]} if name in layout.alphas else {}
+    if not again.factors or len(_homeless(again.factors, known)) >= len(homeless):
         return None  # nothing is gained: the message should show the file's own names
     layers = _layers(again, {}, file, known)
     none = Alphas({}, file)

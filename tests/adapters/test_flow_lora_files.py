@@ -36,8 +36,7 @@ FILES: dict[str, tuple[str, tuple[str, str, str | None], dict[str, list[str]]]] 
         "lora_unet_double_blocks_0_txt_attn_qkv":
             within("transformer_blocks.0.attn", ["add_q_proj", "add_k_proj", "add_v_proj"]),
         "lora_unet_double_blocks_0_txt_mlp_2": within("transformer_blocks.0", ["ff_context.net.2"]),
-        "lora_unet_single_blocks_1_linear1":
-            within("single_transformer_blocks.1", ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
+        "lora_unet_single_blocks_1_linear2": within("single_transformer_blocks.1", ["proj_out"]),
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj":
             ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"],
     }),

@@ -98,5 +98,5 @@ def test_users_bounds_are_refused_by_name(alone: Alone, user_shards: Path, tmp_p
     refused = start(["fit", "--config", str(config)], tmp_path / "logs", ranks=1)
     assert refused.wait() == [2], refused.said()
     (line,) = [line for line in refused.said().splitlines() if line.startswith("error: ")]
-    assert "FluxTransformer2DModel" in line
+    assert "FluxPipeline" in line
     assert "PSA" in line
