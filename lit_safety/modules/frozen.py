@@ -53,6 +53,16 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
     network.forward = MethodType(_in_autocast, denoiser)
 
 
+def leave_quantized(module: nn.Module) -> None:
+    """Let DDP leave weights in fewer bits out of what it sends at its start: all ranks have read the same ones."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from lit_safety.backbones.quantized import is_quantized
+
+    names = [name for name, weight in module.named_parameters() if is_quantized(weight)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
 def _in_autocast(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
     """`forward` of a lowered network; a bound method, so that a deep copy of it computes with weights of its own."""
     # Casts are not kept: one made without gradient would be found by a pass with gradient.

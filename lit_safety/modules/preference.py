@@ -36,7 +36,7 @@ from lit_safety.modules.checks import (
     check_references,
     warn_if_not_moved,
 )
-from lit_safety.modules.frozen import lower_frozen
+from lit_safety.modules.frozen import leave_quantized, lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
@@ -240,6 +240,8 @@ class PreferenceModule(ScheduledModule):
             if dtype != torch.float32:
                 for network in self.networks():
                     lower_frozen(network, dtype)
+            if self.backbone.settings.denoiser_quantization is not None:
+                leave_quantized(self)
             return
         with unpartitioned():  # diffusers loads into whole parameters only
             self._load()

@@ -100,6 +100,22 @@ def test_gradients_reach_the_lora_and_the_reference_is_the_same_function(module:
 
 
 @NEEDS_TORCHAO
+def test_ddp_leaves_the_base_alone(module: SCDPO):
+    """It sends all weights at its start, which these cannot be."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(module)
+        left = wrapped.parameters_to_ignore
+        assert "backbone.denoiser.transformer_blocks.0.attn.to_q.base_layer.weight" in left
+        assert not any(".lora_" in name for name in left)
+    finally:
+        dist.destroy_process_group()
+
+
+@NEEDS_TORCHAO
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fit_exports_what_the_whole_model_loads(
     precision: str, folder: Path, pair_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
