@@ -272,7 +272,7 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32, q
         raise UserError(f"{folder / 'config.json'} is missing: copy the folder again")
     more: dict[str, Any] = {}
     if quantization is not None:
-        from lit_safety.backbones.quantized import configuration
+        from lit_safety.backbones.lowered import configuration
 
         more["quantization_config"] = configuration(quantization, dtype)
     network, report = found.from_pretrained(

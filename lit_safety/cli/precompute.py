@@ -121,8 +121,8 @@ def _backbone(model: str, device: str | None, denoiser: bool, encoder_dtype: Any
     import torch
 
     from lit_safety.backbones.load import load_backbone
+    from lit_safety.backbones.lowered import lower_frozen
     from lit_safety.backbones.settings import BackboneSettings
-    from lit_safety.modules.frozen import lower_frozen
 
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

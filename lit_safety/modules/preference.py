@@ -36,7 +36,6 @@ from lit_safety.modules.checks import (
     check_references,
     warn_if_not_moved,
 )
-from lit_safety.modules.frozen import leave_quantized, lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
@@ -237,11 +236,14 @@ class PreferenceModule(ScheduledModule):
                 self._shard()
             elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
                 dtype = torch.bfloat16
-            if dtype != torch.float32:
-                for network in self.networks():
+            quantized = self.backbone.settings.denoiser_quantization is not None
+            if dtype != torch.float32 or quantized:
+                from lit_safety.backbones.lowered import leave_quantized, lower_frozen
+
+                for network in self.networks() if dtype != torch.float32 else ():
                     lower_frozen(network, dtype)
-            if self.backbone.settings.denoiser_quantization is not None:
-                leave_quantized(self)
+                if quantized:
+                    leave_quantized(self)
             return
         with unpartitioned():  # diffusers loads into whole parameters only
             self._load()

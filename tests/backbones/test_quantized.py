@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from lit_safety.__main__ import main
 from lit_safety.adapters.lora import LoRA
 from lit_safety.backbones import FlowSettings, GuidedFlowSettings, load_backbone
-from lit_safety.backbones.quantized import is_quantized
+from lit_safety.backbones.lowered import is_quantized, lower_frozen
 from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO
-from lit_safety.modules.frozen import lower_frozen
 from tests.helpers.flow_pipelines import save_flow
 from tests.helpers.small_fits import small_fit
 
@@ -32,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["torchao_8bit", "bitsandbytes_8bit", "bitsandbytes_4bit"])
 def test_a_package_that_is_missing_is_named(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lit_safety.backbones.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_safety.backbones.lowered.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"denoiser_quantization: {kind}.*pip install {kind.partition('_')[0]}"):
         load_backbone(str(folder), settings=GuidedFlowSettings(denoiser_quantization=kind))  # type: ignore[arg-type]
     load_backbone(str(folder), False, settings=GuidedFlowSettings(denoiser_quantization=kind))  # type: ignore[arg-type]
@@ -40,7 +39,7 @@ def test_a_package_that_is_missing_is_named(kind: str, folder: Path, monkeypatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bitsandbytes_without_a_gpu_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lit_safety.backbones.quantized.find_spec", lambda name: name)
+    monkeypatch.setattr("lit_safety.backbones.lowered.find_spec", lambda name: name)
     with pytest.raises(UserError, match="needs a GPU"):
         load_backbone(str(folder), settings=GuidedFlowSettings(denoiser_quantization="bitsandbytes_4bit"))
 
