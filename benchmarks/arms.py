@@ -12,10 +12,10 @@ from networks import TOY, backbone_of, parts_of
 from torch import Tensor
 
 from lit_safety.adapters.lora import LoRA
+from lit_safety.backbones.lowered import lower_frozen
 from lit_safety.core.chance import LATENT, NOISE, normal
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import PreferenceModule
-from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO
 

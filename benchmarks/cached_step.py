@@ -24,12 +24,12 @@ import torch
 from networks import SCALES, TOY, random_pairs, random_pipeline
 
 from lit_safety.adapters import LoRA
+from lit_safety.backbones.lowered import lower_frozen
 from lit_safety.cli.precompute import precompute
 from lit_safety.core.progress import quiet_libraries
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO
-from lit_safety.modules.frozen import lower_frozen
 
 
 class Arm:

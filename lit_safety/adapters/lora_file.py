@@ -237,13 +237,14 @@ def _converted(
     if layout.left or len(whole) < len(layout.factors):
         return None
     try:
-        state, alphas = convert(dict(tensors))
+        # Copies: diffusers writes alphas into the tensors that it is given.
+        state, alphas = convert({key: tensor.clone() for key, tensor in tensors.items()})
         again = to_one_layout(state, file, known)
         named = {f"{name.removesuffix('.alpha')}.alpha": torch.tensor(alpha) for name, alpha in alphas.items()}
         again.alphas.update(to_one_layout(named, file, known).alphas)
     except (UserError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, AssertionError):
         return None
-    if len(_homeless(again.factors, known)) >= len(_homeless(layout.factors, known)):
+    if not again.factors or len(_homeless(again.factors, known)) >= len(_homeless(layout.factors, known)):
         return None  # nothing is gained: the message should show the file's own names
     layers = _layers(again, {}, file, known)
     none = Alphas({}, file)

@@ -95,6 +95,8 @@ class Backbone(nn.Module, ABC):
         parts.dtypes = {name: getattr(torch, self.settings.encoder_dtype) for name in parts.index.components
                         if name.startswith("text_encoder")} | {
                         self.DENOISER: getattr(torch, self.settings.denoiser_dtype)}  # fmt: skip
+        if self.settings.denoiser_quantization is not None:
+            parts.quantizations = {self.DENOISER: self.settings.denoiser_quantization}
         self.parts = parts
         self.denoiser = parts.get(self.DENOISER) if denoiser else NoDenoiser()
         self.inference_scheduler = parts.get("scheduler")
@@ -123,6 +125,12 @@ class Backbone(nn.Module, ABC):
     def lora_targets(self) -> list[str]:
         """Endings of the names of the layers that a LoRA adapts where a run names none; some may be whole names."""
         return list(self.LORA_TARGETS)
+
+    def left_out(self, targets: Sequence[str]) -> tuple[list[str], int]:
+        """The layers that `lora_targets` has and ``targets``, endings of names too, do not; and how many it has."""
+        own, given = (tuple(f".{one}" for one in some) for some in (self.lora_targets(), targets))
+        usual = [name for name, _ in self.denoiser.named_modules() if f".{name}".endswith(own)]
+        return [name for name in usual if not f".{name}".endswith(given)], len(usual)
 
     # ---- the frozen parts
 

@@ -44,3 +44,13 @@ def call_options(pipe: Any, guidance: float, negatives: Sequence[str] | None = N
     if kind.startswith("Sana"):  # else it draws the nearest of its own sizes and scales that
         options["use_resolution_binning"] = False
     return options | {"guidance_scale": guidance}
+
+
+def passes_of(pipeline: str, guidance: float) -> list[tuple[bool, ...]]:
+    """What the denoiser is called with at each step of a stock pipeline, by its class: for every call, of what its rows
+    are made in their order, whether with the prompt. One call of one kind where guidance takes no second half."""
+    if pipeline.startswith(("QwenImage", "Flux2Klein")):
+        return [(True,), (False,)] if guidance > 1 else [(True,)]
+    if pipeline.startswith("ZImage"):
+        return [(True, False)]
+    return [(True,)] if pipeline.startswith("Flux") else [(False, True)]

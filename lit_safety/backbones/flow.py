@@ -188,5 +188,7 @@ def longest(mask: Tensor) -> int:
 
 def is_student(parts: Parts, *words: str) -> bool:
     """Whether a pipeline's name says that it draws in a few steps; its files often look like its base's."""
-    name = parts.source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
-    return any(word in name for word in words)
+    *before, name = parts.source.replace("\\", "/").rstrip("/").split("/")
+    if before[1:] and before[-1] == "snapshots":  # the hub's cache: models--owner--name/snapshots/revision
+        name = before[-2].rsplit("--", 1)[-1]
+    return any(word in name.lower() for word in words)

@@ -45,6 +45,8 @@ class Parts:
         self.dtype = dtype
         self.dtypes: dict[str, torch.dtype] = {}
         """What single networks compute in, where it is not `dtype`; set before they are loaded."""
+        self.quantizations: dict[str, str] = {}
+        """In how many bits single networks keep their weights, a kind of `settings.Quantization`; set before, too."""
         self.index = pipeline_index(source, key)
         self._loaded: dict[str, Any] = {}
 
@@ -218,7 +220,7 @@ class Parts:
         if not folder.is_dir():
             raise UserError(f"model_index.json names it, and there is no folder {folder}")
         if issubclass(found, nn.Module):
-            return load_network(found, folder, self.dtypes.get(name, self.dtype))
+            return load_network(found, folder, self.dtypes.get(name, self.dtype), self.quantizations.get(name))
         if "tokenizer" not in name:
             return self._config_only(found, folder)
         check_tokenizer_files(folder, found)
@@ -252,13 +254,14 @@ class Parts:
         return f"the pipeline {self.source} does not load: {what}"
 
 
-def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32, quantization: str | None = None) -> Any:
     """A network of diffusers or transformers out of its folder, whole, frozen and in evaluation.
 
     Args:
         found: its class.
         folder: where its config.json and weights lie.
         dtype: what it computes in.
+        quantization: a kind of `settings.Quantization` that its linear layers are kept in; None: ``dtype``.
 
     Raises:
         UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file.
@@ -267,8 +270,13 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32) -
     weights = need_weights(folder, _stem(found))
     if not (folder / "config.json").is_file():  # the libraries would take a configuration of their own
         raise UserError(f"{folder / 'config.json'} is missing: copy the folder again")
+    more: dict[str, Any] = {}
+    if quantization is not None:
+        from lit_safety.backbones.lowered import configuration
+
+        more["quantization_config"] = configuration(quantization, dtype)
     network, report = found.from_pretrained(
-        folder, dtype=dtype, variant=weights.variant, use_safetensors=True, output_loading_info=True
+        folder, dtype=dtype, variant=weights.variant, use_safetensors=True, output_loading_info=True, **more
     )
     check_whole(network, report, folder)
     return network.requires_grad_(False).eval()

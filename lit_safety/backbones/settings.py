@@ -11,6 +11,7 @@ from typing import Literal
 __all__ = ["BackboneSettings", "FlowSettings", "GuidedFlowSettings"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["torchao_8bit", "bitsandbytes_8bit", "bitsandbytes_4bit"]
 
 
 class BackboneSettings:
@@ -21,11 +22,22 @@ class BackboneSettings:
             its rounding would be in every latent.
         denoiser_dtype: number format of the denoiser's frozen weights, from the moment they are read. Below float32 it
             always runs under autocast of that format; the LoRA stays in float32.
+        denoiser_quantization: keep the weights of the denoiser's frozen linear layers in fewer bits, as diffusers loads
+            them: `torchao_8bit` (whole numbers with a scale for each row; on CPUs too), `bitsandbytes_8bit` (LLM.int8)
+            or `bitsandbytes_4bit` (NF4; both on GPUs). The package must be installed. What is aligned is then this
+            rounded model, and the LoRA is drawn with the model as it is. With it `denoiser_dtype: bfloat16` is usual.
+            By one process or DDP alone. null: as `denoiser_dtype` says.
     """
 
-    def __init__(self, encoder_dtype: Dtype = "float32", denoiser_dtype: Dtype = "float32") -> None:
+    def __init__(
+        self,
+        encoder_dtype: Dtype = "float32",
+        denoiser_dtype: Dtype = "float32",
+        denoiser_quantization: Quantization | None = None,
+    ) -> None:
         self.encoder_dtype = encoder_dtype
         self.denoiser_dtype = denoiser_dtype
+        self.denoiser_quantization = denoiser_quantization
 
 
 class FlowSettings(BackboneSettings):
@@ -45,6 +57,7 @@ class FlowSettings(BackboneSettings):
         std: of the logit-normal distribution.
         encoder_dtype: as in `BackboneSettings`.
         denoiser_dtype: as in `BackboneSettings`.
+        denoiser_quantization: as in `BackboneSettings`.
 
     Raises:
         ValueError: ``shift`` or ``std`` is not above 0.
@@ -58,8 +71,9 @@ class FlowSettings(BackboneSettings):
         std: float = 1.0,
         encoder_dtype: Dtype = "float32",
         denoiser_dtype: Dtype = "float32",
+        denoiser_quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(encoder_dtype, denoiser_dtype)
+        super().__init__(encoder_dtype, denoiser_dtype, denoiser_quantization)
         if not isinstance(shift, str) and not 0 < shift < float("inf"):
             raise ValueError(f"`model.init_args.backbone.init_args.shift` must be above 0, got {shift}")
         if not 0 < std < float("inf"):
@@ -82,6 +96,7 @@ class GuidedFlowSettings(FlowSettings):
         std: as in `FlowSettings`.
         encoder_dtype: as in `BackboneSettings`.
         denoiser_dtype: as in `BackboneSettings`.
+        denoiser_quantization: as in `BackboneSettings`.
 
     Raises:
         ValueError: as `FlowSettings`, or ``guidance`` is below 0.
@@ -96,8 +111,9 @@ class GuidedFlowSettings(FlowSettings):
         std: float = 1.0,
         encoder_dtype: Dtype = "float32",
         denoiser_dtype: Dtype = "float32",
+        denoiser_quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(shift, sampling, mean, std, encoder_dtype, denoiser_dtype)
+        super().__init__(shift, sampling, mean, std, encoder_dtype, denoiser_dtype, denoiser_quantization)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"`model.init_args.backbone.init_args.guidance` must be 0 or more, got {guidance}")
         self.guidance = guidance

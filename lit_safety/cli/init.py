@@ -20,6 +20,12 @@ FAMILIES = {
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux1_dev",
+    "Flux2KleinPipeline": "flux2_klein",
+    "Flux2Pipeline": "flux1_dev",
+    "QwenImagePipeline": "qwen_image",
+    "ZImagePipeline": "z_image",
+    "SanaPipeline": "sana",
 }
 
 
@@ -32,8 +38,9 @@ def init(folder: str, method: Method = "scdpo", model: str | None = None, overwr
     Args:
         folder: Where to; made if it is not there.
         method: scdpo, dpo_expert, psa or cost_model.
-        model: The model to align: sd15, sd21, sdxl or sd3, or a pipeline's folder or hub id, whose family's settings
-            are taken. For a cost model: the CLIP that it looks through, a folder or a hub id.
+        model: The model to align: a name in configs/models (sd15, sdxl, sd35, flux1_dev, flux2_klein, qwen_image,
+            z_image, sana, ...), or a pipeline's folder or hub id, whose family's settings are taken. For a cost model:
+            the CLIP that it looks through, a folder or a hub id.
         overwrite: Replace a fit.yaml that is there.
 
     Raises:
@@ -115,7 +122,8 @@ def _family(model: str) -> _Family:
     family = FAMILIES[index.class_name]
     if family == "sd15" and _setting(model, "scheduler/scheduler_config.json", "prediction_type") == "v_prediction":
         family = "sd21"
-    side = _setting(model, f"{'transformer' if family == 'sd3' else 'unet'}/config.json", "sample_size")
+    network = "unet" if family in ("sd15", "sd21", "sdxl") else "transformer"
+    side = _setting(model, f"{network}/config.json", "sample_size")
     blocks = _setting(model, "vae/config.json", "block_out_channels")
     known = isinstance(side, int) and isinstance(blocks, list) and side > 0 and blocks
     return _Family(family, model, side * 2 ** (len(blocks) - 1) if known else None)

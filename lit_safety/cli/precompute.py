@@ -27,6 +27,8 @@ def precompute(
     reference_dropout: bool = False,
     reference_predictions: bool = False,
     reference_precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    denoiser_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
     """Write cached shards: latents and text-encoder outputs, so that training loads neither VAE nor text encoder.
 
@@ -54,6 +56,8 @@ def precompute(
         reference_predictions: Store the predictions on clean prompts' chosen images too, which anchor_weight needs;
             each takes a quarter of the room of a pair's latents.
         reference_precision: What the reference is computed in: give the trainer.precision of the training.
+        encoder_dtype: Number format of the text encoders; large ones do not fit a GPU in float32.
+        denoiser_dtype: Number format of the denoiser's weights, for a reference cache: give that of the training.
     """
     from pathlib import Path
 
@@ -78,7 +82,7 @@ def precompute(
     if target.exists() and any(Path(path).resolve().parent == target.resolve() for path in source.paths):
         raise UserError(f"{out}: is the folder of the shards themselves; name another one")
     quiet_libraries()
-    backbone = _backbone(model, device, denoiser=reference_draws > 0)
+    backbone = _backbone(model, device, reference_draws > 0, encoder_dtype, denoiser_dtype)
     settings = Settings(
         model=model,
         weights=_cache_hashes(backbone),
@@ -92,6 +96,8 @@ def precompute(
         )
         if reference_draws
         else None,
+        encoder_dtype=encoder_dtype,
+        denoiser_dtype=denoiser_dtype if reference_draws else "float32",
     )
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
@@ -111,14 +117,19 @@ def precompute(
         )
 
 
-def _backbone(model: str, device: str | None, denoiser: bool) -> Any:
+def _backbone(model: str, device: str | None, denoiser: bool, encoder_dtype: Any, denoiser_dtype: Any) -> Any:
     import torch
 
     from lit_safety.backbones.load import load_backbone
+    from lit_safety.backbones.lowered import lower_frozen
+    from lit_safety.backbones.settings import BackboneSettings
 
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return load_backbone(model, denoiser, "--model").to(chosen)
+        backbone = load_backbone(model, denoiser, "--model", BackboneSettings(encoder_dtype, denoiser_dtype))
+        if denoiser and denoiser_dtype != "float32":
+            lower_frozen(backbone.denoiser, getattr(torch, denoiser_dtype))  # as a training does
+        return backbone.to(chosen)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
@@ -168,6 +179,8 @@ def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch
 
     prompts = prompts_of(source)
     maker = {"model": settings.model, "weights": made_by(settings.weights)}
+    if settings.encoder_dtype != "float32":
+        maker["encoder_dtype"] = settings.encoder_dtype
     with counter("text", len(prompts) + ("" not in prompts)) as tick, torch.inference_mode():
         write_prompt_table(
             target,

@@ -300,6 +300,8 @@ def check_whole(
             "the weights or config.json belong to another model"
         )
     for name, value in network.state_dict().items():
+        if value.is_floating_point() and type(value) is not torch.Tensor:
+            value = value.dequantize()  # a tensor of fewer bits, with a class of its own
         # A sum is quick. It may also overflow where very many numbers are very large; then each number is tested.
         doubtful = value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32))
         if doubtful and not torch.isfinite(value.float()).all():

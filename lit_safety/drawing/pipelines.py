@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -203,7 +204,9 @@ class Painter:
         Args:
             strength: share of the steps that are taken again; 1 keeps nothing of the image.
         """
-        given = {"image": list(images), "prompt": list(prompts)}
+        given: dict[str, Any] = {"image": list(images), "prompt": list(prompts)}
+        if {"height", "width"} <= signature(type(self._second).__call__).parameters.keys():
+            given |= {"height": images[0].height, "width": images[0].width}  # some draw at a size of their own else
         return self._draw(self._second, seeds, negatives, strength=strength, **given)
 
     def _draw(

@@ -258,13 +258,14 @@ def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], optio
     """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
     from lit_safety.backbones.call import call_options
 
-    pipe = backbone.pipeline()
+    pipe, side = backbone.pipeline(), options.resolution
     drawn: Tensor = pipe(
         prompt=list(prompts),  # Z-Image's writes into it
         num_inference_steps=options.steps,
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
         **call_options(pipe, options.guidance, count=len(prompts)),
+        **({} if side is None else {"height": side, "width": side}),
     ).images
     return backbone.drawn_latents(drawn)
 

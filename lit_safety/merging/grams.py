@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from lit_safety.adapters.lora import adapter_layers, adapters_off
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones.backbone import Backbone
+from lit_safety.backbones.call import passes_of
 from lit_safety.core.chance import sample_seed
 from lit_safety.core.errors import UserError
 from lit_safety.core.progress import counter
@@ -265,12 +267,20 @@ def _pass(
     for start in range(0, len(prompts), options.batch_size):
         batch = list(prompts[start : start + options.batch_size])
 
-        def halves(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], size: int = len(batch)) -> None:
-            sample = next(x for x in (*args, *named.values()) if isinstance(x, Tensor) and x.ndim >= 3)
-            if len(sample) not in (size, 2 * size):
-                raise UserError(f"regmean cannot tell what a forward of {len(sample)} rows for {size} prompts computes")
+        turns = cycle(passes_of(backbone.PIPELINE.__name__, options.guidance))
+
+        def halves(
+            module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], size: int = len(batch), turns: Any = turns
+        ) -> None:
+            given = (*args, *named.values())
+            rows = next(len(x) for x in given if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim >= 3))
+            found = next(turns)
+            if rows != size * len(found):
+                if rows != size:
+                    raise UserError(f"regmean cannot tell what a forward of {rows} rows for {size} prompts computes")
+                found = (True,)  # without guidance
             for one in sums.values():
-                one.guided = len(sample) == 2 * size
+                one.halves = found
 
         handles: list[Any] = [backbone.denoiser.register_forward_pre_hook(halves, with_kwargs=True)]
         handles += [one.module.register_forward_pre_hook(one) for one in sums.values()]
@@ -327,19 +337,16 @@ class _Sum:
     def __init__(self, module: nn.Module, size: int) -> None:
         self.module = module
         self.size = size
-        self.guided = False
+        self.halves: tuple[bool, ...] = (True,)
+        """Of what the next inputs are made, whether with the prompt, in their order."""
         self._halves: dict[bool, Tensor] = {}
         self._tokens = {False: 0, True: 0}
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
         with torch.autocast(x.device.type, enabled=False):
-            if not self.guided:
-                self._add(True, x)
-                return
-            unconditional, conditional = x.chunk(2)  # as all pipelines of diffusers stack them
-            self._add(False, unconditional)
-            self._add(True, conditional)
+            for conditional, rows in zip(self.halves, x.chunk(len(self.halves)), strict=True):
+                self._add(conditional, rows)
 
     def _add(self, conditional: bool, x: Tensor) -> None:
         total = self._halves.get(conditional)

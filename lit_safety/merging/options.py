@@ -152,6 +152,7 @@ class CalibrationOptions:
         steps: Denoising steps of the drawings.
         guidance: Guidance of these drawings; 3 suits the toy world, 7.5 is common for Stable Diffusion.
         batch_size: Prompts at once.
+        resolution: Side of the drawings in pixels; null is the pipeline's own.
         seed: Seed of drawings and noise.
         other_world: Take prompts of an embedded world, such as data/toyworld, for a model that is not of this world.
 
@@ -170,13 +171,14 @@ class CalibrationOptions:
     steps: int = 20
     guidance: float = 3.0
     batch_size: int = 8
+    resolution: int | None = None
     seed: int = 0
     other_world: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("count", "each", "clean", "timesteps", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--calibration.{name} {getattr(self, name)}: must be at least 1")
+        for name in ("count", "each", "clean", "timesteps", "steps", "batch_size", "resolution"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise UserError(f"--calibration.{name} {given}: must be at least 1")
         if self.memory is not None and not 0 < self.memory < float("inf"):
             raise UserError(f"--calibration.memory {self.memory}: must be above 0 GB")
 

@@ -191,7 +191,8 @@ class PromptAnchors(Anchors):
         with torch.no_grad():
             latents = self._latents[rows].float().to(device, non_blocking=True)
             noise = normal(seeds, NOISE, latents.shape[1:]).to(device, non_blocking=True)
-            timesteps = backbone.timesteps(fractions).to(device, non_blocking=True)
+            size = latents.shape[-2], latents.shape[-1]
+            timesteps = backbone.timesteps(fractions, size).to(device, non_blocking=True)
             noisy = backbone.add_noise(latents, noise, timesteps)
             texts = {name: self._text(name, rows, seeds).to(device, non_blocking=True) for name in self._texts}
             with module.reference():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
@@ -246,11 +247,14 @@ class PreferenceModule(ScheduledModule):
                 self._shard()
             elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
                 dtype = torch.bfloat16
-            if dtype != torch.float32:
-                from lit_safety.modules.frozen import lower_frozen
+            quantized = self.backbone.settings.denoiser_quantization is not None
+            if dtype != torch.float32 or quantized:
+                from lit_safety.backbones.lowered import leave_quantized, lower_frozen
 
-                for network in self.networks():
+                for network in self.networks() if dtype != torch.float32 else ():
                     lower_frozen(network, dtype)
+                if quantized:
+                    leave_quantized(self)
             return
         with unpartitioned():  # diffusers loads into whole parameters only
             self._load()
@@ -266,6 +270,13 @@ class PreferenceModule(ScheduledModule):
         from lit_safety.backbones.load import load_backbone
 
         self.backbone = load_backbone(self.pretrained, settings=self.backbone_settings)
+        if self.lora.target_modules is not None and self.lora.blocks is None:
+            left, usual = self.backbone.left_out(self.lora.target_modules)
+            if left:
+                rank_zero_warn(
+                    f"`lora.target_modules` leaves out {len(left)} of the {usual} layers that are adapted by default "
+                    f"in a {type(self.backbone).__name__}, such as {left[0]}: harm may stay. null adapts them"
+                )
         self.lora = self.lora.with_targets(self.backbone.lora_targets())
 
     def _frozen_dtype(self) -> torch.dtype:
@@ -274,14 +285,16 @@ class PreferenceModule(ScheduledModule):
         Raises:
             UserError: below fp32, and the strategy or a full fine-tune needs fp32.
         """
-        dtype: torch.dtype = getattr(torch, self.backbone.settings.denoiser_dtype)
-        if dtype == torch.float32:
+        settings = self.backbone.settings
+        dtype: torch.dtype = getattr(torch, settings.denoiser_dtype)
+        name = "denoiser_dtype" if settings.denoiser_quantization is None else "denoiser_quantization"
+        if dtype == torch.float32 and name == "denoiser_dtype":
             return dtype
-        told = f"`model.init_args.backbone.init_args.denoiser_dtype: {self.backbone.settings.denoiser_dtype}`"
+        told = f"`model.init_args.backbone.init_args.{name}: {getattr(settings, name)}`"
         if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
-            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: set float32, or train by DDP")
+            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: leave it out, or train by DDP")
         if not any(isinstance(layer, BaseTunerLayer) for layer in self.backbone.denoiser.modules()):
-            raise UserError(f"{told}: rounds what is trained where there is no LoRA: set float32")
+            raise UserError(f"{told}: rounds what is trained where there is no LoRA: leave it out")
         return dtype
 
     def _start(self) -> None:

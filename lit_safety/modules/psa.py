@@ -123,6 +123,15 @@ class PSA(PreferenceModule):
         check_folders(datamodule_of(self.trainer))
 
     def setup(self, stage: str) -> None:
+        from lit_safety.backbones.load import family_of
+
+        family = family_of(self.pretrained)
+        if family.DENOISER != "unet":
+            raise UserError(
+                f"`model.init_args.pretrained` {self.pretrained} is a {family.PIPELINE.__name__}, and PSA puts user "
+                "attention beside the cross-attention of UNets: take a model of Stable Diffusion 1, 2 or SDXL, or "
+                "train this one by SCDPO or DPOExpert"
+            )
         super().setup(stage)
         check_users(datamodule_of(self.trainer), stage, UserTable(self._user_files()))
 

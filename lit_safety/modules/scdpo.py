@@ -55,6 +55,13 @@ class SCDPO(PreferenceModule):
         if label_costs and cost_model is not None:
             raise ValueError("label_costs and cost_model both give costs to pairs that have none: set one of them")
         super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
+        backbone = self.backbone_settings
+        if policy == "full" and backbone is not None and backbone.denoiser_quantization is not None:
+            raise UserError(
+                "`model.init_args.policy: full` trains the weights that "
+                f"`backbone.init_args.denoiser_quantization: {backbone.denoiser_quantization}` would keep in fewer "
+                "bits: set policy to lora, or leave that out"
+            )
         self.policy = policy
         self.label_costs = label_costs
         self.fills_costs = label_costs or cost_model is not None

@@ -49,6 +49,17 @@ def test_a_fine_tune_attacks_and_commands_draw(family: str, tmp_path: Path):
     assert painted[0].size == (32, 32)
 
 
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_an_image_is_redrawn_at_its_own_size(family: str, tmp_path: Path):
+    """Where diffusers redraws with negative prompts; Qwen-Image's pipeline would draw at its own size."""
+    pipe = FAMILIES[family](tmp_path / "words")
+    pipe.set_progress_bar_config(disable=True)
+    painter = Painter(pipe, PainterSettings(steps=2, guidance=3.0, resolution=32), True)
+    images = [Image.new("RGB", (32, 32), (90 * n, 40, 80)) for n in range(2)]
+    drawn = painter.from_images(images, ["a cat", "a house"], ["a gun", "a gun"], 0.5, [1, 2])
+    assert [one.size for one in drawn if one is not None] == [(32, 32)] * 2
+
+
 def test_guidance_and_negative_prompts_are_given_as_each_pipeline_takes_them(tmp_path: Path):
     """Scales as of Stable Diffusion: 1 is none, Z-Image counts from 0, Qwen-Image needs a negative prompt at all."""
     names = ("qwen_image", "z_image", "sana", "flux", "klein")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_safety.backbones import BackboneSettings, FlowSettings, GuidedFlowSettings, load_backbone
 from lit_safety.backbones.backbone import Backbone, encode_alike
-from lit_safety.backbones.call import call_options
+from lit_safety.backbones.call import call_options, passes_of
 from lit_safety.core.errors import UserError
 from tests.helpers.flow_pipelines import FAMILIES, save_flow
 
@@ -82,8 +82,9 @@ def stock(folder: Path) -> Any:
 
 def call(stock: Any, name: str, **more: Any) -> Any:
     seeds = [torch.Generator().manual_seed(row) for row in range(2)]
+    more.setdefault("num_inference_steps", STEPS)
     return stock(
-        prompt=list(PROMPTS), height=SIZE[0], width=SIZE[1], num_inference_steps=STEPS, generator=seeds,
+        prompt=list(PROMPTS), height=SIZE[0], width=SIZE[1], generator=seeds,
         **call_options(stock, CASES[name].guidance, count=2), **more,
     ).images  # fmt: skip
 
@@ -155,6 +156,21 @@ def test_the_transformer_is_given_what_the_stock_pipeline_gives_it(name: str, ba
     assert set(found) == set(expected)
     for key, value in expected.items():
         alike(found[key], value, key)
+
+
+def test_guidance_calls_the_transformer_as_often_as_regmean_counts(name: str, stock: Any):
+    """Rows of every call of one step with two prompts; which half comes first, the test above sees."""
+    calls: list[int] = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(len(kwargs["hidden_states"] if not args else args[0]))
+
+    handle = stock.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        call(stock, name, num_inference_steps=1, output_type="latent")
+    finally:
+        handle.remove()
+    assert calls == [2 * len(one) for one in passes_of(type(stock).__name__, CASES[name].guidance)]
 
 
 def test_a_text_alone_is_its_row_in_a_batch_and_has_a_fixed_length(backbone: Backbone):
@@ -355,6 +371,14 @@ def test_a_student_that_its_name_tells_is_refused(family: str, called: str, base
     folder = save_flow(family, tmp_path / called)
     with pytest.raises(UserError, match=base):
         load_backbone(str(folder))
+
+
+def test_a_student_in_the_hubs_cache_is_told_by_its_repository(tmp_path: Path):
+    """A folder there is named by its revision."""
+    folder = tmp_path / "models--Tongyi-MAI--Z-Image-Turbo" / "snapshots" / "0a1b"
+    save_flow("z_image", folder)
+    with pytest.raises(UserError, match="Tongyi-MAI/Z-Image"):
+        load_backbone(str(folder), denoiser=False)
 
 
 @pytest.mark.parametrize(("kind", "told"), [("SanaSprintPipeline", "Sana_1600M"), ("ChromaPipeline", "checkpointing")])

@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lit_safety.__main__ import main
+from lit_safety.backbones import load_backbone
 from lit_safety.backbones.call import call_options
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.pipelines import load_pipeline
+from tests.helpers.documents import CONFIGS
 from tests.helpers.flow_pipelines import FAMILIES, save_flow
 from tests.helpers.small_fits import small_fit
 
@@ -115,6 +118,60 @@ def test_cached_is_uncached_and_a_cache_of_the_reference_is_taken(
     for key, weight in from_images.items():
         torch.testing.assert_close(from_cache[key], weight, rtol=0, atol=0)
     assert fit(cached).keys() == from_images.keys()  # |m| at the start is within its limit
+
+
+#: Overlay -> the tiny pipeline of its family.
+OVERLAYS = {
+    "flux1_dev": "flux",
+    "flux2_klein": "klein",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "sana": "sana",
+}
+
+
+@pytest.mark.parametrize("model", [*OVERLAYS, "sd35"])
+def test_an_overlay_trains_the_layers_of_its_family(
+    model: str, tiny_sd3: Path, wide_shards: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    """A step with all that the overlay sets but the model and its size; half precision, checkpointing and all."""
+    family = OVERLAYS.get(model)
+    pipeline = tiny_sd3 if family is None else save_flow(family, tmp_path / model)
+    settings = {
+        "model.init_args.pretrained": pipeline,
+        "data.init_args.resolution": 32,
+        "data.init_args.batch_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.limit_val_batches": 1,
+        "trainer.callbacks": CALLBACKS,
+    }
+    assert main(small_fit("fit", ["scdpo.yaml", f"models/{model}.yaml"], tmp_path / "runs", wide_shards, settings)) == 0
+    assert not [one for one in recwarn if "leaves out" in str(one.message)]
+    run = tmp_path / "runs" / "scdpo" / "latest"
+    written, overlay = (
+        yaml.safe_load(path.read_text())["model"]["init_args"]
+        for path in (run / "config.yaml", CONFIGS / "models" / f"{model}.yaml")
+    )
+    assert written["backbone"]["init_args"].items() >= overlay["backbone"]["init_args"].items()
+    backbone = load_backbone(str(pipeline))
+    targets = tuple(f".{one}" for one in backbone.lora_targets())
+    layers = [name for name, _ in backbone.denoiser.named_modules() if f".{name}".endswith(targets)]
+    trained = load_file(run / "adapter" / WEIGHTS)
+    assert len(trained) == 2 * len(layers)
+    assert all(bool(weight.isfinite().all()) for weight in trained.values())
+
+
+def test_layers_that_a_run_leaves_out_are_counted(wide_shards: Path, tmp_path: Path):
+    """A method's YAML names layers of a UNet: of FLUX.1's block of two streams and its two single ones, not all."""
+    settings = {
+        "model.init_args.pretrained": save_flow("flux", tmp_path / "flux"), "data.init_args.resolution": 32,
+        "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 0,
+        "trainer.callbacks": CALLBACKS,
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"lora.target_modules` leaves out 8 of the 22 layers .* in a Flux"):
+        assert main(small_fit("fit", ["scdpo.yaml"], tmp_path / "runs", wide_shards, settings)) == 0
 
 
 def test_aspect_buckets_train(fit: Fit, wide_shards: Path):

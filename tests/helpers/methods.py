@@ -56,6 +56,9 @@ def write_config(
             model.pop(key)
         config["model"]["class_path"] = "lit_safety.modules.PSA"
     model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}
+    if (pipeline / "transformer").is_dir():  # whose layers the method's YAML does not name; its own side is no 32
+        model["lora"]["init_args"]["target_modules"] = None
+        model["drawing"]["resolution"] = 32
     config["trainer"] |= {
         "accelerator": "cpu", "max_steps": STEPS, "val_check_interval": STEPS, "limit_val_batches": 1,
         "gradient_clip_val": None, "callbacks": [*_callbacks(folder, method), *more],
@@ -95,5 +98,5 @@ def under(strategy: str) -> list[str]:
 def exported(run: Path) -> dict[str, torch.Tensor]:
     """Every weight that a fit has left, by file and name."""
     files = [*sorted(run.glob("adapter/*.safetensors")), *sorted(run.glob("experts/*/*.safetensors"))]
-    files += sorted(run.glob("pipeline/unet/*.safetensors"))
+    files += [file for kind in ("unet", "transformer") for file in sorted(run.glob(f"pipeline/{kind}/*.safetensors"))]
     return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}

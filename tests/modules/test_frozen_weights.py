@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora import LoRA
+from lit_safety.backbones.lowered import lower_frozen
 from lit_safety.core.errors import UserError
 from lit_safety.modules import SCDPO, PreferenceModule
-from lit_safety.modules.frozen import lower_frozen
 from lit_safety.objectives import DiffusionDPO
 from tests.helpers.batches import batch_of
 

@@ -47,6 +47,8 @@ class Settings:
     dtype: str
     images: bool
     reference: ReferenceCache | None = None
+    encoder_dtype: str = "float32"
+    denoiser_dtype: str = "float32"
 
     def to_dict(self, source: Source) -> dict[str, Any]:
         """What the manifest says of how the cache was made, and from what."""
@@ -54,7 +56,8 @@ class Settings:
         stated = {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
         if self.reference is None:
             del stated["reference"]
-        return stated
+        # Manifests of before these could be set say nothing of them.
+        return {k: v for k, v in stated.items() if k not in ("encoder_dtype", "denoiser_dtype") or v != "float32"}
 
 
 def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
