@@ -1,5 +1,8 @@
 """The LightningModules and the PreferenceModule they share."""
 
+from .adversaries import HiddenAdversary as HiddenAdversary
+from .adversaries import TextAdversary as TextAdversary
+from .adversary import Adversary as Adversary
 from .anchors import PromptAnchors as PromptAnchors
 from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
@@ -8,4 +11,15 @@ from .psa import PSA as PSA
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
 
-__all__ = ["PSA", "SCDPO", "CostModel", "DPOExpert", "PreferenceModule", "PromptAnchors", "SelectiveBackward"]
+__all__ = [
+    "PSA",
+    "SCDPO",
+    "Adversary",
+    "CostModel",
+    "DPOExpert",
+    "HiddenAdversary",
+    "PreferenceModule",
+    "PromptAnchors",
+    "SelectiveBackward",
+    "TextAdversary",
+]

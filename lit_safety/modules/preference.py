@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
@@ -25,8 +26,10 @@ from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import datamodule_of
+from lit_safety.data.protocols import PairData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.adversary import KEY as ADVERSARY_KEY
+from lit_safety.modules.adversary import Adversary
 from lit_safety.modules.anchors import PromptAnchors
 from lit_safety.modules.checks import (
     check_caches,
@@ -48,6 +51,7 @@ from lit_safety.modules.strategies import (
     family,
     shard,
     under_fsdp,
+    weights_are_sharded,
 )
 from lit_safety.objectives.objective import (
     Objective,
@@ -104,6 +108,8 @@ class PreferenceModule(ScheduledModule):
             `lit_safety.backbones`; null: the family's defaults.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
+        adversary: what attacks harmful pairs while they are trained: a class of `lit_safety.modules`, or a list of
+            several that attack together; null: nothing.
     """
 
     backbone: Backbone
@@ -124,6 +130,7 @@ class PreferenceModule(ScheduledModule):
         anchors: PromptAnchors | None = None,
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
+        adversary: Adversary | list[Adversary] | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -139,6 +146,9 @@ class PreferenceModule(ScheduledModule):
         self.anchors = anchors
         self.start_from = start_from
         self.backbone_settings = backbone
+        self.adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary or [])
+        if self.adversaries and self.speed.selective is not None:
+            raise ValueError("adversary and speed.selective: each pair would be attacked twice; set one of them to null")
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.validation_errors = TimestepBins(timestep_bins)
@@ -206,7 +216,7 @@ class PreferenceModule(ScheduledModule):
         """
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
-        policy = self.backbone.predict(noisy, timesteps, conditioning)
+        policy = self.policy_prediction(batch, noisy, timesteps, target, conditioning)
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
         drift = None
         if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
@@ -354,6 +364,33 @@ class PreferenceModule(ScheduledModule):
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
+
+    def policy_prediction(
+        self, batch: PairBatch, noisy: Tensor, timesteps: Tensor, target: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The policy's prediction (2B, C, h, w) on what `noised` gave; in training it may be attacked."""
+        training = self.training and (self._trainer is None or self.trainer.training)
+        if not self.adversaries or not training:  # a probe before training is not attacked either
+            return self.backbone.predict(noisy, timesteps, conditioning)
+        from lit_safety.modules.attacked_prediction import predict_attacked
+
+        noised = noisy, timesteps, target, conditioning
+        sharded = self._trainer is not None and weights_are_sharded(self.trainer)
+        policy, logs = predict_attacked(self, self.adversaries, batch, noised, sharded)
+        if self._trainer is not None:
+            self.log_dict(logs, batch_size=len(batch))
+        return policy
+
+    def unattacked(self, batch: PairBatch, errors: PairErrors) -> PairErrors:
+        """What `errors` has computed on a batch, without an adversary."""
+        if not self.adversaries:
+            return errors
+        parts, self.adversaries = self.adversaries, []
+        try:
+            with torch.no_grad():
+                return self.errors(batch)
+        finally:
+            self.adversaries = parts
 
     @property
     def anchors_clean_alone(self) -> bool:
@@ -507,12 +544,27 @@ class PreferenceModule(ScheduledModule):
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
+        if self.adversaries and self._step_is_whole(arguments[1]):
+            for one in self.adversaries:
+                one.turn(self._of_all_ranks)
         engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
         # DeepSpeed has it only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
             norm = torch.as_tensor(found).to(self.device, torch.float32)
             self._watch_gradient(norm)
             self.log("grad_norm", norm)
+
+    def _step_is_whole(self, batch_idx: int) -> bool:
+        """Whether an optimizer step is done with this batch; DeepSpeed, which accumulates by itself, is always asked."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """A tensor of every rank (N, ...) as one, (ranks x N, ...)."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
 
     def configure_gradient_clipping(
         self,
@@ -536,6 +588,10 @@ class PreferenceModule(ScheduledModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        data = datamodule_of(self.trainer)
+        for one in self.adversaries:
+            cached = [source.key for source in data.caches("fit")] if isinstance(data, PairData) else []
+            one.check(self.backbone, cached, self.speed.compile is not None)
         if self.anchors is not None:
             self.anchors.prepare(self, self.trainer)
 
@@ -596,6 +652,8 @@ class PreferenceModule(ScheduledModule):
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
+        if self.adversaries:
+            checkpoint["adversary"] = [one.state_dict() for one in self.adversaries]
         if self._trainer is not None:
             checkpoint["strategy"] = family(self.trainer.strategy)
 
@@ -605,9 +663,23 @@ class PreferenceModule(ScheduledModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
+        self._load_adversaries(checkpoint.get("adversary", []))
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")
+
+    def _load_adversaries(self, states: list[dict[str, Any]]) -> None:
+        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        told = f"`{ADVERSARY_KEY}`"
+        if len(states) != len(self.adversaries):
+            raise UserError(f"{told} names {len(self.adversaries)} adversaries, and the checkpoint is of a run with "
+                            f"{len(states)}: resume with the config.yaml of that run")  # fmt: skip
+        for one, state in zip(self.adversaries, states, strict=True):
+            try:
+                one.load_state_dict(state)
+            except ValueError as error:
+                raise UserError(f"{told}: {error}: resume with the config.yaml of that run") from error
 
 
 # At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
@@ -633,7 +705,7 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
         if module.has_reference:
             found.append(cached_margin(module, batch, errors))
     if module.speed.compile is not None and module.start_from is None:
-        found.append(margin(errors, module.objective.beta).detach())
+        found.append(margin(module.unattacked(batch, errors), module.objective.beta).detach())
     if not found:
         return
     largest = torch.cat(found).abs().max()

@@ -23,6 +23,7 @@ from lit_safety.core.chance import uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import PairData, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.adversary import Adversary
 from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives.dpo import DiffusionDPO
@@ -62,6 +63,7 @@ class PSA(PreferenceModule):
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
+        adversary: what attacks harmful pairs while they are trained, one or several; null: nothing.
     """
 
     adapter: UserAdapter
@@ -82,6 +84,7 @@ class PSA(PreferenceModule):
         drawing: Drawing | None = None,
         speed: Speed | None = None,
         start_from: str | None = None,
+        adversary: Adversary | list[Adversary] | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -94,6 +97,7 @@ class PSA(PreferenceModule):
             drawing=drawing,
             speed=speed,
             start_from=start_from,
+            adversary=adversary,
         )
         if user_tokens < 1:
             raise ValueError(f"user_tokens must be at least 1, got {user_tokens}")
