@@ -8,6 +8,7 @@ from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
 from .preference import PreferenceModule as PreferenceModule
 from .psa import PSA as PSA
+from .retain import ProjectRetain as ProjectRetain
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
 
@@ -19,6 +20,7 @@ __all__ = [
     "DPOExpert",
     "HiddenAdversary",
     "PreferenceModule",
+    "ProjectRetain",
     "PromptAnchors",
     "SelectiveBackward",
     "TextAdversary",

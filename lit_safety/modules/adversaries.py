@@ -103,9 +103,7 @@ class TextAdversary(Adversary):
         touched = moved.touched(rows)
         found = {name: values for name, values in conditioning.items() if name in TEXT}
         if self.tokens:
-            moved.shapes = {
-                name: (self.tokens, layer.weight.shape[1]) for name, _, _, layer in _encoders(backbone)
-            }
+            moved.shapes = {name: (self.tokens, layer.weight.shape[1]) for name, _, _, layer in _encoders(backbone)}
         else:
             moved.shapes = {name: tuple(values.shape[1:]) for name, values in found.items()}
         if not touched:

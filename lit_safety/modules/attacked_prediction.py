@@ -142,9 +142,7 @@ def predict_attacked(
     """
     noisy, timesteps, target, conditioning = noised
     dropped = module.dropped_prompts(batch)
-    moved = [
-        Moved(part, number, batch, dropped, module.global_step, noisy.device) for number, part in enumerate(parts)
-    ]
+    moved = [Moved(part, number, batch, dropped, module.global_step, noisy.device) for number, part in enumerate(parts)]
     rows = sorted({row for one in moved for row in one.attacked})
     logs: dict[str, Tensor] = {}
     if rows or sharded:

@@ -41,6 +41,7 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
+from lit_safety.modules.retain import ProjectRetain
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.strategies import (
@@ -110,6 +111,7 @@ class PreferenceModule(ScheduledModule):
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
         adversary: what attacks harmful pairs while they are trained: a class of `lit_safety.modules`, or a list of
             several that attack together; null: nothing.
+        retain: how what holds the policy to the reference gives way to what removes harm; null: they are added.
     """
 
     backbone: Backbone
@@ -131,6 +133,7 @@ class PreferenceModule(ScheduledModule):
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
         adversary: Adversary | list[Adversary] | None = None,
+        retain: ProjectRetain | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -148,7 +151,14 @@ class PreferenceModule(ScheduledModule):
         self.backbone_settings = backbone
         self.adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary or [])
         if self.adversaries and self.speed.selective is not None:
-            raise ValueError("adversary and speed.selective: each pair would be attacked twice; set one of them to null")
+            raise ValueError(
+                "adversary and speed.selective: each pair would be attacked twice; set one of them to null"
+            )
+        self.retain = retain
+        if retain is not None and self.speed.selective is not None:
+            raise ValueError("retain and speed.selective: set one of them to null")
+        if retain is not None and objective.anchor_weight == 0 and anchors is None:
+            raise ValueError("retain: nothing keeps the policy: set the objective's anchor_weight above 0, or anchors")
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.validation_errors = TimestepBins(timestep_bins)
@@ -480,10 +490,16 @@ class PreferenceModule(ScheduledModule):
             loss = output.loss.mean()
         if self._trainer is not None and self.global_step == 0 and batch_idx == 0:
             check_start(self, batch, errors)
+        term = None
         if self.anchors is not None:
             term = self.anchors.loss(self, batch)
             self.log("loss/anchors", term.detach(), batch_size=len(batch))
             loss = loss + term
+        if self.retain is not None:
+            keeping = [
+                part for part in (term, None if output.keeping is None else output.keeping.mean()) if part is not None
+            ]
+            self.retain.hold(self, torch.stack(keeping).sum())
         self.finite_loss.watch(loss, batch.keys)
         logs = {name: values.mean() for name, values in output.logs.items()}
         self.log_dict(logs, batch_size=len(batch))
@@ -530,6 +546,8 @@ class PreferenceModule(ScheduledModule):
         return self.scheduled([p for _, p in trained])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.retain is not None:
+            self.log_dict(self.retain.project(self))
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._gradient_norm = None
         if gradients:  # DeepSpeed keeps gradients to itself
@@ -555,7 +573,7 @@ class PreferenceModule(ScheduledModule):
             self.log("grad_norm", norm)
 
     def _step_is_whole(self, batch_idx: int) -> bool:
-        """Whether an optimizer step is done with this batch; DeepSpeed, which accumulates by itself, is always asked."""
+        """Whether an optimizer step is done with this batch; DeepSpeed accumulates by itself and asks every time."""
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
@@ -588,6 +606,8 @@ class PreferenceModule(ScheduledModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.retain is not None:
+            self.retain.check(self.trainer)
         data = datamodule_of(self.trainer)
         for one in self.adversaries:
             cached = [source.key for source in data.caches("fit")] if isinstance(data, PairData) else []

@@ -120,9 +120,7 @@ def everywhere(**settings: Any) -> list[Adversary]:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_each_place_lowers_the_error_of_attacked_pairs_and_leaves_the_reference_alone(
-    tiny_pipeline: Path, number: int
-):
+def test_each_place_lowers_the_error_of_attacked_pairs_and_leaves_the_reference_alone(tiny_pipeline: Path, number: int):
     plain = ready(tiny_pipeline).errors(batch_of([0, 1, 2, 3]))
     found = ready(tiny_pipeline, everywhere(share=1.0, noise=0.0)[number]).errors(batch_of([0, 1, 2, 3]))
     assert torch.equal(found.reference_chosen, plain.reference_chosen)
@@ -168,7 +166,9 @@ def test_noise_on_clean_pairs_is_theirs(tiny_pipeline: Path):
     noise = (normal(batch.seeds[1:], f"adversary-0-noise-{HIDDEN}", text.shape[1:]) * 0.4).clamp(-0.8, 0.8)
     text[1] += noise[0] * text[1].std()
     with torch.no_grad():
-        expected = prediction_error(module.backbone.predict(noisy, timesteps, {HIDDEN: torch.cat([text, text])}), target)
+        expected = prediction_error(
+            module.backbone.predict(noisy, timesteps, {HIDDEN: torch.cat([text, text])}), target
+        )
     torch.testing.assert_close(torch.cat([found.policy_chosen, found.policy_rejected]).detach(), expected)
 
 
@@ -203,7 +203,10 @@ class Reads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in ("_local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero")):
+        if any(
+            name in str(func)
+            for name in ("_local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero")
+        ):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -243,11 +246,13 @@ def test_soft_tokens_stand_behind_the_start_and_the_end_token_stays(tiny_pipelin
     handle.remove()
     before, after = read[0], layer(torch.tensor([0, 1]))  # start and end token
     ids = backbone.part("tokenizer")(prompts[0])["input_ids"]
-    assert len(read) == 2 and not torch.equal(plain[HIDDEN], soft[HIDDEN])
+    assert len(read) == 2
+    assert not torch.equal(plain[HIDDEN], soft[HIDDEN])
     words = len(ids) - 2
     # The hook of ours ran after the one that reads, so the vectors themselves are seen by their effect alone.
     assert torch.equal(read[1][0, 3 : 3 + words], before[0, 1 : 1 + words])
-    assert torch.equal(read[1][0, 0], after[0]) and torch.equal(read[1][1, -1], after[1])
+    assert torch.equal(read[1][0, 0], after[0])
+    assert torch.equal(read[1][1, -1], after[1])
     assert torch.equal(backbone.encode_text(prompts)[HIDDEN], plain[HIDDEN])  # and all is as it was
 
 
@@ -372,8 +377,10 @@ def test_soft_tokens_of_an_unknown_encoder_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"radius": 0.0}, {"step": float("nan")}, {"steps": 0}, {"share": 1.1}, {"noise": -1.0}, {"restarts": 2}]
-    + [{"tokens": -1}, {"replay": -1}, {"replay_share": 2.0}, {"grow": -1}, {"start": -0.1}, {"clean_share": -0.1}],
+    [
+        *({"radius": 0.0}, {"step": float("nan")}, {"steps": 0}, {"share": 1.1}, {"noise": -1.0}, {"restarts": 2}),
+        *({"tokens": -1}, {"replay": -1}, {"replay_share": 2.0}, {"grow": -1}, {"start": -0.1}, {"clean_share": -0.1}),
+    ],
 )
 def test_numbers_outside_their_range_are_refused(settings: dict[str, Any]):
     with pytest.raises(ValueError, match=next(iter(settings))):
