@@ -10,6 +10,8 @@ from .export import ExportCostModel as ExportCostModel
 from .export import ExportUserAdapter as ExportUserAdapter
 from .merge_experts import MergeExperts as MergeExperts
 from .probe_margin import ProbeMargin as ProbeMargin
+from .resist_tampering import ResistTampering as ResistTampering
+from .resist_tampering import Tampering as Tampering
 from .stop_when_aligned import StopWhenAligned as StopWhenAligned
 from .summary import RunSummary as RunSummary
 from .update_dual import UpdateDual as UpdateDual
@@ -24,9 +26,11 @@ __all__ = [
     "ExportUserAdapter",
     "MergeExperts",
     "ProbeMargin",
+    "ResistTampering",
     "RunSummary",
     "StopOnSignal",
     "StopWhenAligned",
+    "Tampering",
     "UpdateDual",
     "WriteCosts",
     "WriteDrawings",

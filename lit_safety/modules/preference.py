@@ -395,10 +395,15 @@ class PreferenceModule(ScheduledModule):
         """What `errors` has computed on a batch, without an adversary."""
         if not self.adversaries:
             return errors
+        with torch.no_grad(), self.without_adversaries():
+            return self.errors(batch)
+
+    @contextmanager
+    def without_adversaries(self) -> Iterator[None]:
+        """Within, nothing is attacked."""
         parts, self.adversaries = self.adversaries, []
         try:
-            with torch.no_grad():
-                return self.errors(batch)
+            yield
         finally:
             self.adversaries = parts
 
