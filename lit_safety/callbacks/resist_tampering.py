@@ -2,8 +2,8 @@
 is left after them goes into the update.
 
 A fine-tuning moves the weights theta to theta + d. The loss at theta + d is lowered beside the loss at theta, with d
-taken for a constant, as first-order MAML does: the gradient at theta + d is added to that of the step. ResAlign (NeurIPS
-2025) found that the variety of what is played through matters more than the second-order term.
+taken for a constant, as first-order MAML does: the gradient at theta + d is added to that of the step. In ResAlign
+(NeurIPS 2025) the variety of what was played through mattered more than the second-order term.
 
 What is fine-tuned is what is released: the denoiser with its adapter in it. Moving the frozen base by d under the
 adapter is moving the fused weights by d, and a second LoRA beside the adapter is one on the fused weights.
