@@ -128,7 +128,7 @@ class TextAdversary(Adversary):
         places = [rows.index(row) for row in touched]
         texts = [prompts[place] for place in places]
         odd = len(texts) % 2  # encoders take rows in pairs, as in `encode_alike`
-        with ExitStack() as stack, torch.set_grad_enabled(moved.searching):
+        with ExitStack() as stack, torch.set_grad_enabled(moved.searching and torch.is_grad_enabled()):
             for name, start, encoder, layer in _encoders(backbone):
                 units = moved.disturbance(name, moved.shapes[name], rows).index_select(0, index(places, moved.device))
                 centre, spread = _statistics(layer)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.chance import derive, normal, uniform
-from lit_safety.modules.adversary import Adversary
+from lit_safety.core.errors import UserError
+from lit_safety.modules.adversary import KEY, Adversary
 from lit_safety.objectives.objective import prediction_error
 
 if TYPE_CHECKING:
@@ -198,10 +199,11 @@ def _search(
                 wanted = [leaf for *_, leaf in leaves] + ([noisy] if sharded else [])
                 # Not `backward`: weights get no gradient of it, and hooks on theirs do not hear of it. Summed over an
                 # image's numbers, since float16 would round the gradient of a mean to 0; its sign is the same.
-                slopes = torch.autograd.grad(error.sum() * target[0].numel(), wanted)
+                slopes = torch.autograd.grad(error.sum() * target[0].numel(), wanted, allow_unused=True)
+            _check_reached(moved, leaves, slopes)
             before = error.detach() if before is None else before
             for (one, name, leaf), slope in zip(leaves, slopes, strict=False):
-                if step < one.part.steps and attempt < one.part.restarts:
+                if slope is not None and step < one.part.steps and attempt < one.part.restarts:
                     lowered = leaf.detach() - one.step * slope.sign()
                     one.found[name] = lowered.clamp(-one.radius, one.radius).requires_grad_()
         if attempts > 1:
@@ -221,6 +223,22 @@ def _search(
         one.searching = False
     assert before is not None
     return before
+
+
+def _check_reached(
+    moved: Sequence[Moved], leaves: Sequence[tuple[Moved, str, Tensor]], slopes: Sequence[Tensor | None]
+) -> None:
+    """Complain of an adversary that disturbs nothing that a prediction depends on; this is known without a look at it.
+
+    Raises:
+        UserError: there is one; names it.
+    """
+    reached = [one for (one, *_), slope in zip(leaves, slopes, strict=False) if slope is not None]
+    for one in moved:
+        if one.attacked and one not in reached:
+            raise UserError(
+                f"`{KEY}`: what {type(one.part).__name__} disturbs does not reach the prediction: leave it out"
+            )
 
 
 @contextmanager

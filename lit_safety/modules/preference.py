@@ -615,7 +615,8 @@ class PreferenceModule(ScheduledModule):
             self.retain.check(self.trainer)
         data = datamodule_of(self.trainer)
         for one in self.adversaries:
-            cached = [source.key for source in data.caches("fit")] if isinstance(data, PairData) else []
+            sources = data.caches("fit") if isinstance(data, PairData) else []
+            cached = [source.key for source in sources if source.key.endswith("train")]
             one.check(self.backbone, cached, self.speed.compile is not None)
         if self.anchors is not None:
             self.anchors.prepare(self, self.trainer)
