@@ -12,7 +12,7 @@ adapter is moving the fused weights by d, and a second LoRA beside the adapter i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -344,7 +344,8 @@ class Fight:
         for part, batch in zip(pairs, self.batches, strict=True):
             if part is None:
                 continue
-            with torch.enable_grad(), self.module.without_adversaries():
+            attack = self.module.attack
+            with torch.enable_grad(), nullcontext() if attack is None else attack.off():
                 loss = self.module.loss(self.module.errors(part), part).loss.sum() * (share / len(batch))
                 slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
             sums = [old if new is None else old + new for old, new in zip(sums, slopes, strict=True)]

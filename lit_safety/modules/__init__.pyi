@@ -2,7 +2,6 @@
 
 from .adversaries import HiddenAdversary as HiddenAdversary
 from .adversaries import TextAdversary as TextAdversary
-from .adversary import Adversary as Adversary
 from .anchors import PromptAnchors as PromptAnchors
 from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
@@ -11,6 +10,7 @@ from .psa import PSA as PSA
 from .retain import ProjectRetain as ProjectRetain
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
+from .step_parts import Adversary as Adversary
 
 __all__ = [
     "PSA",

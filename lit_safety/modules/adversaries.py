@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_safety.core.chance import uniform
 from lit_safety.core.errors import UserError
-from lit_safety.modules.adversary import KEY, Adversary, named
+from lit_safety.modules.adversary import KEY, SignSteps, named
 from lit_safety.modules.attacked_prediction import Moved, index
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def added(values: Tensor, disturbance: Tensor) -> Tensor:
     return (values.float() + twice * unit(values)).to(values.dtype)
 
 
-class TextAdversary(Adversary):
+class TextAdversary(SignSteps):
     """Disturbs what the text encoder gives, or puts a few soft tokens in front of what it reads.
 
     Args:
@@ -173,7 +173,7 @@ class TextAdversary(Adversary):
             self._memory.load_state_dict(state)
 
 
-class HiddenAdversary(Adversary):
+class HiddenAdversary(SignSteps):
     """Disturbs hidden states of the denoiser: what chosen layers give.
 
     Args:

@@ -8,7 +8,9 @@ Pairs with a clean prompt are disturbed at random, so that the policy stays the 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_safety.modules.step_parts import Adversary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 KEY = "model.init_args.adversary"
 
 
-class Adversary:
+class SignSteps(Adversary):
     """Bounded sign steps in one place of the network; a subclass says where.
 
     Everything is counted in standard deviations of what is disturbed, each pair's own, so that one setting fits any
@@ -41,9 +43,6 @@ class Adversary:
     Raises:
         ValueError: a number is outside its range.
     """
-
-    replay: int = 0
-    """How many of the disturbances found it remembers."""
 
     def __init__(
         self,
@@ -74,20 +73,6 @@ class Adversary:
         """How much of radius and step holds after so many optimizer steps."""
         return 1.0 if self.grow == 0 else min(1.0, (optimizer_steps + 1) / self.grow)
 
-    # ---- what a subclass says
-
-    def check(self, backbone: Backbone, cached_text: Sequence[str], compiled: bool = False) -> None:
-        """Whether it can disturb this model; called when the network is there.
-
-        Args:
-            backbone: the model.
-            cached_text: YAML keys of the shards whose text comes from a cache.
-            compiled: whether the denoiser's blocks are.
-
-        Raises:
-            UserError: it cannot; names the key.
-        """
-
     def on(
         self, moved: Moved, backbone: Backbone, prompts: Sequence[str], conditioning: Conditioning, rows: Sequence[int]
     ) -> AbstractContextManager[Conditioning]:
@@ -101,31 +86,6 @@ class Adversary:
             rows: which pairs of the batch they are.
         """
         raise NotImplementedError
-
-    # ---- what it remembers
-
-    def remember(self, moved: Moved) -> None:
-        """Keep what was found for a batch until `turn`; every rank calls it for every batch."""
-
-    def turn(self, gather: Any) -> None:
-        """An optimizer step is over: what every rank found in it is remembered from now on.
-
-        Args:
-            gather: a tensor of this rank -> those of all ranks, joined along the first dimension.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it remembers, for the checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``.
-
-        Raises:
-            ValueError: it is not one of this adversary's.
-        """
-        if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, and the checkpoint holds {', '.join(state)}")
 
 
 def named(network: nn.Module, endings: Sequence[str]) -> dict[str, list[tuple[str, nn.Module]]]:

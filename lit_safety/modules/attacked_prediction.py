@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from torch import Tensor
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.chance import derive, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.modules.adversary import KEY, Adversary
+from lit_safety.data.protocols import PairData, datamodule_of
+from lit_safety.modules.adversary import KEY, SignSteps
+from lit_safety.modules.step_parts import Adversary
+from lit_safety.modules.strategies import weights_are_sharded
 from lit_safety.objectives.objective import prediction_error
 
 if TYPE_CHECKING:
@@ -29,11 +32,111 @@ class Attacked(Protocol):
     """What is asked of the module whose step it is: `PreferenceModule`."""
 
     backbone: Backbone
+    speed: Any
+    training: bool
+    _trainer: Any
 
     @property
     def global_step(self) -> int: ...
 
     def dropped_prompts(self, batch: PairBatch) -> list[bool]: ...
+
+    def all_gather(self, data: Any) -> Any: ...
+
+    def log_dict(self, dictionary: Any, *, batch_size: int) -> None: ...
+
+
+class Attack:
+    """The adversaries of a run: what `PreferenceModule` asks of them.
+
+    Args:
+        adversary: one or several.
+
+    Raises:
+        ValueError: the module trains on a part of the pairs, and each would be attacked twice.
+    """
+
+    def __init__(self, adversary: Adversary | Sequence[Adversary], selective: bool = False) -> None:
+        self.parts: Sequence[Any] = [adversary] if isinstance(adversary, Adversary) else list(adversary)
+        if self.parts and selective:
+            raise ValueError("adversary and speed.selective: pairs would be attacked twice; set one of them to null")
+        self._waits = False
+
+    def check(self, module: Attacked) -> None:
+        """Whether every adversary can disturb this model and this data.
+
+        Raises:
+            UserError: one cannot.
+        """
+        data = datamodule_of(module._trainer)
+        sources = data.caches("fit") if isinstance(data, PairData) else []
+        cached = [source.key for source in sources if source.key.endswith("train")]
+        for one in self.parts:
+            one.check(module.backbone, cached, module.speed.compile is not None)
+
+    def predict(
+        self, module: Attacked, batch: PairBatch, noised: tuple[Tensor, Tensor, Tensor, Conditioning]
+    ) -> Tensor:
+        """The policy's prediction (2B, C, h, w) on what `noised` gave; attacked in a step of training.
+
+        Validation is not attacked, nor is a probe before training.
+        """
+        trainer = module._trainer
+        if self._waits or not module.training or not (trainer is None or trainer.training):
+            noisy, timesteps, _, conditioning = noised
+            return module.backbone.predict(noisy, timesteps, conditioning)
+        sharded = trainer is not None and weights_are_sharded(trainer)
+        policy, logs = predict_attacked(module, self.parts, batch, noised, sharded)
+        if trainer is not None:
+            module.log_dict(logs, batch_size=len(batch))
+        return policy
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, nothing is attacked."""
+        before, self._waits = self._waits, True
+        try:
+            yield
+        finally:
+            self._waits = before
+
+    def turn(self, module: Attacked, batch_idx: int) -> None:
+        """A batch went backward, perhaps as the last one of an optimizer step; all ranks call it."""
+        trainer = module._trainer
+        # DeepSpeed accumulates by itself and is asked after every micro-batch.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+
+        def gather(values: Tensor) -> Tensor:
+            if trainer.world_size == 1:
+                return values
+            gathered: Tensor = module.all_gather(values)
+            return gathered.flatten(0, 1)
+
+        for one in self.parts:
+            one.turn(gather)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What they remember, for the checkpoint."""
+        return [one.state_dict() for one in self.parts]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: it is of a run with other adversaries.
+        """
+        after = "resume with the config.yaml of that run"
+        if len(states) != len(self.parts):
+            raise UserError(
+                f"`{KEY}` names {len(self.parts)} adversaries, and the checkpoint is of a run with {len(states)}: "
+                f"{after}"
+            )
+        for one, state in zip(self.parts, states, strict=True):
+            try:
+                one.load_state_dict(state)
+            except ValueError as error:
+                raise UserError(f"`{KEY}`: {error}: {after}") from error
 
 
 class Moved:
@@ -50,7 +153,7 @@ class Moved:
 
     def __init__(
         self,
-        part: Adversary,
+        part: SignSteps,
         number: int,
         batch: PairBatch,
         dropped: Sequence[bool],
@@ -127,7 +230,7 @@ def index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 def predict_attacked(
     module: Attacked,
-    parts: Sequence[Adversary],
+    parts: Sequence[SignSteps],
     batch: PairBatch,
     noised: tuple[Tensor, Tensor, Tensor, Conditioning],
     sharded: bool = False,

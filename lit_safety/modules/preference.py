@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
@@ -26,10 +25,8 @@ from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import PairData, datamodule_of
+from lit_safety.data.protocols import datamodule_of
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.adversary import KEY as ADVERSARY_KEY
-from lit_safety.modules.adversary import Adversary
 from lit_safety.modules.anchors import PromptAnchors
 from lit_safety.modules.checks import (
     check_caches,
@@ -41,9 +38,9 @@ from lit_safety.modules.checks import (
 from lit_safety.modules.frozen import lower_frozen
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
 from lit_safety.modules.reference import ReferencePass, cached_pass
-from lit_safety.modules.retain import ProjectRetain
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
+from lit_safety.modules.step_parts import Adversary, Retain
 from lit_safety.modules.strategies import (
     as_on_rank_0,
     check_resume,
@@ -52,7 +49,6 @@ from lit_safety.modules.strategies import (
     family,
     shard,
     under_fsdp,
-    weights_are_sharded,
 )
 from lit_safety.objectives.objective import (
     Objective,
@@ -68,6 +64,7 @@ from lit_safety.objectives.objective import (
 if TYPE_CHECKING:
     from lit_safety.adapters.layer_names import AdaptableLayer
     from lit_safety.backbones.backbone import Backbone, Conditioning
+    from lit_safety.modules.attacked_prediction import Attack
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
@@ -109,9 +106,10 @@ class PreferenceModule(ScheduledModule):
             `lit_safety.backbones`; null: the family's defaults.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
-        adversary: what attacks harmful pairs while they are trained: a class of `lit_safety.modules`, or a list of
-            several that attack together; null: nothing.
-        retain: how what holds the policy to the reference gives way to what removes harm; null: they are added.
+        adversary: what attacks harmful pairs while they are trained, one or a list that attack together: the classes
+            `TextAdversary` and `HiddenAdversary` of `lit_safety.modules`; null: nothing.
+        retain: `ProjectRetain`: what holds the policy to the reference gives way where it points against the rest;
+            null: they are added.
     """
 
     backbone: Backbone
@@ -133,7 +131,7 @@ class PreferenceModule(ScheduledModule):
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
         adversary: Adversary | list[Adversary] | None = None,
-        retain: ProjectRetain | None = None,
+        retain: Retain | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -149,16 +147,15 @@ class PreferenceModule(ScheduledModule):
         self.anchors = anchors
         self.start_from = start_from
         self.backbone_settings = backbone
-        self.adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary or [])
-        if self.adversaries and self.speed.selective is not None:
-            raise ValueError(
-                "adversary and speed.selective: each pair would be attacked twice; set one of them to null"
-            )
-        self.retain = retain
-        if retain is not None and self.speed.selective is not None:
-            raise ValueError("retain and speed.selective: set one of them to null")
-        if retain is not None and objective.anchor_weight == 0 and anchors is None:
-            raise ValueError("retain: nothing keeps the policy: set the objective's anchor_weight above 0, or anchors")
+        self.attack: Attack | None = None
+        if adversary:
+            from lit_safety.modules.attacked_prediction import Attack
+
+            self.attack = Attack(adversary, self.speed.selective is not None)
+        self.retain: Any = retain
+        if retain is not None:
+            anchored = objective.anchor_weight > 0 or anchors is not None
+            self.retain.check_settings(anchored, self.speed.selective is not None)
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.validation_errors = TimestepBins(timestep_bins)
@@ -226,7 +223,10 @@ class PreferenceModule(ScheduledModule):
         """
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
-        policy = self.policy_prediction(batch, noisy, timesteps, target, conditioning)
+        if self.attack is None:
+            policy = self.backbone.predict(noisy, timesteps, conditioning)
+        else:
+            policy = self.attack.predict(self, batch, (noisy, timesteps, target, conditioning))
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
         drift = None
         if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
@@ -375,38 +375,6 @@ class PreferenceModule(ScheduledModule):
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
 
-    def policy_prediction(
-        self, batch: PairBatch, noisy: Tensor, timesteps: Tensor, target: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        """The policy's prediction (2B, C, h, w) on what `noised` gave; in training it may be attacked."""
-        training = self.training and (self._trainer is None or self.trainer.training)
-        if not self.adversaries or not training:  # a probe before training is not attacked either
-            return self.backbone.predict(noisy, timesteps, conditioning)
-        from lit_safety.modules.attacked_prediction import predict_attacked
-
-        noised = noisy, timesteps, target, conditioning
-        sharded = self._trainer is not None and weights_are_sharded(self.trainer)
-        policy, logs = predict_attacked(self, self.adversaries, batch, noised, sharded)
-        if self._trainer is not None:
-            self.log_dict(logs, batch_size=len(batch))
-        return policy
-
-    def unattacked(self, batch: PairBatch, errors: PairErrors) -> PairErrors:
-        """What `errors` has computed on a batch, without an adversary."""
-        if not self.adversaries:
-            return errors
-        with torch.no_grad(), self.without_adversaries():
-            return self.errors(batch)
-
-    @contextmanager
-    def without_adversaries(self) -> Iterator[None]:
-        """Within, nothing is attacked."""
-        parts, self.adversaries = self.adversaries, []
-        try:
-            yield
-        finally:
-            self.adversaries = parts
-
     @property
     def anchors_clean_alone(self) -> bool:
         """Whether an objective's anchor acts on pairs with a clean prompt and on nothing else."""
@@ -501,10 +469,7 @@ class PreferenceModule(ScheduledModule):
             self.log("loss/anchors", term.detach(), batch_size=len(batch))
             loss = loss + term
         if self.retain is not None:
-            keeping = [
-                part for part in (term, None if output.keeping is None else output.keeping.mean()) if part is not None
-            ]
-            self.retain.hold(self, torch.stack(keeping).sum())
+            self.retain.hold(self, term, output.keeping)
         self.finite_loss.watch(loss, batch.keys)
         logs = {name: values.mean() for name, values in output.logs.items()}
         self.log_dict(logs, batch_size=len(batch))
@@ -567,27 +532,14 @@ class PreferenceModule(ScheduledModule):
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
-        if self.adversaries and self._step_is_whole(arguments[1]):
-            for one in self.adversaries:
-                one.turn(self._of_all_ranks)
+        if self.attack is not None:
+            self.attack.turn(self, arguments[1])
         engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
         # DeepSpeed has it only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
             norm = torch.as_tensor(found).to(self.device, torch.float32)
             self._watch_gradient(norm)
             self.log("grad_norm", norm)
-
-    def _step_is_whole(self, batch_idx: int) -> bool:
-        """Whether an optimizer step is done with this batch; DeepSpeed accumulates by itself and asks every time."""
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-
-    def _of_all_ranks(self, values: Tensor) -> Tensor:
-        """A tensor of every rank (N, ...) as one, (ranks x N, ...)."""
-        if self.trainer.world_size == 1:
-            return values
-        gathered = self.all_gather(values)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
 
     def configure_gradient_clipping(
         self,
@@ -613,11 +565,8 @@ class PreferenceModule(ScheduledModule):
         super().on_train_start()
         if self.retain is not None:
             self.retain.check(self.trainer)
-        data = datamodule_of(self.trainer)
-        for one in self.adversaries:
-            sources = data.caches("fit") if isinstance(data, PairData) else []
-            cached = [source.key for source in sources if source.key.endswith("train")]
-            one.check(self.backbone, cached, self.speed.compile is not None)
+        if self.attack is not None:
+            self.attack.check(self)
         if self.anchors is not None:
             self.anchors.prepare(self, self.trainer)
 
@@ -678,8 +627,8 @@ class PreferenceModule(ScheduledModule):
         trained = {name for name, _ in self.trainable_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
-        if self.adversaries:
-            checkpoint["adversary"] = [one.state_dict() for one in self.adversaries]
+        if self.attack is not None:
+            checkpoint["adversary"] = self.attack.state_dict()
         if self._trainer is not None:
             checkpoint["strategy"] = family(self.trainer.strategy)
 
@@ -689,23 +638,11 @@ class PreferenceModule(ScheduledModule):
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
-        self._load_adversaries(checkpoint.get("adversary", []))
+        if self.attack is not None and (self._trainer is None or self.trainer.state.fn == "fit"):
+            self.attack.load_state_dict(checkpoint.get("adversary", []))
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")
-
-    def _load_adversaries(self, states: list[dict[str, Any]]) -> None:
-        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        told = f"`{ADVERSARY_KEY}`"
-        if len(states) != len(self.adversaries):
-            raise UserError(f"{told} names {len(self.adversaries)} adversaries, and the checkpoint is of a run with "
-                            f"{len(states)}: resume with the config.yaml of that run")  # fmt: skip
-        for one, state in zip(self.adversaries, states, strict=True):
-            try:
-                one.load_state_dict(state)
-            except ValueError as error:
-                raise UserError(f"{told}: {error}: resume with the config.yaml of that run") from error
 
 
 # At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake.
@@ -731,7 +668,10 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
         if module.has_reference:
             found.append(cached_margin(module, batch, errors))
     if module.speed.compile is not None and module.start_from is None:
-        found.append(margin(module.unattacked(batch, errors), module.objective.beta).detach())
+        if module.attack is not None:
+            with torch.no_grad(), module.attack.off():
+                errors = module.errors(batch)
+        found.append(margin(errors, module.objective.beta).detach())
     if not found:
         return
     largest = torch.cat(found).abs().max()

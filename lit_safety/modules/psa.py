@@ -23,10 +23,9 @@ from lit_safety.core.chance import uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import PairData, datamodule_of, shards_of
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.adversary import Adversary
 from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
-from lit_safety.modules.retain import ProjectRetain
 from lit_safety.modules.speed import Speed
+from lit_safety.modules.step_parts import Adversary, Retain
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
@@ -65,7 +64,7 @@ class PSA(PreferenceModule):
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
         adversary: what attacks harmful pairs while they are trained, one or several; null: nothing.
-        retain: how what holds the policy to the reference gives way to what removes harm; null: they are added.
+        retain: how what holds the policy to the reference gives way; null: it is added to the rest.
     """
 
     adapter: UserAdapter
@@ -87,7 +86,7 @@ class PSA(PreferenceModule):
         speed: Speed | None = None,
         start_from: str | None = None,
         adversary: Adversary | list[Adversary] | None = None,
-        retain: ProjectRetain | None = None,
+        retain: Retain | None = None,
     ) -> None:
         super().__init__(
             pretrained,

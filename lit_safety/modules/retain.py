@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor
 
 from lit_safety.core.errors import UserError
+from lit_safety.modules.step_parts import Retain
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -53,7 +54,7 @@ def rectified(retain: Tensor, remove: Tensor, conflicts_only: bool = False) -> t
     return torch.where(conflict, without, agreeing), cosine
 
 
-class ProjectRetain:
+class ProjectRetain(Retain):
     """Takes out of what keeps what points against what removes, in each optimizer step.
 
     It costs a second backward pass through what the anchors are computed from.
@@ -76,6 +77,17 @@ class ProjectRetain:
         """w after so many optimizer steps."""
         return 1.0 if self.grow == 0 else min(1.0, optimizer_steps / self.grow)
 
+    def check_settings(self, anchored: bool, selective: bool) -> None:
+        """Whether there is something that keeps, and the whole batch's gradient.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if not anchored:
+            raise ValueError("retain: nothing keeps the policy: set the objective's anchor_weight above 0, or anchors")
+        if selective:
+            raise ValueError("retain and speed.selective: set one of them to null")
+
     def check(self, trainer: Trainer) -> None:
         """Whether the gradient of a step can be had whole.
 
@@ -90,8 +102,9 @@ class ProjectRetain:
         if trainer.precision == "16-mixed":
             raise UserError(f"`{KEY}`: 16-mixed scales the loss: set `trainer.precision: bf16-mixed` or 32-true")
 
-    def hold(self, module: Retaining, keeping: Tensor) -> None:
-        """Keep the gradient of what keeps, a scalar whose graph stays, of one micro-batch."""
+    def hold(self, module: Retaining, *terms: Tensor | None) -> None:
+        """Keep the gradient of what keeps, of one micro-batch: the sum of the means of ``terms``, whose graph stays."""
+        keeping = torch.stack([one.mean() for one in terms if one is not None]).sum()
         parameters = [p for _, p in module.trainable_parameters()]
         found = torch.autograd.grad(keeping, parameters, retain_graph=True, allow_unused=True)
         share = 1.0 / module.trainer.accumulate_grad_batches  # as Lightning counts the loss of a micro-batch

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +35,7 @@ class Problem:
     policy is to be far from them; the reference does not count."""
 
     device = torch.device("cpu")
+    attack = None
 
     def __init__(self, w: float, a: float) -> None:
         self.denoiser = denoiser = OneNumber(w, a)
@@ -64,10 +63,6 @@ class Problem:
 
     def reference_pass(self, batch: PairBatch, *noised: Any) -> Any:
         return SimpleNamespace(chosen=torch.zeros(len(batch)), rejected=torch.zeros(len(batch)))
-
-    @contextmanager
-    def without_adversaries(self) -> Iterator[None]:
-        yield
 
     def errors(self, batch: PairBatch) -> PairErrors:
         error = (self.denoiser.w + self.denoiser.a).square().expand(len(batch))
@@ -114,11 +109,11 @@ def test_a_lora_beside_is_one_on_the_fused_weights():
     network = nn.Sequential(nn.Linear(3, 4, bias=False))
     x = torch.randn(5, 3)
     with beside(network, linear_layers(network, ["0"]), 2, 7) as (down, up):
-        assert torch.equal(network(x), x @ network[0].weight.t())  # B is 0
+        torch.testing.assert_close(network(x), x @ network[0].weight.t())  # B is 0
         up.data.normal_()
         fused = network[0].weight + up @ down
         torch.testing.assert_close(network(x), x @ fused.t())
-    assert torch.equal(network(x), x @ network[0].weight.t())
+    torch.testing.assert_close(network(x), x @ network[0].weight.t())
 
 
 # ---- in a real module
