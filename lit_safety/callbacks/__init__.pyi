@@ -11,6 +11,8 @@ from .export import ExportUserAdapter as ExportUserAdapter
 from .find_strength import FindStrength as FindStrength
 from .merge_experts import MergeExperts as MergeExperts
 from .probe_margin import ProbeMargin as ProbeMargin
+from .resist_tampering import ResistTampering as ResistTampering
+from .resist_tampering import Tampering as Tampering
 from .stop_when_aligned import StopWhenAligned as StopWhenAligned
 from .summary import RunSummary as RunSummary
 from .update_dual import UpdateDual as UpdateDual
@@ -27,9 +29,11 @@ __all__ = [
     "FindStrength",
     "MergeExperts",
     "ProbeMargin",
+    "ResistTampering",
     "RunSummary",
     "StopOnSignal",
     "StopWhenAligned",
+    "Tampering",
     "UpdateDual",
     "WatchChosenError",
     "WriteCosts",

@@ -41,6 +41,7 @@ from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.stability import PlainSteps, Stability
+from lit_safety.modules.step_parts import Adversary, Retain
 from lit_safety.modules.strategies import (
     as_on_rank_0,
     check_resume,
@@ -63,6 +64,7 @@ from lit_safety.objectives.objective import (
 if TYPE_CHECKING:
     from lit_safety.adapters.layer_names import AdaptableLayer
     from lit_safety.backbones.backbone import Backbone, Conditioning
+    from lit_safety.modules.attacked_prediction import Attack
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
@@ -105,6 +107,10 @@ class PreferenceModule(ScheduledModule):
             `lit_safety.backbones`; null: the family's defaults.
         start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
             another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
+        adversary: what attacks harmful pairs while they are trained, one or a list that attack together: the classes
+            `TextAdversary` and `HiddenAdversary` of `lit_safety.modules`; null: nothing.
+        retain: `ProjectRetain`: what holds the policy to the reference gives way where it points against the rest;
+            null: they are added.
     """
 
     backbone: Backbone
@@ -126,6 +132,8 @@ class PreferenceModule(ScheduledModule):
         start_from: str | None = None,
         backbone: BackboneSettings | None = None,
         stability: Stability | None = None,
+        adversary: Adversary | list[Adversary] | None = None,
+        retain: Retain | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= prompt_dropout < 1.0:
@@ -146,6 +154,15 @@ class PreferenceModule(ScheduledModule):
             from lit_safety.modules.steadied import SteadiedSteps
 
             self.steps = SteadiedSteps(stability)
+        self.attack: Attack | None = None
+        if adversary:
+            from lit_safety.modules.attacked_prediction import Attack
+
+            self.attack = Attack(adversary, self.speed.selective is not None)
+        self.retain: Any = retain
+        if retain is not None:
+            anchored = objective.anchor_weight > 0 or anchors is not None
+            self.retain.check_settings(anchored, self.speed.selective is not None)
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.last_means: dict[str, Tensor] = {}
@@ -216,7 +233,10 @@ class PreferenceModule(ScheduledModule):
         """
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
-        policy = self.backbone.predict(noisy, timesteps, conditioning)
+        if self.attack is None:
+            policy = self.backbone.predict(noisy, timesteps, conditioning)
+        else:
+            policy = self.attack.predict(self, batch, (noisy, timesteps, target, conditioning))
         policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
         drift = None
         if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
@@ -471,10 +491,13 @@ class PreferenceModule(ScheduledModule):
             from lit_safety.modules.start_check import check_start
 
             check_start(self, batch, errors)
+        term = None
         if self.anchors is not None:
             term = self.anchors.loss(self, batch)
             self.log("loss/anchors", term.detach(), batch_size=len(batch))
             loss = loss + term
+        if self.retain is not None:
+            self.retain.hold(self, term, output.keeping)
         self.finite_loss.watch(loss, batch.keys)
         self.last_means = {name: values.mean() for name, values in output.logs.items()}
         self.log_dict(self.last_means, batch_size=len(batch))
@@ -521,6 +544,8 @@ class PreferenceModule(ScheduledModule):
         return self.scheduled([p for _, p in trained])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.retain is not None:
+            self.log_dict(self.retain.project(self))
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._gradient_norm = None
         if gradients:  # DeepSpeed keeps gradients to itself
@@ -536,6 +561,8 @@ class PreferenceModule(ScheduledModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
         self.steps.follow(self)
+        if self.attack is not None:
+            self.attack.turn(self, arguments[1])
         engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
         # DeepSpeed has it only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
@@ -565,6 +592,10 @@ class PreferenceModule(ScheduledModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.retain is not None:
+            self.retain.check(self.trainer)
+        if self.attack is not None:
+            self.attack.check(self)
         if self.anchors is not None:
             self.anchors.prepare(self, self.trainer)
 
@@ -626,6 +657,8 @@ class PreferenceModule(ScheduledModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
         checkpoint["stability"] = self.steps.state_dict()
+        if self.attack is not None:
+            checkpoint["adversary"] = self.attack.state_dict()
         if self._trainer is not None:
             checkpoint["strategy"] = family(self.trainer.strategy)
 
@@ -636,6 +669,8 @@ class PreferenceModule(ScheduledModule):
         except ValueError as error:
             raise UserError(f"{error}: resume with the config.yaml of the run that wrote it") from error
         self.steps.load_state_dict(checkpoint.get("stability", {}))
+        if self.attack is not None and (self._trainer is None or self.trainer.state.fn == "fit"):
+            self.attack.load_state_dict(checkpoint.get("adversary", []))
         if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")

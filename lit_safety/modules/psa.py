@@ -26,6 +26,7 @@ from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.preference import POLICY, Drawing, PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.stability import Stability
+from lit_safety.modules.step_parts import Adversary, Retain
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
@@ -64,6 +65,8 @@ class PSA(PreferenceModule):
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
         stability: what keeps the chosen images' errors from rising, and what stands for the reference.
+        adversary: what attacks harmful pairs while they are trained, one or several; null: nothing.
+        retain: how what holds the policy to the reference gives way; null: it is added to the rest.
     """
 
     adapter: UserAdapter
@@ -85,6 +88,8 @@ class PSA(PreferenceModule):
         speed: Speed | None = None,
         start_from: str | None = None,
         stability: Stability | None = None,
+        adversary: Adversary | list[Adversary] | None = None,
+        retain: Retain | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -98,6 +103,8 @@ class PSA(PreferenceModule):
             speed=speed,
             start_from=start_from,
             stability=stability,
+            adversary=adversary,
+            retain=retain,
         )
         if user_tokens < 1:
             raise ValueError(f"user_tokens must be at least 1, got {user_tokens}")

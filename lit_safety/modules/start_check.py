@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lit_safety.backbones.backbone import Backbone, Conditioning
     from lit_safety.data.reading.batch import PairBatch
+    from lit_safety.modules.attacked_prediction import Attack
     from lit_safety.modules.speed import Speed
     from lit_safety.objectives.objective import Objective
 
@@ -33,6 +34,9 @@ class Beginning(Protocol):
     objective: Objective
     speed: Speed
     start_from: str | None
+    attack: Attack | None
+
+    def errors(self, batch: PairBatch) -> PairErrors: ...
 
     @property
     def has_reference(self) -> bool: ...
@@ -66,6 +70,9 @@ def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None
         if module.has_reference:
             found.append(cached_margin(module, batch, errors))
     if module.speed.compile is not None and module.start_from is None:
+        if module.attack is not None:
+            with torch.no_grad(), module.attack.off():
+                errors = module.errors(batch)
         found.append(margin(errors, module.objective.beta).detach())
     if not found:
         return

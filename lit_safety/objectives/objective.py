@@ -121,10 +121,15 @@ def anchor_loss(drift: Tensor, clean: Tensor) -> Tensor:
 
 @dataclass
 class ObjectiveOutput:
-    """``loss`` (B,), one number a pair, and tensors of shape (B,) to log (their means are logged)."""
+    """``loss`` (B,), one number a pair, and tensors of shape (B,) to log (their means are logged).
+
+    ``keeping`` (B,) is the part of the loss, weight included, that holds the policy where it was: the anchor. None:
+    there is none.
+    """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    keeping: Tensor | None = None
 
 
 class Objective:
@@ -227,10 +232,12 @@ class Objective:
             sft = sft_loss(errors.policy_chosen)
             loss = loss + self.sft_weight * sft
             logs["loss/sft"] = sft.detach()
+        keeping = None
         if self.anchor_weight > 0:
             if errors.drift is None:
                 raise ValueError("anchor_weight needs the reference's predictions; a cached reference has none")
             anchor = anchor_loss(errors.drift, labels.clean)
-            loss = loss + self.anchor_weight * anchor
+            keeping = self.anchor_weight * anchor
+            loss = loss + keeping
             logs["loss/anchor"] = anchor.detach()
-        return ObjectiveOutput(loss=loss, logs=logs)
+        return ObjectiveOutput(loss=loss, logs=logs, keeping=keeping)

@@ -92,9 +92,9 @@ def test_what_quick_tests_leave_out_goes_on_exactly_too(
     goes_on_from_the_middle(command, (tmp_path / "runs" / "fit" / "latest").resolve(), tmp_path)
 
 
-def goes_on_from_the_middle(command: list[str], whole: Path, folder: Path) -> None:
+def goes_on_from_the_middle(command: list[str], whole: Path, folder: Path, ranks: int = 2) -> None:
     """Resume ``command`` from the second of its four steps: the exports are those of ``whole``, its run, to the bit."""
-    run([*command, "--ckpt_path", str(whole / "checkpoints" / "step=2.ckpt")], folder / "logs")
+    run([*command, "--ckpt_path", str(whole / "checkpoints" / "step=2.ckpt")], folder / "logs", ranks=ranks)
     latest = folder / "runs" / "fit" / "latest"
     assert latest.resolve() != whole
     resumed, expected = exported(latest), exported(whole)
