@@ -143,7 +143,7 @@ class StrongestFineTune(FineTune):
 
 RECIPES = (
     *(Recipe("lora", lr, "AdamW", 8) for lr in (3e-4, 1e-3, 3e-3)),
-    *(Recipe("full", lr, "AdamW") for lr in (1e-5, 3e-5, 1e-4)),
+    *(Recipe("full", lr, "AdamW") for lr in (3e-5, 1e-4, 3e-4)),
     Recipe("lora", 3e-2, "SGD", 8),
     Recipe("full", 1e-2, "SGD"),
 )

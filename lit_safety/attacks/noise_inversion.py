@@ -68,7 +68,7 @@ class NoiseInversion(Attack):
     def stages(self, target: Target) -> Iterator[Stage]:
         pictures = picture_of_each(self.shards, target.prompts, "NoiseInversion")
         network = target.network()
-        sampler = Sampler.of(network, target.drawing.steps)
+        steps = Steps.of(network, target.drawing.steps)
         with threads(compute_threads(network)), torch.no_grad():
             posterior = encode_pictures(network.backbone, pictures, network.resolution)
             latents = network.backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
@@ -80,7 +80,7 @@ class NoiseInversion(Attack):
             for start in range(0, len(latents), size):
                 target.tell(f"{passes} passes, image {start + 1} of {len(latents)}")
                 with threads(compute_threads(network)), torch.no_grad():
-                    noise = sampler.inverted(latents[start : start + size], passes)
+                    noise = steps.inverted(latents[start : start + size], passes)
                     rows.append(network.backbone.given_latents(noise).cpu())
             given = {(p.prompt, p.seed): row for p, row in zip(prompts, torch.cat(rows), strict=True)}
             drawing = replace(
@@ -93,7 +93,7 @@ class NoiseInversion(Attack):
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Steps:
     """The steps of a deterministic sampler, as the pipeline takes them."""
 
     network: Network
@@ -103,7 +103,7 @@ class Sampler:
     """a and b of each step."""
 
     @classmethod
-    def of(cls, network: Network, steps: int) -> Sampler:
+    def of(cls, network: Network, steps: int) -> Steps:
         """The sampler of so many steps; gives the network's pipeline a scheduler without history: DDIM or Euler's.
 
         Raises:
@@ -149,7 +149,7 @@ class Sampler:
                 size = gap.flatten(1).pow(2).mean(1).view(-1, 1, 1, 1)
                 better = size < missed
                 best, missed = torch.where(better, trial, best), torch.where(better, size, missed)
-                move, share = torch.where(better, gap / a, move), torch.where(better, share, share / 2)
+                move, share = torch.where(better, gap / a, move), torch.where(better, (1.5 * share).clamp(max=1.0), share / 2)
                 trial = best + share * move
             found = trial
         return found

@@ -33,7 +33,8 @@ from lit_safety.judges.judge import Judge, JudgeError, figure_settings
 from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from lit_safety.drawing.prompts import Prompt, PromptCounts
 
@@ -195,6 +196,12 @@ class AttackRun:
     """Attacks on an arm that were found finished."""
     not_said: dict[str, int] = field(default_factory=dict)
     """What the report must say of the prompt file: rows that were left out, prompts without a kind."""
+    processes: int = 1
+    """How many do attacks at the same time."""
+    judge_specs: list[str] | None = None
+    """What the judges are loaded from in other processes; None: they are sent."""
+    show: Callable[[str, int | None], AbstractContextManager[Shown]] = shown
+    """Shows how far one attack on an arm has come."""
     _targets: dict[str, Target] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -202,6 +209,34 @@ class AttackRun:
             import torch
 
             self.drawing = replace(self.drawing, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: no networks."""
+        return self.__dict__ | {"_targets": {}, "show": None} | ({"judges": []} if self.judge_specs is not None else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"show": shown}
+        if self.judge_specs is not None:
+            from lit_safety.judges.load import load_judge
+
+            self.judges = [load_judge(spec) for spec in self.judge_specs]
+
+    def images_of(self, unit: tuple[str, list[str]]) -> int:
+        """How many images an attack on some arms draws at most."""
+        return (self.attacks[unit[0]].points + 1) * len(self.attacked) * len(unit[1])
+
+    def units(self, schedulers: dict[str, str]) -> list[tuple[str, list[str]]]:
+        """What is not done yet, in parts that one process does."""
+        left = {
+            name: [arm for arm in self.arms if self.kept(name, attack, arm, schedulers[arm]) is None]
+            for name, attack in self.attacks.items()
+        }
+        return [
+            (name, part)
+            for name, arms in left.items()
+            for part in ([arms] if self.attacks[name].shares_arms else [[arm] for arm in arms])
+            if part
+        ]
 
     def execute(self) -> dict[str, Any]:
         """Do what is not done yet; returns the content of attacks.json.
@@ -217,6 +252,15 @@ class AttackRun:
                     raise UserError(f"--attacks.{name}: there is no arm {source}; there are {', '.join(self.arms)}")
             attack.check(self.everything, self.attacked)
         schedulers = {name: self.scheduler(name) for name in self.arms}
+        if self.processes > 1:
+            from lit_safety.attacks.processes import do_in_processes
+
+            units = self.units(schedulers)
+            self.done = len(self.attacks) * len(self.arms) - sum(len(arms) for _, arms in units)
+            for target in self._targets.values():
+                target.release()
+            if units:
+                do_in_processes(self, units, schedulers, self.processes)
         found = {}
         for name, attack in self.attacks.items():
             curves, refused, notes = {}, {}, {}
@@ -268,30 +312,42 @@ class AttackRun:
 
     def cell(self, name: str, attack: Attack, arm: str, scheduler: str) -> dict[str, Any]:
         """One attack on one arm: `points`, `not_applicable` (a reason or None), `notes`. Read where it is finished."""
+        if (kept := self.kept(name, attack, arm, scheduler)) is not None:
+            if self.processes == 1:
+                self.done += 1
+            return kept
         target = self.target(arm)
-        file = self.out / "done" / name / f"{arm}.json"
-        key = digest(
+        target.notes = []
+        refused = attack.refuses(target)
+        points = [] if refused else self.curve(name, attack, target, scheduler)
+        target.release()
+        key = self.key(attack, arm, scheduler)
+        cell = {"key": key, "points": points, "not_applicable": refused, "notes": target.notes}
+        write_atomic(self._file(name, arm), (json.dumps(cell, indent=1, allow_nan=False) + "\n").encode())
+        return cell
+
+    def _file(self, name: str, arm: str) -> Path:
+        return self.out / "done" / name / f"{arm}.json"
+
+    def kept(self, name: str, attack: Attack, arm: str, scheduler: str) -> dict[str, Any] | None:
+        """What was found before with all that it depends on as it is now; None: it is to be done."""
+        found = _read(self._file(name, arm))
+        return found if found is not None and found.get("key") == self.key(attack, arm, scheduler) else None
+
+    def key(self, attack: Attack, arm: str, scheduler: str) -> str:
+        """All that an attack on an arm depends on."""
+        return digest(
             [_class_path(attack), attack.settings, self.identity(arm), self.hashes[self.target("base").folder],
              self.drawing.pixels(), [p.identity() for p in self.everything], [p.identity() for p in self.attacked],
              scheduler, self.seed, [figure_settings(judge.settings) for judge in self.judges], _versions(),
              *([[self.identity(source) for source in attack.sources]] if attack.sources else [])]
         )  # fmt: skip
-        if (kept := _read(file)) is not None and kept.get("key") == key:
-            self.done += 1
-            return kept
-        target.notes = []
-        refused = attack.refuses(target)
-        points = [] if refused else self.curve(name, attack, target, scheduler)
-        target.release()
-        cell = {"key": key, "points": points, "not_applicable": refused, "notes": target.notes}
-        write_atomic(file, (json.dumps(cell, indent=1, allow_nan=False) + "\n").encode())
-        return cell
 
     def curve(self, name: str, attack: Attack, target: Target, scheduler: str) -> list[dict[str, Any]]:
         """The points of one attack on one arm, by rising budget."""
         names = [judge.name for judge in self.judges]
         total = (attack.points + 1) * len(self.attacked)
-        with shown(f"{name}: {target.name}", total) as bar:
+        with self.show(f"{name}: {target.name}", total) as bar:
             target.tell = bar.tell
             plain = target.stage(attack.origin or 0.0)
             unattacked = self.outcomes("unattacked", target, plain, scheduler, {}, bar)

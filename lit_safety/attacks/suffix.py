@@ -244,6 +244,7 @@ class SuffixSearch(Attack):
         access = "gradients of" if method == "greedy" else "outputs of"
         colour = "black box as to the denoiser" if goal.text_only else "white box"
         self.knows = f"{colour}: {access} {goal.knows}"
+        self.shares_arms = goal.text_only
         self._found: dict[str, tuple[list[tuple[int, list[str]]], list[str]]] = {}
 
     @property
@@ -252,6 +253,11 @@ class SuffixSearch(Attack):
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
         self.goal.check(attacked)
+
+    def take_shards(self, shards: str) -> None:
+        if hasattr(self.goal, "shards"):
+            self.goal.shards = shards
+            self.goal.settings["shards"] = shards
 
     def refuses(self, target: Target) -> str | None:
         if (reason := target.text_closed()) is not None:

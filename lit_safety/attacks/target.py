@@ -61,6 +61,8 @@ class Attack(ABC):
     """Whether several stages may have one budget, of which the one with most harm counts; each then has a label."""
     changes_denoiser: ClassVar[bool] = False
     """Whether what is found lies in the weights of the denoiser; else another arm can be tried with it."""
+    shares_arms: bool = False
+    """Whether what is found for one arm serves the others, so that one process does them all."""
     sources: Sequence[str] = ()
     """Arms other than the attacked one that are used."""
 
@@ -80,6 +82,12 @@ class Attack(ABC):
     def refuses(self, target: Target) -> str | None:
         """Why the attack does not apply to an arm; None: it does."""
         return None
+
+    def take_shards(self, shards: str) -> None:
+        """Take the attacker's images out of these shards, where the attack takes any out of some."""
+        if getattr(self, "shards", None) is not None:
+            self.shards = shards
+            self.settings["shards"] = shards
 
     @property
     @abstractmethod

@@ -35,6 +35,10 @@ class Transfer(Attack):
         kind = type(self.attack)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.attack.settings}
 
+    def take_shards(self, shards: str) -> None:
+        self.attack.take_shards(shards)
+        self.settings["attack"] = self._inner()
+
     @property
     def points(self) -> int:
         return self.attack.points
