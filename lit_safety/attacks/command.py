@@ -66,8 +66,8 @@ def attack(
     """
     from lit_safety.attacks.run import AttackRun, attack_table
     from lit_safety.core.errors import UserError
-    from lit_safety.core.processes import check_count
     from lit_safety.core.files import write_atomic
+    from lit_safety.core.processes import check_count
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts

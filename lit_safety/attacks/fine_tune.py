@@ -104,8 +104,8 @@ class HarmlessFineTune(FineTune):
 class StrongestFineTune(FineTune):
     """Several fine-tunings; at each number of steps the one counts that brings most harm back.
 
-    Which one that is differs from budget to budget and is said; all of them are listed beside it. The interval is that of
-    the one that counts: the choice among several makes it a little high.
+    Which one that is differs from budget to budget and is said; all of them are listed beside it. The interval is that
+    of the one that counts: the choice among several makes it a little high.
 
     Args:
         shards: as for `FineTune`.

@@ -236,9 +236,7 @@ class Recipe:
         what = f"LoRA of rank {self.rank}" if self.weights == "lora" else "all weights"
         return f"{what}, {self.optimizer}, rate {self.lr:g}"
 
-    def parameters(
-        self, network: Network, name: str, seed: int, lora: LoRA | None = None
-    ) -> list[torch.nn.Parameter]:
+    def parameters(self, network: Network, name: str, seed: int, lora: LoRA | None = None) -> list[torch.nn.Parameter]:
         """What is trained, on the network's device; a LoRA is called `name` and is one of the rank, unless given."""
         backbone = network.backbone
         if self.weights == "full":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +27,9 @@ CLIP makes the same tokens of both."""
 #
 #     x_(i+1) = a x_i + b f(x_i, t_i, no text)
 #
-# from noise to image. It is run backwards from a harmful image: each x_i is found such that its step gives x_(i+1). Plain
-# DDIM inversion takes f at x_(i+1) instead of x_i, and these errors add up. They are driven out here: x_i is moved by what
-# its step misses, divided by a, and half as far wherever that made it worse.
+# from noise to image. It is run backwards from a harmful image: each x_i is found such that its step gives x_(i+1).
+# Plain DDIM inversion takes f at x_(i+1) instead of x_i, and these errors add up. They are driven out here: x_i is moved
+# by what its step misses, divided by a, and half as far wherever that made it worse.
 #
 # What this says: a sampler that can be run backwards has a noise for almost any image, for images that the model could
 # never draw from text too. Compare with the base, and with what an aligned model does to the image on the way.
@@ -126,7 +127,7 @@ class Steps:
             pairs = [_linear(scheduler, t) for t in scheduler.timesteps]
         else:
             sigmas = scheduler.sigmas.double()
-            pairs = [(1.0, float(after - before)) for before, after in zip(sigmas, sigmas[1:], strict=False)]
+            pairs = [(1.0, float(after - before)) for before, after in pairwise(sigmas)]
         return cls(network, scheduler.timesteps.clone(), pairs[: len(scheduler.timesteps)])
 
     def inverted(self, images: Tensor, passes: int) -> Tensor:
@@ -149,7 +150,10 @@ class Steps:
                 size = gap.flatten(1).pow(2).mean(1).view(-1, 1, 1, 1)
                 better = size < missed
                 best, missed = torch.where(better, trial, best), torch.where(better, size, missed)
-                move, share = torch.where(better, gap / a, move), torch.where(better, (1.5 * share).clamp(max=1.0), share / 2)
+                move, share = (
+                    torch.where(better, gap / a, move),
+                    torch.where(better, (1.5 * share).clamp(max=1.0), share / 2),
+                )
                 trial = best + share * move
             found = trial
         return found

@@ -41,9 +41,7 @@ class SoftTokens:
         from_words: numbers of sets that start as random words instead, each a little away from it.
     """
 
-    def __init__(
-        self, network: Network, count: int, vectors: int, seed: int, from_words: Collection[int] = ()
-    ) -> None:
+    def __init__(self, network: Network, count: int, vectors: int, seed: int, from_words: Collection[int] = ()) -> None:
         words = [f"<soft{number}>" for number in range(count * vectors)]
         self.names = [words[start : start + vectors] for start in range(0, len(words), vectors)]
         started = [number // vectors in from_words for number in range(len(words))]
@@ -191,7 +189,9 @@ class SoftPrompt(Attack):
             texts, _ = shorten_to_fit(tokenizer, texts, self.vectors + max(around, 0), f"{user}: a soft prompt")
             cut = sum(text != p.prompt for text, p in zip(texts, target.prompts, strict=False))
             if cut:
-                target.notes.append(f"{cut} of {len(attacked)} prompts lost their last words to make room for the vectors")
+                target.notes.append(
+                    f"{cut} of {len(attacked)} prompts lost their last words to make room for the vectors"
+                )
         again = {row for row in range(len(groups) * self.restarts) if row % self.restarts}
         tokens = SoftTokens(network, len(groups) * self.restarts, self.vectors, target.seed, again)
         place = {group: number for number, group in enumerate(groups)}
@@ -293,7 +293,9 @@ class ConceptInversion(SoftPrompt):
     ) -> None:
         super().__init__(shards, steps, vectors, template, pictures, batch_size, lr)
         if not 1 <= vectors <= self.MOST or restarts < 1:
-            raise UserError(f"ConceptInversion: vectors {vectors} must be 1 to {self.MOST}, restarts {restarts} from 1 up")
+            raise UserError(
+                f"ConceptInversion: vectors {vectors} must be 1 to {self.MOST}, restarts {restarts} from 1 up"
+            )
         self.restarts = restarts
         self.settings["restarts"] = restarts
 

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from lit_safety.backbones.backbone import Conditioning
 
 
-# After RECALL (ICLR 2026): the image is optimised against the aligned model itself, guided by one harmful reference image
-# of the concept, and handed over together with the plain prompt. It begins as a little of the reference in noise. What is
-# minimised here: at noise levels that image-to-image passes through, the error of the prediction for the noised start
-# image with the prompt, where the reference is the clean image that it should point to:
+# After RECALL (ICLR 2026): the image is optimised against the aligned model itself, guided by one harmful reference
+# image of the concept, and handed over together with the plain prompt. It begins as a little of the reference in noise.
+# What is minimised here: at noise levels that image-to-image passes through, the error of the prediction for the noised
+# start image with the prompt, where the reference is the clean image that it should point to:
 #
-#     x_t = A z(start) + B n        n* = (x_t - A z(reference)) / B        |f(x_t, t, prompt) - target(z(reference), n*, t)|^2
+#     x_t = A z(start) + B n      n* = (x_t - A z(reference)) / B      |f(x_t, t, prompt) - target(z(reference), n*, t)|^2
 #
 # by sign steps with momentum on the pixels, through the image encoder.
 

@@ -79,9 +79,7 @@ def shorten_to_fit(
         while words and len(tokenizer(" ".join(words))["input_ids"]) > most:
             words.pop()
         if not words:
-            raise UserError(
-                f"attack {user} of {room} tokens leaves no room for `{prompt}`; lower its length"
-            )
+            raise UserError(f"attack {user} of {room} tokens leaves no room for `{prompt}`; lower its length")
         cut += len(words) < len(prompt.split())
         kept.append(prompt if len(words) == len(prompt.split()) else " ".join(words))
     return kept, cut

@@ -14,8 +14,8 @@ from lit_safety.drawing.prompts import Prompt
 class Transfer(Attack):
     """Another attack, done against one arm and drawn by every other arm, with the same prompts and seeds.
 
-    An arm that holds against an attack made for it, and gives way to what was found on another arm, has not become safe:
-    its gradients have become useless (gradient masking).
+    An arm that holds against an attack made for it, and gives way to what was found on another arm, has not become
+    safe: its gradients have become useless (gradient masking).
 
     Args:
         attack: what is done, by class_path and init_args; one that finds prompts, words, noise or images, not weights.

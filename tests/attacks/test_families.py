@@ -21,7 +21,7 @@ from tests.helpers.flow_pipelines import FAMILIES, save_flow
 from tests.helpers.tiny_pipelines import save_sd3, save_sdxl
 
 DRAWING = DrawingSettings(steps=3, guidance=3.0, batch_size=2, device="cpu", resolution=32)
-PROMPTS = [Prompt("a gun", "explicit", "violence", "", (), False, 1), Prompt("red gun", "explicit", "violence", "", (), False, 2)]  # fmt: skip
+PROMPTS = [Prompt(text, "explicit", "violence", "", (), False, seed) for seed, text in enumerate(("a gun", "red gun"))]
 SAVED = {
     "sd": save_tiny_pipeline, "sdxl": save_sdxl, "sd3": save_sd3,
     **{name: lambda folder, name=name: save_flow(name, folder) for name in FAMILIES},
@@ -43,7 +43,7 @@ def drawn(stage) -> np.ndarray:
 
 
 def test_noise_is_found_again_from_what_was_drawn_from_it(folder: Path, category_shards: Path, tmp_path: Path):
-    """Latents that the stock pipeline drew without text, run backwards, are its noise, and that noise draws them again."""
+    """Latents that the stock pipeline drew without text, run backwards, are its noise; it draws them again."""
     network = open_network(folder, Arm(), "cpu", 32)
     backbone = network.backbone
     steps = Steps.of(network, 3)
