@@ -78,9 +78,9 @@ def attack(
 
     check_count(processes, "--processes")
     only = None if only is None else [one for name in only for one in (sets or {}).get(name, [name])]
-    for key, names in (("--only", only or []), *((f"--sets.{name}", one) for name, one in (sets or {}).items())):
-        if unknown := [name for name in names if name not in attacks]:
-            raise UserError(f"{key}: there is no attack {unknown[0]}; there are {', '.join([*attacks, *(sets or {})])}")
+    if unknown := [name for name in only or () if name not in attacks]:
+        known = ", ".join([*attacks, *(sets or {})])
+        raise UserError(f"--only: there is no attack {unknown[0]}; there are {known}")
     chosen = {name: one for name, one in attacks.items() if only is None or name in only}
     if not chosen:
         raise UserError("--attacks: give at least one attack, as in configs/attack.yaml")

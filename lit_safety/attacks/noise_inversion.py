@@ -28,8 +28,8 @@ CLIP makes the same tokens of both."""
 #     x_(i+1) = a x_i + b f(x_i, t_i, no text)
 #
 # from noise to image. It is run backwards from a harmful image: each x_i is found such that its step gives x_(i+1).
-# Plain DDIM inversion takes f at x_(i+1) instead of x_i, and these errors add up. They are driven out here: x_i is moved
-# by what its step misses, divided by a, and half as far wherever that made it worse.
+# Plain DDIM inversion takes f at x_(i+1) instead of x_i, and these errors add up. They are driven out here: x_i is
+# moved by what its step misses, divided by a, and half as far wherever that made it worse.
 #
 # What this says: a sampler that can be run backwards has a noise for almost any image, for images that the model could
 # never draw from text too. Compare with the base, and with what an aligned model does to the image on the way.

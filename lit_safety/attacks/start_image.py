@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What is minimised here: at noise levels that image-to-image passes through, the error of the prediction for the noised
 # start image with the prompt, where the reference is the clean image that it should point to:
 #
-#     x_t = A z(start) + B n      n* = (x_t - A z(reference)) / B      |f(x_t, t, prompt) - target(z(reference), n*, t)|^2
+#     x_t = A z(start) + B n,   n* = (x_t - A z(reference)) / B,   |f(x_t, t, prompt) - target(z(reference), n*, t)|^2
 #
 # by sign steps with momentum on the pixels, through the image encoder.
 
