@@ -84,6 +84,11 @@ class StartImage(Attack):
     def refuses(self, target: Target) -> str | None:
         if (reason := target.closed()) is not None:
             return reason
+        if int(target.drawing.steps * self.strength) < 1:
+            raise UserError(
+                f"attack StartImage: strength {self.strength} of {target.drawing.steps} steps is less than one step, so "
+                "nothing would be drawn; raise --steps or strength"
+            )
         if type(target.pipe).__name__.startswith("Flux2"):
             return f"{type(target.pipe).__name__} takes reference images and no start image with a strength"
         try:
