@@ -86,7 +86,7 @@ class StartImage(Attack):
             return reason
         if int(target.drawing.steps * self.strength) < 1:
             raise UserError(
-                f"attack StartImage: strength {self.strength} of {target.drawing.steps} steps is less than one step, so "
+                f"attack StartImage: strength {self.strength} of {target.drawing.steps} steps is less than one step: "
                 "nothing would be drawn; raise --steps or strength"
             )
         if type(target.pipe).__name__.startswith("Flux2"):
