@@ -116,11 +116,11 @@ class Weighed:
             for handle in vars(encoder).pop("_weighed", []):
                 handle.remove()
             weigher = _Weigher(self, _Texts(tokenizer, self.prompts, self.weighting.of))
-            handles = [encoder.register_forward_pre_hook(weigher.before, with_kwargs=True)]
+            handles: list[Any] = [encoder.register_forward_pre_hook(weigher.before, with_kwargs=True)]
             layers = _layers(encoder)
             chosen = layers if self.weighting.layer is None else [layers[self.weighting.layer]]
             if self.weighting.layers != 1:
-                handles += [layer.register_forward_hook(weigher.layer, with_kwargs=True) for layer in chosen]
+                handles += [_Around(layer, weigher.layer) for layer in chosen]
             if self.weighting.tokens != 1:
                 handles.append(encoder.register_forward_hook(weigher.after, with_kwargs=True))
             vars(encoder)["_weighed"] = handles
@@ -180,6 +180,25 @@ def _place(row: list[int], text: tuple[int, ...], special: set[int]) -> int | No
     return None
 
 
+class _Around:
+    """Changes what a layer's `forward` gives. Not a hook: transformers notes hidden states before hooks run."""
+
+    def __init__(self, layer: nn.Module, change: Any) -> None:
+        self.layer, self.before = layer, vars(layer).get("forward")
+        forward = layer.forward
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            return change(args, kwargs, forward(*args, **kwargs))
+
+        vars(layer)["forward"] = changed
+
+    def remove(self) -> None:
+        """The layer as it was."""
+        del vars(self.layer)["forward"]
+        if self.before is not None:
+            vars(self.layer)["forward"] = self.before
+
+
 class _Weigher:
     """The hooks of one text encoder."""
 
@@ -190,7 +209,7 @@ class _Weigher:
         ids = _ids(args, kwargs)
         self.at.now = None if ids is None else self.texts.weights(ids, self.weighting.tokens)
 
-    def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> Any:
+    def layer(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> Any:
         now = getattr(self.at, "now", None)
         hidden = args[0] if args else kwargs.get("hidden_states")
         if now is None or not isinstance(hidden, Tensor):
