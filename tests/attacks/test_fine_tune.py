@@ -81,10 +81,12 @@ def test_harmless_images_are_trained_on_where_that_is_asked(make_target, pair_sh
 
 
 def test_images_of_attacked_prompts_are_no_images_of_the_attacker(pair_shards: Path) -> None:
+    """All harmful pairs of these shards have one prompt."""
     every = read_pictures(str(pair_shards), 64, True, "Test")
-    gone = every[0].prompt
-    left = read_pictures(str(pair_shards), 64, True, "Test", without={gone})
-    assert {p.prompt for p in left} == {p.prompt for p in every} - {gone}
+    assert {p.prompt for p in every} == {"a gun and a house"}
+    assert len(read_pictures(str(pair_shards), 64, True, "Test", without={"a gun"})) == len(every)
+    with pytest.raises(UserError, match="hold no"):
+        read_pictures(str(pair_shards), 64, True, "Test", without={"a gun and a house"})
 
 
 def test_a_recipe_that_cannot_train_is_refused() -> None:
