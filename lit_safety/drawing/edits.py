@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,8 +174,11 @@ class GivenImages(Edit):
         return {"task": self.task, "strength": self.strength, "given_images_sha256": digest(rows)}
 
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
-        """Each prompt's own image, as large as it is."""
-        return {"image": [self._of()[p.prompt, p.seed] for p in prompts], "strength": self.strength}
+        """Each prompt's own image, as large as it is: families that are told a size else draw at their own."""
+        images = [self._of()[p.prompt, p.seed] for p in prompts]
+        told = "height" in inspect.signature(type(pipe).__call__).parameters
+        size = {"height": images[0].height, "width": images[0].width} if told else {}
+        return {"image": images, "strength": self.strength, **size}
 
     def _of(self) -> dict[tuple[str, int], Image]:
         return self.__dict__["_given"]
