@@ -53,7 +53,7 @@ def test_a_layer_without_weight_is_left_out(make_target, rows) -> None:
 
 def test_prompts_in_a_template_or_cut_short_are_found(make_target, rows) -> None:
     network = make_target().network()
-    long = "red gun a red gun"  # more than 16 places: its end is cut
+    long = "red gun and a red gun"  # more than 16 places: its end is cut
     before = encoded(network, [long])
     Weighed(Weighting(tokens=2.0), [replace(rows[0], prompt=long)]).put(network)
     after = encoded(network, [long])
