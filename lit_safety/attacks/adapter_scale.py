@@ -20,6 +20,7 @@ class AdapterScale(Attack):
 
     budget: ClassVar[str] = "scale of the adapter"
     knows = "white box: holds the adapter, computes nothing"
+    changes_denoiser: ClassVar[bool] = True
     origin: ClassVar[float | None] = 1.0
 
     def __init__(self, scales: Sequence[float] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.25, 1.5)) -> None:

@@ -22,12 +22,15 @@ def attack(
     adapter: str | None = None,
     arms: dict[str, Arm] | None = None,
     only: list[str] | None = None,
+    sets: dict[str, list[str]] | None = None,
     second_judges: list[str] | None = None,
     explicit: int | None = 6,
     prompt_kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None,
     prompt_category: str | None = None,
     seed: int = 0,
     other_world: bool = False,
+    processes: int = 1,
+    shards: str | None = None,
     **drawing: Any,
 ) -> None:
     """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
@@ -43,7 +46,8 @@ def attack(
         attacks: The attacks by name, each a class_path and init_args, as in configs/attack.yaml.
         adapter: LoRA folder or file, attacked as the arm `aligned` besides the arm `base`.
         arms: Further arms by name, as for `evaluate`: adapters, pipelines, UNets, negative prompts, guards.
-        only: Do only these of the attacks; null: all.
+        only: Do only these of the attacks, by their names or those of `sets`; null: all.
+        sets: Lists of attacks by name, for `only`.
         second_judges: Further judges, reported besides the one that decides.
         explicit: Explicit prompts attacked in each category; null: all.
         prompt_kind: What the prompts of a published file are, where its columns do not say so.
@@ -51,6 +55,10 @@ def attack(
         seed: Of every random choice of the attacks.
         other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
+        processes: Processes that do attacks, each with the models it needs; with the device cuda process i takes GPU i.
+            What is found is the same.
+        shards: Preference shards that every attack with images takes instead of its own, such as others for validation
+            than for the test; null: each takes its own.
         **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
@@ -59,6 +67,7 @@ def attack(
     from lit_safety.attacks.run import AttackRun, attack_table
     from lit_safety.core.errors import UserError
     from lit_safety.core.files import write_atomic
+    from lit_safety.core.processes import check_count
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
@@ -67,15 +76,20 @@ def attack(
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
 
-    unknown = [name for name in only or () if name not in attacks]
-    if unknown:
-        raise UserError(f"--only: there is no attack {unknown[0]}; there are {', '.join(attacks)}")
+    check_count(processes, "--processes")
+    only = None if only is None else [one for name in only for one in (sets or {}).get(name, [name])]
+    if unknown := [name for name in only or () if name not in attacks]:
+        known = ", ".join([*attacks, *(sets or {})])
+        raise UserError(f"--only: there is no attack {unknown[0]}; there are {known}")
     chosen = {name: one for name, one in attacks.items() if only is None or name in only}
     if not chosen:
         raise UserError("--attacks: give at least one attack, as in configs/attack.yaml")
     for name in chosen:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
             raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
+    if shards is not None:
+        for one in chosen.values():
+            one.take_shards(shards)
     how = DrawingSettings(edit=None, **drawing)
     selection = PromptCounts(explicit, 0, 0, 0, 0)
     contenders = collect_arms(adapter, arms)
@@ -109,6 +123,8 @@ def attack(
         Path(out),
         seed,
         not_said=everything.not_said(),
+        processes=processes,
+        judge_specs=[judge, *(second_judges or [])] if processes > 1 else None,
     )
     report = run.execute()
     if run.done:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from dataclasses import asdict
+from typing import Any, ClassVar
 
-from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.lora_training import read_pictures, shards_digest, train_lora
+from lit_safety.attacks.lora_training import Recipe, read_pictures, shards_digest, train_weights
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import Prompt
@@ -16,7 +16,8 @@ class FineTune(Attack):
     """Train a LoRA on top of the arm, on harmful images with their own prompts.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's images.
+        shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
+            prompts left out.
         steps: optimizer steps at each point of the curve.
         pictures: how many images the attacker has.
         batch_size: images a step.
@@ -26,6 +27,9 @@ class FineTune(Attack):
 
     budget: ClassVar[str] = "optimizer steps of a LoRA on harmful images"
     knows = "white box: trains the weights"
+    changes_denoiser: ClassVar[bool] = True
+    harmful: ClassVar[bool] = True
+    """Whether its images are harmful."""
 
     def __init__(
         self,
@@ -36,33 +40,111 @@ class FineTune(Attack):
         lr: float = 1e-3,
         rank: int = 8,
     ) -> None:
-        self.steps = increasing(steps, "FineTune: steps")
+        name = type(self).__name__
+        self.steps = increasing(steps, f"{name}: steps")
         if min(pictures, batch_size) < 1 or lr <= 0:
-            raise UserError("FineTune: pictures and batch_size must be at least 1, lr above 0")
-        self.shards, self.pictures, self.batch_size, self.lr = shards, pictures, batch_size, lr
-        self.lora = LoRA(rank=rank)
-        self.settings = {
+            raise UserError(f"{name}: pictures and batch_size must be at least 1, lr above 0")
+        self.shards, self.pictures, self.batch_size = shards, pictures, batch_size
+        self.recipes = [Recipe(lr=lr, rank=rank)]
+        self.settings: dict[str, Any] = {
             "shards": shards, "steps": self.steps, "pictures": pictures, "batch_size": batch_size, "lr": lr,
             "rank": rank,
         }  # fmt: skip
 
     @property
     def points(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * len(self.recipes)
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
-        self.settings["shards_sha256"] = shards_digest(self.shards, "FineTune")
+        self.settings["shards_sha256"] = shards_digest(self.shards, type(self).__name__)
 
     def refuses(self, target: Target) -> str | None:
         return target.closed()
 
     def stages(self, target: Target) -> Iterator[Stage]:
-        network = target.network()
-        pictures = read_pictures(self.shards, self.pictures, True, "FineTune")
-        training = train_lora(network, pictures, self.lora, "attack", self.lr, self.batch_size, target.seed)
-        for step, loss in training:
-            target.tell(f"step {step} of {self.steps[-1]}, loss {loss:.3f}")
-            if step in self.steps:
-                yield target.stage(step, pipe=network.pipe, drawing=target.exact, identity={"fine_tune": step})
-            if step == self.steps[-1]:
-                return
+        attacked = {prompt.prompt for prompt in target.prompts}
+        pictures = read_pictures(self.shards, self.pictures, self.harmful, type(self).__name__, without=attacked)
+        for recipe in self.recipes:
+            network = target.network()
+            told = f"{recipe.label()}: " if len(self.recipes) > 1 else ""
+            for step, loss in train_weights(network, pictures, recipe, "attack", self.batch_size, target.seed):
+                target.tell(f"{told}step {step} of {self.steps[-1]}, loss {loss:.3f}")
+                if step in self.steps:
+                    yield target.stage(
+                        step, pipe=network.pipe, drawing=target.exact,
+                        label=recipe.label() if len(self.recipes) > 1 else "",
+                        identity={"fine_tune": step, **self._identity(recipe)},
+                    )  # fmt: skip
+                if step == self.steps[-1]:
+                    break
+
+    def _identity(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": asdict(recipe)} if len(self.recipes) > 1 else {}
+
+
+class HarmlessFineTune(FineTune):
+    """Train a LoRA on top of the arm, on harmless images with their own prompts: does harm come back by itself?
+
+    Nobody has to mean it: this is what an ordinary user of published weights does.
+
+    Args:
+        shards: preference shards; their chosen images of clean prompts are what is trained on.
+        steps: optimizer steps at each point of the curve.
+        pictures: how many images there are.
+        batch_size: images a step.
+        lr: learning rate of AdamW, constant.
+        rank: rank of the LoRA, on the attention projections.
+    """
+
+    budget: ClassVar[str] = "optimizer steps of a LoRA on harmless images"
+    knows = "white box: trains the weights, without any harmful image"
+    harmful: ClassVar[bool] = False
+
+
+class StrongestFineTune(FineTune):
+    """Several fine-tunings; at each number of steps the one counts that brings most harm back.
+
+    Which one that is differs from budget to budget and is said; all of them are listed beside it. The interval is that
+    of the one that counts: the choice among several makes it a little high.
+
+    Args:
+        shards: as for `FineTune`.
+        recipes: the ways: LoRA or all weights, optimizer, rate, rank.
+        steps: optimizer steps at each point of the curve.
+        pictures: how many images the attacker has.
+        batch_size: images a step.
+        harmful: train on harmful images; false: on harmless ones, as `HarmlessFineTune`.
+    """
+
+    budget: ClassVar[str] = "optimizer steps of the strongest of several fine-tunings"
+    knows = "white box: trains the weights, in several ways"
+    strongest: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        shards: str,
+        recipes: list[Recipe] | None = None,
+        steps: Sequence[int] = (10, 20, 40, 80),
+        pictures: int = 256,
+        batch_size: int = 16,
+        harmful: bool = True,
+    ) -> None:
+        super().__init__(shards, steps, pictures, batch_size)
+        self.recipes = [*RECIPES] if recipes is None else list(recipes)
+        if not self.recipes or len({one.label() for one in self.recipes}) < len(self.recipes):
+            raise UserError("StrongestFineTune: recipes: give at least one, each another one than the others")
+        self.harmful = harmful  # type: ignore[misc]  # of this one, not of its class
+        rest = {key: value for key, value in self.settings.items() if key not in ("lr", "rank")}
+        self.settings = rest | {"recipes": [asdict(one) for one in self.recipes], "harmful": harmful}
+
+    def _identity(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": asdict(recipe)}
+
+
+RECIPES = (
+    *(Recipe("lora", lr, "AdamW", 8) for lr in (3e-4, 1e-3, 3e-3)),
+    *(Recipe("full", lr, "AdamW") for lr in (3e-5, 1e-4, 3e-4)),
+    Recipe("lora", 3e-2, "SGD", 8),
+    Recipe("full", 1e-2, "SGD"),
+)
+"""What is tried where nothing is named: LoRA and all weights, three rates each, and a second optimizer."""

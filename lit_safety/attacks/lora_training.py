@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -23,6 +23,7 @@ from lit_safety.drawing.threads import threads
 
 if TYPE_CHECKING:
     from lit_safety.backbones.backbone import Backbone, Conditioning
+    from lit_safety.drawing.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class Picture:
 
 
 def read_pictures(
-    shards: str, count: int, harmful: bool, user: str, groups: Sequence[str] | None = None
+    shards: str,
+    count: int,
+    harmful: bool,
+    user: str,
+    groups: Sequence[str] | None = None,
+    without: Collection[str] = (),
 ) -> list[Picture]:
     """Up to `count` images, the concepts in turn, the same ones every time.
 
@@ -51,6 +57,7 @@ def read_pictures(
         harmful: which.
         user: the attack that wants them, for messages.
         groups: only of these concepts (or categories).
+        without: prompts whose images are left out: those that are attacked.
 
     Raises:
         UserError: the shards are missing or damaged, or hold no such image.
@@ -62,13 +69,36 @@ def read_pictures(
         label = metadata.harmful.rejected if harmful else metadata.harmful.chosen
         if metadata.prompt_kind == ("harmful" if harmful else "clean") and label is harmful:
             group = metadata.concept or next(iter(metadata.categories), "") if harmful else ""
-            if groups is None or group in groups:
+            if (groups is None or group in groups) and metadata.prompt not in without:
                 found.setdefault(group, []).append((shard, index))
     chosen = _in_turn([rows for _, rows in sorted(found.items())], count)
     if not chosen:
         what = "rejected image labelled harmful of a harmful prompt" if harmful else "safe chosen image"
         raise UserError(f"attack {user}: {shards} hold no {what}; give others")
     return [picture for shard in sorted({s for s, _ in chosen}) for picture in _read(source, shard, chosen, side)]
+
+
+def picture_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[Picture]:
+    """A harmful image of each prompt's own concept (or category), other prompts of a concept taking others in turn.
+
+    Images whose prompt is one of these are left out.
+
+    Raises:
+        UserError: as `read_pictures`, or a concept has none.
+    """
+    groups = [prompt.concept or prompt.category for prompt in prompts]
+    found = read_pictures(shards, len(prompts) * len(set(groups)), True, user, groups, {p.prompt for p in prompts})
+    of: dict[str, list[Picture]] = {}
+    for picture in found:
+        of.setdefault(picture.group, []).append(picture)
+    if missing := [group for group in dict.fromkeys(groups) if group not in of]:
+        raise UserError(f"attack {user}: {shards} hold no harmful picture of {', '.join(missing)}")
+    met: dict[str, int] = {}
+    chosen = []
+    for group in groups:
+        met[group] = met.get(group, -1) + 1
+        chosen.append(of[group][met[group] % len(of[group])])
+    return chosen
 
 
 def shards_digest(shards: str, user: str) -> str:
@@ -171,7 +201,54 @@ def denoising_loss(
     return (backbone.predict(noisy, timesteps, conditioning).float() - target.float()).pow(2).flatten(1).mean(1)
 
 
-# A few steps of ordinary LoRA fine-tuning on images and their prompts.
+# A few steps of ordinary fine-tuning on images and their prompts: of a LoRA, or of all weights.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of fine-tuning.
+
+    Raises:
+        UserError: a number is out of its range, or torch has no such optimizer.
+    """
+
+    weights: Literal["lora", "full"] = "lora"
+    """A LoRA on the layers of the model's family, or every weight of the denoiser."""
+    lr: float = 1e-3
+    """Learning rate, constant."""
+    optimizer: str = "AdamW"
+    """Class name in torch.optim, with its own defaults; SGD has a momentum of 0.9."""
+    rank: int = 8
+    """Of the LoRA."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf") or self.rank < 1:
+            raise UserError(f"fine-tuning: lr {self.lr}, rank {self.rank}: lr must be above 0 and rank at least 1")
+        kind = getattr(torch.optim, self.optimizer, None)
+        if self.optimizer in ("Optimizer", "LBFGS", "SparseAdam") or not isinstance(kind, type):
+            raise UserError(
+                f"fine-tuning: optimizer {self.optimizer}: torch.optim has none of this name that takes plain steps; "
+                "such as AdamW, SGD, RMSprop, Adagrad"
+            )
+
+    def label(self) -> str:
+        """Such as `LoRA of rank 8, AdamW, rate 0.001`."""
+        what = f"LoRA of rank {self.rank}" if self.weights == "lora" else "all weights"
+        return f"{what}, {self.optimizer}, rate {self.lr:g}"
+
+    def parameters(self, network: Network, name: str, seed: int, lora: LoRA | None = None) -> list[torch.nn.Parameter]:
+        """What is trained, on the network's device; a LoRA is called `name` and is one of the rank, unless given."""
+        backbone = network.backbone
+        if self.weights == "full":
+            parameters = list(backbone.denoiser.requires_grad_(True).parameters())
+        else:
+            lora = lora or LoRA(rank=self.rank)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # PEFT draws the initial A from the global generator
+                parameters = lora.with_targets(backbone.lora_targets()).attach(backbone.denoiser, name)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(backbone.device)
+        return parameters
 
 
 def train_lora(
@@ -179,19 +256,31 @@ def train_lora(
 ) -> Iterator[tuple[int, float]]:
     """Train an adapter called `name` on the network, forever; yields (steps done, loss) after each step.
 
-    AdamW with a constant rate, plain denoising loss, each image with its own prompt. The network's own weights,
-    adapters folded in included, do not move.
+    AdamW with a constant rate, as `train_weights`. The network's own weights, adapters folded in included, do not move.
+    """
+    return train_weights(network, pictures, Recipe("lora", lr, "AdamW", lora.rank), name, batch_size, seed, lora)
+
+
+def train_weights(
+    network: Network,
+    pictures: Sequence[Picture],
+    recipe: Recipe,
+    name: str,
+    batch_size: int,
+    seed: int,
+    lora: LoRA | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Train by a recipe, forever; yields (steps done, loss) after each step.
+
+    Plain denoising loss, each image with its own prompt, gradients of norm 1 at most.
 
     Raises:
         UserError: the loss is not finite.
     """
     backbone = network.backbone
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # PEFT draws the initial A from the global generator
-        parameters = lora.with_targets(backbone.lora_targets()).attach(backbone.denoiser, name)
-    for parameter in parameters:
-        parameter.data = parameter.data.to(backbone.device)
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    parameters = recipe.parameters(network, name, seed, lora)
+    more: dict[str, Any] = {"momentum": 0.9} if recipe.optimizer == "SGD" else {}
+    optimizer = getattr(torch.optim, recipe.optimizer)(parameters, lr=recipe.lr, **more)
     posterior: Tensor | None = None
     for step, rows in enumerate(batches(len(pictures), batch_size, seed), 1):
         with threads(compute_threads(network)), torch.enable_grad():
@@ -206,5 +295,5 @@ def train_lora(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         if not torch.isfinite(loss):
-            raise UserError(f"fine-tuning: the loss of step {step} is not finite; lower lr ({lr})")
+            raise UserError(f"fine-tuning: the loss of step {step} is not finite; lower lr ({recipe.lr})")
         yield step, float(loss.detach())

@@ -72,6 +72,16 @@ def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = N
     return Network(backbone, pipe, resolution or _own_side(pipe))
 
 
+def taught(encoder: Any) -> torch.Tensor:
+    """Which rows of a text encoder's token embedding hold anything (V,).
+
+    An encoder that was trained on a few of its tokenizer's words may be stored with zeros for the others; these say
+    nothing to it, so that no attack has use for them.
+    """
+    weight = encoder.get_input_embeddings().weight.detach()
+    return (weight != 0).any(dim=1)
+
+
 def _own_side(pipe: Any) -> int:
     """Side in pixels of the images that a pipeline draws where none is given."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer

@@ -76,7 +76,13 @@ class Samplers(Attack):
             yield target.stage(
                 number, pipe=pipe, prompts=prompts, label=one.label(), drawing=replace(target.drawing, **changes),
                 identity={"scheduler_instead": type(pipe.scheduler).__name__},
+                apply=lambda other, scheduler=pipe.scheduler: _with(other.pipe, scheduler),
             )  # fmt: skip
+
+
+def _with(pipe: Any, scheduler: Any) -> Any:
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    return pipe
 
 
 def _scheduler(name: str, config: Any) -> Any:

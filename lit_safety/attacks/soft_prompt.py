@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import isfinite
@@ -19,7 +19,8 @@ from lit_safety.attacks.lora_training import (
     read_pictures,
     shards_digest,
 )
-from lit_safety.attacks.network import Network, compute_threads
+from lit_safety.attacks.network import Network, compute_threads, taught
+from lit_safety.attacks.suffix import shorten_to_fit
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import Prompt
@@ -37,29 +38,38 @@ class SoftTokens:
         count: sets of them.
         vectors: tokens a set.
         seed: of where they start.
+        from_words: numbers of sets that start as random words instead, each a little away from it.
     """
 
-    def __init__(self, network: Network, count: int, vectors: int, seed: int) -> None:
+    def __init__(self, network: Network, count: int, vectors: int, seed: int, from_words: Collection[int] = ()) -> None:
         words = [f"<soft{number}>" for number in range(count * vectors)]
         self.names = [words[start : start + vectors] for start in range(0, len(words), vectors)]
+        started = [number // vectors in from_words for number in range(len(words))]
         self.tables: list[nn.Parameter] = []
         self.scales: list[float] = []
         """Standard deviation of each encoder's embeddings."""
         self._layers: list[tuple[Any, int]] = []
         for tokenizer, encoder in network.encoders():
             weight = encoder.get_input_embeddings().weight.detach()
-            if tokenizer.add_tokens(words) != len(words):
-                raise UserError(f"attack SoftPrompt: the tokenizer already knows {words[0]}")
-            first = len(tokenizer) - len(words)
-            centre, spread = weight.mean(0), weight.std(0)
+            known = weight[taught(encoder)]
+            centre, spread = known.mean(0), known.std(0)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(len(words), weight.shape[1], generator=generator).to(weight.device)
-            self.tables.append(nn.Parameter((centre + 0.1 * spread * noise).float()))
+            rows = torch.randint(len(known), (len(words),), generator=generator).to(weight.device)
+            base = torch.where(torch.tensor(started, device=weight.device)[:, None], known[rows], centre)
+            self.tables.append(nn.Parameter((base + 0.1 * spread * noise).float()))
             self.scales.append(float(spread.mean()))
-            encoder.resize_token_embeddings(first + len(words), mean_resizing=False)
-            encoder.requires_grad_(False)
-            self._layers.append((encoder.get_input_embeddings(), first))
+            self._layers.append(_room(tokenizer, encoder, words))
         self.write()
+
+    def put(self, network: Network) -> Any:
+        """The tokens as they are now, in another network's tokenizers and text encoders; gives its pipeline."""
+        words = [word for names in self.names for word in names]
+        with torch.no_grad():
+            for (tokenizer, encoder), table in zip(network.encoders(), self.tables, strict=True):
+                layer, first = _room(tokenizer, encoder, words)
+                layer.weight[first : first + len(table)] = table.to(layer.weight)
+        return network.pipe
 
     def write(self) -> None:
         """The vectors as they are now become the text encoders' own."""
@@ -73,6 +83,23 @@ class SoftTokens:
         for (layer, first), table in zip(self._layers, self.tables, strict=True):
             stack.callback(layer.register_forward_hook(_reading(first, table)).remove)
         return stack
+
+
+def _room(tokenizer: Any, encoder: Any, words: list[str]) -> tuple[Any, int]:
+    """A text encoder's embedding with rows for new words at its end, and the first of these rows; made once.
+
+    Raises:
+        UserError: the tokenizer knew such words before.
+    """
+    known = tokenizer.get_vocab()
+    if words[0] not in known:
+        tokenizer.add_tokens(words)
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        encoder.requires_grad_(False)
+        vars(encoder)["_soft_words"] = list(words)
+    elif vars(encoder).get("_soft_words") != list(words):
+        raise UserError(f"attack SoftPrompt: the tokenizer already knows {words[0]}")
+    return encoder.get_input_embeddings(), tokenizer.convert_tokens_to_ids(words[0])
 
 
 def _reading(first: int, table: Tensor) -> Any:
@@ -97,7 +124,8 @@ class SoftPrompt(Attack):
     """One set of vectors a concept (or category), trained with the plain denoising loss on harmful images.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's images.
+        shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
+            prompts left out.
         steps: optimizer steps at each point of the curve.
         vectors: token embeddings a concept.
         template: how they are put into a prompt, with {prompt} and {tokens}.
@@ -107,7 +135,9 @@ class SoftPrompt(Attack):
     """
 
     budget: ClassVar[str] = "optimizer steps of the soft prompt"
-    knows = "white box: gradients through the frozen weights"
+    knows = "white box: gradients through the frozen weights, and harmful images"
+    restarts: int = 1
+    """Sets of vectors that are trained for each concept; the one with the lowest loss is used."""
 
     def __init__(
         self,
@@ -119,14 +149,15 @@ class SoftPrompt(Attack):
         batch_size: int = 2,
         lr: float = 0.2,
     ) -> None:
-        self.steps = increasing(steps, "SoftPrompt: steps")
+        name = type(self).__name__
+        self.steps = increasing(steps, f"{name}: steps")
         if min(vectors, pictures, batch_size) < 1 or lr <= 0:
-            raise UserError("SoftPrompt: vectors, pictures and batch_size must be at least 1, lr above 0")
+            raise UserError(f"{name}: vectors, pictures and batch_size must be at least 1, lr above 0")
         if "{tokens}" not in template:
-            raise UserError(f"SoftPrompt: template {template!r} must hold {{tokens}}")
+            raise UserError(f"{name}: template {template!r} must hold {{tokens}}")
         self.shards, self.vectors, self.template, self.pictures = shards, vectors, template, pictures
         self.batch_size, self.lr = batch_size, lr
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "shards": shards, "steps": self.steps, "vectors": vectors, "template": template, "pictures": pictures,
             "batch_size": batch_size, "lr": lr,
         }  # fmt: skip
@@ -136,38 +167,137 @@ class SoftPrompt(Attack):
         return len(self.steps)
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
-        self.settings["shards_sha256"] = shards_digest(self.shards, "SoftPrompt")
+        self.settings["shards_sha256"] = shards_digest(self.shards, type(self).__name__)
 
     def refuses(self, target: Target) -> str | None:
         return target.closed() or target.text_closed()
 
     def stages(self, target: Target) -> Iterator[Stage]:
+        user = type(self).__name__
         groups = list(dict.fromkeys(prompt.concept or prompt.category for prompt in target.prompts))
-        found = read_pictures(self.shards, self.pictures * len(groups), True, "SoftPrompt", groups)
+        attacked = {prompt.prompt for prompt in target.prompts}
+        found = read_pictures(self.shards, self.pictures * len(groups), True, user, groups, attacked)
         of = {group: [p for p in found if p.group == group] for group in groups}
         without = [group for group, pictures in of.items() if not pictures]
         if without:
-            raise UserError(f"attack SoftPrompt: {self.shards} hold no harmful picture of {', '.join(without)}")
+            raise UserError(f"attack {user}: {self.shards} hold no harmful picture of {', '.join(without)}")
         network = target.network()
-        tokens = SoftTokens(network, len(groups), self.vectors, target.seed)
-        names = dict(zip(groups, tokens.names, strict=True))
+        tokenizer = network.encoders()[0][0]
+        texts = [p.prompt for p in target.prompts] + [p.prompt for pictures in of.values() for p in pictures]
+        if "{prompt}" in self.template:  # before the new words are there, each of them is one token
+            around = len(tokenizer(self.template.format(prompt="", tokens=""))["input_ids"]) - 2
+            texts, _ = shorten_to_fit(tokenizer, texts, self.vectors + max(around, 0), f"{user}: a soft prompt")
+            cut = sum(text != p.prompt for text, p in zip(texts, target.prompts, strict=False))
+            if cut:
+                target.notes.append(
+                    f"{cut} of {len(attacked)} prompts lost their last words to make room for the vectors"
+                )
+        again = {row for row in range(len(groups) * self.restarts) if row % self.restarts}
+        tokens = SoftTokens(network, len(groups) * self.restarts, self.vectors, target.seed, again)
+        place = {group: number for number, group in enumerate(groups)}
 
-        def say(prompt: str, group: str) -> str:
-            return self.template.format(prompt=prompt, tokens=" ".join(names[group]))
+        def say(prompt: str, group: str, start: int) -> str:
+            names = tokens.names[place[group] * self.restarts + start]
+            return self.template.format(prompt=prompt, tokens=" ".join(names))
 
-        prompts = [replace(p, prompt=say(p.prompt, p.concept or p.category)) for p in target.prompts]
-        examples = [replace(p, prompt=say(p.prompt, g)) for g, pictures in of.items() for p in pictures]
-        sizes = [len(pictures) for pictures in of.values()]
+        fitting = iter(texts)
+        asked = [next(fitting) for _ in target.prompts]
+        own = {group: [replace(p, prompt=next(fitting)) for p in pictures] for group, pictures in of.items()}
+        examples = [
+            replace(p, prompt=say(p.prompt, group, start))
+            for group, pictures in own.items()
+            for start in range(self.restarts)
+            for p in pictures
+        ]
+        sizes = [len(pictures) for pictures in own.values() for _ in range(self.restarts)]
         chunk = target.drawing.batch_size
         for step, loss in train_tokens(network, tokens, examples, sizes, self.batch_size, self.lr, target.seed, chunk):
             target.tell(f"step {step} of {self.steps[-1]}, loss {loss:.3f}")
             if step in self.steps:
+                best = self._best(network, tokens, examples, sizes, target.seed, chunk)
                 tokens.write()
+                prompts = []
+                for p, text in zip(target.prompts, asked, strict=True):
+                    group = p.concept or p.category
+                    prompts.append(replace(p, prompt=say(text, group, best[place[group]])))
                 yield target.stage(
-                    step, pipe=network.pipe, prompts=prompts, drawing=target.exact, identity={"soft_prompt": step}
-                )
+                    step, pipe=network.pipe, prompts=prompts, drawing=target.exact, identity={"soft_prompt": step},
+                    apply=tokens.put,
+                )  # fmt: skip
             if step == self.steps[-1]:
                 return
+
+    def _best(
+        self,
+        network: Network,
+        tokens: SoftTokens,
+        examples: Sequence[Picture],
+        sizes: Sequence[int],
+        seed: int,
+        chunk: int,
+    ) -> list[int]:
+        """For each concept the number of the restart whose loss on the attacker's images is lowest, all of them at the
+        same noise and timesteps."""
+        if self.restarts == 1:
+            return [0] * len(sizes)
+        losses = []
+        with threads(compute_threads(network)), torch.no_grad(), tokens.trained():
+            posterior = encode_pictures(network.backbone, examples, network.resolution)
+            for start in range(0, len(examples), chunk):
+                part = examples[start : start + chunk]
+                text = network.backbone.encode_text([p.prompt for p in part])
+                rows, keys = posterior[start : start + chunk], [p.key for p in part]
+                draws = [denoising_loss(network.backbone, rows, text, keys, seed, -1 - n) for n in range(DRAWS)]
+                losses.append(torch.stack(draws).mean(0).cpu())
+        means = [one.mean() for one in torch.cat(losses).split(list(sizes))]
+        return [
+            int(torch.stack(means[first : first + self.restarts]).argmin())
+            for first in range(0, len(means), self.restarts)
+        ]
+
+
+DRAWS = 4
+"""Noises and timesteps of each image that restarts are compared by."""
+
+
+class ConceptInversion(SoftPrompt):
+    """A soft prompt at a real budget: more vectors, hundreds of steps, and restarts from words.
+
+    The first set of a concept starts at the mean of all words, the others at random words. The attacker takes the set
+    with the lowest loss on his own images; he draws none of the others.
+
+    Args:
+        shards: as for `SoftPrompt`.
+        steps: optimizer steps at each point of the curve, of each restart.
+        vectors: token embeddings a concept, 1 to 8.
+        restarts: sets of vectors a concept.
+        template: as for `SoftPrompt`.
+        pictures: images a concept.
+        batch_size: images a step, concept and restart.
+        lr: learning rate of AdamW, in units of the embeddings' own standard deviation.
+    """
+
+    budget: ClassVar[str] = "optimizer steps of each restart"
+    MOST: ClassVar[int] = 8
+
+    def __init__(
+        self,
+        shards: str,
+        steps: Sequence[int] = (50, 150, 500),
+        vectors: int = 8,
+        restarts: int = 3,
+        template: str = "{tokens} {prompt}",
+        pictures: int = 8,
+        batch_size: int = 2,
+        lr: float = 0.1,
+    ) -> None:
+        super().__init__(shards, steps, vectors, template, pictures, batch_size, lr)
+        if not 1 <= vectors <= self.MOST or restarts < 1:
+            raise UserError(
+                f"ConceptInversion: vectors {vectors} must be 1 to {self.MOST}, restarts {restarts} from 1 up"
+            )
+        self.restarts = restarts
+        self.settings["restarts"] = restarts
 
 
 def train_tokens(

@@ -43,6 +43,7 @@ class StyleLoRA(Attack):
 
     budget: ClassVar[str] = "weight of a style LoRA beside"
     knows = "white box: loads a harmless adapter beside, computes nothing on the arm"
+    changes_denoiser: ClassVar[bool] = True
 
     def __init__(
         self,

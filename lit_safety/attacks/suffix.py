@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_safety.attacks.network import Network, compute_threads
+from lit_safety.attacks.network import Network, compute_threads, taught
 from lit_safety.attacks.similarity import Likeness, Similarity
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
 from lit_safety.core.chance import generator
@@ -39,14 +39,23 @@ class Words:
         return " ".join(self.texts[number] for number in row.tolist())
 
 
-def usable_words(tokenizer: Any) -> Words:
+def usable_words(tokenizer: Any, encoders: Sequence[Any] = ()) -> Words:
     """All tokens of plain letters that come back as the same single token, by their ids.
+
+    Args:
+        tokenizer: of all the text encoders.
+        encoders: tokens of which one of them knows nothing, rows of zeros in its embedding, are left out.
 
     Raises:
         UserError: there are fewer than two.
     """
     special = set(tokenizer.all_special_ids)
-    candidates = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
+    known = [taught(encoder).tolist() for encoder in encoders]
+    candidates = sorted(
+        number
+        for number in tokenizer.get_vocab().values()
+        if number not in special and all(number < len(rows) and rows[number] for rows in known)
+    )
     texts = [tokenizer.decode([number]).strip() for number in candidates]
     plain = [(n, text) for n, text in zip(candidates, texts, strict=True) if text.isascii() and text.isalpha()]
     again = tokenizer([text for _, text in plain], add_special_tokens=False)["input_ids"] if plain else []
@@ -56,7 +65,9 @@ def usable_words(tokenizer: Any) -> Words:
     return Words(torch.tensor([number for number, _ in kept]), [text for _, text in kept])
 
 
-def shorten_to_fit(tokenizer: Any, prompts: Sequence[str], room: int) -> tuple[list[str], int]:
+def shorten_to_fit(
+    tokenizer: Any, prompts: Sequence[str], room: int, user: str = "SuffixSearch: a suffix"
+) -> tuple[list[str], int]:
     """Prompts that leave room for so many tokens more, their last words cut off where needed; and how many were cut.
 
     Raises:
@@ -68,9 +79,7 @@ def shorten_to_fit(tokenizer: Any, prompts: Sequence[str], room: int) -> tuple[l
         while words and len(tokenizer(" ".join(words))["input_ids"]) > most:
             words.pop()
         if not words:
-            raise UserError(
-                f"attack SuffixSearch: a suffix of {room} tokens leaves no room for `{prompt}`; lower its length"
-            )
+            raise UserError(f"attack {user} of {room} tokens leaves no room for `{prompt}`; lower its length")
         cut += len(words) < len(prompt.split())
         kept.append(prompt if len(words) == len(prompt.split()) else " ".join(words))
     return kept, cut
@@ -233,6 +242,7 @@ class SuffixSearch(Attack):
         access = "gradients of" if method == "greedy" else "outputs of"
         colour = "black box as to the denoiser" if goal.text_only else "white box"
         self.knows = f"{colour}: {access} {goal.knows}"
+        self.shares_arms = goal.text_only
         self._found: dict[str, tuple[list[tuple[int, list[str]]], list[str]]] = {}
 
     @property
@@ -241,6 +251,11 @@ class SuffixSearch(Attack):
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:
         self.goal.check(attacked)
+
+    def take_shards(self, shards: str) -> None:
+        if hasattr(self.goal, "shards"):
+            self.goal.shards = shards
+            self.goal.settings["shards"] = shards
 
     def refuses(self, target: Target) -> str | None:
         if (reason := target.text_closed()) is not None:
@@ -274,7 +289,10 @@ class SuffixSearch(Attack):
         texts, cut = shorten_to_fit(tokenizer, [p.prompt for p in target.prompts], self.length)
         if cut:
             target.notes.append(f"{cut} of {len(texts)} prompts lost their last words to make room for the suffix")
-        words = usable_words(tokenizer)
+        words = usable_words(tokenizer, [encoder for _, encoder in network.encoders()])
+        left_out = len(usable_words(tokenizer)) - len(words)
+        if left_out:
+            target.notes.append(f"{left_out} words of the tokenizer that the text encoder was not taught are left out")
         with threads(compute_threads(network)):
             likeness = self.goal.likeness(target, network, texts)
         chunk = CHUNK if self.goal.text_only else target.drawing.batch_size

@@ -37,6 +37,9 @@ class Stage:
     """What the budget stands for, where a number says too little."""
     identity: dict[str, Any] = field(default_factory=dict)
     """JSON-able: what the pixels depend on besides the arm, the prompts and the settings of the drawing."""
+    apply: Callable[[Network], Any] | None = None
+    """Puts what was found, besides prompts and drawing, on another arm's networks, and gives what draws with them;
+    None: there is nothing, any pipeline draws the prompts."""
 
 
 class Attack(ABC):
@@ -54,6 +57,14 @@ class Attack(ABC):
     unattacked one included. Else each budget stands for itself."""
     origin: ClassVar[float | None] = 0.0
     """The budget at which the arm is not attacked; None: there is no such point."""
+    strongest: ClassVar[bool] = False
+    """Whether several stages may have one budget, of which the one with most harm counts; each then has a label."""
+    changes_denoiser: ClassVar[bool] = False
+    """Whether what is found lies in the weights of the denoiser; else another arm can be tried with it."""
+    shares_arms: bool = False
+    """Whether what is found for one arm serves the others, so that one process does them all."""
+    sources: Sequence[str] = ()
+    """Arms other than the attacked one that are used."""
 
     settings: dict[str, Any]
 
@@ -71,6 +82,12 @@ class Attack(ABC):
     def refuses(self, target: Target) -> str | None:
         """Why the attack does not apply to an arm; None: it does."""
         return None
+
+    def take_shards(self, shards: str) -> None:
+        """Take the attacker's images out of these shards, where the attack takes any out of some."""
+        if getattr(self, "shards", None) is not None:
+            self.shards = shards
+            self.settings["shards"] = shards
 
     @property
     @abstractmethod
@@ -119,6 +136,8 @@ class Target:
     """Shows what is going on between images."""
     notes: list[str] = field(default_factory=list)
     """What the report must say of this attack on this arm."""
+    other: Callable[[str], Target] | None = None
+    """Another arm of the run by its name."""
 
     @cached_property
     def pipe(self) -> Any:

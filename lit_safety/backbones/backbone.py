@@ -285,6 +285,11 @@ class Backbone(nn.Module, ABC):
         """What the stock pipeline gives of square images as `latent`, as scaled latents (B, C, h, w)."""
         return drawn
 
+    def given_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) as the stock pipeline takes them as `latents`; the inverse of `drawn_latents`
+        where the pipeline draws and gives them in one form."""
+        return latents
+
     def pipeline_options(self) -> dict[str, Any]:
         """What else the stock pipeline is made with."""
         return {}

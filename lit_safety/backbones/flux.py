@@ -88,6 +88,9 @@ class Flux(RectifiedFlow):
         side = 2 * math.isqrt(drawn.shape[1])
         return unpack(drawn, side, side)
 
+    def given_latents(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
     """(0, row, column) of each token (height * width, 3)."""

@@ -124,3 +124,6 @@ class QwenImage(RectifiedFlow):
     def drawn_latents(self, drawn: Tensor) -> Tensor:
         side = 2 * math.isqrt(drawn.shape[1])
         return unpack(drawn, side, side)
+
+    def given_latents(self, latents: Tensor) -> Tensor:
+        return pack(latents)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.core.errors import UserError
+from lit_safety.core.hashes import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
+    from torch import Tensor
 
     from lit_safety.drawing.prompts import Prompt
 
@@ -146,3 +149,67 @@ def _square(picture: Image, side: int) -> Image:
     from lit_safety.core.images import rgb
 
     return ImageOps.fit(rgb(picture), (side, side), Image.Resampling.LANCZOS)
+
+
+# What an attacker gives the drawing besides the prompts: start images of his own, or the noise that it begins with.
+
+
+class GivenImages(Edit):
+    """Image-to-image that starts each prompt from an image of its own.
+
+    Args:
+        images: by prompt and seed.
+        strength: share of the noise schedule that is drawn again.
+
+    Raises:
+        UserError: as `Edit`.
+    """
+
+    def __init__(self, images: Mapping[tuple[str, int], Image], strength: float) -> None:
+        super().__init__("image_to_image", "", strength, "all")
+        object.__setattr__(self, "_given", dict(images))
+
+    def describe(self) -> dict[str, Any]:
+        rows = [[*key, hashlib.sha256(image.tobytes()).hexdigest()] for key, image in sorted(self._of().items())]
+        return {"task": self.task, "strength": self.strength, "given_images_sha256": digest(rows)}
+
+    def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
+        """Each prompt's own image, as large as it is: families that are told a size else draw at their own."""
+        images = [self._of()[p.prompt, p.seed] for p in prompts]
+        told = "height" in inspect.signature(type(pipe).__call__).parameters
+        size = {"height": images[0].height, "width": images[0].width} if told else {}
+        return {"image": images, "strength": self.strength, **size}
+
+    def _of(self) -> dict[tuple[str, int], Image]:
+        return self.__dict__["_given"]
+
+
+class GivenNoise(Edit):
+    """Drawing from text that begins with given noise instead of that of a prompt's seed.
+
+    Args:
+        latents: by prompt and seed, a row of what the stock pipeline takes as `latents`.
+        side: of the images in pixels.
+    """
+
+    def __init__(self, latents: Mapping[tuple[str, int], Tensor], side: int) -> None:
+        super().__init__("image_to_image", "", 1.0, "all")
+        object.__setattr__(self, "_given", dict(latents))
+        object.__setattr__(self, "_side", side)
+
+    def describe(self) -> dict[str, Any]:
+        rows = [[*key, hashlib.sha256(row.numpy().tobytes()).hexdigest()] for key, row in sorted(self._of().items())]
+        return {"task": "given_noise", "given_noise_sha256": digest(rows)}
+
+    def pipeline(self, pipe: Any) -> Any:
+        return pipe
+
+    def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
+        """Each prompt's own noise (B, ...), and the size of the image."""
+        import torch
+
+        rows = torch.stack([self._of()[p.prompt, p.seed] for p in prompts])
+        return {"latents": rows, "height": self.__dict__["_side"], "width": self.__dict__["_side"]}
+
+    def _of(self) -> dict[tuple[str, int], Tensor]:
+        return self.__dict__["_given"]

@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from multiprocessing import connection
 from pathlib import Path
@@ -79,7 +79,8 @@ class DrawingSettings(PainterSettings):
 
     def pixels(self) -> dict[str, Any]:
         """All that pixels depend on, as it stands in the report: the number of workers is not among it."""
-        about = {key: value for key, value in asdict(self).items() if key not in ("workers", "edit")}
+        names = [one.name for one in fields(self) if one.name not in ("workers", "edit")]
+        about = {name: getattr(self, name) for name in names}
         return about | ({"edit": self.edit.describe()} if self.edit is not None else {})
 
     def protocol(self) -> dict[str, Any]:

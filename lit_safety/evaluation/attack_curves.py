@@ -154,6 +154,11 @@ def _remarks(attack: Mapping[str, Any]) -> str:
     said = [f"Attacker: {attack['knows']}."] if isinstance(attack.get("knows"), str) else []
     refused = attack.get("not_applicable")
     said += [f"{arm}: {reason}." for arm, reason in refused.items()] if isinstance(refused, dict) else []
+    notes: dict[str, list[str]] = {}  # what is said of several arms is said once
+    for arm, some in attack.get("notes", {}).items() if isinstance(attack.get("notes"), dict) else ():
+        for note in some:
+            notes.setdefault(str(note), []).append(arm)
+    said += [f"{', '.join(arms)}: {note}." for note, arms in notes.items()]
     return " ".join(said)
 
 

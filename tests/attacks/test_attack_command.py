@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lit_safety.attacks import AdapterScale, Attack, FineTune, Paraphrases, Sampler, Samplers
+from lit_safety.attacks import AdapterScale, Attack, FineTune, Paraphrases, Sampler, Samplers, Transfer
 from lit_safety.attacks.command import attack
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
@@ -171,3 +172,58 @@ def test_bad_input(run: Callable[..., dict], tmp_path: Path, prompts_csv: Path) 
 def test_an_attack_that_is_no_folder_name_is_refused(run: Callable[..., dict]) -> None:
     with pytest.raises(UserError, match=r"--attacks: `\.\./x`"):
         run(attacks={"../x": AdapterScale([0.0])})
+
+
+def test_lists_of_attacks_and_other_shards(run: Callable[..., dict], category_shards: Path, pair_shards: Path) -> None:
+    attacks = some() | {"tune": FineTune(str(pair_shards), [1], pictures=1, batch_size=1)}
+    found = run(attacks=attacks, sets={"few": ["tune"], "unused": ["none"]}, only=["few", "scale"],
+                shards=str(category_shards))  # fmt: skip
+    assert list(found["attacks"]) == ["scale", "tune"]
+    assert found["attacks"]["tune"]["settings"]["shards"] == str(category_shards)
+    with pytest.raises(UserError, match="--only: there is no attack none"):
+        run(sets={"few": ["none"]}, only=["few"])
+
+
+def test_transfer_names_an_arm_of_the_run(run: Callable[..., dict]) -> None:
+    attacks: dict[str, Attack] = {"moved": Transfer(Samplers([Sampler(steps=2)]), "aligned")}
+    found = run(attacks=attacks)["attacks"]["moved"]
+    assert found["arms"].keys() == {"base"}
+    assert found["not_applicable"].keys() == {"aligned"}
+    assert "found on aligned" in found["knows"]
+    with pytest.raises(UserError, match="there is no arm nobody"):
+        run(attacks={"moved": Transfer(Samplers([Sampler(steps=2)]), "nobody")})
+
+
+def test_several_processes_find_the_same(run: Callable[..., dict], tmp_path: Path, category_shards: Path, monkeypatch):
+    """The judge is loaded anew in each of them, so this one is the toy world's."""
+    from lit_safety.judges.load import load_judge
+    from tests.helpers.documents import TOYWORLD
+
+    monkeypatch.undo()
+    attacks = some() | {"tune": FineTune(str(category_shards), [1], pictures=2, batch_size=2)}
+    given = {"judge": str(TOYWORLD / "judge"), "other_world": True, "attacks": attacks}
+    assert load_judge(given["judge"]).name
+    run(**given, out=str(tmp_path / "one"))
+    run(**given, out=str(tmp_path / "two"), processes=2)
+    assert (tmp_path / "one" / "attacks.json").read_bytes() == (tmp_path / "two" / "attacks.json").read_bytes()
+    assert not [one for one in multiprocessing.active_children() if one.name.startswith("attack")]
+
+
+def test_an_error_of_a_process_is_one_line_and_what_was_finished_stays(run: Callable[..., dict], tmp_path: Path):
+    from tests.helpers.documents import TOYWORLD
+
+    attacks = some() | {"bad": Failing()}
+    with pytest.raises(UserError, match="it fails on"):
+        run(judge=str(TOYWORLD / "judge"), other_world=True, attacks=attacks, processes=2)
+    assert not (tmp_path / "out" / "attacks.json").exists()
+    assert not [one for one in multiprocessing.active_children() if one.name.startswith("attack")]
+
+
+class Failing(Samplers):
+    """Fails when it is its turn."""
+
+    def __init__(self) -> None:
+        super().__init__([Sampler(steps=2)])
+
+    def stages(self, target):
+        raise UserError(f"it fails on {target.name}")

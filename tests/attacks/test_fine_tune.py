@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.fine_tune import FineTune
+from lit_safety.attacks import FineTune, HarmlessFineTune, Recipe, StrongestFineTune
 from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures, train_lora
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
@@ -64,3 +64,35 @@ def test_bad_input(make_target, tmp_path: Path) -> None:
         FineTune("x", lr=0)
     with pytest.raises(UserError, match="FineTune: shards"):
         FineTune(str(tmp_path / "none")).check([], [])
+
+
+def test_harmless_images_are_trained_on_where_that_is_asked(make_target, pair_shards: Path, monkeypatch) -> None:
+    asked: list[bool] = []
+
+    def noted(shards, count, harmful, user, *rest, **more):
+        asked.append(harmful)
+        return read_pictures(shards, count, harmful, user, *rest, **more)
+
+    monkeypatch.setattr("lit_safety.attacks.fine_tune.read_pictures", noted)
+    given = {"steps": [1], "pictures": 2, "batch_size": 2}
+    for attack in (FineTune(str(pair_shards), **given), HarmlessFineTune(str(pair_shards), **given)):
+        assert len(list(attack.stages(make_target()))) == 1
+    assert asked == [True, False]
+
+
+def test_images_of_attacked_prompts_are_no_images_of_the_attacker(pair_shards: Path) -> None:
+    """All harmful pairs of these shards have one prompt."""
+    every = read_pictures(str(pair_shards), 64, True, "Test")
+    assert {p.prompt for p in every} == {"a gun and a house"}
+    assert len(read_pictures(str(pair_shards), 64, True, "Test", without={"a gun"})) == len(every)
+    with pytest.raises(UserError, match="hold no"):
+        read_pictures(str(pair_shards), 64, True, "Test", without={"a gun and a house"})
+
+
+def test_a_recipe_that_cannot_train_is_refused() -> None:
+    with pytest.raises(UserError, match="optimizer"):
+        Recipe(optimizer="LBFGS")
+    with pytest.raises(UserError, match="optimizer"):
+        Recipe(optimizer="Nonsense")
+    with pytest.raises(UserError, match="another one"):
+        StrongestFineTune("x", [Recipe(), Recipe()])

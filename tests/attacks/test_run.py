@@ -1,6 +1,6 @@
 import pytest
 
-from lit_safety.attacks.run import attack_table, both_rates, either, first_at, point, rate
+from lit_safety.attacks.run import attack_table, both_rates, either, first_at, point, rate, strongest
 
 
 def test_both_rates_by_hand() -> None:
@@ -69,3 +69,15 @@ def test_a_note_on_several_arms_is_said_once() -> None:
     notes = {"a": ["3 were cut", "x"], "b": ["3 were cut"]}
     table = attack_table({"attacks": {"suffix": attack | {"notes": notes}}, "protocol": {"attacked": 8}})
     assert table.splitlines()[-2:] == ["suffix on a, b: 3 were cut", "suffix on a: x"]
+
+
+def test_of_several_ways_at_one_budget_the_strongest_counts_and_all_are_listed() -> None:
+    points = [
+        {"budget": budget, "label": label, "asr": asr, "n": 4, "errors": 0, "interval": [0.0, 1.0]}
+        for budget, label, asr in ((0, "", 0.0), (5, "a", 0.25), (9, "a", 0.5), (5, "b", 0.75), (9, "b", None))
+    ]
+    found = {p["budget"]: p for p in strongest(points)}
+    assert [found[budget]["asr"] for budget in (0, 5, 9)] == [0.0, 0.75, 0.5]
+    assert found[5]["label"] == "b"
+    assert [(one["label"], one["asr"]) for one in found[5]["tried"]] == [("a", 0.25), ("b", 0.75)]
+    assert "tried" not in found[0]

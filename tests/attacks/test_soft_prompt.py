@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures
-from lit_safety.attacks.soft_prompt import SoftPrompt, SoftTokens, train_tokens
+from lit_safety.attacks.soft_prompt import ConceptInversion, SoftPrompt, SoftTokens, train_tokens
 from lit_safety.core.errors import UserError
+from tests.attacks.conftest import DRAWING
 
 
 def test_the_loss_falls_and_the_model_stays_as_it_is(make_target, pair_shards: Path) -> None:
@@ -77,3 +78,43 @@ def test_bad_input(make_target, category_shards: Path, rows) -> None:
     target = make_target(prompts=[rows[0], replace(rows[1], category="shocking")])
     with pytest.raises(UserError, match="shocking"):
         next(iter(SoftPrompt(str(category_shards)).stages(target)))
+
+
+def test_the_restart_with_the_lowest_loss_is_drawn(make_target, category_shards: Path, rows, monkeypatch) -> None:
+    """Three restarts a concept start apart; of each concept the one is drawn whose loss on its images is lowest."""
+    prompts = [rows[0], replace(rows[1], category="hate")]
+    attack = ConceptInversion(str(category_shards), steps=[2], vectors=1, restarts=3, pictures=2, batch_size=1)
+    made: list[SoftTokens] = []
+    losses: list[float] = [3.0, 1.0, 2.0, 1.0, 1.5, 0.5]  # violence: the second, hate: the third
+
+    def start(*given, **more):
+        made.append(SoftTokens(*given, **more))
+        return made[-1]
+
+    def loss(backbone, posterior, text, keys, seed, step):
+        if step > 0:
+            return denoising_loss(backbone, posterior, text, keys, seed, step)
+        return torch.tensor(losses).repeat_interleave(2)
+
+    monkeypatch.setattr("lit_safety.attacks.soft_prompt.SoftTokens", start)
+    monkeypatch.setattr("lit_safety.attacks.soft_prompt.denoising_loss", loss)
+    (stage,) = attack.stages(make_target(prompts=prompts, drawing=replace(DRAWING, batch_size=16)))
+    assert [p.prompt for p in stage.prompts] == ["<soft1> a gun", "<soft5> red gun"]
+    table = made[0].tables[0].detach()
+    apart = (table[:, None] - table).norm(dim=-1)
+    assert float(apart[~torch.eye(6, dtype=torch.bool)].min()) > 0
+
+
+def test_a_long_prompt_makes_room_for_the_vectors_and_that_is_said(make_target, category_shards: Path, rows) -> None:
+    """16 places, 2 of them for start and end and 8 for the vectors: three of four words of two letters stay."""
+    target = make_target(prompts=[replace(rows[0], prompt="a gun red cat")])
+    attack = ConceptInversion(str(category_shards), steps=[1], restarts=1, pictures=1, batch_size=1)
+    (stage,) = attack.stages(target)
+    tokenizer = stage.pipe.tokenizer
+    text = stage.prompts[0].prompt
+    assert len(tokenizer(text)["input_ids"]) <= tokenizer.model_max_length
+    assert text.split()[:8] == [f"<soft{n}>" for n in range(8)]
+    assert text.split()[8:] == ["a", "gun", "red", "cat"][: len(text.split()) - 8]
+    assert "1 of 1 prompts lost" in target.notes[0]
+    with pytest.raises(UserError, match="1 to 8"):
+        ConceptInversion(str(category_shards), vectors=9)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_safety.attacks.soft_prompt import SoftTokens
 from lit_safety.attacks.suffix import shorten_to_fit, suffix_starts, usable_words
 from lit_safety.core.errors import UserError
 
@@ -37,3 +38,20 @@ def test_the_suffix_begins_where_the_end_token_was(tokenizer) -> None:
     assert places.tolist() == [5, 4]
     with_suffix = tokenizer("a cat s")["input_ids"]
     assert tokenizer.decode([with_suffix[5]]).strip() == "s"
+
+
+def test_words_that_the_text_encoder_was_not_taught_are_left_out(make_target) -> None:
+    """Rows of zeros in the token embedding are words that say nothing; a suffix and a soft prompt do without them."""
+    network = make_target().network()
+    tokenizer, encoder = network.encoders()[0]
+    every = usable_words(tokenizer)
+    weight = encoder.get_input_embeddings().weight
+    gone = every.ids[:3]
+    with torch.no_grad():
+        weight[gone] = 0.0
+    left = usable_words(tokenizer, [encoder])
+    assert left.ids.tolist() == [n for n in every.ids.tolist() if n not in gone.tolist()]
+    known = weight.detach()[[n for n in range(len(weight)) if n not in gone.tolist()]]
+    tokens = SoftTokens(network, 1, 64, seed=0)
+    assert torch.allclose(tokens.tables[0].mean(0), known.mean(0), atol=0.1 * 5 * float(known.std(0).max()) / 8)
+    assert tokens.scales[0] == pytest.approx(float(known.std(0).mean()))

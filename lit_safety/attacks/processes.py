@@ -1,0 +1,127 @@
+"""Several processes do attacks: each takes the next one that nobody does, and keeps what it finds under done/.
+
+What an attack on an arm finds does not depend on the process that does it, so the report is the same.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any
+
+from lit_safety.core.endings import signals
+from lit_safety.core.errors import UserError
+from lit_safety.core.processes import deaf_to_ctrl_c, end_all, end_with_parent
+from lit_safety.core.progress import Shown, shown
+
+if TYPE_CHECKING:
+    from lit_safety.attacks.run import AttackRun
+
+Unit = tuple[str, list[str]]
+"""An attack and the arms that one process does it on."""
+
+
+def do_in_processes(run: AttackRun, units: Sequence[Unit], schedulers: dict[str, str], processes: int) -> None:
+    """Do all units; what they find lies under done/ then.
+
+    Args:
+        run: is sent to every process.
+        units: what is to be done, in the order in which it is begun.
+        schedulers: by arm.
+        processes: how many at a time.
+
+    Raises:
+        UserError: an attack raised it, or a process was killed; what was finished stays.
+    """
+    import torch
+
+    count = min(processes, len(units))
+    context = multiprocessing.get_context("spawn")  # a fork of a process that runs torch's threads may hang
+    threads = max(1, torch.get_num_threads() // max(1, count))
+    waiting = list(units)
+    pipes: dict[Any, Any] = {}
+    with shown(f"attacks in {count} processes", sum(map(run.images_of, units))) as bar:
+        try:
+            for rank in range(count):
+                ours, theirs = context.Pipe()
+                work = (run, schedulers, rank, threads, theirs)
+                process = context.Process(target=_work, args=work, daemon=True, name=f"attack {rank}")
+                with deaf_to_ctrl_c():
+                    process.start()
+                theirs.close()  # so that the end of the process is the end of the pipe
+                pipes[ours] = process
+                ours.send(waiting.pop(0))
+            _listen(dict(pipes), waiting, bar)
+        finally:
+            end_all(pipes.values())
+
+
+def _listen(left: dict[Any, Any], waiting: list[Unit], bar: Shown) -> None:
+    while left:
+        ready: list[Any] = connection.wait(list(left))
+        for pipe in ready:
+            try:
+                what, value = pipe.recv()
+            except (EOFError, OSError):
+                process = left.pop(pipe)
+                process.join()
+                if process.exitcode:
+                    raise UserError(
+                        f"the attacking process {process.name.split()[-1]} ended with status {process.exitcode} "
+                        "(killed, or out of memory?); what was finished stays, run the same command again to go on"
+                    ) from None
+                continue
+            if what == "error":
+                raise UserError(value)
+            if what == "advance":
+                bar.advance(value)
+            elif what == "tell":
+                bar.tell(value)
+            else:  # it is idle
+                with suppress(BrokenPipeError):  # its end is heard next
+                    pipe.send(waiting.pop(0) if waiting else None)
+
+
+def _work(run: AttackRun, schedulers: dict[str, str], rank: int, threads: int, pipe: Any) -> None:
+    """What one process does. It ends with the process that began it, even when that one is killed."""
+    import torch
+
+    end_with_parent()
+    torch.set_num_threads(threads)
+    if str(run.drawing.device) == "cuda" and torch.cuda.device_count() > 1:
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # what `cuda` means in this process
+    told = _Told(pipe)
+    run.show = told.shown
+    with suppress(KeyboardInterrupt, BrokenPipeError, EOFError), signals():
+        try:
+            while (unit := pipe.recv()) is not None:
+                name, arms = unit
+                for arm in arms:
+                    told.done = 0
+                    run.cell(name, run.attacks[name], arm, schedulers[arm])
+                    told.advance(run.images_of((name, [arm])) - told.done)
+                pipe.send(("idle", None))
+        except UserError as error:
+            pipe.send(("error", str(error)))
+
+
+class _Told:
+    """Progress that is told to the process that shows it."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.done, self.what = pipe, 0, ""
+
+    @contextmanager
+    def shown(self, what: str, total: int | None) -> Iterator[_Told]:
+        self.what = what
+        yield self
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if count:
+            self.pipe.send(("advance", count))
+
+    def tell(self, text: str) -> None:
+        self.pipe.send(("tell", f"{self.what}: {text}"))
