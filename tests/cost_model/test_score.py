@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     assert not (parts / "manifest.json").exists()
     capsys.readouterr()
     assert main([*common, str(parts)]) == 0
-    assert "going on after 4 pairs" in capsys.readouterr().out
+    assert "continuing after 4 pairs" in capsys.readouterr().out
     assert sum(asked[4:]) == 12  # the first shard's 4 pairs were not scored again
     for path in whole.iterdir():
         assert path.read_bytes() == (parts / path.name).read_bytes()
