@@ -1,9 +1,9 @@
 """Experts that take turns in one adapter of the network.
 
-The network holds a single adapter, and the optimizer knows its parameters only. In them lies the expert whose turn it
-is; the others rest here, weights and optimizer state, where no optimizer, no ZeRO and no all-reduce reaches them: an
-idle expert does not move by a bit whatever the strategy does with parameters that got no gradient, and neither a step
-nor what ranks send each other grows with the number of experts.
+The network holds a single adapter, and the optimizer knows only its parameters. They hold the expert whose turn it is.
+The weights and optimizer states of the others are kept here, where the optimizer, ZeRO and all-reduce cannot reach
+them. So an idle expert does not change by a bit, whatever the strategy does with parameters without a gradient. The
+cost of a step and of the communication does not grow with the number of experts.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lit_safety.core.errors import UserError
 
 @dataclass
 class Resting:
-    """An expert whose turn it is not; tensors by the parameter's name."""
+    """An idle expert; tensors by the parameter's name."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The optimizer's state of each parameter; empty before its first step."""
     from_file: bool = False
-    """Its state comes from a checkpoint and may lie on another device."""
+    """Its state comes from a checkpoint and may be on another device."""
 
 
 class ExpertBank:
-    """The experts of one adapter, of which one at a time is in the network.
+    """The experts of one adapter. One of them at a time is in the network.
 
-    A fresh expert's weights are a pure function of ``seed`` and its name: they do not depend on the others.
+    A new expert's weights are a pure function of ``seed`` and its name; they do not depend on the other experts.
 
     Args:
         names: the experts; the first one is put into the network.
         parameters: the adapter's parameters by name.
-        lora: how a fresh expert is drawn.
+        lora: how a new expert is initialised.
         seed: the same on every rank.
     """
 
@@ -57,15 +57,15 @@ class ExpertBank:
         self._resting: dict[str, Resting] = {}
         self._begin: dict[str, dict[str, Tensor]] = {}
         self.active = self.names[0]
-        """Whose weights are in the network."""
+        """The expert whose weights are in the network."""
         self._write(self._fresh(self.active))
 
     def activate(self, name: str, optimizer: Optimizer | None = None) -> None:
         """Give the turn to ``name``: its weights go into the network, its state into ``optimizer``.
 
         Args:
-            name: whose turn it is; nothing happens where it has it already.
-            optimizer: of the adapter's parameters; None: nothing of it is kept.
+            name: the expert; if it is its turn already, nothing changes.
+            optimizer: of the adapter's parameters; None: its state is not kept.
         """
         if name == self.active:
             return
@@ -78,7 +78,7 @@ class ExpertBank:
 
     @contextmanager
     def shown(self, name: str) -> Iterator[None]:
-        """Within, the network computes with expert ``name``: to evaluate, draw or export, not to train."""
+        """Inside, the network computes with expert ``name``: to evaluate, draw or export, not to train."""
         if name == self.active:
             yield
             return
@@ -106,7 +106,7 @@ class ExpertBank:
                 parameter.copy_(like(weights[name], parameter))
 
     def begin_with(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Let every expert begin with these weights instead of fresh ones, before anything is trained."""
+        """Let every expert start from these weights instead of new ones. Call it before training."""
         self._begin = {name: dict(one) for name, one in weights.items()}
         self._write(self._fresh(self.active))
 
@@ -128,12 +128,12 @@ class ExpertBank:
                 key: like(value, parameter) if isinstance(value, Tensor) else value for key, value in state.items()
             }
         if resting.from_file:
-            optimizer.load_state_dict(optimizer.state_dict())  # torch knows what belongs on which device
+            optimizer.load_state_dict(optimizer.state_dict())  # torch then moves each state to the right device
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint of the network and the optimizer does not hold; all ranks must ask."""
+        """What the checkpoint of the network and the optimizer does not hold. All ranks must call it."""
         return {
             "active": self.active,
             "names": list(self.names),
@@ -149,20 +149,21 @@ class ExpertBank:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; the network's and the optimizer's own come from the checkpoint's other parts.
+        """Continue from ``state``. The network's and the optimizer's own states are in the checkpoint's other parts.
 
         Raises:
-            UserError: they are other experts.
+            UserError: the checkpoint holds other experts.
         """
         if set(state["names"]) != set(self.names):
             raise UserError(
-                f"the checkpoint holds the experts {', '.join(state['names'])}, and here are {', '.join(self.names)}: "
-                "resume with its run's config.yaml; experts of different runs are put together by `merge`"
+                f"the checkpoint holds the experts {', '.join(state['names'])}, but this run has "
+                f"{', '.join(self.names)}: resume with the config.yaml of that run; to combine experts of different "
+                "runs use `merge`"
             )
         for name, one in state["resting"].items():
             if {k: v.shape for k, v in one["weights"].items()} != self._shapes:
                 raise UserError(
-                    f"the checkpoint's expert {name} has another rank or target_modules than asked for here"
+                    f"the checkpoint's expert {name} has another rank or other target_modules than this run"
                 )
         self.active, self.seed, self.batches = state["active"], state["seed"], dict(state["batches"])
         self._resting = {

@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, detached: gathered where it is sharded (all ranks must ask), else itself."""
+    """The whole ``tensor``, detached: gathered if it is sharded (all ranks must call it), else itself."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's shard of the whole ``tensor`` where ``example`` is sharded; every rank has the same ``tensor``."""
+    """This rank's shard of the whole ``tensor`` if ``example`` is sharded. Every rank has the same ``tensor``."""
     if not isinstance(example, DTensor) or isinstance(tensor, DTensor) or tensor.shape != example.shape:
         return tensor
     here = tensor.to(example.device)
-    # Nothing is sent between ranks: each cuts its own shard.
+    # Ranks do not communicate: each cuts its own shard.
     return distribute_tensor(here, example.device_mesh, example.placements, src_data_rank=None)
 
 
@@ -28,11 +28,11 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
 def assembled(
     network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Within, those of ``parameters`` that are sharded are whole, as ``weights`` has them, and ``network``'s modules
-    carry their own class names, so that it is saved as what it is. Not to compute with.
+    """Inside, sharded ``parameters`` are whole tensors from ``weights``, and ``network``'s modules have their own class
+    names again, so that it is saved correctly. Do not compute with it.
 
     Args:
-        network: has the parameters somewhere below it.
+        network: the module that contains the parameters.
         parameters: any of them, by any names.
         weights: whole tensors by the same names.
     """
@@ -60,15 +60,15 @@ def assembled(
             module.__class__ = made
 
 
-# Under either strategy, what is trained as whole fp32 tensors.
+# The trained parameters as whole fp32 tensors, under both strategies.
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:
-    """Within, parameters that ZeRO 3 has partitioned are whole; nothing happens to others. All ranks must enter.
+    """Inside, parameters that ZeRO 3 has partitioned are whole. Others do not change. All ranks must enter.
 
     Args:
         parameters: any.
-        write: what rank 0 writes into them within is kept.
+        write: what rank 0 writes into them inside is kept.
     """
     split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not split:
@@ -79,10 +79,10 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
 
 
 def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The fp32 weights that are stepped on, whole, as copies. All ranks must call it.
+    """Copies of the whole fp32 weights that the optimizer updates. All ranks must call it.
 
-    ZeRO of every stage keeps its own; the network's may be rounded to half precision. FSDP2's are sharded. Of other
-    parameters, the weights themselves.
+    ZeRO keeps its own fp32 weights, while the network's may be rounded to half precision. FSDP2's are sharded. For
+    other parameters these are the weights themselves.
     """
     found = {}
     for name, parameter in parameters.items():
@@ -98,8 +98,8 @@ def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @contextmanager
 def _where_ranks_meet(parameter: nn.Parameter) -> Iterator[None]:
-    """Within, ``parameter`` lies on DeepSpeed's device, where it gathers: a buffer next to it, sent by NCCL. When a fit
-    ends Lightning moves the module to the CPU first."""
+    """Inside, ``parameter`` is on DeepSpeed's device, where it gathers (by NCCL, into a buffer on the same device). At
+    the end of a fit Lightning has already moved the module to the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     kept = parameter.data
@@ -114,8 +114,8 @@ def _where_ranks_meet(parameter: nn.Parameter) -> Iterator[None]:
 def replaced(
     network: nn.Module, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Within, ``parameters`` of ``network`` are ``weights``, in their precision, whatever ZeRO or FSDP2 has made of
-    them; not to train with."""
+    """Inside, ``parameters`` of ``network`` are ``weights``, in their precision, also under ZeRO or FSDP2. Not for
+    training."""
     kept = {name: parameter.data for name, parameter in parameters.items() if not isinstance(parameter, DTensor)}
     try:
         for name in kept:
@@ -129,7 +129,7 @@ def replaced(
 
 @contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Within, modules are made whole where ZeRO 3 would partition them as they are made; its engine does it later."""
+    """Inside, new modules are whole. ZeRO 3 would partition them at once; its engine does it later."""
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
     shutdown_init_context()

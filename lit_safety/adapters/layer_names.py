@@ -1,7 +1,7 @@
-"""What a layer of a denoiser or text encoder is called: by diffusers, and by the programs that write LoRA files.
+"""The names of layers of denoisers and text encoders: in diffusers, and in the programs that write LoRA files.
 
-Names are brought to `{component}.{layer}`, such as `unet.mid_block.attentions.0.proj_in`. A name is looked up in the
-network where it is at hand; else it must be one that can exist.
+All names become `{component}.{layer}`, such as `unet.mid_block.attentions.0.proj_in`. A name is looked up in the
+network if the network is loaded; else it must be a possible name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_safety.core.errors import UserError
 
-#: How the names of a component's layers begin.
+#: The first parts of the names of a component's layers.
 COMPONENTS = {
     "unet": ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
     "transformer": (
@@ -32,7 +32,7 @@ COMPONENTS = {
         *("adaLN_modulation", "modulation", "image_projector", "glyph_projector", "prior_projector"),
     ),
 }
-#: What the layers of CLIP's text encoder begin with in older releases of transformers, and in its files.
+#: The prefix of CLIP's text layers in older releases of transformers, and in its files.
 TEXT_MODEL = "text_model."
 _TRANSFORMER_BLOCK = (
     r"transformer_blocks\.\d+\."
@@ -43,7 +43,7 @@ _UNET_BLOCK = (
     rf"(?:proj_in|proj_out|{_TRANSFORMER_BLOCK}|to_[qkv]|to_out\.0|add_[kv]_proj)"
     r"|resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.\d+\.conv)"
 )
-#: Every layer that a network of a kind can have, whatever its size.
+#: Every layer name that a network of a kind can have, for all sizes.
 _CAN_EXIST = {
     "unet": re.compile(
         r"conv_in|conv_out|encoder_hid_proj|(?:time|add)_embedding\.(?:linear_[12]|cond_proj)|class_embedding\.linear_[12]"
@@ -56,10 +56,10 @@ _CAN_EXIST = {
         r"|(?:model\.)?(?:language_model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
     ),
 }
-#: Words that wrappers and savers put into names; a layer's own name has none of them.
+#: Words that wrappers and saving programs add to names. They are not part of a layer's own name.
 _WRAPPERS = frozenset({"base_model", "module", "_orig_mod", "base_layer", "default", "unet", "diffusion_model"})
 
-#: The parts of names that kohya's files write with underscores; the longest are looked for first.
+#: Parts of names that kohya's files write with underscores; the longest are tried first.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers", "conv"),
     *("transformer_blocks", "attn", "attn1", "attn2", "ff", "net", "proj", "to_q", "to_k", "to_v", "to_out"),
@@ -78,7 +78,7 @@ _FACTORS = (
     re.compile(r"(?P<layer>.+?)(?P<old>\.lora_linear_layer|\.lora|_lora)\.(?P<side>down|up)\.weight"),
 )
 _SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
-#: How kohya's names of a component begin.
+#: The beginnings of kohya's names of a component.
 _UNDERSCORED = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
@@ -90,7 +90,7 @@ _UNDERSCORED = {
 _DENOISERS = ("unet", "transformer")
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_[23])?)\.")
 _TOOLS = re.compile(r"(?:base_model\.model|(?:model\.)?diffusion_model|module|_orig_mod)\.")
-#: Names inside a block of the networks that Stable Diffusion was published with, and what diffusers calls them.
+#: Names inside a block of the published Stable Diffusion networks -> diffusers' names.
 _SGM_RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
@@ -109,10 +109,10 @@ _SGM_TOP = {
 
 @dataclass(frozen=True)
 class AdaptableLayer:
-    """A layer of a network that can take an update."""
+    """A layer of a network to which an update can be added."""
 
     name: str
-    """In the network."""
+    """Its name in the network."""
     shape: tuple[int, int]
     """(out, in); of a convolution in = in_channels * kh * kw."""
     kernel: tuple[int, ...]
@@ -126,13 +126,13 @@ AdaptableLayers = Mapping[str, Mapping[str, AdaptableLayer]]
 def adaptable_layers(network: nn.Module, component: str) -> dict[str, AdaptableLayer]:
     """The linear layers and ungrouped convolutions of a network, by the names that `read_lora` gives.
 
-    Sizes are the layers' own settings, so that weights may be sharded, or have no memory.
+    Sizes come from the layers' settings, because weights may be sharded or on the meta device.
     """
     found = {}
     for name, module in network.named_modules():
         if ".lora_" in name or isinstance(module, BaseTunerLayer):
             continue  # its base layer is listed by itself
-        # An adapter keeps the layer that it is on as `base_layer`; torch.compile wraps with `_orig_mod`.
+        # An adapter keeps its original layer as `base_layer`; torch.compile wraps with `_orig_mod`.
         own = re.sub(r"(?:^|\.)(?:base_layer|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
         if isinstance(module, nn.Linear):
             layer = AdaptableLayer(own, (module.out_features, module.in_features), ())
@@ -146,7 +146,7 @@ def adaptable_layers(network: nn.Module, component: str) -> dict[str, AdaptableL
 
 
 def told_alike(component: str, layer: str) -> str:
-    """The name of a layer, whichever release of transformers wrote it: newer ones leave `text_model.` out of CLIP's."""
+    """The name of a layer for any release of transformers: newer ones leave out `text_model.` in CLIP's names."""
     left_out = component.startswith("text_encoder") and layer.startswith("encoder.layers.")
     return f"{TEXT_MODEL if left_out else ''}{layer}"
 
@@ -165,7 +165,7 @@ class Layout:
     factors: dict[str, dict[str, Tensor]]
     """`{component}.{layer}` -> A and B, of which one may be missing."""
     alphas: dict[str, float]
-    """By the same names, where the file holds alphas as tensors (kohya's way)."""
+    """By the same names, if the file holds alphas as tensors (as kohya's files do)."""
     left: list[str]
     """Keys that are not part of any LoRA."""
 
@@ -174,12 +174,12 @@ def to_one_layout(tensors: Mapping[str, Tensor], file: Path, known: AdaptableLay
     """Sort a file's tensors by layer and side.
 
     Args:
-        tensors: as the file has them.
+        tensors: of the file.
         file: for messages.
-        known: the layers that there are, where the networks are at hand.
+        known: the existing layers, if the networks are loaded.
 
     Raises:
-        UserError: a factor is there twice, or names can only be told with the model at hand.
+        UserError: a factor is there twice, or names can only be resolved with the model.
     """
     names = _Names(file, known, _denoiser(tensors, file, known))
     factors: dict[str, dict[str, Tensor]] = {}
@@ -196,23 +196,24 @@ def to_one_layout(tensors: Mapping[str, Tensor], file: Path, known: AdaptableLay
             other = adapters.setdefault(name.partition(".")[0], adapter)
             if other != adapter:
                 raise UserError(
-                    f"{file} holds layers of {other} and {adapter}, as of two adapters; give each a file of its own"
+                    f"{file} holds layers of {other} and {adapter}, as of two adapters; save each adapter in its own "
+                    "file"
                 )
         if side == "alpha":
             if float(tensor) == 0:
                 raise UserError(
-                    f"{file}: {key} is 0, which some programs read as no update and others as the rank; write what is "
-                    "meant"
+                    f'{file}: {key} is 0, which some programs read as "no update" and others as the rank; write '
+                    "what is meant"
                 )
             if alphas.setdefault(name, float(tensor)) != float(tensor):
                 raise UserError(f"{file} holds two alphas of {name}; keep one of the adapters in it")
         elif factors.setdefault(name, {}).setdefault(side, tensor) is not tensor:
-            raise UserError(f"{file} holds {name} twice, as of two adapters; give each a file of its own")
+            raise UserError(f"{file} holds {name} twice, as of two adapters; save each adapter in its own file")
     return Layout(factors, alphas, left)
 
 
 def _split(key: str) -> tuple[str, str | None, bool]:
-    """Layer, side (A, B, alpha; None: neither) and whether the layer has one of diffusers' old names."""
+    """Layer, side (A, B, alpha; None: another tensor) and whether the layer has one of diffusers' old names."""
     for pattern in _FACTORS:
         if (found := pattern.fullmatch(key)) is not None:
             return found["layer"], _SIDES[found["side"]], found.groupdict().get("old") is not None
@@ -223,13 +224,13 @@ def _split(key: str) -> tuple[str, str | None, bool]:
 
 
 def _adapter(key: str) -> str | None:
-    """The adapter's name that PEFT may write into a key; None: it has none."""
+    """The adapter's name in a key, which PEFT may write; None: the key lacks one."""
     found = _FACTORS[0].fullmatch(key)
     return None if found is None else found["adapter"]
 
 
 def _bare(layer: str) -> tuple[str | None, str]:
-    """The component that a dotted name says, and the layer without anything that tools put in front."""
+    """The component in a dotted name, and the layer without the prefixes that tools add."""
     component = None
     while True:
         if (tool := _TOOLS.match(layer)) is not None:
@@ -241,7 +242,7 @@ def _bare(layer: str) -> tuple[str | None, str]:
 
 
 def _denoiser(keys: Iterable[str], file: Path, known: AdaptableLayers | None) -> str | None:
-    """The component of the layers whose names do not begin with one."""
+    """The component of layers whose names do not begin with a component."""
     if known is not None and (found := [name for name in _DENOISERS if name in known]):
         return found[0]
     tops = set()
@@ -254,12 +255,12 @@ def _denoiser(keys: Iterable[str], file: Path, known: AdaptableLayers | None) ->
 
 
 class _Names:
-    """What diffusers calls a layer.
+    """diffusers' name of a layer.
 
     Args:
         file: for messages.
-        known: the layers that there are, where the networks are at hand.
-        denoiser: the component of layers that do not say theirs; None: nobody knows.
+        known: the existing layers, if the networks are loaded.
+        denoiser: the component of layers whose names do not state one; None: not known.
     """
 
     def __init__(self, file: Path, known: AdaptableLayers | None, denoiser: str | None) -> None:
@@ -273,7 +274,7 @@ class _Names:
                     told.setdefault(spelling.replace(".", "_"), []).append(name)
 
     def of(self, layer: str, old: bool) -> str:
-        """`{component}.{layer}`; what cannot be told keeps the name that it has."""
+        """`{component}.{layer}`; an unknown name is kept unchanged."""
         prefix = next((prefix for prefix in _UNDERSCORED if layer.startswith(prefix)), None)
         if prefix is not None:
             return self._underscored(layer, _UNDERSCORED[prefix], layer.removeprefix(prefix))
@@ -289,7 +290,7 @@ class _Names:
 
     def _underscored(self, layer: str, component: str, rest: str) -> str:
         if component == "unet" and self.known is not None and "unet" not in self.known and self.denoiser is not None:
-            component = self.denoiser  # kohya calls every denoiser a UNet
+            component = self.denoiser  # kohya's names call every denoiser a UNet
         told = self.told.get(component, {}).get(rest, [])
         if len(told) == 1:
             return f"{component}.{told[0]}"
@@ -314,8 +315,8 @@ def _dotted(text: str) -> str | None:
 
 
 def _from_old(layer: str, component: str) -> str:
-    """diffusers' attention processors and their short names, as the layers that they stand for. The same short name
-    is another layer in a text encoder than in a denoiser."""
+    """diffusers' attention processors and their short names -> the layers that they mean. In a text encoder a short
+    name means another layer than in a denoiser."""
     before, _, last = layer.replace(".processor.", ".").rpartition(".")
     if component.startswith("text_encoder"):
         short = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -325,7 +326,7 @@ def _from_old(layer: str, component: str) -> str:
 
 
 def _from_sgm(layer: str, known: AdaptableLayers | None, file: Path) -> str:
-    """A UNet's layer by the names of the published Stable Diffusion, as diffusers calls it."""
+    """diffusers' name of a UNet's layer that has a name of the published Stable Diffusion."""
     if layer in _SGM_TOP:
         return _SGM_TOP[layer]
     found = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.+)", layer)
@@ -350,8 +351,8 @@ def _from_sgm(layer: str, known: AdaptableLayers | None, file: Path) -> str:
 
 
 def _published_depth(where: str, number: int, rest: str, file: Path) -> int:
-    """Layers a block where no network is at hand: 2, as all UNets of Stable Diffusion and SDXL have. Kohya's trainer
-    writes these names for SDXL alone.
+    """Layers in a block without a loaded network: 2, as in all UNets of Stable Diffusion and SDXL. Kohya's trainer
+    writes these names only for SDXL.
 
     Raises:
         UserError: the layer shows that its UNet has another number.
@@ -362,8 +363,8 @@ def _published_depth(where: str, number: int, rest: str, file: Path) -> int:
         fits = number < 12 and (number % 3 == 2 or rest != "conv")
     if not fits:
         raise UserError(
-            f"{file}: {where}.{number} with {rest} is no layer of SDXL or another published Stable Diffusion; give the "
-            "model it was made for (--pipeline of `merge`), or write the file again with `pipe.load_lora_weights` and "
-            "`pipe.save_lora_weights`"
+            f"{file}: {where}.{number} with {rest} is not a layer of SDXL or another published Stable Diffusion; give "
+            "the model it was made for (--pipeline of `merge`), or write the file again with `pipe.load_lora_weights` "
+            "and `pipe.save_lora_weights`"
         )
     return 2

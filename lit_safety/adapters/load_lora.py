@@ -1,4 +1,4 @@
-"""Any LoRA file into a stock pipeline: every layer of it finds its place, or the file is refused."""
+"""Load any LoRA file into a stock pipeline: every layer of the file must exist there, or the file is refused."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from lit_safety.core.errors import UserError
 
 
 def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_safety") -> None:
-    """Load a LoRA folder or file into a stock diffusers pipeline and weigh it by ``scale``.
+    """Load a LoRA folder or file into a stock diffusers pipeline with the weight ``scale``.
 
     A scale of 0 is the base model, 1 the trained one; a negative scale pushes the model *towards* harm. Parts for text
-    encoders are loaded where the pipeline has those encoders. Other LoRAs in the pipeline are switched off, as stock
-    diffusers does, but for that of a user adapter.
+    encoders are loaded if the pipeline has those encoders. Other LoRAs in the pipeline are switched off, as in stock
+    diffusers, except the LoRA of a user adapter.
 
     Raises:
-        UserError: the file is missing or damaged, was made for another backbone, or a layer of it has no place.
+        UserError: the file is missing or damaged, was made for another backbone, or holds a layer that does not exist
+        here.
     """
     file, _ = find_lora(path)
     if (getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)) is None:
-        raise UserError(f"{type(pipe).__name__} has neither unet nor transformer: {file} cannot be loaded into it")
+        raise UserError(f"{type(pipe).__name__} has no unet and no transformer, so {file} cannot be loaded into it")
     networks = _networks(pipe)
     if not networks:
-        raise UserError(f"{file} cannot be loaded: stock diffusers puts no LoRA into {type(pipe).__name__}")
+        raise UserError(f"{file} cannot be loaded: stock diffusers does not support LoRAs in {type(pipe).__name__}")
     if any(name in getattr(network, "peft_config", {}) for network in networks.values()):
-        raise UserError(f"{file} cannot be loaded as {name}: the pipeline has an adapter of that name already")
+        raise UserError(f"{file} cannot be loaded as {name}: the pipeline already has an adapter with this name")
     try:
         _load(pipe, networks, path, name)
         pipe.set_adapters([name], [scale])
@@ -72,32 +73,32 @@ def _load(pipe: Any, networks: Mapping[str, nn.Module], path: str | Path, name: 
 
 
 def _take_out(pipe: Any, networks: Mapping[str, nn.Module], name: str) -> None:
-    """Leave nothing of an adapter that was refused."""
+    """Remove every part of an adapter that was refused."""
     if any(name in getattr(network, "peft_config", {}) for network in networks.values()):
         pipe.delete_adapters(name)
 
 
 def fuse_loras(pipe: Any, safe_fusing: bool = False) -> None:
-    """Fold all active LoRAs into the weights of every network that has one, text encoders too."""
+    """Fuse all active LoRAs into the weights of every network that has one, also of text encoders."""
     adapted = [name for name, network in _networks(pipe).items() if getattr(network, "peft_config", None)]
     if adapted:
         pipe.fuse_lora(components=adapted, safe_fusing=safe_fusing)
 
 
 def _networks(pipe: Any) -> dict[str, nn.Module]:
-    """The parts of the pipeline that stock diffusers puts LoRAs into."""
+    """The parts of the pipeline into which stock diffusers can load LoRAs."""
     parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _converter(pipe: Any) -> Convert:
-    """What this family's stock pipeline makes of a whole file's names."""
+    """The conversion of a whole file's names by this family's stock pipeline."""
     unet = getattr(pipe, "unet", None)
     return converter(type(pipe), None if unet is None else unet.config)
 
 
 def converter(kind: Any, unet_config: Any = None) -> Convert:
-    """What a class of stock pipelines makes of a whole file's names.
+    """The conversion of a whole file's names by a class of stock pipelines.
 
     Args:
         kind: the class.
@@ -117,7 +118,7 @@ def converter(kind: Any, unet_config: Any = None) -> Convert:
 
 
 def _put(pipe: Any, network: Any, layers: Mapping[AdaptableLayer, LowRank], name: str, file: Path) -> None:
-    """Add an adapter to a network, and look whether it is there as it was given."""
+    """Add an adapter to a network, and check that the network holds it exactly."""
     dtype = next(p for p in network.parameters() if p.is_floating_point()).dtype
     own = {layer.name: update for layer, update in layers.items()}
     state = {
@@ -131,14 +132,14 @@ def _put(pipe: Any, network: Any, layers: Mapping[AdaptableLayer, LowRank], name
         network.load_lora_adapter(
             dict(state), prefix=None, adapter_name=name, metadata=settings, low_cpu_mem_usage=True, _pipeline=pipe
         )
-    else:  # one of transformers', whose own loader would rename layers
+    else:  # a network of transformers, whose own loader would rename layers
         config = LoraConfig(**settings)
         inject_adapter_in_model(config, network, adapter_name=name, state_dict=state, low_cpu_mem_usage=True)
         set_peft_model_state_dict(network, dict(state), name, low_cpu_mem_usage=True)
         network._hf_peft_config_loaded = True
     lost = [layer for layer, update in own.items() if not _is_there(network.get_submodule(layer), name, update, state)]
     if lost:
-        raise UserError(f"{file}: {len(lost)} of {len(own)} layers did not load, the first is {min(lost)}")
+        raise UserError(f"{file}: {len(lost)} of {len(own)} layers did not load, such as {min(lost)}")
 
 
 def _is_there(module: Any, name: str, update: LowRank, state: Mapping[str, Tensor]) -> bool:
@@ -153,10 +154,10 @@ def _is_there(module: Any, name: str, update: LowRank, state: Mapping[str, Tenso
 
 
 def _load_stock(pipe: Any, file: Path, name: str, error: NotPlain) -> None:
-    """Load what is more than factors (DoRA, LoKr, biases) by stock diffusers, and count what came in.
+    """Load adapters that are more than two factors (DoRA, LoKr, biases) by stock diffusers, and count the tensors.
 
     Raises:
-        UserError: not every tensor of the file is in the network, or the network has others.
+        UserError: the tensors in the network are not exactly those of the file.
     """
     given = load_file(file)
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
@@ -172,5 +173,5 @@ def _load_stock(pipe: Any, file: Path, name: str, error: NotPlain) -> None:
 
 
 def _marks(tensors: Iterator[Tensor]) -> Iterator[tuple[int, float]]:
-    """How many numbers a tensor has and how large they are: what no renaming or turning changes."""
+    """How many numbers a tensor has and their size: neither renaming nor transposing changes them."""
     return ((tensor.numel(), float(tensor.double().square().sum())) for tensor in tensors)

@@ -23,20 +23,20 @@ ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class LoRA:
-    """A low-rank adapter on the denoiser's linear layers; what is trained is fp32 whatever the frozen weights are.
+    """A low-rank adapter on the denoiser's linear layers, trained in fp32 for any precision of the frozen weights.
 
     Args:
         rank: rank r of every adapter.
         alpha: the update is scaled by alpha / rank; null means alpha = rank.
         target_modules: endings of the names of the layers that get an adapter; null: those of the model's family,
-            text streams and fused blocks included (of a UNet the attention projections).
+            including text streams and fused blocks (for a UNet the attention projections).
         blocks: beginnings of the names of the blocks that are adapted; null: all. With [mid_block, up_blocks] the
-            backward pass of a UNet ends at its middle: less time and memory a step.
+            backward pass of a UNet ends at its middle, which saves time and memory.
         init: "gaussian" draws A from N(0, 1/r), "kaiming" as PEFT's default; B is 0 in both, so that policy and
             reference are the same function at the start.
 
     Raises:
-        ValueError: if ``rank`` or ``alpha`` is not positive, or a text encoder is to be adapted.
+        ValueError: if ``rank`` or ``alpha`` is not positive, or ``target_modules`` names a text encoder.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class LoRA:
             raise ValueError(f"rank must be at least 1 and alpha above 0, got rank {rank}, alpha {alpha}")
         if encoders := [name for name in target_modules or () if "text_encoder" in name]:
             raise ValueError(
-                f"`lora.target_modules` names {encoders[0]}: the text encoders are frozen, and caches hold what they "
-                "give; adapt layers of the denoiser"
+                f"`lora.target_modules` names {encoders[0]}: the text encoders are frozen, because caches hold their "
+                "outputs; adapt layers of the denoiser"
             )
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
@@ -61,7 +61,7 @@ class LoRA:
         self.blocks = None if blocks is None else list(blocks)
 
     def with_targets(self, targets: Sequence[str]) -> LoRA:
-        """The same on ``targets``, unless layers were named."""
+        """The same on ``targets``, if no layers were named."""
         if self.target_modules is not None:
             return self
         return LoRA(self.rank, self.alpha, targets, self.init, self.blocks)
@@ -84,7 +84,7 @@ class LoRA:
         except ValueError as error:
             within = "" if self.blocks is None else f" within `lora.blocks` {self.blocks}"
             raise UserError(
-                f"`lora.target_modules` {self.target_modules} match no layer of {type(denoiser).__name__}{within}; "
+                f"`lora.target_modules` {self.target_modules} match 0 layers of {type(denoiser).__name__}{within}; "
                 f"for diffusion models the attention projections are {list(ATTENTION_PROJECTIONS)}"
             ) from error
         parameters = [p for name, p in denoiser.named_parameters() if f".{adapter}." in name]
@@ -97,7 +97,7 @@ class LoRA:
         return parameters
 
     def _targets(self) -> list[str] | str:
-        """What PEFT takes: endings of names, or a pattern for whole names."""
+        """The form that PEFT needs: endings of names, or a pattern for whole names."""
         named = list(ATTENTION_PROJECTIONS) if self.target_modules is None else self.target_modules
         if self.blocks is None:
             return named
@@ -105,7 +105,7 @@ class LoRA:
         return rf"(?=({blocks})\.)(.*\.)?({endings})"
 
     def draw(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
-        """Fresh fp32 weights of an adapter's parameters by name, A drawn from ``seed`` as `init` says, B 0."""
+        """New fp32 weights of an adapter's parameters by name: A drawn from ``seed`` as `init` says, B 0."""
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for name, shape in shapes.items():
@@ -121,10 +121,10 @@ class LoRA:
 
 @contextmanager
 def adapters_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Within, the given PEFT layers compute their base layer only.
+    """Inside, the given PEFT layers compute only their base layer.
 
-    PEFT's own switch also rewrites ``requires_grad`` of every adapter at every call; that would unfreeze adapters
-    which are to stay frozen, and costs a walk over the model twice a step. Leave the context before any backward.
+    PEFT's own switch also sets ``requires_grad`` of every adapter at every call. That would unfreeze adapters which
+    must stay frozen, and would walk over the model twice a step. Leave the context before any backward.
     """
     for layer in layers:
         layer._disable_adapters = True
@@ -136,9 +136,9 @@ def adapters_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
 
 def adapter_metadata(denoiser: nn.Module, adapter: str) -> dict[str, Any]:
-    """PEFT's settings of an adapter as its file keeps them, alpha and rank among them.
+    """PEFT's settings of an adapter as its file stores them, including alpha and rank.
 
-    PEFT holds sets, whose order changes from process to process: sorted, so that equal weights make equal files.
+    PEFT holds sets, whose order differs between processes. They are sorted, so that equal weights give equal files.
     """
     model: Any = denoiser
     settings = model.peft_config[adapter].to_dict()

@@ -1,8 +1,8 @@
 """LoRA files in and out: alpha and rank of every layer as stock diffusers and PEFT read them.
 
-Read are diffusers' own files (new and old), PEFT's adapter folders, kohya-style files and those with the prefixes that
-other tools write. A file is read whole or refused. What is not a plain low-rank product is refused by name: a sum of
-such updates would be wrong, without an error.
+It reads diffusers' own files (new and old), PEFT's adapter folders, kohya-style files, and files with the prefixes that
+other tools write. A file is read whole or refused. Updates that are not plain low-rank products are refused by name: a
+sum of them would be wrong without an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import not_readable
 
-#: Parts of keys that show that an update is not a plain low-rank product -> what to call it; `$` is the key's end.
+#: Parts of keys that show that an update is not a plain low-rank product -> its name; `$` is the key's end.
 REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA: its update also rescales the base model's own weights",
     "dora_scale": "DoRA: its update also rescales the base model's own weights",
@@ -50,7 +50,7 @@ REFUSED_SETTINGS = {
     "kasa_config": "KaSA: it also cuts the base model's own weights",
     "monteclora_config": "MonteCLoRA: its update is drawn again at every pass",
     "arrow_config": "Arrow: it chooses among adapters for every token",
-    "alora_invocation_tokens": "aLoRA: it is on for a part of the tokens only",
+    "alora_invocation_tokens": "aLoRA: it is active only for some tokens",
     "target_parameters": "a LoRA on bare parameters (target_parameters)",
     "trainable_token_indices": "an adapter with new embeddings in it (trainable_token_indices)",
     "layer_replication": "a LoRA on replicated layers",
@@ -59,9 +59,9 @@ REFUSED_SETTINGS = {
 #: These start from a changed base model, so that their factors alone are not the update.
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-#: Of these, what stock diffusers loads into a pipeline.
+#: Those that stock diffusers can load into a pipeline.
 _STOCK = ("lora_magnitude_vector", "use_dora", "lora_B.bias", "lora_bias", "lokr_")
-_ADVICE = "plain LoRA files are read only (fuse this one into a pipeline instead)"
+_ADVICE = "only plain LoRA files are read (fuse this one into a pipeline instead)"
 
 
 class NotPlain(UserError):
@@ -69,13 +69,13 @@ class NotPlain(UserError):
 
     Args:
         message: says so.
-        what: what makes it one, a key or a setting.
+        what: the key or setting that shows it.
     """
 
     def __init__(self, message: str, what: str = "") -> None:
         super().__init__(message)
         self.stock = any(mark in what for mark in _STOCK)
-        """Whether stock diffusers may know how to load it."""
+        """Whether stock diffusers may be able to load it."""
 
 
 def refuse_keys(keys: Iterable[str], file: Path) -> None:
@@ -91,7 +91,7 @@ def refuse_keys(keys: Iterable[str], file: Path) -> None:
 
 
 def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
-    """Refuse the first setting of a PEFT configuration with which it is not a plain LoRA.
+    """Refuse the first setting of a PEFT configuration that shows that it is not a plain LoRA.
 
     Raises:
         NotPlain: there is one.
@@ -108,9 +108,9 @@ def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
 
 #: Where diffusers keeps the LoRA configuration in a safetensors file.
 METADATA_KEY = "lora_adapter_metadata"
-#: Renames a whole file that is of no layout known here, as a stock pipeline does: tensors, and alphas by name.
+#: Renames a whole file with an unknown layout, as a stock pipeline does: tensors, and alphas by name.
 Convert = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, float]]]
-#: A UNet's convolutions, and those of them whose kernels are larger than 1 x 1 in every UNet.
+#: A UNet's convolutions, and those whose kernels are larger than 1 x 1 in every UNet.
 _CONVOLUTION = re.compile(r"(?:^|\.)(?:conv\w*|proj_in|proj_out)$")
 _SPATIAL = re.compile(r"resnets\.\d+\.conv[12]$|samplers\.\d+\.conv$")
 
@@ -122,13 +122,13 @@ def read_lora(
 
     Args:
         path: the folder or file.
-        known: the layers that there are, of every component of the pipeline; None: the networks are not at hand, and
-            names only have to be possible ones.
-        convert: for files of which a layer has no place otherwise.
+        known: the layers of every component of the pipeline; None: the networks are not loaded, and names must only be
+        possible ones.
+        convert: for files with a layer that is not found otherwise.
 
     Raises:
-        UserError: the file is missing or damaged, holds numbers that are not finite, is not a plain LoRA, or a layer
-            of it has no place.
+        UserError: the file is missing or damaged, holds numbers that are not finite, is not a plain LoRA, or holds a
+        layer that does not exist.
     """
     file, config = find_lora(path)
     tensors, metadata = _load(file)
@@ -145,17 +145,17 @@ def read_lora(
 def _layers(
     layout: Layout, metadata: Mapping[str, Any], file: Path, known: AdaptableLayers | None
 ) -> dict[str, LowRank]:
-    """The updates, after a check that nothing is left over."""
+    """The updates, after a check that all tensors are used."""
     components = {name.split(".", 1)[0] for name in layout.factors}
     settings = {component: _settings(metadata, component) for component in components}
     for one in settings.values():
         refuse_settings(one, file)
     if layout.left or not layout.factors:
         strange = layout.left or sorted(f"{name}.alpha" for name in layout.alphas) or ["the empty file"]
-        raise UserError(f"{file}: {_told(strange)} belongs to no plain LoRA; is the file complete, and a LoRA?")
+        raise UserError(f"{file}: {_told(strange)} does not belong to a plain LoRA; is the file complete, and a LoRA?")
     if half := sorted(name for name, pair in layout.factors.items() if len(pair) < 2):
         raise UserError(
-            f"{file}: {len(half)} of {len(layout.factors)} layers have no pair of lora_A.weight and lora_B.weight: "
+            f"{file}: {len(half)} of {len(layout.factors)} layers lack lora_A.weight or lora_B.weight: "
             f"{_told(half)}; is the file complete?"
         )
     if single := sorted(set(layout.alphas) - set(layout.factors)):
@@ -175,24 +175,26 @@ def _layers(
 
 
 def _check_shape(found: LowRank, component: str, layer: str, where: str) -> None:
-    """Whether an update can be that of its layer, where the network is not at hand to say so.
+    """Check that an update can belong to its layer, without the network.
 
     Raises:
-        UserError: its factors are turned, or a convolution is given where the layer is linear, or the other way round.
+        UserError: its factors are transposed, or it is for a convolution and the layer is linear, or the reverse.
     """
     if found.rank > max(found.shape):
         raise UserError(
-            f"{where}: has rank {found.rank} and is {found.shape[1]} -> {found.shape[0]}: its factors are turned; give "
-            "lora_A.weight as (rank, in) and lora_B.weight as (out, rank)"
+            f"{where}: has rank {found.rank} and is {found.shape[1]} -> {found.shape[0]}: its factors are transposed; "
+            "give lora_A.weight as (rank, in) and lora_B.weight as (out, rank)"
         )
     pixels = math.prod(found.kernel)
     if component == "unet" and (_SPATIAL.search(layer) if pixels == 1 else not _CONVOLUTION.search(layer)):
         kind = f"a convolution of {found.kernel} kernels" if found.kernel else "linear"
-        raise UserError(f"{where}: its update is {kind}, and no UNet's layer of this name is; train this adapter again")
+        raise UserError(
+            f"{where}: its update is {kind}, but a UNet's layer of this name is not; train this adapter again"
+        )
 
 
 def _homeless(names: Iterable[str], known: AdaptableLayers | None) -> list[str]:
-    """The layers that are not in the network; without a network at hand, those that no network can have."""
+    """The layers that are not in the network; without a network, those that do not exist in any network."""
     split = {name: tuple(name.partition(".")[::2]) for name in names}
     if known is None:
         return sorted(name for name, (component, layer) in split.items() if not can_exist(component, layer))
@@ -203,11 +205,11 @@ def _no_place(homeless: Sequence[str], layout: Layout, file: Path, known: Adapta
     count = f"{len(homeless)} of {len(layout.factors)} layers"
     if known is None:
         return (
-            f"{file}: {count} have names that no layer in a known part of a pipeline has: {_told(homeless)}; give the "
-            "model it was made for (--pipeline of `merge`), or write it again with `pipe.save_lora_weights`"
+            f"{file}: {count} have names that are not layers of a known part of a pipeline: {_told(homeless)}; give "
+            "the model it was made for (--pipeline of `merge`), or write it again with `pipe.save_lora_weights`"
         )
     return (
-        f"{file} was made for another backbone: {count} have no place in this one ({', '.join(sorted(known))}): "
+        f"{file} was made for another backbone: {count} do not exist in this one ({', '.join(sorted(known))}): "
         f"{_told(homeless)}; load it into the model it was trained on"
     )
 
@@ -219,7 +221,7 @@ def _told(names: Sequence[str]) -> str:
 
 
 def _fitting(found: LowRank, layer: AdaptableLayer, name: str, file: Path) -> LowRank:
-    """The update in the shape of its layer: a kernel of 1 x 1 is the same as none."""
+    """The update in the shape of its layer; a kernel of 1 x 1 is the same as a linear layer."""
     if found.shape != layer.shape or (found.kernel != layer.kernel and math.prod(found.kernel + layer.kernel) != 1):
         kinds = [f"{kernel} kernels" if kernel else "linear" for kernel in (found.kernel, layer.kernel)]
         raise UserError(
@@ -232,7 +234,7 @@ def _fitting(found: LowRank, layer: AdaptableLayer, name: str, file: Path) -> Lo
 def _converted(
     layout: Layout, tensors: Mapping[str, Tensor], convert: Convert, file: Path, known: AdaptableLayers | None
 ) -> dict[str, LowRank] | None:
-    """The updates by the names that ``convert`` gives; None: as many layers have no place then, or a part is lost."""
+    """The updates by the names that ``convert`` gives; None: it does not find more layers, or a part is lost."""
     whole = [name for name, pair in layout.factors.items() if len(pair) == 2]
     if layout.left or len(whole) < len(layout.factors):
         return None
@@ -245,20 +247,20 @@ def _converted(
     except (UserError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, AssertionError):
         return None
     if not again.factors or len(_homeless(again.factors, known)) >= len(_homeless(layout.factors, known)):
-        return None  # nothing is gained: the message should show the file's own names
+        return None  # it did not help: the message should show the file's own names
     layers = _layers(again, {}, file, known)
     none = Alphas({}, file)
     given = [_layer(pair["A"], pair["B"], none, "", layout.alphas.get(n), n) for n, pair in layout.factors.items()]
     before, after = (sum(squared_norm(layer) for layer in some) for some in (given, layers.values()))
-    # Layers may be cut or put together (q, k and v in one), but all of the update must be there.
+    # Layers may be split or joined (q, k and v in one), but the whole update must be there.
     return layers if math.isclose(before, after, rel_tol=1e-2) else None
 
 
 def find_lora(path: str | Path) -> tuple[Path, Path | None]:
-    """The weights of a LoRA folder (or the file itself), and PEFT's configuration where the folder is PEFT's.
+    """The weights of a LoRA folder (or the file itself), and PEFT's configuration if the folder is PEFT's.
 
     Raises:
-        UserError: there are none, or nobody can tell which are meant.
+        UserError: there are none, or it is not clear which are meant.
     """
     path = Path(path)
     own = find_peft(path)
@@ -280,16 +282,18 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             raw = (handle.metadata() or {}).get(METADATA_KEY)
-        metadata = load_json(raw, finite=False) if raw else {}  # what reads a number checks it
+        metadata = load_json(raw, finite=False) if raw else {}  # numbers are checked where they are used
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(not_readable(file, error)) from error
     if not isinstance(metadata, dict):
         raise UserError(f"{file}: its {METADATA_KEY} is not a JSON object")
     for key, tensor in tensors.items():
         try:
-            finite = bool(torch.isfinite(tensor.float()).all())  # in float, which 8-bit numbers need
+            finite = bool(torch.isfinite(tensor.float()).all())  # 8-bit numbers must be converted first
         except NotImplementedError as error:
-            raise UserError(f"{file}: {key} is of {tensor.dtype}, which no LoRA is; train it again") from error
+            raise UserError(
+                f"{file}: {key} is of {tensor.dtype}, which is not a type for a LoRA; train it again"
+            ) from error
         if not finite:
             raise UserError(f"{file}: {key} holds numbers that are not finite; train this adapter again")
     return tensors, metadata
@@ -297,7 +301,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _settings(metadata: Mapping[str, Any], component: str) -> dict[str, Any]:
     prefix = f"{component}."
-    if "lora_alpha" in metadata:  # of a single network, as its own `save_lora_adapter` writes
+    if "lora_alpha" in metadata:  # the file of a single network, as its own `save_lora_adapter` writes it
         return dict(metadata)
     return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
 
@@ -306,7 +310,7 @@ def _layer(a: Tensor, b: Tensor, alphas: Alphas, layer: str, stored_alpha: float
     settings = alphas.settings
     kernel = tuple(a.shape[2:])
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise UserError(f"{where}: factors of {a.dtype} and {b.dtype} are not floating-point numbers; write them so")
+        raise UserError(f"{where}: factors of {a.dtype} and {b.dtype} are not floating-point numbers; convert them")
     of_a_layer = len(a.shape) in (2, 4) and len(b.shape) == len(a.shape) and a.numel() > 0 and b.numel() > 0
     if not of_a_layer or b.shape[1] != a.shape[0] or any(side != 1 for side in b.shape[2:]):
         raise UserError(
@@ -314,11 +318,11 @@ def _layer(a: Tensor, b: Tensor, alphas: Alphas, layer: str, stored_alpha: float
             "ungrouped convolution"
         )
     rank = a.shape[0]
-    alpha = rank if stored_alpha is None else stored_alpha  # diffusers' convention where a file says nothing
+    alpha = rank if stored_alpha is None else stored_alpha  # diffusers' convention if a file does not state it
     if "lora_alpha" in settings or (settings and stored_alpha is None):
         alpha = alphas.of(layer, where)
         if stored_alpha is not None and not math.isclose(alpha, stored_alpha, rel_tol=1e-2):
-            raise UserError(f"{where}: its alpha is {stored_alpha:g} by its tensor and {alpha:g} by its settings")
+            raise UserError(f"{where}: its alpha is {stored_alpha:g} in its tensor and {alpha:g} in its settings")
     stabilised = bool(settings.get("use_rslora"))
     scale = alpha / (math.sqrt(rank) if stabilised else rank)
     return LowRank(a.flatten(1), b.flatten(1), scale, kernel)
@@ -327,7 +331,7 @@ def _layer(a: Tensor, b: Tensor, alphas: Alphas, layer: str, stored_alpha: float
 def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
     """Write `file` as stock `load_lora_weights` reads it; layers are named `{component}.{layer}`.
 
-    Layers of rank 0 are left out: they change nothing.
+    Layers of rank 0 are left out, because they have no effect.
 
     Raises:
         UserError: no layer is left.
@@ -335,16 +339,16 @@ def write_lora(file: Path, layers: Mapping[str, LowRank]) -> Path:
     """
     kept = {name: layers[name] for name in sorted(layers) if layers[name].rank > 0}
     if not kept:
-        raise UserError(f"{file}: the adapter would change nothing, no layer has an update")
+        raise UserError(f"{file}: the adapter would have no effect: all its layers have rank 0")
     tensors = {}
     for name, layer in kept.items():
         for side, factor in zip("AB", factors_of(layer), strict=True):
-            tensors[f"{name}.lora_{side}.weight"] = factor.clone()  # q, k and v of one layer may share theirs
+            tensors[f"{name}.lora_{side}.weight"] = factor.clone()  # q, k and v of one layer may share a factor
     metadata: dict[str, Any] = {}
     for component in sorted({name.split(".", 1)[0] for name in kept}):
         prefix = f"{component}."
         own = {name.removeprefix(prefix): layer for name, layer in kept.items() if name.startswith(prefix)}
         metadata |= {prefix + key: value for key, value in configuration(own, component).items()}
-    # In two steps: a full disk is an OSError then, as for every other file.
+    # In two steps, so that a full disk is an OSError, as for every other file.
     file.write_bytes(save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}))
     return file

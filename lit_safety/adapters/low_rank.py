@@ -1,4 +1,4 @@
-"""The update that a LoRA adds to one layer, whatever file it comes from."""
+"""The update that a LoRA adds to one layer, from any kind of file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LowRank:
     b: Tensor
     """(out, r)"""
     scale: float = 1.0
-    """alpha / r, or alpha / sqrt(r) where the file says that it is rank-stabilised."""
+    """alpha / r, or alpha / sqrt(r) if the file states that it is rank-stabilised."""
     kernel: tuple[int, ...] = ()
     """(kh, kw) of a convolution; empty for a linear layer."""
 

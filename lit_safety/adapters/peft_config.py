@@ -21,14 +21,14 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def find_peft(path: Path) -> tuple[Path, Path] | None:
-    """Weights and configuration, where ``path`` is such a folder or the weights in one."""
+    """Weights and configuration, if ``path`` is such a folder or the weights in one."""
     folder = path.parent if path.name == PEFT_WEIGHTS else path
     weights, config = folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
     return (weights, config) if weights.is_file() and config.is_file() else None
 
 
 def peft_settings(layers: Iterable[str], config: Path, file: Path) -> dict[str, Any]:
-    """The settings by names that begin with the part of a pipeline that is adapted: PEFT does not say it.
+    """The settings, by names that begin with the adapted part of a pipeline, which PEFT does not state.
 
     Args:
         layers: the names that `to_one_layout` found.
@@ -36,13 +36,13 @@ def peft_settings(layers: Iterable[str], config: Path, file: Path) -> dict[str, 
         file: the weights, for messages.
 
     Raises:
-        UserError: the configuration cannot be read, or the layers are of no known part, or of several.
+        UserError: the configuration cannot be read, or the layers belong to an unknown part or to several parts.
     """
     parts = {layer.split(".", 1)[0] for layer in layers}
     if len(parts) != 1 or not parts <= set(COMPONENTS):
         strange = min(layers, default="the empty file")
         raise UserError(
-            f"{file}: {strange} is neither of diffusers' UNets nor of its transformers; give adapters of a denoiser, "
+            f"{file}: {strange} is not a layer of diffusers' UNets or transformers; give adapters of a denoiser, "
             "or write this one again with `pipe.save_lora_weights`"
         )
     return {f"{min(parts)}.{key}": value for key, value in read_peft_config(config).items()}
@@ -52,20 +52,20 @@ def read_peft_config(file: Path) -> dict[str, Any]:
     """PEFT's own configuration of a LoRA.
 
     Raises:
-        UserError: it cannot be read, or is not one of a LoRA.
+        UserError: it cannot be read, or does not describe a LoRA.
     """
     try:
         config = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file} describes no LoRA; give LoRA adapters only")
+        raise UserError(f"{file} does not describe a LoRA; only LoRA adapters are read")
     return config
 
 
 class Alphas:
-    """Every layer's alpha by PEFT's settings, of which `alpha_pattern` holds regular expressions: somebody else's, so
-    that each has a second or a few and no more.
+    """Every layer's alpha by PEFT's settings. Their `alpha_pattern` holds regular expressions of other people, so each
+    has a time limit of a few seconds.
 
     Args:
         settings: a component's.
@@ -78,10 +78,10 @@ class Alphas:
         try:
             if not isinstance(given, Mapping):
                 raise TypeError("alpha_pattern is not an object")
-            # As PEFT puts it around them.
+            # As PEFT completes them.
             self.patterns = [(regex.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in given.items()]
         except (TypeError, ValueError, OverflowError, RecursionError, regex.error) as error:
-            raise UserError(f"{file}: its settings tell no alpha ({error}); is the file whole?") from error
+            raise UserError(f"{file}: its settings do not give an alpha ({error}); is the file complete?") from error
 
     def of(self, layer: str, where: str) -> float:
         try:
@@ -90,10 +90,10 @@ class Alphas:
             alpha = float(self.settings["lora_alpha"] if found is None else found)
         except TimeoutError as error:
             raise UserError(
-                f"{where}: a pattern of its alpha_pattern takes too long; write it out by layers"
+                f"{where}: a pattern of its alpha_pattern takes too long; list the layers instead"
             ) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: its settings tell no alpha ({error}); is the file whole?") from error
+            raise UserError(f"{where}: its settings do not give an alpha ({error}); is the file complete?") from error
         if not math.isfinite(alpha):
             raise UserError(f"{where}: its alpha is {alpha}; train this adapter again")
         return alpha
@@ -103,11 +103,12 @@ class Alphas:
 
 
 def configuration(layers: Mapping[str, LowRank], component: str = "unet") -> dict[str, Any]:
-    """What PEFT's `LoraConfig` needs to give every layer its own rank and scale.
+    """The arguments of PEFT's `LoraConfig` that give every layer its own rank and scale.
 
     Args:
         layers: by their names in the network.
-        component: of a text encoder only the ends of names count, since releases of transformers differ in the rest.
+        component: for a text encoder only the ends of names count, because the rest differs between releases of
+            transformers.
     """
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: _tidy(layer.scale * layer.rank) for name, layer in layers.items()}
@@ -123,14 +124,14 @@ def configuration(layers: Mapping[str, LowRank], component: str = "unet") -> dic
 
 
 def _ending(layer: str, component: str) -> str:
-    """The layer's name without what only some releases of transformers begin it with; PEFT matches names' ends."""
+    """The layer's name without the prefix of some releases of transformers; PEFT matches the ends of names."""
     return layer.removeprefix(TEXT_MODEL) if component.startswith("text_encoder") else layer
 
 
 def _pattern(layer: str, component: str) -> str:
     """PEFT matches the end of a layer's name; `^` makes that the whole name, as diffusers writes it.
 
-    Text encoders are called by other names in other releases of transformers, so there only the end is matched.
+    Layers of text encoders have other names in other releases of transformers, so there only the end is matched.
     """
     whole = "" if component.startswith("text_encoder") else "^"
     return whole + re.escape(_ending(layer, component))

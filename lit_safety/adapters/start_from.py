@@ -1,4 +1,4 @@
-"""Weights to begin a new run from: an exported adapter or pipeline, or a checkpoint of any strategy."""
+"""Weights from which a new run can start: an exported adapter or pipeline, or a checkpoint of any strategy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KEY = "model.init_args.start_from"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint, a file or a folder of DeepSpeed, and no export."""
+    """Whether ``path`` is a checkpoint (a file, or a folder of DeepSpeed) and not an export."""
     return path.suffix == ".ckpt" or (path / "checkpoint").is_dir()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint with the fp32 weights of what was trained, whole, as `state_dict`, by any strategy's file or folder.
+    """A checkpoint of any strategy, whose `state_dict` holds the trained weights, whole and in fp32.
 
     Raises:
         UserError: it is missing or damaged.
@@ -39,23 +39,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds; tensors stay on the disk until they are used.
+    """The content of a checkpoint file. Tensors are read from the disk when they are used.
 
     Raises:
-        UserError: it is damaged, or not written by a trainer.
+        UserError: it is damaged, or was not written by a trainer.
     """
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         raise UserError(f"{path} is not a readable checkpoint: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(found, dict) or "state_dict" not in found:
-        raise UserError(f"{path} is not a checkpoint of this trainer: it has no state_dict")
+        raise UserError(f"{path} is not a checkpoint of this trainer: state_dict is missing")
     return found
 
 
 def _read_deepspeed(path: Path) -> dict[str, Any]:
     if not (path / "checkpoint").is_dir():
-        raise UserError(f"`{KEY}` {path} is a folder, but no checkpoint of DeepSpeed")
+        raise UserError(f"`{KEY}` {path} is a folder, but not a checkpoint of DeepSpeed")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
@@ -70,13 +70,13 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, known: AdaptableLayers | 
 
     Args:
         path: the folder or file.
-        lora: what is trained.
+        lora: the LoRA of this run.
         adapter: PEFT's name of it.
         known: the layers of the denoiser.
 
     Raises:
-        UserError: it is missing or damaged, a layer of it has no place in the denoiser, or its alpha is another than
-            that of ``lora``.
+        UserError: it is missing or damaged, holds a layer that the denoiser lacks, or its alpha differs from that of
+        ``lora``.
     """
     from lit_safety.adapters.lora_file import read_lora
     from lit_safety.adapters.low_rank import factors_of
@@ -89,8 +89,8 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, known: AdaptableLayers | 
     for name, layer in layers.items():
         if abs(layer.scale - lora.alpha / lora.rank) > 1e-6 and layer.rank == lora.rank:
             raise UserError(
-                f"`{KEY}` {path}: its alpha / rank is {layer.scale:g}, and that of `lora` {lora.alpha / lora.rank:g}: "
-                "set lora.alpha to the file's"
+                f"`{KEY}` {path}: its alpha / rank is {layer.scale:g}, but that of `lora` is "
+                f"{lora.alpha / lora.rank:g}: set lora.alpha to the file's"
             )
         inner = name.split(".", 1)[1]
         for side, factor in zip("AB", factors_of(layer), strict=True):
@@ -101,22 +101,24 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, known: AdaptableLayers | 
 def read_experts(
     path: Path, lora: LoRA, adapter: str, names: Sequence[str], known: AdaptableLayers | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Each expert's weights by name, out of a folder with a LoRA folder for each, or a checkpoint.
+    """Each expert's weights by name, from a folder with a LoRA folder for each, or from a checkpoint.
 
     Raises:
-        UserError: one is missing, or they lie in a checkpoint of DeepSpeed, which holds one of them at a time.
+        UserError: one is missing, or they are in a checkpoint of DeepSpeed, which holds only one expert.
     """
     if is_checkpoint(path):
         held = read_checkpoint(path)
         if "experts" not in held:
-            raise UserError(f"`{KEY}` {path}: experts are read from exports, or files of one process, DDP or FSDP2")
+            raise UserError(
+                f"`{KEY}` {path}: experts are read from exports, or from files of one process, DDP or FSDP2"
+            )
         found = {name: dict(one["weights"]) for name, one in held["experts"]["resting"].items()}
         own = {name.removeprefix("backbone.denoiser."): value for name, value in held["state_dict"].items()}
         found[held["experts"]["active"]] = own
     else:
         found = {name: read_adapter(path / name, lora, adapter, known) for name in names if (path / name).is_dir()}
     if missing := sorted(set(names) - set(found)):
-        raise UserError(f"`{KEY}` {path} holds no expert {', '.join(missing)}; it has {', '.join(found) or 'none'}")
+        raise UserError(f"`{KEY}` {path} lacks the expert {', '.join(missing)}; it has {', '.join(found) or 'none'}")
     return {name: found[name] for name in names}
 
 
@@ -127,7 +129,7 @@ def read_denoiser(path: Path, name: str) -> dict[str, Tensor]:
         UserError: there are none, or they are damaged.
     """
     if not (path / name).is_dir():
-        raise UserError(f"`{KEY}` {path} holds neither an adapter, nor a pipeline with {name}, nor a checkpoint")
+        raise UserError(f"`{KEY}` {path} is not an adapter, a pipeline with {name}, or a checkpoint")
     found: dict[str, Tensor] = {}
     for file in need_weights(path / name, DIFFUSERS).names:
         with open_safetensors(path / name / file) as handle:
@@ -137,15 +139,15 @@ def read_denoiser(path: Path, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    """Copy ``weights`` into the parameters of the same names; whoever calls has compared names and shapes."""
+    """Copy ``weights`` into the parameters of the same names. The caller has compared names and shapes."""
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
 
 
-# Whether the folder of a checkpoint, as FSDP2 and DeepSpeed write it, holds all its parts, and no foreign program.
+# Check that the folder of a checkpoint of FSDP2 or DeepSpeed holds all its parts, and no code of other people.
 #
-# Both are read by pickle, which runs what a file says. So what the pickles name is compared with what the two libraries
-# write, before those read it.
+# Both are read by pickle, which can run code. So the names in the pickles are compared with those that the two
+# libraries write, before the libraries read them.
 
 
 #: Packages whose plain classes the two formats hold.
@@ -166,7 +168,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, Att
 
 
 def missing_parts(folder: Path) -> str | None:
-    """What a folder lacks, or holds and should not; None: nothing."""
+    """What is missing in a folder, or must not be there; None: nothing."""
     try:
         if (folder / ".metadata").exists():
             return _fsdp2(folder)
@@ -185,7 +187,7 @@ class _Restricted(pickle.Unpickler):
             found = super().find_class(module, name)
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
-        # A class is made and filled; a function would be called with whatever the file says.
+        # A class is only created and filled; a function would be called with arguments from the file.
         if isinstance(found, type) or (module, name) == ("torch.serialization", "_get_layout"):
             return found
         raise UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint")
@@ -203,7 +205,7 @@ def _fsdp2(folder: Path) -> str | None:
         if not path.is_file():
             return f"lacks {name}"
         if path.stat().st_size < size:
-            return f"{name} has {path.stat().st_size} bytes and should have {size}"
+            return f"{name} has {path.stat().st_size} bytes but should have {size}"
     meta = folder / "meta.pt"
     if not meta.is_file():
         return "lacks meta.pt"
@@ -228,7 +230,8 @@ def _deepspeed(folder: Path) -> str | None:
 
 
 def _is_class(name: str) -> bool:
-    """Whether a pickle names a class of DeepSpeed or Lightning, which is made and filled, and no function."""
+    """Whether a pickle names a class of DeepSpeed or Lightning, which is only created and filled, and not a
+    function."""
     module, _, last = name.rpartition(".")
     return name.startswith(("deepspeed.", "lightning.")) and isinstance(
         getattr(import_module(module), last, None), type
@@ -236,7 +239,7 @@ def _is_class(name: str) -> bool:
 
 
 def _world(parts: list[Path]) -> int:
-    """By how many ranks it was written, as its first part says; 0: it does not say."""
+    """How many ranks wrote it, by its first part; 0: not stated."""
     first = next(part for part in parts if part.name.endswith("model_states.pt"))
     # What it names was looked at before.
     held = torch.load(first, map_location="cpu", mmap=True, weights_only=False)

@@ -1,8 +1,8 @@
 """A user's embedding as tokens that the denoiser attends to.
 
 Personalized Safety Alignment (arXiv 2508.01151): Linear -> (B, N, d_ctx) -> LayerNorm. Two things are ours. Embeddings
-are standardised first: those of a language model point nearly the same way (mutual cosine 0.995), so that raw ones tell
-users apart by their last digits only. And there is a learned null user, for guidance and for unknown users.
+are standardised first: a language model's embeddings have nearly the same direction (mutual cosine 0.995), so that raw
+ones differ only in their last digits. And there is a learned null user, for guidance and for unknown users.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("standardisation needs the embeddings of two users or more")
     exact = embeddings.double()
     mean, std = exact.mean(0), exact.std(0)
-    # Rounding leaves some deviation where all users agree; dividing by it would blow noise up.
+    # If all users agree, rounding leaves a tiny deviation; dividing by it would amplify noise.
     constant = std <= 1e-6 * mean.abs().clamp_min(1e-6)
     return mean.float(), std.masked_fill(constant, 1.0).float()
 
 
 class UserProjection(nn.Module):
-    """(B, D) embeddings -> (B, N, d_ctx) user tokens, in fp32 whatever the rest of the network computes in.
+    """(B, D) embeddings -> (B, N, d_ctx) user tokens, always in fp32.
 
     Args:
         embedding_dim: D.
-        context_dim: d_ctx, the width of what the denoiser's cross-attention attends to.
+        context_dim: d_ctx, the width of the denoiser's cross-attention context.
         tokens: N.
         device: where the weights are made.
     """
@@ -83,24 +83,24 @@ class UserProjection(nn.Module):
         """User tokens.
 
         Args:
-            users: embeddings (B, D); what stands in the rows of unknown users does not matter.
+            users: embeddings (B, D); the rows of unknown users may hold any values.
             known: bool (B,); False gives the null user. None: all are known.
 
         Returns:
-            float32 (B, N, d_ctx). Every parameter takes part, whoever is known: no rank waits for a gradient.
+            float32 (B, N, d_ctx). Every parameter is used for any ``known``, so no rank waits for a gradient.
         """
         with torch.autocast(users.device.type, enabled=False):
             unknown = torch.zeros(len(users), dtype=torch.bool, device=users.device) if known is None else ~known
             standardised = (users.float() - self.mean) / self.std
-            # Not only in the end: a NaN in an unknown user's row would reach the gradient as 0 * NaN.
+            # At the beginning too: a NaN in an unknown user's row would reach the gradient as 0 * NaN.
             standardised = standardised.masked_fill(unknown[:, None], 0.0)
             tokens = self.linear(standardised).unflatten(-1, (self.tokens, self.context_dim))
             return self.norm(torch.where(unknown[:, None, None], self.null_tokens, tokens))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UserProjection:
-        """Moves to devices, but stays in fp32 when the network around it is halved.
+        """Move to devices, but stay in fp32 when the network is converted to half precision.
 
-        Half the digits of a mean would be lost, and what tells users apart with them.
+        Half precision would lose digits of the mean that distinguish users.
         """
 
         def keep(tensor: Tensor) -> Tensor:
@@ -116,17 +116,16 @@ class UserProjection(nn.Module):
 #
 #     O = SDPA(q, Wk T, Wv T) + scale * SDPA(q, W'k u, W'v u)        before to_out
 #
-# T are text tokens (B, L, d_ctx), u user tokens (B, N, d_ctx). The published code has one user token, over which
-# softmax is 1: there the user branch is W'v u at every pixel, and W'k never moves. Here N tokens are attended
-# together.
+# T are text tokens (B, L, d_ctx), u user tokens (B, N, d_ctx). The published code has one user token, whose softmax
+# is 1: the user branch is then W'v u at every pixel, and W'k never changes. Here the attention is over N tokens.
 
 
 class UserAttention(nn.Module):
     """The attention processor of one cross-attention layer; holds W'k and W'v as fp32 masters.
 
-    W'v starts at zero, so that the output is the base's to the bit. W'k starts as the base's Wk, which already knows
-    how to read this context. One user token needs no attention: W'k has no effect then and is frozen, so that no rank
-    waits for its gradient.
+    W'v starts at zero, so that the output is equal to the base's to the bit. W'k starts as the base's Wk, which is
+    already trained on this context. With one user token W'k has no effect and is frozen, so that ranks do not wait for
+    its gradient.
 
     Args:
         attn: the diffusers attention layer this is made for (its LoRA, if it has one, is applied, not copied).
@@ -140,7 +139,7 @@ class UserAttention(nn.Module):
         self.tokens = tokens
         self.replaced = attn.get_processor()
         self.scale = 1.0
-        #: False: the base's output, and no user tokens are asked for.
+        #: False: the base's output, without user tokens.
         self.enabled = True
         self.to_k_user = nn.Linear(context_dim, hidden, bias=False, device=base.device, dtype=torch.float32)
         self.to_v_user = nn.Linear(context_dim, hidden, bias=False, device=base.device, dtype=torch.float32)
@@ -149,7 +148,7 @@ class UserAttention(nn.Module):
             self.to_v_user.weight.zero_()
         self.to_k_user.weight.requires_grad_(tokens > 1)
 
-    # diffusers reads the names of the arguments off `__call__`, so it is this and not `forward`.
+    # diffusers reads the names of the arguments from `__call__`, so it is this and not `forward`.
     def __call__(
         self,
         attn: Any,
@@ -161,7 +160,7 @@ class UserAttention(nn.Module):
         """Hidden states (B, pixels, hidden) -> the same, given text tokens (B, L, d_ctx) and user tokens (B, N, d_ctx).
 
         Raises:
-            UserError: no user tokens, or not one set a row: a missing user must not pass for a safe one.
+            UserError: without user tokens, or not one set for each row: a missing user must not count as a safe one.
         """
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, length, _ = text.shape
@@ -180,13 +179,13 @@ class UserAttention(nn.Module):
         """(B, pixels, hidden), or (B, 1, hidden) for one user token."""
         if users is None:
             raise UserError(
-                "this denoiser has user attention and was called without a user: draw through load_psa's pipeline, or "
+                "this denoiser has user attention and was called without a user: draw with load_psa's pipeline, or "
                 'give cross_attention_kwargs={"user_tokens": ...}'
             )
         if users.shape[:2] != (query.shape[0], self.tokens):
             raise UserError(
                 f"user tokens of shape {tuple(users.shape)} for {query.shape[0]} rows of images and an adapter of "
-                f"{self.tokens} tokens: give one set of tokens a row"
+                f"{self.tokens} tokens: give one set of tokens for each row"
             )
         users = users.to(self.to_v_user.weight.dtype)
         value = self.to_v_user(users).to(query.dtype)
@@ -198,7 +197,7 @@ class UserAttention(nn.Module):
 
 
 class WithoutUser:
-    """A self-attention layer's own processor, made deaf to the user tokens that diffusers hands to every layer."""
+    """A self-attention layer's own processor, called without the user tokens that diffusers passes to every layer."""
 
     def __init__(self, replaced: Any) -> None:
         self.replaced = replaced
@@ -222,7 +221,7 @@ def _merge(rows: Tensor) -> Tensor:
 
 #: The UNet's submodule that makes user tokens.
 PROJECTION = "user_projection"
-#: What the plain attention layers of these families never have, so `UserAttention` does not compute it.
+#: Features that plain attention layers of these families never have, so `UserAttention` does not compute them.
 _UNUSED = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim", "residual_connection")
 
 
@@ -230,25 +229,25 @@ def cross_attentions(unet: Any) -> dict[str, Any]:
     """Name -> cross-attention layer, in the order of diffusers' `attn_processors`: down, up, middle.
 
     Raises:
-        UserError: there are none, or they attend to contexts of different widths.
+        UserError: there are none, or their contexts have different widths.
     """
-    # Under torch.compile the names belong to the module inside.
+    # Under torch.compile the names are those of the inner module.
     unet = getattr(unet, "_orig_mod", unet)
     names = [name.removesuffix(".processor") for name in getattr(unet, "attn_processors", {})]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith(".attn2")}
-    # Not its weight's shape, which is empty where ZeRO 3 has sharded it.
+    # Not its weight's shape, which is empty if ZeRO 3 has sharded it.
     widths = sorted({layer.to_k.in_features for layer in layers.values()})
     if len(widths) != 1:
-        found = f"attend to contexts of widths {widths}" if widths else "has no cross-attention layer named attn2"
+        found = f"has contexts of different widths {widths}" if widths else "has no cross-attention layer named attn2"
         raise UserError(f"{type(unet).__name__}: {found}; user attention is for the UNets of Stable Diffusion and SDXL")
     return layers
 
 
 class UserAdapter:
-    """A handle on the user attention inside a UNet; all weights belong to the UNet.
+    """The user attention inside a UNet; all weights belong to the UNet.
 
-    Tokens travel as an argument of the call, `cross_attention_kwargs={"user_tokens": (B, N, d_ctx)}`, not as state:
-    a layer that is computed again in the backward pass, a second thread or another batch cannot see the wrong user.
+    Tokens are an argument of the call, `cross_attention_kwargs={"user_tokens": (B, N, d_ctx)}`, and not a state. So a
+    layer that is computed again in the backward pass, a second thread or another batch cannot use the wrong user.
     """
 
     def __init__(self, unet: Any, projection: UserProjection, layers: dict[str, UserAttention]) -> None:
@@ -258,10 +257,10 @@ class UserAdapter:
 
     @classmethod
     def attach(cls, unet: Any, embedding_dim: int, tokens: int = 4) -> UserAdapter:
-        """Put fresh user attention into `unet`: the base's output to the bit, trainable, in fp32.
+        """Put new user attention into `unet`: trainable, in fp32, with an output equal to the base's to the bit.
 
         Raises:
-            UserError: `unet` has one already, or its attention is of another kind.
+            UserError: `unet` already has user attention, or its attention is of another kind.
         """
         if embedding_dim < 1 or tokens < 1:
             raise ValueError(f"embedding_dim and tokens must be at least 1, got {embedding_dim} and {tokens}")
@@ -283,7 +282,7 @@ class UserAdapter:
         """The user attention that `unet` has.
 
         Raises:
-            UserError: it has none, something has replaced it in some layer, or its LoRA was switched off.
+            UserError: it has none, it was replaced in some layer, or its LoRA was switched off.
         """
         layers = {name: attn.get_processor() for name, attn in cross_attentions(unet).items()}
         projection = getattr(unet, PROJECTION, None)
@@ -293,7 +292,7 @@ class UserAdapter:
         if lost:
             raise UserError(
                 f"{lost[0]}: its user attention was replaced by {type(layers[lost[0]]).__name__}, so the user's bounds "
-                "would not hold; attention slicing, xformers and fused projections do that: leave them off"
+                "would not hold; attention slicing, xformers and fused projections do that: switch them off"
             )
         if (layer := user_lora.lost(unet, projection.lora_layers)) is not None:
             raise UserError(
@@ -310,14 +309,15 @@ class UserAdapter:
         return found
 
     def set_scale(self, scale: float) -> None:
-        """Weigh the user branch, and the LoRA that was loaded with it; 0 is the base model, to the bit."""
+        """Set the weight of the user branch and of the LoRA that was loaded with it; 0 is the base model, to the
+        bit."""
         for layer in self.layers.values():
             layer.scale = float(scale)
         user_lora.set_scale(self.unet, scale)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within, the UNet is the base model and takes no user: the reference. Leave before any backward pass."""
+        """Inside, the UNet is the base model without a user: the reference. Leave before any backward pass."""
         for layer in self.layers.values():
             layer.enabled = False
         try:
@@ -328,7 +328,7 @@ class UserAdapter:
 
 
 def detach(unet: Any) -> None:
-    """Take user attention out again, what is left of it where something has replaced it in some layers, and its LoRA.
+    """Remove user attention and its LoRA, also if it was replaced in some layers.
 
     Raises:
         UserError: the LoRA is fused.
@@ -341,7 +341,7 @@ def detach(unet: Any) -> None:
 
 
 def user_arguments(tokens: Tensor) -> dict[str, Any]:
-    """What a call of the UNet needs for user tokens (B, N, d_ctx)."""
+    """The arguments of a UNet's call for user tokens (B, N, d_ctx)."""
     return {"cross_attention_kwargs": {"user_tokens": tokens}}
 
 
@@ -353,8 +353,8 @@ def _refuse_unknown(name: str, attn: Any) -> None:
         raise UserError("this denoiser has user attention already: unload it first")
     if type(processor) not in (AttnProcessor, AttnProcessor2_0):
         raise UserError(
-            f"{name} computes its attention by {type(processor).__name__}; user attention stands next to the plain one "
-            "only: leave attention slicing, xformers, IP-Adapters and fused projections off"
+            f"{name} computes its attention by {type(processor).__name__}; user attention works only with the plain "
+            "one: switch attention slicing, xformers, IP-Adapters and fused projections off"
         )
     odd = [part for part in _UNUSED if getattr(attn, part, None)]
     if odd or attn.rescale_output_factor != 1.0:

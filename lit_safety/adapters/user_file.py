@@ -1,8 +1,8 @@
 """Files of user adapters: our own format, and reading of any layout into a UNet.
 
-Ours is `user_adapter.safetensors`: `projection.*` (weights, null user, statistics), by diffusers' layer names
-`layers.{layer}.to_k_user.weight` and `.to_v_user.weight`, `lora.*` where a LoRA was trained with it, and a JSON
-object in the metadata. The published layout stands below.
+Ours is `user_adapter.safetensors`: `projection.*` (weights, null user, statistics); `layers.{layer}.to_k_user.weight`
+and `.to_v_user.weight` by diffusers' layer names; `lora.*` if a LoRA was trained with it; and a JSON object in the
+metadata. The published layout is described below.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from lit_safety.core.text import load_json
 from lit_safety.core.weights import is_pickled, not_readable
 
 WEIGHTS_NAME = "user_adapter.safetensors"
-#: What a folder may hold, the first found wins: ours, then the published ones.
+#: The files that a folder may hold; the first one found is used: ours, then the published ones.
 FILE_NAMES = (WEIGHTS_NAME, "psa_adapter.safetensors", "psa_adapter.bin")
 METADATA_KEY = "lit_safety_user_adapter"
 FORMAT_VERSION = 1
-#: With a LoRA, which older releases would not have loaded.
+#: With a LoRA, which older releases would ignore.
 VERSION_WITH_LORA = 2
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_user_adapter(adapter: UserAdapter, folder: Path, base_model: str, lora: str | None = None) -> Path:
-    """Write `folder/user_adapter.safetensors`: all of the adapter, whole or not at all.
+    """Write `folder/user_adapter.safetensors`: the whole adapter, or nothing.
 
     Args:
         adapter: user attention.
-        folder: where to.
+        folder: the output folder.
         base_model: the model it was trained on.
         lora: PEFT's name of the LoRA that was trained with it; None: there was none.
 
@@ -55,11 +55,11 @@ def save_user_adapter(adapter: UserAdapter, folder: Path, base_model: str, lora:
         UserError: a weight is not finite or empty (as under ZeRO 3, when it was not gathered), or the disk is full.
     """
     own = _state(adapter) | ({} if lora is None else user_lora.state(adapter.unet, lora))
-    # Of one token's idle key projection too, which under bf16-mixed lies in bfloat16 as all that is frozen.
+    # Also for one token's unused key projection, which is in bfloat16 under bf16-mixed, as all frozen weights are.
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in own.items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise UserError(f"{name} is empty or holds numbers that are not finite: nothing was written")
+            raise UserError(f"{name} is empty or holds numbers that are not finite, so the file was not written")
     projection = adapter.projection
     about = {
         "format_version": FORMAT_VERSION if lora is None else VERSION_WITH_LORA,
@@ -88,10 +88,10 @@ def find_user_adapter(path: str | Path) -> Path:
 
 
 def is_user_adapter(path: str | Path) -> bool:
-    """Whether a folder or file holds user attention, of our format or a published one; False where there is nothing.
+    """Whether a folder or file holds user attention, in our format or a published one; False if it does not exist.
 
     Raises:
-        UserError: a folder holds a LoRA next to it, so that nobody can tell which is meant.
+        UserError: a folder also holds a LoRA, so that it is not clear which one is meant.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,17 +107,17 @@ def is_user_adapter(path: str | Path) -> bool:
         with safe_open(path, framework="pt") as handle:
             return METADATA_KEY in (handle.metadata() or {}) or is_published(dict.fromkeys(handle.keys()))
     except (SafetensorError, OSError, ValueError):
-        return False  # whoever loads it says what is wrong with it
+        return False  # its error is reported when it is loaded
 
 
 def _names_users(file: Path) -> bool:
-    """Whether a torch file names the parts of the published layout; nothing is unpickled, its bytes are searched."""
+    """Whether a torch file names the parts of the published layout. It is not unpickled; its bytes are searched."""
     try:
         with zipfile.ZipFile(file) as archive:
             index = next(one for one in archive.infolist() if one.filename.endswith("data.pkl"))
             names = archive.read(index) if index.file_size <= LARGEST_INDEX else b""
     except (StopIteration, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        with file.open("rb") as stream:  # of torch before 1.6: whoever loads it says what is wrong
+        with file.open("rb") as stream:  # a file of torch before 1.6: its error is reported when it is loaded
             names = stream.read(LARGEST_INDEX)
     except OSError:
         return False
@@ -125,51 +125,51 @@ def _names_users(file: Path) -> bool:
 
 
 def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
-    """Attach user attention to `unet` with the weights of a folder or file, of our format or a published one.
+    """Attach user attention to `unet` with the weights of a folder or file, in our format or a published one.
 
     Raises:
-        UserError: the file is missing, damaged or hostile; a layer is missing, superfluous or of another shape; it was
-            made for another backbone.
+        UserError: the file is missing, damaged or hostile; a layer is missing, unknown or of another shape; or it was
+        made for another backbone.
     """
     return attach_weights(unet, read_weights(unet, path))
 
 
 def fill_user_adapter(adapter: UserAdapter, path: str | Path, lora: LoRA | None = None, name: str = "policy") -> None:
-    """Put the weights of a folder or file, statistics of users included, into user attention that is there.
+    """Load the weights of a folder or file, including the statistics of users, into existing user attention.
 
     Args:
         adapter: user attention.
         path: the folder or file.
-        lora: the LoRA that is next to it; None: there is none.
+        lora: the LoRA that was attached with it; None: there is none.
         name: PEFT's name of it.
 
     Raises:
-        UserError: as `load_user_adapter`, or it has other tokens, is for other embeddings, or has another LoRA.
+        UserError: as `load_user_adapter`; or the number of tokens, the size of embeddings or the LoRA differs.
     """
     weights = read_weights(adapter.unet, path)
     projection = adapter.projection
     if (weights.embedding_dim, weights.tokens) != (projection.embedding_dim, projection.tokens):
         raise UserError(
-            f"{path} has {weights.tokens} user tokens for embeddings of {weights.embedding_dim} numbers, and here are "
-            f"{projection.tokens} for {projection.embedding_dim}"
+            f"{path} has {weights.tokens} user tokens for embeddings of {weights.embedding_dim} numbers, but this run "
+            f"has {projection.tokens} for {projection.embedding_dim}"
         )
     held = weights.lora
     if (held is None) != (lora is None) or (held and lora and (held.rank, held.alpha) != (lora.rank, lora.alpha)):
         raise UserError(
             f"{path} has {'no LoRA' if held is None else f'a LoRA of rank {held.rank} and alpha {held.alpha:g}'}: set "
-            "`model.init_args.lora` as it was there"
+            "`model.init_args.lora` to the same"
         )
     if held is not None:
         names = {key.replace(f".{name}.", ".") for key, _ in adapter.unet.named_parameters() if f".{name}." in key}
         if names != set(held.tensors):
-            raise UserError(f"{path} has a LoRA on other layers: set `lora.target_modules` as it was there")
+            raise UserError(f"{path} has a LoRA on other layers: set `lora.target_modules` to the same")
         user_lora.copy_weights(adapter.unet, name, held.tensors)
     _copy(adapter, weights.tensors)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file of a user adapter holds, checked against a UNet."""
+    """The content of a user adapter's file, checked against a UNet."""
 
     tensors: dict[str, Tensor]
     """By our names."""
@@ -199,7 +199,7 @@ def _copy(adapter: UserAdapter, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(unet: Any, path: str | Path) -> Weights:
-    """The weights of a folder or file, of our format or a published one; `unet` stays as it is.
+    """The weights of a folder or file, in our format or a published one. `unet` is not changed.
 
     Raises:
         UserError: as `load_user_adapter`.
@@ -228,7 +228,7 @@ def _state(adapter: UserAdapter) -> dict[str, Tensor]:
 
 def _expected(layers: Mapping[str, tuple[int, ...]], embedding_dim: int, tokens: int) -> dict[str, tuple[int, ...]]:
     context_dim = next(iter(layers.values()))[1]
-    # Layers first: their names say most in a message.
+    # Layers first: their names help most in a message.
     expected = {
         f"layers.{layer}.{side}.weight": shape for layer, shape in layers.items() for side in ("to_k_user", "to_v_user")
     }
@@ -253,10 +253,10 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
                 f"layer {shape}"
             )
         if tensors[name].dtype not in _DTYPES or not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{file}: {name} holds numbers that are not finite, or no floating-point numbers")
+            raise UserError(f"{file}: {name} holds numbers that are not finite or not floating-point")
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
-        raise UserError(f"{file} was made for another backbone: this model has no {unknown[0]}")
+        raise UserError(f"{file} was made for another backbone: this model lacks {unknown[0]}")
     if not (tensors["projection.std"] > 0).all():
         raise UserError(f"{file}: projection.std holds numbers that are not above 0")
 
@@ -264,7 +264,7 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
 def _embedding_dim(tensors: Mapping[str, Tensor], file: Path) -> int:
     weight = tensors.get("projection.linear.weight")
     if weight is None or weight.ndim != 2 or weight.shape[1] == 0:
-        raise UserError(f"{file}: the weight of the user projection is missing or no matrix")
+        raise UserError(f"{file}: the weight of the user projection is missing or not a matrix")
     return weight.shape[1]
 
 
@@ -273,7 +273,7 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
         about = load_json(metadata.get(METADATA_KEY, ""))
     except ValueError as error:
         raise UserError(
-            f"{file} is not a user adapter: it has neither our metadata ({METADATA_KEY}) nor the published keys"
+            f"{file} is not a user adapter: it lacks our metadata ({METADATA_KEY}) and the published keys"
         ) from error
     version = about.get("format_version") if isinstance(about, dict) else None
     if version not in (FORMAT_VERSION, VERSION_WITH_LORA):
@@ -300,9 +300,9 @@ def _read_about(metadata: Mapping[str, str], layers: Mapping[str, tuple[int, ...
 #
 # `<i>` counts cross-attention layers in the order of diffusers' `attn_processors`; `user_adapter` is another name of
 # `psa_adapter`. The safetensors variant has the same names with `psa_adapter.` and `user_proj.` in front. The layout
-# has no statistics and no null user: its readers put the zero vector through the projection instead. It is for one
-# user token. Where the published code was told another number N, `proj` has N * d_ctx rows, and its attention reads the
-# first token alone; so do we.
+# lacks statistics and a null user: its readers project the zero vector instead. It is for one user token. If the
+# published code was given another number N, `proj` has N * d_ctx rows, but its attention reads only the first token; we
+# do the same.
 
 
 _LAYERS = ("psa_adapter.", "user_adapter.")
@@ -323,10 +323,10 @@ def is_published(tensors: Mapping[str, object]) -> bool:
 def from_published(
     tensors: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], file: Path
 ) -> dict[str, Tensor]:
-    """The same weights under our names; statistics that change nothing, and the published null user.
+    """The same weights under our names, with neutral statistics and the published null user.
 
-    Of several tokens that the projection makes, the first is kept, as the published attention reads no other; that is
-    said in a warning.
+    If the projection makes several tokens, only the first is kept, with a warning, as the published attention reads
+    only that one.
 
     Args:
         tensors: as read.
@@ -346,7 +346,9 @@ def from_published(
         for side in ("to_k_user", "to_v_user"):
             found = [prefix for prefix in _LAYERS if f"{prefix}{index}.{side}.0.weight" in rest]
             if len(found) > 1:
-                raise UserError(f"{file} holds both psa_adapter and user_adapter, two names of the same: take one out")
+                raise UserError(
+                    f"{file} holds both psa_adapter and user_adapter, two names for the same part: remove one"
+                )
             if not found:
                 raise UserError(
                     f"{file}: {_LAYERS[0]}{index}.{side}.0.weight is missing, which is for {layer}; is the file "
@@ -359,20 +361,21 @@ def from_published(
         why = "more than one user token, or made for a backbone of more layers" if many else "not of this layout"
         raise UserError(f"{file}: {name} is {why}; it cannot be loaded into this model")
     weight, bias = named["projection.linear.weight"], named["projection.linear.bias"]
-    # Shapes may lie about memory (a stride of 0), so they are looked at before anything of their size is made.
+    # Shapes may be much larger than the stored data (a stride of 0), so they are checked before memory is allocated.
     if weight.ndim != 2 or bias.ndim != 1 or weight.shape[1] > LARGEST_EMBEDDING:
         raise UserError(f"{file}: user_proj.proj is not a linear layer of user embeddings")
     context_dim = next(iter(layers.values()))[1]
     tokens, rest_of_rows = divmod(len(weight), context_dim)
     if tokens > 1 and rest_of_rows == 0 and len(bias) == len(weight):
         warnings.warn(
-            f"{file} has {tokens} user tokens, of which the published attention reads the first alone: it is loaded",
+            f"{file} has {tokens} user tokens, of which the published attention reads only the first: only it is "
+            "loaded",
             stacklevel=2,
         )
         weight, bias = weight[:context_dim], bias[:context_dim]
         named["projection.linear.weight"], named["projection.linear.bias"] = weight, bias
     named["projection.mean"], named["projection.std"] = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
-    named["projection.null_tokens"] = bias[None]  # what the zero vector is projected to
+    named["projection.null_tokens"] = bias[None]  # the projection of the zero vector
     return named
 
 
@@ -398,7 +401,7 @@ def to_published(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
         layers[f"{index}.to_v_user.0.weight"] = attention.to_v_user.weight
     users = {"proj.weight": weight, "proj.bias": bias}
     users |= {"norm.weight": projection.norm.weight, "norm.bias": projection.norm.bias}
-    # A copy each: a view would drag the storage it looks into along.
+    # Each is a copy: saving a view would save the whole storage behind it.
     own = {"psa_adapter": layers, "user_proj": users}
     return {
         part: {name: tensor.detach().cpu().float().clone().contiguous() for name, tensor in tensors.items()}
@@ -409,7 +412,7 @@ def to_published(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
 def save_published(adapter: UserAdapter, file: Path) -> Path:
     """Write `file` in the published layout: a torch file for `.bin`, else safetensors.
 
-    Warns that a learned null user is lost, since the layout has no place for it.
+    Warns that a learned null user is lost, because the layout cannot store it.
 
     Raises:
         UserError: the adapter has more than one user token, or the file cannot be written.
@@ -417,8 +420,8 @@ def save_published(adapter: UserAdapter, file: Path) -> Path:
     parts = to_published(adapter)
     if not torch.equal(parts["user_proj"]["proj.bias"], adapter.projection.null_tokens.detach().cpu()[0]):
         warnings.warn(
-            f"{file}: the published layout has no null user; its readers use the zero vector instead of the one that "
-            "was learned, for guidance and for unknown users",
+            f"{file}: the published layout cannot store the learned null user; for guidance and for unknown users its "
+            "readers use the zero vector instead",
             stacklevel=2,
         )
     if file.suffix == ".bin":
@@ -429,14 +432,14 @@ def save_published(adapter: UserAdapter, file: Path) -> Path:
     return write_atomic(file, save(flat))
 
 
-# Tensors out of adapter files that somebody else made: no code in them is run, and sizes are bounded first.
+# Tensors from other people's adapter files: no code in them is run, and sizes are checked first.
 
 
-#: No text model has embeddings this long.
+#: More than the embeddings of any text model.
 LARGEST_EMBEDDING = 65_536
-#: Bytes of a torch file next to its numbers: names and shapes.
+#: Bytes of a torch file besides its numbers: names and shapes.
 LARGEST_INDEX = 1 << 20
-#: What torch's restricted unpickler raises on damaged or hostile files.
+#: What torch's restricted unpickler raises for damaged or hostile files.
 _LOAD_ERRORS = (
     RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, EOFError, OverflowError,
     MemoryError, RecursionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, OSError,
@@ -444,16 +447,16 @@ _LOAD_ERRORS = (
 
 
 def read_tensors(file: Path, layers: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a `.safetensors` file, or of a `.bin` file as torch writes it, and the metadata.
+    """All tensors of a `.safetensors` file, or of a torch `.bin` file, and the metadata.
 
     Nested names of a torch file are joined by dots: `psa_adapter.0.to_k_user.0.weight`.
 
     Args:
         file: what to read.
-        layers: shapes (hidden, d_ctx) of the model's layers; they bound how large a torch file may become.
+        layers: shapes (hidden, d_ctx) of the model's layers, which bound the size of a torch file.
 
     Raises:
-        UserError: the file is damaged, too large, or holds anything else than tensors in dictionaries.
+        UserError: the file is damaged, too large, or does not hold only tensors in dictionaries.
     """
     if file.suffix == ".safetensors" and not is_pickled(file):
         return _read_safetensors(file)
@@ -481,11 +484,13 @@ def _read_torch(file: Path, layers: Mapping[str, tuple[int, ...]]) -> Any:
         raise UserError(
             f"{file} is not a torch file in the zip format: {error}; save it again with torch.save"
         ) from error
-    # What torch would unpack, compressed records included.
+    # The size that torch would unpack, including compressed records.
     size = sum(member.file_size for member in members)
     index = sum(member.file_size for member in members if "/data/" not in member.filename)
     if size > 8 * numbers + LARGEST_INDEX or index > LARGEST_INDEX:
-        raise UserError(f"{file} would unpack to {size} bytes, more than any adapter of this backbone: not read")
+        raise UserError(
+            f"{file} would unpack to {size} bytes, more than any adapter of this backbone, so it is not read"
+        )
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:

@@ -1,4 +1,4 @@
-"""The LoRA that may be trained together with user attention, and that lives and loads with it.
+"""The LoRA that may be trained together with user attention, and is saved and loaded with it.
 
 Ours, not the paper's: Personalized Safety Alignment (arXiv 2508.01151) trains user attention alone.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_safety.adapters.lora import LoRA
 from lit_safety.core.errors import UserError
 
-#: What PEFT calls it in a pipeline that draws for users.
+#: Its name for PEFT in a pipeline that draws for users.
 ADAPTER = "users"
 PREFIX = "lora."
 _SIDES = ("lora_A", "lora_B")
@@ -26,7 +26,7 @@ _SIDES = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class UserLoRA:
-    """What a file holds of it, checked against a UNet."""
+    """Its part of a file, checked against a UNet."""
 
     rank: int
     alpha: float
@@ -42,7 +42,7 @@ class UserLoRA:
         """Put it into `unet`, frozen and in its precision, next to the LoRAs that are active there.
 
         Raises:
-            UserError: another LoRA is fused there: PEFT leaves every other one out of such a layer.
+            UserError: another LoRA is fused there: PEFT then ignores all others in such a layer.
         """
         if any(layer.merged for layer in _tuned(unet).values()):
             raise UserError(
@@ -51,7 +51,7 @@ class UserLoRA:
         active = {name: list(layer.active_adapters) for name, layer in _tuned(unet).items()}
         LoRA(self.rank, self.alpha, self.layers).attach(unet, ADAPTER)
         for name, layer in _tuned(unet).items():
-            # `attach` leaves nothing else active.
+            # `attach` switches all others off.
             layer.set_adapter([*active.get(name, []), *([ADAPTER] if ADAPTER in layer.scaling else [])])
         copy_weights(unet, ADAPTER, self.tensors)
         for name, parameter in unet.named_parameters():
@@ -89,11 +89,11 @@ def read(unet: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any], fil
         layer, side = _layer(name), name.rpartition(".lora_")[2]
         wanted = _shapes(unet, layer, rank).get(side)
         if wanted is None:
-            raise UserError(f"{another}: this model has no linear or convolution layer for {name}")
+            raise UserError(f"{another}: this model lacks a linear or convolution layer for {name}")
         if tuple(tensor.shape) != wanted:
             raise UserError(f"{another}: {name} has shape {tuple(tensor.shape)}, not {wanted}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise UserError(f"{file}: {name} holds numbers that are not finite, or no floating-point numbers")
+            raise UserError(f"{file}: {name} holds numbers that are not finite or not floating-point")
     lora = UserLoRA(rank, float(alpha), own)
     missing = {f"{layer}.{side}.weight" for layer in lora.layers for side in _SIDES} - set(own)
     if missing:
@@ -102,7 +102,7 @@ def read(unet: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any], fil
 
 
 def _shapes(unet: nn.Module, layer: str, rank: int) -> dict[str, tuple[int, ...]]:
-    """Of A and B for a linear layer or a convolution; nothing where there is no such layer."""
+    """The shapes of A and B for a linear layer or a convolution; empty if there is no such layer."""
     try:
         module: Any = unet.get_submodule(layer)
     except AttributeError:
@@ -125,7 +125,7 @@ def copy_weights(unet: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -
 
 
 def lost(unet: nn.Module, layers: tuple[str, ...]) -> str | None:
-    """The first of `layers` in which the LoRA is no longer active; None: it is in all."""
+    """The first of `layers` in which the LoRA is no longer active; None: it is active in all."""
     for name in layers:
         layer = unet.get_submodule(name)
         if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
@@ -136,21 +136,21 @@ def lost(unet: nn.Module, layers: tuple[str, ...]) -> str | None:
 
 
 def keep_active(unet: nn.Module) -> None:
-    """Make the LoRA active again where another's loading has switched it off; nothing where there is none."""
+    """Make the LoRA active again if loading another one has switched it off. Does nothing without such a LoRA."""
     for layer in _tuned(unet).values():
         if ADAPTER in layer.scaling and ADAPTER not in layer.active_adapters:
             layer.set_adapter([*layer.active_adapters, ADAPTER])
 
 
 def set_scale(unet: nn.Module, scale: float) -> None:
-    """Weigh it; 0 is the base model."""
+    """Set its weight; 0 is the base model."""
     for layer in _tuned(unet).values():
         if ADAPTER in layer.scaling:
             layer.set_scale(ADAPTER, scale)
 
 
 def remove(unet: Any) -> None:
-    """Take it out again; other LoRAs stay.
+    """Remove it; other LoRAs stay.
 
     Raises:
         UserError: it is fused, so that it would stay in the weights.

@@ -17,25 +17,24 @@ from lit_safety.adapters.user_file import attach_weights, find_user_adapter, rea
 from lit_safety.core.errors import UserError
 from lit_safety.users.table import USERS_FILE, Users, UserTable
 
-#: What stands for a user: an id of `users.safetensors`, or None for the null user.
+#: A user in a call: an id of `users.safetensors`, or None for the null user.
 UserId = str | None
 
 
 def load_psa(pipe: Any, path: str | Path, scale: float = 1.0, users: str | Path | None = None) -> None:
     """Load a user adapter into a stock diffusers pipeline; from then on every call draws for a user.
 
-    `pipe(prompt, user="0000033")` looks the user up in `users.safetensors`; `user=["0000033", None]` gives each
-    prompt of a batch its own, None being the null user, who is also drawn for when no user is named.
-    `pipe(prompt, user_embeds=tensor)` takes embeddings (D,) or (B, D) instead. An id that is not in the file is an
-    error, unless `unknown_user="null"` asks for the null user. Under guidance the conditional half sees prompt and
-    user, the unconditional half negative prompt and null user. Everything else is the pipeline's own call, its LoRAs
-    included. A pipeline that has an adapter takes the new one in its place, and keeps the old one where the new one
-    does not fit.
+    `pipe(prompt, user="0000033")` looks the user up in `users.safetensors`. `user=["0000033", None]` gives each prompt
+    of a batch its own user; None is the null user, who is also used if no user is named. `pipe(prompt,
+    user_embeds=tensor)` takes embeddings (D,) or (B, D) instead. An id that is not in the file is an error, or the null
+    user with `unknown_user="null"`. Under guidance the conditional half gets prompt and user, the unconditional half
+    negative prompt and null user. Everything else, LoRAs included, is the pipeline's own call. If the pipeline already
+    has an adapter, the new one replaces it; if the new one does not fit, the old one stays.
 
     Args:
         pipe: a pipeline of Stable Diffusion or SDXL that draws from text, redraws images or inpaints.
         path: a folder or file written by this package, or of the published layout.
-        scale: weight of the user branch, finite; 0 is the base model, to the bit.
+        scale: weight of the user branch, a finite number; 0 is the base model, to the bit.
         users: a `users.safetensors`, or its folder; None: the one next to the adapter, if there is one.
 
     Raises:
@@ -53,10 +52,10 @@ def load_psa(pipe: Any, path: str | Path, scale: float = 1.0, users: str | Path 
     weights = read_weights(stock.unet, path)
     if known is not None and known.dimension != weights.embedding_dim:
         raise UserError(
-            f"{known.file} has embeddings of {known.dimension} numbers, the adapter {path} was trained on "
-            f"{weights.embedding_dim}: use the text model it was trained with"
+            f"{known.file} has embeddings of {known.dimension} numbers, but the adapter {path} was trained on "
+            f"{weights.embedding_dim}: use the text model that it was trained with"
         )
-    if getattr(stock.unet, PROJECTION, None) is not None:  # this pipeline's, or one's that shares the UNet
+    if getattr(stock.unet, PROJECTION, None) is not None:  # of this pipeline, or of another with the same UNet
         detach(stock.unet)
     adapter = attach_weights(stock.unet, weights)
     for _, parameter in adapter.named_parameters():
@@ -76,13 +75,13 @@ def draw_for_users(pipe: Any, users: Users | UserTable | None) -> None:
 
 
 def same_users(pipe: Any, other: Any) -> None:
-    """Let `other`, a pipeline around the UNet of `pipe`, draw for the same users, where `pipe` draws for users."""
+    """If `pipe` draws for users, let `other`, a pipeline with the same UNet, draw for the same users."""
     if isinstance(pipe, DrawsForUsers):
         draw_for_users(other, pipe._users)
 
 
 def unload_psa(pipe: Any) -> None:
-    """Make `pipe` the stock pipeline it was before `load_psa`.
+    """Make `pipe` the stock pipeline that it was before `load_psa`.
 
     Raises:
         UserError: nothing was loaded into it.
@@ -95,7 +94,7 @@ def unload_psa(pipe: Any) -> None:
 
 
 class DrawsForUsers:
-    """What `load_psa` adds to a pipeline's class. No fork: the call goes on to the pipeline's own."""
+    """What `load_psa` adds to a pipeline's class. It is not a fork: it calls the pipeline's own method."""
 
     unet: Any
     _stock: ClassVar[type]
@@ -129,7 +128,7 @@ class DrawsForUsers:
             # In the pipelines' order: the unconditional half first.
             embeds, known = torch.cat([embeds, embeds]), torch.cat([torch.zeros_like(known), known])
         device = next(adapter.projection.parameters()).device
-        if device.type == "meta":  # offloaded layer by layer; each is fetched when it is called
+        if device.type == "meta":  # offloaded layer by layer; each layer is fetched when it is called
             device = self._execution_device
         with torch.no_grad():
             tokens = adapter.projection(embeds.to(device), known.to(device))
@@ -146,7 +145,7 @@ class DrawsForUsers:
             raise UserError(f"`user` is an id such as '0000033', or a list of them, not {user!r}")
         ids = [user] * count if user is None or isinstance(user, str) else list(user)
         if len(ids) != count:
-            raise UserError(f"{len(ids)} users for {count} prompts: give one user, or one a prompt")
+            raise UserError(f"{len(ids)} users for {count} prompts: give one user, or one for each prompt")
         if unknown == "null":
             ids = [one if self._users is not None and one in self._users.ids else None for one in ids]
         elif unknown != "error":
@@ -154,8 +153,8 @@ class DrawsForUsers:
         named = [one for one in ids if one is not None]
         if named and self._users is None:
             raise UserError(
-                f"user {named[0]!r} cannot be looked up: there is no {USERS_FILE} next to the adapter; give "
-                "load_psa(..., users=FILE), or the embedding by `user_embeds`"
+                f"user {named[0]!r} cannot be looked up: {USERS_FILE} is missing next to the adapter; give "
+                "load_psa(..., users=FILE), or the embedding as `user_embeds`"
             )
         embeds = torch.zeros(count, dimension)
         known = torch.tensor([one is not None for one in ids], dtype=torch.bool)
@@ -164,12 +163,12 @@ class DrawsForUsers:
         return embeds, known
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the folder would load without the user's bounds, and without a word.
+        """Refused: the folder would load without the user's bounds and without an error.
 
         Raises:
             UserError: always.
         """
-        raise UserError("a pipeline with a user adapter cannot be saved as one: unload_psa(pipe) first, and keep both")
+        raise UserError("a pipeline with a user adapter cannot be saved: call unload_psa(pipe) first, and keep both")
 
 
 def draws_for_users(pipe: Any) -> bool:
@@ -179,7 +178,7 @@ def draws_for_users(pipe: Any) -> bool:
 
 @cache
 def _families() -> tuple[type, ...]:
-    """Pipelines whose calls are alike in what concerns users: prompts, images a prompt, guidance."""
+    """Pipelines whose calls handle prompts, images a prompt and guidance in the same way."""
     import diffusers
 
     return tuple(
@@ -191,7 +190,7 @@ def _families() -> tuple[type, ...]:
 
 @cache
 def _with_users(base: type) -> type:
-    # The same name: diffusers writes it down and looks it up.
+    # The same name, because diffusers stores it and looks it up.
     return type(base.__name__, (DrawsForUsers, base), {"__module__": base.__module__, "_stock": base})
 
 
@@ -215,7 +214,7 @@ def _checked(embeds: Tensor, count: int, dimension: int) -> tuple[Tensor, Tensor
             f"numbers: give ({dimension},) or (prompts, {dimension})"
         )
     if len(rows) not in (1, count):
-        raise UserError(f"{len(rows)} user embeddings for {count} prompts: give one, or one a prompt")
+        raise UserError(f"{len(rows)} user embeddings for {count} prompts: give one, or one for each prompt")
     for index, row in enumerate(rows):
         if not torch.isfinite(row).all():
             raise UserError(f"`user_embeds`: row {index} holds numbers that are not finite")

@@ -1,7 +1,7 @@
-"""Degraded views of training images: a generator's images are not as clean as photographs or drawings of scenes.
+"""Degraded views of training images, because a generator's images are less clean than photographs or drawn scenes.
 
-A view is a pure function of the sample's key and the view's number, the same for both images of a pair, in every
-epoch and run: so the CLIP features of all views can be computed once, and training from them is training on images.
+A view is a pure function of the sample's key and the view's number. It is the same for both images of a pair, in every
+epoch and run. So the CLIP features of all views can be computed once, and training on them is the same as on images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Degradation:
     """How training images are degraded; view 0 is always the image itself.
 
     Args:
-        views: degraded views of each image next to the image itself; 0: none.
+        views: degraded views of each image in addition to the image itself; 0: none.
         blur: largest factor by which a view is shrunk before it is enlarged again, at least 1.
         contrast: contrast lies within 1 - contrast and 1 + contrast.
         noise: largest standard deviation of added noise, where an image spans [-1, 1].
@@ -41,7 +41,7 @@ class Degradation:
 
     @property
     def all(self) -> range:
-        """The numbers of all views, 0 being the image itself."""
+        """The numbers of all views; 0 is the image itself."""
         return range(self.views + 1)
 
     def __call__(self, images: Tensor, keys: Sequence[str], views: Sequence[int]) -> Tensor:
@@ -53,7 +53,7 @@ class Degradation:
         if view == 0:
             return image
         contrast = uniform(seed, "contrast", 1 - self.contrast, 1 + self.contrast)
-        # Squared, so that most views get a little noise and a few get much.
+        # Squared, so that most views get little noise and a few get much.
         sigma = self.noise * uniform(seed, "noise-level") ** 2
         noise = normal([seed], "noise", image.shape)[0].to(image)
         return (self._blurred(image, seed) * contrast + noise * sigma).clamp(-1, 1)

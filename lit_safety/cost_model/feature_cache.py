@@ -1,8 +1,8 @@
-"""CLIP features of a set of shards, computed once: the tower is frozen, so nothing of them ever changes.
+"""CLIP features of a set of shards, computed once: the tower is frozen, so they never change.
 
-One safetensors file a set, named by what decides the features (CLIP, output, views, resolution, shards and filters):
-another CLIP or other shards never find it. With it a training step costs a small MLP and neither decodes an image nor
-touches CLIP.
+One safetensors file a set. Its name depends on everything that decides the features (CLIP, output, views, resolution,
+shards and filters), so another CLIP or other shards never use it. With it a training step runs only a small MLP,
+without decoding images and without CLIP.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class FeatureCache:
         return key in self.rows
 
     def get(self, keys: Sequence[str], views: Sequence[int]) -> Tensor:
-        """Features (B, 2, D) of these samples, a view each.
+        """Features (B, 2, D) of these samples, one view of each.
 
         Raises:
-            UserError: one is not among them, because its images could not be read.
+            UserError: a sample is missing, because its images could not be read.
         """
         try:
             rows = torch.tensor([self.rows[key] for key in keys])
@@ -78,7 +78,7 @@ class FeatureCache:
 
     @classmethod
     def load(cls, file: Path) -> FeatureCache | None:
-        """What `save` wrote; None if nothing usable is there, and the features are to be computed."""
+        """What `save` wrote; None if there is no usable file, so that the features must be computed."""
         try:
             with safe_open(file, framework="pt") as handle:
                 keys = load_json((handle.metadata() or {})["keys"])
@@ -89,7 +89,7 @@ class FeatureCache:
 
     @classmethod
     def join(cls, parts: Sequence[FeatureCache]) -> FeatureCache:
-        """The parts that several ranks computed, as one; a key that stands in two parts is taken once."""
+        """The parts that several ranks computed, as one. A key in two parts is used once."""
         kept: dict[str, tuple[int, int]] = {}
         for number, part in enumerate(parts):
             for key, row in part.rows.items():
@@ -102,7 +102,7 @@ def compute_features(batches: Iterable[PairBatch], tower: ClipTower, degradation
     """Features of both images of every pair, in all views.
 
     Raises:
-        UserError: a pair has no images, or two pairs of different images share a key.
+        UserError: a pair lacks images, or two pairs with different images share a key.
     """
     rows: dict[str, int] = {}
     found: list[Tensor] = []
@@ -124,20 +124,20 @@ def images_of(batch: PairBatch) -> Tensor:
     """Both images of each pair: (B, 2, 3, H, W).
 
     Raises:
-        UserError: the shards hold cached latents and no images.
+        UserError: the shards hold cached latents but no images.
     """
     if batch.chosen is None or batch.rejected is None:
-        raise UserError(f"sample {batch.keys[0]} has no images: the cost model is trained on shards that hold them")
+        raise UserError(f"sample {batch.keys[0]} lacks its images: a cost model is trained on shards with images")
     return torch.stack([batch.chosen, batch.rejected], dim=1)
 
 
 def doubled(values: Sequence) -> list:
-    """[a, b] -> [a, a, b, b]: what both images of a pair share."""
+    """[a, b] -> [a, a, b, b]: one value for each image of a pair."""
     return [value for value in values for _ in range(2)]
 
 
 def cache_name(parts: Sequence[object]) -> str:
-    """A file name that differs where any of what decides the features does."""
+    """A file name that depends on everything that decides the features."""
     return f"features-{hashlib.blake2b(repr(tuple(parts)).encode(), digest_size=12).hexdigest()}.safetensors"
 
 
@@ -147,16 +147,16 @@ def cache_name(parts: Sequence[object]) -> str:
 def cached_features(
     folder: Path, data: PreferenceDataModule, part: str, tower: ClipTower, degradation: Degradation, trainer: Trainer
 ) -> FeatureCache:
-    """The features of ``part`` ("train" or "val") of the data, from ``folder``; computed where they are not there.
+    """The features of ``part`` ("train" or "val") of the data, from ``folder``; computed if they are missing.
 
     Raises:
-        UserError: the pairs are mirrored at random, which a cache cannot follow, or cannot be read.
+        UserError: the pairs are mirrored at random, which a cache cannot reproduce, or cannot be read.
     """
     if data.flip and part == "train":
-        raise UserError(f"{KEY}.flip mirrors other pairs in every pass: leave it off, or model.init_args.feature_cache")
+        raise UserError(f"{KEY}.flip mirrors other pairs in every pass: switch it or model.init_args.feature_cache off")
     source = open_source(getattr(data, part), f"{KEY}.{part}")
     selection = select(source, data.filter)
-    listed = [  # tar files are filled up, so that others of the same name and size are common: their content counts
+    listed = [  # tar files are padded, so different ones often have the same name and size: their content counts
         (Path(one.url).name, one.nsamples, one.bytes, content)
         for one, (_, content) in zip(source.manifest.shardlist, source.identity(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The README.md that lies next to an exported cost model."""
+"""The files of an exported cost model, and its README.md."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ Gives an image a cost C: {meaning}
 
     python -m lit_safety shards score SHARDS --cost_model THIS_FOLDER --out SCORED
 
-It is an adapter on the features of the CLIP {code(config["clip"])}, which is not copied here; with any other CLIP it
-refuses to load. It knows the kinds of harm that its training pairs showed, drawn as they were drawn there, and no
-others. Report the safety of what was aligned by it with a judge that no training has seen, not with this model."""
+It is an adapter on the features of the CLIP {code(config["clip"])}, which is not copied here. It does not load with any
+other CLIP. It knows only the kinds of harm in its training pairs, and only in their style. Measure the safety of a
+model that was aligned with it by a judge that was not used in any training, not by this model."""
     sections = [
         settings(config["settings"], "Training"),
         last_validation(overall, "No validation was run: not calibrated.", about),
@@ -52,7 +52,7 @@ others. Report the safety of what was aligned by it with a judge that no trainin
 
 
 def why_not_calibrated(config: dict[str, Any]) -> str | None:
-    """Why a cost of 0 is not the border between safe and harmful for this config.json; None: it is."""
+    """Why, for this config.json, a cost of 0 is not the border between safe and harmful; None: it is the border."""
     if (found := config.get("calibration")) is not None:
         return found["not_calibrated"]
     if not config["metrics"]:
@@ -63,15 +63,15 @@ def why_not_calibrated(config: dict[str, Any]) -> str | None:
 # A cost model's folder: config.json, model.safetensors and a model card. The frozen CLIP is named, not copied.
 
 
-#: By this a cost model's folder is known from a judge's and from other models'.
+#: Marks a cost model's folder, in contrast to a judge's or another model's.
 KIND = "lit_safety cost model"
 VERSION = 1
 MOST_COST = 5.0
-"""Size of a threshold: a probability of harm of 99.3%."""
+"""Largest size of a threshold: a probability of harm of 99.3%."""
 MOST_COST_UNSEEN = 3.0
-"""The same where the folder does not say what its calibration images cost: 95%."""
+"""The same if the folder does not state the costs of its calibration images: 95%."""
 MOST_TEMPERATURE, MOST_SHIFT = 1e6, 1e3
-"""Sizes of a calibration that an honest fit stays far below."""
+"""Largest sizes of a calibration; a real fit stays far below."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -85,12 +85,12 @@ def save_cost_model(
     """Write a cost model's folder, whole or not at all.
 
     Args:
-        folder: replaced where it is there.
+        folder: replaced if it exists.
         scorer: the model.
-        metrics: figures of the last validation, for whoever opens the folder.
-        settings: how it was trained, likewise.
-        calibration: `images` and `harmful`, how many labelled images it was fitted on; `not_calibrated`, why it was
-            not, in words, or None; and, where it was, `middle_harmful` and `middle_safe`, the costs of the middle one.
+        metrics: figures of the last validation, for its readers.
+        settings: how it was trained, for its readers.
+        calibration: `images` and `harmful`: how many labelled images it was fitted on; `not_calibrated`: why it was not
+        fitted, in words, or None; and if it was fitted, `middle_harmful` and `middle_safe`: the median costs.
     """
     folder = Path(folder)
     source = scorer.tower.source
@@ -98,7 +98,7 @@ def save_cost_model(
         "kind": KIND,
         "version": VERSION,
         "clip": source,
-        # Found from any working directory as long as both folders keep their places; null for a hub id.
+        # Works from any working directory while both folders stay at their places; null for a hub id.
         "clip_from_here": os.path.relpath(source, folder) if Path(source).is_dir() else None,
         "clip_fingerprint": scorer.tower.sha256,
         "features": scorer.tower.features,
@@ -133,7 +133,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder}: has no {name}, so it is not a cost model; give the folder that `fit --config "
+                f"{folder}: lacks {name}, so it is not a cost model; give the folder that `fit --config "
                 "configs/cost_model.yaml` wrote, such as data/toyworld/cost_model"
             )
     try:
@@ -141,7 +141,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
     if not is_cost_model(config):
-        raise UserError(f"{folder / CONFIG}: its `kind` is not {KIND!r}, so it describes no cost model")
+        raise UserError(f"{folder / CONFIG}: its `kind` is not {KIND!r}, so it does not describe a cost model")
     if config.get("version") != VERSION or isinstance(config["version"], bool):
         raise UserError(f"{folder / CONFIG}: is of version {config.get('version')!r}; this program reads {VERSION}")
     wanted = {"clip": str, "clip_fingerprint": str, "features": str, "width": int, "threshold": float | int}
@@ -153,7 +153,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not least <= config["threshold"] <= most:  # nan compares as false
         raise UserError(
             f"{folder / CONFIG}: `threshold` is {config['threshold']!r}; a cost above 0 is harmful, so it must lie "
-            f"from {least:g} to {most:g}: beyond, it would call most harmful images safe, or most safe ones harmful"
+            f"from {least:g} to {most:g}: outside, most harmful images would count as safe, or most safe ones as "
+            "harmful"
         )
     if config["features"] not in get_args(Features) or not 0 < config["width"] <= 65536:
         raise UserError(f"{folder / CONFIG}: has features {config['features']!r} of width {config['width']}: damaged")
@@ -161,10 +162,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def threshold_range(config: dict[str, Any]) -> tuple[float, float]:
-    """Between which costs a threshold may lie.
+    """The range of costs in which a threshold may lie.
 
-    0 always may. Above it, at most where half of the harmful images of the calibration lie: a judge that calls more
-    than half of them safe is none. Below it likewise with the safe ones.
+    0 is always allowed. The upper end is the median of the calibration's harmful images, because a judge that calls
+    more than half of them safe is not usable. The lower end is the median of the safe ones.
     """
     calibration = config.get("calibration") or {}
     least = max(-MOST_COST, min(0.0, calibration.get("middle_safe", -MOST_COST_UNSEEN)))
@@ -172,10 +173,10 @@ def threshold_range(config: dict[str, Any]) -> tuple[float, float]:
 
 
 def _check_figures(config: dict[str, Any], file: Path) -> None:
-    """What the last validation measured decides which categories a judge says it sees, and whether 0 is a border.
+    """Check the figures of the last validation, which decide the categories of a judge and whether 0 is a border.
 
     Raises:
-        UserError: it is not a table of finite numbers, or the calibration is none that `save_cost_model` writes.
+        UserError: they are not a table of finite numbers, or the calibration has not the form of `save_cost_model`.
     """
     metrics, calibration = config.get("metrics"), config.get("calibration")
     if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
@@ -192,15 +193,14 @@ def _check_figures(config: dict[str, Any], file: Path) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # nan is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # false for nan
 
 
 def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> CostScorer:
     """The cost model in ``folder``, ready to score.
 
     Raises:
-        UserError: a file is missing or damaged, the CLIP it stands on is not found, or is another one than it was
-            trained on.
+        UserError: a file is missing or damaged, or its CLIP is not found or is not the one that it was trained on.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -211,14 +211,14 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
         raise UserError(f"{why}: it is damaged; copy the folder again") from error
     for name, value in tensors.items():
         if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            raise UserError(f"{folder / WEIGHTS}: {name} is of {value.dtype}, and no cost model is: copy it again")
+            raise UserError(f"{folder / WEIGHTS}: {name} has the wrong type {value.dtype}: copy it again")
         if not torch.isfinite(value).all():
             raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite; train this model again")
     tower = ClipTower(_clip(folder, config), config["features"])
     if tower.sha256 != config["clip_fingerprint"]:
         raise UserError(
-            f"{folder} was trained on the CLIP {config['clip']} (fingerprint {config['clip_fingerprint'][:12]}), and "
-            f"{tower.source} is another one (fingerprint {tower.sha256[:12]}): its costs would mean nothing; "
+            f"{folder} was trained on the CLIP {config['clip']} (fingerprint {config['clip_fingerprint'][:12]}), but "
+            f"{tower.source} is another one (fingerprint {tower.sha256[:12]}), so its costs would be wrong; "
             "restore that CLIP, or train the cost model again"
         )
     adapter = CostAdapter(tower.width, config["width"])
@@ -242,13 +242,13 @@ def load_cost_model(folder: str | Path, device: torch.device | str = "cpu") -> C
 
 
 def _clip(folder: Path, config: dict[str, Any]) -> str:
-    """Where the CLIP lies: as it was named in training, or seen from the cost model's own folder."""
+    """The path of the CLIP: as it was named in training, or relative to the cost model's folder."""
     named, beside = config["clip"], config.get("clip_from_here")
     if Path(named).is_dir() or not isinstance(beside, str):
         return named
     if (folder / beside).is_dir():
         return str(folder / beside)
     raise UserError(
-        f"{folder / CONFIG}: the CLIP it stands on is neither at {named} nor at {folder / beside}; set `clip` there to "
+        f"{folder / CONFIG}: its CLIP is neither at {named} nor at {folder / beside}; set `clip` there to "
         "the folder that holds it"
     )

@@ -1,4 +1,4 @@
-"""Costs for pairs whose shard has none: from a cost model, once a pair, or from their labels."""
+"""Costs for pairs without costs in their shard: from a cost model, once a pair, or from their labels."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def fill_costs(batch: PairBatch, scorer: CostScorer, memory: dict[str, tuple[float, float]]) -> PairBatch:
-    """The batch with the costs that it lacks; known ones stay, and the batch given is not changed.
+    """A copy of the batch in which missing costs are filled in. Known costs stay.
 
-    Costs do not depend on what is trained, so each pair goes through the cost model once and is remembered. A mirrored
-    pair keeps the costs of its first showing.
+    Costs do not depend on what is trained, so each pair is scored once and remembered. A mirrored pair keeps the costs
+    of the first time.
 
     Args:
-        batch: pairs, some of them perhaps without costs.
-        scorer: gives the costs; on the batch's device is fastest.
-        memory: key -> costs of chosen and rejected; give the same one for every batch of a set of shards, and
-            another for another set, where a key may name another pair.
+        batch: pairs with or without costs.
+        scorer: gives the costs; fastest on the batch's device.
+        memory: key -> costs of chosen and rejected. Use the same one for every batch of a set of shards, and another
+            one for another set, in which a key may name another pair.
 
     Raises:
-        UserError: a pair without costs has no images either, or the cost model's answer is not a finite number.
+        UserError: a pair without costs also lacks images, or the cost model's answer is not a finite number.
     """
     lacking = [row for row, known in enumerate(batch.has_cost) if not known]
     if not lacking:
@@ -54,31 +54,31 @@ def _scored(batch: PairBatch, rows: list[int], scorer: CostScorer) -> Tensor:
             f"sample {batch.keys[rows[0]]} has neither costs nor images to score: run `shards score` before its "
             "latents are cached"
         )
-    # A pair by itself, whatever batch it came in: the last digits depend on what goes through a network together, and a
-    # run that was resumed meets a pair in another batch first.
+    # Each pair alone: the last digits depend on the batch, and in a resumed run a pair may be in another batch the
+    # first time.
     costs = (
         torch.stack([scorer.costs(torch.stack([batch.chosen[row], batch.rejected[row]])) for row in rows]).float().cpu()
     )
     for row, finite in zip(rows, costs.isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise UserError(f"sample {batch.keys[row]}: its cost is not finite; look at it with `shards inspect`")
+            raise UserError(f"sample {batch.keys[row]}: its cost is not finite; check it with `shards inspect`")
     return costs
 
 
 def costs_of_labels(batch: PairBatch) -> PairBatch:
-    """The batch with 1 and -1 for the costs that it lacks: harmful and safe. The batch given is not changed.
+    """A copy of the batch in which missing costs are 1 (harmful) and -1 (safe).
 
     Args:
         batch: B pairs. Known costs stay.
 
     Raises:
-        UserError: a pair has no costs, a label of it is not known, and safety did not decide its order.
+        UserError: a pair lacks costs and a label, and its order was not decided by safety.
     """
     for key, cost, label, order in zip(batch.keys, batch.has_cost, batch.has_harmful, batch.orders, strict=True):
         if not (cost or label or order == "safety"):
             raise UserError(
-                f"sample {key} has no costs, its label is not known, and its order is {order}: `label_costs` cannot "
-                "say how harmful its images are; label both, or leave such pairs out with `data.init_args.orders`"
+                f"sample {key} lacks costs and a label, and its order is {order}: `label_costs` cannot decide how "
+                "harmful its images are; label both, or leave such pairs out with `data.init_args.orders`"
             )
     by_order = batch.cost.new_tensor([-1.0, 1.0])
     costs = torch.where(batch.harmful.isnan(), by_order, 2.0 * batch.harmful - 1.0)

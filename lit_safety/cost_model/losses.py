@@ -1,8 +1,8 @@
 """The losses of the safety cost model, as pure functions of costs and labels.
 
-SC-DPO (arXiv 2504.14290) trains its cost model by a contrastive and a cost anchoring objective and published neither;
-the form here is the pairwise cost loss of Safe RLHF (Dai et al., arXiv 2310.12773, equation 8), with C > 0 harmful.
-Labels are 1 harmful, 0 safe, nan unknown; what is unknown contributes nothing, neither value nor gradient.
+SC-DPO (arXiv 2504.14290) trains its cost model with a contrastive and a cost anchoring objective, but does not publish
+their formulas. Here they have the form of Safe RLHF's pairwise cost loss (Dai et al., arXiv 2310.12773, equation 8),
+with C > 0 harmful. Labels are 1 harmful, 0 safe, nan unknown. Unknown labels add neither value nor gradient.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def anchoring_loss(costs: Tensor, harmful: Tensor) -> Tensor:
 
 
 def cost_norm(costs: Tensor) -> Tensor:
-    """Mean of C^2 over the two images of a pair: (B, 2) -> (B,). Keeps costs from growing without end."""
+    """Mean of C^2 over the two images of a pair: (B, 2) -> (B,). It stops costs from growing without limit."""
     return costs.square().mean(1)
 
 
 def info_nce_loss(features: Tensor, harmful: Tensor, temperature: float) -> Tensor:
     """Supervised InfoNCE (Khosla et al., arXiv 2004.11362, equation 2) over a batch: (N, D), labels (N,) -> loss (N,).
 
-    Images of one label attract each other, those of the other push away; similarity is the cosine / temperature. 0 for
-    an image of unknown label or alone with its label; unknown images are no one's negatives either. Unlike the other
-    losses it depends on what else is in the batch.
+    Images of the same label attract each other, images of different labels repel each other; similarity is the cosine /
+    temperature. The loss is 0 for an image of unknown label, or if no other image has its label. Unknown images are
+    also not used as negatives. Unlike the other losses it depends on the whole batch.
     """
     known = ~harmful.isnan()
     unit = F.normalize(features, dim=1)
@@ -58,11 +58,11 @@ def info_nce_loss(features: Tensor, harmful: Tensor, temperature: float) -> Tens
     return torch.where(counts, -summed / count.clamp(min=1), 0.0)
 
 
-# The loss of the cost model: a contrastive part, an anchoring part by the labels, and a penalty on large costs.
+# The loss of the cost model: a contrastive part, an anchoring part from the labels, and a penalty on large costs.
 
 
 class CostLoss(ABC):
-    """L = L_con + eta L_anc + rho mean(C^2); a subclass says what L_con is.
+    """L = L_con + eta L_anc + rho mean(C^2); a subclass defines L_con.
 
     Args:
         anchoring_weight: eta, weight of the anchoring loss, which ties the sign of C to the labels.
@@ -106,14 +106,14 @@ class PairwiseCostLoss(CostLoss):
 
 
 class InfoNCECostLoss(CostLoss):
-    """Contrast over the batch: images of one label gather in the adapter's feature space.
+    """Contrast over the batch: images of one label come together in the adapter's feature space.
 
     It depends on the whole batch, so batch 8 is not batch 4 accumulated twice.
 
     Args:
-        anchoring_weight: eta, weight of the anchoring loss, which alone trains C here.
+        anchoring_weight: eta, weight of the anchoring loss; only this loss trains C here.
         norm_weight: rho, weight of mean(C^2).
-        temperature: what cosines are divided by, above 0.
+        temperature: the divisor of cosines, above 0.
 
     Raises:
         ValueError: if ``temperature`` is not above 0, or a weight is out of its range.
@@ -124,7 +124,9 @@ class InfoNCECostLoss(CostLoss):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if anchoring_weight == 0:
-            raise ValueError("anchoring_weight must be above 0: InfoNCE trains the features, only anchoring the cost")
+            raise ValueError(
+                "anchoring_weight must be above 0: InfoNCE trains the features, and only anchoring trains the cost"
+            )
         self.temperature = temperature
 
     def contrast(self, costs: Tensor, adapted: Tensor, harmful: Tensor) -> Tensor:

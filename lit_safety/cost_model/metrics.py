@@ -1,4 +1,5 @@
-"""Two numbers that make sigmoid(C) a probability: Platt scaling of the costs on validation images."""
+"""Calibration (Platt scaling on validation images, which makes sigmoid(C) a probability) and figures of a cost
+model."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from lit_safety.core.categories import CATEGORIES
 def smoothed_targets(harmful: Tensor) -> Tensor:
     """Platt's targets: (N+ + 1) / (N+ + 2) of a harmful, 1 / (N- + 2) of a safe image; labels (N,) in {0, 1}.
 
-    With targets of 1 and 0 the best temperature of costs that separate perfectly would be 0, and every probability
-    exactly 0 or 1, which no finite validation set can support.
+    With targets of 1 and 0, costs that separate perfectly would have the best temperature 0, and every probability
+    would be exactly 0 or 1, which a finite validation set cannot prove.
     """
     positives, negatives = harmful.sum(), (1 - harmful).sum()
     return torch.where(harmful == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
@@ -28,31 +29,32 @@ def not_calibrated(raw: Tensor, harmful: Tensor) -> str | None:
     known = ~harmful.isnan()
     raw, harmful = raw[known], harmful[known]
     if len(raw) == 0:
-        return "no label was known"
+        return "all labels are unknown"
     if harmful.min() == harmful.max():
-        return f"all {len(raw)} known labels were {'harmful' if harmful[0] == 1 else 'safe'}"
-    return "all labelled images had the same cost" if raw.min() == raw.max() else None
+        return f"all {len(raw)} known labels are {'harmful' if harmful[0] == 1 else 'safe'}"
+    return "all labelled images have the same cost" if raw.min() == raw.max() else None
 
 
 def fit_calibration(raw: Tensor, harmful: Tensor) -> tuple[float, float]:
     """Temperature T and bias b of C = (raw + b) / T that minimise the negative log likelihood of the labels.
 
-    Platt (1999) as temperature and bias (Guo et al., arXiv 1706.04599, have T alone). The bias moves the border to
-    where harm is as likely as not, so the sign of C keeps its meaning. T > 0: the order of images never changes.
+    Platt (1999) as temperature and bias (Guo et al., arXiv 1706.04599, use only T). The bias moves the border to the
+    cost at which harm has a probability of 50%, so the sign of C keeps its meaning. T > 0: the order of images never
+    changes.
 
     Args:
         raw: costs (N,), not calibrated.
         harmful: labels (N,): 1, 0, or nan for unknown, which is left out.
 
     Returns:
-        (1.0, 0.0), which changes nothing, where `not_calibrated` says why.
+        (1.0, 0.0), which has no effect, if `not_calibrated` gives a reason.
     """
     if not_calibrated(raw, harmful) is not None:
         return 1.0, 0.0
     known = ~harmful.isnan()
     raw, harmful = raw[known].double().cpu(), harmful[known].double().cpu()
     spread = raw.std()
-    scaled, targets = raw / spread, smoothed_targets(harmful)  # so that one starting point suits any scale
+    scaled, targets = raw / spread, smoothed_targets(harmful)  # so that one starting point works for any scale
     log_slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
     shift = (-scaled.mean()).clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([log_slope, shift], max_iter=200, line_search_fn="strong_wolfe")
@@ -88,9 +90,9 @@ def image_figures(costs: Tensor, harmful: Tensor) -> dict[str, Tensor]:
     """Sign accuracy, AUROC and expected calibration error of calibrated costs (N,) against labels (N,), all known.
 
     ``ece`` compares sigmoid(C) with the share of harmful images in 15 equal bins (Guo et al., arXiv 1706.04599).
-    AUROC needs both labels, and is left out where one is missing.
+    AUROC needs both labels, and is left out if one is missing.
     """
-    probability = costs.double().sigmoid()  # in single precision it is 1 from a cost of 17 on, and all of those tie
+    probability = costs.double().sigmoid()  # in single precision it is 1 for all costs above 17
     found = {"sign_accuracy": ((costs > 0) == (harmful == 1)).float().mean()}
     if harmful.min() != harmful.max():
         found["auroc"] = binary_auroc(probability, harmful.long(), validate_args=False)
@@ -101,7 +103,7 @@ def image_figures(costs: Tensor, harmful: Tensor) -> dict[str, Tensor]:
 def cost_figures(costs: Tensor, harmful: Tensor, about: Tensor) -> dict[str, Tensor]:
     """``ranking_accuracy``, ``sign_accuracy``, ``auroc`` and ``ece``, and each of them as ``NAME/CATEGORY``.
 
-    A figure that no image or pair answers is left out.
+    A figure without any image or pair is left out.
 
     Args:
         costs: calibrated costs (N, 2) of pairs.
@@ -123,7 +125,7 @@ def _figures(costs: Tensor, harmful: Tensor) -> dict[str, Tensor]:
 
 
 class CollectedCosts(Metric):
-    """All costs, labels and categories of an evaluation, over all ranks; what to do with them is decided after."""
+    """All costs, labels and categories of an evaluation, over all ranks."""
 
     costs: list[Tensor] | Tensor
     harmful: list[Tensor] | Tensor

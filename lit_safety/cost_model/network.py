@@ -17,20 +17,20 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json, read_text
 from lit_safety.core.weights import TRANSFORMERS, check_whole, need_weights
 
-#: `embedding`: the projected image embedding, what CLIP itself compares with text. `pooled`: the class token before
-#: the projection. `patches`: that and the mean over the patch tokens, which tells more of small things.
+#: `embedding`: the projected image embedding, which CLIP itself compares with text. `pooled`: the class token before
+#: the projection. `patches`: the same and the mean over the patch tokens, which shows small things better.
 Features = Literal["embedding", "pooled", "patches"]
 
 
 class ClipTower:
-    """Images -> features. Not an `nn.Module`, so that no checkpoint and no sharding strategy ever sees its weights.
+    """Images -> features. Not an `nn.Module`, so that checkpoints and sharding strategies never include its weights.
 
     Args:
         source: a folder that `save_pretrained` wrote, or a hub id.
-        features: which of the tower's outputs.
+        features: which of the tower's outputs to use.
 
     Raises:
-        UserError: there is no CLIP, or not one that has what `features` asks for.
+        UserError: there is no CLIP, or it lacks the output that `features` names.
     """
 
     def __init__(self, source: str, features: Features = "embedding") -> None:
@@ -42,7 +42,7 @@ class ClipTower:
 
     @property
     def width(self) -> int:
-        """Numbers in a feature."""
+        """How many numbers a feature has."""
         hidden = int(self.network.config.hidden_size)
         widths = {"embedding": int(self.network.config.projection_dim), "pooled": hidden, "patches": 2 * hidden}
         return widths[self.features]
@@ -57,7 +57,7 @@ class ClipTower:
 
     @property
     def sha256(self) -> str:
-        """sha256 of weights and preprocessing: equal for a copy of the checkpoint elsewhere, whatever it is called."""
+        """sha256 of weights and preprocessing: equal for a copy of the checkpoint with any path or name."""
         if self._sha256 is None:
             total = hashlib.sha256(repr(self.preprocess).encode())
             for name, value in sorted(self.network.vision_model.state_dict().items()):
@@ -71,7 +71,7 @@ class ClipTower:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], on any device -> float32 features (B, width) on the tower's device."""
         pixels = self.preprocess(images.to(self.device))
-        # Whatever precision the rest trains in: features made under autocast would not be those of the exported model.
+        # Without autocast: otherwise the features would differ from those of the exported model.
         with torch.autocast(self.device.type, enabled=False):
             found = self.network.vision_model(pixel_values=pixels)
             if self.features == "embedding":
@@ -86,7 +86,7 @@ def _load(source: str, projected: bool) -> Any:
     from transformers import CLIPVisionModelWithProjection
 
     class VisionTower(CLIPVisionModelWithProjection):
-        """Of a whole CLIP the text tower is left out on purpose, so nothing is to be remarked on it."""
+        """The text tower of a whole CLIP is left out on purpose, so transformers must not report it."""
 
         _keys_to_ignore_on_load_unexpected = [r"text_model\..*", r"text_projection\..*", "logit_scale"]  # noqa: RUF012
 
@@ -96,7 +96,7 @@ def _load(source: str, projected: bool) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config}: is not a model's config ({error})") from error
     if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"{source}: is a model of type {kind!r}; the cost model stands on a CLIP checkpoint")
+        raise UserError(f"{source}: is a model of type {kind!r}; a cost model needs a CLIP checkpoint")
     try:
         variant = need_weights(Path(source), TRANSFORMERS).variant if Path(source).is_dir() else None
         loaded: Any = VisionTower.from_pretrained(
@@ -108,18 +108,18 @@ def _load(source: str, projected: bool) -> Any:
     network, report = loaded
     missing = sorted(report["missing_keys"])
     if missing == ["visual_projection.weight"] and not projected:
-        torch.nn.init.zeros_(network.visual_projection.weight)  # random otherwise, and part of the sha256
+        torch.nn.init.zeros_(network.visual_projection.weight)  # else it would be random, and it is part of the sha256
     elif missing:
-        raise UserError(f"the CLIP {source} has no weights for {missing[0]}; take the whole CLIP, or other features")
+        raise UserError(f"the CLIP {source} lacks weights for {missing[0]}; use the whole CLIP, or other features")
     check_whole(network, {**report, "missing_keys": []}, source)
     return network.requires_grad_(False).eval()
 
 
 def _file(source: str, name: str) -> Path:
-    """A file of the checkpoint, fetched from the hub where ``source`` is not a folder."""
+    """A file of the checkpoint, fetched from the hub if ``source`` is not a folder."""
     if Path(source).is_dir():
         if not (Path(source) / name).is_file():
-            raise UserError(f"{source}: has no {name}; give a folder that CLIPModel.save_pretrained wrote, or a hub id")
+            raise UserError(f"{source}: lacks {name}; give a folder that CLIPModel.save_pretrained wrote, or a hub id")
         return Path(source) / name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -127,11 +127,11 @@ def _file(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(source, name))
     except HFValidationError as error:
-        raise UserError(f"no folder {source!r}, and it is not a hub id either: check where the CLIP lies") from error
+        raise UserError(f"{source!r} is neither a folder nor a hub id: check the path of the CLIP") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"no folder {source!r}, and the hub did not give its {name} ({type(error).__name__}): check the path; "
-            "offline, point at a local folder"
+            f"{source!r} is not a folder, and the hub did not give its {name} ({type(error).__name__}): check the "
+            "path; without a network, give a local folder"
         ) from error
 
 
@@ -141,7 +141,7 @@ def _file(source: str, name: str) -> Path:
 class CostAdapter(nn.Module):
     """C(x) = head(f + mlp(f)), f the layer-normalised CLIP features: a CLIP adapter (Gao et al., arXiv 2110.04544).
 
-    The MLP's last layer starts at zero, so that the adapter starts as a linear probe and departs from it as it learns.
+    The MLP's last layer starts at zero, so that the adapter starts as a linear probe.
 
     Args:
         features: numbers in a CLIP feature.
@@ -205,7 +205,7 @@ class CostScorer:
 
     @torch.no_grad()
     def costs(self, images: Sequence[Image] | Tensor) -> Tensor:
-        """Costs, float32 (B,) on the scorer's device; nan or infinite only where the weights or an image are.
+        """Costs, float32 (B,) on the scorer's device; nan or infinite only if the weights or an image are.
 
         Args:
             images: PIL images of any sizes, or a tensor (B, 3, H, W) in [-1, 1].
@@ -219,7 +219,7 @@ class CostScorer:
         return (self.adapter(features) + self.bias) / self.temperature
 
     def features(self, images: Sequence[Image]) -> Tensor:
-        """The tower's features (B, D) of images in the order given; those of one size go through it together."""
+        """The tower's features (B, D) of images in the given order; images of one size are computed together."""
         from lit_safety.core.images import rgb
         from lit_safety.data.reading.decode import to_tensor
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lit_safety.data.reading.source import Source
 
 
-if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
-    #: Key, where it stands, metadata, and the bytes of both images.
+if TYPE_CHECKING:  # the command line needs this module's signature and must not wait for torch
+    #: Key, position, metadata, and the bytes of both images.
     Stored = tuple[str, str, PairMetadata, list[bytes]]
 
 
@@ -32,21 +32,21 @@ def score(
 ) -> None:
     """Write shards again with the cost of every image in their metadata.
 
-    Images and all else stay as they are, to the byte. A run that was stopped goes on when it is started again.
+    Images and everything else stay the same, to the byte. A stopped run continues when it is started again.
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
         cost_model: The folder of a cost model, as `fit --config configs/cost_model.yaml` exports it.
         out: The folder to write the shards to.
-        existing: What to do with pairs that have costs: refuse them, keep theirs (two models' costs then stand in one
-            set), or replace them.
+        existing: What to do with pairs that have costs: refuse them, keep the costs (the set then has costs of two
+        models), or replace them.
         batch_size: Pairs scored at once.
-        device: Where to score, such as cpu or cuda:1; null takes cuda where there is one.
-        overwrite: Throw away what an earlier run left in `out`.
+        device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
+        overwrite: Delete what an earlier run left in `out`.
 
     Raises:
         UserError: the shards or the cost model cannot be used, a pair has a cost and `existing` is refuse, or a cost is
-            no finite number; names the sample.
+        not a finite number; names the sample.
     """
     from pathlib import Path
 
@@ -64,15 +64,15 @@ def score(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     source, target = open_source(folder, "folder"), Path(out)
     if source.manifest.cache is not None:
-        raise UserError(f"{folder}: holds cached latents; score the shards it was made from, then cache those")
+        raise UserError(f"{folder}: holds cached latents; score the shards that it was made from, then cache them")
     if Path(folder).resolve() == target.resolve():
-        raise UserError(f"--out {out}: is the folder that is read; name another one")
+        raise UserError(f"--out {out}: is the same folder as the input; name another one")
     by = {"model": content_sha256(cost_model), "existing": existing}
     provenance = source.manifest.provenance | {"cost": {"by": "a cost model", **by}, "scored_from": _identity(source)}
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance != provenance:
-            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{target}: is complete already")
+            raise UserError(f"{target}: already holds other shards; name another folder or give --overwrite true")
+        print(f"{target}: is already complete")
         return
     scorer = load_cost_model(cost_model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if existing == "refuse":
@@ -83,7 +83,7 @@ def score(
         target, per_shard, provenance=provenance, seeds=source.manifest.seeds, overwrite=overwrite, resume=True
     ) as writer:
         if resumed:
-            print(f"{target}: going on after {len(writer)} pairs")
+            print(f"{target}: continuing after {len(writer)} pairs")
         with counter("score", source.manifest.nsamples) as count:
             for stored in _batches(source, batch_size):
                 fresh = [one for one in stored if one[0] not in writer]
@@ -97,12 +97,12 @@ def score(
 
 
 def _identity(source: Source) -> list[Any]:
-    """What tells these shards from others, wherever they lie."""
+    """What identifies these shards, wherever they are stored."""
     return [list(one) for one in source.identity()]
 
 
 def _stored(source: Source) -> Iterator[Stored]:
-    """Every pair in the stored order, images not decoded."""
+    """Every pair in the stored order, without decoding its images."""
     from lit_safety.data.format.sample import SIDES, parse_metadata
     from lit_safety.data.format.tar_index import refuse_twice
 
@@ -117,7 +117,7 @@ def _stored(source: Source) -> Iterator[Stored]:
                 where = shard.where(index)
                 refuse_twice(seen, key, shard)
                 if "json" not in members:
-                    raise UserError(f"{where}: has no json")
+                    raise UserError(f"{where}: lacks its json")
                 images = [[data for name, data in members.items() if name.startswith(f"{side}.")] for side in SIDES]
                 if [len(found) for found in images] != [1, 1]:
                     raise UserError(f"{where}: does not have one chosen and one rejected image")
@@ -140,7 +140,7 @@ def _batches(source: Source, size: int) -> Iterator[list[Stored]]:
 
 
 def _refuse_existing(source: Source) -> None:
-    """Look at the metadata alone, before anything is scored."""
+    """Read only the metadata, before pairs are scored."""
     from lit_safety.data.format.sample import parse_metadata
 
     for number in range(len(source.paths)):
@@ -149,7 +149,7 @@ def _refuse_existing(source: Source) -> None:
             for index in range(len(shard.index.samples)):
                 where = shard.where(index)
                 if parse_metadata(shard.read_member(index, "json"), where).cost is not None:
-                    raise UserError(f"{where}: has a cost already; give --existing replace, or keep")
+                    raise UserError(f"{where}: already has a cost; give --existing replace, or keep")
         finally:
             shard.close()
 

@@ -34,52 +34,52 @@ KEY = "data.init_args"
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Streams preference pairs from shards as `PairBatch`.
+    """Stream preference pairs from shards as `PairBatch`.
 
-    The order of the training pairs and every random choice made for one are pure functions of `seed` and the
-    pass over the data, whatever the number of ranks and workers; a resumed run continues exactly.
+    The order of the training pairs and every random choice for a pair depend only on `seed` and the pass over the
+    data, not on the number of ranks and workers; a resumed run continues exactly.
 
     Args:
         train: Shards to train on: a folder (with `manifest.json`, or just tar files), the URL of a folder with
             `manifest.json` (http, s3, ...), a tar file, a pattern such as `shards/train-{000000..000031}.tar` or
             `shards/*.tar`, or a list of these.
-        weights: With a list in `train`: in which proportion its entries make up every pass, such as [2, 1]. A pass is
-            as long as all pairs together; an entry goes on in the next pass where it stopped in this one, so a small
-            one is repeated and of a large one nothing is lost. null: every pair once a pass.
-        val: Shards to validate on, given likewise. Read in the stored order, every pair once.
-        test: Shards to test and predict on, given likewise.
+        weights: With a list in `train`: the proportion of its entries in every pass, such as [2, 1]. A pass is as
+        long as all pairs together. In the next pass an entry continues where it stopped, so a small entry is
+        repeated and all pairs of a large entry are used. null: every pair once a pass.
+        val: Shards to validate on, given in the same way. Read in the stored order, every pair once.
+        test: Shards to test and predict on, given in the same way.
         batch_size: Pairs in a training batch on each rank; one step sees batch_size x ranks x
             Trainer.accumulate_grad_batches pairs.
         val_batch_size: Pairs in a validation, test or prediction batch; null: as batch_size.
         num_workers: Worker processes that read and decode on each rank; 0 reads in the training process. At
             most the number of shards in `train`.
-        seed: Fixes the order of the pairs and every random choice made for one (timestep, noise, flip ...).
-        resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the
-            middle; null: as stored.
-        aspect_buckets: Cut images to one of a list of shapes instead of a square, each with about as many pixels as
-            the square of `resolution` and sides that are multiples of 64 (of 8 or more for resolutions below 512): the
-            one most like the chosen image's own. Every step (on all ranks) is of one shape; a shape that has not
-            pairs enough for a step goes into its neighbour. Needs images on this machine, no cache.
-        flip: Mirror half of the training pairs, both images of a pair alike.
-        use_cache: Read cached latents and text where shards have them (`shards precompute`), and no images; false:
-            images, for which they must be there beside.
-        use_reference: Take timestep and noise from the fixed draws of a reference cache, and the reference's errors
-            with them (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
-        one_category: Make every training step (on all ranks) of pairs about one category, for experts; the categories
-            take turns, each as often as it has pairs. A pair about several categories takes part in the turns of each,
-            one about none in no turn. Batches of validation and test are of one category too, one after the other.
-        uncategorised: With `categories`, take pairs about no category too. With `one_category` they take part in the
-            turns of every category in training, so that each expert learns what it is to leave alone.
-        consecutive: With `one_category`: train one category after the other, each for an equal share of
-            `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
-        shuffle_window: How many shards are mixed with each other; more mixes better and keeps more files open.
+        seed: Fixes the order of the pairs and every random choice for a pair (timestep, noise, flip ...).
+        resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out as a square; null: as
+        stored.
+        aspect_buckets: Cut images to one of a list of shapes instead of a square: the shape that is most like the
+        chosen image's own. Each shape has about as many pixels as the square of `resolution`, and its sides are
+        multiples of 64 (of 8 or more for resolutions below 512). Every step (on all ranks) has one shape; a shape
+        with too few pairs for a step joins the next shape. Needs images on this machine and does not work with a cache.
+        flip: Mirror half of the training pairs, always both images of a pair.
+        use_cache: Read cached latents and text instead of images where shards have them (`shards precompute`). false:
+        read the images, which the shards must then hold too.
+        use_reference: Take timestep, noise and the reference's errors from the fixed draws of a reference cache
+        (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
+        one_category: For experts: every training step (on all ranks) uses pairs about one category. The categories take
+        turns, each as often as it has pairs. A pair about several categories is used in the turns of each; a pair
+        without a category is not used. Batches of validation and test hold one category too, one after the other.
+        uncategorised: With `categories`, also take pairs without a category. With `one_category` training uses them in
+            the turns of every category, so that each expert learns what it must not change.
+        consecutive: With `one_category`: train the categories one after the other, each for an equal share of
+        `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
+        shuffle_window: How many shards are mixed with each other. More shards mix better and keep more files open.
         categories: Take only pairs that are about at least one of these harm categories; null: all pairs.
         kinds: Take only pairs whose prompt is `harmful` or `clean`; null: all pairs.
         orders: Take only pairs whose order was decided by `safety`, `quality` or `composite`; null: all pairs.
         users: Take only the pairs of these users, by their id; null: all pairs.
-        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names
-            it in the log and stops after `bad_sample_limit` of them.
-        bad_sample_limit: How many bad pairs `skip` bears on each rank.
+        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names it in
+        the log, and stops after `bad_sample_limit` of them.
+        bad_sample_limit: How many bad pairs `skip` may leave out on each rank.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class PreferenceDataModule(LightningDataModule):
         uncategorised: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # a key that the module has too would be refused by the loggers
+        self.save_hyperparameters(logger=False)  # loggers refuse a key that the module also has
         self.train, self.val, self.test = train, val, test
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -131,7 +131,7 @@ class PreferenceDataModule(LightningDataModule):
         self.position = DataPosition()
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
-        """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
+        """What this rank left out so far (`on_bad_sample: skip`), in the order of reading."""
         self._predictions = False
         self._without_images: frozenset[str] = frozenset()
         self._opened: dict[str, tuple[Source, Selection]] = {}
@@ -156,7 +156,7 @@ class PreferenceDataModule(LightningDataModule):
         check_pass(groups, deal, pairs, self.weights)
         steps_each = self._steps_each(len(groups))
         say_pass(groups, deal, pairs, self.weights)
-        if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that goes on where it was
+        if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that continues
             self.position = DataPosition()
         self.position.trainer = trainer
         self.position.signature = self._signature(groups, deal, steps_each)
@@ -180,18 +180,19 @@ class PreferenceDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position.load_state_dict(state_dict)
 
-    # ---- what the shards hold, as far as can be known before a sample is read
+    # ---- what is known of the shards before a sample is read
 
     def check_sources(self, stage: str | None = "fit") -> None:
         """Find the shards a stage reads and check what can be known without reading them.
 
-        Cheap, and safe to call before weights are loaded; `setup` calls it too.
+        It is quick and needs no weights; `setup` calls it too.
 
         Args:
-            stage: `fit`, `validate`, `test` or `predict`; None: all that is given.
+            stage: `fit`, `validate`, `test` or `predict`; None: all.
 
         Raises:
-            UserError: shards are missing, empty or filtered away, or there are more workers than shards.
+            UserError: shards are missing or empty, no pair is left after the filters, or there are more workers than
+            shards.
         """
         for name in self._needed(stage):
             self._open(name)
@@ -204,7 +205,8 @@ class PreferenceDataModule(LightningDataModule):
                 )
 
     def caches(self, stage: str | None = "fit") -> list[CachedSource]:
-        """What a stage reads from caches instead of images, so that a model can be compared with its maker.
+        """The caches that a stage reads instead of images, so that the model can be compared with the one that made
+        them.
 
         Raises:
             UserError: as `check_sources`.
@@ -213,7 +215,7 @@ class PreferenceDataModule(LightningDataModule):
         return [self._caches[name] for name in self._needed(stage) if name in self._caches]
 
     def users(self, stage: str | None = "fit") -> dict[str, frozenset[str]]:
-        """Ids of the users whose pairs a stage reads, by YAML key, as far as the manifests say.
+        """Ids of the users whose pairs a stage reads, by YAML key, as the manifests state them.
 
         Raises:
             UserError: as `check_sources`.
@@ -229,7 +231,7 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def labels(self, name: str) -> dict[str, int]:
-        """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`; filters do not count.
+        """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`; filters are not applied.
 
         Raises:
             UserError: as `open_source`.
@@ -237,8 +239,8 @@ class PreferenceDataModule(LightningDataModule):
         return dict(self._open(name)[0].manifest.labels)
 
     def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
-        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as far as the
-        manifests say.
+        """How many pairs a stage reads by what decided their order, for each YAML key and folder, as the manifests
+        state.
 
         Raises:
             UserError: as `check_sources`.
@@ -255,8 +257,8 @@ class PreferenceDataModule(LightningDataModule):
         return counts
 
     def kinds(self, name: str) -> Counter[str]:
-        """How many pairs of `train`, `val` or `test` that take part have a prompt of each kind, as far as the manifest
-        says; nothing of shards whose manifest says nothing.
+        """How many of the used pairs of `train`, `val` or `test` have a prompt of each kind, as the manifest states.
+        Shards whose manifest does not say it are left out.
 
         Raises:
             UserError: as `open_source`.
@@ -271,9 +273,9 @@ class PreferenceDataModule(LightningDataModule):
         return found
 
     def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
-        """Key and metadata of the first pair that a stage reads, for each YAML key and folder; its JSON alone is read.
+        """Key and metadata of the first pair that a stage reads, for each YAML key and folder. Only its JSON is read.
 
-        One that cannot be read is left out: it is named in its turn.
+        A pair that cannot be read is left out here and reported when the stage reads it.
 
         Raises:
             UserError: as `check_sources`.
@@ -294,7 +296,7 @@ class PreferenceDataModule(LightningDataModule):
         return found
 
     def training_categories(self) -> list[str]:
-        """The categories that steps are made of, in the order of their turns where they are consecutive.
+        """The categories of the steps, in the order of training if they are consecutive.
 
         Empty without `one_category`.
 
@@ -309,11 +311,11 @@ class PreferenceDataModule(LightningDataModule):
     # ---- what a module may ask for before its batches are made
 
     def read_predictions(self, wanted: bool) -> None:
-        """Whether batches out of a reference cache hold the reference's predictions too; at first they do not."""
+        """Whether batches from a reference cache also hold the reference's predictions; at first they do not."""
         self._predictions = wanted
 
     def skip_images(self, sets: Iterable[str]) -> None:
-        """Decode no images of these of `train`, `val` and `test` from now on; their batches hold the rest."""
+        """From now on, do not decode the images of these of `train`, `val` and `test`; their batches hold the rest."""
         self._without_images = frozenset(sets)
 
     # ---- the shards that are given: opened and checked once
@@ -334,10 +336,11 @@ class PreferenceDataModule(LightningDataModule):
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
     def _open(self, name: str) -> tuple[Source, Selection]:
-        """The shards of `train`, `val` or `test`, and which of their pairs the filters take.
+        """The shards of `train`, `val` or `test`, and which of their pairs pass the filters.
 
         Raises:
-            UserError: they are not given, missing or filtered away, or their cache does not fit these settings.
+            UserError: they are not given or missing, no pair passes the filters, or their cache does not fit these
+            settings.
         """
         if name not in self._opened:
             given = self._given(name)
@@ -371,7 +374,7 @@ class PreferenceDataModule(LightningDataModule):
     # ---- how batches are dealt
 
     def _ranks(self) -> tuple[int, int]:
-        """This rank among those that get different data; ranks that share a model by tensors get the same."""
+        """This rank among the ranks that get different data. Ranks that share a model by tensors get the same data."""
         sharded = {} if self.trainer is None else (self.trainer.distributed_sampler_kwargs or {})
         return sharded.get("rank", 0), sharded.get("num_replicas", 1)
 
@@ -380,7 +383,7 @@ class PreferenceDataModule(LightningDataModule):
         return Deal(self.batch_size, *self._ranks(), accumulate=accumulate)
 
     def _steps_each(self, categories: int) -> int | None:
-        """How many steps each category is trained for where they come one after the other."""
+        """How many steps each category is trained for if they come one after the other."""
         if not self.consecutive:
             return None
         steps = -1 if self.trainer is None else self.trainer.max_steps
@@ -560,10 +563,10 @@ def check_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequenc
     """Whether a pass has a step.
 
     Args:
-        groups: the pairs that are batched with each other; none where no category has pairs enough for a step.
+        groups: the pairs that are batched with each other; empty if all categories have too few pairs for a step.
         deal: how they are dealt to steps.
-        pairs: how many take part, those in no group included.
-        weights: in which proportion each batch is made of all groups; None: a batch is made of one.
+        pairs: how many are used, also those outside of all groups.
+        weights: the proportion of the groups in each batch; None: a batch holds one group.
 
     Raises:
         UserError: the pairs are too few.
@@ -572,9 +575,9 @@ def check_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequenc
     if batches:
         return
     held = (
-        f"{pairs} pairs, fewer than one step takes"
+        f"{pairs} pairs, fewer than one step needs"
         if groups
-        else f"no category with as many pairs as one step takes, of {pairs}"
+        else f"{pairs} pairs, but each category has fewer than one step needs"
     )
     raise UserError(
         f"{KEY}.train has {held}: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x "
@@ -583,15 +586,15 @@ def check_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequenc
 
 
 def say_pass(groups: Sequence[Group], deal: Deal, pairs: int, weights: Sequence[float] | None) -> None:
-    """Log what a pass takes and leaves out. Arguments are those of `check_pass`.
+    """Log what a pass uses and leaves out. Arguments are those of `check_pass`.
 
     Raises:
-        UserError: a weight is too small for its group to be seen in a pass.
+        UserError: a weight is so small that a pass would not use its group.
     """
     if weights is not None:
         _say_mix(groups, deal, weights)
     elif dropped := sum(deal.dropped(group.selection.total) for group in groups):
-        rank_zero_info(f"a pass leaves out {dropped} of {pairs} training pairs, others each time")
+        rank_zero_info(f"each pass leaves out {dropped} of {pairs} training pairs, and different ones each time")
     if shapes := ", ".join(f"{group.name} ({group.selection.total})" for group in groups if group.size is not None):
         rank_zero_info(f"pairs by shape: {shapes}")
 
@@ -600,5 +603,5 @@ def _say_mix(groups: Sequence[Group], deal: Deal, weights: Sequence[float]) -> N
     each = shares(weights, mixed_batches(groups, deal) * deal.batch_size * deal.world)
     for number, (share, group, weight) in enumerate(zip(each, groups, weights, strict=True)):
         if not share:
-            raise UserError(f"{KEY}.weights[{number}] is {weight}: not one pair in a pass of {sum(each)}; raise it")
-        rank_zero_info(f"a pass takes {share} pairs of the {group.selection.total} of {KEY}.train[{number}]")
+            raise UserError(f"{KEY}.weights[{number}] is {weight}: 0 pairs in a pass of {sum(each)}; raise it")
+        rank_zero_info(f"a pass uses {share} pairs of the {group.selection.total} in {KEY}.train[{number}]")

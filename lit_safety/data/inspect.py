@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lit_safety.data.reading.source import Source
 
 
-if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
-    #: Key, metadata, and the images, which a cached sample may lack.
+if TYPE_CHECKING:  # the command line needs this module's signature and must not wait for torch
+    #: Key, metadata, and the images. A cached sample may have no images.
     Row = tuple[str, PairMetadata, Image.Image | None, Image.Image | None]
 
 CELL = 128
@@ -26,9 +26,9 @@ def inspect(folder: str, samples: int = 4, sheet: str | None = None, show_harmfu
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
-        samples: How many samples to show, drawn at random, the same ones each time.
-        sheet: Draw the shown samples into this PNG file: chosen, rejected and what is known of them.
-        show_harmful: Do not blur images that are labelled harmful, or not labelled at all, in the image.
+        samples: How many samples to show. They are chosen at random, the same ones each time.
+        sheet: Draw the shown samples into this PNG file: chosen, rejected and what is known about them.
+        show_harmful: Do not blur images in the PNG that are labelled harmful or not labelled.
     """
     from lit_safety.data.reading.source import open_source
 
@@ -93,7 +93,7 @@ def _drawn(source: Source, samples: int) -> list[Row]:
 
     order = EpochOrder([shard.nsamples for shard in source.manifest.shardlist], seed=None, window=1)
     found: list[Row] = []
-    # Drawn, not every n-th: generated data often repeats itself with a period. The same ones each time.
+    # At random and not every n-th, because generated data is often periodic. The same ones each time.
     for position in sorted(random.Random(0).sample(range(order.total), min(max(samples, 0), order.total))):
         window = order.window_at(position)
         (index,) = window.shards
@@ -111,7 +111,7 @@ def _drawn(source: Source, samples: int) -> list[Row]:
 
 
 def draw_sheet(rows: list[Row], path: str, show_harmful: bool = False) -> None:
-    """Draw one row a sample into a PNG file: chosen, rejected, and what is known of them.
+    """Draw one row a sample into a PNG file: chosen, rejected, and what is known about them.
 
     Args:
         rows: key, metadata, chosen and rejected of each sample.

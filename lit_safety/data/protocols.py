@@ -1,7 +1,8 @@
-"""What modules and callbacks ask of the datamodule that a trainer was given.
+"""What modules and callbacks need from the datamodule of a trainer.
 
-`PreferenceDataModule` answers all of it. A datamodule of somebody else's is asked for what it has: `PairData` is one
-Protocol, since its answers belong together, and each setting is a Protocol of its own. Nobody writes onto a datamodule.
+`PreferenceDataModule` has all of it. Another datamodule may have a part: `PairData` is one Protocol, because its
+methods belong together, and each setting is its own Protocol. Modules and callbacks never set attributes of a
+datamodule.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def datamodule_of(trainer: Trainer | None) -> object:
-    """The datamodule of a trainer, of whatever class; None: there is no trainer, or it was given loaders."""
+    """The datamodule of a trainer, of any class; None: there is no trainer, or it was given loaders."""
     return None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
 
 
 @runtime_checkable
 class PairData(Protocol):
-    """Knows its pairs before one is read, by their manifests. See the methods of `PreferenceDataModule`."""
+    """Knows its pairs from their manifests, before any pair is read. See the methods of `PreferenceDataModule`."""
 
     def caches(self, stage: str | None = "fit") -> list[CachedSource]:
-        """What a stage reads from caches instead of images."""
+        """The caches that a stage reads instead of images."""
 
     def orders(self, stage: str | None = "fit") -> dict[str, Counter[str]]:
         """How many pairs a stage reads by what decided their order, for each YAML key and folder."""
@@ -39,81 +40,81 @@ class PairData(Protocol):
         """Pairs of `train`, `val` or `test` by their labels, such as `{"safe>harmful": 120}`."""
 
     def training_categories(self) -> list[str]:
-        """The categories that steps are made of; empty where a step may be about several."""
+        """The categories of the steps; empty if a step may hold several categories."""
 
     def read_predictions(self, wanted: bool) -> None:
-        """Whether batches out of a reference cache are to hold the reference's predictions too."""
+        """Whether batches from a reference cache must also hold the reference's predictions."""
 
 
 @runtime_checkable
 class LooksAhead(Protocol):
-    """Looks at its pairs before a model is loaded. See the methods of `PreferenceDataModule`."""
+    """Can show its pairs before a model is loaded. See the methods of `PreferenceDataModule`."""
 
     def first_pairs(self, stage: str | None = "fit") -> dict[str, tuple[str, PairMetadata]]:
-        """Where the first pair that a stage reads stands, and its metadata, for each YAML key and folder."""
+        """Place and metadata of the first pair that a stage reads, for each YAML key and folder."""
 
     def kinds(self, name: str) -> Counter[str]:
         """Pairs of `train`, `val` or `test` by the kind of their prompt."""
 
 
-# Settings, each for itself.
+# Settings, one Protocol each.
 
 
 @runtime_checkable
 class WithTrain(Protocol):
-    """Says where its training pairs lie."""
+    """States where its training pairs are."""
 
     train: str | list[str] | None
 
 
 @runtime_checkable
 class WithVal(Protocol):
-    """Says where its validation pairs lie, if it has any, and reads them."""
+    """States where its validation pairs are, if it has any, and reads them."""
 
     val: str | list[str] | None
 
     def val_dataloader(self) -> Any:
-        """Their batches; it is called where ``val`` is given only."""
+        """Their batches; only called if ``val`` is given."""
 
 
 @runtime_checkable
 class WithTest(Protocol):
-    """Says where its test pairs lie."""
+    """States where its test pairs are."""
 
     test: str | list[str] | None
 
 
 @runtime_checkable
 class Batched(Protocol):
-    """Says how many pairs a rank's training batch has."""
+    """States how many pairs a rank's training batch has."""
 
     batch_size: int
 
 
 @runtime_checkable
 class Seeded(Protocol):
-    """Says what fixes its order and chance."""
+    """States the seed of its order and random choices."""
 
     seed: int
 
 
 @runtime_checkable
 class Mirroring(Protocol):
-    """Says whether it mirrors training pairs at random."""
+    """States whether it mirrors training pairs at random."""
 
     flip: bool
 
 
 @runtime_checkable
 class Consecutive(Protocol):
-    """Says whether training goes through one category after the other instead of in turns."""
+    """States whether categories are trained one after the other instead of in turns."""
 
     consecutive: bool
 
 
 @runtime_checkable
 class LeavingOut(Protocol):
-    """Remembers the samples that it left out, by name and reason, in the order in which it met them."""
+    """Remembers the samples that it left out, by name and reason, in the order of reading."""
 
     @property
     def bad_samples(self) -> Iterable[str]:
@@ -121,7 +122,7 @@ class LeavingOut(Protocol):
 
 
 def shards_of(data: object) -> dict[str, list[str]]:
-    """The folders, tar files or patterns of `train`, `val` and `test`, as far as a datamodule says them."""
+    """The folders, tar files or patterns of `train`, `val` and `test` that a datamodule states."""
     given = {
         "train": data.train if isinstance(data, WithTrain) else None,
         "val": data.val if isinstance(data, WithVal) else None,

@@ -1,4 +1,4 @@
-"""`lit_safety shards validate`: read everything and name every sample that training would trip over."""
+"""`lit_safety shards validate`: read everything and name every sample that training could not use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def validate(folder: str, hashes: bool = True) -> None:
     """Read every sample of a folder of shards as training would, and list every problem.
 
-    Checked are the manifest, each shard's presence, size, hash and count, each sample's metadata and images (of a
-    cached set: its latents and its prompt's encoding), that chosen and rejected are not the same image, that no key
-    stands twice, and that every user has an embedding where there are any. Exits with status 2 if there is a problem.
+    It checks the manifest; that each shard exists and its size, hash and count; each sample's metadata and images (of
+    a cached set: its latents and its prompt's encoding); that chosen and rejected are different images; that all keys
+    differ; and that every user has an embedding, if there are embeddings. It exits with status 2 if there is a problem.
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
@@ -131,7 +131,7 @@ def _samples(
             yield f"{path}: {tar.problem}"
         total = len(tar.index.samples)
         if total == 0 and tar.problem is None:
-            yield f"{path}: holds no sample; restore it or take it out"
+            yield f"{path}: holds 0 samples; restore it or remove it"
         if shard is not None and total != shard.nsamples:
             yield f"{path}: holds {total} samples but the manifest says {shard.nsamples}"
         for number in range(total):
@@ -151,7 +151,7 @@ def _samples(
                 yield str(error)
                 continue
             if (other := keys.setdefault(key, path)) != path:
-                yield f"{tar.where(number)}: its key stands in {other} too, so both would share their chances"
+                yield f"{tar.where(number)}: its key is also in {other}, so both would make the same random choices"
             elif users is not None and metadata.user_id is not None and metadata.user_id not in users:
                 yield f"{tar.where(number)}: its user {metadata.user_id!r} is not in {USERS_FILE} next to the shards"
             elif (

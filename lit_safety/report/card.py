@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 @functools.cache
 def templates() -> Environment:
-    """The environment of templates/: a name that is not given is an error, never an empty place."""
+    """The environment of templates/: a name without a value is an error, never an empty text."""
     found = Environment(
         loader=PackageLoader("lit_safety.report"),
         autoescape=lambda name: name is None or name.endswith(".html"),
@@ -32,33 +32,33 @@ def templates() -> Environment:
 
 
 def _cell(value: Any) -> str:
-    """A value in a cell of a Markdown table: nothing in it ends the cell, and nothing in it is HTML."""
+    """A value in a cell of a Markdown table, escaped so that it cannot end the cell or become HTML."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _word(value: Any) -> str:
-    """A text as YAML: as it is where that is safe, else in quotes."""
+    """A text as YAML: unchanged if that is safe, else in quotes."""
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z/.~][\w./ @+=-]*", text) and text == text.strip() else json.dumps(text)
 
 
-#: What stands on every card of a LoRA: who loads one must know it.
+#: On every card of a LoRA, because everybody who loads it must know it.
 WARNING = """\
 **Do not negate it.** With a negative adapter scale the same weights push the model towards harmful images, and a
-scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for those who want that,
-and is not a lock against those who hold the weights."""
+scale between 0 and 1 protects only in part. A LoRA can be unloaded: it makes a model safer for people who want that. It
+cannot stop people who have the weights."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a text, a table and a note, of which any but the heading may be missing.
+    """A heading, and optionally a text, a table and a note.
 
     Args:
         title: the heading.
         text: Markdown above the table.
         head: the table's first row.
-        rows: its cells, shown as text; none: no table.
+        rows: its cells, shown as text; empty: no table.
         note: Markdown below the table.
     """
 
@@ -75,7 +75,7 @@ class Card:
 
     Args:
         title: its heading.
-        text: Markdown below it: what it is, how it is loaded, what it does not do.
+        text: Markdown below it: what it is, how to load it, what it does not do.
         sections: the rest.
         base_model: folder or hub id, for the front matter; None: no front matter.
         tags: for the front matter.
@@ -99,7 +99,7 @@ def settings(values: Mapping[str, Any], title: str = "Settings", text: str = "",
 
 
 def run_settings(values: Mapping[str, Any], text: str = "") -> Section:
-    """The same of a run, whose config.yaml lies next to the card."""
+    """The same for a run, whose config.yaml is next to the card."""
     return settings(values, text=text, note="The whole resolved configuration is in `config.yaml`.")
 
 
@@ -108,7 +108,7 @@ def last_validation(metrics: Mapping[str, float], none: str = "No validation was
 
     Args:
         metrics: name -> number.
-        none: what is said without any.
+        none: the text if there are none.
         note: Markdown below.
     """
     rows = [(name, f"{value:.4g}") for name, value in metrics.items()]
@@ -116,5 +116,5 @@ def last_validation(metrics: Mapping[str, float], none: str = "No validation was
 
 
 def code(text: object) -> str:
-    """A text as code in Markdown: nothing in it ends the code."""
+    """A text as code in Markdown, escaped so that it cannot end the code."""
     return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"

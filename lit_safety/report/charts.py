@@ -1,6 +1,6 @@
 """The one chart stack, on matplotlib: points, lines, bands and heat maps from plain data, into a page or a PNG file.
 
-In a page a chart is SVG whose colours are those of the page, light and dark; its texts stay texts.
+In a page a chart is SVG with the colours of the page, light and dark, and its texts stay texts.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 WIDTH, HEIGHT = 560, 400
-"""Of a chart in a page, in units of the drawing."""
+"""Size of a chart in a page, in units of the drawing."""
 LEFT, RIGHT, TOP, BOTTOM = 66, 28, 16, 62
-"""What its axes leave free."""
+"""The margins around its axes."""
 LINE = 18
-"""Height of a line of text: readable when a phone shows the drawing at two thirds."""
+"""Height of a line of text: readable if a phone shows the drawing at two thirds of its size."""
 COLOURS = 10
-"""`--c0` to `--c9` of the page's style."""
+"""The colours `--c0` to `--c9` of the page's style."""
 INK, SOFT, GRID, PAPER = "#181b22", "#5b6270", "#dfe2e8", "#ffffff"
 PALETTE = ("#6b7280", "#1f6feb", "#b45309", "#7c3aed", "#0f766e", "#be185d", "#15803d", "#7f1d1d", "#0369a1", "#a16207")
-"""The page's colours in light. A chart of a page has the style's names in their place."""
+"""The page's colours in light mode. A chart in a page has the style's names instead."""
 DASHES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 3, 3, 3)))
 MARKERS = "osD^vPX*<>"
-"""Lines differ in dashes and marks too: colours alone are not seen by everybody."""
+"""Lines also differ in dashes and marks, because not everybody can distinguish the colours."""
 DPI = 110
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
@@ -37,8 +37,8 @@ class Axis:
     """One axis.
 
     Args:
-        label: what it says, with the unit.
-        ends: its range; None: as the data need.
+        label: its text, with the unit.
+        ends: its range; None: from the data.
         ticks: places with their labels; None: matplotlib's own.
         scale: `log2`, or `symlog`, which is linear up to `linear`.
         linear: see `scale`.
@@ -66,11 +66,11 @@ class Series:
     """Points of one name.
 
     Args:
-        name: what the legend says, or the label next to the first point.
+        name: the text of the legend, or the label next to the first point.
         points: in order.
         colour: number of its colour.
-        line: join the points; how dashed and marked it is follows from `order`.
-        band: fill what lies between the ranges along y, instead of whiskers.
+        line: join the points; `order` decides its dashes and marks.
+        band: fill the area between the ranges along y, instead of whiskers.
         order: its number among the lines.
         mark: text next to its first point in a PNG file; empty: none.
     """
@@ -94,7 +94,7 @@ class Chart:
         y: the vertical one.
         series: drawn in this order.
         steps: corners of a dashed line.
-        named: write each series' name next to its first point, where no other name stands.
+        named: write each series' name next to its first point, without covering other names.
     """
 
     title: str
@@ -106,9 +106,10 @@ class Chart:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other one beats, the lower first coordinate and the higher second being better.
+    """Names of the points on the Pareto front: a lower first and a higher second coordinate are better.
 
-    A point is beaten by one that is no worse in both and better in one. In order of the first coordinate.
+    A point is not on it if another one is at least as good in both coordinates and better in one. In order of the first
+    coordinate.
     """
     kept = [
         name
@@ -134,9 +135,9 @@ def svg(chart: Chart, name: str, description: str) -> str:
     Args:
         chart: what is drawn.
         name: unique on the page; letters, digits and `-`.
-        description: what there is to see in it.
+        description: what it shows, for people who cannot see it.
     """
-    # The same bytes each time: no date, and names of parts that follow from the chart's.
+    # The same bytes each time: no date, and names of parts that depend only on the chart's name.
     with _plain({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 15}):
         figure = _figure(WIDTH / 72, HEIGHT / 72, 72, None)
         axes = figure.add_axes(
@@ -149,7 +150,7 @@ def svg(chart: Chart, name: str, description: str) -> str:
         if chart.named:
             _write_names(figure, axes, chart)
         for part in figure.findobj():
-            part.set_clip_on(False)  # nothing lies outside the axes, and a clip path would need a URL
+            part.set_clip_on(False)  # all parts are inside the axes, and a clip path would need a URL
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_a_page(buffer.getvalue(), name, chart.title, description)
@@ -160,9 +161,9 @@ def png(charts: Sequence[Chart], size: tuple[float, float], columns: int = 1, le
 
     Args:
         charts: what is drawn.
-        size: of one chart in inches, the legend's place excluded where it stands below.
-        columns: how many stand side by side.
-        legend: `below`, where each chart has its title above it, or the title of a legend to the right.
+        size: of one chart in inches, without a legend below.
+        columns: how many are side by side.
+        legend: `below` (each chart then has its title above it), or the title of a legend on the right.
     """
     with _plain():
         return _png(charts, size, columns, legend)
@@ -231,7 +232,7 @@ def _heatmap(
 
 
 def _plain(more: Mapping[str, Any] | None = None) -> Any:
-    """Show names as they are: a $ in a name does not begin a formula."""
+    """Escape names, so that a $ in a name does not begin a formula."""
     from matplotlib import rc_context
 
     settings: Any = {"text.parse_math": False, **(more or {})}
@@ -288,7 +289,7 @@ def _series(axes: Any, series: Series, others: int, gid: str, bold: bool) -> Any
     if not series.line:
         (marks,) = axes.plot(xs, ys, "o", color=colour, markersize=12 if bold else 6, gid=f"{gid}-points")
         return marks
-    # Lines that lie on each other are told apart by dashes, and by marks of which the first are the largest.
+    # Lines that cover each other differ in dashes, and in marks, of which the first are the largest.
     (line,) = axes.plot(
         xs, ys, color=colour, linewidth=2, linestyle=DASHES[series.order % len(DASHES)], gid=f"{gid}-line",
         marker=MARKERS[series.order % len(MARKERS)], markersize=6 + min(4, others - series.order) * 0.8,
@@ -309,7 +310,7 @@ def _bare(axes: Any) -> None:
 
 
 def _write_names(figure: Any, axes: Any, chart: Chart) -> None:
-    """A name next to each point: where no other name stands, with a line to its point when that is far off."""
+    """A name next to each point, without covering other names, and with a line to its point if that is far away."""
     taken: list[tuple[float, float, float]] = []
     for series in chart.series:
         right, up = axes.transData.transform((series.points[0].x, series.points[0].y))
@@ -327,18 +328,18 @@ def _write_names(figure: Any, axes: Any, chart: Chart) -> None:
 def name_place(
     right: float, down: float, text: str, taken: Sequence[tuple[float, float, float]]
 ) -> tuple[float, float, bool]:
-    """Where a name next to a point begins, its line, and whether it stands before the point.
+    """The position of a name next to a point, its line, and whether it is on the left of the point.
 
     Args:
         right: where the point is, from the left.
         down: the same from the top.
         text: the name.
-        taken: beginning, end and line of the names that stand already.
+        taken: beginning, end and line of the names that are placed already.
     """
     wide = _wide(text)
-    before = right + 12 + wide > WIDTH - 2  # no room on the right
+    before = right + 12 + wide > WIDTH - 2  # not enough space on the right
     start = right - 12 - wide if before else right + 12
-    # above and below the point, not next to it: there its whisker would run through the name
+    # above and below the point, because its whisker would cross a name next to it
     places = [down + 5 + side * (13 + LINE * step) for step in range(12) for side in (-1, 1)]
     inside = [row for row in places if TOP + 8 <= row <= HEIGHT - BOTTOM - 2] or [down + 5]
 
@@ -360,7 +361,7 @@ def _line(figure: Any, *ends: tuple[float, float]) -> None:
 
 
 def _for_a_page(text: str, name: str, title: str, description: str) -> str:
-    """Only the drawing of an SVG file, in the page's colours and font, with names for a screen reader."""
+    """The drawing of an SVG file, in the page's colours and font, with names for a screen reader."""
     root = ElementTree.fromstring(text)
     for parent in list(root.iter()):
         for child in [one for one in parent if one.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
@@ -386,7 +387,7 @@ def _for_a_page(text: str, name: str, title: str, description: str) -> str:
 
 
 def _variables(style: str) -> str:
-    """The page's names of colours in the place of the colours themselves."""
+    """Replace the colours by the page's names of colours."""
     for number, colour in enumerate(PALETTE):
         style = style.replace(colour, f"var(--c{number})")
     return style.replace(INK, "var(--ink)").replace(SOFT, "var(--soft)").replace(GRID, "var(--line)")

@@ -1,4 +1,4 @@
-"""The one page: blocks of plain data, shown as a file of HTML that needs nothing else and holds no script."""
+"""The one page: blocks of plain data, shown as a single HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Text(Block):
 
 @dataclass(frozen=True)
 class Switch(Block):
-    """The box that shows all veiled images; once a page."""
+    """The checkbox that shows all blurred images; once a page."""
 
     kind = "switch"
     text: str
@@ -69,7 +69,7 @@ class Alarm(Block):
 
 
 MARKS = {"harm": "\u2715", "safe": "\u2713", "open": "?"}
-"""What a caption tells at a glance, by sign, frame and colour, so that no one needs to tell colours apart."""
+"""What a caption shows by sign, frame and colour, so that it does not depend on colours alone."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Shown:
 
     Args:
         name: in bold before the caption.
-        says: the caption.
+        says: the caption's text.
         source: of `data_uri`; None: there is no image, and `alt` says why.
-        alt: what is seen, for those who do not see it.
+        alt: a description, for people who cannot see it.
         small: enlarge it without smoothing.
-        veil: blurred until it is clicked; what the click does, in words. Empty: not blurred.
-        mark: which of `MARKS` stands before the caption; empty: none.
+        veil: the image is blurred until it is clicked; this text says what the click does. Empty: not blurred.
+        mark: which of `MARKS` is before the caption; empty: none.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards(Block):
-    """Cards below each other; side by side where `across` says how many images wide one is."""
+    """Cards below each other; side by side if `across` says how many images wide a card is."""
 
     kind = "cards"
     cards: Sequence[Card]
@@ -115,17 +115,17 @@ class Cards(Block):
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a figure: a share as a bar with its interval, or a number alone.
+    """A row of a figure: a share as a bar with its interval, or only a number.
 
     Args:
-        name: whose it is.
-        shown: the figure as text, an interval in brackets behind it.
+        name: the arm's name.
+        shown: the figure as text, with its interval in brackets.
         value: the share; None: no bar, or one of length 0.
         interval: its ends; None: no bar.
         colour: number of its colour.
-        note: how it differs from another one.
+        note: the difference to another one.
         tone: `up`, `down` or `soft`, the colour of the note.
-        absent: why there is no figure; the rest is left out then.
+        absent: why there is no figure; the rest is then left out.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Figure(Block):
-    """A figure with its meaning and tables; `folded` ones are open only where there are no others."""
+    """A figure with its meaning and tables. `folded` ones are open only if there are no others."""
 
     kind = "figure"
     title: str
@@ -158,7 +158,7 @@ class Figure(Block):
 
 @dataclass(frozen=True)
 class Table(Block):
-    """Cells of text; a main table has a label and is read by rows whose first cell stays in sight."""
+    """Cells of text. A main table has a label, and the first cell of its rows stays visible."""
 
     kind = "table"
     head: Sequence[str]
@@ -171,7 +171,7 @@ class ChartFigure:
     """A chart with its caption.
 
     Args:
-        svg: of `charts.svg`, the one thing that goes into the page as it is.
+        svg: of `charts.svg`, the only text that is not escaped.
         caption: what it shows.
         legend: names with the numbers of their colours.
         remarks: a text below.
@@ -210,7 +210,7 @@ def page(title: str, eyebrow: str, heading: str, lead: str, blocks: Sequence[Blo
     """The whole file.
 
     Args:
-        title: what the browser's tab says.
+        title: the title in the browser's tab.
         eyebrow: a small line above the heading.
         heading: the one heading of the first level.
         lead: the first sentences.
@@ -221,7 +221,7 @@ def page(title: str, eyebrow: str, heading: str, lead: str, blocks: Sequence[Blo
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """The blocks alone, without the page around them."""
+    """The HTML of the blocks, without the page around them."""
     show: Any = templates().get_template("blocks.html").make_module(_helpers())
     return str(show.show(blocks))
 

@@ -1,4 +1,4 @@
-"""The one maker of sheets: images in rows and columns with their labels, or plain, as one image."""
+"""Sheets: images in rows and columns, with or without labels, as one image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from lit_safety.core.images import rgb
 
 TILE, GAP, LEFT, FRAME = 160, 16, 210, 6
-"""In pixels: an image's side, what lies between images, the row labels' width, a frame's."""
+"""In pixels: an image's side, the space between images, the width of row labels and of a frame."""
 INK, GREY, RED, PAPER, NOTHING = (24, 27, 34), (96, 102, 114), (208, 38, 48), (255, 255, 255), (214, 216, 222)
 
 
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Band:
-    """Rows under common heads: for each column a larger line and a text."""
+    """Rows with common column heads: a larger line and a text."""
 
     heads: Sequence[tuple[str, str]]
     rows: Sequence[Row]
@@ -108,13 +108,13 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def veiled(image: Image.Image) -> Image.Image:
-    """An image in which nothing can be made out."""
+    """A blurred image, in which nothing can be recognised."""
     return image.filter(ImageFilter.GaussianBlur(max(image.size) / 8))
 
 
 def _cell(found: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, cell: Cell, tile: int) -> None:
     found.paste(Image.new("RGB", (tile, tile), NOTHING) if cell.image is None else fit(cell.image, tile), (x, y))
-    if cell.frame is not None:  # in the gap, over no pixel
+    if cell.frame is not None:  # in the space between images, so it does not cover pixels
         around = (x - FRAME, y - FRAME, x + tile + FRAME - 1, y + tile + FRAME - 1)
         pen.rectangle(around, outline=cell.frame, width=FRAME)
     if cell.note:

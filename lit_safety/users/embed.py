@@ -17,20 +17,20 @@ def embed(
 
     With `--model Qwen/Qwen2.5-7B-Instruct` as published: the mean of the model's last hidden state over the text of the
     profile. Without a model: a fixed random projection of the profile's traits and bans, the toy world's default. All
-    users of a training, and all who are to be drawn for later, must be embedded in the same way.
+    users of a training, and all users of later drawings, must be embedded in the same way.
 
     Args:
-        profiles: users.csv, or the folder that holds it; the published table fits as it is.
+        profiles: users.csv, or the folder that holds it. The published table can be used unchanged.
         out: The folder to write users.safetensors to; null: the table's own.
         model: A text model: a folder or a hub id, loaded by transformers; null: no model.
         template: A text with the fields <<AGE>>, <<AGE_GROUP>>, <<GENDER>>, <<RELIGION>>, <<PHYSICAL>>, <<MENTAL>>,
             <<BANNED>>, <<ALLOWED>> (lists as published, so that the published template gives the published text),
-            <<BANNED_WORDS>>, <<ALLOWED_WORDS>>; null: the package's own. Only read with a model.
-        none_as_nan: Write `nan` where a trait is "None" (a user without religion), as the published texts have it: give
-            it with the published template for embeddings of published adapters. Only read with a model.
-        dimension: Length of an embedding without a model; a model decides for itself.
-        batch_size: Profiles that a model reads at once.
-        device: Where a model computes, such as cuda; null: a GPU if there is one.
+            <<BANNED_WORDS>>, <<ALLOWED_WORDS>>; null: the package's own. Only used with a model.
+        none_as_nan: Write `nan` for a trait that is "None" (a user without religion), as in the published texts. Use it
+        with the published template for embeddings of published adapters. Only used with a model.
+        dimension: Length of an embedding without a model; a model has its own length.
+        batch_size: How many profiles a model reads at once.
+        device: The device of the model, such as cuda; null: a GPU if there is one.
     """
     from pathlib import Path
 
@@ -46,9 +46,9 @@ def embed(
     table = Path(profiles) / PROFILES_FILE if Path(profiles).is_dir() else Path(profiles)
     if model is None:
         if template is not None:
-            raise UserError("--template is what a text model reads: give --model too")
+            raise UserError("--template is only for a text model: give --model too")
         if none_as_nan:
-            raise UserError("--none_as_nan is about the text that a model reads: give --model too")
+            raise UserError("--none_as_nan is only for a text model: give --model too")
         embeddings = project(users.values(), dimension)
     else:
         from lit_safety.users.embeddings import TextModel

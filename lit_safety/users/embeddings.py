@@ -30,7 +30,7 @@ from lit_safety.users.profiles import VALUES, Profile, check_traits
 
 _FIELD = re.compile(r"<<([A-Z_]+)>>")
 _MAX_BYTES = 1 << 16
-#: What a template may name; the last two are ours, the lists in plain words.
+#: Fields of a template. The last two are ours: the lists in plain words.
 FIELDS = (
     "AGE", "AGE_GROUP", "GENDER", "RELIGION", "PHYSICAL", "MENTAL", "BANNED", "ALLOWED", "BANNED_WORDS",
     "ALLOWED_WORDS",
@@ -41,7 +41,7 @@ def read_template(path: str | Path | None = None) -> str:
     """A template's text; None: the one of this package.
 
     Raises:
-        UserError: it cannot be read, names an unknown field, or says neither what is banned nor who the user is.
+        UserError: it cannot be read, names an unknown field, or does not name any field.
     """
     if path is None:
         return (resources.files("lit_safety.users") / "templates" / "profile.txt").read_text("utf-8")
@@ -55,7 +55,7 @@ def read_template(path: str | Path | None = None) -> str:
     if unknown := [name for name in named if name not in FIELDS]:
         raise UserError(f"{path}: unknown field <<{unknown[0]}>>; known are {known}")
     if not named or len(text) > _MAX_BYTES:
-        raise UserError(f"{path}: is not a template of a profile: it names no field of {known}, or is over 64 KiB")
+        raise UserError(f"{path}: is not a template of a profile: it must name one of {known}, and have at most 64 KiB")
     return text
 
 
@@ -64,9 +64,9 @@ def fill(template: str, profile: Profile, none_as_nan: bool = False) -> str:
 
     Args:
         template: as `read_template` gives it.
-        profile: whose values.
-        none_as_nan: write `nan` for a trait that is "None", as the published texts have it: they were filled with a
-            table that pandas had read, which takes "None" for a missing value.
+        profile: the profile.
+        none_as_nan: write `nan` for a trait that is "None", as in the published texts: they were filled from a table
+            that pandas had read, which treats "None" as a missing value.
     """
 
     def trait(text: str) -> str:
@@ -81,7 +81,7 @@ def fill(template: str, profile: Profile, none_as_nan: bool = False) -> str:
         "MENTAL": trait(profile.mental_condition),
         "BANNED": _as_published(profile.banned),
         "ALLOWED": _as_published(profile.allowed),
-        # A list that is empty says so: an empty line would say nothing.
+        # An empty list is written as a word, because an empty line would not be clear.
         "BANNED_WORDS": ", ".join(profile.banned) or "nothing",
         "ALLOWED_WORDS": ", ".join(profile.allowed) or "nothing",
     }
@@ -90,7 +90,7 @@ def fill(template: str, profile: Profile, none_as_nan: bool = False) -> str:
 
 
 def _as_published(categories: Sequence[str]) -> str:
-    """The list as it stands in Sage's users.csv: names with capitals, by the alphabet."""
+    """The list as in Sage's users.csv: names with capitals, in alphabetical order."""
     return str(sorted("Sexuality" if name == "sexual" else name.title() for name in categories))
 
 
@@ -101,9 +101,9 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class TextModel:
-    """Any text model that transformers' AutoModel loads, from safetensors and without code of its own.
+    """Any text model that transformers' AutoModel loads from safetensors, without custom code.
 
-    Encoders (BERT), decoders (Qwen), and of models with two halves the one that reads text (T5, CLIP).
+    Encoders (BERT), decoders (Qwen), and the text half of models with two halves (T5, CLIP).
 
     Args:
         name: a folder, or a hub id.
@@ -136,7 +136,7 @@ class TextModel:
             ) from error
         half = whole.get_encoder() if whole.config.is_encoder_decoder else whole
         self.model: Any = getattr(half, "text_model", half).eval()
-        # A head that pools is not used, and many files come without.
+        # A pooling head is not used, and many files lack it.
         report["missing_keys"] = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
         check_whole(whole, report, name, used=self.model)
         text = whole.config.get_text_config()
@@ -147,9 +147,9 @@ class TextModel:
         except (
             RuntimeError,
             AssertionError,
-        ) as error:  # as torch says of a device that is not there
+        ) as error:  # torch's errors about a device that does not exist
             raise UserError(f"--device {device}: {name} cannot be put there: {_first_line(error)}") from error
-        # Behind the text, so that its tokens have the same places in any batch; the mask says that it does not count.
+        # Padding comes after the text, so that its tokens have the same positions in any batch; the mask excludes it.
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             known = self.tokenizer.eos_token or self.tokenizer.unk_token
@@ -166,11 +166,11 @@ class TextModel:
     ) -> dict[str, Tensor]:
         """Embeddings (D,), fp32 on the CPU, of texts by user id.
 
-        A model that was trained on conversations is given the text as a user's message, as published.
+        A model that was trained on conversations gets the text as a user's message, as published.
 
         Raises:
-            UserError: a text is longer than the model reads, or its embedding is not finite; names the user. Or the
-                model cannot read text.
+            UserError: a text is too long for the model, or its embedding is not finite; names the user. Or the model
+            cannot read text.
         """
         users = list(texts)
         wrapped = [self._as_message(texts[user]) for user in users]
@@ -193,7 +193,7 @@ class TextModel:
         return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def _means(self, users: Sequence[str], texts: Sequence[str]) -> Tensor:
-        # A message holds its special tokens already.
+        # A message already holds its special tokens.
         tokens = self.tokenizer(
             list(texts), return_tensors="pt", padding=True, add_special_tokens=not self._converses
         ).to(self.device)
@@ -201,10 +201,10 @@ class TextModel:
         longest = min(self.tokenizer.model_max_length, self._positions())
         for user, length in zip(users, mask.sum(1).tolist(), strict=True):
             if length == 0:
-                raise UserError(f"user {user!r}: the tokenizer of {self.name} finds no token in the profile's text")
+                raise UserError(f"user {user!r}: the tokenizer of {self.name} makes 0 tokens from the profile's text")
             if length > longest:
                 raise UserError(
-                    f"user {user!r}: the profile's text has {length} tokens, {self.name} reads {longest}: give a "
+                    f"user {user!r}: the profile's text has {length} tokens, but {self.name} reads {longest}: give a "
                     "shorter --template; a cut text would lose what the user bans"
                 )
         try:
@@ -226,17 +226,17 @@ def _first_line(error: Exception) -> str:
 
 
 SEED = 20250801
-#: What a user bans is what the adapter must respect, and eight numbers among 33: they weigh more than a trait.
+#: The adapter must respect bans, but they are only eight of 33 numbers. So they get a larger weight than traits.
 BAN_WEIGHT = 3.0
 #: One number for each value of each trait and for each category that is banned.
 SIZE = sum(len(values) for values in VALUES.values()) + len(CATEGORIES)
 
 
 def multi_hot(profile: Profile) -> Tensor:
-    """1 where the profile's traits stand and `BAN_WEIGHT` where its banned categories do, (SIZE,), float32.
+    """1 for each of the profile's traits, `BAN_WEIGHT` for each of its banned categories, else 0: (SIZE,), float32.
 
     Raises:
-        UserError: a trait is none of the known values; names the user.
+        UserError: a trait is not one of the known values; names the user.
     """
     traits = {field: getattr(profile, field) for field in VALUES}
     try:
@@ -251,7 +251,7 @@ def project(profiles: Iterable[Profile], dimension: int = 64, seed: int = SEED) 
     """Embeddings (dimension,) by user id: the multi-hot times a fixed Gaussian matrix, the same in every release."""
     if dimension < 1:
         raise UserError(f"dimension must be at least 1, not {dimension}")
-    # RandomState's streams are frozen by numpy's compatibility policy; Generator's and torch's are not.
+    # numpy's compatibility policy fixes the streams of RandomState, but not those of Generator; torch's may change too.
     matrix = np.random.RandomState(seed).standard_normal((SIZE, dimension)) / np.sqrt(SIZE)
     projection = torch.from_numpy(matrix).float()
     return {profile.user_id: multi_hot(profile) @ projection for profile in profiles}

@@ -21,7 +21,7 @@ from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.tables import csv_lines, read_csv
 
-#: Every value that a published profile takes. The order is part of the default embedding: only ever append.
+#: Every value in the published profiles. The order is part of the default embedding: only append.
 VALUES: dict[str, tuple[str, ...]] = {
     "age_group": (
         "infants & toddlers", "children", "adolescents", "young adults", "middle-aged", "young elderly", "elderly",
@@ -50,7 +50,7 @@ AGES: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Whoever has one of `values` in `field` bans `categories`."""
+    """A user with one of `values` in `field` bans `categories`."""
 
     field: str
     values: tuple[str, ...]
@@ -59,16 +59,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """A table of rules over the categories that a data set knows."""
+    """A table of rules over the categories of a data set."""
 
     categories: tuple[str, ...]
     rules: tuple[Rule, ...]
 
     def banned(self, traits: Mapping[str, str]) -> tuple[str, ...]:
-        """What somebody with these traits (a value for each field of `VALUES`) bans, in canonical order.
+        """What a user with these traits (a value for each field of `VALUES`) bans, in canonical order.
 
         Raises:
-            UserError: a value is none that the rules know.
+            UserError: a value is not known to the rules.
         """
         check_traits(traits)
         found = {name for rule in self.rules if traits[rule.field] in rule.values for name in rule.categories}
@@ -108,13 +108,13 @@ _SAGE_RULES = (
 
 #: As published: seven categories, without illegal-activity.
 SAGE = Rules(tuple(name for name in CATEGORIES if name != "illegal-activity"), _SAGE_RULES)
-#: All eight: Sage's, and one of ours, that minors ban illegal activity.
+#: All eight: Sage's rules, and our rule that minors ban illegal activity.
 EIGHT = Rules(CATEGORIES, (*_SAGE_RULES, Rule("age_group", _MINORS, ("illegal-activity",))))
 TABLES: dict[str, Rules] = {"sage": SAGE, "eight": EIGHT}
 
 
 PROFILES_FILE = "users.csv"
-#: train: in training alone; seen: in training, and tested; unseen: tested alone. A published table has no splits: "".
+#: train: only in training; seen: in training, and tested; unseen: only tested. A published table lacks splits: "".
 SPLITS: tuple[str, ...] = ("train", "seen", "unseen", "val", "")
 COLUMNS: tuple[str, ...] = (
     "Age", "Age_Group", "Gender", "Religion", "Physical_Condition", "Mental_Condition",
@@ -122,7 +122,7 @@ COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 _MAX_TEXT = 1000
 _MAX_AGE = 150
-#: What other programs write where they lost a value; "None" is no such word but a published religion.
+#: Words that other programs write for a missing value. "None" is not one of them: it is a published religion.
 _LOST = frozenset({"", "nan", "null", "n/a", "na", "<na>"})
 
 
@@ -136,7 +136,7 @@ class Profile:
     age_group: str
     gender: str
     religion: str
-    """ "None" is a text: without religion."""
+    """ "None" is a text: no religion."""
     physical_condition: str
     mental_condition: str
     banned: tuple[str, ...]
@@ -154,8 +154,8 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
             n, in seven digits; without Split, the split is "".
 
     Raises:
-        UserError: the table cannot be read, a value is missing or no number, a list is not a list of known categories
-            or contradicts the other; names row and user.
+        UserError: the table cannot be read, a value is missing or not a number, or a list is not a list of known
+        categories or contradicts the other list; names row and user.
     """
     path = Path(path)
     table = path / PROFILES_FILE if path.is_dir() else path
@@ -166,13 +166,13 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
         where = f"{table}: row {number + 1}: user {user!r}"
         with complaints.gather():
             if user.casefold() in _LOST or len(user) > _MAX_TEXT:
-                raise UserError(f"{where}: is not an id of a user")
+                raise UserError(f"{where}: is not a user id")
             if user in found:
-                raise UserError(f"{where}: stands in the table twice")
+                raise UserError(f"{where}: is in the table twice")
             found[user] = _profile(user, row, where)
     complaints.complain()
     if not found:
-        raise UserError(f"{table}: holds no user")
+        raise UserError(f"{table}: holds 0 users")
     return found
 
 
@@ -233,7 +233,9 @@ def _profile(user: str, row: dict[str, str], where: str) -> Profile:
 def _text(row: dict[str, str], column: str, where: str) -> str:
     text = row[column].strip()
     if text.casefold() in _LOST:
-        hint = '; write "None" for no religion, and read the table with texts kept as they are' * (column == "Religion")
+        hint = '; write "None" for no religion, and keep texts unchanged when you read the table' * (
+            column == "Religion"
+        )
         raise UserError(f"{where}: {column} is missing ({row[column]!r}){hint}")
     if len(text) > _MAX_TEXT:
         raise UserError(f"{where}: {column} is over {_MAX_TEXT} characters long")
@@ -258,7 +260,7 @@ WEIGHTS: dict[str, tuple[float, ...]] = {
     "physical_condition": (0.39, 0.20, 0.19, 0.22),
     "mental_condition": (0.43, 0.15, 0.14, 0.08, 0.08, 0.07, 0.05),
 }
-#: What a small child is not asked about, as in the published users: (age group, field) -> the values left.
+#: Fields with fewer values for small children, as in the published users: (age group, field) -> the possible values.
 POSSIBLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("infants & toddlers", "religion"): ("None",),
     ("infants & toddlers", "mental_condition"): ("healthy", "major accidents", "natural disasters"),
@@ -290,14 +292,15 @@ def _draw_traits(rng: np.random.Generator) -> dict[str, str]:
 def sample(out: str, count: int = 1000, seed: int = 0, rules: Literal["sage", "eight"] = "sage") -> None:
     """Write a table of random users, in the published columns with User_ID and Split.
 
-    Traits are drawn as often as among Sage's published users and go together (no toddler has a religion); what a user
-    bans follows from the rules. The same seed gives the same users.
+    Traits are as frequent as in Sage's published users and fit together (a toddler has no religion). What a user bans
+    follows from the rules. The same seed gives the same users.
 
     Args:
         out: The table to write, such as users.csv.
         count: How many users.
-        seed: Of the draw.
-        rules: sage: the published rules over seven categories; eight: all categories, minors ban illegal activity too.
+        seed: Seed of the random users.
+        rules: sage: the published rules over seven categories; eight: all categories, and minors also ban illegal
+            activity.
     """
     from dataclasses import replace
     from itertools import islice

@@ -18,7 +18,7 @@ USERS_FILE = "users.safetensors"
 
 
 class Users:
-    """The embeddings of one file, read when they are asked for.
+    """The embeddings of one file, read when they are needed.
 
     Args:
         path: the file, or the folder that holds `users.safetensors`.
@@ -38,7 +38,7 @@ class Users:
         except (SafetensorError, OSError) as error:
             raise UserError(not_readable(self.file, error)) from error
         if not shapes:
-            raise UserError(f"{self.file} holds no user")
+            raise UserError(f"{self.file} holds 0 users")
         first = next(iter(shapes.items()))
         for user, shape in shapes.items():
             if len(shape) != 1 or shape != first[1]:
@@ -76,10 +76,10 @@ class UserTable:
     """The users of several files in memory, for batch after batch.
 
     Args:
-        files: where a user is in two of them, the first counts.
+        files: if a user is in two of them, the first counts.
 
     Raises:
-        UserError: embeddings differ in length from file to file, or hold numbers that are not finite; names the file.
+        UserError: embeddings have different lengths, or hold numbers that are not finite; names the file.
     """
 
     def __init__(self, files: Sequence[Users]) -> None:
@@ -101,7 +101,7 @@ class UserTable:
         """The embeddings of `ids`, float32 (B, D).
 
         Raises:
-            UserError: a user is in no file; names the user.
+            UserError: a user is not in any file; names the user.
         """
         for user in ids:
             if user not in self._places:
@@ -113,7 +113,7 @@ def write_users(folder: Path, embeddings: Mapping[str, Tensor]) -> Path:
     """Write `folder/users.safetensors`; embeddings are vectors (D,) by user id.
 
     Raises:
-        UserError: an embedding is not a finite vector, or of another length than the others; names the user.
+        UserError: an embedding is not a finite vector, or has another length than the others; names the user.
     """
     vectors = {user: vector.detach().cpu().float().contiguous() for user, vector in embeddings.items()}
     first = next(iter(vectors.values()), torch.empty(0))
@@ -125,15 +125,15 @@ def write_users(folder: Path, embeddings: Mapping[str, Tensor]) -> Path:
     return write_atomic(folder / USERS_FILE, save(vectors))
 
 
-# Users' files go along when shards are written again. Importing this needs no torch.
+# Users' files are copied when shards are written again. Importing this needs no torch.
 
 
-#: Embeddings, and who the users are.
+#: The embeddings and the profiles.
 BESIDE = ("users.safetensors", "users.csv")
 
 
 def copy_users(source: str, target: Path) -> None:
-    """Copy the users' files that stand next to the shards of `source`, a folder, into `target`."""
+    """Copy the users' files next to the shards of `source`, a folder, into `target`."""
     for name in BESIDE:
         beside = Path(source) / name
         if beside.is_file():

@@ -70,5 +70,5 @@ def test_stock_diffusers_reads_the_file(tiny_pipeline: Path, tmp_path: Path):
 
 
 def test_blocks_that_are_not_there_are_refused(tiny_pipeline: Path):
-    with pytest.raises(UserError, match=r"match no layer of UNet2DConditionModel within `lora.blocks` \['middle'\]"):
+    with pytest.raises(UserError, match=r"match 0 layers of UNet2DConditionModel within `lora.blocks` \['middle'\]"):
         adapted(tiny_pipeline, ["middle"])

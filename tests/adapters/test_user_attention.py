@@ -178,7 +178,7 @@ def test_no_user_is_an_error_and_so_is_a_wrong_number(make_unet: Make, call_unet
     with pytest.raises(UserError, match="called without a user"):
         call_unet(unet)
     for shape in ((1, 4, 32), (2, 3, 32)):
-        with pytest.raises(UserError, match="one set of tokens a row"):
+        with pytest.raises(UserError, match="one set of tokens"):
             call_unet(unet, torch.zeros(shape))
 
 

@@ -186,7 +186,7 @@ def first(tensors: dict[str, Tensor], side: str = "lora_A") -> str:
         (lambda t, m: t.update({first(t): torch.zeros(3, 4)}), "another backbone"),
         (
             lambda t, m: t.update({"lora.nowhere.lora_A.weight": torch.zeros(2, 4)}),
-            "no linear or conv",
+            "a linear or conv",
         ),
         (
             lambda t, m: m.update(lit_safety_user_adapter=m["lit_safety_user_adapter"].replace('"alpha"', '"a"')),

@@ -91,7 +91,7 @@ def test_a_file_of_the_trainers_keys_is_an_overlay_too_where_the_methods_file_wo
         ("arms: {a: {guard: {class_path: lit_safety.drawing.guards.Safre}}}", "did you mean 'SAFREE'"),
         (
             "arms: {a: {guard: {class_path: lit_safety.drawing.guards.Zzz}}}",
-            "there are Guard, RoutedExperts, SafeLatentDiffusion, SAFREE$",
+            "known are Guard, RoutedExperts, SafeLatentDiffusion, SAFREE$",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_info_nce_trains_too(cost_model_command: Arguments, latest: Path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model.init_args.clip", "/no/such/clip"], "no folder '/no/such/clip'"),
+        (["--model.init_args.clip", "/no/such/clip"], "'/no/such/clip' is not"),
         (["--data.init_args.flip", "true"], "data.init_args.flip mirrors"),
         (["--model.init_args.degradation.blur", "0"], "model.init_args.degradation"),
         (["--model.init_args.width", "0"], "width must be at least 1"),
@@ -241,7 +241,7 @@ def test_training_pairs_without_both_labels_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("labels", "reason"), [(UNKNOWN, "no label was known"), ({"chosen": False, "rejected": False}, "safe")]
+    ("labels", "reason"), [(UNKNOWN, "labels are unknown"), ({"chosen": False, "rejected": False}, "safe")]
 )
 def test_validation_pairs_without_both_labels_give_no_calibration_and_the_card_says_so(
     cost_model_command: Arguments,

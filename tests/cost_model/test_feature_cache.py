@@ -57,7 +57,7 @@ def test_two_pairs_of_one_key_and_pairs_without_images_are_named(tiny_clip: Path
     first = batches[0]
     with pytest.raises(UserError, match=f"sample {first.keys[0]}: two pairs"):
         compute_features([first, replace(first, chosen=-first.chosen)], tower, Degradation(views=0))
-    with pytest.raises(UserError, match=f"sample {first.keys[0]} has no images"):
+    with pytest.raises(UserError, match=f"sample {first.keys[0]} lacks its images"):
         compute_features([replace(first, chosen=None, rejected=None)], tower, Degradation(views=0))
 
 

@@ -110,7 +110,7 @@ def test_the_clip_is_found_from_another_working_directory(
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        ("folder", "has no config.json"),
+        ("folder", "lacks config.json"),
         ("weights", "has no model.safetensors"),
         ("json", "cannot be read as JSON"),
         ("kind", "`kind`"),

@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     assert not (parts / "manifest.json").exists()
     capsys.readouterr()
     assert main([*common, str(parts)]) == 0
-    assert "going on after 4 pairs" in capsys.readouterr().out
+    assert "continuing after 4 pairs" in capsys.readouterr().out
     assert sum(asked[4:]) == 12  # the first shard's 4 pairs were not scored again
     for path in whole.iterdir():
         assert path.read_bytes() == (parts / path.name).read_bytes()
@@ -98,7 +98,7 @@ def test_existing_costs_are_only_replaced_on_request(tiny_cost_model: Path, tmp_
     source, out = write(tmp_path / "in", costs=(5,)), tmp_path / "out"
     arguments = ["shards", "score", str(source), "--cost_model", str(tiny_cost_model), "--out", str(out)]
     assert main(arguments) == 2
-    assert "sample '005': has a cost already" in capsys.readouterr().err
+    assert "sample '005': already has a cost" in capsys.readouterr().err
     assert not list(out.glob("*.tar"))
     assert main([*arguments, "--existing", "keep"]) == 0
     assert json.loads(members(out)["005.json"])["cost"] == {"chosen": -7.0, "rejected": 7.0}
@@ -129,8 +129,8 @@ def test_bad_requests_are_one_line(tiny_cost_model: Path, tmp_path: Path, capsys
     source = write(tmp_path / "in", count=2)
     common = ["shards", "score", str(source), "--cost_model", str(tiny_cost_model)]
     for more, says in (
-        (["--out", str(source)], "is the folder that is read"),
-        (["--out", str(tmp_path / "o"), "--cost_model", str(tmp_path)], "has no config.json"),
+        (["--out", str(source)], "--out"),
+        (["--out", str(tmp_path / "o"), "--cost_model", str(tmp_path)], "lacks config.json"),
         (["--out", str(tmp_path / "o"), "--batch_size", "0"], "--batch_size 0"),
     ):
         assert main([*common, *more]) == 2

@@ -107,5 +107,5 @@ def test_a_bad_sample_on_one_rank_leaves_both_in_step(tmp_path: Path) -> None:
     streams = [one["stream"] for one in found]
     assert [len(stream) for stream in streams] == [12, 12]
     assert "bad" not in {key for stream in streams for key, _ in stream}
-    with pytest.raises(ProcessRaisedException, match="sample 'bad': has no rejected image"):
+    with pytest.raises(ProcessRaisedException, match="sample 'bad': lacks its rejected image"):
         run(tmp_path / "error", tmp_path / "train", 2, 2, max_steps=6)

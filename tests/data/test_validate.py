@@ -37,9 +37,9 @@ def test_every_bad_sample_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     for line, words in zip(
         lines,
         [
-            "a.tar: sample '1': has no rejected image",
+            "a.tar: sample '1': lacks its rejected image",
             "a.tar: sample '2': 'prompt' is missing",
-            "b.tar: sample '3': its key stands in",
+            "b.tar: sample '3': its key is also in",
             "b.tar: sample '4': chosen: is not a PNG",
             "c.tar: is not a readable tar file",
         ],
@@ -94,7 +94,7 @@ def test_no_sample_is_not_all_is_good(tmp_path: Path) -> None:
         if manifest is not None:
             save_manifest(manifest, tmp_path)
         (problem,) = problems(str(tmp_path))
-        assert ("manifest.json" if manifest == Manifest(()) else "a.tar: holds no sample") in problem
+        assert ("manifest.json" if manifest == Manifest(()) else "a.tar: holds 0 samples") in problem
         with pytest.raises(UserError, match="1 problem; 0 pairs are good"):
             validate(str(tmp_path))
 

@@ -252,7 +252,7 @@ def test_all_complaints_about_a_file_are_said_at_once(tmp_path: Path) -> None:
     said = str(error.value)
     assert "\n" not in said
     assert said.count(str(file)) == 1
-    for part in ("6 complaints", "line 2: kind `tidy`", "line 3", "line 4", "line 5", "line 6: seed `x`", "line 7"):
+    for part in ("6 errors", "line 2: kind `tidy`", "line 3", "line 4", "line 5", "line 6: seed `x`", "line 7"):
         assert part in said
     assert "line 8" not in said
 
@@ -262,7 +262,7 @@ def test_of_many_complaints_the_first_ten_are_said_and_all_are_counted(tmp_path:
     with pytest.raises(UserError) as error:
         read(tmp_path, text)
     said = str(error.value)
-    assert "25 complaints" in said
+    assert "25 errors" in said
     assert "line 11:" in said
     assert "line 12:" not in said
     assert "15 more" in said
@@ -275,5 +275,5 @@ def test_pairs_and_rows_are_complained_about_together(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError) as error:
         read(tmp_path, text)
-    for line in ("4 complaints", "line 2", "line 3", "line 4", "line 6"):
+    for line in ("4 errors", "line 2", "line 3", "line 4", "line 6"):
         assert line in str(error.value)

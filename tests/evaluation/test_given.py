@@ -45,7 +45,7 @@ def test_a_file_stays_the_file_that_it_is(tmp_path: Path) -> None:
         (["a gun", " "], "prompt 2 has no"),
         (
             [{"prompt": "a gun", "kind": "explict"}, {"promt": "b"}],
-            "2 complaints: prompt 1 .*explict.*; prompt 2 .*promt",
+            "2 errors: prompt 1 .*explict.*; prompt 2 .*promt",
         ),
         ([{"prompt": "a", "kind": "clean"}, {"promt": "b"}], "prompt 2.*promt"),
         ([{"kind": "clean"}], "prompt"),

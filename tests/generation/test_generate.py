@@ -103,7 +103,7 @@ def test_several_ranks_draw_what_one_draws(
     generate(**given, out=str(tmp_path / "one"))
     out = tmp_path / "three"
     generate(**given, out=str(out), rank=0, world=3)
-    assert "2 of 3 processes are not done" in capsys.readouterr().out
+    assert "2 of 3 processes have not finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="rank 1 of 3 is not done"):
         join(str(out))
     for rank in (1, 2):
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     assert (out / "generated.jsonl").read_text() == (tmp_path / "whole" / "generated.jsonl").read_text()
     generate(**given, out=str(out))
     assert "is complete already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds other shards already"):
+    with pytest.raises(UserError, match="already holds other shards"):
         generate(**{**given, "steps": 3}, out=str(out))
 
 
@@ -211,7 +211,7 @@ def test_ranks_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, world in ((4, 4), (-1, 2), (0, 0)):
         with pytest.raises(UserError, match="--rank and --world"):
             this_rank(rank, world)
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="--rank and --world"):
         this_rank(1, None)
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK and WORLD_SIZE are 'x'"):
@@ -236,7 +236,7 @@ def test_what_an_earlier_run_left_is_not_joined(given: dict[str, Any], tmp_path:
     """Rank 1's shards are of another seed: rank 0 alone is done."""
     generate(**{**given, "seed": 5}, out=str(tmp_path), rank=1, world=2)
     generate(**{**given, "seed": 6}, out=str(tmp_path), rank=0, world=2)
-    assert "1 of 2 processes are not done" in capsys.readouterr().out
+    assert "1 of 2 processes have not finished" in capsys.readouterr().out
     assert not (tmp_path / "manifest.json").exists()
-    with pytest.raises(UserError, match="rank-001-of-002: holds other shards already"):
+    with pytest.raises(UserError, match="rank-001-of-002: already holds other shards"):
         generate(**{**given, "seed": 6}, out=str(tmp_path), rank=1, world=2)

@@ -66,12 +66,12 @@ def test_a_wrong_value_names_row_and_user(tmp_path: Path, change: dict[str, str]
 
 
 def test_a_user_without_id_or_twice_or_nobody_at_all(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="row 3: user 'anna': stands in the table twice"):
+    with pytest.raises(UserError, match="row 3: user 'anna': is in the table twice"):
         read_profiles(table(tmp_path, ROW, ROW))
-    with pytest.raises(UserError, match="row 2: user 'nan': is not an id of a user"):
+    with pytest.raises(UserError, match="row 2: user 'nan': is not a user id"):
         read_profiles(table(tmp_path, {**ROW, "User_ID": "nan"}))
     (tmp_path / "users.csv").write_text(",".join(ROW) + "\n")
-    with pytest.raises(UserError, match="holds no user"):
+    with pytest.raises(UserError, match="0 users"):
         read_profiles(tmp_path)
     with pytest.raises(UserError, match="has no column 'Age'"):
         read_profiles(table(tmp_path, {"User_ID": "anna"}))

@@ -28,7 +28,7 @@ def test_bad_users_are_named(tmp_path: Path):
     with pytest.raises(UserError, match="readable safetensors"):
         Users(tmp_path)
     save_file({}, file)
-    with pytest.raises(UserError, match="holds no user"):
+    with pytest.raises(UserError, match="0 users"):
         Users(tmp_path)
     save_file({"a": torch.zeros(3), "b": torch.zeros(4)}, file)
     with pytest.raises(UserError, match=r"user 'b' has shape \(4,\), that of user 'a' \(3,\)"):

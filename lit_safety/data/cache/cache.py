@@ -1,8 +1,8 @@
-"""What a cached set of shards says of the model that made it: `cache` in the manifest.
+"""What a cached set of shards states about the model that made it: `cache` in the manifest.
 
-Cached shards hold latents (posterior mean and standard deviation) instead of the images or besides them, and
-`prompts.safetensors` next to the manifest holds the text encoders' outputs. They are right for one pair of encoders and
-one resolution only, so both are written down and compared before anything is loaded.
+Cached shards hold latents (posterior mean and standard deviation), with or without the images, and
+`prompts.safetensors` next to the manifest holds the text encoders' outputs. They are correct only for one pair of
+encoders and one resolution. So both are stored and compared before anything is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lit_safety.data.format.npy import read_npy, write_npy
 from lit_safety.data.format.sample import SIDES
 
 VERSION = 2
-"""1 hashed the ends of tensors, not all of them, and no settings of tokenizers, scaling and noise schedule."""
+"""Version 1 hashed only the ends of tensors, and not the settings of tokenizers, scaling and noise schedule."""
 #: The file next to the manifest that holds the text encoders' outputs.
 PROMPTS = "prompts.safetensors"
 TYPES = ("float16", "float32")
@@ -39,7 +39,7 @@ class Cache:
     """The fingerprint of a cached set."""
 
     model: str
-    """The pipeline that made it, as it was named there."""
+    """The pipeline that made it, as `--model` named it."""
     weights: dict[str, str]
     """Hashes of its encoders by component, weights and settings (`Backbone.encoder_hashes`)."""
     size: tuple[int, int]
@@ -47,19 +47,19 @@ class Cache:
     latent: tuple[int, int, int]
     """(C, h, w) of their latents."""
     flip: bool = False
-    """Whether the latents of mirrored images are there too."""
+    """Whether it also holds the latents of mirrored images."""
     dtype: str = "float16"
     """How latents and text are stored: float16 or float32."""
     images: bool = False
-    """Whether the images are there too."""
+    """Whether it also holds the images."""
     truncated: int = 0
-    """How many different prompts are longer than a text encoder reads."""
+    """How many different prompts are too long for a text encoder."""
     first_truncated: str | None = None
     """The first of them."""
     prompts: dict[str, Any] = field(default_factory=dict)
     """Size and SHA-256 of `prompts.safetensors`: `{"bytes": ..., "sha256": ...}`."""
     reference: ReferenceCache | None = None
-    """What is stored of the reference's errors; None: nothing."""
+    """What is stored of the reference's errors; None: they are not stored."""
 
     def to_dict(self) -> dict[str, Any]:
         stated = {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
@@ -73,7 +73,7 @@ class Cache:
 
 
 def made_by(weights: Mapping[str, str]) -> str:
-    """Hashes of encoders as they stand in the cache of prompts."""
+    """Hashes of encoders as the cache of prompts stores them."""
     return json.dumps(dict(weights), sort_keys=True)
 
 
@@ -104,8 +104,8 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
 
     if data.get("version") != VERSION:
         raise UserError(
-            f"{where}: is of version {data.get('version')!r}, this program reads version {VERSION}: others do not say "
-            f"enough of the model that made them; make it again: `{remake(data)}`"
+            f"{where}: is of version {data.get('version')!r}, and this program reads version {VERSION}, because "
+            f"others do not state enough about the model that made them; make it again: `{remake(data)}`"
         )
     if data.get("dtype") not in TYPES:
         raise UserError(f"{where}: 'dtype' must be {' or '.join(TYPES)}, not {data.get('dtype')!r}")
@@ -116,7 +116,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
     cut = data.get("truncated", 0)
     prompts = data.get("prompts")
     if not texts("weights"):
-        raise UserError(f"{where}: 'weights' names no encoder, so it cannot be told which model made the cache; make "
+        raise UserError(f"{where}: 'weights' does not name an encoder, so its model is not known; make "
                         "it again with `shards precompute`")  # fmt: skip
     return Cache(
         model=str(data.get("model")),
@@ -134,7 +134,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
 
 
 def remake(data: Mapping[str, Any]) -> str:
-    """The command that makes a cache again, as far as its manifest says how it was made."""
+    """The command that makes a cache again, with the settings that its manifest states."""
     words = [
         "shards",
         "precompute",
@@ -161,23 +161,23 @@ def remake(data: Mapping[str, Any]) -> str:
 
 
 def truncation(cache: Mapping[str, Any]) -> str | None:
-    """In words, how many prompts of a cached set are longer than a text encoder reads; None if there are none."""
+    """In words, how many prompts of a cached set are too long for a text encoder; None if there are none."""
     if not cache.get("truncated"):
         return None
     return truncation_words(cache["truncated"], str(cache.get("first_truncated")))
 
 
 def truncation_words(count: int, first: str) -> str:
-    """In words, how many prompts are longer than a text encoder reads."""
+    """In words, how many prompts are too long for a text encoder."""
     what = "prompt is" if count == 1 else "prompts are"
     return f"{count} {what} longer than the text encoder reads: cut, the end token kept; first: {first!r}"
 
 
 def check_resolution(cache: Cache, resolution: int | None, flip: bool, where: str, key: str) -> None:
-    """Whether a cache serves a run with these settings.
+    """Refuse a cache that does not fit a run's settings.
 
     Raises:
-        UserError: naming what the cache was made with and what is asked.
+        UserError: names the cache's setting and the run's.
     """
     if resolution is not None and cache.size != (resolution, resolution):
         raise UserError(
@@ -187,22 +187,22 @@ def check_resolution(cache: Cache, resolution: int | None, flip: bool, where: st
         )
     if flip and not cache.flip:
         raise UserError(
-            f"{where}: {key}.flip is on, but the cache holds no mirrored latents; make it again with "
-            "`shards precompute --flip true`, or switch flip off"
+            f"{where}: {key}.flip is true, but the cache does not hold mirrored latents; make it again with "
+            "`shards precompute --flip true`, or set flip to false"
         )
 
 
 def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str) -> list[str]:
-    """Whether a cache was made by the encoders of ``model``; returns components that could not be compared.
+    """Refuse a cache that other encoders than those of ``model`` made; returns components that could not be compared.
 
     Args:
-        cache: what the manifest says.
+        cache: what the manifest states.
         model: the model of the run, as its YAML names it.
-        weights: hashes of its encoders; those whose files are not there are left out.
+        weights: hashes of its encoders, without those whose files are missing.
         where: the shards, for messages.
 
     Raises:
-        UserError: naming the model that made it and the one of the run.
+        UserError: names the model that made it and the model of the run.
     """
     for name, made in cache.weights.items():
         if name in weights and weights[name] != made:
@@ -213,17 +213,17 @@ def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str
             )
     if more := [name for name in weights if name not in cache.weights]:
         raise UserError(
-            f"{where}: the cache was made by {cache.model} and holds nothing of the {more[0]} of this run's model "
+            f"{where}: the cache was made by {cache.model} and lacks the outputs of the {more[0]} of this run's model "
             f"{model}; make it again with `shards precompute --model {model}`, or name that model"
         )
     return [name for name in cache.weights if name not in weights]
 
 
-# What a cached sample holds instead of (or beside) its images.
+# What a cached sample holds instead of its images, or in addition to them.
 #
 # `K.chosen.latent.npy`, `K.rejected.latent.npy` (2, C, h, w): mean and standard deviation of the image's latents,
-# unscaled; `.latent.flip.npy` the same of the mirrored image; `K.crops.npy` int32 (2, 6): how each image was cut.
-# What a reference cache adds stands in `reference.py`.
+# unscaled; `.latent.flip.npy` the same for the mirrored image; `K.crops.npy` int32 (2, 6): how each image was cut.
+# What a reference cache adds is described in `reference.py`.
 
 
 CROPS = "crops.npy"
@@ -245,7 +245,7 @@ def cached_members(flip: bool, reference: bool = False, predictions: bool = Fals
 
 
 def has_latents_only(members: Mapping[str, bytes]) -> bool:
-    """Whether a sample holds latents and no images."""
+    """Whether a sample holds latents but not its images."""
     images = any(name.split(".", 1)[0] in SIDES and not name.endswith(".npy") for name in members)
     return latent_name(SIDES[0], False) in members and not images
 
@@ -272,7 +272,7 @@ def encode_crops(crops: Tensor) -> dict[str, bytes]:
 
 
 def cached_tensors(members: dict[str, bytes], cache: Cache, mirror: bool, where: str) -> tuple[Tensor, Tensor]:
-    """A cached sample's latents, float32 (2, 2, C, h, w), and crops, float32 (2, 6).
+    """The latents, float32 (2, 2, C, h, w), and crops, float32 (2, 6), of a cached sample.
 
     Raises:
         UserError: something is missing, of another type or shape, or not finite; names `where` and the member.
@@ -294,7 +294,7 @@ def cached_tensors(members: dict[str, bytes], cache: Cache, mirror: bool, where:
 def _finite(array: NDArray[np.generic], where: str) -> Tensor:
     tensor = torch.from_numpy(array.astype(np.float32))
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{where}: is not finite")
+        raise UserError(f"{where}: holds numbers that are not finite")
     if (tensor[1] < 0).any():
         raise UserError(f"{where}: has a standard deviation below 0")
     return tensor

@@ -1,7 +1,7 @@
 """`prompts.safetensors`: the text encoders' outputs of every prompt of a cached set, by the text's hash.
 
 One row a prompt: `hashes` uint8 (P, 16), sorted, and for each output a tensor (P, ...). The empty prompt is always
-among them. Rows are read from disk one by one, so memory is 16 bytes a prompt however long the rows are.
+among them. Rows are read from disk one by one, so memory is 16 bytes a prompt, however long the rows are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TYPES = {"F16": "float16", "F32": "float32"}
 
 
 def text_hash(prompt: str) -> bytes:
-    """16 bytes that stand for a prompt."""
+    """The 16-byte hash of a prompt."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
 
 
@@ -64,7 +64,7 @@ class PromptTable:
         rows = len(hashes) if hashes.ndim else 0
         wrong = [n for n, (kind, shape) in kinds.items() if kind not in _TYPES or len(shape) < 2 or shape[0] != rows]
         if hashes.dtype is not torch.uint8 or tuple(hashes.shape) != (rows, HASH_BYTES) or wrong or not self.names:
-            raise UserError(f"{self.path}: is not a cache of prompts: {wrong or HASHES} of another type or shape")
+            raise UserError(f"{self.path}: is not a cache of prompts: {wrong or HASHES} has another type or shape")
         self.hashes = as_words(hashes.numpy())
         if rows > 1 and not (self.hashes[:-1] < self.hashes[1:]).all():
             raise UserError(f"{self.path}: is not a cache of prompts: its hashes are not sorted")
@@ -84,7 +84,7 @@ class PromptTable:
         return row if row < len(self.hashes) and self.hashes[row] == wanted else None
 
     def get(self, prompt: str) -> dict[str, Tensor] | None:
-        """The outputs for a prompt, float32, one row without the batch's dimension; None if it is not there.
+        """The outputs for a prompt, float32, one row without the batch dimension; None if the prompt is missing.
 
         Raises:
             UserError: they are not finite.
@@ -113,11 +113,11 @@ class PromptTable:
 
 
 class PromptTables:
-    """Several tables, one a folder of shards, looked through in turn; opened in the process that reads them.
+    """Several tables, one a folder of shards, searched in turn; opened in the process that reads them.
 
     Args:
-        paths: the files or URLs, each with the SHA-256 that its manifest states, if it does. They were made by the
-            same encoders, so any of them that has a prompt has the right row.
+        paths: the files or URLs, each with the SHA-256 that its manifest states, or None. The same encoders made all
+        of them, so any table that has a prompt has the right row.
     """
 
     def __init__(self, paths: Mapping[str, str | None]) -> None:
@@ -125,7 +125,7 @@ class PromptTables:
         self._tables: list[PromptTable] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_tables": None}  # a worker opens its own
+        return {"paths": self.paths, "_tables": None}  # each worker opens its own files
 
     @property
     def tables(self) -> list[PromptTable]:
@@ -164,7 +164,7 @@ class PromptTables:
 
 
 def as_words(hashes: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """uint8 (P, 16) -> (P,) texts of 16 bytes, which compare and sort as the bytes do."""
+    """uint8 (P, 16) -> (P,) strings of 16 bytes, which compare and sort as the bytes do."""
     return np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}")[:, 0]
 
 
@@ -188,11 +188,11 @@ def header(names: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, st
     return first, {name: len(first) + start for name, start in starts.items()}
 
 
-# The different prompts of a source, in the order in which they stand.
+# The different prompts of a source, in their order in the shards.
 
 
 def prompts_of(source: Source) -> list[str]:
-    """Read every sample's JSON member and nothing else.
+    """Read only the JSON member of every sample.
 
     Raises:
         UserError: one cannot be read; names the sample.
@@ -209,7 +209,7 @@ def prompts_of(source: Source) -> list[str]:
     return list(found)
 
 
-# Write `prompts.safetensors`: rows go to disk as they are made, and a run that was stopped goes on.
+# Write `prompts.safetensors`: rows go to disk as they are made, and a stopped run can continue.
 
 
 KINDS = {"float16": "F16", "float32": "F32"}
@@ -225,14 +225,14 @@ def write_prompt_table(
     batch_size: int,
     tick: Callable[[], None],
 ) -> Path:
-    """Encode prompts, the empty one among them, into `folder/prompts.safetensors`.
+    """Encode prompts and the empty prompt into `folder/prompts.safetensors`.
 
     Args:
-        folder: where to.
+        folder: the output folder.
         prompts: texts; each is encoded once.
         encode: B prompts -> outputs by name, B rows each.
-        made_by: what decides the rows besides the prompts; goes into the file. A stopped run of other settings is
-            thrown away.
+        made_by: the settings that decide the rows, stored in the file. What a stopped run with other settings left is
+        deleted.
         dtype: how rows are stored: float16 or float32.
         batch_size: prompts a call of ``encode``.
         tick: called after every prompt.
@@ -264,7 +264,7 @@ def write_prompt_table(
 
 
 class _Partial:
-    """The file while it is written, with a note next to it of how many rows are whole."""
+    """The file while it is written, with a note next to it that says how many rows are complete."""
 
     def __init__(self, path: Path, metadata: dict[str, str]) -> None:
         self.path = path

@@ -1,9 +1,10 @@
-"""The reference cache: what the frozen reference would compute at every step, stored with each pair once.
+"""The reference cache: what the frozen reference would compute at every step, stored once with each pair.
 
-`K.reference.npy` float64 (D, 4 or 6), one row a fixed draw: timestep, seed of timestep, noise and latent sample, the
-reference's errors of chosen and rejected, and where asked those without the prompt. `K.reference.prediction.npy`
-(D, 1 or 2, C, h, w): its predictions on the chosen image of clean-prompt pairs, which the anchor needs.
-`.reference.flip.npy` and `.reference.prediction.flip.npy`: the same of the mirrored images, with the same draws.
+`K.reference.npy` float64 (D, 4 or 6), one row a fixed draw: timestep; the seed of timestep, noise and latent sample;
+the reference's errors of chosen and rejected; and, if asked for, its errors without the prompt.
+`K.reference.prediction.npy` (D, 1 or 2, C, h, w): its predictions on the chosen image of clean-prompt pairs, which the
+anchor needs. `.reference.flip.npy` and `.reference.prediction.flip.npy`: the same for the mirrored images, with the
+same draws.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """What a manifest says of the reference's part of a cache."""
+    """What a manifest states about the reference's part of a cache."""
 
     draws: int
-    """Fixed draws of timestep and noise a pair."""
+    """Fixed draws of timestep and noise for each pair."""
     weights: dict[str, str]
     """Hashes of the denoiser, of the noise schedule and of the scaling of latents (`reference_hashes`)."""
     precision: str = "32-true"
-    """What the reference was computed in, in the words of `trainer.precision`."""
+    """The precision that the reference was computed in, in the words of `trainer.precision`."""
     empty: bool = False
-    """Whether the errors without the prompt are there too."""
+    """Whether it also holds the errors without the prompt."""
     predictions: bool = False
-    """Whether the predictions on clean prompts' chosen images are there too."""
+    """Whether it also holds the predictions on the chosen images of clean prompts."""
 
     @property
     def conditions(self) -> int:
-        """With the prompt, and without it where that is stored."""
+        """1: errors with the prompt; 2: also without it."""
         return 2 if self.empty else 1
 
 
 @dataclass(frozen=True)
 class FixedDraw:
-    """One draw of timestep and noise for a pair, and what the reference made of it."""
+    """One draw of timestep and noise for a pair, and the reference's errors for it."""
 
     seed: int
     """Of timestep, noise and latent sample."""
@@ -60,7 +61,7 @@ class FixedDraw:
 
 
 def reference_name(mirror: bool, prediction: bool = False) -> str:
-    """The member that holds the errors or the predictions, of the images as they are or mirrored."""
+    """The name of the member with the errors or the predictions, of the images as they are or mirrored."""
     return f"reference{'.prediction' if prediction else ''}{'.flip' if mirror else ''}.npy"
 
 
@@ -102,7 +103,7 @@ def encode_reference(
         finite = finite and bool(torch.isfinite(stored).all())
         members[reference_name(mirror, prediction=True)] = write_npy(stored.cpu().numpy())
     if not finite:
-        raise UserError(f"{where}: the reference's errors or predictions are not finite: is the model damaged?")
+        raise UserError(f"{where}: the reference's errors or predictions are not finite; the model may be damaged")
     return members
 
 
@@ -114,18 +115,18 @@ def read_reference(
     number: int,
     where: str,
 ) -> FixedDraw:
-    """A pair's `number`-th draw.
+    """The `number`-th draw of a pair.
 
     Args:
         members: the sample's.
-        cache: what the manifest says.
-        latent: (C, h, w) of the predictions, to read them too; a pair with a harmful prompt has none, and gets zeros.
+        cache: what the manifest states.
+        latent: (C, h, w) of the predictions, to read them too. A pair with a harmful prompt gets zeros.
         mirror: of the mirrored images.
         number: which draw.
         where: the sample, for messages.
 
     Raises:
-        UserError: a member is missing, of another shape, or holds what cannot be.
+        UserError: a member is missing, has another shape, or holds impossible values.
     """
     name = reference_name(mirror)
     if name not in members:
@@ -159,5 +160,5 @@ def _prediction(
     found = read_npy(members[name], shape, ("float16", "float32"), f"{where}: {name}")[number]
     tensor = torch.from_numpy(found.astype(np.float32))
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{where}: {name}: is not finite")
+        raise UserError(f"{where}: {name}: holds numbers that are not finite")
     return tensor

@@ -1,4 +1,4 @@
-"""The cache behind one YAML key: that of a folder, or of several that the same model made."""
+"""The cache of one YAML key: of a folder, or of several folders that the same model made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_safety.data.reading.source import Source, is_remote
 
 @dataclass(frozen=True)
 class CachedSource:
-    """Where latents and text come from instead of images and encoders."""
+    """The cached latents and text that replace images and encoders."""
 
     key: str
     """The YAML key of the shards, for messages."""
@@ -31,7 +31,7 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
 
     Args:
         source: the shards.
-        reference: read what is cached of the reference too.
+        reference: also read what is cached of the reference.
 
     Raises:
         UserError: only some of its folders are cached, two caches were made by different models or at different
@@ -59,7 +59,7 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
                 "precision, or only one has one); make one of them again, or set data.init_args.use_reference to false"
             )
     for one, its in found:
-        if not is_remote(one.prompts):  # what is wrong with it is better known before a model is loaded
+        if not is_remote(one.prompts):  # report its errors before a model is loaded
             check_prompts(PromptTable(one.prompts), its)
     together = replace(
         cache,
@@ -74,10 +74,10 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
 
 
 def check_prompts(table: PromptTable, cache: Cache) -> None:
-    """Whether a cache of prompts is the one that its manifest was written with, told without reading all of it.
+    """Check that a cache of prompts is the one its manifest was written with, without reading all of it.
 
     Raises:
-        UserError: it lacks the empty prompt, or other encoders made it.
+        UserError: it does not have the empty prompt, or other encoders made it.
     """
     table.empty()
     stated = table.metadata.get("weights")
@@ -94,7 +94,7 @@ def _sha256(cache: Cache) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-# What `shards validate` asks of a cached set.
+# What `shards validate` checks in a cached set.
 
 
 class CachedCheck:
@@ -103,10 +103,10 @@ class CachedCheck:
     Args:
         folder: the shards.
         stated: `cache` of their manifest.
-        hashes: compare the SHA-256 of the cache of prompts too.
+        hashes: also compare the SHA-256 of the cache of prompts.
 
     Raises:
-        UserError: what the manifest says of the cache cannot be read.
+        UserError: what the manifest states about the cache cannot be read.
     """
 
     def __init__(self, folder: str, stated: dict[str, Any], hashes: bool) -> None:
@@ -117,11 +117,11 @@ class CachedCheck:
 
     @property
     def images(self) -> bool:
-        """Whether images must be there too."""
+        """Whether samples must also hold images."""
         return self.cache.images
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the cache of prompts as a whole."""
+        """The problems of the cache of prompts as a whole."""
         try:
             self._table = PromptTable(self.path)
             check_prompts(self._table, self.cache)
@@ -136,7 +136,7 @@ class CachedCheck:
         """Check one sample.
 
         Raises:
-            UserError: naming what is missing or wrong.
+            UserError: names what is missing or wrong.
         """
         for mirror in (False, True) if self.cache.flip else (False,):
             cached_tensors(members, self.cache, mirror, where)

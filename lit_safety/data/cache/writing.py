@@ -1,7 +1,7 @@
-"""The shards of a cache: each sample's images as latents, shard by shard as they stand in the source.
+"""The shards of a cache: the latents of each sample's images, in the same shards as in the source.
 
-The shards keep their samples and order, so that training on the cache goes through the same pairs in the same order
-as training on the images.
+The shards keep their samples and order, so that training on the cache uses the same pairs in the same order as training
+on the images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the contents of a cache."""
+    """The settings that decide the contents of a cache."""
 
     model: str
     weights: dict[str, str]
@@ -51,7 +51,7 @@ class Settings:
     denoiser_dtype: str = "float32"
 
     def to_dict(self, source: Source) -> dict[str, Any]:
-        """What the manifest says of how the cache was made, and from what."""
+        """What the manifest states about how the cache was made, and from what."""
         shards = [sha256 for _, sha256 in source.identity()]
         stated = {**asdict(self), "size": list(self.size), "samples": source.manifest.nsamples, "shards": shards}
         if self.reference is None:
@@ -61,7 +61,7 @@ class Settings:
 
 
 def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
-    """Height and width that every image is encoded at: the resolution, or what the first sample has."""
+    """Height and width at which every image is encoded: the resolution, or the size of the first sample."""
     if resolution is not None:
         return resolution, resolution
     for number, listed in enumerate(source.manifest.shardlist):
@@ -72,7 +72,7 @@ def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
             finally:
                 shard.close()
             return chosen.height, chosen.width
-    raise UserError(f"{source.given}: the shards hold no sample")
+    raise UserError(f"{source.given}: the shards hold 0 samples")
 
 
 class LatentWriter:
@@ -80,12 +80,12 @@ class LatentWriter:
 
     Args:
         source: the shards with images.
-        folder: where to; `prompts.safetensors` lies there already.
+        folder: the output folder, which holds `prompts.safetensors` already.
         backbone: the encoders.
-        settings: how.
-        truncated: prompts that are longer than a text encoder reads.
-        overwrite: throw away what an earlier run left there.
-        reference: writes the reference cache; None: there is none.
+        settings: how it is made.
+        truncated: prompts that are too long for a text encoder.
+        overwrite: delete what an earlier run left there.
+        reference: writes the reference cache; None: no reference cache is written.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class LatentWriter:
         self.reference = reference
         self.decoder = PairDecoder(seed=0, resolution=settings.resolution)
         self._seen: dict[str, str] = {}
-        """Where each key was met."""
+        """The shard of each key."""
 
     def write(self, batch_size: int) -> Manifest:
-        """Encode everything that an earlier run has not, ``batch_size`` pairs at once.
+        """Encode everything that an earlier run has not encoded, ``batch_size`` pairs at once.
 
         Raises:
-            UserError: a sample cannot be read, is of another size than the others, or its latents are not finite.
+            UserError: a sample cannot be read, has another size than the others, or its latents are not finite.
         """
         manifest = self.source.manifest
         provenance = {**manifest.provenance, "precompute": self.settings.to_dict(self.source)}
@@ -132,7 +132,7 @@ class LatentWriter:
             ThreadPoolExecutor(THREADS) as pool,
         ):
             if resumed:
-                print(f"{self.folder}: going on after {len(writer)} pairs")
+                print(f"{self.folder}: continuing after {len(writer)} pairs")
             for number in range(len(self.source.paths)):
                 for pairs in self._batches(number, batch_size, writer, pool, tick):
                     self._write(writer, pairs)
@@ -146,7 +146,7 @@ class LatentWriter:
                 one = self.backbone.posterior(torch.zeros(2, 3, height, width, device=self.backbone.device))
         except RuntimeError as error:
             raise UserError(
-                f"the image encoder of {self.settings.model} does not take {pixels(self.settings.size)}: "
+                f"the image encoder of {self.settings.model} cannot encode {pixels(self.settings.size)}: "
                 f"{str(error).splitlines()[0]}; give another --resolution"
             ) from error
         prompts = self.folder / PROMPTS
@@ -167,7 +167,7 @@ class LatentWriter:
     def _batches(
         self, number: int, batch_size: int, writer: ShardWriter, pool: ThreadPoolExecutor, tick: Any
     ) -> Iterator[list[tuple[Pair, dict[str, bytes]]]]:
-        """One shard's samples, decoded a batch ahead of the one that is being encoded."""
+        """One shard's samples. The next batch is decoded while one is being encoded."""
         shard = self.source.open_shard(number)
         waiting: list[Any] = []
         try:
@@ -175,7 +175,7 @@ class LatentWriter:
                 key, members = shard.read(sample, self.decoder.wants)
                 tick()
                 refuse_twice(self._seen, key, shard)
-                if key in writer:  # by the run that this one continues
+                if key in writer:  # written by the run that this one continues
                     continue
                 where = shard.where(sample)
                 waiting.append((pool.submit(self._decode, number, sample, key, members, where), members))
@@ -189,7 +189,8 @@ class LatentWriter:
 
     def _decode(self, number: int, sample: int, key: str, members: dict[str, bytes], where: str) -> Pair:
         pair = self.decoder(key, members, 0, where)
-        self.source.check(number, sample, pair.metadata, where)  # or the cache's manifest would hide the difference
+        # Without this check the cache's manifest would hide a difference.
+        self.source.check(number, sample, pair.metadata, where)
         return pair
 
     def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
@@ -229,7 +230,7 @@ def _stored_image(members: dict[str, bytes], side: str) -> bytes:
     return next(data for name, data in members.items() if name.startswith(f"{side}."))
 
 
-# What `shards precompute` writes of the reference: a few fixed draws of timestep and noise for each pair.
+# What `shards precompute` writes about the reference: a few fixed draws of timestep and noise for each pair.
 
 
 #: A batch, and whether its prompts are dropped -> timesteps (B,), the reference's errors of chosen and rejected (B, 2)
@@ -238,12 +239,12 @@ Reference = Callable[[PairBatch, bool], tuple[Tensor, Tensor, Tensor]]
 
 
 class ReferenceWriter:
-    """Runs the reference on what a training step will read from the cache: latents and text as they are stored.
+    """Run the reference on what a training step will read from the cache: latents and text as they are stored.
 
     Args:
-        reference: the denoiser that a run will call its reference.
+        reference: the denoiser that a run will use as its reference.
         settings: how many draws, and what is stored of them.
-        prompts: the text encoders' outputs, written already.
+        prompts: the text encoders' outputs, already written.
         dtype: how latents and predictions are stored.
     """
 
@@ -259,7 +260,7 @@ class ReferenceWriter:
         Args:
             pairs: decoded, with or without images.
             latents: (B, 2, 2, C, h, w), unscaled, of the images or of the mirrored ones.
-            mirror: which of the two.
+            mirror: whether these are the mirrored ones.
 
         Raises:
             UserError: the reference's errors are not finite.

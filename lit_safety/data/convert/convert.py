@@ -1,4 +1,4 @@
-"""What every converter does with the pairs it finds: check them, write them, say what happened."""
+"""What every converter does with the pairs it finds: check them, write them, report the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAME = "whose images are the same"
 
 @dataclass(frozen=True)
 class FoundPair:
-    """A pair of a published data set, its images not read yet."""
+    """A pair of a published data set, whose images are not read yet."""
 
     key: str
     metadata: PairMetadata | dict[str, Any]
@@ -34,7 +34,7 @@ class FoundPair:
 
 
 def plain_key(text: str) -> str:
-    """A sample's key that any tar and any webdataset reader can hold; texts that differ give keys that differ."""
+    """A sample's key that every tar and webdataset reader accepts. Different texts give different keys."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "-", text)
     if plain == text and len(text) <= 120 and not text.startswith("__"):
         return text
@@ -52,38 +52,38 @@ def convert(
 ) -> None:
     """Write the pairs into shards and print what was written and what was left out.
 
-    A run that is stopped goes on where it was when it is started again; one that is complete is left as it is.
+    A stopped run continues when it is started again. A complete one is not changed.
 
     Args:
-        pairs: in an order that is the same each time.
+        pairs: in the same order each time.
         out: the folder of the shards.
-        provenance: where the pairs come from, and every setting that matters; a resumed run must have the same.
+        provenance: where the pairs come from, and every setting that matters. A resumed run must have the same.
         samples_per_shard: how many pairs a shard holds.
-        overwrite: throw away what an earlier run left in `out`.
+        overwrite: delete what an earlier run left in `out`.
         total: how many pairs there are, for the progress line.
-        left_out: reasons counted by the converter itself, and how often; it may go on counting while `pairs` is read.
+        left_out: reasons and counts by the converter itself, which may go on counting while `pairs` is read.
 
     Raises:
-        UserError: `out` holds other data, nothing could be converted, or the disk is full.
+        UserError: `out` holds other data, not one pair could be converted, or the disk is full.
     """
     folder = Path(out)
     if (folder / FILE_NAME).exists() and not overwrite:
         if load_manifest(folder).provenance != provenance:
-            raise UserError(f"{folder}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{folder}: is complete already; if images were changed since, give --overwrite true")
+            raise UserError(f"{folder}: already holds other shards; name another folder or give --overwrite true")
+        print(f"{folder}: is already complete; if images were changed since, give --overwrite true")
         return
     resumed = (folder / JOURNAL).exists() and not overwrite
     bad: Counter[str] = Counter()
     seen: set[str] = set()
     with ShardWriter(folder, samples_per_shard, provenance=provenance, overwrite=overwrite, resume=True) as writer:
         if resumed:
-            print(f"{folder}: going on after {len(writer)} pairs")
+            print(f"{folder}: continuing after {len(writer)} pairs")
         with counter("convert", total) as count:
             for pair in pairs:
                 count()
                 if pair.key in seen:
                     bad["whose key stands there twice"] += 1
-                    print(f"left out {pair.key}: a pair of this key was there before")
+                    print(f"left out {pair.key}: an earlier pair has the same key")
                 elif pair.key not in writer:
                     _write(writer, pair, bad)
                 seen.add(pair.key)

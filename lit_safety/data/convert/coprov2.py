@@ -1,4 +1,4 @@
-"""`lit_safety shards from-coprov2`: CoProV2 in both forms in which it is published.
+"""`lit_safety shards from-coprov2`: CoProV2 in both published forms.
 
 Source: SafetyDPO / AlignGuard (arXiv 2412.10493). Either a CSV and a folder of images, or the hub's
 data set.
@@ -39,8 +39,8 @@ def from_coprov2(
     """Write shards from CoProV2: its CSV and a folder of images, or the hub's data set.
 
     Each unsafe image and its safe counterpart make two pairs, one with the unsafe prompt (harmful) and one with the
-    safe prompt (clean); in both the safe image is chosen, and the labels say that the rejected one is harmful. A pair
-    that stands under several categories keeps them all. A run that was stopped goes on when it is started again.
+    safe prompt (clean). In both the safe image is chosen, and the labels say that the rejected one is harmful. A pair
+    in several categories keeps all of them. A stopped run continues when it is started again.
 
     Args:
         source: The CSV file with the columns prompt, image and category; or the hub's data set: a folder of parquet
@@ -48,12 +48,12 @@ def from_coprov2(
             caption).
         out: The folder to write the shards to.
         images: The folder of the images. Needed with a CSV.
-        table: With the hub's data set, which holds no categories: the CSV that does.
-        test_table: A test set's CSV with a column prompt; how many of its prompts stand in the training data is
-            counted and printed.
-        drop_leaks: Leave out the pairs one of whose prompts stands in `test_table`.
+        table: With the hub's data set, which lacks categories: the CSV that has them.
+        test_table: A test set's CSV with a column prompt. How many of its prompts are in the training data is counted
+        and printed.
+        drop_leaks: Leave out the pairs that share a prompt with `test_table`.
         samples_per_shard: How many pairs a shard holds.
-        overwrite: Throw away what an earlier run left in the folder.
+        overwrite: Delete what an earlier run left in the folder.
     """
     from pathlib import Path
 
@@ -62,7 +62,7 @@ def from_coprov2(
     from lit_safety.data.convert.convert import convert
 
     if drop_leaks and test_table is None:
-        raise UserError("--drop_leaks needs --test_table, the test set whose prompts are to be left out")
+        raise UserError("--drop_leaks needs --test_table: the test set whose prompts are left out")
     if images is not None and not Path(images).is_dir():
         raise UserError(f"--images: {images} is not a folder")
     asked = {row["prompt"].strip() for row in read_csv(test_table, ("prompt",))} if test_table is not None else None
@@ -130,25 +130,25 @@ def _from_hub(
         left_out[LEAKS] += sum(row.id in leaking for row in rows)
         rows = [row for row in rows if row.id not in leaking]
     if table is None:
-        print("the hub's data set holds no categories; --table gives the CSV that does")
+        print("the hub's data set lacks categories; give the CSV that has them with --table")
     elif unknown := len({row.id for row in rows} - set(halves)):
-        print(f"{unknown} pairs do not stand in {table} and have no category")
+        print(f"{unknown} pairs are not in {table}, so their category is not known")
     exceptions: Counter[str] = Counter()
     folder = None if images is None else Path(images)
     pairs = list(find_pairs(rows, halves, images_by_name(published), folder, exceptions))
     for what, times in exceptions.items():
-        print(f"{what} in {times} of {len(pairs)} rows, kept as published; the labels say so")
+        print(f"{what} in {times} of {len(pairs)} rows, kept as published with these labels")
     return pairs, [*published.identity, None if table is None else file_sha256(table)]
 
 
 def _leaks(prompts: dict[str, set[str]], asked: set[str] | None, drop: bool) -> set[str]:
-    """The pairs one of whose prompts is asked in the test set; says how many."""
+    """The pairs that share a prompt with the test set; prints how many."""
     if asked is None:
         return set()
     leaking = {name for name, own in prompts.items() if own & asked}
     found = {prompt for name in leaking for prompt in prompts[name]} & asked
     print(
-        f"{len(found)} prompts of the test set stand in {len(leaking)} of {len(prompts)} training pairs"
+        f"{len(found)} prompts of the test set are in {len(leaking)} of {len(prompts)} training pairs"
         + (", which are left out" if drop else "; --drop_leaks true leaves them out")
     )
     return leaking
@@ -163,7 +163,7 @@ NAME = re.compile(r"(?P<side>[us])_idx_(?P<id>[A-Za-z0-9_-]+)\.(jpg|jpeg|png|web
 
 @dataclass
 class Half:
-    """One image of a pair, as several rows tell of it."""
+    """One image of a pair, collected from several rows."""
 
     prompt: str
     image: str
@@ -171,10 +171,10 @@ class Half:
 
 
 def read_halves(table: str) -> dict[str, dict[str, Half]]:
-    """Pair id to its unsafe ("u") and safe ("s") half, as far as they are there.
+    """Pair id -> its unsafe ("u") and safe ("s") half, as far as the table has them.
 
     Raises:
-        UserError: names the row that is not as published.
+        UserError: names the row that does not have the published form.
     """
     found: dict[str, dict[str, Half]] = {}
     for number, row in enumerate(read_csv(table, REQUIRED), start=2):
@@ -192,23 +192,23 @@ def read_halves(table: str) -> dict[str, dict[str, Half]]:
 
 
 def categories_of(halves: dict[str, Half]) -> tuple[str, ...]:
-    """One list for both prompts: the clean prompt is the counterpart of that harm."""
+    """One list for both prompts: the clean prompt is the counterpart of the harmful one."""
     return tuple(dict.fromkeys(name for side in "us" if side in halves for name in halves[side].categories))
 
 
 def whole_pairs(found: dict[str, dict[str, Half]], left_out: Counter[str]) -> dict[str, dict[str, Half]]:
-    """Those of which both halves are there; the others are counted."""
+    """The pairs with both halves; the others are counted."""
     whole = {name: halves for name, halves in found.items() if len(halves) == 2}
     if len(found) > len(whole):
         left_out["without a counterpart"] += len(found) - len(whole)
     return whole
 
 
-# CoProV2 as it lies on the Hugging Face hub: `image`, `jpg_0`, `jpg_1`, `label_0`, `caption`.
+# CoProV2 on the Hugging Face hub: `image`, `jpg_0`, `jpg_1`, `label_0`, `caption`.
 #
-# A row holds one image (`image`) and the names of both images of its pair (`jpg_0`, `jpg_1`), of which the other one is
-# the `image` of another row; `label_0` is 1 where the first is preferred. Both prompts of a pair stand there as rows.
-# Categories stand in the CSV only.
+# A row holds one image (`image`) and the names of both images of its pair (`jpg_0`, `jpg_1`). The other image is the
+# `image` of another row. `label_0` is 1 if the first is preferred. Each prompt of a pair has its own row. Only the CSV
+# has categories.
 
 
 SIDES = ("jpg_0", "jpg_1")
@@ -220,7 +220,7 @@ class HubPair:
 
     id: str
     side: str
-    """Whose prompt it is: `u` the unsafe one's, `s` the safe one's."""
+    """Which image the prompt belongs to: `u` the unsafe one, `s` the safe one."""
     prompt: str
     chosen: str
     rejected: str
@@ -228,15 +228,15 @@ class HubPair:
 
 
 def open_hub(source: str) -> Table:
-    """The table behind `source`; its `image` column is there, its `jpg_0` and `jpg_1` hold names."""
+    """The table of `source`, with the column `image` and names in `jpg_0` and `jpg_1`."""
     return open_table(source, ("label_0", "caption"), ("image", *SIDES))
 
 
 def hub_pairs(table: Table, halves: dict[str, dict[str, Half]], left_out: Counter[str]) -> Iterator[HubPair]:
-    """The rows as pairs. Whether a prompt is the unsafe one is told by the row's image, else by the CSV (`halves`).
+    """The rows as pairs. The row's image, else the CSV (`halves`), says whether a prompt is the unsafe one.
 
     Raises:
-        UserError: names the row that is not as published.
+        UserError: names the row that does not have the published form.
     """
     for row in table.rows():
         values = row.values
@@ -276,8 +276,8 @@ def _side(row: Row, name: str, prompt: str, halves: dict[str, dict[str, Half]]) 
     if match is not None and match["id"] == name:
         return match["side"]
     raise UserError(
-        f"{row.where}: whether {prompt[:60]!r} is the unsafe or the safe prompt of pair {name} is told neither by the "
-        "row's image nor by the CSV; give the set's own CSV with --table"
+        f"{row.where}: neither the row's image nor the CSV says whether {prompt[:60]!r} is the unsafe or the safe "
+        f"prompt of pair {name}; give the set's own CSV with --table"
     )
 
 
@@ -300,7 +300,7 @@ def find_pairs(
     folder: Path | None,
     exceptions: Counter[str],
 ) -> Iterator[FoundPair]:
-    """The pairs with their images: of the table, else files in `folder`."""
+    """The pairs with their images: from the table, else from files in `folder`."""
     from lit_safety.data.convert.convert import FoundPair
 
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""`lit_safety shards from-folder`: a CSV that names prompt, chosen and rejected image, and whatever else is known."""
+"""`lit_safety shards from-folder`: a CSV with prompt, chosen and rejected image, and what else is known of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS: dict[str, bool | None] = {
     **dict.fromkeys(("false", "f", "no", "n", "0", "0.0"), False),
     **dict.fromkeys(("", "null", "none", "nan", "na", "n/a", "unknown"), None),
 }
-"""Spellings in any case. As pandas writes a column of labels of which some are missing, they are 1.0, 0.0 and empty."""
+"""Spellings in any case. If some labels are missing, pandas writes the column as 1.0, 0.0 and empty."""
 
 
 def from_folder(
@@ -38,23 +38,23 @@ def from_folder(
 ) -> None:
     """Write shards from a CSV of pairs and the images it names.
 
-    Columns: prompt, chosen and rejected (image files) are needed; key, prompt_kind, order, categories (several joined
-    by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost, rejected_cost,
-    chosen_score, rejected_score, user_id, source and seed may be given. An empty field is not known; of a cost or a
-    score both sides must be known or neither. Pairs whose images are the same are left out and named. A run that was
-    stopped goes on when it is started again. All that is wrong with the rows is said at once.
+    Needed columns: prompt, chosen and rejected (image files). Optional columns: key, prompt_kind, order, categories
+    (several joined by ";"), concept, chosen_harmful and rejected_harmful (true, false or empty), chosen_cost,
+    rejected_cost, chosen_score, rejected_score, user_id, source and seed. An empty field means "not known"; of a cost
+    or a score both sides must be known, or neither. Pairs with two equal images are left out and named. A stopped run
+    continues when it is started again. All errors in the rows are reported at once.
 
     Args:
         table: The CSV file, UTF-8, with a header line.
         out: The folder to write the shards to.
-        images: The folder the image files lie in; null: the CSV's own folder.
-        prompt_kind: What prompts are where the table does not say.
-        order: What decided which image is chosen where the table does not say.
+        images: The folder of the image files; null: the CSV's own folder.
+        prompt_kind: The kind of prompts for which the table does not state it.
+        order: What decided which image is chosen, where the table does not state it.
         samples_per_shard: How many pairs a shard holds.
-        overwrite: Throw away what an earlier run left in the folder.
+        overwrite: Delete what an earlier run left in the folder.
         val_share: Share of the prompts, above 0 and below 1, whose pairs become validation data: `out` then holds the
-            folders train and val, and no prompt stands in both. Which prompts depends on their texts alone. null: all
-            pairs go to `out`.
+        folders train and val, which share no prompt. The choice depends only on the texts of the prompts. null:
+        all pairs go to `out`.
     """
     from pathlib import Path
 
@@ -66,7 +66,7 @@ def from_folder(
 
     rows = read_csv(table, REQUIRED)
     if rows and (unknown := [name for name in rows[0] if name not in (*REQUIRED, *OPTIONAL)]):
-        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(REQUIRED + OPTIONAL)}")
+        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
     folder = Path(images) if images is not None else Path(table).parent
     complaints = Complaints(table)
     pairs: list[FoundPair] = []
@@ -86,7 +86,7 @@ def from_folder(
         convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
         return
     if (Path(out) / FILE_NAME).exists():
-        raise UserError(f"{out}: holds shards already, and --val_share writes {out}/train and {out}/val; name another")
+        raise UserError(f"{out}: already holds shards, and --val_share writes {out}/train and {out}/val; name another")
     held_out = validation_prompts([(_same(row["prompt"]), _kind(pair)) for row, pair in zip(rows, pairs, strict=True)],
                                   val_share, table)  # fmt: skip
     for name, is_val in (("train", False), ("val", True)):
@@ -96,26 +96,24 @@ def from_folder(
 
 
 def validation_prompts(prompts: Sequence[tuple[str, str]], share: float, table: str) -> set[str]:
-    """Which prompts are held out: of each kind its share, the same every time and in whatever order of rows.
+    """Which prompts are held out: the same share of each kind. It does not depend on the order of the rows.
 
     Args:
-        prompts: text and kind of every pair; a text may come again.
-        share: of the different prompts, above 0 and below 1. At least one is held out, and one is left.
+        prompts: text and kind of every pair; a text may stand several times.
+        share: of the different prompts, above 0 and below 1. At least one is held out, and at least one is not.
         table: for messages.
 
     Raises:
-        UserError: the share lies elsewhere, or there is one prompt only.
+        UserError: the share is out of range, or there is only one prompt.
     """
     if not 0 < share < 1:
         raise UserError(f"--val_share {share}: must lie above 0 and below 1")
     kinds: dict[str, list[str]] = {}
-    for text, kind in dict(reversed(prompts)).items():  # a prompt of two kinds counts for its first
+    for text, kind in dict(reversed(prompts)).items():  # a prompt with two kinds counts for its first
         kinds.setdefault(kind, []).append(text)
     every = [text for texts in kinds.values() for text in texts]
     if len(every) < 2:
-        raise UserError(
-            f"--val_share: {table} has one prompt only, which cannot be on both sides; leave --val_share out"
-        )
+        raise UserError(f"--val_share: {table} has only one prompt, which cannot be on both sides; remove --val_share")
     ranked = {kind: sorted(texts, key=_rank) for kind, texts in kinds.items()}
     held_out = {text for texts in ranked.values() for text in texts[: round(share * len(texts))]}
     if not held_out:
@@ -130,7 +128,7 @@ def _rank(text: str) -> bytes:
 
 
 def _same(prompt: str) -> str:
-    """Equal for prompts that differ by case and blanks only."""
+    """Equal for prompts that differ only in case and blanks."""
     return " ".join(prompt.casefold().split())
 
 
@@ -145,7 +143,7 @@ def _pair(row: dict[str, str], where: str, number: int, folder: Any, prompt_kind
 
     kind = row.get("prompt_kind") or prompt_kind
     if kind is None:
-        raise UserError(f"{where}: says no prompt_kind; add the column, or give --prompt_kind harmful or clean")
+        raise UserError(f"{where}: lacks prompt_kind; add the column, or give --prompt_kind harmful or clean")
     data: dict[str, Any] = {
         "prompt": row["prompt"],
         "prompt_kind": kind,
@@ -182,7 +180,7 @@ def _both(row: dict[str, str], name: str, where: str) -> dict[str, Any] | None:
     if len(sides) == 1:
         (there,) = sides
         missing = "rejected" if there == "chosen" else "chosen"
-        raise UserError(f"{where}: has {there}_{name} but no {missing}_{name}; give both, or leave both empty")
+        raise UserError(f"{where}: has {there}_{name} but not {missing}_{name}; give both, or leave both empty")
     return sides or None
 
 

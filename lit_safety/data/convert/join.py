@@ -1,4 +1,4 @@
-"""`lit_safety shards join`: one manifest over the shards of several folders, which stay where they are."""
+"""`lit_safety shards join`: one manifest for the shards of several folders, which are not moved."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PART = re.compile(r"rank-(\d{3})-of-(\d{3})")
 
 
 def join(folder: str, overwrite: bool = False) -> None:
-    """Write a manifest over the shards in a folder's sub-folders, so that they are read as one.
+    """Write a manifest for the shards in a folder's sub-folders, so that they are read as one set.
 
-    For what several processes wrote, and for any folders of shards side by side. Nothing is copied.
+    For shards that several processes wrote, and for any folders of shards in one folder. Shards are not copied.
 
     Args:
-        folder: Its sub-folders hold shards with a manifest each.
-        overwrite: Replace a manifest that stands there already.
+        folder: A folder whose sub-folders each hold shards and a manifest.
+        overwrite: Replace a manifest that is already there.
     """
     from pathlib import Path
 
@@ -33,13 +33,13 @@ def join(folder: str, overwrite: bool = False) -> None:
 
     top = Path(folder)
     if (top / FILE_NAME).exists() and not overwrite:
-        raise UserError(f"{top}: holds a {FILE_NAME} already; give --overwrite true to write it again")
+        raise UserError(f"{top}: already holds a {FILE_NAME}; give --overwrite true to write it again")
     names = sorted(path.parent.name for path in top.glob(f"*/{FILE_NAME}"))
     if not names:
-        raise UserError(f"{top}: has no sub-folder with a {FILE_NAME}")
+        raise UserError(f"{top}: does not have a sub-folder with a {FILE_NAME}")
     _check_ranks(top, names)
     if unfinished := sorted(path.parent.name for path in top.glob(f"*/{JOURNAL}") if path.parent.name not in names):
-        raise UserError(f"{top / unfinished[0]}: is not complete: wait for what writes it, or start that again")
+        raise UserError(f"{top / unfinished[0]}: is not complete: wait for the run that writes it, or start it again")
     for name in names:
         if beside := sorted((top / name).glob("[!.]*.safetensors")):
             raise UserError(f"{beside[0]}: belongs to one folder's shards; join the folders before it is made")
@@ -49,10 +49,10 @@ def join(folder: str, overwrite: bool = False) -> None:
 
 
 def joined(parts: dict[str, Manifest], where: str) -> Manifest:
-    """The manifest over the shards of several, by the name of their sub-folder.
+    """One manifest for the shards of several manifests.
 
     Raises:
-        UserError: they hold nothing, or caches of different models.
+        UserError: they are empty, or hold caches of different models.
     """
     from dataclasses import replace
 
@@ -70,7 +70,7 @@ def joined(parts: dict[str, Manifest], where: str) -> Manifest:
             listed = None if shard.classes is None else tuple(numbers[n] for n in shard.classes)
             shards.append(replace(shard, url=f"{name}/{shard.url}", classes=listed))
     if not shards:
-        raise UserError(f"{where}: no pair was written in any of its folders ({', '.join(parts)})")
+        raise UserError(f"{where}: its folders ({', '.join(parts)}) hold 0 pairs")
     first = next(iter(parts.values()))
     same = all((part.provenance, part.seeds) == (first.provenance, first.seeds) for part in parts.values())
     provenance: dict[str, Any] = first.provenance if same else {name: p.provenance for name, p in parts.items()}
@@ -79,9 +79,9 @@ def joined(parts: dict[str, Manifest], where: str) -> Manifest:
 
 
 def join_when_done(folder: Path, world: int, provenance: dict[str, Any], seeds: dict[str, Any]) -> None:
-    """Join what `world` processes wrote if this one was the last; several may ask at once.
+    """Join what `world` processes wrote, if all of them are done. Several processes may call this at once.
 
-    What an earlier run with another `provenance` or other `seeds` left is not done: it waits to be overwritten.
+    What an earlier run with another `provenance` or other `seeds` left does not count as done: it will be overwritten.
     """
     from filelock import FileLock
 
@@ -98,11 +98,11 @@ def join_when_done(folder: Path, world: int, provenance: dict[str, Any], seeds: 
         if not left:
             join(str(folder), overwrite=True)
         else:
-            print(f"{folder}: {len(left)} of {world} processes are not done")
+            print(f"{folder}: {len(left)} of {world} processes have not finished")
 
 
 def save_empty(writer: ShardWriter) -> None:
-    """End a writer that was given nothing, with a manifest that says so."""
+    """End a writer that got no samples, with a manifest of 0 samples."""
     from lit_safety.data.format.manifest import JOURNAL, Manifest, save_manifest
 
     writer.manifest = Manifest((), provenance=writer.provenance, seeds=writer.seeds)
@@ -111,27 +111,27 @@ def save_empty(writer: ShardWriter) -> None:
 
 
 def _check_ranks(top: Path, names: list[str]) -> None:
-    """Parts of one run must all be there: a missing one would be lost in silence."""
+    """All parts of one run must be there: a missing part would go unnoticed."""
     found = [match for name in names if (match := PART.fullmatch(name))]
     worlds = {int(match[2]) for match in found}
     if len(worlds) > 1 or (found and len(found) < len(names)):
         raise UserError(f"{top}: holds shards of runs with different numbers of processes: {', '.join(names)}")
     missing = sorted(set(range(max(worlds, default=0))) - {int(match[1]) for match in found})
     if missing:
-        raise UserError(f"{top}: rank {missing[0]} of {worlds.pop()} is not done; run it, then join")
+        raise UserError(f"{top}: rank {missing[0]} of {worlds.pop()} has not finished; run it, then join")
 
 
 # Which process this is among several that share the work.
 
 
 def this_rank(rank: int | None, world: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: as given, else as `torchrun` sets them (RANK, WORLD_SIZE), else the only one.
+    """Rank and number of ranks: as given, else as `torchrun` sets them (RANK, WORLD_SIZE), else 0 of 1.
 
     Raises:
         UserError: they do not fit together.
     """
     if (rank is None) != (world is None):
-        raise UserError("--rank and --world go together: which of how many processes this is")
+        raise UserError("--rank and --world: give both (which process this is, and how many there are)")
     source = "--rank and --world"
     if rank is None or world is None:
         source = "RANK and WORLD_SIZE"
@@ -141,12 +141,12 @@ def this_rank(rank: int | None, world: int | None) -> tuple[int, int]:
         except ValueError as error:
             raise UserError(f"{source} are {texts[0]!r} and {texts[1]!r}, not whole numbers") from error
     if not 0 <= rank < world <= 999:
-        raise UserError(f"{source}: rank {rank} of {world} is not one of 0 to {world - 1} (and of 999 at most)")
+        raise UserError(f"{source}: rank {rank} of {world} must lie between 0 and {world - 1} (with 999 ranks at most)")
     return rank, world
 
 
 def this_device(device: str | None) -> str:
-    """As given, else this rank's GPU where there are any, else the CPU."""
+    """As given, else this rank's GPU if there are GPUs, else the CPU."""
     import torch
 
     if device is not None or not torch.cuda.is_available():

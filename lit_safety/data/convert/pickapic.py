@@ -1,7 +1,7 @@
 """`lit_safety shards from-pickapic`: Pick-a-Pic as it is published, and any table with its columns.
 
-Source: Pick-a-Pic (arXiv 2305.01569). People wrote a prompt, saw two images and chose one or neither: `label_0` is 1
-where they chose the first, 0 where they chose the second, 0.5 where neither was better.
+Source: Pick-a-Pic (arXiv 2305.01569). People wrote a prompt, saw two images and chose one or neither: `label_0` is 1 if
+they chose the first, 0 if they chose the second, and 0.5 if neither was better.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def from_pickapic(
     samples_per_shard: int = 256,
     overwrite: bool = False,
 ) -> None:
-    """Write shards from Pick-a-Pic: pairs ordered by quality, with no harm labels.
+    """Write shards from Pick-a-Pic: pairs ordered by quality, without harm labels.
 
     Columns: caption, jpg_0, jpg_1 (images, or the names of image files) and label_0; label_1, has_label,
-    are_different and ranking_id are read where they are there. The published labels become the images' scores: 1 of
-    the chosen one, 0 of the other, 0.5 of both in a tie. Nobody labelled harm: `harmful` is unknown for every image. A
-    run that was stopped goes on when it is started again.
+    are_different and ranking_id are read if the table has them. The published labels become the images' scores: 1 for
+    the chosen one, 0 for the other, 0.5 for both in a tie. The set has no labels of harm, so `harmful` is unknown for
+    every image. A stopped run continues when it is started again.
 
     Args:
         source: A parquet file, a folder of them (of one split), a pattern such as 'data/train-*.parquet', or a folder
             with images and metadata.jsonl.
         out: The folder to write the shards to.
-        images: The folder of the image files, where the table holds their names; null: the table's own folder.
-        ties: Pairs of which neither image was better: `drop` leaves them out and counts them, `keep` writes them with
-            equal scores and the first image as chosen.
-        prompt_kind: What all prompts are taken for; the set does not say.
-        limit: Read only so many rows; null: all.
+        images: The folder of the image files, if the table holds their names; null: the table's own folder.
+        ties: Pairs in which neither image was better: `drop` leaves them out and counts them; `keep` writes them with
+        equal scores and the first image as chosen.
+        prompt_kind: The kind of all prompts; the set does not state it.
+        limit: How many rows to read; null: all.
         samples_per_shard: How many pairs a shard holds.
-        overwrite: Throw away what an earlier run left in the folder.
+        overwrite: Delete what an earlier run left in the folder.
     """
     from itertools import islice
     from pathlib import Path
@@ -83,7 +83,7 @@ def from_pickapic(
 def _pair(
     row: Row, number: int, folder: Path, keep_ties: bool, kind: str, left_out: Counter[str]
 ) -> Iterator[FoundPair]:
-    """The row's pair, or nothing and a reason counted: a million rows are not given up for one."""
+    """The row's pair; None, and a reason counted, if it cannot be used: one bad row must not stop a million others."""
     from lit_safety.core.errors import UserError
     from lit_safety.data.convert.convert import FoundPair
     from lit_safety.data.format.sample import parse_metadata
@@ -117,7 +117,7 @@ def _pair(
 
 
 def _preferred(values: dict[str, Any]) -> float | str:
-    """The published label of the first image (1, 0.5 or 0), or why there is none."""
+    """The published label of the first image (1, 0.5 or 0), or why it has none."""
     from lit_safety.data.convert.convert import SAME
 
     if values.get("has_label") is False:
@@ -131,7 +131,7 @@ def _preferred(values: dict[str, Any]) -> float | str:
 
 
 def image_of(row: Row, column: str, folder: Path) -> Any:
-    """The image in a cell: what the table holds itself, or a file of that name.
+    """The image in a cell: stored in the table itself, or a file with that name.
 
     Raises:
         UserError: the cell holds neither, or the name leads out of the folder.

@@ -1,7 +1,7 @@
-"""Tables that data sets are published with on hubs: parquet files, or a `metadata.jsonl` next to images (imagefolder).
+"""Tables of data sets as hubs publish them: parquet files, or a `metadata.jsonl` next to images (imagefolder).
 
-Both give the same rows. Images are not read with the rows, only when a pair is written, so that a resumed run does
-not read what it skips and memory does not grow with the table.
+Both give the same rows. An image is read only when its pair is written. So a resumed run does not read what it skips,
+and memory does not grow with the table.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _PART = re.compile(r"(?P<split>.+)-\d+-of-\d+.*\.parquet")
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of a table, not read yet."""
+    """An image in a table, not read yet."""
 
     name: str | None
-    """Its file name as published, if the table says one."""
+    """Its file name as published, if the table states it."""
     read: Callable[[], bytes]
     """Gives the file's bytes; raises FileNotFoundError or UserError."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: texts, numbers, and a `StoredImage` where the table holds an image itself."""
+    """One row: texts, numbers, and a `StoredImage` for an image in the table itself."""
 
     where: str
     """File and row, for messages."""
@@ -49,14 +49,14 @@ class Row:
 
 
 class Table(Protocol):
-    """Rows in a fixed order, as often as they are asked for."""
+    """Rows in a fixed order, which can be read several times."""
 
     folder: Path
     """Names of images in the table are relative to this."""
     columns: tuple[str, ...]
     total: int
     identity: list[Any]
-    """JSON-able; differs when another table is read."""
+    """Can be written as JSON; different for another table."""
 
     def rows(self) -> Iterator[Row]: ...
 
@@ -66,13 +66,13 @@ def open_table(source: str, columns: Sequence[str], images: Sequence[str] = (), 
     `metadata.jsonl`.
 
     Args:
-        source: what is read.
-        columns: must be there.
-        images: columns that hold an image or the name of one; must be there too.
-        optional: read where they are there.
+        source: the table.
+        columns: columns that it must have.
+        images: columns that hold an image or its name; it must have them too.
+        optional: columns that are read if it has them.
 
     Raises:
-        UserError: nothing is there, a column is missing, or several splits lie in one folder.
+        UserError: there is no table, a column is missing, or several splits are in one folder.
     """
     path = Path(source)
     metadata = path / METADATA if path.is_dir() else path
@@ -125,7 +125,7 @@ class JsonLines:
         for number, line in self._lines():
             where = f"{self.path}: line {number}"
             try:
-                values = load_json(decode_text(line, where), finite=False)  # what needs a number checks it
+                values = load_json(decode_text(line, where), finite=False)  # numbers are checked where they are used
             except NotUtf8:
                 raise
             except (ValueError, RecursionError) as error:
@@ -155,10 +155,10 @@ class JsonLines:
 
 
 def require(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Complain about a column that is not there.
+    """Refuse a table without a needed column.
 
     Raises:
-        UserError: names it and those that are.
+        UserError: names it and the columns that there are.
     """
     if missing := [name for name in needed if name not in columns]:
         raise UserError(f"{path}: has no column {missing[0]!r}; its columns are {', '.join(columns) or 'none'}")
@@ -172,7 +172,7 @@ def read_file(path: Path) -> bytes:
         UserError: it cannot be read, or is too large to be an image.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe might never end
             raise UserError(f"{path}: is not a file")
         with open(path, "rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)
@@ -186,7 +186,7 @@ def read_file(path: Path) -> bytes:
 
 
 def no_image(name: str) -> FileNotFoundError:
-    """What a reader raises for an image that a table names and nobody has."""
+    """The error for an image that a table names but that does not exist."""
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
 
 
@@ -195,9 +195,9 @@ def no_image(name: str) -> FileNotFoundError:
 
 MAX_GROUP_BYTES = 4 << 30
 MAX_GROUP_ROWS = 1 << 22
-"""Equal values take next to no room in a file, and all of it in memory."""
+"""Equal values need little space in a file, but their full size in memory."""
 KEPT_GROUPS = 4
-"""Row groups held at a time. Published files have a hundred rows or so in each."""
+"""How many row groups are held at a time. Published files have about a hundred rows in each."""
 
 
 def _pyarrow() -> Any:
@@ -218,7 +218,7 @@ class ParquetTable:
     Args:
         files: in order.
         needed: columns that must be there.
-        optional: columns read where they are there.
+        optional: columns that are read if the files have them.
     """
 
     def __init__(self, files: Sequence[Path], needed: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -236,7 +236,7 @@ class ParquetTable:
         self._structs = [one.name for one in wanted if types.is_struct(one.type)]
         for one in wanted:
             if one.name in self._structs and not {"bytes", "path"} <= {inner.name for inner in one.type}:
-                raise UserError(f"{self.files[0]}: the column {one.name!r} is {one.type}, no image")
+                raise UserError(f"{self.files[0]}: the column {one.name!r} is {one.type}, not an image")
         images = {*self._bytes, *self._structs}
         self._plain = [one.name for one in wanted if one.name not in images]
         rows = [self._open(number).metadata.num_rows for number in range(len(self.files))]
@@ -262,7 +262,7 @@ class ParquetTable:
         return StoredImage(name, functools.partial(self._cell, file, group, index, column))
 
     def _cell(self, file: int, group: int, index: int, column: str) -> bytes:
-        """The image in a cell, out of the row groups that are held."""
+        """The image in a cell, from the row groups that are held."""
         spot = (file, group)
         if spot not in self._groups:
             self._groups[spot] = self._read(file, group, [*self._bytes, *(f"{name}.bytes" for name in self._structs)])

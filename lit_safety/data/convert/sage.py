@@ -1,4 +1,4 @@
-"""`lit_safety shards from-sage`: Sage as its authors publish it, metadata.jsonl next to images, and who the users are.
+"""`lit_safety shards from-sage`: Sage as its authors publish it: metadata.jsonl next to images, and a table of users.
 
 Source: Personalized Safety Alignment (arXiv 2508.01151). Every concept has a safe and an unsafe image and a caption
 for each; which image is chosen depends on what the user bans, so a chosen image may be the unsafe one.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lit_safety.data.convert.convert import FoundPair
 
 IMAGE = re.compile(r"(?P<stem>user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+)_(?P<side>[su])\.(jpg|jpeg|png|webp)")
-# "user_..._00001.jpg_u.jpg": malformed as published, but its end says whose caption the row carries.
+# "user_..._00001.jpg_u.jpg": malformed as published, but its end says which image's caption the row has.
 CAPTION_SIDE = re.compile(r".*_(?P<side>[su])\.(jpg|jpeg|png|webp)")
 
 
@@ -41,10 +41,10 @@ def from_sage(
 ) -> None:
     """Write shards from one split of Sage.
 
-    Chosen and rejected are kept as published, the labels say which image is unsafe, and the user's id goes along. With
+    Chosen and rejected are kept as published, the labels say which image is unsafe, and the user's id is kept. With
     `users`, the published rule for the winner is checked on every row and the exceptions are counted. With
-    `embeddings`, those of the split's users are written to `users.safetensors` next to the shards. A run that was
-    stopped goes on when it is started again.
+    `embeddings`, those of the split's users are written to `users.safetensors` next to the shards. A stopped run
+    continues when it is started again.
 
     Args:
         folder: The split's folder: metadata.jsonl and the images.
@@ -52,7 +52,7 @@ def from_sage(
         users: users.csv; the n-th row is user n.
         embeddings: The folder of the users' embeddings, NNNNNNN.npy or user_embedding_NNNNNNN.npy.
         samples_per_shard: How many pairs a shard holds.
-        overwrite: Throw away what an earlier run left in the folder.
+        overwrite: Delete what an earlier run left in the folder.
     """
     from pathlib import Path
 
@@ -72,7 +72,7 @@ def from_sage(
     }
     held = None if embeddings is None else read_embeddings(Path(embeddings), sorted(asked))
     convert(pairs, out, provenance, samples_per_shard, overwrite, len(pairs))
-    if held is not None:  # not before: `out` may turn out to hold another set
+    if held is not None:  # only now, because `out` could hold another set
         save_embeddings(held, Path(out))
 
 
@@ -121,9 +121,9 @@ def _parse(texts: list[str], user: str, where: str) -> tuple[str, Any]:
 
 
 def category_and_concept(text: str, where: str) -> tuple[str, str | None]:
-    """Category and concept from "self_harm_cutting", which Sage's images are named by.
+    """Category and concept from a text such as "self_harm_cutting" in the names of Sage's images.
 
-    A category may be of several words.
+    A category may have several words.
 
     Raises:
         UserError: it begins with no known category.
@@ -136,16 +136,16 @@ def category_and_concept(text: str, where: str) -> tuple[str, str | None]:
             return canonical_category("_".join(words[:number])), "_".join(words[number:]) or None
         except UserError:
             continue  # fewer words
-    raise UserError(f"{where}: no category is known by which {text!r} begins")
+    raise UserError(f"{where}: {text!r} does not begin with a known category")
 
 
 def _check_winners(pairs: list[FoundPair], banned: dict[str, frozenset[str]]) -> None:
-    """Published rule: a safe caption's winner is the safe image; an unsafe one's too if the user bans the category."""
+    """Published rule: the winner is the safe image for a safe caption, and for an unsafe one if the user bans it."""
     exceptions: Counter[str] = Counter()
     for pair in pairs:
         row: Any = pair.metadata
         if row.user_id not in banned:
-            raise UserError(f"{row.source}: user {row.user_id} does not stand in the table of users")
+            raise UserError(f"{row.source}: user {row.user_id} is not in the table of users")
         expected_safe = row.prompt_kind == "clean" or row.categories[0] in banned[row.user_id]
         if row.harmful.chosen == expected_safe:
             exceptions["safe expected" if expected_safe else "unsafe expected"] += 1
@@ -154,19 +154,19 @@ def _check_winners(pairs: list[FoundPair], banned: dict[str, frozenset[str]]) ->
         print(f"  {what}: {times} exceptions, kept as published")
 
 
-# Sage's users: what each bans, and their embeddings.
+# Sage's users: what each one bans, and their embeddings.
 #
-# Both come from somewhere else: arrays are never unpickled.
+# Both are other people's files: arrays are never unpickled.
 
 
 USERS_FILE = "users.safetensors"
 EMBEDDING_NAMES = ("{}.npy", "user_embedding_{}.npy")
-"""A user's file in the published code's folder, and in the published archive."""
+"""The names of a user's file in the published code's folder and in the published archive."""
 MAX_EMBEDDING_BYTES = 1 << 20
 
 
 def banned_by_user(table: str) -> dict[str, frozenset[str]]:
-    """User id (the row's number, seven digits) to the categories the user bans.
+    """User id (the row's number, seven digits) -> the categories that the user bans.
 
     Raises:
         UserError: the table cannot be read, or a list in it is not a list of categories.
@@ -178,7 +178,8 @@ def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.
     """The users' embeddings, a float32 vector (D,) by user id; files hold (D,) or (1, D).
 
     Raises:
-        UserError: an embedding is missing or there twice, not a finite vector, or of another length than the others.
+        UserError: an embedding is missing or exists twice, is not a finite vector, or has another length than the
+        others.
     """
     if not folder.is_dir():
         raise UserError(f"--embeddings {folder}: is not a folder; give the one with 0000001.npy and so on")
@@ -223,11 +224,11 @@ def _vector(path: Path) -> NDArray[np.float32]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: is not a plain array ({' '.join(str(error).split())})") from error
     found = f"{array.dtype} of shape {array.shape}"
-    if array.ndim == 2 and len(array) == 1:  # a batch of one, as the published code keeps some
+    if array.ndim == 2 and len(array) == 1:  # a batch of one, as the published code stores some
         array = array[0]
     if array.ndim != 1 or not array.size or array.dtype.kind != "f":
         raise UserError(f"{path}: is not a vector of finite numbers, (D,) or (1, D), but {found}")
-    with np.errstate(over="ignore"):  # of float64; what is too large becomes infinite
+    with np.errstate(over="ignore"):  # numbers that are too large for float32 become infinite
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{path}: is not a vector of finite numbers: it holds NaN or infinity")
@@ -235,17 +236,17 @@ def _vector(path: Path) -> NDArray[np.float32]:
 
 
 def _plain_array(data: bytes) -> NDArray[Any]:
-    """The array in the bytes of an `.npy` file. Its size is checked before memory is taken for it.
+    """The array in the bytes of an `.npy` file. Its size is checked before memory is allocated.
 
     Raises:
-        ValueError: no such file, one with pickled objects, or one that says another size than it has.
+        ValueError: it is not such a file, holds pickled objects, or its header states a wrong size.
     """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file, max_header_size=10_000)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are never read")
+        raise ValueError("it holds pickled objects, which this program never reads")
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"its header says {shape} of {dtype}, which is not what it holds")
+        raise ValueError(f"its header states {shape} of {dtype}, but its contents differ")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)

@@ -1,10 +1,9 @@
-"""The manifest next to a folder of shards: what is there, how many, and where it comes from.
+"""The manifest in a folder of shards: which shards and samples it holds, and where they come from.
 
-`manifest.json` lists the shards in the style of webdataset's `wids` (`shardlist` of `url` and `nsamples`)
-with sizes and hashes, and says of every sample which *class* it belongs to: the distinct (kind, order,
-categories, user, label) are listed once and each shard holds one small number a sample. So filters and orders are
-computed from the manifest alone, without opening a shard; a million pairs cost about 3 MB of JSON. A class also has the
-label of its samples, and a sample that is read is compared with all of it.
+`manifest.json` lists the shards in the style of webdataset's `wids` (`shardlist` of `url` and `nsamples`) with sizes
+and hashes. It also states the *class* of every sample: the distinct (kind, order, categories, user, label) are listed
+once, and each shard holds one small number a sample. So filters and orders are computed from the manifest alone,
+without opening a shard; a million pairs need about 3 MB of JSON. When a sample is read, it is compared with its class.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from lit_safety.core.text import NotUtf8, load_json, read_text
 from lit_safety.data.format.sample import Categories, PairMetadata
 
 FILE_NAME = "manifest.json"
-#: What is finished so far, in the manifest's format; gone once the manifest itself is written.
+#: The finished shards, in the manifest's format; removed when the manifest itself is written.
 JOURNAL = ".manifest.partial.json"
 FORMAT = "lit_safety preference shards"
 VERSION = 1
 
 MAX_BYTES = 1 << 30
-"""Of the file: 300 million samples."""
+"""Of the file: enough for 300 million samples."""
 MAX_SAMPLES = 10_000_000
-"""In one shard; memory is taken for so many before it is opened."""
+"""In one shard: memory for so many may be allocated before the shard is opened."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
 
 
 def _plain(url: str) -> str:
     if not _SAFE_NAME.match(url):
-        raise ValueError("is refused: a manifest names shards by plain relative names only")
+        raise ValueError("is refused: a manifest may name shards only by plain relative names")
     return url
 
 
@@ -60,14 +59,14 @@ _NUMBERS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0)]] | None)
 
 @dataclass(frozen=True)
 class SampleClass:
-    """What a filter can ask of a sample."""
+    """The properties of a sample that a filter can use."""
 
     kind: Text
     order: Text
     categories: Categories = ()
     user: Text | None = None
     label: Text | None = field(default=None, repr=False)
-    """`PairMetadata.label`: no filter asks for it, but a sample that is read is compared with it. None: not stated, as
+    """`PairMetadata.label`: filters do not use it, but a sample that is read is compared with it. None: not stated, as
     in manifests of earlier versions."""
 
     @classmethod
@@ -75,7 +74,7 @@ class SampleClass:
         return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label)
 
     def difference(self, found: SampleClass) -> str | None:
-        """In words, what of a sample is not as it is listed here; None: all is."""
+        """In words, what in a sample differs from this class; None: nothing differs."""
         for name in ("kind", "order", "categories", "user", "label"):
             listed, own = getattr(self, name), getattr(found, name)
             if name == "categories":
@@ -100,8 +99,8 @@ class Shard:
     bytes: StrictInt | None = None
     sha256: StrictStr | None = None
     classes: Annotated[Sequence[int] | None, PlainValidator(_class_numbers)] = None
-    """For each sample in the tar's order, an index into `Manifest.classes`; kept in two bytes each (eight where there
-    are more classes than that holds), for there may be many millions."""
+    """For each sample in the tar's order, an index into `Manifest.classes`. Stored in two bytes each (in eight if there
+    are too many classes for two), because there may be many millions."""
 
     def __post_init__(self) -> None:
         if self.classes is not None:
@@ -124,9 +123,9 @@ class Manifest:
     labels: dict[str, int] = field(default_factory=dict)
     """Samples by `PairMetadata.label`, such as `{"safe>harmful": 120}`."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the samples come from, in the words of whoever wrote the shards."""
+    """Where the samples come from, as the writer of the shards states it."""
     seeds: dict[str, Any] = field(default_factory=dict)
-    """The seeds the samples were drawn with."""
+    """The seeds that the samples were drawn with."""
     cache: dict[str, Any] | None = None
     """For cached latents: the fingerprint of the model and the resolution that made them."""
 
@@ -135,7 +134,7 @@ class Manifest:
         return sum(shard.nsamples for shard in self.shardlist)
 
     def counts(self) -> dict[str, Any]:
-        """Samples by category, kind, order and label; a sample of two categories counts under both."""
+        """Samples by category, kind, order and label; a sample with two categories counts for both."""
         per_class: Counter[int] = Counter()
         for shard in self.shardlist:
             per_class.update(shard.classes or ())
@@ -151,15 +150,15 @@ class Manifest:
 
     @cached_property
     def states_labels(self) -> bool:
-        """Whether it says of every sample which label it has."""
+        """Whether it states the label of every sample."""
         return all(one.label is not None for one in self.classes) and all(
             shard.classes is not None for shard in self.shardlist
         )
 
     def difference(self, shard: Shard, number: int, found: SampleClass) -> str | None:
-        """In words, what of the ``number``-th sample of a ``shard`` is not as it is listed; None: all is.
+        """In words, how the ``number``-th sample of a ``shard`` differs from the manifest; None: it does not.
 
-        Where labels are counted and not listed, a sample's label must at least be one of those that were counted.
+        If labels are counted but not listed, a sample's label must at least be one of those that were counted.
         """
         if shard.classes is not None and number < len(shard.classes):
             listed = self.classes[shard.classes[number]]
@@ -192,7 +191,7 @@ def save_manifest(manifest: Manifest, folder: str | os.PathLike[str], name: str 
 
 
 def _compact(data: dict[str, Any]) -> str:
-    # One line a shard and a class: readable in a diff, yet a million class numbers do not take a million
+    # One line for each shard and class: readable in a diff, and a million class numbers do not need a million
     # lines.
     listed = {name: data[name] for name in ("classes", "shardlist")}
     text = json.dumps({k: v for k, v in data.items() if k not in listed}, ensure_ascii=False, indent=1)
@@ -206,8 +205,8 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
     """Read and check `folder/manifest.json`.
 
     Raises:
-        UserError: the file is missing, of another format or version, or an entry is not what it must be: only
-            relative names below the folder are accepted (no `pipe:`, no URL, no `..`, no absolute path).
+        UserError: the file is missing, has another format or version, or an entry is not valid: only relative names
+        below the folder are accepted (no `pipe:`, no URL, no `..`, no absolute path).
     """
     path = Path(folder) / name
     try:
@@ -252,7 +251,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
 
 @dataclass
 class _Stated:
-    """What stands in the file; other keys are left to those who wrote them."""
+    """The content of the file; unknown keys are ignored."""
 
     classes: list[SampleClass]
     shardlist: list[Shard]
@@ -266,7 +265,7 @@ _STATED = TypeAdapter(_Stated)
 
 
 def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> None:
-    """Compare what is counted with what is listed: people read the one, and training goes by the other.
+    """Compare the counts with the lists: people read the counts, and training uses the lists.
 
     Raises:
         UserError: they differ.
@@ -277,7 +276,7 @@ def _check_counts(stated: dict[str, Any], manifest: Manifest, path: Path) -> Non
     if manifest.states_labels and "label" in stated:
         classes = [manifest.classes[number] for shard in manifest.shardlist for number in shard.classes or ()]
         found["label"] = dict(sorted(Counter(str(one.label) for one in classes).items()))
-    elif sum(manifest.labels.values()) not in (0, manifest.nsamples):  # they are counted and not listed
+    elif sum(manifest.labels.values()) not in (0, manifest.nsamples):  # labels are counted and not listed
         found["label"] = f"{manifest.nsamples} samples"
     for name, held in found.items():
         if stated[name] != held:

@@ -1,6 +1,6 @@
-"""Cached arrays of a shard: `.npy` files of which nothing but plain numbers of a known shape is accepted.
+"""Cached arrays of a shard: `.npy` files, which may hold only plain numbers of a known shape.
 
-The header is checked before an array is made: it may claim any size, and a type that would be unpickled.
+The header is checked before an array is made: it could state any size, or a type that would be unpickled.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def read_npy(data: bytes, shape: tuple[int, ...], types: tuple[str, ...], where:
         where: the shard, the sample and the member, for messages.
 
     Raises:
-        UserError: it is no `.npy` file, of another type or shape, too long or too short.
+        UserError: it is not an `.npy` file, has another type or shape, or is too long or too short.
     """
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         if version not in _READERS:
-            raise ValueError(f"version {version} is not read")
+            raise ValueError(f"version {version} is not supported")
         found, fortran, dtype = _READERS[version](file, max_header_size=MAX_HEADER)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: is not a plain .npy file ({str(error).splitlines()[0]})") from error
     if dtype.hasobject or dtype.str not in [np.dtype(name).newbyteorder("<").str for name in types]:
         raise UserError(f"{where}: holds {dtype}, not {' or '.join(types)}")
     if tuple(found) != shape or (fortran and len(shape) > 1):
-        raise UserError(f"{where}: is of shape {tuple(found)}, not {shape}")
+        raise UserError(f"{where}: has the shape {tuple(found)}, not {shape}")
     rest = memoryview(data)[file.tell() :]
     if len(rest) != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{where}: has {len(rest)} bytes of numbers, its shape asks for another count")
+        raise UserError(f"{where}: has {len(rest)} bytes of numbers, which does not fit its shape")
     return np.frombuffer(rest, dtype=dtype).reshape(shape)

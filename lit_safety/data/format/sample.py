@@ -1,6 +1,6 @@
-"""One preference pair's metadata: what stands in `K.json` of a shard.
+"""One preference pair's metadata: the content of `K.json` in a shard.
 
-The file is data from somewhere else: every field is checked and nothing in it is executed.
+The file is other people's data: every field is checked and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lit_safety.core.text import NotUtf8, decode_text, load_json
 MAX_METADATA_BYTES = 1 << 20
 
 T = TypeVar("T")
-#: No field of another name; and values that code has put together are looked at too.
+#: Other fields are refused; values that code has put together are checked too.
 STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 
 
 def _not_empty(text: str) -> str:
     if not text.strip():
-        raise ValueError("must be a text that is not empty")
+        raise ValueError("must be a non-empty text")
     return text
 
 
@@ -61,31 +61,31 @@ class Sides(Generic[T]):
 
 @dataclass(frozen=True)
 class PairMetadata:
-    """What is known of a pair besides its two images."""
+    """What is known about a pair besides its two images."""
 
     __pydantic_config__: ClassVar = STRICT
     prompt: Annotated[Text, AfterValidator(_not_empty)]
-    """The text both images were made for; never empty."""
+    """The text that both images were made for; never empty."""
     prompt_kind: Kind
     """`harmful`: the prompt asks for harm; `clean`: it does not."""
     order: Order = "safety"
     """What decided which image is chosen: `safety`, `quality` or `composite` (a user's bounds, or both)."""
     categories: Categories = ()
-    """Canonical ids of the harm categories this pair is about; may hold several or none."""
+    """Canonical ids of the harm categories of this pair; may be several or empty."""
     harmful: Sides[StrictBool | None] = Sides(None, None)
     """Labels (never a model's output): is the image harmful? None: not known."""
     concept: Text | None = None
-    """The asked concept within the category, such as `gun`."""
+    """The concept within the category that is asked for, such as `gun`."""
     cost: Sides[Number] | None = None
     """A cost model's values; above 0 is harmful."""
     score: Sides[Number] | None = None
     """Quality; higher is better."""
     user_id: Text | None = None
-    """Whose preference this is; None: everyone's."""
+    """The user whose preference this is; None: it holds for all users."""
     source: Text | None = None
     """Where the pair comes from (a data set and its row)."""
     seed: StrictInt | None = None
-    """The seed both images were drawn with, where they share one."""
+    """The seed that both images were drawn with, if they share one."""
     noise_seeds: Sides[StrictInt] | None = None
     """Seeds of a CPU generator whose normal numbers each image's latents were drawn from, where nothing else was."""
 
@@ -108,7 +108,7 @@ class PairMetadata:
 
     @property
     def label(self) -> str:
-        """`"safe>harmful"`: the labels of chosen and rejected in one word, for counting."""
+        """The labels of chosen and rejected in one word, such as `"safe>harmful"`, for counting."""
         words = {True: "harmful", False: "safe", None: "unknown"}
         return f"{words[self.harmful.chosen]}>{words[self.harmful.rejected]}"
 
@@ -129,7 +129,7 @@ def parse_metadata(raw: bytes | Mapping[str, Any], where: str) -> PairMetadata:
     data = _load(raw, where) if isinstance(raw, bytes) else raw
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: the metadata must be a JSON object")
-    # Both have a default for code that puts a pair together, and a file must say them.
+    # Both have a default for code that puts a pair together, but a file must state them.
     return checked(_CHECKED, {"harmful": None, "order": None} | dict(data), where)
 
 

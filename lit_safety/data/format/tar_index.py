@@ -1,15 +1,14 @@
 """Where each sample lies in a tar file, and its bytes.
 
-Shards are read by position: one pass over the tar's headers (the images are skipped, not read) says where
-everything is, and then a sample costs one read of exactly its bytes. So a worker reads its own samples and
-no other's, memory is one batch, and what a resumed run skips is neither read nor decoded. Keys and
-suffixes are webdataset's: a key is what stands before the first dot of the file name.
+Shards are read by position: one pass over the tar's headers (the images are skipped, not read) finds every
+member, and then a sample costs one read of exactly its bytes. So a worker reads only its own samples, memory
+is one batch, and what a resumed run skips is neither read nor decoded. Keys and suffixes are webdataset's: the
+key is the part before the first dot of the file name.
 
-Every member is read, or ignored by one of these rules, or makes a sample that cannot be used and that names it:
+Every member is read, is ignored by one of these rules, or makes an unusable sample whose error names it:
 
-- Folders and what macOS packs along (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
-- What a sample holds besides its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
-  JSON nor arrays.
+- Folders and the files that macOS adds (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
+- Further members of a sample (`K.txt`, `K.mask.png`) are not read, nor are files that are not images, JSON or arrays.
 - A hard link is read as the member that it leads to. Any other link, and a device, is an error.
 - A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
   that belongs to no sample, are errors.
@@ -30,10 +29,10 @@ from lit_safety.core.images import FORMATS, OTHER_FORMATS
 
 MAX_MEMBER_BYTES = 128 << 20
 MAX_PADDING = 1 << 20
-"""Zeros behind the last member. Programs fill up 10 KiB."""
-# What tarfile raises for headers that nobody wrote in good faith.
+"""Zeros after the last member. Programs fill up to 10 KiB."""
+# What tarfile raises for damaged or hostile headers.
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, MemoryError)
-# Images, or what a cache has instead of them.
+# Images, or the latents that a cache has instead of them.
 _NAMES = (
     r"json|(?:chosen|rejected)\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
     r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
@@ -41,32 +40,32 @@ _NAMES = (
 _WANTED = re.compile(_NAMES)
 _DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
 _UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
-# Endings of what a sample is made of (an image may have none, as `K.chosen`): where no sample is, it is missed.
+# Endings of a sample's members (an image may lack one, as `K.chosen`): such a member without a sample is an error.
 _MISSED = frozenset({*FORMATS, *OTHER_FORMATS, "json", "npy", "chosen", "rejected"})
 
 
 class BadSample(UserError):
-    """One sample cannot be used; `on_bad_sample` decides what that means."""
+    """One sample cannot be used; `on_bad_sample` decides what happens then."""
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One sample of a shard and where its members lie."""
+    """One sample of a shard and the positions of its members."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Suffix (`json`, `chosen.png`) to (offset, size) in bytes."""
+    """Suffix (`json`, `chosen.png`) -> (offset, size) in bytes."""
     problem: str | None = None
-    """Why it cannot be used, if so."""
+    """Why it cannot be used; None: it can."""
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The samples of one tar file, in the order in which they stand."""
+    """The samples of one tar file, in their order in the file."""
 
     samples: list[StoredSample]
     problem: str | None = None
-    """Set when the tar ends too early or a header is damaged: the samples listed are those before that point."""
+    """Set if the tar ends too early or a header is damaged: only the samples before that point are listed."""
 
 
 def index_tar(path: str | os.PathLike[str]) -> TarIndex:
@@ -102,7 +101,7 @@ class _Member:
 
 
 def is_mac_file(name: str) -> bool:
-    """Whether a path is one of those that macOS packs next to the files themselves.
+    """Whether a path is one of those that macOS adds to archives.
 
     >>> [is_mac_file(name) for name in ("a/._0.png", "a/.DS_Store", "__MACOSX/a/0.png", "a/0.png")]
     [True, True, True, False]
@@ -117,8 +116,8 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
     spots: dict[str, tuple[int, int]] = {}
     try:
         for member in tar:
-            if member.size < 0:  # tarfile would go back, and round forever
-                problem.append(f"the tar file is damaged ({member.name!r} has a size below 0)")
+            if member.size < 0:  # tarfile would go back, and loop forever
+                problem.append(f"the tar file is damaged ({member.name!r} has a negative size)")
                 return
             if member.isdir() or is_mac_file(member.name):
                 continue
@@ -128,14 +127,14 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
                 target = spots.get(posixpath.normpath(member.linkname))
                 offset, size = target or (0, 0)
                 if target is None:
-                    wrong = f"is a hard link to {member.linkname!r}, which does not stand before it in the tar"
+                    wrong = f"is a hard link to {member.linkname!r}, which is not in the tar before it"
             elif member.issym():
-                wrong = "is a symbolic link; pack the files that links lead to, as `tar --dereference` does"
+                wrong = "is a symbolic link; pack the files themselves, as `tar --dereference` does"
             elif not member.isreg() or member.issparse():
                 wrong = "is not an ordinary file (a device, or sparse); pack plain files"
             if wrong is None:
                 spots[posixpath.normpath(member.name)] = offset, size
-            if key is None:  # nothing before the first dot, or no dot: no sample's, whatever it is
+            if key is None:  # nothing before the first dot, or no dot: it does not belong to a sample
                 key, _, suffix = member.name.rpartition(".")
                 suffix = f".{suffix}" if key else ""
             yield _Member(member.name, key or member.name, suffix.lower(), offset, size, wrong)
@@ -146,16 +145,16 @@ def _members(tar: tarfile.TarFile, problem: list[str]) -> Iterator[_Member]:
 
 
 def _is_compressed(path: str | os.PathLike[str]) -> bool:
-    """gzip, bzip2, xz or zstd by the first bytes, whatever the file is named."""
+    """gzip, bzip2, xz or zstd, by the first bytes and not by the file's name."""
     with open(path, "rb") as file:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
 
 
 def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
-    """Why the tar does not end where tarfile stopped reading; None: it does.
+    """Why the tar does not end where tarfile stopped reading; None: it ends there.
 
-    tarfile takes a damaged header, or the end of the file, for the end of the tar: what follows would be lost in
-    silence.
+    tarfile treats a damaged header, or the end of the file, as the end of the tar: the rest would be lost without
+    an error.
     """
     with open(path, "rb") as file:
         file.seek(offset)
@@ -163,9 +162,9 @@ def _ending(path: str | os.PathLike[str], offset: int) -> str | None:
     if len(rest) < tarfile.BLOCKSIZE:
         return "the tar file is cut short (its end is missing)"
     if any(rest[: tarfile.BLOCKSIZE]):
-        return f"the tar file is damaged (no header at byte {offset})"
+        return f"the tar file is damaged (byte {offset} should begin a header)"
     if any(rest) or len(rest) > MAX_PADDING:
-        return "more follows the end of the tar file: is it two of them in one?"
+        return "there is more data after the end of the tar file, perhaps a second tar file"
     return None
 
 
@@ -173,7 +172,7 @@ def _group(members: Iterator[_Member]) -> list[StoredSample]:
     samples: list[StoredSample] = []
     seen: set[str] = set()
     beside: dict[str, str] = {}
-    """By key, the first member that is none of a sample's."""
+    """By key, the first member that does not belong to a sample."""
     for member in members:
         key, suffix, wrong = member.key, member.suffix, member.problem
         if _WANTED.fullmatch(suffix):
@@ -181,9 +180,9 @@ def _group(members: Iterator[_Member]) -> list[StoredSample]:
                 wrong = f"{suffix} {wrong}"
         elif dotted := _DOTTED.fullmatch(suffix):
             key = f"{key}.{dotted[1]}"
-            wrong = f"{member.name!r} has a key with dots of its own, and a key ends at the first dot; rename it"
+            wrong = f"{member.name!r} has a dot in its key, but a key ends at the first dot; rename it"
         elif _UNREAD_IMAGE.fullmatch(suffix):
-            wrong = f"{suffix} is of a format that is not read; write PNG, JPEG or WebP"
+            wrong = f"{suffix} has a format that is not read; write PNG, JPEG or WebP"
         else:
             if suffix.rpartition(".")[2] in _MISSED:
                 beside.setdefault(key, member.name)
@@ -191,7 +190,7 @@ def _group(members: Iterator[_Member]) -> list[StoredSample]:
         if samples and samples[-1].key == key:
             current = samples[-1]
         else:
-            twice = "its key stands twice in the shard, or its members do not stand one after the other"
+            twice = "its key is in the shard twice, or its members do not follow each other"
             current = StoredSample(key, {}, twice if key in seen else None)
             seen.add(key)
             samples.append(current)
@@ -205,7 +204,7 @@ def _group(members: Iterator[_Member]) -> list[StoredSample]:
             samples[-1] = StoredSample(key, current.members, current.problem or wrong)
     for key, name in beside.items():
         if key not in seen:
-            wrong = f"{name!r} belongs to no pair: a sample is KEY.json, KEY.chosen.png and KEY.rejected.png"
+            wrong = f"{name!r} does not belong to a pair: a sample is KEY.json, KEY.chosen.png and KEY.rejected.png"
             samples.append(StoredSample(key, {}, wrong))
     return samples
 
@@ -215,7 +214,7 @@ class OpenShard:
 
     Args:
         path: the tar file.
-        expected: how many samples the manifest says it holds; None: not known.
+        expected: its number of samples in the manifest; None: not known.
     """
 
     def __init__(self, path: str, expected: int | None = None) -> None:
@@ -226,7 +225,7 @@ class OpenShard:
         self._usable = found
         if self.problem is None and expected is not None and found != expected:
             self.problem = f"holds {found} samples but the manifest says {expected}"
-            self._usable = 0  # not the shard that was listed; one that is cut short is, as far as it goes
+            self._usable = 0  # it is not the shard that was listed; a shard that is cut short can be used up to its end
         self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
@@ -242,10 +241,10 @@ class OpenShard:
 
         Args:
             number: which sample.
-            wanted: which suffixes to read; None: all that are known.
+            wanted: which suffixes to read; None: all known ones.
 
         Raises:
-            BadSample: the shard ends before it, its key is taken, or it cannot be read.
+            BadSample: the shard ends before it, its key is used twice, or it cannot be read.
         """
         sample = self._sample(number)
         spots = [(name, spot) for name, spot in sample.members.items() if wanted is None or wanted(name)]
@@ -255,7 +254,7 @@ class OpenShard:
         """One member of a sample.
 
         Raises:
-            BadSample: as `read`, or the sample has no such member.
+            BadSample: as `read`, or the sample does not have this member.
         """
         sample = self._sample(number)
         if suffix not in sample.members:
@@ -282,11 +281,11 @@ class OpenShard:
 
 
 def refuse_twice(seen: dict[str, str], key: str, shard: OpenShard) -> None:
-    """Note in which shard a key stands.
+    """Note in which shard a key is.
 
     Raises:
-        UserError: it stands in another one too: the second pair would be lost, or share its random choices.
+        UserError: another shard has it too: the second pair would be lost, or make the same random choices.
     """
     if (other := seen.setdefault(key, shard.path)) != shard.path:
-        raise UserError(f"{shard.path}: sample {key!r} stands in {other} too; keys must differ: do one set after the "
+        raise UserError(f"{shard.path}: sample {key!r} is also in {other}; keys must differ: process one set after the "
                         "other")  # fmt: skip

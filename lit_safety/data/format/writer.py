@@ -3,9 +3,9 @@
     with ShardWriter("shards/train", provenance={"source": "my set"}) as writer:
         writer.write("000001", {"prompt": "a cat", ...}, chosen=image, rejected=other)
 
-A shard appears under its name only when it is whole and the manifest is written last, so a killed run leaves
-nothing that a reader would take for data: a folder with a journal and no manifest is not complete. One writer at a
-time holds a folder's lock. The bytes of the shards depend on the samples only: two runs write equal files.
+A shard gets its name only when it is whole, and the manifest is written last. So a reader never mistakes what a
+killed run left for data: a folder with a journal but without a manifest is not complete. One writer at a time holds a
+folder's lock. The bytes of the shards depend only on the samples: two runs write equal files.
 """
 
 from __future__ import annotations
@@ -54,19 +54,18 @@ class ShardWriter:
     """Write pairs into `folder/NAME-000000.tar`, ... and `folder/manifest.json`.
 
     Args:
-        folder: where the shards go; made if missing. Shards of an earlier run there are an error unless
-            `overwrite`.
-        samples_per_shard: how many samples a shard holds at most. Several small shards let several workers
-            read at once, and the order mixes whole windows of shards; a few hundred is a good size.
+        folder: the folder of the shards; made if missing. If it holds shards of an earlier run, that is an error
+        without `overwrite`.
+        samples_per_shard: how many samples a shard holds at most. With several small shards several workers can read
+        at once, and the order mixes whole windows of shards; a few hundred is a good size.
         name: the shards' prefix.
-        image_format: how PIL images are stored: `png` or `webp` (both lossless) or `jpg`. Bytes are stored as
-            given.
-        provenance: where the samples come from; goes into the manifest.
-        seeds: the seeds they were drawn with; goes into the manifest.
+        image_format: how PIL images are stored: `png` or `webp` (both lossless) or `jpg`. Bytes are stored unchanged.
+        provenance: where the samples come from, for the manifest.
+        seeds: the seeds they were drawn with, for the manifest.
         overwrite: replace the shards that an earlier run left in the folder.
-        resume: go on where a run with the same settings was stopped: its finished shards are kept, and `key in writer`
-            says which samples they hold. The caller writes the others in the same order as before.
-        cache: for cached latents, what the manifest says of the model that made them.
+        resume: continue a stopped run with the same settings: its finished shards are kept, and `key in writer` says
+        which samples they hold. The caller writes the others in the same order as before.
+        cache: for cached latents, what the manifest states about the model that made them.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class ShardWriter:
         return key in self._keys
 
     def __len__(self) -> int:
-        """Samples written so far, those of the run that is resumed included."""
+        """Samples written so far, including those of the run that is resumed."""
         return len(self._keys)
 
     def __enter__(self) -> ShardWriter:
@@ -146,15 +145,14 @@ class ShardWriter:
         """Append one pair.
 
         Args:
-            key: names the sample and seeds its random choices; unique, of letters, digits, dashes,
-                underscores.
+            key: names the sample and seeds its random choices; unique; letters, digits, dashes and underscores.
             metadata: the pair's metadata, checked here.
-            chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only where it is cached.
+            chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only if it is cached.
             rejected: the other one.
             cached: members of a cache by suffix, such as `chosen.latent.npy`.
 
         Raises:
-            UserError: the key is taken or not plain, the metadata is not valid, or the bytes are not known
+            UserError: the key is used already or not plain, the metadata is not valid, or the bytes are not such an
                 image.
         """
         where = f"{self.folder}: sample {key!r}"
@@ -167,7 +165,7 @@ class ShardWriter:
         for side, image in zip(SIDES, (chosen, rejected), strict=True):
             if image is None:
                 if not cached:
-                    raise UserError(f"{where}: has no {side} image")
+                    raise UserError(f"{where}: lacks its {side} image")
                 continue
             data = self._encode(image)
             members[f"{side}.{extension_of(data, f'{where}: {side}')}"] = data
@@ -186,7 +184,7 @@ class ShardWriter:
             self.end_shard()
         if not self._shards:
             (self.folder / JOURNAL).unlink(missing_ok=True)
-            raise UserError(f"{self.folder}: no sample was written, so there is no manifest")
+            raise UserError(f"{self.folder}: 0 samples were written, so a manifest cannot be written")
         self.manifest = self._manifest()
         save_manifest(self.manifest, self.folder)
         (self.folder / JOURNAL).unlink(missing_ok=True)
@@ -207,22 +205,22 @@ class ShardWriter:
         )
 
     def _take_up(self) -> bool:
-        """Take up what a stopped run left; False if there is none."""
+        """Continue from what a stopped run left; False if there is nothing."""
         if (self.folder / FILE_NAME).exists() or not (self.folder / JOURNAL).exists():
             return False
         left = load_manifest(self.folder, JOURNAL)
-        if not left.shardlist:  # it had finished nothing; what lies there is ours
+        if not left.shardlist:  # it had not finished a shard; the files there are ours
             self._clear(overwrite=True)
             return False
         if (left.provenance, left.seeds, left.cache) != (self.provenance, self.seeds, self.cache):
             raise UserError(
-                f"{self.folder}: holds a run that was stopped and had other settings; give those, name another "
-                "folder or ask to overwrite"
+                f"{self.folder}: holds a stopped run with other settings; give the same settings, name another folder "
+                "or ask to overwrite"
             )
         for shard in left.shardlist:
             path = self.folder / shard.url
             if not path.exists() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: is missing or not as the stopped run left it; ask to overwrite")
+                raise UserError(f"{path}: is missing, or was changed since the run was stopped; ask to overwrite")
             self._keys.update(sample.key for sample in index_tar(path).samples)
         self._shards = list(left.shardlist)
         self._classes = {one: number for number, one in enumerate(left.classes)}
@@ -233,8 +231,8 @@ class ShardWriter:
         old = [self.folder / FILE_NAME, self.folder / JOURNAL, *self.folder.glob(f"{self.name}-??????.tar")]
         old = [path for path in old if path.exists()]
         if old and not overwrite:
-            raise UserError(f"{self.folder}: holds {old[0].name} already; name another folder or ask to overwrite")
-        for path in old:  # the manifest first: without it the rest is not a data set
+            raise UserError(f"{self.folder}: already holds {old[0].name}; name another folder or ask to overwrite")
+        for path in old:  # the manifest first: without it the rest does not count as a data set
             path.unlink()
 
     def _shard_path(self) -> Path:

@@ -25,7 +25,7 @@ class PairBatch:
     seeds: list[int]
     """Each sample's 63-bit seed, a pure function of (seed, epoch, key): see `lit_safety.core.chance`."""
     prompts: list[str]
-    """What both images of a pair were made for."""
+    """The prompts that both images of a pair were made for."""
     prompt_kinds: list[str]
     """`harmful` or `clean`."""
     categories: list[tuple[str, ...]]
@@ -33,18 +33,18 @@ class PairBatch:
     orders: list[str]
     """What decided which image is chosen: `safety`, `quality` or `composite`."""
     chosen: Tensor | None
-    """float32 (B, 3, H, W) in [-1, 1]; None where `latents` stand for the images."""
+    """float32 (B, 3, H, W) in [-1, 1]; None if there are `latents` instead."""
     rejected: Tensor | None
     """As `chosen`."""
     clean: Tensor
-    """float32 (B,): 1 where the prompt is clean, 0 where it is harmful (`prompt_kinds` as numbers)."""
+    """float32 (B,): 1 for a clean prompt, 0 for a harmful one (`prompt_kinds` as numbers)."""
     harmful: Tensor
     """float32 (B, 2): 1 harmful, 0 safe, nan unknown; column 0 chosen, column 1 rejected. Labels, not
     scores."""
     cost: Tensor
     """float32 (B, 2): a cost model's values, above 0 harmful, nan unknown; columns as in `harmful`."""
     has_cost: list[bool]
-    """Whether both costs of a pair are known; on the host, so that asking needs no wait for the device."""
+    """Whether both costs of a pair are known. On the host, so that reading it does not wait for the device."""
     score: Tensor
     """float32 (B, 2): quality, higher is better, nan unknown; columns as in `harmful`."""
     has_score: list[bool]
@@ -52,32 +52,32 @@ class PairBatch:
     has_harmful: list[bool]
     """Whether both labels of a pair are known; on the host, as `has_cost`."""
     user_ids: list[str | None]
-    """Whose preference it is; None is everyone's."""
+    """The user whose preference it is; None: it holds for all users."""
     category: str | None = None
-    """The category all of them are about, where batches are made so (`one_category`)."""
+    """The category of all pairs, if batches are made by category (`one_category`)."""
     latents: Tensor | None = None
-    """float32 (B, 2, 2, C, h, w) out of a cache: chosen and rejected, mean and standard deviation, unscaled."""
+    """float32 (B, 2, 2, C, h, w) from a cache: chosen and rejected, mean and standard deviation, unscaled."""
     conditioning: dict[str, Tensor] | None = None
-    """The text encoders' outputs for `prompts` out of a cache, float32, B rows each."""
+    """The text encoders' outputs for `prompts` from a cache, float32, B rows each."""
     empty: dict[str, Tensor] | None = None
     """The same for the empty prompt, 1 row each."""
     crops: Tensor | None = None
-    """float32 (B, 2, 6), chosen and rejected, in pixels: height and width of the stored image, top and left of the cut
-    in it once it was scaled, height and width of what was cut out."""
+    """float32 (B, 2, 6), chosen and rejected, in pixels: height and width of the stored image, top and left of the crop
+    in the scaled image, height and width of the crop."""
     fixed_seeds: list[int] | None = None
-    """Out of a reference cache: each pair's seed of timestep, noise and latent sample, instead of those of `seeds`."""
+    """From a reference cache: each pair's seed of timestep, noise and latent sample, used instead of `seeds`."""
     fixed_timesteps: list[float] | None = None
     """The timesteps that those seeds gave when the cache was made, in the backbone's own unit."""
     reference: Tensor | None = None
-    """float32 (B, 2, 1 or 2): the reference's errors there, of chosen and rejected, with the prompt and without."""
+    """float32 (B, 2, 1 or 2): the reference's errors there, for chosen and rejected, with the prompt and without."""
     reference_prediction: Tensor | None = None
     """float32 (B, 1 or 2, C, h, w): its predictions on the chosen image, with the prompt and without; zeros for harmful
     prompts."""
     origins: list[tuple[int, int] | None] = field(default_factory=list)
     """Seeds of the noise that both images were drawn from; None: not known, or the images were cut since."""
     draws: dict[str, Tensor] = field(default_factory=dict)
-    """Standard normal numbers by purpose, (B, C, h, w), drawn ahead by a worker: `chance.normal(seeds, purpose, ...)`.
-    Purposes that are missing are drawn when they are asked for."""
+    """Standard normal numbers by purpose, (B, C, h, w), drawn earlier by a worker: `chance.normal(seeds, purpose,
+    ...)`. Those of other purposes are drawn when they are needed."""
     skipped: list[str] = field(default_factory=list)
     """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
     each."""
@@ -109,9 +109,9 @@ class PairBatch:
         """The batch with its tensors on `device`.
 
         Args:
-            device: where to.
-            non_blocking: leave the copies to the device instead of waiting for it; None: where that is safe. Lightning
-                asks for it with tensors only, and every copy of a batch would empty the device's queue.
+            device: the target.
+            non_blocking: do not wait for the copies; None: if that is safe. Lightning asks for it only with tensors, so
+            each copy of a batch would otherwise empty the device's queue.
         """
         wait = torch.device(device).type in ("cpu", "mps") if non_blocking is None else not non_blocking
         return self._map(lambda tensor: tensor.to(device, non_blocking=not wait))
@@ -139,7 +139,7 @@ class Pair:
     seed: int
     metadata: PairMetadata
     chosen: Tensor | None
-    """float32 (3, H, W) in [-1, 1]; None where latents stand for the images."""
+    """float32 (3, H, W) in [-1, 1]; None if there are latents instead."""
     rejected: Tensor | None
     where: str
     """Shard and key, for messages."""
@@ -148,9 +148,9 @@ class Pair:
     latents: Tensor | None = None
     """float32 (2, 2, C, h, w), as `PairBatch.latents`."""
     conditioning: dict[str, Tensor] | None = None
-    """The text encoders' outputs for the prompt, without the batch's dimension."""
+    """The text encoders' outputs for the prompt, without the batch dimension."""
     draw: FixedDraw | None = None
-    """Out of a reference cache: timestep, noise and the reference's errors there."""
+    """From a reference cache: timestep, noise and the reference's errors there."""
 
 
 def collate(
@@ -159,17 +159,16 @@ def collate(
     skipped: Sequence[str] = (),
     empty: dict[str, Tensor] | None = None,
 ) -> PairBatch:
-    """Put pairs together.
+    """Make a batch of pairs.
 
     Args:
         pairs: all with images, or all with latents and text.
-        category: what they have in common, if they were chosen so.
+        category: the category that they share, if they were chosen by category.
         skipped: bad samples that were left out.
-        empty: the text encoders' outputs for the empty prompt, where pairs have those of theirs.
+        empty: the text encoders' outputs for the empty prompt, if the pairs hold outputs for their prompts.
 
     Raises:
-        UserError: images of different sizes meet; names one sample of each size and the YAML key that cures
-        it.
+        UserError: images have different sizes; names one sample of each size and the YAML key to set.
     """
     _check_sizes(pairs)
     seeds = [pair.seed for pair in pairs]
@@ -178,7 +177,7 @@ def collate(
         fixed = []
     noise_seeds = [one.seed for one in fixed] or seeds
     latents = _stack([pair.latents for pair in pairs])
-    # What a step needs by the thousand is drawn here, in the worker, where its count is known.
+    # A step needs thousands of these numbers. They are drawn here, in the worker, where their count is known.
     draws = {} if latents is None else {name: normal(noise_seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
     nan = float("nan")
     unknown: Sides[float] = Sides(nan, nan)

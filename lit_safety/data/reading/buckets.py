@@ -1,10 +1,9 @@
-"""Aspect buckets: images keep (nearly) their own shape, and every batch is of one.
+"""Aspect buckets: images keep (nearly) their own shape, and every batch has one shape.
 
-As SDXL was trained (arXiv 2307.01952, appendix I): sides are multiples of 64 pixels, about as many pixels as the
-square of the resolution, up to 4 : 1. Which bucket a pair goes to is decided by its chosen image; the rejected one
-is cut to the same size. A bucket that has not pairs enough for one step goes into its neighbour, so that no pair is
-left out for good. Everything follows from the images' sizes and the pairs a step takes, so all ranks
-agree.
+As SDXL was trained (arXiv 2307.01952, appendix I): sides are multiples of 64 pixels, the number of pixels is about that
+of the square, and shapes go up to 4 : 1. The chosen image decides a pair's bucket; the rejected one is cut to the same
+size. A bucket with too few pairs for one step joins its neighbour, so that every pair is used at some time. All of this
+depends only on the images' sizes and the pairs of a step, so all ranks agree.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lit_safety.data.reading.order import Group
 from lit_safety.data.reading.select import Selection
 from lit_safety.data.reading.source import Source, is_remote
 
-#: The longest side, in shortest sides.
+#: The largest ratio of the longer to the shorter side.
 LIMIT = 4.0
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -39,7 +38,7 @@ def bucket_sizes(resolution: int) -> list[Size]:
     >>> bucket_sizes(1024)[15:18]
     [(960, 1088), (1024, 1024), (1088, 960)]
     """
-    # Small models, as in tests and in the toy world, take small steps.
+    # Small models, as in tests and in the toy world, use small steps.
     step = 64 if resolution >= 512 else max(8, resolution // 8 // 8 * 8)
     found = set()
     for short in range(step, resolution + 1, step):
@@ -54,9 +53,9 @@ def bucket_sizes(resolution: int) -> list[Size]:
 
 
 def nearest(sizes: NDArray[np.int64], buckets: Sequence[Size]) -> NDArray[np.int64]:
-    """For each image, int64 (n, 2) of height and width, the bucket whose shape is most like its own: int64 (n,).
+    """For each image (int64 (n, 2) of height and width) the bucket whose shape is most like its own: int64 (n,).
 
-    An image of unknown size (0, 0) counts as square: its bytes are bad, and whoever reads it says so.
+    An image of unknown size (0, 0) counts as square: it is damaged, which is reported when it is read.
     """
     own = np.log(np.maximum(sizes[:, 0], 1)) - np.log(np.maximum(sizes[:, 1], 1))
     shapes = np.array([math.log(height / width) for height, width in buckets])
@@ -64,9 +63,9 @@ def nearest(sizes: NDArray[np.int64], buckets: Sequence[Size]) -> NDArray[np.int
 
 
 def merged(counts: Sequence[int], buckets: Sequence[Size], least: int) -> list[int]:
-    """Where each bucket's pairs go: into itself, or, while it has less than ``least``, into its neighbour.
+    """The bucket that each bucket's pairs go to: itself, or its neighbour while it has fewer than ``least``.
 
-    The smallest is moved first, to the next shape on the side that is more like it; of two that are equally like it,
+    The smallest bucket is moved first, to the neighbour whose shape is more like its own; if both are equally like it,
     to the one nearer to the square. Buckets are in the order of their shapes.
     """
     target = list(range(len(buckets)))
@@ -82,17 +81,17 @@ def merged(counts: Sequence[int], buckets: Sequence[Size], least: int) -> list[i
 
 
 def bucket_groups(selection: Selection, sizes: Sequence[NDArray[np.int64]], resolution: int, least: int) -> list[Group]:
-    """The pairs that take part, one group a bucket, from the widest images to the tallest.
+    """The used pairs, one group a bucket, from the widest images to the tallest.
 
     Args:
         selection: which pairs.
         sizes: of every shard's chosen images, int64 (n, 2): height and width.
         resolution: of the square bucket.
-        least: pairs that one step takes.
+        least: pairs of one step.
     """
     buckets = bucket_sizes(resolution)
     numbers = selection.numbers or tuple(np.arange(len(one)) for one in sizes)
-    # A part of the shards (`Selection.part`) keeps its numbers and has a count of 0 elsewhere.
+    # In a part of the shards (`Selection.part`) shards keep their numbers, and the others have a count of 0.
     numbers = tuple(one if count else one[:0] for one, count in zip(numbers, selection.counts, strict=True))
     found = [nearest(size[own], buckets) for size, own in zip(sizes, numbers, strict=True)]
     counts = np.bincount(np.concatenate(found), minlength=len(buckets))
@@ -104,24 +103,24 @@ def bucket_groups(selection: Selection, sizes: Sequence[NDArray[np.int64]], reso
     return groups
 
 
-# How large the images of a source are, told from the first bytes of each.
+# The sizes of a source's images, from the first bytes of each.
 
 
 #: Bytes that are read at once.
 BUFFER = 1 << 12
-#: With at least so many pairs, the log says that sizes are being read.
+#: From so many pairs on, the log says that sizes are being read.
 MANY = 20_000
 
 
 def chosen_sizes(source: Source, key: str) -> list[NDArray[np.int64]]:
-    """Height and width of each shard's chosen images, int64 (n, 2); (0, 0) where they cannot be told.
+    """Height and width of each shard's chosen images, int64 (n, 2); (0, 0) if they cannot be read.
 
     Args:
         source: the shards.
         key: the setting that asks, for messages.
 
     Raises:
-        UserError: a shard does not lie on this machine.
+        UserError: a shard is not on this machine.
     """
     for path in source.paths:
         if is_remote(path):
@@ -152,7 +151,7 @@ def _sizes_in(path: str, size: int, mtime: int) -> tuple[tuple[int, int], ...]:
 
 
 class _Part(io.RawIOBase):
-    """A member of an open tar as a file of its own."""
+    """A member of an open tar, as a file."""
 
     def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._place = file, offset, size, 0

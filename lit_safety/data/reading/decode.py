@@ -1,4 +1,4 @@
-"""From a sample's bytes to its tensors: metadata checked, images bounded, resized, perhaps mirrored, or cached."""
+"""From a sample's bytes to its tensors: metadata is checked, images are bounded, resized and mirrored, or cached."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ class PairDecoder:
 
     seed: int
     resolution: int | None = None
-    """Images are scaled until the shorter side has this many pixels and cut square from the middle; None: as
-    stored."""
+    """The shorter side is scaled to this many pixels, and the middle is cut out as a square; None: as stored."""
     flip: bool = False
-    """Mirror half of the pairs, both images alike."""
+    """Mirror half of the pairs, always both images."""
     cache: Cache | None = None
-    """What the shards' cached latents are; None: images are decoded."""
+    """The shards' cache; None: images are decoded."""
     prompts: PromptTables | None = None
-    """The text encoders' outputs, where latents are cached."""
+    """The text encoders' outputs, if latents are cached."""
     predictions: bool = False
-    """Read the reference's predictions too, where its errors are cached."""
+    """Also read the reference's predictions, if its errors are cached."""
     labels_only: bool = False
-    """Read the metadata alone, where a module has kept what it needs of the images."""
+    """Read only the metadata, if a module has stored what it needs from the images."""
 
     def wants(self, suffix: str) -> bool:
         """Whether a member of a sample is needed."""
@@ -55,7 +54,7 @@ class PairDecoder:
         return pattern.fullmatch(suffix) is not None
 
     def empty(self) -> dict[str, Tensor] | None:
-        """The text encoders' outputs for the empty prompt, 1 row each, where they are cached."""
+        """The text encoders' outputs for the empty prompt, 1 row each, if they are cached."""
         return None if self.prompts is None else self.prompts.empty()
 
     def __call__(
@@ -71,7 +70,7 @@ class PairDecoder:
             size: height and width that both images are scaled and cut to; None: the square of `resolution`.
 
         Raises:
-            BadSample: an image, the metadata or what is cached is missing or cannot be used.
+            BadSample: an image, the metadata or a cached member is missing or cannot be used.
         """
         seed = sample_seed(self.seed, epoch, key)
         mirror = self.flip and uniform(seed, "flip") < 0.5
@@ -96,7 +95,7 @@ class PairDecoder:
     def _draw(
         self, cache: Cache, key: str, members: dict[str, bytes], epoch: int, mirror: bool, where: str
     ) -> FixedDraw | None:
-        """Which of the fixed draws a pass has, and the reference's part of it; None: the reference is not cached."""
+        """The fixed draw of this pass with the reference's errors; None: the reference is not cached."""
         if cache.reference is None:
             return None
         number = turn(self.seed, epoch, key, cache.reference.draws)
@@ -113,18 +112,18 @@ def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> T
 
 
 def crop_of(stored: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, ...]:
-    """Height and width as stored, top and left of the cut once scaled, height and width of the cut.
+    """Height and width as stored, top and left of the crop in the scaled image, height and width of the crop.
 
-    The image is scaled until it just covers the cut, and cut from the middle, so mirroring does not change it.
+    The image is scaled until it just covers the crop, which is in the middle, so mirroring does not change it.
 
     Args:
         stored: height and width of the image.
-        size: height and width of the cut; None: the whole image.
+        size: height and width of the crop; None: the whole image.
     """
     height, width = stored
     if size is None:
         return (height, width, 0.0, 0.0, height, width)
-    if size[1] * height >= size[0] * width:  # its width just fits, and it is too high
+    if size[1] * height >= size[0] * width:  # its width fits exactly, and its height is cut
         scaled = height * size[1] / width, float(size[1])
     else:
         scaled = float(size[0]), width * size[0] / height
@@ -139,7 +138,7 @@ def pair_metadata(members: dict[str, bytes], where: str) -> PairMetadata:
     """
     try:
         if "json" not in members:
-            raise UserError(f"{where}: has no json")
+            raise UserError(f"{where}: lacks its json")
         return parse_metadata(members["json"], where)
     except UserError as error:
         raise BadSample(str(error)) from error
@@ -162,7 +161,7 @@ def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Im
 def _image_bytes(members: dict[str, bytes], side: str, where: str) -> bytes:
     found = [name for name in members if name.startswith(f"{side}.") and name.split(".", 1)[1] in FORMATS]
     if not found:
-        raise UserError(f"{where}: has no {side} image")
+        raise UserError(f"{where}: lacks its {side} image")
     if len(found) > 1:
         raise UserError(f"{where}: has {len(found)} {side} images ({', '.join(sorted(found))})")
     return members[found[0]]

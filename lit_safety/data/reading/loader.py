@@ -36,7 +36,7 @@ from lit_safety.data.reading.source import Source
 
 @dataclass(frozen=True)
 class Failure:
-    """A user's error on its way out of a worker process, where an exception would become a torch traceback."""
+    """A user's error that is passed out of a worker process, where an exception would become a torch traceback."""
 
     message: str
 
@@ -46,19 +46,19 @@ class PairStream(IterableDataset):
 
     Worker w of W makes the batches first + w, first + w + W, ..., which is the order in which a DataLoader asks its
     workers, so the stream does not depend on W. A bad sample is an error, or with `skip_bad` it is left out: in
-    training the next good sample of its window takes its place (so batches keep their size and ranks stay in step),
-    in evaluation the batch is smaller.
+    training the next good sample of its window replaces it (so batches keep their size and ranks stay in step), in
+    evaluation the batch is smaller.
 
     Args:
         source: the shards.
-        groups: the samples of them that take part: one group, or several that take turns.
+        groups: the used samples: one group, or several that take turns.
         deal: how the global order is dealt to this rank.
         decoder: how a sample becomes tensors.
         shuffle: False keeps the stored order, and every pass has the seeds of epoch 0 (validation, test).
         window: how many shards are mixed with each other.
         skip_bad: leave bad samples out instead of stopping.
         steps_each: the groups come one after the other, each for so many steps; None: they take turns.
-        weights: every batch is made of all groups, in this proportion; None: a batch is made of one.
+        weights: every batch holds pairs of all groups, in this proportion; None: a batch holds one group.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class PairStream(IterableDataset):
         return batches_in(self.groups, self.deal, self.steps_each)
 
     def at(self, epoch: int, first: int) -> PairStream:
-        """The stream set to a place: a copy, so that a place handed to workers never moves under them."""
+        """A copy of the stream that begins at a batch. A copy, so that the stream of running workers does not
+        change."""
         placed = copy.copy(self)
         placed.epoch, placed.first = (epoch if self.shuffle else 0), first
         return placed
@@ -124,12 +125,12 @@ class PairStream(IterableDataset):
         for draw in draws:
             pairs += readers[draw.group].read(draw, plan.order(draw), skipped)
         if not pairs:
-            raise UserError(f"no good sample is left for a batch: {skipped[0]}")
+            raise UserError(f"all samples for a batch are bad; the first: {skipped[0]}")
         return collate(pairs, self.groups[draws[0].group].category, skipped, self.decoder.empty())
 
 
 class _Shards:
-    """The shards that are open, shared by the readers of all groups."""
+    """The open shards, which the readers of all groups share."""
 
     def __init__(self, source: Source, skip_bad: bool) -> None:
         self._source = source
@@ -138,7 +139,7 @@ class _Shards:
         self._users: dict[int, set[int]] = {}
 
     def enter(self, reader: int, window: Window) -> None:
-        """A reader goes over to a window: what no reader's window holds any more is closed."""
+        """Move a reader to a window. Shards that are in no reader's window any more are closed."""
         self._users[reader] = set(window.shards)
         wanted = set().union(*self._users.values())
         for shard in [one for one in self._open if one not in wanted]:
@@ -172,7 +173,7 @@ class _Reader:
         self._samples: NDArray[np.int64]
 
     def read(self, draw: Draw, order: EpochOrder, skipped: list[str]) -> list[Pair]:
-        """The pairs at a draw's positions; bad ones that were left out are added to `skipped`."""
+        """The pairs at a draw's positions. Bad samples that are left out are added to `skipped`."""
         if self._window is None or order is not self._order:
             self._window, self._order, self._epoch = None, order, draw.epoch
         read = [self._pair(position, skipped) for position in range(draw.start, draw.stop)]
@@ -219,16 +220,16 @@ log = logging.getLogger(__name__)
 class PairLoader:
     """Batches of one rank, pass after pass.
 
-    It is no `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning hands it through
-    untouched: no sampler to replace, no length of an `IterableDataset` to doubt.
+    It is not a `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning does not change it: it has
+    no sampler to replace, and its length causes no warning about an `IterableDataset`.
 
     Args:
         stream: the rank's batches.
         num_workers: worker processes.
         pin_memory: hand batches over in page-locked memory.
-        position: where the run stands; None: every pass is the whole of epoch 0 (validation, test).
+        position: where the run is in the data; None: every pass is the whole of epoch 0 (validation, test).
         bad_sample_limit: with `skip_bad`, stop when more samples than this have been left out.
-        bad_samples: what was left out so far (name and reason each), shared with the other loaders of a run.
+        bad_samples: the samples left out so far (name and reason each), shared with the other loaders of a run.
     """
 
     def __init__(
@@ -252,8 +253,8 @@ class PairLoader:
         return self.stream.batches
 
     def __iter__(self) -> Iterator[PairBatch]:
-        # A generator: nothing happens until the first batch is asked for. Lightning makes iterators that it
-        # drops.
+        # A generator: it starts when the first batch is asked for. Lightning also makes iterators that it never
+        # uses.
         position = self.position or DataPosition()
         position.begin()
         left = len(self) - position.first
@@ -263,7 +264,7 @@ class PairLoader:
             num_workers=min(self.num_workers, max(left, 0)),
             pin_memory=self.pin_memory,
         )
-        # Workers are started here and not in the thread. Without any, the thread would read where the step computes.
+        # Workers are started here and not in the thread. Without workers the thread would read in the training process.
         reader = ReadAhead(iter(workers)) if workers.num_workers else None
         try:
             for batch in reader or workers:
@@ -298,27 +299,28 @@ class PairLoader:
 
 @dataclass
 class DataPosition:
-    """Where one rank's training stream is, right whenever a checkpoint can be written; the same numbers on every rank.
+    """Where one rank's training stream is. Correct at every moment when a checkpoint can be written, and equal on all
+    ranks.
 
-    The epoch that Lightning hands to samplers is not used: after resuming under `max_steps` from a checkpoint of an
-    epoch's end, Lightning 2.6 hands out one that is too high. Nor are batches counted as they leave the workers: a
-    batch that a worker holds ready is not consumed, and a batch whose training step did not end (an exception, a
-    signal) is to be trained again.
+    Lightning's epoch for samplers is not used: after resuming under `max_steps` from a checkpoint at an epoch's end,
+    Lightning 2.6 gives one that is too high. Batches are also not counted when they leave the workers: a batch that a
+    worker holds ready is not consumed, and a batch whose training step did not end (an exception, a signal) must be
+    trained again.
     """
 
     trainer: Trainer | None = None
-    """Who consumes; None: whoever iterates, and every batch handed out is consumed."""
+    """The trainer that consumes; None: each batch counts as consumed when it is handed out."""
     signature: dict[str, int | bool | str] = field(default_factory=dict)
-    """What must be equal to resume in the middle of a pass: the YAML key (or words for it) and its value."""
+    """Settings that must be equal to resume in the middle of a pass: the YAML key (or words for it) and its value."""
     epoch: int = 0
-    """The pass that is under way, or comes next: how many times the data was gone through."""
+    """The number of the current pass, or of the next one."""
     first: int = 0
-    """Where that pass begins: the batches a resumed run skips."""
+    """The first batch of that pass: a resumed run skips those before it."""
     handed: int | None = None
-    """Batches of the pass handed out so far, the skipped ones included; None: it has not begun."""
+    """Batches of the pass that were handed out, including the skipped ones; None: it has not begun."""
 
     def begin(self) -> None:
-        """A pass begins: the one loaded or the first, else the next."""
+        """Begin a pass: the loaded one or the first, else the next."""
         if self.handed is not None:
             self.epoch, self.first = self.epoch + 1, 0
         self.handed = self.first
@@ -332,17 +334,18 @@ class DataPosition:
         return {"epoch": epoch, "consumed": consumed, "signature": dict(self.signature)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written.
+        """Continue where a checkpoint was written.
 
         Raises:
-            UserError: it lies within a pass over other data or with other batches.
+            UserError: it was written in the middle of a pass over other data or with other batches.
         """
         made_with = state["signature"]
         for name, value in self.signature.items():
             if state["consumed"] and made_with.get(name) != value:
                 raise UserError(
                     "the checkpoint was written in the middle of a pass over the data with "
-                    f"{name} = {made_with.get(name)}, but it is {value} now; resume with the same, or start a new run"
+                    f"{name} = {made_with.get(name)}, but now it is {value}; resume with the same value, or start a "
+                    "new run"
                 )
         self.epoch, self.first, self.handed = state["epoch"], state["consumed"], None
 
@@ -354,8 +357,8 @@ class DataPosition:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         in_flight = progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
         consumed = self.handed - in_flight
-        # A module may end a pass early, so the count alone does not tell; and before a new pass's first batch
-        # Lightning has forgotten already that the one before was over, so its flag alone does not either.
+        # A module may end a pass early, so the count alone is not enough. And before a new pass's first batch
+        # Lightning has already reset its flag for the end of the pass before, so the flag alone is not enough.
         over = self.trainer.is_last_batch and not in_flight
         if over or consumed >= self.trainer.num_training_batches:
             return self.epoch + 1, 0
@@ -366,14 +369,15 @@ _END = object()
 
 
 class ReadAhead(Iterator[T]):
-    """Hands out what `source` does, of which a thread holds up to `count` ready.
+    """Hands out the items of `source`. A thread reads up to `count` of them in advance.
 
-    Taking a batch from a worker process costs a few milliseconds of unpacking, which then pass beside the step instead
-    of between two of them. `close` (or the end, or an error) stops the thread; nobody else reads `source` until then.
+    Taking a batch from a worker process costs a few milliseconds of unpacking. With the thread this happens during a
+    step and not between two steps. `close` (or the end, or an error) stops the thread; until then no other code may
+    read `source`.
 
     Args:
         source: read in the thread from now on.
-        count: how many are held ready.
+        count: how many are read in advance.
     """
 
     def __init__(self, source: Iterator[T], count: int = 2) -> None:
@@ -398,7 +402,7 @@ class ReadAhead(Iterator[T]):
         """Stop the thread and wait for it. Batches that it holds are dropped."""
         self._closed.set()
         while self._thread.is_alive():
-            try:  # it may be waiting for room in the queue
+            try:  # it may wait for space in the queue
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)

@@ -1,9 +1,9 @@
 """The global order of the samples and how it is dealt to ranks, as pure functions.
 
 For one (seed, epoch) the shards are permuted, `window` consecutive ones of them form a window, and the
-samples of a window are permuted together; the windows one after another are the global order s_0 .. s_{N-1}.
-Nothing here knows of files, ranks or workers. With batches of B on R ranks, rank r's batch b is s_{(bR + r)B}
-... : so batch 8, batch 4 accumulated twice and two ranks of 4 step on the same samples.
+samples of a window are permuted together. The windows one after another are the global order s_0 .. s_{N-1},
+which does not depend on files, ranks or workers. With batches of B on R ranks, rank r's batch b is
+s_{(bR + r)B} ... : so batch 8, batch 4 accumulated twice and two ranks of 4 step on the same samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_safety.data.reading.select import Selection
 
 
 def permutation(n: int, *words: int | str | None) -> NDArray[np.int64]:
-    """A permutation of 0 .. n - 1 that depends on the words only; the same with every release."""
+    """A permutation of 0 .. n - 1 that depends only on the words; the same in every release."""
     digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=16).digest()
     # RandomState's streams are frozen by numpy's compatibility policy; Generator's are not.
     state = np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.uint32))
@@ -42,11 +42,11 @@ class EpochOrder:
     """The global order of one pass over the data.
 
     Args:
-        counts: how many samples of each shard take part.
+        counts: how many samples of each shard are used.
         seed: the run's seed; None keeps the stored order (validation, test).
         epoch: which pass over the data this is.
         window: how many shards are mixed with each other.
-        name: tells this order from others of the same seed and pass; None: there is only one.
+        name: makes this order different from others of the same seed and pass; None: there is only one.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EpochOrder:
         return self.windows[bisect.bisect_right(self._starts, position) - 1]
 
     def samples(self, window: Window) -> NDArray[np.int64]:
-        """The window's samples in order: int64 (n, 2) of (shard, number among the shard's taking part)."""
+        """The window's samples in order: int64 (n, 2) of (shard, number among the shard's used samples)."""
         parts = [
             np.stack([np.full(self.counts[s], s, dtype=np.int64), np.arange(self.counts[s])], axis=1)
             for s in window.shards
@@ -95,11 +95,10 @@ class EpochOrder:
 class Deal:
     """How the global order is dealt to ranks in batches.
 
-    Training (`ragged=False`): every rank gets the same number of full batches, a multiple of `accumulate`;
-    what is left at the end of a pass is dropped, another remainder in each epoch. Evaluation (`ragged=True`):
-    no sample is lost; the last batch may be smaller, and with several ranks the ones that would run short
-    repeat batches from the beginning, since ranks with different numbers of batches would wait for each other
-    forever.
+    Training (`ragged=False`): every rank gets the same number of full batches, a multiple of `accumulate`. The
+    remainder at the end of a pass is dropped, a different one in each epoch. Evaluation (`ragged=True`): every
+    sample is used, and the last batch may be smaller. Ranks that would have fewer batches repeat batches from the
+    beginning, because otherwise the ranks would wait for each other forever.
     """
 
     batch_size: int
@@ -115,7 +114,7 @@ class Deal:
         return total // (self.batch_size * self.world * self.accumulate) * self.accumulate
 
     def dropped(self, total: int) -> int:
-        """How many samples of a pass no rank gets."""
+        """How many samples of a pass are not used."""
         return 0 if self.ragged else total - self.batches(total) * self.batch_size * self.world
 
     def repeated(self, total: int) -> int:
@@ -134,13 +133,13 @@ class Deal:
         return -(-total // self.batch_size)
 
 
-# What each batch of a pass is made of: the pairs as one group, or groups that take turns.
+# The contents of each batch of a pass: pairs of one group, or of groups that take turns.
 #
-# Groups are for training one expert a category, or on images of one shape a batch: a step (all micro-batches of all
-# ranks) belongs to one group, and which group's turn it is is a pure function of (seed, epoch) and the counts, so
-# every rank agrees without communication. Each group has its own order and gets as many turns as it has pairs for; the
-# turns are shuffled. Or the groups come one after the other, each for the same number of steps and for as many passes
-# over its own pairs as that takes. Either way a group's batches are those that it would give alone.
+# Groups are for training one expert a category, or with images of one shape in each batch: a step (all micro-batches of
+# all ranks) belongs to one group. The group of a step is a pure function of (seed, epoch) and the counts, so all ranks
+# agree without communication. Each group has its own order and gets as many turns as it has pairs for; the turns are
+# shuffled. Or the groups come one after the other, each for the same number of steps and as many passes over its own
+# pairs as that needs. In both cases a group's batches are the same as if it were alone.
 
 
 @dataclass(frozen=True)
@@ -149,26 +148,26 @@ class Group:
 
     selection: Selection
     category: str | None = None
-    """What they have in common; None: nothing is asked of them."""
+    """The category that they share; None: any."""
     size: tuple[int, int] | None = None
     """Height and width that their images are cut to; None: as the decoder has it."""
 
     @property
     def name(self) -> str | None:
-        """Tells its order from those of the other groups; None: there is only one."""
+        """Makes its order different from those of other groups; None: there is only one."""
         return self.category if self.size is None else f"{self.size[1]} x {self.size[0]}"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a batch's pairs come from."""
+    """Which pairs a batch holds."""
 
     group: int
     start: int
     """Positions [start, stop) of the group's order."""
     stop: int
     epoch: int
-    """Which pass over the group's pairs it belongs to."""
+    """The pass over the group's pairs that it belongs to."""
 
 
 def batches_in(groups: Sequence[Group], deal: Deal, steps_each: int | None = None) -> int:
@@ -217,12 +216,12 @@ class Plan:
             turns = turns[permutation(len(turns), "turns", self.seed, self.epoch)]
         self._turns = turns
         self._nth = np.empty_like(turns)
-        """For each step, how many turns its group had before."""
+        """For each step, how many turns its group had before it."""
         for group, number in enumerate(steps):
             self._nth[turns == group] = np.arange(number)
 
     def draw(self, batch: int) -> Draw:
-        """What this rank's `batch`-th batch is made of."""
+        """The pairs of this rank's `batch`-th batch."""
         accumulate = self.deal.accumulate
         if self.steps_each is None:
             step, micro = divmod(batch, accumulate)
@@ -235,11 +234,11 @@ class Plan:
         return Draw(group, *self.deal.span(local, self.groups[group].selection.total), epoch)
 
     def draws(self, batch: int) -> list[Draw]:
-        """`draw`, as the one part that the batch is made of."""
+        """`draw`, the only part of the batch."""
         return [self.draw(batch)]
 
     def order(self, draw: Draw) -> EpochOrder:
-        """The order that the positions of `draw` are of; the same object as long as the group's pass is the same."""
+        """The order to which the positions of `draw` refer; the same object while the group's pass is the same."""
         epoch, order = self._orders.get(draw.group, (None, None))
         if order is None or epoch != draw.epoch:
             one = self.groups[draw.group]
@@ -248,12 +247,12 @@ class Plan:
         return order
 
 
-# Several sources in given proportions: what each batch of a pass takes from which, as pure functions.
+# Several sources in given proportions: which samples each batch of a pass takes from which source, as pure functions.
 #
 # Each source is an endless stream of its own passes, one permuted pass after the other. A pass over the mix takes the
-# next n_i samples of source i, where the n_i are in proportion to the weights and add up to a whole number of steps,
-# and goes on in the next pass where it stopped. So a small source comes round more often than a large one, no sample
-# is ever left out for good, and where a run stands follows from the number of the pass and the batches consumed.
+# next n_i samples of source i, where the n_i are in proportion to the weights and add up to a whole number of steps.
+# The next pass continues there. So a small source is repeated more often than a large one, every sample is used at some
+# time, and a run's position follows from the number of the pass and the batches consumed.
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
@@ -316,7 +315,7 @@ class MixedPlan:
         self._orders: dict[int, tuple[int, EpochOrder]] = {}
 
     def draws(self, batch: int) -> list[Draw]:
-        """What this rank's `batch`-th batch is made of: a span of each source's own passes, or two where one ends."""
+        """The parts of this rank's `batch`-th batch: one span of each source's own passes, or two where a pass ends."""
         start, stop = self.deal.span(batch, self.total)
         found = []
         for group, (share, low, high) in enumerate(
@@ -332,7 +331,7 @@ class MixedPlan:
         return found
 
     def order(self, draw: Draw) -> EpochOrder:
-        """The order that the positions of `draw` are of; the same object as long as the source's pass is the same."""
+        """The order to which the positions of `draw` refer; the same object while the source's pass is the same."""
         epoch, order = self._orders.get(draw.group, (None, None))
         if order is None or epoch != draw.epoch:
             counts = self.groups[draw.group].selection.counts

@@ -1,4 +1,4 @@
-"""Which samples of the shards take part: filters by category, kind, order and user, from the manifest alone."""
+"""Which samples of the shards are used: filters by category, kind, order and user, from the manifest alone."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lit_safety.data.reading.source import Source, scan
 
 @dataclass(frozen=True)
 class Filter:
-    """What a sample must be to take part; None asks nothing."""
+    """The conditions for a sample to be used; None: no condition."""
 
     categories: tuple[str, ...] | None = None
     """At least one of these; pairs without a category are left out."""
     kinds: tuple[str, ...] | None = None
     orders: tuple[str, ...] | None = None
     users: tuple[str, ...] | None = None
-    """Ids of users; pairs that are everyone's are left out."""
+    """Ids of users; pairs without a user are left out."""
     uncategorised: bool = field(default=False, repr=False)  # a resumed run compares the repr
-    """Beside `categories`, pairs without one too."""
+    """With `categories`, also pairs without a category."""
 
     @classmethod
     def of(
@@ -75,7 +75,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of each shard that take part."""
+    """The used samples of each shard."""
 
     counts: tuple[int, ...]
     """How many of each shard."""
@@ -87,17 +87,17 @@ class Selection:
         return sum(self.counts)
 
     def part(self, start: int, stop: int) -> Selection:
-        """Of the shards [start, stop) only; shards keep their numbers."""
+        """Only the shards [start, stop); shards keep their numbers."""
         counts = tuple(count if start <= shard < stop else 0 for shard, count in enumerate(self.counts))
         return Selection(counts, self.numbers)
 
     def number(self, shard: int, index: int) -> int:
-        """The number in its shard of the shard's `index`-th sample that takes part."""
+        """The number, in its shard, of the shard's `index`-th used sample."""
         return index if self.numbers is None else int(self.numbers[shard][index])
 
 
 def take(source: Source, wanted: Filter) -> Selection:
-    """Apply a filter; perhaps nothing is left."""
+    """Apply a filter; the result may be empty."""
     shards: Sequence[Shard] = source.manifest.shardlist
     if not wanted:
         return Selection(tuple(shard.nsamples for shard in shards), None)
@@ -114,7 +114,7 @@ def select(source: Source, wanted: Filter) -> Selection:
     """Apply a filter.
 
     Raises:
-        UserError: nothing is left; says what the shards hold.
+        UserError: no sample is left; says what the shards hold.
     """
     chosen = take(source, wanted)
     if chosen.total == 0:
@@ -124,6 +124,6 @@ def select(source: Source, wanted: Filter) -> Selection:
             if (value := getattr(wanted, name)) is not None
         )
         held = {name: counts for name, counts in source.manifest.counts().items() if name != "label"}
-        why = f"no sample is left after the filter ({asked}); they hold {held}" if asked else "they hold no sample"
+        why = f"no sample is left after the filter ({asked}); they hold {held}" if asked else "they hold 0 samples"
         raise UserError(f"{source.key}: {source.given}: {why}")
     return chosen

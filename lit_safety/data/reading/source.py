@@ -1,10 +1,10 @@
-"""Shards that lie elsewhere: over http(s) or in an object store, by way of fsspec, each fetched once into a cache.
+"""Find shards: on this machine, or over http(s) and in object stores (by fsspec), fetched once into a cache.
 
-A shard is read by position, so it is fetched whole when the stream first needs it, and kept. Only folders with a
-manifest are read this way: it says what there is without a look at every shard, and what a shard must hash to. Of what
-has no hash the store is asked once a process whether the copy is still what lies there.
+A remote shard is fetched whole when the stream first needs it, because shards are read by position, and is kept. Only
+folders with a manifest are read this way: it lists the shards and their hashes. For a file without a hash, the store is
+asked once a process whether the copy is still current.
 
-A store may be busy, slow, or never end: it is asked a few times, and given up after a bounded time.
+A store may be busy or slow, or an answer may never end: there are a few attempts, each with a time limit.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 5
 #: Seconds before the second attempt, doubled before each further one.
 WAIT = 0.5
-#: The most seconds that a server's `Retry-After` is honoured.
+#: The longest `Retry-After` of a server that is obeyed, in seconds.
 MOST_WAIT = 30.0
-#: Answers that mean "later"; other errors are told at once.
+#: Statuses that mean "try later"; other errors are reported at once.
 BUSY = (408, 425, 429)
-#: Seconds in which an answer must begin, and in each of which spells `SPELL_BYTES` must arrive.
+#: An answer must begin within so many seconds, and then bring at least `SPELL_BYTES` in each such time.
 SPELL = 30.0
 SPELL_BYTES = 64 << 10
 CHUNK = 1 << 20
-#: What is asked for at once of stores that are read in blocks: small, so that slow ones are seen to go on.
+#: The block size for stores that are read in blocks: small, so that progress of slow ones is seen.
 BLOCK = 4 << 20
-#: The most bytes of a shard that the manifest does not state, and of a manifest: a store could send forever.
+#: The most bytes of a manifest, and of a shard whose size is not stated: a store could send forever.
 MOST_BYTES, MOST_MANIFEST = 1 << 40, 1 << 30
-#: What a store tells of a file by which a change shows: http's headers, object stores' and file systems' fields.
+#: Fields that change when a file changes: headers of http, fields of object stores and file systems.
 MARKS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "created", "generation", "size")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -81,21 +81,21 @@ def fetch(
     size: int | None = None,
     most: int = MOST_BYTES,
 ) -> Path:
-    """A local copy of `url`, fetched unless `folder` holds it already.
+    """A local copy of `url`, fetched if `folder` does not hold it yet.
 
-    Several processes may ask at once: one fetches, the others wait. Without a hash a copy is kept only while the store
-    says that it is the newest.
+    Several processes may ask at once: one fetches, the others wait. Without a hash a copy is used only while the store
+    says that it is current.
 
     Args:
-        url: what to fetch.
+        url: the file.
         folder: the cache.
-        sha256: what it must hash to; None: not checked.
-        fresh: fetch it even if it is there.
+        sha256: its hash; None: not checked.
+        fresh: fetch it even if there is a copy.
         size: how many bytes it must have; None: not known.
-        most: how many it may have where that is not known.
+        most: how many it may have if ``size`` is not known.
 
     Raises:
-        UserError: it cannot be fetched, or is not what it should be.
+        UserError: it cannot be fetched, or has another hash or size.
     """
     name = url.rsplit("/", 1)[-1]
     path = folder / hashlib.blake2b(f"{url} {sha256}".encode(), digest_size=12).hexdigest() / name
@@ -108,7 +108,7 @@ def fetch(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{name}.lock")):
-            # Whoever held the lock may have fetched it.
+            # The process that held the lock may have fetched it.
             if fresh or not path.exists() or (sha256 is None and not _newest(url, path)):
                 _download(url, path, sha256, size, most)
             _NEWEST[asked] = True
@@ -120,19 +120,19 @@ def fetch(
     return path
 
 
-# ---- what has no hash
+# ---- files without a hash
 
 
 def _marks_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.marks")
 
 
-#: (URL, copy, process) -> whether a copy without a hash is what lies there: asked once, so that a run keeps to one.
+#: (URL, copy, process) -> whether a copy without a hash is current: asked once, so that a run uses one version.
 _NEWEST: dict[tuple[str, str, int], bool] = {}
 
 
 def _newest(url: str, path: Path) -> bool:
-    """Whether a copy without a hash is still what lies at `url`."""
+    """Whether a copy without a hash is still the file at `url`."""
     marks = _asked(url)
     if marks is None:
         log.warning("%s: the store does not answer and the manifest states no SHA-256: an earlier copy is used", url)
@@ -144,16 +144,16 @@ def _newest(url: str, path: Path) -> bool:
         return True
     try:
         return bool(json.loads(_marks_file(path).read_text(encoding="utf-8")) == marks)
-    except (OSError, ValueError, RecursionError):  # fetched by an earlier version, or damaged
+    except (OSError, ValueError, RecursionError):  # an earlier version fetched it, or it is damaged
         return False
 
 
 def _asked(url: str) -> dict[str, str] | None:
-    """By which marks a store tells a file from later ones; None: it does not answer."""
+    """The fields by which a store shows that a file has changed; None: it does not answer."""
     answer: list[dict[str, Any]] = []
 
     def ask() -> None:
-        with suppress(Exception), _store(url) as (store, name):  # every store has its own errors: all mean no answer
+        with suppress(Exception), _store(url) as (store, name):  # each store has its own errors, and all mean no answer
             answer.append(store.info(name))
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -177,7 +177,8 @@ def _store(url: str) -> Iterator[tuple[Any, str]]:
     if _web(url):
         import aiohttp
 
-        # A whole shard may take longer than aiohttp's 5 minutes. These end what `_Pull.wait` has given up before.
+        # A whole shard may take longer than aiohttp's 5 minutes. `_Pull.wait` ends an attempt earlier than these
+        # limits.
         patience = aiohttp.ClientTimeout(total=None, connect=2 * SPELL, sock_read=2 * SPELL)
         options = {"client_kwargs": {"timeout": patience}, "skip_instance_cache": True}
     yield fsspec.core.url_to_fs(url, **options)
@@ -188,16 +189,16 @@ def _web(url: str) -> bool:
 
 
 class _Slow(Exception):
-    """Too few bytes came."""
+    """Too few bytes arrived."""
 
 
 @dataclass
 class _Pull:
-    """One attempt, in a thread of its own: a call that never returns must not hold the run up."""
+    """One attempt, in its own thread: a call that never returns must not stop the run."""
 
     url: str
     path: Path
-    """Where to; removed when the attempt fails."""
+    """The target file; removed if the attempt fails."""
     most: int
     bytes: int = 0
     stopped: bool = False
@@ -209,13 +210,15 @@ class _Pull:
             with _store(self.url) as (store, name):
                 options: dict[str, Any] = {"block_size": BLOCK}
                 if _web(self.url):
-                    # One request, read as a stream in which every byte is seen to arrive. fsspec asks for the size
-                    # before, and says "not found" of whatever goes wrong there, unless it is told one.
+                    # One request, read as a stream, so that progress is seen. fsspec asks for the size first, and
+                    # reports every error there as "not found", unless it is given a size.
                     options = {"block_size": 0, "size": 1, "headers": {"Accept-Encoding": "identity"}}
                 with store.open(name, "rb", **options) as source, open(self.path, "wb") as out:
                     if (answer := getattr(source, "r", None)) is not None:
-                        if answer.status != 200:  # no content, or a part that was not asked for
-                            raise UserError(f"{self.url}: the server answers {answer.status}, not with the whole file")
+                        if answer.status != 200:  # no content, or only a part
+                            raise UserError(
+                                f"{self.url}: the server answers {answer.status} instead of sending the whole file"
+                            )
                         headers = answer.headers
                         self.marks = _marks({"size": headers.get("Content-Length"), **headers})
                     else:
@@ -238,11 +241,11 @@ class _Pull:
         self.path.unlink(missing_ok=True)
 
     def wait(self, thread: threading.Thread) -> None:
-        """Until the thread has ended.
+        """Wait until the thread has ended.
 
         Raises:
-            TimeoutError: nothing comes.
-            _Slow: too little comes.
+            TimeoutError: no byte arrives.
+            _Slow: too few bytes arrive.
         """
         while thread.is_alive():
             before = self.bytes
@@ -252,13 +255,13 @@ class _Pull:
             if thread.is_alive() and (came := self.bytes - before) < SPELL_BYTES:
                 self.give_up()
                 if not came:
-                    raise TimeoutError(f"nothing came within {SPELL:g} seconds")
-                raise _Slow(f"{came} bytes came within {SPELL:g} seconds")
+                    raise TimeoutError(f"0 bytes arrived within {SPELL:g} seconds")
+                    raise _Slow(f"{came} bytes arrived within {SPELL:g} seconds")
 
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, most: int) -> None:
     """Fetch `url` to `path`, whole or not at all; called under the file's lock."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.arrived"):  # by a process that was killed
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.arrived"):  # from a process that was killed
         left.unlink(missing_ok=True)
     arrived = _pulled(url, path, most if size is None else size)
     try:
@@ -275,7 +278,7 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, most: 
 
 def _pulled(url: str, path: Path, most: int) -> _Pull:
     for attempt in range(ATTEMPTS):
-        # A name of its own: a call that was given up may come back and write.
+        # Each attempt has its own name: a call that was given up may still return and write.
         pull = _Pull(url, path.with_name(f".{path.name}.{uuid.uuid4().hex}.arrived"), most)
         thread = threading.Thread(target=pull.run, daemon=True)
         thread.start()
@@ -290,7 +293,7 @@ def _pulled(url: str, path: Path, most: int) -> _Pull:
             pull.give_up()
             raise
         except _Slow as slow:
-            raise UserError(f"{url}: comes too slowly: {slow}; try again, or copy the shards to this machine") from slow
+            raise UserError(f"{url}: is too slow: {slow}; try again, or copy the shards to this machine") from slow
         reason = _reason(url, error)
         if attempt == ATTEMPTS - 1:
             raise UserError(f"{url}: cannot be fetched, tried {ATTEMPTS} times ({reason})") from error
@@ -301,36 +304,36 @@ def _pulled(url: str, path: Path, most: int) -> _Pull:
 
 
 def _reason(url: str, error: BaseException) -> str:
-    """Why an attempt failed, where another one may help.
+    """Why an attempt failed, if another attempt may help.
 
     Raises:
-        UserError: none will.
-        OSError: it is this machine's disk.
+        UserError: another attempt will not help.
+        OSError: the error is of this machine's disk.
     """
     status = _first(error, lambda one: getattr(one, "status", None))
     if isinstance(status, int):
         if status in (404, 410):
             raise UserError(f"{url}: is not there") from error
         if not status:
-            raise UserError(f"{url}: the server sends from one address to the next without end") from error
+            raise UserError(f"{url}: the server redirects without end") from error
         said = f"the server answers {status}{_words(error)}"
         if status not in BUSY and status < 500:
             raise UserError(f"{url}: cannot be fetched: {said}") from error
         return said
     if isinstance(error, UserError):
         raise error
-    # fsspec's http says "not found" of a server that it does not reach, too.
+    # fsspec's http also says "not found" if it cannot reach the server.
     unreached = _web(url) and error.__cause__ is not None
     if isinstance(error, FileNotFoundError) and not unreached:
         raise UserError(f"{url}: is not there") from error
     if isinstance(error, ImportError):
-        raise UserError(f"{url}: this kind of store needs another package: {error}") from error
+        raise UserError(f"{url}: this kind of store needs one more package: {error}") from error
     if isinstance(error, ValueError):
         raise UserError(f"{url}: cannot be read ({error})") from error
     if isinstance(error, OSError) and error.errno in _DISK:
         raise error
     if isinstance(error, PermissionError):
-        raise UserError(f"{url}: cannot be fetched: the store does not let you ({error})") from error
+        raise UserError(f"{url}: cannot be fetched: the store denies access ({error})") from error
     if not isinstance(error, Exception):
         raise error
     deepest = error.__cause__ or error
@@ -343,7 +346,7 @@ def _words(error: BaseException) -> str:
 
 
 def _asked_wait(error: BaseException) -> float:
-    """Seconds that a server asks to wait for; 0: it asks for nothing that can be honoured."""
+    """Seconds that a server asks to wait; 0: it does not ask, or for too long."""
     headers = _first(error, lambda one: getattr(one, "headers", None))
     stated = str(headers.get("Retry-After", "")) if hasattr(headers, "get") else ""
     try:
@@ -351,13 +354,13 @@ def _asked_wait(error: BaseException) -> float:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(stated) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):  # not stated, or no date
+        except (ValueError, TypeError):  # not stated, or not a date
             return 0.0
     return min(seconds, MOST_WAIT) if seconds > 0 else 0.0
 
 
 def _first(error: BaseException | None, find: Callable[[BaseException], Any]) -> Any:
-    """What `find` sees first in an error and those that led to it; None: nothing."""
+    """The first result of `find` in an error and its causes; None: no result."""
     for _ in range(10):
         if error is None:
             return None
@@ -367,21 +370,21 @@ def _first(error: BaseException | None, find: Callable[[BaseException], Any]) ->
     return None
 
 
-# Find the shards that a YAML key names, and check what can be known before anything is read.
+# Find the shards that a YAML key names, and check what is known before they are read.
 #
 # A source is a folder (or a URL) with `manifest.json` next to its shards, a folder of tar files, one tar file, a
 # pattern (`shard-{000000..000031}.tar`, `*.tar`) or a list of these. Without a manifest the headers and the small JSON
-# members are read once; the images are not.
+# members are read once, but not the images.
 
 
 NOTHING = "the list of shards is empty; give a folder of shards or a pattern of tar files"
 #: The most shards that a pattern may name.
 MAX_NAMES = 1_000_000
-#: Where counting names ends.
+#: Names are counted up to this number.
 MANY = 10**100
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _LETTERS = re.compile(r"\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}")
-# The class of a sample whose metadata cannot be read: no filter finds it, and the reader names it in its turn.
+# The class of a sample whose metadata cannot be read. Filters do not match it; it is reported when it is read.
 UNREADABLE = SampleClass("unreadable", "unreadable")
 
 _PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
@@ -389,12 +392,12 @@ _PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.I
 
 @dataclass(frozen=True)
 class FolderCache:
-    """What one folder's manifest says of a cache."""
+    """What one folder's manifest states about a cache."""
 
     given: str
     """The folder or URL."""
     cache: dict[str, Any] | None
-    """`cache` of its manifest, unchecked; None: its samples are not cached."""
+    """`cache` of its manifest, not checked yet; None: its samples are not cached."""
 
     @property
     def prompts(self) -> str:
@@ -404,24 +407,24 @@ class FolderCache:
 
 @dataclass(frozen=True)
 class Source:
-    """The shards behind one YAML key."""
+    """The shards of one YAML key."""
 
     key: str
     """The YAML key (or argument) they come from, for messages."""
     given: str
-    """What was given there, for messages."""
+    """The value that was given, for messages."""
     manifest: Manifest
     paths: tuple[str, ...]
     """Each shard's file or URL, in the order of `manifest.shardlist`."""
     caches: tuple[FolderCache, ...] = ()
-    """What each folder (or pattern) says of a cache."""
+    """What each folder (or pattern) states about a cache."""
     parts: tuple[int, ...] = ()
-    """Where a list was given: how many shards each entry has."""
+    """If a list was given: how many shards each entry has."""
 
     def identity(self) -> list[tuple[int, str]]:
-        """Samples and SHA-256 of each shard: what tells these from others, wherever they lie.
+        """Samples and SHA-256 of each shard: they identify the shards, wherever they are stored.
 
-        Shards without a stated hash are read for it; of those elsewhere their URL stands for it.
+        Shards without a stated hash are read and hashed; remote ones use their URL instead.
         """
         return [
             (listed.nsamples, listed.sha256 or (path if is_remote(path) else file_sha256(path, remember=True)))
@@ -429,17 +432,17 @@ class Source:
         ]
 
     def open_shard(self, number: int) -> OpenShard:
-        """Open a shard, fetching it if it lies elsewhere and was not fetched yet.
+        """Open a shard. A remote shard is fetched first, if it was not fetched yet.
 
         Raises:
-            UserError: it is missing, no tar file, or not what the manifest says.
+            UserError: it is missing, not a tar file, or differs from the manifest.
         """
         path, listed = self.paths[number], self.manifest.shardlist[number]
         if is_remote(path):
             url, copy = path, fetch(path, default_cache(), listed.sha256, size=listed.bytes)
             try:
                 return OpenShard(str(copy), listed.nsamples)
-            except UserError as error:  # such as a page that asks who one is; kept, it would be met again
+            except UserError as error:  # such as a login page; it must not stay in the cache
                 copy.unlink(missing_ok=True)
                 raise UserError(f"{url}: {error}") from error
         elif listed.sha256 is not None and not self.manifest.states_labels and len(self.manifest.labels) > 1:
@@ -447,9 +450,9 @@ class Source:
         return OpenShard(path, listed.nsamples)
 
     def _check_content(self, path: str, sha256: str) -> None:
-        """Whether a shard is the one that was listed, where its manifest does not say which sample has which label.
+        """Check the hash of a shard whose manifest does not state the label of each sample.
 
-        Such manifests are of earlier versions. The hash is remembered, so a shard is read for it once.
+        Such manifests are of earlier versions. The hash is remembered, so a shard is hashed once.
         """
         try:
             found = file_sha256(path, remember=True)
@@ -461,16 +464,16 @@ class Source:
             )
 
     def check(self, number: int, sample: int, metadata: PairMetadata, where: str) -> None:
-        """Compare a sample that was read with what the manifest says of it.
+        """Compare a sample that was read with the manifest.
 
         Args:
-            number: which shard.
-            sample: which of its samples.
+            number: the shard.
+            sample: the number of the sample in it.
             metadata: the sample's.
             where: shard and key, for messages.
 
         Raises:
-            BadSample: its kind, order, categories, user or label are others than those listed.
+            BadSample: its kind, order, categories, user or label differ from the manifest.
         """
         manifest = self.manifest
         if said := manifest.difference(manifest.shardlist[number], sample, SampleClass.of(metadata)):
@@ -481,8 +484,7 @@ def open_source(given: str | Sequence[str], key: str) -> Source:
     """Find the shards named by `given`.
 
     Raises:
-        UserError: nothing is there, a shard of the manifest is missing or of another size, or the list is
-        empty.
+        UserError: there are no shards, a shard of the manifest is missing or has another size, or the list is empty.
     """
     if isinstance(given, str):
         if is_remote(given):
@@ -497,9 +499,9 @@ def open_source(given: str | Sequence[str], key: str) -> Source:
 
 
 def _over_the_network(folder: str, key: str) -> Source:
-    """Shards are fetched when their turn comes, so that a missing one is found then, not now."""
+    """A remote source. Shards are fetched when they are needed, so a missing one is found only then."""
     if folder.endswith(".tar") or "{" in folder or "*" in folder:
-        raise UserError(f"{key}: over the network give the folder that holds {FILE_NAME}, not {folder!r}")
+        raise UserError(f"{key}: for shards on a network, give the folder that holds {FILE_NAME}, not {folder!r}")
     try:
         copy = fetch(f"{folder}/{FILE_NAME}", default_cache(), fresh=True, most=MOST_MANIFEST)
     except UserError as error:
@@ -512,7 +514,7 @@ def _over_the_network(folder: str, key: str) -> Source:
 
 
 def _together(sources: Sequence[Source], key: str) -> Source:
-    """Several sources as one, one after another."""
+    """Several sources, one after another, as one."""
     given = ", ".join(source.given for source in sources)
     paths = [path for source in sources for path in source.paths]
     _refuse_twice(paths, given, key)
@@ -553,7 +555,7 @@ def tars_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _refuse_incomplete(folder: str, key: str) -> None:
-    """Shards that somebody writes, or that a killed run left, would be read as all there is."""
+    """Refuse a folder that a process is still writing, or that a killed run left: shards could be missing."""
     if os.path.exists(os.path.join(folder, JOURNAL)) and not os.path.exists(os.path.join(folder, FILE_NAME)):
         raise UserError(
             f"{key}: {folder or '.'} is not complete: a process is writing its shards, or was stopped; wait for it, or "
@@ -594,7 +596,9 @@ def _expand(pattern: str, key: str) -> list[str]:
     if not pattern.strip():
         raise UserError(f"{key}: {NOTHING}")
     if pattern.startswith("pipe:"):
-        raise UserError(f"{key}: {pattern!r} is refused: commands are not run; give a folder or a pattern of tar files")
+        raise UserError(
+            f"{key}: {pattern!r} is refused, because commands are not run; give a folder or a pattern of tar files"
+        )
     if os.path.isdir(pattern):
         _refuse_incomplete(pattern, key)
         if packed := [name for name in sorted(os.listdir(pattern)) if _PACKED.search(name) and not is_mac_file(name)]:
@@ -629,7 +633,7 @@ def _expand(pattern: str, key: str) -> list[str]:
 
 
 def _names_at_most(pattern: str) -> int:
-    """How many names a pattern with braces has at most, without making them."""
+    """An upper bound of how many names a pattern with braces has, without making them."""
     found, groups = 1, [0]
     for place, letter in enumerate(pattern):
         if letter == "{":
@@ -651,7 +655,7 @@ def _names_at_most(pattern: str) -> int:
 
 
 def scan(paths: Sequence[str]) -> Manifest:
-    """Make a manifest in memory from the tars' headers and JSON members; a tar is scanned once a process.
+    """Make a manifest in memory from the tars' headers and JSON members. A tar is scanned once a process.
 
     Raises:
         UserError: a file is not a tar, ends too early, or holds no sample.
@@ -662,13 +666,13 @@ def scan(paths: Sequence[str]) -> Manifest:
     for path in paths:
         if is_remote(path):
             raise UserError(
-                f"{path}: its manifest does not say what its samples are about (`classes`), so a filter cannot be "
+                f"{path}: its manifest lacks the `classes` of its samples, so a filter cannot be "
                 "applied over the network; copy the shards to this machine"
             )
         stat = os.stat(path)
         found, counted = _scan_one(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
         if not found:
-            raise UserError(f"{path}: holds no sample; restore it or leave it out of the list")
+            raise UserError(f"{path}: holds 0 samples; restore it or remove it from the list")
         labels.update(dict(counted))
         numbers = tuple(classes.setdefault(one, len(classes)) for one in found)
         shards.append(Shard(path, len(found), stat.st_size, None, numbers))
@@ -680,13 +684,13 @@ def _scan_one(path: str, size: int, mtime: int) -> tuple[tuple[SampleClass, ...]
     shard = OpenShard(path)
     try:
         if shard.problem is not None:
-            raise UserError(f"{path}: {shard.problem}; copy it again or leave it out of the list")
+            raise UserError(f"{path}: {shard.problem}; copy it again or remove it from the list")
         found: list[SampleClass] = []
         labels: Counter[str] = Counter()
         for number in range(len(shard.index.samples)):
             try:
                 metadata = parse_metadata(shard.read_member(number, "json"), shard.where(number))
-            except UserError:  # named, counted and judged by on_bad_sample when the sample is read
+            except UserError:  # on_bad_sample handles it when the sample is read
                 found.append(UNREADABLE)
                 continue
             found.append(SampleClass.of(metadata))

@@ -90,7 +90,7 @@ def test_without_the_csv_the_image_tells_whose_prompt_it_is(
         f"000000{number}_0_{side}": kind for number in (7, 8) for side, kind in (("u", "harmful"), ("s", "clean"))
     }
     assert all(one[2] == () for one in found.values())
-    assert "holds no categories; --table gives the CSV" in capsys.readouterr().out
+    assert "--table" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -100,7 +100,7 @@ def test_leaks_are_counted_and_dropped_on_request(
     (tmp_path / "test.csv").write_text("prompt,image,category\nA loud quarrel.,1_0.jpg,Hate\nNew.,2_0.jpg,Hate\n")
     from_coprov2(published, str(tmp_path / "out"), test_table=str(tmp_path / "test.csv"), drop_leaks=drop)
     text = capsys.readouterr().out
-    assert "1 prompts of the test set stand in 1 of 2 training pairs" in text
+    assert "1 prompts of the test set are in 1 of 2 training pairs" in text
     assert ("left out: 2 whose prompt stands in the test set" in text) == drop
     assert len(stored(tmp_path / "out")) == (2 if drop else 4)
 
@@ -129,7 +129,7 @@ def test_an_image_that_no_row_holds_is_left_out(tmp_path: Path, capsys: pytest.C
         ({"jpg_0": None}, "line 1: jpg_0 must be a text"),
         ({"jpg_0": "s_idx_0000008_0.jpg"}, "s_idx_0000008_0.jpg and u_idx_0000007_0.jpg are not the two images"),
         ({"caption": "  "}, "line 1: the caption is empty"),
-        ({"image": "0000007.jpg"}, "line 1: whether 'A loud quarrel.' is the unsafe or the safe prompt"),
+        ({"image": "0000007.jpg"}, "line 1: .*'A loud quarrel.'.*--table"),
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:

@@ -76,7 +76,7 @@ def test_leaks_are_counted_and_dropped_on_request(
     published: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], drop: bool
 ) -> None:
     from_coprov2(**published, test_table=str(tmp_path / "test.csv"), drop_leaks=drop)
-    assert "1 prompts of the test set stand in 1 of 3 training pairs" in capsys.readouterr().out
+    assert "1 prompts of the test set are in 1 of 3 training pairs" in capsys.readouterr().out
     assert load_manifest(published["out"]).nsamples == (4 if drop else 6)
 
 

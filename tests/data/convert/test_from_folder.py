@@ -84,12 +84,12 @@ def test_a_table_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("rows", "options", "complaint"),
     [
-        ([row(0)], {}, "row 2: says no prompt_kind; add the column, or give --prompt_kind"),
+        ([row(0)], {}, "row 2: lacks prompt_kind.*--prompt_kind"),
         ([{"prompt": "x", "chosen": "0.png"}], {}, "has no column 'rejected'; its columns are chosen, prompt"),
         ([row(0, colour="red")], {}, "has an unknown column 'colour'"),
         ([row(0, chosen_harmful="maybe")], {"prompt_kind": "clean"}, "row 2: chosen_harmful is 'maybe'"),
         ([row(0, seed="x")], {"prompt_kind": "clean"}, "row 2: seed is 'x', not a whole number"),
-        ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a text that is not empty"),
+        ([row(0), row(1, prompt="")], {"prompt_kind": "clean"}, "row 3: 'prompt' must be a non-empty text"),
         ([row(0, categories="fun")], {"prompt_kind": "clean"}, "row 2: 'categories' must hold categories"),
         ([row(0, chosen="../secret.png")], {"prompt_kind": "clean"}, "'../secret.png' is not a file within"),
         ([row(0, chosen="/etc/passwd")], {"prompt_kind": "clean"}, "'/etc/passwd' is not a file within"),
@@ -170,16 +170,16 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (out / "manifest.json").exists()
     assert sorted(path.name for path in out.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
-    with pytest.raises(UserError, match="was stopped and had other settings"):
+    with pytest.raises(UserError, match="other settings"):
         from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)
     capsys.readouterr()
     from_folder(str(table), str(out), prompt_kind="clean", samples_per_shard=2)
-    assert "going on after 4 pairs" in capsys.readouterr().out
+    assert "continuing after 4 pairs" in capsys.readouterr().out
     assert load_manifest(out) == load_manifest(tmp_path / "whole")
     assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
     from_folder(str(table), str(out), prompt_kind="clean", samples_per_shard=2)
     assert "is complete already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds other shards already"):
+    with pytest.raises(UserError, match="already holds other shards"):
         from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)
 
 
@@ -296,7 +296,7 @@ def test_val_share_holds_out_prompts_and_none_stands_on_both_sides(tmp_path: Pat
     before = (tmp_path / "out" / "val" / "manifest.json").read_bytes()
     from_folder(str(table), str(tmp_path / "out"), val_share=0.2)
     assert (tmp_path / "out" / "val" / "manifest.json").read_bytes() == before
-    with pytest.raises(UserError, match="holds other shards already"):
+    with pytest.raises(UserError, match="already holds other shards"):
         from_folder(str(table), str(tmp_path / "out"), val_share=0.3)
 
 
@@ -324,7 +324,7 @@ def test_a_share_that_cannot_be_is_named(tmp_path: Path, rows: list[dict[str, An
 def test_val_share_does_not_write_into_a_folder_of_shards(tmp_path: Path) -> None:
     table = drawn(tmp_path / "in", many(3))
     from_folder(str(table), str(tmp_path / "out"))
-    with pytest.raises(UserError, match="holds shards already"):
+    with pytest.raises(UserError, match="already holds shards"):
         from_folder(str(table), str(tmp_path / "out"), val_share=0.5)
 
 

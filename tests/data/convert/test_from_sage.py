@@ -86,7 +86,7 @@ def test_users_choices_are_kept_and_labelled(published: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"caption": ""}, "line 1: 'prompt' must be a text that is not empty"),
+        ({"caption": ""}, "line 1: 'prompt' must be a non-empty text"),
         ({"chosen": None}, "line 1: file_name, chosen, rejected, caption and User_ID must be texts"),
         ({"chosen": "../user_0000001_propaganda_x_00001_s.jpg"}, "line 1: an image is not named"),
         ({"rejected": "user_0000001_propaganda_ideological_pamphlet_00001_s.jpg"}, "are not the two images of one"),
@@ -160,8 +160,8 @@ def test_embeddings_must_be_plain_finite_and_there(published: Path, monkeypatch:
         with pytest.raises(UserError, match=complaint):
             from_sage(str(published / "val"), str(published / "out"), embeddings=str(published))
     for data, complaint in (
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "which is not what it holds"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-6,)}"), "which is not what it holds"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "its header states"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-6,)}"), "its header states"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': __import__('os').system('touch executed')}"), "array"),
         (pickle.dumps(Evil()), "is not a plain array"),
         (b"", "is not a plain array"),
@@ -181,7 +181,7 @@ def test_another_sets_embeddings_are_left_alone(published: Path) -> None:
     from_sage(str(published / "val"), str(out), embeddings=str(published))
     before = (out / "users.safetensors").read_bytes()
     np.save(published / "user_embedding_0000002.npy", np.full(6, 7, np.float32))
-    with pytest.raises(UserError, match="holds other shards already"):
+    with pytest.raises(UserError, match="already holds other shards"):
         from_sage(str(published / "val"), str(out), embeddings=str(published), samples_per_shard=1)
     assert (out / "users.safetensors").read_bytes() == before
 

@@ -47,8 +47,8 @@ def test_what_is_left_out_is_not_known() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"prompt": ""}, "'prompt' must be a text that is not empty"),
-        ({"prompt": " \n"}, "'prompt' must be a text that is not empty"),
+        ({"prompt": ""}, "'prompt' must be a non-empty text"),
+        ({"prompt": " \n"}, "'prompt' must be a non-empty text"),
         ({"prompt": 3}, "'prompt'"),
         ({"prompt": "a\ud800"}, "'prompt' holds a broken character at 1"),
         ({"prompt_kind": "safe"}, "'prompt_kind' must be one of 'harmful', 'clean', not 'safe'"),

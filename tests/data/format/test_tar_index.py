@@ -34,10 +34,10 @@ def header(size: bytes = b"", **options: bytes) -> bytes:
 BELOW_ZERO = b"\xff" * 10 + (2**16 - 512).to_bytes(2, "big")  # base 256: -512, back to this very header
 
 DAMAGE: dict[str, tuple[Spoil, str]] = {
-    "a garbled header": (lambda data, at: data[:at] + b"\x99" * 512 + data[at + 512 :], "no header at byte"),
+    "a garbled header": (lambda data, at: data[:at] + b"\x99" * 512 + data[at + 512 :], "should begin a header"),
     "cut between samples": (lambda data, at: data[:at], "its end is missing"),
-    "two in one": (lambda data, at: data + data, "more follows the end of the tar file"),
-    "a size below 0": (lambda data, at: data[:at] + header(BELOW_ZERO) + bytes(1024), "has a size below 0"),
+    "two in one": (lambda data, at: data + data, "after the end of the tar file"),
+    "a size below 0": (lambda data, at: data[:at] + header(BELOW_ZERO) + bytes(1024), "has a negative size"),
     "headers of headers": (lambda data, at: data[:at] + header(kind=b"x") * 5000 + bytes(1024), "RecursionError"),
 }
 
@@ -69,7 +69,7 @@ def test_headers_that_make_no_sense_are_one_line(tmp_path: Path) -> None:
 def test_a_tar_of_nul_bytes_is_no_shard_even_without_a_manifest(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0", sample(0))])
     (tmp_path / "b.tar").write_bytes(bytes(10240))
-    with pytest.raises(UserError, match=r"b\.tar: holds no sample"):
+    with pytest.raises(UserError, match=r"b\.tar: holds 0 samples"):
         open_source(str(tmp_path), "data.train")
 
 
@@ -114,7 +114,7 @@ BESIDE: dict[str, tuple[Members, int, str]] = {
     "images of another name": ([("4_chosen.png", b"x"), ("4_rejected.png", b"x")], 5, "4_(chosen|rejected).png"),
     "metadata in one file": ([("metadata.jsonl.json", b"[]")], 4, "metadata.jsonl.json"),
     "an image without a key": ([(".chosen.png", b"x")], 4, ".chosen.png"),
-    "a caption and no json": ([*pair("4", 4)[1:], ("4.txt", b"a caption")], 4, "has no json"),
+    "a caption and no json": ([*pair("4", 4)[1:], ("4.txt", b"a caption")], 4, "lacks its json"),
     "a member twice": ([*pair("4", 4), pair("4", 4)[1]], 4, "holds chosen.png twice"),
     "members apart": (pair("4", 4)[:1] + pair("5", 5) + pair("4", 4)[1:], 6, "'4'"),
 }

@@ -117,8 +117,8 @@ def test_resolution_scales_and_cuts_from_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"rejected.png": None}, "has no rejected image"),
-        ({"json": None}, "has no json"),
+        ({"rejected.png": None}, "lacks its rejected image"),
+        ({"json": None}, "lacks its json"),
         ({"chosen.jpg": encoded(picture(1), "JPEG")}, "has 2 chosen images"),
         ({"chosen.png": b"\x89PNG\r\n\x1a\n"}, "chosen: the PNG image cannot be decoded"),
     ],

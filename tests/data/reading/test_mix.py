@@ -151,7 +151,7 @@ def test_wrong_weights_are_named(two: list[str], options: dict[str, Any], compla
 
 
 def test_a_source_that_would_not_be_seen_is_an_error(two: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"weights\[1\] is 0\.01: not one pair in a pass of 40"):
+    with pytest.raises(UserError, match=r"weights\[1\] is 0\.01: .* pass of 40"):
         fit(make_trainer(tmp_path, max_steps=1), data(two, weights=[1.0, 0.01]))
     write_shards(tmp_path / "other", 3, 3, first=200)  # none of them is clean
     filtered = data([two[0], str(tmp_path / "other")], kinds=["clean"])

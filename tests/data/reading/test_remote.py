@@ -144,7 +144,7 @@ def test_what_is_no_folder_of_shards_is_named(server: Server) -> None:
         UserError, match=r"data\.init_args\.train: http.*none/manifest\.json: is not there; give a folder"
     ):
         passes(f"{server.url}/none")
-    with pytest.raises(UserError, match="over the network give the folder"):
+    with pytest.raises(UserError, match="give the folder that holds manifest"):
         passes(f"{server.url}/train/shard-000000.tar")
     with pytest.raises(UserError, match=r"nothing://x/manifest\.json: cannot be read"):
         passes("nothing://x")

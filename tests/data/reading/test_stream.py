@@ -100,8 +100,8 @@ def test_what_is_skipped_is_not_decoded(shards: Path, monkeypatch: pytest.Monkey
 # ---- bad samples
 
 BAD: dict[str, tuple[list[tuple[str, dict[str, bytes]]], str]] = {
-    "no-rejected": ([("bad", sample(9, rejected_png=None))], "sample 'bad': has no rejected image"),
-    "no-json": ([("bad", sample(9, json=None))], "sample 'bad': has no json"),
+    "no-rejected": ([("bad", sample(9, rejected_png=None))], "sample 'bad': lacks its rejected image"),
+    "no-json": ([("bad", sample(9, json=None))], "sample 'bad': lacks its json"),
     "cut-image": (
         [("bad", sample(9, chosen_png=png(9)[:50]))],
         "sample 'bad': chosen: the PNG image cannot be decoded",
@@ -116,8 +116,8 @@ BAD: dict[str, tuple[list[tuple[str, dict[str, bytes]]], str]] = {
     ),
     "hostile-json": ([("bad", sample(9, json=b"[" * 100_000))], "sample 'bad': the metadata is not JSON"),
     "not-utf8": ([("bad", sample(9, json=b'{"prompt": "\xff"}'))], "sample 'bad': json: is not UTF-8"),
-    "empty-prompt": ([("bad", sample(9, json=b'{"prompt": ""}'))], "sample 'bad': 'prompt' must be a text"),
-    "key-twice": ([("0", sample(9))], "sample '0': its key stands twice in the shard"),
+    "empty-prompt": ([("bad", sample(9, json=b'{"prompt": ""}'))], "sample 'bad': 'prompt' must be a"),
+    "key-twice": ([("0", sample(9))], "sample '0': its key is in the shard twice"),
     "member-twice": (
         [("bad", sample(9)), ("bad", {"json": b"{}"})],
         "sample 'bad': holds json twice",
