@@ -20,14 +20,16 @@ from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
 from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
-from lit_safety.data.reading.decode import PairDecoder
-from lit_safety.data.reading.loader import DataPosition, PairLoader, PairStream
 from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches, shares
+from lit_safety.data.reading.position import DataPosition
 from lit_safety.data.reading.select import Filter, Selection, select, take
-from lit_safety.data.reading.source import Source, open_source
 
+# What reads shards is imported when they are opened: classes are made, and help is written, sooner.
 if TYPE_CHECKING:
     from lit_safety.data.cache.sources import CachedSource
+    from lit_safety.data.reading.decode import PairDecoder
+    from lit_safety.data.reading.loader import PairLoader
+    from lit_safety.data.reading.source import Source
 
 KEY = "data.init_args"
 """Where the arguments stand in a run's YAML."""
@@ -342,6 +344,8 @@ class PreferenceDataModule(LightningDataModule):
             UserError: they are not given or missing, no pair passes the filters, or their cache does not fit these
             settings.
         """
+        from lit_safety.data.reading.source import open_source
+
         if name not in self._opened:
             given = self._given(name)
             if given is None:
@@ -484,6 +488,8 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader(name, deal, min(self.num_workers, len(source.paths)))
 
     def _decoder(self, name: str, training: bool) -> PairDecoder:
+        from lit_safety.data.reading.decode import PairDecoder
+
         cached = self._caches.get(name)
         cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
         flip = self.flip and training
@@ -492,6 +498,8 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:
+        from lit_safety.data.reading.loader import PairLoader, PairStream
+
         training = position is not None
         trainer: Any = self.trainer
         overfit = 0 if trainer is None else trainer.overfit_batches  # then every pass is the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.data.format.manifest import SampleClass, Shard
 from lit_safety.data.format.sample import ORDERS, PROMPT_KINDS
-from lit_safety.data.reading.source import Source, scan
+
+if TYPE_CHECKING:
+    from lit_safety.data.reading.source import Source
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def take(source: Source, wanted: Filter) -> Selection:
         return Selection(tuple(shard.nsamples for shard in shards), None)
     classes = source.manifest.classes
     if any(shard.classes is None for shard in shards):  # a manifest that another program wrote
+        from lit_safety.data.reading.source import scan
+
         scanned = scan(source.paths)
         shards, classes = scanned.shardlist, scanned.classes
     taken = np.array([wanted.takes(one) for one in classes], dtype=bool)
