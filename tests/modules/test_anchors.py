@@ -147,7 +147,7 @@ def test_the_shipped_list_is_found_by_name_and_has_no_prompt_twice(
     assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
 
 
-@pytest.mark.parametrize("world", [path.name for path in sorted(TOYWORLD.parent.iterdir()) if path.is_dir()])
+@pytest.mark.parametrize("world", [path.parent.name for path in sorted(TOYWORLD.parent.glob("*/prompts"))])
 def test_a_world_s_anchors_name_nothing_that_a_report_calls_unnamed(world: str) -> None:
     folder = TOYWORLD.parent / world / "prompts"
     rows = {part: read_prompts(folder / f"{part}.csv") for part in ("anchors", "val", "test")}

@@ -98,7 +98,7 @@ class PairBatch:
             if one.name in ("empty", "skipped"):
                 continue
             if isinstance(value, list):
-                setattr(taken, one.name, [value[row] for row in rows])
+                setattr(taken, one.name, [value[row] for row in rows] if value else [])
             elif isinstance(value, Tensor):
                 setattr(taken, one.name, value[list(rows)])
             elif isinstance(value, dict):
