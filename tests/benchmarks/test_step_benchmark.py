@@ -67,7 +67,7 @@ def test_a_run_on_the_toy_world():
 
 @pytest.mark.slow
 def test_flow_models_are_counted_at_their_true_size(monkeypatch: pytest.MonkeyPatch):
-    """SANA has 1.6e9 weights by its makers; a LoRA sits on the eight projections of both attentions of its 20 blocks."""
+    """SANA has 1.6e9 weights by its makers; a LoRA has the eight attention projections of each of its 20 blocks."""
     monkeypatch.syspath_prepend(str(FOLDER))
     from flow import MODELS, counts, report
 
