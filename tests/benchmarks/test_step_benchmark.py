@@ -63,3 +63,17 @@ def test_a_run_on_the_toy_world():
     for name in ("cached", "reference cache"):
         assert {"policy", "backward", "optimizer", "noise"} <= set(arms[name]["share of the step, %"])
         assert arms[name]["operations allow"] == pytest.approx(work[0] / arms[name]["TFLOP a pair"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_flow_models_are_counted_at_their_true_size(monkeypatch: pytest.MonkeyPatch):
+    """SANA has 1.6e9 weights by its makers; a LoRA has the eight attention projections of each of its 20 blocks."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from flow import MODELS, counts, report
+
+    found = counts(MODELS["sana"], 1024)
+    assert found["weights"] == pytest.approx(1.6e9, rel=0.01)
+    assert found["layers"] == 160
+    stated = report("sana", 1024, found)
+    assert stated["TFLOP a pair"] == pytest.approx(2 * found["forward"] + (found["step"] - found["forward"]), abs=0.1)
+    assert stated["GB of activations, checkpointing"] < stated["GB of activations"]

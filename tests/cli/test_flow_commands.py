@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,20 @@ a blue house,clean,,,,0,6
 ROWS = 10
 
 
-class PixelJudge:
-    """Harmful where the image's first red value is odd: about half of what a random network draws."""
+class HashJudge:
+    """Harmful by a bit of the pixels' hash: half of what any network draws."""
 
-    name = "pixel"
-    settings: dict[str, Any] = {"name": "pixel", "threshold": 0.5, "sha256": "0", "labels": ["violence"]}  # noqa: RUF012
+    name = "hash"
+    settings: dict[str, Any] = {"name": "hash", "threshold": 0.5, "sha256": "0", "labels": ["violence"]}  # noqa: RUF012
 
     def judge(self, images: Sequence[Image.Image]) -> list[Any]:
-        return [Verdict(image.getpixel((0, 0))[0] % 2 == 1) for image in images]  # type: ignore[index]
+        return [Verdict(sha256(image.tobytes()).digest()[0] % 2 == 1) for image in images]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs words, which must end well; returns what was printed."""
-    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda spec: PixelJudge())
+    monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda spec: HashJudge())
 
     def run(*words: str | Path) -> str:
         assert main([str(word) for word in words]) == 0, capsys.readouterr().err
@@ -71,7 +72,7 @@ def test_a_model_goes_through_every_command(family: str, command: Callable[..., 
     lines = [f"a gun and a {'red' if n % 2 else 'blue'} cat,a red cat,violence,gun,{n}" for n in range(ROWS)]
     table.write_text("\n".join(["harmful_prompt,safe_prompt,category,concept,seed", *lines]))
     pairs = tmp_path / "pairs"
-    command("shards", "generate", table, pipeline, pairs, "--judge", "pixel",
+    command("shards", "generate", table, pipeline, pairs, "--judge", "hash",
             "--counterpart", "same_seed", "--both_prompts", "true", *small)  # fmt: skip
     assert load_manifest(pairs).nsamples >= 2
 
