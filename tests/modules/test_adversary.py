@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +24,7 @@ from lit_safety.modules.speed import Speed
 from lit_safety.objectives.objective import prediction_error
 from tests.helpers.batches import batch_of
 from tests.helpers.flow_pipelines import save_flow
+from tests.helpers.strategies_cpu import DeepSpeedCPU
 
 HIDDEN = "encoder_hidden_states"
 
@@ -372,7 +373,7 @@ def test_what_cannot_be_attacked_is_said(tiny_pipeline: Path, tmp_path: Path):
 
 def test_strategies_that_spread_weights_are_refused_by_name():
     attack = Attack(TextAdversary())
-    for strategy, name in ((ModelParallelStrategy(), "FSDP2"), (DeepSpeedStrategy(stage=2), "DeepSpeed ZeRO 1 or 2")):
+    for strategy, name in ((ModelParallelStrategy(), "FSDP2"), (DeepSpeedCPU(stage=2), "DeepSpeed ZeRO 1 or 2")):
         module: Any = SimpleNamespace(_trainer=SimpleNamespace(strategy=strategy))
         with pytest.raises(UserError, match=f"{name}.*ddp"):
             attack.check(module)
