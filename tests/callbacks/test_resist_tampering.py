@@ -140,6 +140,7 @@ def test_every_bit_is_put_back_and_harm_is_learned_in_between(tiny_pipeline: Pat
     assert all(torch.equal(value, before[name]) for name, value in module.backbone.denoiser.state_dict().items())
     assert {name: p.requires_grad for name, p in module.named_parameters()} == asked
     assert all(p.grad is None for p in module.parameters())
+    assert [one.shape for one in found.gradient] == [p.shape for _, p in module.trainable_parameters()]
     assert sum(float(one.abs().sum()) for one in found.gradient) > 0
     assert torch.isfinite(found.after)
 
