@@ -233,6 +233,8 @@ class Fight:
         mean: Callable[[Sequence[Tensor]], list[Tensor]],
     ) -> None:
         self.module, self.kind, self.seed, self.mean = module, kind, seed, mean
+        # Asked before a fine-tuning of all weights makes them trainable too.
+        self.trained = [parameter for _, parameter in module.trainable_parameters()]
         self.batches = [module.ordered(batch) for batch in batches]
         self._images = [self._of_its_kind(batch) for batch in self.batches]
 
@@ -304,7 +306,7 @@ class Fight:
             with beside(denoiser, layers, self.kind.rank, self.seed) as found:
                 yield found
             return
-        trained = {id(p) for _, p in self.module.trainable_parameters()}
+        trained = {id(p) for p in self.trained}
         # Below an adapter the frozen base moves; without one, what is trained is all there is.
         weights = [p for p in denoiser.parameters() if id(p) not in trained] or list(denoiser.parameters())
         held = [(p.detach().clone(), p.requires_grad, p.grad) for p in weights]
@@ -338,7 +340,7 @@ class Fight:
 
     def _outer(self, pairs: Sequence[PairBatch | None]) -> list[Tensor]:
         """The gradient of the objective on harmful pairs, a mean over all pairs of the step."""
-        parameters = [p for _, p in self.module.trainable_parameters()]
+        parameters = self.trained
         share = 1.0 / len(self.batches)
         sums = [torch.zeros_like(p) for p in parameters]
         for part, batch in zip(pairs, self.batches, strict=True):

@@ -8,7 +8,7 @@ Pairs with a clean prompt are disturbed at random, so that the policy stays the 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_safety.modules.step_parts import Adversary
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lit_safety.backbones.backbone import Backbone, Conditioning
-    from lit_safety.modules.attacked_prediction import Moved
 
 KEY = "model.init_args.adversary"
 
@@ -74,12 +73,12 @@ class SignSteps(Adversary):
         return 1.0 if self.grow == 0 else min(1.0, (optimizer_steps + 1) / self.grow)
 
     def on(
-        self, moved: Moved, backbone: Backbone, prompts: Sequence[str], conditioning: Conditioning, rows: Sequence[int]
+        self, moved: Any, backbone: Backbone, prompts: Sequence[str], conditioning: Conditioning, rows: Sequence[int]
     ) -> AbstractContextManager[Conditioning]:
         """Within, the denoiser computes disturbed; gives the conditioning to use.
 
         Args:
-            moved: what is found for the batch at hand.
+            moved: what is found for the batch at hand (`Moved`).
             backbone: the model.
             prompts: of the rows.
             conditioning: of the rows, or of the rows twice over (chosen, then rejected).

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lit_safety.core.categories import CATEGORIES
@@ -20,7 +21,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import PairData, datamodule_of
 from lit_safety.modules.adversary import KEY, SignSteps
 from lit_safety.modules.step_parts import Adversary
-from lit_safety.modules.strategies import weights_are_sharded
+from lit_safety.modules.strategies import family, weights_are_sharded
 from lit_safety.objectives.objective import prediction_error
 
 if TYPE_CHECKING:
@@ -63,11 +64,17 @@ class Attack:
         self._waits = False
 
     def check(self, module: Attacked) -> None:
-        """Whether every adversary can disturb this model and this data.
+        """Whether every adversary can disturb this model and this data under this strategy.
 
         Raises:
             UserError: one cannot.
         """
+        theirs = family(module._trainer.strategy)
+        if theirs != family(SingleDeviceStrategy()):
+            raise UserError(
+                f"`{KEY}`: a search goes backward through the network inside a step, which is not tried under "
+                f"{theirs}: set it to null, or use one process or `--config configs/strategies/ddp.yaml`"
+            )
         data = datamodule_of(module._trainer)
         sources = data.caches("fit") if isinstance(data, PairData) else []
         cached = [source.key for source in sources if source.key.endswith("train")]

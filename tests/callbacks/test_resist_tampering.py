@@ -140,8 +140,19 @@ def test_every_bit_is_put_back_and_harm_is_learned_in_between(tiny_pipeline: Pat
     assert all(torch.equal(value, before[name]) for name, value in module.backbone.denoiser.state_dict().items())
     assert {name: p.requires_grad for name, p in module.named_parameters()} == asked
     assert all(p.grad is None for p in module.parameters())
+    assert [one.shape for one in found.gradient] == [p.shape for _, p in module.trainable_parameters()]
     assert sum(float(one.abs().sum()) for one in found.gradient) > 0
     assert torch.isfinite(found.after)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_real_step_is_its_parts(tiny_pipeline: Path, weights: str):
+    module = ready(tiny_pipeline)
+    kind = Tampering(weights=weights, optimizer="sgd", rate=0.01, steps=2)  # type: ignore[arg-type]
+    whole = Fight(module, [batch_of([0, 1, 2, 3])], kind, 3, list).play().gradient
+    parts = Fight(module, [batch_of([0, 1]), batch_of([2, 3])], kind, 3, list).play().gradient
+    largest = max(float(one.abs().max()) for one in whole)
+    assert max(float((one - other).abs().max()) for one, other in zip(whole, parts, strict=True)) < 1e-3 * largest
 
 
 def test_kinds_are_drawn_by_step_and_seed():
@@ -168,12 +179,12 @@ def test_a_fit_goes_on_exactly_and_its_parts_and_ranks_are_the_whole(
     callbacks = (
         "[{class_path: lit_safety.callbacks.ExportAdapter}, {class_path: lit_safety.callbacks.AtomicModelCheckpoint, "
         "init_args: {every_n_train_steps: 2, save_top_k: -1, filename: '{step}'}}, "
-        "{class_path: lit_safety.callbacks.ResistTampering, init_args: {every_n_steps: 1, weight: 3.0, kinds: "
+        "{class_path: lit_safety.callbacks.ResistTampering, init_args: {every_n_steps: 1, weight: 1.0, kinds: "
         "[{weights: full, optimizer: sgd, rate: 0.01, steps: 2}, {optimizer: sgd, rate: 0.1, steps: 2, rank: 2}]}}]"
     )
     settings = {
         "model.init_args.pretrained": tiny_pipeline, "model.init_args.lora.init_args.rank": 4,
-        "model.init_args.optimizer.class_path": "torch.optim.SGD", "model.init_args.optimizer.init_args.lr": 1.0,
+        "model.init_args.optimizer.class_path": "torch.optim.SGD", "model.init_args.optimizer.init_args.lr": 0.05,
         "model.init_args.lr_scheduler": "null", "trainer.gradient_clip_val": "null", "trainer.limit_val_batches": 0,
         "trainer.val_check_interval": "null", "trainer.callbacks": callbacks,
     }  # fmt: skip

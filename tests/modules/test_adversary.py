@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,11 +19,12 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules import SCDPO, HiddenAdversary, SelectiveBackward, TextAdversary
 from lit_safety.modules.adversaries import Memory, _encoders, _soft_tokens
-from lit_safety.modules.attacked_prediction import Moved, predict_attacked
+from lit_safety.modules.attacked_prediction import Attack, Moved, predict_attacked
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives.objective import prediction_error
 from tests.helpers.batches import batch_of
 from tests.helpers.flow_pipelines import save_flow
+from tests.helpers.strategies_cpu import DeepSpeedCPU
 
 HIDDEN = "encoder_hidden_states"
 
@@ -367,6 +369,14 @@ def test_what_cannot_be_attacked_is_said(tiny_pipeline: Path, tmp_path: Path):
         HiddenAdversary(["attn2"]).check(backbone, [], compiled=True)
     with pytest.raises(ValueError, match=r"speed\.selective"):
         SCDPO(str(tiny_pipeline), adversary=TextAdversary(), speed=Speed(selective=SelectiveBackward()))
+
+
+def test_strategies_that_spread_weights_are_refused_by_name():
+    attack = Attack(TextAdversary())
+    for strategy, name in ((ModelParallelStrategy(), "FSDP2"), (DeepSpeedCPU(stage=2), "DeepSpeed ZeRO 1 or 2")):
+        module: Any = SimpleNamespace(_trainer=SimpleNamespace(strategy=strategy))
+        with pytest.raises(UserError, match=f"{name}.*ddp"):
+            attack.check(module)
 
 
 def test_soft_tokens_of_an_unknown_encoder_are_refused(tmp_path: Path):

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tests.helpers.losses import mean_losses
-from tests.helpers.methods import STRATEGIES, exported, under, write_config
+from tests.helpers.methods import exported, under, write_config
 from tests.helpers.ranks import run
 from tests.strategies.test_strategies import ACCUMULATED, ONE_PAIR, goes_on_from_the_middle, largest, start_of
 
@@ -21,7 +21,6 @@ ADVERSARIES = [
     },
     {"class_path": "lit_safety.modules.HiddenAdversary", "init_args": {"layers": ["attn2"], "share": 0.7}},
 ]
-QUICK = ("ddp", "fsdp")
 
 
 def attacked(folder: Path, pipeline: Path, shards: Path) -> Path:
@@ -47,18 +46,11 @@ def alone(
     return found
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in STRATEGIES]
-)
 def test_two_ranks_that_accumulate_find_what_one_finds_and_go_on_exactly(
-    strategy: str,
-    alone: tuple[list[float], dict[str, torch.Tensor]],
-    tiny_pipeline: Path,
-    user_shards: Path,
-    tmp_path: Path,
+    alone: tuple[list[float], dict[str, torch.Tensor]], tiny_pipeline: Path, user_shards: Path, tmp_path: Path
 ):
     config = attacked(tmp_path, tiny_pipeline, user_shards)
-    command = ["fit", "--config", str(config), *under(strategy), "--trainer.devices", "2", *ONE_PAIR]
+    command = ["fit", "--config", str(config), *under("ddp"), "--trainer.devices", "2", *ONE_PAIR]
     run(command, tmp_path / "logs")
     losses, weights = alone
     assert mean_losses(tmp_path / "losses", ACCUMULATED) == pytest.approx(losses, rel=1e-3)
