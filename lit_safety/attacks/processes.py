@@ -26,8 +26,6 @@ class Run(Protocol):
     drawing: Any
     """How images are drawn, a device among it."""
     attacks: dict[str, Any]
-    show: Any
-    """Is given what shows how far an attack has come."""
 
     def cell(self, name: str, attack: Any, arm: str, scheduler: str) -> Any:
         """Do an attack on an arm and keep what it finds."""
@@ -106,7 +104,7 @@ def _work(run: Run, schedulers: dict[str, str], rank: int, threads: int, pipe: A
     if str(run.drawing.device) == "cuda" and torch.cuda.device_count() > 1:
         torch.cuda.set_device(rank % torch.cuda.device_count())  # what `cuda` means in this process
     told = _Told(pipe)
-    run.show = told.shown
+    vars(run)["show"] = told.shown
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError), signals():
         try:
             while (unit := pipe.recv()) is not None:
