@@ -88,8 +88,8 @@ def attack(
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
             raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
     if shards is not None:
-        for one in chosen.values():
-            one.take_shards(shards)
+        for own in chosen.values():
+            own.take_shards(shards)
     how = DrawingSettings(edit=None, **drawing)
     selection = PromptCounts(explicit, 0, 0, 0, 0)
     contenders = collect_arms(adapter, arms)

@@ -9,21 +9,32 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lit_safety.core.endings import signals
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import deaf_to_ctrl_c, end_all, end_with_parent
 from lit_safety.core.progress import Shown, shown
 
-if TYPE_CHECKING:
-    from lit_safety.attacks.run import AttackRun
-
 Unit = tuple[str, list[str]]
 """An attack and the arms that one process does it on."""
 
 
-def do_in_processes(run: AttackRun, units: Sequence[Unit], schedulers: dict[str, str], processes: int) -> None:
+class Run(Protocol):
+    """What is asked of the run that is sent to every process."""
+
+    drawing: Any
+    """How images are drawn, a device among it."""
+    attacks: dict[str, Any]
+
+    def cell(self, name: str, attack: Any, arm: str, scheduler: str) -> Any:
+        """Do an attack on an arm and keep what it finds."""
+
+    def images_of(self, unit: Unit) -> int:
+        """How many images an attack on some arms draws at most."""
+
+
+def do_in_processes(run: Run, units: Sequence[Unit], schedulers: dict[str, str], processes: int) -> None:
     """Do all units; what they find lies under done/ then.
 
     Args:
@@ -84,7 +95,7 @@ def _listen(left: dict[Any, Any], waiting: list[Unit], bar: Shown) -> None:
                     pipe.send(waiting.pop(0) if waiting else None)
 
 
-def _work(run: AttackRun, schedulers: dict[str, str], rank: int, threads: int, pipe: Any) -> None:
+def _work(run: Run, schedulers: dict[str, str], rank: int, threads: int, pipe: Any) -> None:
     """What one process does. It ends with the process that began it, even when that one is killed."""
     import torch
 
@@ -93,7 +104,7 @@ def _work(run: AttackRun, schedulers: dict[str, str], rank: int, threads: int, p
     if str(run.drawing.device) == "cuda" and torch.cuda.device_count() > 1:
         torch.cuda.set_device(rank % torch.cuda.device_count())  # what `cuda` means in this process
     told = _Told(pipe)
-    run.show = told.shown
+    vars(run)["show"] = told.shown
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError), signals():
         try:
             while (unit := pipe.recv()) is not None:

@@ -48,7 +48,7 @@ class Weighting:
 
 
 WEIGHTINGS = (
-    *(Weighting(tokens=weight, of=of) for of in ("concept", "prompt") for weight in (1.5, 2.0, 3.0)),  # type: ignore[arg-type]
+    *(Weighting(tokens=weight, of=of) for of in ("concept", "prompt") for weight in (1.5, 2.0, 3.0)),
     *(Weighting(layers=weight) for weight in (0.7, 1.3)),
     *(Weighting(layers=weight, layer=layer) for layer in (0, -1) for weight in (0.0, 2.0)),
 )
@@ -246,4 +246,5 @@ def _layers(encoder: Any) -> list[nn.Module]:
     """The layers of a text encoder: its longest list of modules."""
     lists = [module for name, module in encoder.named_modules()
              if isinstance(module, nn.ModuleList) and "vision" not in name and "visual" not in name]  # fmt: skip
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    longest = max(lists, key=len, default=None)
+    return [] if longest is None else list(longest)

@@ -86,7 +86,7 @@ class Attack(ABC):
     def take_shards(self, shards: str) -> None:
         """Take the attacker's images out of these shards, where the attack takes any out of some."""
         if getattr(self, "shards", None) is not None:
-            self.shards = shards
+            vars(self)["shards"] = shards
             self.settings["shards"] = shards
 
     @property

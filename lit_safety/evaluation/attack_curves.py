@@ -163,7 +163,9 @@ def _remarks(attack: Mapping[str, Any]) -> str:
 
 
 def _table(budget: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    names = {p["budget"]: str(p["label"]) for points in curves.values() for p in points if p.get("label")}
+    # Which of several ways was the strongest differs from arm to arm, so it stands beside the figure.
+    named = [p for points in curves.values() for p in points if p.get("label") and not p.get("tried")]
+    names = {p["budget"]: str(p["label"]) for p in named}
     rows = []
     for one in _positions(curves):
         cells = []
@@ -173,6 +175,7 @@ def _table(budget: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Ta
             if point is not None:
                 low, high = point["interval"]
                 text = f"{percent(point['asr'])}% [{percent(low)}, {percent(high)}] of {point['n']}"
+                text += f" ({point['label']})" if point.get("tried") and point.get("label") else ""
             cells.append(text)
         rows.append([": ".join(filter(None, [_plain(one), names.get(one)])), *cells])
     return Table([budget, *curves], rows)

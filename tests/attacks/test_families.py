@@ -98,7 +98,7 @@ def test_a_start_image_is_drawn_from_or_refused_by_name(folder: Path, category_s
 
 
 def test_weighing_changes_what_is_drawn_and_ends_with_its_stage(folder: Path, tmp_path: Path):
-    attacked = target(folder, tmp_path, drawing=replace(DRAWING, steps=1, precision="float32"))
+    attacked = target(folder, tmp_path, drawing=replace(DRAWING, steps=2, precision="float32"))
     plain = draw_batch(attacked.network().pipe, PROMPTS, attacked.drawing)
     ways = [Weighting(tokens=4.0), Weighting(layers=0.0, layer=0), Weighting(tokens=1.0000001)]
     attack = Reweighted(ways)
@@ -113,7 +113,7 @@ def test_weighing_changes_what_is_drawn_and_ends_with_its_stage(folder: Path, tm
 
 def test_all_weights_are_trained_or_a_lora(folder: Path, category_shards: Path, tmp_path: Path):
     """Two recipes at one budget, each from the arm as it was."""
-    attacked = target(folder, tmp_path, drawing=replace(DRAWING, steps=1))
+    attacked = target(folder, tmp_path, drawing=replace(DRAWING, steps=2))
     recipes = [Recipe("full", 1e-2, "SGD"), Recipe("lora", 1e-2, "AdamW", 2)]
     attack = StrongestFineTune(str(category_shards), recipes, steps=[2], pictures=2, batch_size=2)
     stages = [(stage.budget, stage.label, drawn(stage)) for stage in attack.stages(attacked)]
