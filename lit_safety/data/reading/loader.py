@@ -46,8 +46,8 @@ class PairStream(IterableDataset):
 
     Worker w of W makes the batches first + w, first + w + W, ..., which is the order in which a DataLoader asks its
     workers, so the stream does not depend on W. A bad sample is an error, or with `skip_bad` it is left out: in
-    training the next good sample of its window replaces it (so batches keep their size and ranks stay in step), in
-    evaluation the batch is smaller.
+    training training the next good sample of its window replaces it (so batches keep their size and ranks stay in
+    step), in evaluation the batch is smaller.
 
     Args:
         source: the shards.
@@ -93,8 +93,7 @@ class PairStream(IterableDataset):
         return batches_in(self.groups, self.deal, self.steps_each)
 
     def at(self, epoch: int, first: int) -> PairStream:
-        """A copy of the stream that begins at a batch. A copy, so that the stream of running workers does not
-        change."""
+        """A copy of the stream that begins at a batch; the stream of running workers does not change."""
         placed = copy.copy(self)
         placed.epoch, placed.first = (epoch if self.shuffle else 0), first
         return placed
@@ -253,8 +252,7 @@ class PairLoader:
         return self.stream.batches
 
     def __iter__(self) -> Iterator[PairBatch]:
-        # A generator: it starts when the first batch is asked for. Lightning also makes iterators that it never
-        # uses.
+        # A generator: it starts with the first batch, because Lightning also makes iterators that it never uses.
         position = self.position or DataPosition()
         position.begin()
         left = len(self) - position.first
@@ -299,8 +297,7 @@ class PairLoader:
 
 @dataclass
 class DataPosition:
-    """Where one rank's training stream is. Correct at every moment when a checkpoint can be written, and equal on all
-    ranks.
+    """Where one rank's training stream is. Correct whenever a checkpoint can be written, and equal on all ranks.
 
     Lightning's epoch for samplers is not used: after resuming under `max_steps` from a checkpoint at an epoch's end,
     Lightning 2.6 gives one that is too high. Batches are also not counted when they leave the workers: a batch that a
@@ -344,8 +341,7 @@ class DataPosition:
             if state["consumed"] and made_with.get(name) != value:
                 raise UserError(
                     "the checkpoint was written in the middle of a pass over the data with "
-                    f"{name} = {made_with.get(name)}, but now it is {value}; resume with the same value, or start a "
-                    "new run"
+                    f"{name} = {made_with.get(name)}, but now it is {value}; resume with the same, or start a new run"
                 )
         self.epoch, self.first, self.handed = state["epoch"], state["consumed"], None
 
