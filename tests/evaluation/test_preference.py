@@ -73,7 +73,7 @@ def test_weights_that_are_a_program_are_not_run(clip_folder: Path, tmp_path: Pat
         ({"layers.0.weight": torch.ones(2, 8), "layers.0.bias": torch.zeros(2)}, "to one"),
         ({"layers.0.weight": torch.ones(1, 8)}, "layer 0 is not a linear layer"),
         ({"other": torch.ones(1)}, "linear layers"),
-        ([1, 2], "something else than tensors"),
+        ([1, 2], "tensors by name"),
     ],
 )
 def test_weights_of_something_else(clip_folder: Path, tmp_path: Path, layers: object, says: str) -> None:
