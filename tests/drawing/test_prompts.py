@@ -27,8 +27,8 @@ def test_reads_every_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kind,seed\nclean,1\n", "no column"),
-        (HEADER, "no rows"),
+        ("kind,seed\nclean,1\n", "lacks a column"),
+        (HEADER, "0 rows"),
         ("", "`prompt`"),
         (HEADER + "a car,clean,,,car,0,1.5\n", "seed `1.5`"),
         (HEADER + "a car,clean,,,car,0,-1\n", "seed `-1`"),

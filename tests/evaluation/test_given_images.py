@@ -137,7 +137,7 @@ def test_an_image_is_found_by_its_name_or_its_number(tmp_path: Path, header: str
         (["0_0.png", "0_1.png", "1_0.png", "2_0.png"], ["0_0.png and 0_1.png"]),
         (["a.png", "b.png", "2.png"], ["2 images", "a.png, b.png", "file_name"]),
         (["sd15_0_final2.png", "1.png", "2.png"], ["sd15_0_final2.png"]),
-        ([], ["no png, jpg or webp"]),
+        ([], ["0 png, jpg or webp"]),
     ],
 )
 def test_missing_and_surplus_images_are_named_and_counted(

@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     assert names == sorted(os.listdir(tmp_path / "whole"))
     assert (out / "generated.jsonl").read_text() == (tmp_path / "whole" / "generated.jsonl").read_text()
     generate(**given, out=str(out))
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="already holds other shards"):
         generate(**{**given, "steps": 3}, out=str(out))
 

@@ -237,7 +237,7 @@ def test_layers_that_the_base_model_does_not_have_are_refused(
         without_card(experts)
         merge(experts, str(tmp_path / "out"), method="sum")
         pipeline = str(tiny_pipeline)
-    with pytest.raises(UserError, match=r"have no place .*down_blocks\.3"):
+    with pytest.raises(UserError, match=r"do not exist .*down_blocks\.3"):
         merge(experts, str(tmp_path / "out2"), method="sum", pipeline=pipeline)
     assert not (tmp_path / "out2").exists()
 
