@@ -168,8 +168,9 @@ def _tell(prompts: PromptSet, file: str, total: int) -> None:
     if count := counts.get("rows_without_prompt"):
         print(f"note    {file}: {count} of {total} rows lack a prompt and are left out", file=sys.stderr)
     if count := counts.get("prompts_without_kind"):
-        print(f"note    {file}: the kind of {count} prompts is not stated, so they count as clean; "
-              "if they ask for harm, add the columns kind and category, or give --prompt_kind and --prompt_category", file=sys.stderr)  # fmt: skip
+        print(f"note    {file}: the kind of {count} prompts is not stated, so they count as clean; if they ask for "
+              "harm, add the columns kind and category, or give --prompt_kind and --prompt_category",
+              file=sys.stderr)  # fmt: skip
 
 
 def check_pairs(rows: Sequence[tuple[Prompt, str]], complaints: Complaints) -> None:

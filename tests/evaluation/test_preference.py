@@ -191,7 +191,7 @@ def test_a_scorer_that_fails_on_all_is_named(measure) -> None:
 
 
 def test_two_scorers_of_one_name(measure) -> None:
-    with pytest.raises(UserError, match="two scorers of one name"):
+    with pytest.raises(UserError, match="two scorers have the same name"):
         measure(Reds(), Reds())
 
 
