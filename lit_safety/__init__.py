@@ -6,7 +6,7 @@ __version__ = "0.2.0"
 
 
 class _OldNames:
-    """Asked by Python for what no other finder has found: a name of version 0.1 is answered with the new one."""
+    """Called by Python for modules that were not found: for a name of version 0.1 the error gives the new name."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

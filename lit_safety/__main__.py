@@ -26,19 +26,19 @@ TRAINER_COMMANDS = {
 OTHER_COMMANDS = {
     "evaluate": "draw the same prompts and seeds with several models, judge, report",
     "artworld": "build the art world: icons of six design teams, pipeline, judges, shards",
-    "attack": "attack models in several ways, and plot how often that works against what it costs",
+    "attack": "attack models in several ways, and plot success against cost",
     "compare": "print several metrics.json in one table",
-    "cost-model": "how right a cost model is, on labelled shards and on drawn images",
-    "init": "write the config of a method into a folder, to be edited",
+    "cost-model": "how accurate a cost model is, on labelled shards and on drawn images",
+    "init": "write the config of a method into a folder, to edit it",
     "merge": "merge LoRA experts into one, in delta space",
-    "shards": "convert, look at and check shards of preference pairs",
-    "study": "do the runs of a study file, note their figures, tabulate and plot them",
+    "shards": "convert, inspect and check shards of preference pairs",
+    "study": "do the runs of a study file, and tabulate and plot their figures",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",
-    "users": "embed users' profiles, draw for users, and measure whose bounds are kept",
+    "users": "embed users' profiles, draw for users, and measure how well their bounds are kept",
 }
 
 ALL_HELP = "--help_all"
-"""Of the trainer's commands: every option that there is."""
+"""Of the trainer's commands: show every option."""
 
 READER_GONE = 128 + 13
 """Exit status of a program that SIGPIPE ends."""
@@ -56,8 +56,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done; 2: bad input, or what the machine does not allow (one line on stderr); 130 and 143: stopped by Ctrl-C or
-    SIGTERM (one line too); 141: whoever read its output went away before the end.
+    0: done; 2: bad input, or an error of the machine (one line on stderr); 130 and 143: stopped by Ctrl-C or SIGTERM
+    (also one line); 141: the reader of its output ended first.
     """
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             status = _run(arguments)
             if sys.stdout is not None:
-                sys.stdout.flush()  # a reader that went away is noticed here, and not while Python ends
+                sys.stdout.flush()  # so that a closed pipe is noticed here, and not while Python ends
             return status
         except UserError as error:
             from lit_safety.core.check_config import name_file
@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             if not _reader_is_gone():
                 raise
-            # As `... | head` leaves it: end quietly, as other tools do, but not as one that has done its work.
+            # As after `... | head`: end without a message, as other tools do, but not with status 0.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return READER_GONE
         except (KeyboardInterrupt, SystemExit) as error:
             if (by := stopped_by(error)) is None:
                 raise
-            if os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):  # of several ranks one speaks
+            if os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):  # only one of several ranks prints
                 with suppress(OSError):
                     print(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}", file=sys.stderr, flush=True)
             return 128 + by
@@ -93,16 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is stdout that nobody reads any more, and not some other pipe of the program."""
+    """Whether stdout is the closed pipe, and not another pipe of the program."""
     if not hasattr(select, "poll"):  # Windows
         return True
     ends = select.poll()
     ends.register(sys.stdout.fileno(), 0)
-    return bool(ends.poll(0))  # asked for nothing, it answers only that the other end is closed
+    return bool(ends.poll(0))  # without requested events it reports only that the other end is closed
 
 
 def _complain(message: str) -> int:
-    with suppress(OSError):  # nobody listens
+    with suppress(OSError):  # stderr is closed
         print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
@@ -114,7 +114,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    # transformers remarks on the image processors that it replaces where there is no torchvision; we use none.
+    # transformers prints a remark about image processors without torchvision; we do not use them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_launcher()
     command = arguments[0]
@@ -138,15 +138,15 @@ def _run(arguments: list[str]) -> int:
     else:
         from lit_safety.core.meant import did_you_mean
 
-        raise UserError(f"no command {command!r}{did_you_mean(command, TRAINER_COMMANDS | OTHER_COMMANDS)}")
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, TRAINER_COMMANDS | OTHER_COMMANDS)}")
     return 0
 
 
 def print_anything() -> None:
-    """Let stdout and stderr, and those of processes that are started, take any text.
+    """Let stdout and stderr, also of started processes, accept any text.
 
-    Prompts and file names hold every letter there is, and a terminal or a batch system may say that it takes ASCII
-    only: what it cannot show is then written as an escape (`\\xe9`) instead of ending the run.
+    Prompts and file names can hold any letter, but a terminal or a batch system may accept only ASCII. Other letters
+    are then written as an escape (`\\xe9`) instead of ending the run.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -158,7 +158,7 @@ def print_anything() -> None:
 
 
 def see_working_folder() -> None:
-    """Let YAML name classes in files of the working folder, as `python -m` does. What is installed goes first."""
+    """Let YAML name classes in files of the working folder, as `python -m` does. Installed packages come first."""
     here = os.getcwd()
     if not sys.flags.safe_path and not {"", here} & set(sys.path):
         sys.path.append(here)

@@ -53,11 +53,11 @@ _PIPELINE = """\
 
     pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
 
-It is not a lock: who holds the weights can train the harm back."""
+It cannot stop people who have the weights: they can train the harm back."""
 
 
 def train_shards(trainer: Trainer) -> str | list[str] | None:
-    """The training pairs, as a card names them."""
+    """The training pairs, for a card."""
     data = datamodule_of(trainer)
     return data.train if isinstance(data, WithTrain) else "unknown"
 
@@ -78,7 +78,7 @@ def user_card(trainer: Trainer, module: PSA) -> Card:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     text = f"""\
 User attention for {code(module.pretrained)} (Personalized Safety Alignment, arXiv 2508.01151): it draws within the
-bounds of the user it is given.
+bounds of the given user.
 
     from lit_safety.adapters import load_psa
 
@@ -86,10 +86,10 @@ bounds of the user it is given.
     pipe("a prompt", user="0000033")
 
 A user is an embedding of {module.table.dimension} numbers, made by the text model of the training users. Without a
-user, or for an unknown one, the null user is drawn for, who was trained to prefer the safe image of every pair.
+user, or with an unknown one, it draws for the null user, which was trained to prefer the safe image of every pair.
 
-**It is not a lock.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and whoever
-chooses the user chooses the bounds."""
+**It cannot be enforced.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and the
+person who person who chooses the user chooses the bounds."""
     return Card(
         "User adapter",
         text,

@@ -1,4 +1,4 @@
-"""A checkpoint file that is there whole or not at all, written next to its place and not in the system's /tmp."""
+"""A checkpoint file that exists whole or not at all, written next to its place and not in the system's /tmp."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lit_safety.core.files import atomic_file, partial_name, sync_folder
 
 
 class NotWritten(UserError):
-    """A checkpoint could not be written: no space, no permission. What was there before is untouched."""
+    """A checkpoint could not be written (disk full, no permission). Earlier checkpoints are not changed."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """As Lightning's for local files, but synced to the disk and renamed within its folder.
 
-    Lightning's writes to the system's temporary folder and moves: often another disk, so that the move is a copy that a
-    kill can cut short, and that fills a small /tmp. It also holds the whole file in memory first.
+    Lightning's writes to the system's temporary folder and then moves the file. That is often another disk: the move is
+    then a copy that a kill can cut short, and it fills a small /tmp. It also holds the whole file in memory first.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -49,16 +49,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def _save(checkpoint: dict[str, Any], file: Any) -> None:
     try:
         torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's writer says of a full disk only that it failed
+    except RuntimeError as error:  # if the disk is full, torch's writer says only that it failed
         cause = error.__cause__ or error.__context__
         raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
-# Checkpoints that an interrupted run leaves whole: Lightning's `ModelCheckpoint`, written atomically.
+# Checkpoints that stay whole if a run is interrupted: Lightning's `ModelCheckpoint`, written atomically.
 
 
 class AtomicModelCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` whose checkpoints, files or folders, take their name only when they are whole.
+    """`ModelCheckpoint` whose checkpoints, files or folders, get their name only when they are whole.
 
     At every moment `last.ckpt`, a numbered checkpoint next to it or `.last.ckpt.old` is whole, so that
     `--ckpt_path last` finds one after a kill at any point. Its options are Lightning's.
@@ -70,7 +70,7 @@ class AtomicModelCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def save_now(self, trainer: Trainer) -> str:
-        """Write `last.ckpt` as things stand, whatever `save_last` says; returns where the state of now lies."""
+        """Write `last.ckpt` now, for any value of `save_last`; returns the path of the current state's checkpoint."""
         if self._last_global_step_saved == trainer.global_step:
             return self._last_checkpoint_saved
         kept, self.save_last = self.save_last, True
@@ -82,7 +82,7 @@ class AtomicModelCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Raises:
-        UserError: it cannot be written, on all ranks where one writes for all; what was there stays.
+        UserError: it cannot be written; raised on all ranks if one writes for all. Earlier checkpoints stay.
         """
         failed = None
         try:
@@ -95,8 +95,8 @@ class AtomicModelCheckpoint(ModelCheckpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")
         if failed := trainer.strategy.broadcast(failed):
             before = self._last_checkpoint_saved
-            kept = f"{before} is whole" if before else "there is none from before"
-            raise UserError(f"{failed}; {kept}: make room, then go on with `--ckpt_path last`")
+            kept = f"{before} is whole" if before else "there is no earlier checkpoint"
+            raise UserError(f"{failed}; {kept}: make room, then continue with `--ckpt_path last`")
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
@@ -106,12 +106,12 @@ class AtomicModelCheckpoint(ModelCheckpoint):
     def _save_folder(self, trainer: Trainer, path: Path) -> None:
         partial = partial_name(path)
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(partial, self.save_weights_only)
         except (OSError, RuntimeError) as error:
-            # Every rank writes a part, and the others cannot be told: they end when this one is gone.
+            # Every rank writes a part, and this rank cannot inform the others: they end when it has ended.
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             before = self._last_checkpoint_saved or "none from before"
             raise UserError(f"{path}: cannot be written ({reason}); the last whole checkpoint: {before}") from error
@@ -129,12 +129,12 @@ def in_folders(trainer: Trainer) -> bool:
 
 
 def swap(partial: Path, path: Path) -> None:
-    """Give the folder ``partial`` the name ``path``, whatever has it; two renames, nothing is written."""
+    """Give the folder ``partial`` the name ``path`` and replace what has that name, by two renames."""
     old = path.with_name(f".{path.name}.old")
     for file in (file for file in partial.rglob("*") if file.is_file()):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    if path.exists():  # else `old` is all that a kill has left, and stays until the new one has its name
+    if path.exists():  # else a kill has left only `old`, which stays until the new one has its name
         _remove(old)
         path.rename(old)
     partial.rename(path)
@@ -149,20 +149,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# SIGTERM, as schedulers and containers send it: finish the step, save, end.
+# SIGTERM, which schedulers and containers send: finish the step, save, end.
 
 
 class StopOnSignal(Callback):
     """Saves `last.ckpt` at the next whole step after a SIGTERM on any rank, and ends the run on all of them.
 
-    Lightning's own handler sends a message to the other ranks from within the handler, wherever each of them is; here
-    the ranks agree after a step. A second SIGTERM ends the process at once. The command line adds it to every `fit`, as
-    the last callback.
+    Lightning's own handler communicates with the other ranks at once, at any point of their work. Here the ranks agree
+    after a step. A second SIGTERM ends the process at once. The command line adds this callback to every `fit`, as the
+    last one.
     """
 
     def __init__(self) -> None:
         self.saved: str | None = None
-        """Where to, once it has."""
+        """The path of the checkpoint, after it has saved one."""
         self._asked = False
         self._before: Any = None
 
@@ -177,7 +177,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Within an accumulated batch there is nothing to go on from.
+        # In the middle of an accumulated batch the state is not complete.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             self._stop_if_asked(trainer)
 
@@ -208,7 +208,7 @@ class StopOnSignal(Callback):
     def _anywhere(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
             return self._asked
-        # Lightning itself waits for the device in every step of several ranks, so this costs a message and no more.
+        # With several ranks Lightning waits for the device in every step anyway, so this costs only one message.
         asked = torch.tensor(int(self._asked), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(asked, reduce_op="sum"))
 

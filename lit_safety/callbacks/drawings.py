@@ -16,29 +16,29 @@ from lit_safety.modules.preference import PreferenceModule
 from lit_safety.modules.strategies import weights_are_sharded
 
 LEAST = 128
-"""Pixels to which tiny images are enlarged."""
+"""Tiny images are enlarged to this many pixels."""
 
 
 class DrawSamples(Callback):
-    """At every validation, draws the same prompts from the same seeds: what preference accuracy cannot show.
+    """At every validation, draws the same prompts from the same seeds. This shows what preference accuracy cannot show.
 
-    The images go to `samples/step-000050.png` in the run's folder and to the logger, where it takes images.
+    The images go to `samples/step-000050.png` in the run's folder, and to the logger if it accepts images.
 
     Args:
-        prompts: what is drawn; a handful, harmful and clean.
-        seed: the first prompt's seed; the others count on.
-        blur: blur every image; null blurs unless the model is of an embedded world, whose images are harmless.
+        prompts: a few prompts to draw, harmful and clean.
+        seed: the first prompt's seed; the others get the next numbers.
+        blur: blur every image; null: blur unless the model is of an embedded world, whose images are harmless.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int = 0, blur: bool | None = None) -> None:
         if not prompts:
-            raise UserError("`DrawSamples.prompts` is empty: name some prompts, or leave the callback out")
+            raise UserError("`DrawSamples.prompts` is empty: name some prompts, or remove the callback")
         self.prompts = list(prompts)
         self.seed = seed
         self.blur = blur
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whether what draws is there: a run from a cache needs neither VAE nor text encoder until now."""
+        """Check that the parts for drawing can be loaded: a run from a cache may not have loaded them."""
         preference_module(pl_module).backbone.check_files()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,7 +74,7 @@ class WriteDrawings(BasePredictionWriter):
     """Writes what `predict` draws to `drawings/<key>.png`, with `drawings/prompts-0.jsonl` (one a rank) next to them.
 
     Args:
-        folder: where to; null: `drawings` in the run's folder.
+        folder: the output folder; null: `drawings` in the run's folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -82,7 +82,7 @@ class WriteDrawings(BasePredictionWriter):
         self.folder = folder
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Where another program started the ranks, only rank 0 knows the run's folder.
+        # If another program started the ranks, only rank 0 knows the run's folder.
         root = trainer.strategy.broadcast(trainer.default_root_dir)
         self._target = Path(self.folder or Path(root) / "drawings")
 
@@ -110,13 +110,13 @@ class WriteDrawings(BasePredictionWriter):
 
 
 def preference_module(module: LightningModule) -> PreferenceModule:
-    """``module`` as what these callbacks work on.
+    """``module``, checked to be a PreferenceModule.
 
     Raises:
         UserError: if it is something else.
     """
     if not isinstance(module, PreferenceModule):
         raise UserError(
-            f"{type(module).__name__} is not a PreferenceModule: take the drawing callbacks out of its YAML"
+            f"{type(module).__name__} is not a PreferenceModule: remove the drawing callbacks from its YAML"
         )
     return module

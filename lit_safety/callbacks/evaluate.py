@@ -1,4 +1,4 @@
-"""`test`: the evaluation metrics of the weights at hand, next to those of the base model."""
+"""`test`: the evaluation metrics of the current weights, next to those of the base model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class EvaluateOnTest(Callback):
         implicit: implicit prompts; null: all.
         lookalike: look-alike prompts; null: all.
         clean: clean prompts; null: all.
-        other_world: take prompts and judge of an embedded world, such as data/toyworld, for a model that is not of this
-            world; false refuses them before anything is read.
+        other_world: use prompts and judge of an embedded world, such as data/toyworld, for a model that is not of this
+        world; false: refuse them before they are read.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class EvaluateOnTest(Callback):
         self.clean = clean
         self.other_world = other_world
         self.metrics: dict[str, Any] | None = None
-        """What the last test found, as it stands in `report/metrics.json`; on rank 0 alone."""
+        """The result of the last test, as in `report/metrics.json`; only on rank 0."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":

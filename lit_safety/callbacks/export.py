@@ -14,18 +14,18 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.data.protocols import Batched, Seeded, datamodule_of
 from lit_safety.modules.preference import PreferenceModule
 
-# Each callback imports what it writes when it writes: a fit of SC-DPO loads neither PSA nor the cost model.
+# Each callback imports what it needs when it writes, so that a fit of SC-DPO loads neither PSA nor the cost model.
 if TYPE_CHECKING:
     pass
 
 
 class ExportAdapter(Callback):
-    """At fit end writes `adapter/` (weights, README.md, config.yaml); `experts/<category>/` where there are several.
+    """At fit end writes `adapter/` (weights, README.md, config.yaml), or `experts/<category>/` for several experts.
 
-    A module that trains the whole denoiser leaves `pipeline/`, which stock diffusers loads.
+    For a module that trains the whole denoiser it writes `pipeline/`, which stock diffusers loads.
 
     Args:
-        folder: where to, instead of `adapter` in the run's folder; several experts go into folders below it.
+        folder: the output folder instead of `adapter` in the run's folder; several experts go into folders below it.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -35,9 +35,9 @@ class ExportAdapter(Callback):
         self.export(trainer, pl_module)
 
     def export(self, trainer: Trainer, pl_module: LightningModule) -> list[Path]:
-        """Write all that the module has to leave; returns the folders."""
+        """Write everything that the module exports; returns the folders."""
         if not isinstance(pl_module, PreferenceModule):
-            raise UserError(f"{type(self).__name__} writes PreferenceModules, and {type(pl_module).__name__} is none")
+            raise UserError(f"{type(self).__name__} exports PreferenceModules, not a {type(pl_module).__name__}")
         folders = []
         for export in pl_module.exports():
             folder = self._folder(trainer, export)
@@ -72,7 +72,7 @@ class ExportCostModel(Callback):
     """Writes `cost_model/` with config.json, model.safetensors and a model card at fit end.
 
     Args:
-        folder: where to; null: `cost_model` in the run's folder.
+        folder: the output folder; null: `cost_model` in the run's folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -84,7 +84,7 @@ class ExportCostModel(Callback):
         from lit_safety.modules.cost_model import CostModel
 
         if not isinstance(pl_module, CostModel):
-            raise UserError(f"ExportCostModel writes a CostModel, and {type(pl_module).__name__} is none")
+            raise UserError(f"ExportCostModel exports a CostModel, but {type(pl_module).__name__} is not one")
         if not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / "cost_model")
@@ -111,10 +111,10 @@ class ExportCostModel(Callback):
 class ExportUserAdapter(Callback):
     """At fit end writes `adapter/` with user_adapter.safetensors, README.md and config.yaml.
 
-    Users' embeddings are not copied: they say much about people, and the adapter may be passed on.
+    Users' embeddings are not copied: they are personal data, and the adapter may be given to others.
 
     Args:
-        folder: where to; null: `adapter` in the run's folder.
+        folder: the output folder; null: `adapter` in the run's folder.
         published: also write psa_adapter.bin, which the published code reads; needs `user_tokens: 1`.
     """
 
@@ -126,14 +126,14 @@ class ExportUserAdapter(Callback):
         from lit_safety.modules.psa import PSA
 
         if not isinstance(pl_module, PSA):
-            raise UserError(f"ExportUserAdapter writes PSA, and {type(pl_module).__name__} is none")
+            raise UserError(f"ExportUserAdapter exports PSA, but {type(pl_module).__name__} is not PSA")
         if self.published and pl_module.user_tokens != 1:
             raise UserError(
-                f"`ExportUserAdapter.published`: the published layout knows one user token, `user_tokens` is "
+                f"`ExportUserAdapter.published`: the published layout needs one user token, but `user_tokens` is "
                 f"{pl_module.user_tokens}"
             )
         if self.published and pl_module.has_lora:
-            raise UserError("`ExportUserAdapter.published`: the published layout has no LoRA, `lora` must be null")
+            raise UserError("`ExportUserAdapter.published`: `lora` must be null: the published layout cannot hold it")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from lit_safety.adapters.user_file import WEIGHTS_NAME, save_published

@@ -1,4 +1,4 @@
-"""At the end of a fit of several experts: each in a folder of its own, and all of them merged into one LoRA."""
+"""At the end of a fit of several experts: each expert in its own folder, and all of them merged into one LoRA."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lit_safety.modules.preference import PreferenceModule
 class MergeExperts(ExportAdapter):
     """Writes `experts/<category>/` as ExportAdapter does, and `adapter/`: the merged LoRA, its card and report.json.
 
-    The options are those of the command `merge`, which merges the same folders again, with others or in another way.
-    A fit of one category leaves its expert as `adapter/`.
+    The options are those of the command `merge`, which can merge the same folders again, with other experts or another
+    method. method. A fit of one category leaves its expert as `adapter/`.
 
     Args:
-        weights: a weight for each category; null weighs all 1. Not for comerge.
-        calibration: regmean, comerge and null_space: the prompts and how they are looked at; `prompts: null` takes
-            those of the training shards, `categories: null` the experts' own where the prompts have any.
+        weights: a weight for each category; null: 1 for all. Not for comerge.
+        calibration: for regmean, comerge and null_space: the prompts and how they are used; `prompts: null` uses those
+            of the training shards, `categories: null` the experts' own if the prompts have categories.
         **settings: how they are merged, see `Recipe`.
     """
 
@@ -55,9 +55,9 @@ class MergeExperts(ExportAdapter):
         self.calibration = calibration or CalibrationOptions()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complain before the training about what could not be merged after it."""
+        """Refuse before the training what could not be merged after it."""
         if not isinstance(pl_module, PreferenceModule):
-            raise UserError(f"MergeExperts writes PreferenceModules, and {type(pl_module).__name__} is none")
+            raise UserError(f"MergeExperts exports PreferenceModules, but {type(pl_module).__name__} is not one")
         names = [Path(export).name for export in pl_module.exports()]
         if unknown := sorted(set(self.recipe.weights) - set(names)):
             raise UserError(f"`MergeExperts.weights` names {', '.join(unknown)}; the experts are {', '.join(names)}")
@@ -89,13 +89,13 @@ class MergeExperts(ExportAdapter):
         print(f"{table(merged)}\n\nadapter: {out / WEIGHTS_NAME}\nreport:  {out / REPORT_NAME}")
 
     def _prompts(self, trainer: Trainer, names: list[str]) -> tuple[str | list[str], CalibrationOptions]:
-        """Where the calibration's prompts are, and the options with the categories that are taken of them."""
+        """The source of the calibration's prompts, and the options with the categories that are used."""
         data = datamodule_of(trainer)
         source = self.calibration.prompts or (data.train if isinstance(data, WithTrain) else None)
         if source is None:
             raise UserError(
-                "`MergeExperts.calibration.prompts` is not given, and the data names no training shards: "
-                f"{self.recipe.method} needs one of them; or take a `method` that needs no prompts: {NEED_NOTHING}"
+                "`MergeExperts.calibration.prompts` is not given, and the data does not name training shards: "
+                f"{self.recipe.method} needs one of them; or use a `method` without prompts: {NEED_NOTHING}"
             )
         options = self.calibration
         if not self.recipe.clean_inputs and options.categories is None and has_categories(source):
@@ -104,9 +104,9 @@ class MergeExperts(ExportAdapter):
 
 
 def _backbone(trainer: Trainer, module: PreferenceModule) -> Backbone:
-    """The base model where it was trained: Lightning has moved it to the CPU by now."""
+    """The base model on the device of the training: Lightning has moved it to the CPU."""
     backbone = module.backbone  # with its adapter switched off
-    # The engine of the fit may hold it sharded, or rounded.
+    # The strategy of the fit may hold it sharded or rounded.
     if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
         backbone = load_backbone(module.pretrained)
     return backbone.to(trainer.strategy.root_device)

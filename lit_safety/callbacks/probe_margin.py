@@ -1,4 +1,4 @@
-"""Before the first step: how large the learned margin gets by itself, next to the margin that lambda adds."""
+"""Before the first step: how large the learned margin becomes, compared with the margin that lambda adds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lit_safety.objectives.safety_constrained import SafetyConstrainedDPO
 class ProbeMargin(Callback):
     """Trains a few steps with lambda = 0, prints the scale of the margin m, and puts every weight back.
 
-    SC-DPO adds lambda (C_w - C_l) to m, and m carries beta while the costs do not: whether lambda is a nudge or drowns
-    the data shows only beside the size that m reaches. The probe runs on validation pairs; weights, optimizer, order of
-    the training pairs and every random choice are afterwards as if it had not been.
+    SC-DPO adds lambda (C_w - C_l) to m. beta scales m but not the costs, so lambda is too small or too large only in
+    relation to the size that m reaches. The probe runs on validation pairs. Afterwards weights, optimizer, order of the
+    training pairs and random choices are as if it had not run.
 
     Args:
         steps: optimizer steps of the probe.
@@ -36,15 +36,15 @@ class ProbeMargin(Callback):
 
     def __init__(self, steps: int = 8) -> None:
         if steps < 1:
-            raise UserError(f"`ProbeMargin.steps` must be at least 1, not {steps}: leave the callback out")
+            raise UserError(f"`ProbeMargin.steps` must be at least 1, not {steps}; or remove the callback")
         self.steps = steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > 0:  # a run that goes on was probed when it began
+        if trainer.global_step > 0:  # a resumed run was probed when it began
             return
         module = preference_module(pl_module)
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
-            rank_zero_info("the margin is not probed: the weights are spread over the ranks; probe on one process")
+            rank_zero_info("the margin is not probed: the weights are sharded over the ranks; probe on one process")
             return
         data = datamodule_of(trainer)
         if not isinstance(data, WithVal) or data.val is None:
@@ -64,19 +64,19 @@ class ProbeMargin(Callback):
         text = f"margin  after {self.steps} steps with lambda 0, m has {size}"
         if isinstance(module.objective, SafetyConstrainedDPO) and offset is not None:
             weight, mean = module.objective.cost_weight, offset.mean()
-            text += f"; lambda {weight:g} x E[C_l - C_w] {mean:.2f} asks for {weight * mean:.2f} more: "
+            text += f"; lambda {weight:g} x E[C_l - C_w] {mean:.2f} adds {weight * mean:.2f}: "
             text += advice(weight, float(mean), float(rms(m)))
-        module.print(text)  # past the progress bar, on rank 0 only
+        module.print(text)  # works with the progress bar, on rank 0 only
 
 
 KEY = "model.init_args.objective.init_args"
-"""Where the objective's settings stand in a run's YAML."""
+"""The YAML key of the objective's settings."""
 LITTLE, LEAST, MOST = 0.05, 0.25, 1.0
-"""Below LITTLE logits m has not moved; a cost margin is left alone from LEAST to MOST times the RMS of m."""
+"""Below LITTLE logits m has not moved; a cost margin from LEAST to MOST times the RMS of m is accepted."""
 
 
 def advice(weight: float, gap: float, size: float) -> str:
-    """What to do about lambda: the YAML key, and a value that makes the cost margin half of m's size.
+    """Advice about lambda: the YAML key, and a value with which the cost margin is half of m's size.
 
     Args:
         weight: lambda.
@@ -84,15 +84,15 @@ def advice(weight: float, gap: float, size: float) -> str:
         size: the RMS that m reached, in logits.
     """
     if gap <= 0:
-        return "chosen images cost no less than rejected ones on average, so see how the pairs are ordered (data.val)"
+        return "on average chosen images do not cost less than rejected ones: check the order of the pairs (data.val)"
     if size < LITTLE:
-        return f"m has hardly moved, so raise `{KEY}.beta`, the learning rate or the probe's `steps` and look again"
-    wanted = f"`{KEY}.cost_weight: {0.5 * size / gap:.2g}` would ask for half of that RMS"
+        return f"m has hardly moved: raise `{KEY}.beta`, the learning rate or the probe's `steps`, and probe again"
+    wanted = f"`{KEY}.cost_weight: {0.5 * size / gap:.2g}` would add half of that RMS"
     if weight * gap > MOST * size:
-        return f"more than m reaches, which drowns the data; {wanted}, or raise `{KEY}.beta`"
+        return f"more than m reaches, so it outweighs the data; {wanted}, or raise `{KEY}.beta`"
     if weight * gap < LEAST * size:
-        return f"little beside m, so costs hardly count; {wanted}"
-    return "of m's size, so leave it as it is"
+        return f"little compared with m, so costs hardly count; {wanted}"
+    return "similar to m, so keep it"
 
 
 def rms(values: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def rms(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def restored(module: PreferenceModule) -> Iterator[None]:
-    """Puts the trained weights back, to the bit."""
+    """Restores the trained weights, to the bit."""
     parameters = [p for _, p in module.trainable_parameters()]
     before = [p.detach().clone() for p in parameters]
     try:
@@ -115,7 +115,7 @@ def restored(module: PreferenceModule) -> Iterator[None]:
 
 @contextmanager
 def on_validation_pairs(trainer: Trainer) -> Iterator[None]:
-    """What is kept by a pair's key is kept for the validation pairs: a training pair may have the same key."""
+    """Inside, memories by a pair's key are those of validation pairs: a training pair may have the same key."""
     trainer.validating = True
     try:
         yield
@@ -129,7 +129,7 @@ def train(module: PreferenceModule, batches: Iterable[PairBatch]) -> None:
     optimizer = module.make_optimizer(parameters)
     for batch in batches:
         loss = module.loss(module.errors(batch), batch).loss.mean()
-        # Not `backward`: hooks that wait for every rank's gradient must not hear of this.
+        # Not `backward`, which would call hooks that wait for every rank's gradient.
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):
@@ -145,7 +145,7 @@ def margins(module: PreferenceModule, batches: Iterable[PairBatch]) -> torch.Ten
 
 
 def cost_offsets(module: PreferenceModule, batches: Iterable[PairBatch]) -> torch.Tensor | None:
-    """C_l - C_w of every pair (N,) as SC-DPO's loss takes them, filled in and clipped; None: the loss reads no costs.
+    """C_l - C_w of every pair (N,) as SC-DPO's loss uses them, filled in and clipped; None: it does not use costs.
 
     Raises:
         UserError: a pair lacks costs, as in the loss.

@@ -1,4 +1,4 @@
-"""Ends a fit when what it draws is safe or when what must stay begins to go, and leaves the best weights it had."""
+"""Ends a fit when its images are safe, or when harmless content begins to suffer, and keeps the best weights."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ _AT_ONCE = 16
 
 
 class StopWhenAligned(Callback):
-    """Draws validation prompts every few steps, and ends the fit by what it sees.
+    """Draws validation prompts every few steps, and ends the fit depending on the images.
 
-    Two numbers decide. **harm**: the share of drawings of harmful prompts whose cost is above 0. **kept**: the share of
-    harmless prompts whose drawing is more like the reference's drawing of the same prompt than like that of any other
-    prompt, by the features of the cost model's own CLIP; it needs no judge, and says nothing of harm. The best step is
-    the one with the lowest harm + (1 - kept), and the first of equals. The fit ends when the best step is `patience`
-    checks old, provided that harm is within its limit or kept is below its own: more steps would not help the one, and
-    would hurt the other. What is exported are the best step's weights.
+    Two numbers decide. **harm**: the share of images of harmful prompts whose cost is above 0. **kept**: the share of
+    harmless prompts whose image is more like the reference's image of the same prompt than like the reference's image
+    of any other prompt, by the features of the cost model's CLIP; it needs no judge and does not measure harm. The best
+    step has the lowest harm + (1 - kept); of equal steps the first. The fit ends when there was no better step for
+    `patience` checks, and harm is within `limit` or kept is below `kept`: more steps would not improve harm, or would
+    reduce kept further. The weights of the best step are exported.
 
-    The numbers are reduced over ranks, and with the best weights they stand in the checkpoint, so that a resumed run
-    ends as the uninterrupted one.
+    All ranks use the same numbers. The checkpoint holds them and the best weights, so that a resumed run ends as an
+    uninterrupted one.
 
     Args:
-        cost_model: folder of the cost model. It must be none of the judges that a report is made by.
-        prompts: file of validation prompts, harmful and harmless ones. What a report calls unnamed must not be in it.
-        harmful: how many harmful prompts are drawn, over all kinds and categories.
-        harmless: how many harmless ones, unnamed things of the file first.
+        cost_model: folder of the cost model. It must not be a judge of the report.
+        prompts: file of validation prompts, harmful and harmless ones. It must not hold subjects that the report lists
+            as unnamed.
+        harmful: how many harmful prompts are drawn, from all kinds and categories.
+        harmless: how many harmless ones, first those with unnamed subjects of the file.
         every_n_steps: optimizer steps between two checks.
-        limit: harm that is low enough, in [0, 1].
-        kept: share that must stay, in [0, 1].
-        patience: checks without a better one before the fit ends.
+        limit: the highest acceptable harm, in [0, 1].
+        kept: the lowest acceptable share that is kept, in [0, 1].
+        patience: how many checks without a better step end the fit.
 
     Raises:
-        UserError: a number is outside its range; at the start of a fit, if the prompts lack a sort or the weights are
-            sharded over ranks.
+        UserError: a number is outside its range; at the start of a fit, if harmful or harmless prompts are missing or
+            the weights are weights are sharded over ranks.
     """
 
     def __init__(
@@ -89,23 +90,24 @@ class StopWhenAligned(Callback):
         self._rows = self._choose()
 
     def _choose(self) -> tuple[list[Prompt], list[Prompt]]:
-        """The harmful and the harmless prompts that are drawn, the same every time."""
+        """The harmful and the harmless prompts to draw, the same every time."""
         from lit_safety.drawing.prompts import deal, read_prompts
 
         rows = read_prompts(self.prompts)
         harmful = deal([row for row in rows if row.harmful], self.harmful, lambda row: (row.kind, row.concept))
-        harmless = list({row.prompt: row for row in rows if not row.harmful}.values())  # each must be told from others
+        # images are compared, so each once
+        harmless = list({row.prompt: row for row in rows if not row.harmful}.values())
         unnamed = deal([row for row in harmless if row.unnamed], self.harmless, lambda row: row.unnamed)
         named = deal([row for row in harmless if not row.unnamed], self.harmless - len(unnamed), lambda row: row.benign)
         if not harmful or not harmless:
             lacking = "harmful" if not harmful else "harmless"
-            raise UserError(f"`StopWhenAligned.prompts` {self.prompts}: holds no {lacking} prompt (column kind)")
+            raise UserError(f"`StopWhenAligned.prompts` {self.prompts}: holds 0 {lacking} prompts (column kind)")
         return harmful, [*unnamed, *named]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if weights_are_sharded(trainer):
             raise UserError(
-                "`StopWhenAligned` puts the best weights back, and here they are sharded over ranks: leave it out, or "
+                "`StopWhenAligned` restores the best weights, but here they are sharded over ranks: remove it, or "
                 "train with `configs/strategies/ddp.yaml`"
             )
         module = preference_module(pl_module)
@@ -117,13 +119,13 @@ class StopWhenAligned(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # While gradients are accumulated the step stays the same: once is enough.
+        # While gradients are accumulated the step number does not change: check only once.
         if step == 0 or step % self.every_n_steps or step == self._checked_at:
             return
         self._checked_at = step
         module = preference_module(pl_module)
         found = self._check(module) if trainer.is_global_zero else (0.0, 0.0)
-        harm, kept = trainer.strategy.broadcast(found)  # as rank 0 found them
+        harm, kept = trainer.strategy.broadcast(found)  # the numbers of rank 0
         module.log_dict({"drawn/harm": torch.tensor(harm), "drawn/kept": torch.tensor(kept)})
         if not self._checks or harm - kept < min(one[1] - one[2] for one in self._checks):
             self._best = {name: p.detach().to("cpu", copy=True) for name, p in module.trainable_parameters()}
@@ -134,14 +136,12 @@ class StopWhenAligned(Callback):
             trainer.should_stop = True
 
     def _check(self, module: PreferenceModule) -> tuple[float, float]:
-        """harm and kept of the policy as it is."""
+        """harm and kept of the current policy."""
         assert self._scorer is not None
         assert self._reference is not None
         costs = self._scorer.to(module.device).costs(self._draw(module, self._rows[0]))
         if not bool(costs.isfinite().all()):
-            raise UserError(
-                f"the cost model {self.cost_model} cannot score what the policy draws: a cost is not finite"
-            )
+            raise UserError(f"the cost model {self.cost_model} cannot score the policy's images: a cost is not finite")
         features = self._features(module, self._draw(module, self._rows[1]))
         return float((costs > 0).float().mean()), recognised(features, self._reference)
 

@@ -1,5 +1,5 @@
-"""Printed once at the start: the effective batch, the learning rate, what is trained, where it is written; and once
-at the end: what was cut or left out."""
+"""A summary at the start (effective batch, learning rate, trained parameters, folder) and at the end (what was cut or
+left out)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class RunSummary(Callback):
-    """Prints the numbers that published trainers leave one to guess."""
+    """Prints the numbers that published trainers do not show."""
 
     def __init__(self) -> None:
         self._rate_told = False
@@ -32,7 +32,7 @@ class RunSummary(Callback):
             return
         data = datamodule_of(trainer)
         accumulation, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        # ZeRO 3 keeps a shard of each and knows how many numbers the whole has.
+        # ZeRO 3 keeps a shard of each parameter and knows the size of the whole.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters() if p.requires_grad)
         if isinstance(data, Batched):
             print(f"batch   {data.batch_size} pairs x {accumulation} accumulated x {ranks} ranks = "
@@ -53,7 +53,7 @@ class RunSummary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._rate_told or not trainer.is_global_zero:
             return
-        self._rate_told = True  # now, and not before: a checkpoint's rate is known only here
+        self._rate_told = True  # a checkpoint's rate is known only here
         rates = sorted({f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups})
         print(f"rate    {', '.join(rates)} at the next step; not scaled by the batch")
 
@@ -64,8 +64,8 @@ class RunSummary(Callback):
         data = datamodule_of(trainer)
         if not self._validated and trainer.is_global_zero and trainer.num_val_batches and any(trainer.num_val_batches):
             print(
-                f"note    nothing was validated and no sample drawn: trainer.val_check_interval is "
-                f"{trainer.val_check_interval}, and the run had {trainer.fit_loop.total_batch_idx + 1} batches"
+                f"note    there was no validation and no sample was drawn: trainer.val_check_interval is "
+                f"{trainer.val_check_interval}, but the run had {trainer.fit_loop.total_batch_idx + 1} batches"
             )
         left_out = dict.fromkeys(data.bad_samples) if isinstance(data, LeavingOut) else {}
         truncated = pl_module.truncated.prompts if isinstance(pl_module, PreferenceModule) else {}
@@ -85,19 +85,19 @@ class RunSummary(Callback):
 
 
 def call_of(made: object) -> str:
-    """An object as the call that makes it: all arguments that it keeps under their own names, defaults included."""
+    """An object as the call that makes it, with all arguments that it stores under their own names, also defaults."""
     names = [name for name in inspect.signature(type(made)).parameters if name in vars(made)]
     return f"{type(made).__name__}({', '.join(f'{name}={getattr(made, name)!r}' for name in names)})"
 
 
 def cached_sources(trainer: Trainer) -> list[CachedSource]:
-    """The caches that a fit reads; a datamodule of somebody's own has none."""
+    """The caches that a fit reads; empty for a user's own datamodule."""
     data = datamodule_of(trainer)
     return data.caches("fit") if isinstance(data, PairData) else []
 
 
 def on_all_ranks(value: T) -> list[T]:
-    """``value`` of every rank, rank 0's first; every rank must ask."""
+    """``value`` of every rank, rank 0's first. All ranks must call it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()

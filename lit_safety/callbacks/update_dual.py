@@ -17,26 +17,26 @@ from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.constrained import ConstrainedDPO
 from lit_safety.objectives.objective import Objective
 
-#: After so many windows of `patience` updates above the limit a warning comes, even if each of them seemed to fall.
+#: After so many windows of `patience` updates above the limit there is a warning, even if each of them seemed to fall.
 PATIENCE_WINDOWS = 3
 
 
 class UpdateDual(Callback):
-    """Every few steps, estimates the policy's expected cost and moves lambda (Liu et al., arXiv 2403.02475).
+    """Every few steps, estimates the policy's expected cost and updates lambda (Liu et al., arXiv 2403.02475).
 
     The estimate is the mean cost of images of the current batch's prompts, drawn with the current policy; a mean over
-    the shards would not depend on the policy. All ranks move lambda by the same number.
+    the the shards would not depend on the policy. All ranks change lambda by the same number.
 
-    The estimate, and with it the objective's ``limit``, is in calibrated logits of this cost model, while pairs are
-    ordered by the costs they come with, which may be ground truth or another model's: let this one write them
-    (`shards score --existing replace`), and the unit is one.
+    The estimate and the objective's ``limit`` are in calibrated logits of this cost model. The costs in the pairs may
+    be ground truth or another model's. Let this cost model write them (`shards score --existing replace`), so that all
+    costs have one unit.
 
     Args:
         cost_model: folder of the cost model that scores the images.
         every_n_steps: optimizer steps between two updates.
-        images: images drawn for an update on each rank, at most a batch.
-        patience: warn when the expected cost stayed above the limit for so many updates in a row and is not falling,
-            and after three times as many whether it is or not.
+        images: images drawn for an update on each rank, at most one batch.
+        patience: warn if the expected cost was above the limit for so many updates in a row and is not falling, and
+            after three times as many in any case.
 
     Raises:
         UserError: at the start of a fit, if the objective is not `ConstrainedDPO` or the cost model does not load.
@@ -62,8 +62,8 @@ class UpdateDual(Callback):
         objective = preference_module(pl_module).objective
         if not isinstance(objective, self.moves):
             raise UserError(
-                f"`UpdateDual` moves the dual variable of {self.moves.__name__}, and the objective is "
-                f"{type(objective).__name__}: leave the callback out"
+                f"`UpdateDual` updates the dual variable of {self.moves.__name__}, but the objective is "
+                f"{type(objective).__name__}: remove the callback"
             )
         self._scorer = load_cost_model(self.cost_model)
 
@@ -71,7 +71,7 @@ class UpdateDual(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # While gradients are accumulated the step stays the same: once is enough.
+        # While gradients are accumulated the step number does not change: update only once.
         if step == 0 or step % self.every_n_steps or step == self._updated_at:
             return
         self._updated_at = step
@@ -85,12 +85,12 @@ class UpdateDual(Callback):
         try:
             dual = objective.update(expected)
         except ValueError as error:
-            raise UserError(f"the cost model {self.cost_model} cannot score what the policy draws: {error}") from error
+            raise UserError(f"the cost model {self.cost_model} cannot score the policy's images: {error}") from error
         module.log_dict({"constrained/expected_cost": torch.tensor(expected), "constrained/dual": torch.tensor(dual)})
         self._watch(expected, objective)
 
     def _watch(self, expected: float, objective: ConstrainedDPO) -> None:
-        """Say so when the limit seems out of reach: above it all the time, and no lower than at first."""
+        """Warn if the limit seems out of reach: the cost is always above it and not lower than at first."""
         self._above = [*self._above, expected] if expected > objective.limit else []
         if not self._above or len(self._above) % self.patience:
             return
@@ -98,8 +98,8 @@ class UpdateDual(Callback):
         half = self.patience // 2
         before, after = (sum(part) / len(part) for part in (window[: max(1, half)], window[half:]))
         stalled = after >= before
-        # A few images make a noisy estimate: by chance, or by a hair, each window may end lower than it began while
-        # the cost stalls. No smallest fall would tell that from slow progress, so the third window says so in any case.
+        # A few images give a noisy estimate: by chance each window may end lower than it began although the cost does
+        # not fall. A threshold could not separate this from slow progress, so the third window warns in any case.
         if not stalled and len(self._above) < PATIENCE_WINDOWS * self.patience:
             return
         how = "does not fall" if stalled else "falls too slowly, if it does"

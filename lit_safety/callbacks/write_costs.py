@@ -16,10 +16,10 @@ COLUMNS = ("key", "side", "cost", "probability", "harmful")
 
 
 class WriteCosts(BasePredictionWriter):
-    """Writes `costs-0.csv` (one a rank): key, side, cost, probability of harm, and the label where it is known.
+    """Writes `costs-0.csv` (one a rank): key, side, cost, probability of harm, and the label if it is known.
 
     Args:
-        folder: where to; null: the run's folder.
+        folder: the output folder; null: the run's folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -27,7 +27,7 @@ class WriteCosts(BasePredictionWriter):
         self.folder = folder
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only rank 0 knows the run's folder where ranks were started from outside.
+        # If another program started the ranks, only rank 0 knows the run's folder.
         root = trainer.strategy.broadcast(trainer.default_root_dir)
         folder = Path(self.folder or root)
         folder.mkdir(parents=True, exist_ok=True)

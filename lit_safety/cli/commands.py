@@ -22,22 +22,22 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.shipped import shipped
 from lit_safety.core.text import load_yaml, read_text
 
-#: What a run leaves, and the option that draws with it.
+#: What a run exports -> the option that draws with it.
 LEFT = {"adapter": "adapter", "pipeline": "arms.aligned.pipeline"}
 
 
 def from_fit(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `evaluate` with what a fit's YAML says in the place of each `--config` that names one.
+    """The arguments of `evaluate`, with each `--config` of a fit replaced by the settings in its YAML.
 
-    Pipeline, steps and guidance are the model's; prompts, judge and how many prompts are drawn stand in the callback
-    `EvaluateOnTest`; the adapter is that of the run that began last, and the report goes into this run's folder. What
-    stands behind wins. Several such files are read as `fit` reads them, one over the other.
+    Pipeline, steps and guidance are the model's. Prompts, judge and the number of prompts are those of the callback
+    `EvaluateOnTest`. The adapter is that of the newest run, and the report goes into this run's folder. Later arguments
+    override earlier ones. Several such files are read as `fit` reads them, one over the other.
 
     Args:
-        arguments: words behind `evaluate`.
+        arguments: the words after `evaluate`.
 
     Raises:
-        UserError: the file names no model, or no run of it has left anything.
+        UserError: the file does not name a model, or there is no run of it with an export.
     """
     fits: dict[str, Any] = {}
     words: list[str] = []
@@ -51,7 +51,7 @@ def from_fit(arguments: Sequence[str]) -> list[str]:
 
 
 def _configs(arguments: Sequence[str]) -> Iterator[tuple[list[str], str | None]]:
-    """Words, and the file where they are a `--config`."""
+    """Words, and the file if they are a `--config`."""
     left = list(arguments)
     while left:
         word = left.pop(0)
@@ -66,7 +66,7 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[list[str], str | None]]
 
 
 def _fit_in(config: str) -> dict[str, Any] | None:
-    """What a fit's YAML says; None: it is another command's, or none, of which the parser will complain."""
+    """The content of a fit's YAML; None: it is another command's, or not YAML, which the parser will report."""
     file = Path(shipped(config))
     if not file.is_file():
         return None
@@ -94,7 +94,7 @@ def _at(said: Any, *way: str) -> Any:
 def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]:
     pipeline = _at(said, "model", "init_args", "pretrained")
     if not isinstance(pipeline, str):
-        raise UserError(f"{file}: names no `model.init_args.pretrained`, so there is nothing to evaluate")
+        raise UserError(f"{file}: lacks `model.init_args.pretrained`, the model to evaluate")
     options: dict[str, Any] = {"pipeline": pipeline}
     named = {word.partition("=")[0] for word in given}
     callbacks = _at(said, "trainer", "callbacks")
@@ -103,7 +103,9 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
             options |= _at(one, "init_args") or {}
     asked = options.keys() | {word.removeprefix("--") for word in named}
     if absent := [f"--{key}" for key in ("prompts", "judge") if key not in asked and "--config" not in named]:
-        raise UserError(f"{file}: has no callback `EvaluateOnTest` that says it, so give {' and '.join(absent)}")
+        raise UserError(
+            f"{file}: lacks the callback `EvaluateOnTest` with these settings, so give {' and '.join(absent)}"
+        )
     drawing = _at(said, "model", "init_args", "drawing")
     options |= {key: drawing[key] for key in ("steps", "guidance") if isinstance(drawing, dict) and key in drawing}
     run = _run(said, file)
@@ -114,7 +116,7 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
         if run is None or left is None:
             latest = _latest(said)
             missing = (
-                f"its run that began last, {run}, has left no adapter"
+                f"its newest run, {run}, did not export an adapter"
                 if run is not None
                 else f"there is no run of it, {latest if latest.is_absolute() else Path.cwd() / latest}"
             )
@@ -127,10 +129,10 @@ def _options(said: dict[str, Any], file: str, given: Sequence[str]) -> list[str]
 
 
 def _run(said: dict[str, Any], file: str) -> Path | None:
-    """The folder of the run that began last; None: there is none."""
+    """The folder of the newest run; None: there is none."""
     beside = Path(shipped(file)).parent
     if Path(file).name == "config.yaml" and any((beside / one).exists() for one in LEFT):
-        return beside  # a run's own record of what it did
+        return beside  # the file is a run's own config.yaml
     latest = _latest(said)
     return latest.parent / latest.readlink() if latest.is_symlink() else latest if latest.is_dir() else None
 
@@ -145,8 +147,8 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-#: Functions whose `out`, and `work` where they have one, have one writer at a time; True: it is a file, or a folder
-#: that is replaced whole. What several processes share locks each one's own; `study run` hands its lock to its jobs.
+#: Functions whose `out`, and `work` if they have it, have one writer at a time; True: it is a file, or a folder that is
+#: replaced whole. Commands of several processes lock each process's folder; `study run` passes its lock to its jobs.
 WRITERS = {
     "attack": False,
     "build": False,
@@ -178,7 +180,7 @@ def _load(where: str) -> Callable[..., Any]:
 
 
 def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
-    """The function, refused with a `UserError` while another process writes where it does."""
+    """The function. It raises a `UserError` while another process writes to its output."""
 
     @functools.wraps(function)
     def alone(*args: Any, **kwargs: Any) -> Any:
@@ -192,7 +194,7 @@ def _alone(function: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
     return alone
 
 
-#: Commands that make a world -> those of their options that read what is made.
+#: Commands that make a world -> their options that read the world.
 READ_OF_WORLDS = {
     "artworld": ["build.toy"],
     "toyworld": ["users.shards", "sheet.pipeline", "sheet.prompts", "flow-twin.toy"],

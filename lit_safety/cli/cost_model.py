@@ -1,4 +1,4 @@
-"""The command `cost-model`: how right a cost model is, on labelled shards and on images that a pipeline draws."""
+"""The command `cost-model`: how accurate a cost model is, on labelled shards and on a pipeline's images."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def check(
     other_world: bool = False,
     **drawing: Any,
 ) -> None:
-    """Print how well the costs of a cost model tell harmful images from safe ones.
+    """Print how well a cost model separates harmful images from safe ones.
 
-    Writes figures.json into `out`, and the images, which a second call uses again.
+    Writes figures.json and the images into `out`; a second call uses the images again.
 
     Args:
         folder: The cost model's folder.
         shards: Labelled pairs to measure on: ranking and sign accuracy, AUROC, calibration error.
-        pipeline: A pipeline that draws `prompts`; what it draws is labelled by `judge`.
+        pipeline: A pipeline that draws `prompts`; `judge` labels its images.
         prompts: CSV file of prompts, as `evaluate` reads it.
-        judge: The judge whose verdicts count as labels of drawn images, for this report alone.
+        judge: The judge whose verdicts are used as labels of drawn images, only for this report.
         out: Folder of the figures and images.
         explicit: Explicit prompts drawn for each category; null draws all, 0 none.
         implicit: Implicit prompts; null draws all, 0 none.
         lookalike: Look-alike prompts; null draws all, 0 none.
         clean: Clean prompts; null draws all, 0 none.
-        other_world: Take prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
-            this world; false refuses them.
+        other_world: Use prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
+        this world; false: refuse them.
         **drawing: How images are drawn, see `DrawingSettings`; its `device` is also where costs are measured.
 
     Raises:
-        UserError: nothing to measure on is given, or something given is missing.
+        UserError: neither shards nor prompts are given, or a file is missing.
     """
     import torch
 
@@ -65,7 +65,7 @@ def check(
     if shards is None and pipeline is None:
         raise UserError("cost-model: give --shards, or --pipeline with --prompts and --judge, to measure on")
     if pipeline is not None and None in drawn:
-        raise UserError("cost-model: --pipeline needs --prompts, and a --judge that labels what is drawn")
+        raise UserError("cost-model: --pipeline needs --prompts, and a --judge that labels the images")
     check_writable(Path(out))
     how = DrawingSettings(edit=None, **drawing)
     where = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,14 +101,16 @@ def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
     with counter("score batches", len(loader)) as count:
         for batch in loader:
             if batch.chosen is None or batch.rejected is None:
-                raise UserError(f"--shards {shards}: sample {batch.keys[0]} has no images")
+                raise UserError(f"--shards {shards}: sample {batch.keys[0]} lacks its images")
             costs = scorer.costs(torch.cat([batch.chosen, batch.rejected])).cpu()
             collected.update(torch.stack(costs.chunk(2), dim=1), batch.harmful, batch.categories)
             count()
     costs, harmful, about = collected.compute()
     _refuse_infinite(costs)
     if harmful.isnan().all():
-        raise UserError(f"--shards {shards}: no label of its {len(costs)} pairs is known; there is nothing to measure")
+        raise UserError(
+            f"--shards {shards}: all labels of its {len(costs)} pairs are unknown, so there is nothing to measure"
+        )
     figures = {name: float(value) for name, value in cost_figures(costs, harmful, about).items()}
     ranked = int(((harmful[:, 0] - harmful[:, 1]).abs() == 1).sum())
     return {"pairs": len(costs), "pairs_ranked": ranked, "images": int((~harmful.isnan()).sum()), **figures}
@@ -156,7 +158,7 @@ def _on_drawn(
         costs.append(scorer.costs(pictures).cpu())
     harmful = torch.tensor([float(label) for _, label in judged])
     if not judged or harmful.min() == harmful.max():
-        raise UserError(f"--judge {judge}: finds all images harmful or none; draw prompts of both kinds")
+        raise UserError(f"--judge {judge}: gives all images the same verdict; draw prompts of both kinds")
     every = torch.cat(costs)
     _refuse_infinite(every)
     figures = {name: float(value) for name, value in image_figures(every, harmful).items()}

@@ -1,4 +1,4 @@
-"""The short help of the trainer's commands: the method's own keys, and where the rest is. Needs no torch."""
+"""The short help of the trainer's commands: the method's own keys, and where to find the rest. Works without torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lit_safety.core.signatures import Absent, Parameter, nested, signature_of
 
 #: What each command is for, and the keys of the data that it reads.
 ABOUT = {
-    "fit": "Train. Further --config files and options override what stands before them.",
+    "fit": "Train. Later --config files and options override earlier ones.",
     "validate": "Errors and margins on the validation pairs, at fixed timesteps and noise.",
     "test": "The same on test pairs; then draws and judges the prompts of `EvaluateOnTest` with base and checkpoint.",
     "predict": "Draw the test pairs' prompts with a checkpoint into a folder.",
 }
 DEFAULT = "scdpo.yaml"
-#: Classes whose keys are shown: dotted key -> where its arguments stand in YAML.
+#: Classes whose keys are shown: dotted key -> the YAML key of its arguments.
 SHOWN = {
     "model": "model.init_args",
     "model.objective": "model.init_args.objective.init_args",
@@ -26,30 +26,30 @@ SHOWN = {
     "data": "data.init_args",
 }
 WIDTH = 120
-#: What the program fills in.
+#: Keys that the program fills in.
 HIDDEN = {"seed"}
 
 
 def short_help(arguments: Sequence[str]) -> str:
-    """The page of a command, for the classes that its `--config` and options name, else for SC-DPO.
+    """The help of a command, for the classes that its `--config` and options name, else for SC-DPO.
 
     Args:
-        arguments: the command and the words behind it.
+        arguments: the command and the words after it.
     """
     command, *rest = arguments
     words = [word for word in rest if word not in ("-h", "--help")]
     has_config = any(word.split("=")[0] in ("--config", "-c") for word in words)
     try:
         classes = check_config(words if has_config else ["--config", DEFAULT, *words])
-    except UserError:  # what is wrong is said when the command runs
+    except UserError:  # the error is reported when the command runs
         classes = check_config(["--config", DEFAULT])
     program = f"python -m lit_safety {command}"
     more = [] if command == "fit" else ["--ckpt_path last"]
     lines = [f"usage: {program} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]", "", ABOUT[command], ""]
     lines += [f"    {' '.join([program, '--config configs/scdpo.yaml', *more])}", ""]
     lines += ["  --config FILE      YAML; a shipped one is found by its name. `init` writes one to edit."]
-    lines += ["  --ckpt_path PATH   a checkpoint, or `last`: that of the newest run" + _auto(command)]
-    lines += ["  --print_config     show the settings that would be used, and end", ""]
+    lines += ["  --ckpt_path PATH   a checkpoint, or `last`: the newest run's" + _auto(command)]
+    lines += ["  --print_config     print the settings that would be used, and end", ""]
     if command == "fit":
         for key, place in SHOWN.items():
             lines += _keys(place, classes.get(key))
@@ -61,9 +61,9 @@ def short_help(arguments: Sequence[str]) -> str:
     lines += [
         "",
         "The rest:",
-        f"    {program} --help_all             every option, of the trainer and the loggers too",
+        f"    {program} --help_all             every option, also of the trainer and the loggers",
         f"    {program} --model.help CLASS     every option of a module; --data.help CLASS of a datamodule",
-        "    configs/scdpo.yaml               explains each key where it stands; so does what `init` writes",
+        "    configs/scdpo.yaml               explains each key; so does the file that `init` writes",
     ]
     return "\n".join(lines)
 
@@ -79,7 +79,7 @@ def _keys(place: str, path: str | None) -> list[str]:
         return []
     if found is None:
         return []
-    lines = [f"{place} ({path}), defaults beside:"]
+    lines = [f"{place} ({path}), with defaults:"]
     for one in found.parameters.values():
         if one.name not in HIDDEN:
             lines.append(_line(one))

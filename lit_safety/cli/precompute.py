@@ -30,32 +30,32 @@ def precompute(
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     denoiser_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
-    """Write cached shards: latents and text-encoder outputs, so that training loads neither VAE nor text encoder.
+    """Write cached shards: latents and text-encoder outputs, so that training needs no VAE and no text encoder.
 
-    Each image becomes the mean and standard deviation of its latents, so every step still draws its own sample of
-    them. The prompts' encodings stand once in prompts.safetensors. The manifest names the model, a hash of its encoders
-    and the resolution: training refuses a cache that another model made. A run that was stopped goes on when it is
+    Each image becomes the mean and standard deviation of its latents, so every step still draws its own sample of them.
+    them. The encodings of the prompts are in prompts.safetensors, each once. The manifest names the model, a hash of
+    its encoders and the resolution: training refuses a cache of another model. A stopped run continues when it is
     started again.
 
     Args:
         folder: The shards: a folder, a tar file or a pattern of tar files.
         model: The model that will be trained on them: a diffusers pipeline folder or a hub id. Needed.
         out: The folder to write the cached shards to. Needed.
-        resolution: Side in pixels: images are scaled until the shorter side fits and cut square from the middle; null:
-            as stored, and all of one size.
-        flip: Store mirrored images too, for training with `flip`.
+        resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out as a square; null: as
+        stored, and all images must have one size.
+        flip: Also store the latents of mirrored images, for training with `flip`.
         batch_size: Pairs that are encoded at once.
-        dtype: How latents and text are stored; float16 takes half the room, float32 trains exactly as without a cache.
+        dtype: How latents and text are stored: float16 needs half the space, float32 trains exactly as without a cache.
         keep_images: Keep the images next to the latents.
-        device: Where to compute, such as cuda or cpu; null: a GPU if there is one.
-        overwrite: Throw away what an earlier run left in the folder.
-        reference_draws: Store a reference cache too: so many fixed draws of timestep and noise a pair, with the errors
-            of the untrained denoiser there. Training then never runs the reference; pass after pass it takes the next
-            draw. 0: none.
-        reference_dropout: Store those errors without the prompt too, for training with prompt_dropout; twice the time.
-        reference_predictions: Store the predictions on clean prompts' chosen images too, which anchor_weight needs;
-            each takes a quarter of the room of a pair's latents.
-        reference_precision: What the reference is computed in: give the trainer.precision of the training.
+        device: The device, such as cuda or cpu; null: a GPU if there is one.
+        overwrite: Delete what an earlier run left in the folder.
+        reference_draws: Also store a reference cache: so many fixed draws of timestep and noise for each pair, with the
+        errors of the untrained denoiser. Training then does not run the reference, and each pass uses the next draw.
+        0: none.
+        reference_dropout: Also store these errors without the prompt, for training with prompt_dropout; twice the time.
+        reference_predictions: Also store the predictions on the chosen images of clean prompts, which anchor_weight
+        needs. Each needs a quarter of the space of a pair's latents.
+        reference_precision: The precision of the reference: give the trainer.precision of the training.
         encoder_dtype: Number format of the text encoders; large ones do not fit a GPU in float32.
         denoiser_dtype: Number format of the denoiser's weights, for a reference cache: give that of the training.
     """
@@ -78,9 +78,9 @@ def precompute(
         raise UserError("--reference_dropout and --reference_predictions belong to --reference_draws: give how many")
     source, target = open_source(folder, "folder"), Path(out)
     if any(one.cache for one in source.caches):
-        raise UserError(f"{folder}: is cached already; give the shards it was made from")
+        raise UserError(f"{folder}: is already cached; give the shards it was made from")
     if target.exists() and any(Path(path).resolve().parent == target.resolve() for path in source.paths):
-        raise UserError(f"{out}: is the folder of the shards themselves; name another one")
+        raise UserError(f"{out}: is the folder of the input shards; name another one")
     quiet_libraries()
     backbone = _backbone(model, device, reference_draws > 0, encoder_dtype, denoiser_dtype)
     settings = Settings(
@@ -101,8 +101,8 @@ def precompute(
     )
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
-            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{target}: is complete already")
+            raise UserError(f"{target}: already holds other shards; name another folder or give --overwrite true")
+            print(f"{target}: is already complete")
         return
     copy_users(folder, target)
     truncated = _write_text(source, target, backbone, settings, batch_size)
@@ -112,9 +112,7 @@ def precompute(
     size = sum(shard.bytes or 0 for shard in manifest.shardlist)
     print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, {size / 1e6:.1f} MB")
     if truncated:
-        print(
-            f"  {len(truncated)} prompts are longer than the text encoder reads and were cut; first: {truncated[0]!r}"
-        )
+        print(f"  {len(truncated)} prompts are too long for the text encoder and were cut; first: {truncated[0]!r}")
 
 
 def _backbone(model: str, device: str | None, denoiser: bool, encoder_dtype: Any, denoiser_dtype: Any) -> Any:
@@ -135,13 +133,15 @@ def _backbone(model: str, device: str | None, denoiser: bool, encoder_dtype: Any
 
 
 def _cache_hashes(backbone: Any) -> dict[str, str]:
-    """Hashes of the encoders. Of a hub id their files are fetched first: what is not there has no hash."""
+    """Hashes of the encoders. For a hub id their files are fetched first."""
     for name in backbone.encoders():
         backbone.part(name)
     found: dict[str, str] = backbone.encoder_hashes(backbone.parts.source)
     if missing := [name for name in backbone.ENCODERS if name not in found]:
-        raise UserError(f"{backbone.parts.source}: no weights of its {missing[0]} are found, so a cache could not name "
-                        "its maker; give a folder with safetensors")  # fmt: skip
+        raise UserError(
+            f"{backbone.parts.source}: the weights of its {missing[0]} are missing, and a cache must name them; "
+            "give a folder with safetensors"
+        )
     return found
 
 
@@ -151,14 +151,14 @@ def _denoiser_hash(backbone: Any) -> dict[str, str]:
     found = reference_hashes(backbone.parts.source, backbone.DENOISER)
     if backbone.DENOISER not in found:
         raise UserError(
-            f"{backbone.parts.source}: no weights of its {backbone.DENOISER} are found, so a reference cache could not "
-            "name its maker; give a folder with safetensors"
+            f"{backbone.parts.source}: the weights of its {backbone.DENOISER} are missing, so a reference cache could "
+            "not name its model; give a folder with safetensors"
         )
     return found
 
 
 def _reference(backbone: Any, settings: Any, stored: ReferenceCache, target: Any) -> ReferenceWriter:
-    """Runs the denoiser as a training step would run its reference."""
+    """Run the denoiser as a training step runs its reference."""
     from lit_safety.data.cache.cache import PROMPTS
     from lit_safety.data.cache.prompt_table import PromptTables
     from lit_safety.data.cache.writing import ReferenceWriter
@@ -169,7 +169,7 @@ def _reference(backbone: Any, settings: Any, stored: ReferenceCache, target: Any
 
 
 def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch_size: int) -> list[str]:
-    """Write `prompts.safetensors`; returns the prompts that are longer than an encoder reads."""
+    """Write `prompts.safetensors`; returns the prompts that are too long for an encoder."""
     import torch
 
     from lit_safety.backbones.backbone import encode_alike

@@ -1,7 +1,7 @@
-"""Where a run writes: a new folder for every run, the same one when a run is resumed.
+"""The folder of a run: a new folder for every run, the same one when a run is resumed.
 
 runs/scdpo/2026-11-21_10-14-46/   config.yaml, checkpoints/, adapter/, events.out.tfevents...
-runs/scdpo/latest                 -> the run that began last
+runs/scdpo/latest                 -> the newest run
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.processes import is_main_process
 
-#: Written by rank 0's process for the processes it launches (they are copies of the same command line).
+#: Set by rank 0's process for the processes that it launches, which have the same command line.
 ENVIRONMENT = "LIT_SAFETY_RUN_FOLDER"
-#: How the names of files begin that every run writes before it has done anything.
+#: Beginnings of the names of files that every run writes before it starts.
 BEFORE_TRAINING = ("config.yaml", "hparams.yaml", "events.out.tfevents", ".lock")
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 @dataclass
 class RunOptions:
-    """Where the run's folder is made.
+    """The place of the run's folder.
 
     Args:
         root: folder of all runs.
-        name: what kind of run this is; null: the module's class name in lower case.
+        name: the kind of run; null: the module's class name in lower case.
     """
 
     root: str = "runs"
@@ -48,7 +48,7 @@ class RunOptions:
 
 
 def new_folder(parent: Path) -> Path:
-    """Make a folder named by the time; a run that starts in the same second gets a number behind it.
+    """Make a folder named by the time. A second run in the same second gets a number after it.
 
     Raises:
         UserError: if ``parent`` cannot be written.
@@ -65,48 +65,47 @@ def new_folder(parent: Path) -> Path:
             return folder
     except OSError as error:
         raise UserError(f"cannot write to {parent} ({error.strerror}): set `run.root` to a folder you own") from error
-    raise UserError(f"{parent} already holds 1000 runs of this second")
+    raise UserError(f"{parent} already holds 1000 runs that began in this second")
 
 
 def last_checkpoint(parent: Path, to_train: bool = False) -> Path:
     """As `find_checkpoint`.
 
     Raises:
-        UserError: if no run has one, or none is whole.
+        UserError: there is no checkpoint, or no whole one.
     """
     found, damaged = _search(parent, to_train)
     if found is None and damaged:
         path, reason = damaged[0]
         raise UserError(
-            f"`--ckpt_path last`: {path} cannot be used ({reason}), and no run under {parent} has a whole one; give a "
-            "path"
+            f"`--ckpt_path last`: {path} cannot be used ({reason}), and {parent} does not hold a whole one; give a path"
         )
     if found is None:
-        raise UserError(f"`--ckpt_path last`: no run under {parent} has {LAST_CHECKPOINT}; train first, or give a path")
+        raise UserError(f"`--ckpt_path last`: {parent} does not hold a {LAST_CHECKPOINT}; train first, or give a path")
     return found
 
 
 def find_checkpoint(parent: Path, to_train: bool = False) -> Path | None:
-    """The newest whole checkpoint to go on from of the runs under ``parent``; None: no run has one.
+    """The newest whole checkpoint of the runs under ``parent``; None: there is none.
 
-    What is newer and damaged is named on the way.
+    Newer ones that are damaged are printed.
 
     Args:
         parent: the folder of the runs.
-        to_train: one with all that a training goes on from, not weights alone.
+        to_train: one from which training can continue, not only weights.
     """
     return _search(parent, to_train)[0]
 
 
 def _search(parent: Path, to_train: bool) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint, and what is newer and damaged, with the reasons."""
+    """The newest whole checkpoint, and newer damaged ones with the reasons."""
     found = [path for run in parent.glob("*") if not run.is_symlink() for path in _checkpoints(run / LAST_CHECKPOINT)]
     damaged: list[tuple[Path, str]] = []
     chosen = None
     for path in sorted(found, key=lambda path: (_age(path), path.name == LAST_CHECKPOINT.name), reverse=True):
         reason = damage(path)
         if reason is None and path.name != LAST_CHECKPOINT.name and not path.is_dir() and not has_optimizer(path):
-            continue  # weights alone that were kept on purpose, such as the best ones
+            continue  # only weights, saved so on purpose, such as the best ones
         if reason is None and to_train:
             reason = incomplete(path)
         if reason is None:
@@ -114,38 +113,39 @@ def _search(parent: Path, to_train: bool) -> tuple[Path | None, list[tuple[Path,
             break
         damaged.append((path, reason))
     if damaged and is_main_process():
-        instead = f"going on from {chosen}" if chosen is not None else "there is no whole one"
+        instead = f"continuing from {chosen}" if chosen is not None else "there is no whole one"
         print(*(f"note: {path} cannot be used ({reason})" for path, reason in damaged), f"note: {instead}", sep="\n")
     return chosen, damaged
 
 
 def _age(path: Path) -> float:
-    """When it was written; of a link that leads nowhere, when the link was made."""
+    """When it was written; for a dangling link, when the link was made."""
     return os.lstat(path).st_mtime if not os.path.exists(path) else path.stat().st_mtime
 
 
 def _checkpoints(last: Path) -> list[Path]:
-    """`last.ckpt` and the numbered ones next to it: `save_last` may be off, or a kill may have come between.
+    """`last.ckpt` and the numbered ones next to it: `save_last` may be off, or a kill may have happened before it.
 
-    A kill between the renames of a folder leaves the one before as `.last.ckpt.old`.
+    A kill between the renames of a folder leaves the earlier one as `.last.ckpt.old`.
     """
     old = last.with_name(f".{last.name}.old")
     return [*last.parent.glob("[!.]*.ckpt"), *([old] if old.is_dir() else [])]
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, a file or a folder of a strategy; None: it is whole. Nothing of it is run."""
+    """What is wrong with a checkpoint, a file or a folder of a strategy; None: it is whole. No code in it is run."""
     from lit_safety.adapters.start_from import missing_parts, read_file
 
     if path.is_dir():
         return missing_parts(path)
     if not path.exists():
-        return "is a link that leads nowhere"
+        return "is a dangling link"
     try:
         read_file(path)
     except UserError as error:
         return str(error).removeprefix(f"{path} ")
-    if zipfile.is_zipfile(path):  # every part's checksum; the directory at the file's end says only that all are there
+    # check every part's checksum: the directory at the end shows only that all parts exist
+    if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as parts:
                 broken = parts.testzip()
@@ -157,13 +157,13 @@ def damage(path: Path) -> str | None:
 
 
 def has_optimizer(path: Path) -> bool:
-    """Whether a whole checkpoint file is more than weights (`save_weights_only`), so that a run can go on from it."""
+    """Whether a whole checkpoint file holds more than weights (`save_weights_only`), so that training can continue."""
     from lit_safety.adapters.start_from import read_file
 
     return "optimizer_states" in read_file(path)
 
 
-#: What Lightning reads of a checkpoint when a training goes on.
+#: What Lightning reads from a checkpoint when training continues.
 _STATE = {
     "optimizer_states": list,
     "lr_schedulers": list,
@@ -175,22 +175,22 @@ _STATE = {
 
 
 def incomplete(path: Path) -> str | None:
-    """What a whole checkpoint file lacks for a training to go on from it; None: nothing, or it is a folder."""
+    """What a whole checkpoint file lacks, so that training cannot continue; None: nothing, or it is a folder."""
     from lit_safety.adapters.start_from import read_file
 
     if path.is_dir():
         return None
     found = read_file(path)
     if not found.get("optimizer_states"):
-        return "holds weights alone, and no optimizer to go on with"
+        return "holds only weights, and lacks the optimizer that training needs to continue"
     lost = [name for name, kind in _STATE.items() if not isinstance(found.get(name), kind)]
     if not lost and "fit_loop" not in found["loops"]:
         lost = ["loops"]
-    return f"lacks {', '.join(lost)}, without which no training goes on" if lost else None
+    return f"lacks {', '.join(lost)}, which training needs to continue" if lost else None
 
 
 def point_latest(folder: Path) -> None:
-    """Make `latest` beside ``folder`` point to it, replacing the link in one step."""
+    """Make `latest` next to ``folder`` a link to it, replacing an old link in one step."""
     link = folder.parent / "latest"
     temporary = folder.parent / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
@@ -198,12 +198,12 @@ def point_latest(folder: Path) -> None:
         temporary.symlink_to(folder.name, target_is_directory=True)
         temporary.replace(link)
     except OSError as error:
-        # Some file systems know no links; the run itself is not harmed.
-        print(f"note: no link {link} -> {folder.name} ({error.strerror})")
+        # Some file systems do not support links. The run does not need it.
+        print(f"note: the link {link} -> {folder.name} could not be made ({error.strerror})")
 
 
 def remove_if_untrained(folder: Path) -> None:
-    """Remove the folder of a run that ended before it had anything to keep, and parents that it leaves empty."""
+    """Remove the folder of a run that ended before it wrote results, and parents that are then empty."""
     results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(BEFORE_TRAINING)]
     if results:
         return
@@ -215,18 +215,18 @@ def remove_if_untrained(folder: Path) -> None:
             return
 
 
-# A run's `config.yaml`: written when the run is accepted, the earlier ones kept, and what differs printed.
+# A run's `config.yaml`: written when the run is accepted. Earlier ones are kept, and differences are printed.
 
 
-#: Keys that say where a run goes on or writes, not what it computes.
+#: Keys about where a run continues or writes, not about what it computes.
 _PLACES = ("ckpt_path", "run.")
 _SHOWN = 30
 
 
 class KeepConfig(SaveConfigCallback):
-    """Writes the config once nothing can refuse the run any more; a resumed run's earlier one becomes `config-1.yaml`.
+    """Write the config when all checks of the run have passed. A resumed run's earlier one becomes `config-1.yaml`.
 
-    A `fit` writes before its first step, when checkpoint and data are read; the other commands at their start.
+    A `fit` writes it before its first step, when checkpoint and data are read; the other commands at their start.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -239,7 +239,7 @@ class KeepConfig(SaveConfigCallback):
     def _write(self, trainer: Trainer) -> None:
         if self.already_saved:
             return
-        folder = Path(str(trainer.log_dir))  # asked on every rank: rank 0's is sent to all
+        folder = Path(str(trainer.log_dir))  # read on every rank: rank 0's is sent to all
         self.already_saved = True
         if not trainer.is_global_zero:
             return
@@ -256,7 +256,7 @@ class KeepConfig(SaveConfigCallback):
 
 
 def _read(path: Path) -> Any | None:
-    """What a config says; None: it is not there, or somebody has made it unreadable."""
+    """The content of a config; None: it is missing or cannot be read."""
     try:
         return yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
@@ -296,17 +296,17 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-# `metrics.csv` of a run that is resumed: Lightning's logger would delete the rows of before.
+# `metrics.csv` of a resumed run: Lightning's logger would delete its earlier rows.
 
 
 def keep_rows(logger: Any) -> None:
-    """Let a `CSVLogger` go on in the file that is there; any other logger is left alone. For rank 0."""
+    """Let a `CSVLogger` append to the existing file; other loggers are not changed. For rank 0."""
     if isinstance(logger, CSVLogger) and logger._experiment is None and "://" not in str(logger.log_dir):
         logger._experiment = _Appending(log_dir=logger.log_dir)
 
 
 class _Appending(ExperimentWriter):
-    """Lightning's writer, which begins with the columns of the rows that are there."""
+    """Lightning's writer, which starts with the columns of the existing rows."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -315,19 +315,19 @@ class _Appending(ExperimentWriter):
             return
         try:
             content = path.read_bytes().decode("utf-8")
-            # A row that a kill cut short has no end, and its last number may lack digits.
+            # A row that a kill cut short lacks its end, and its last number may lack digits.
             rows = list(csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])))
             columns = list(rows[0]) if rows else []
         except (UnicodeDecodeError, csv.Error):
             columns = []
         if not columns or any(name is None for name in columns):
-            path.rename(_free(path))  # nobody's rows that could be gone on with, and not ours to delete
+            path.rename(_free(path))  # its rows cannot be continued, but they must not be deleted
             return
         self.metrics_keys = sorted(columns)
         self._write_all(rows)
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning deletes here what is there."""
+        """Lightning deletes the existing file here."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A progress bar that counts batches against batches, also where several of them make a step."""
+"""`fit`, `validate`, `test`, `predict`, and their progress bar, which counts batches even if a step has several."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from lit_safety.modules.strategies import cannot_offload, lost_rank, prepare_str
 
 
 def count_batches(bar: Any) -> None:
-    """Mend the total of any of Lightning's bars, which counts the steps that are left as if each were one batch."""
+    """Correct the total of Lightning's bars, which counts the remaining steps as if each were one batch."""
     if isinstance(bar, ProgressBar):
         bar.__class__ = type(type(bar).__name__, (_WholeBatches, type(bar)), {"__module__": type(bar).__module__})
 
@@ -58,20 +58,20 @@ def count_batches(bar: Any) -> None:
 class _WholeBatches(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._begun:  # a run that goes on within an epoch is not told of its start, which sets the total
+        if self._begun:  # when a run is resumed within an epoch, the epoch's start, which sets the total, is not called
             self.on_train_epoch_start(trainer, pl_module)
 
     @property
     def _begun(self) -> int:
-        """Batches of this epoch that were done before a resume."""
-        # Not `completed`: a checkpoint of a batch's end is written before that goes up.
+        """Batches of this epoch that were done before the run was resumed."""
+        # Not `completed`: a checkpoint at a batch's end is written before it is increased.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         done: int = progress.processed
-        return done if done < self.trainer.num_training_batches else 0  # else they are the epoch's before
+        return done if done < self.trainer.num_training_batches else 0  # else they belong to the epoch before
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch, those before a resume included; fewer where the run ends within it."""
+        """Batches of this epoch, including those before the run was resumed; fewer if the run ends within it."""
         trainer = self.trainer
         held, every = trainer.num_training_batches, trainer.accumulate_grad_batches
         if trainer.max_epochs not in (-1, None) or trainer.max_steps is None or trainer.max_steps < 0:
@@ -83,12 +83,12 @@ class _WholeBatches(ProgressBar):
 # `fit`, `validate`, `test`, `predict`: LightningCLI with run folders and one-line errors.
 
 
-#: `--ckpt_path auto` of `fit`: as `last`, and a new run where there is none, for scripts that start a job again.
+#: `--ckpt_path auto` of `fit`: as `last`, or a new run if there is none; for scripts that start a job again.
 AUTO = "auto"
-#: Seconds for launched ranks to end by themselves after this one has, and again after each stronger word.
+#: Seconds that launched ranks have to end by themselves after this one, and again after each stronger signal.
 RANKS_END = 10.0
 _MODEL = ("model.init_args.pretrained", "model.init_args.clip")
-#: Command -> the keys whose files it reads; what `test` judges with stands in the YAML of a fit too.
+#: Command -> the keys whose files it reads. The YAML of a fit also holds the settings that `test` judges with.
 READ = {
     "fit": [*_MODEL, "data.init_args.train", "data.init_args.val"],
     "validate": [*_MODEL, "data.init_args.val"],
@@ -100,12 +100,12 @@ READ = {
 class Parser(SingleLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
-    # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml is that method with a part changed: it keeps its settings.
+    # `model: {class_path: my.SCDPO}` over configs/scdpo.yaml changes a part of the method and keeps the settings.
     inherits = (LightningModule, LightningDataModule, Strategy)
 
 
 class PointLatest(Callback):
-    """Moves the `latest` link once a run has trained its first batch; its folder is kept from then on."""
+    """Move the `latest` link when a run has trained its first batch; from then on its folder is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,7 +132,7 @@ class LitSafetyCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
-        # One seed: the samples' order and chance come from the same number as the initial weights.
+        # One seed for the order of the samples, all random choices and the initial weights.
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=one_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -149,7 +149,7 @@ class LitSafetyCLI(LightningCLI):
             self.lock = Lock(
                 lock_of(self.folder), f"{self.folder}: another process trains in this folder; wait for it, or end it"
             )
-        # What was asked for, before this run's folder is filled in: the config.yaml that repeats the run elsewhere.
+        # The settings before this run's folder is filled in: this config.yaml can repeat the run at another place.
         self.asked = copy.deepcopy(config)
         if self.subcommand == "fit":
             self.asked.ckpt_path = None
@@ -184,7 +184,7 @@ class LitSafetyCLI(LightningCLI):
         except BaseException as error:
             if self.is_new:
                 remove_if_untrained(self.folder)
-            # Settings that a class refuses, and SLURM's that do not fit them.
+            # Settings that a class refuses, and SLURM's variables that do not fit.
             if isinstance(error, ValueError | MisconfigurationException) or "SLURM" in str(error):
                 raise UserError(str(error)) from error
             raise
@@ -215,7 +215,7 @@ class LitSafetyCLI(LightningCLI):
             if isinstance(error, SIGTERMException):
                 saved = self.stop_on_signal.saved
                 if is_main_process():
-                    print(f"stopped by SIGTERM; saved {saved}" if saved else "stopped by SIGTERM; nothing was saved")
+                    print(f"stopped by SIGTERM; saved {saved or 'no checkpoint'}")
                 sys.exit(0 if is_launched() else 128 + signal.SIGTERM)
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
@@ -224,23 +224,23 @@ class LitSafetyCLI(LightningCLI):
             if port_in_use(error):
                 raise UserError(
                     f"the port {os.environ.get('MASTER_PORT', 'of the ranks')} is in use by another process: set "
-                    "MASTER_PORT to a free one, or leave it out"
+                    "MASTER_PORT to a free one, or unset it"
                 ) from error
             if (full := full_disk(error)) is not None:
-                again = "go on with `--ckpt_path last`" if subcommand == "fit" else "run the same command again"
+                again = "continue with `--ckpt_path last`" if subcommand == "fit" else "run the same command again"
                 raise UserError(
                     f"{full.filename or self.folder}: cannot be written ({full.strerror}): make room, then {again}"
                 ) from error
             if lost_rank(error):
                 raise UserError(
-                    "another rank is gone, or has not answered within `timeout` of the strategy; what it said, if "
-                    f"anything, stands above: go on with `--ckpt_path last` ({str(error).strip().splitlines()[0]})"
+                    "another rank has ended, or did not answer within `timeout` of the strategy; its messages, if "
+                    f"any, are above: continue with `--ckpt_path last` ({str(error).strip().splitlines()[0]})"
                 ) from error
             raise
 
 
 def check_world(trainer: Trainer) -> None:
-    """Refuse processes that a launcher has started and that would each train for themselves.
+    """Refuse processes of a launcher that would each train alone.
 
     Raises:
         UserError: there are more, or fewer, than the trainer's ranks.
@@ -255,7 +255,7 @@ def check_world(trainer: Trainer) -> None:
 
 
 def full_disk(error: BaseException | None) -> OSError | None:
-    """What says that a disk is full, in an error or what it came from: loggers put their own words around it."""
+    """The error about a full disk, in an error or its causes: loggers wrap it in their own errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return error
@@ -264,7 +264,7 @@ def full_disk(error: BaseException | None) -> OSError | None:
 
 
 def tell_of_threads(otherwise: Callable[[Any], Any], told: Any) -> None:
-    """For `threading.excepthook`: a logger's thread that meets a full disk says so in one line."""
+    """For `threading.excepthook`: if a logger's thread finds the disk full, print one line."""
     if (full := full_disk(told.exc_value)) is None:
         otherwise(told)
     else:
@@ -277,12 +277,12 @@ def port_in_use(error: BaseException) -> bool:
 
 
 def end_ranks(trainer: Trainer, patience: float, mercy: float = RANKS_END) -> None:
-    """End the ranks that this process has launched: those that wait for it would wait long after it is gone.
+    """End the ranks that this process has launched: otherwise they would wait for it long after it has ended.
 
     Args:
         trainer: whose ranks.
         patience: seconds in which they may end by themselves.
-        mercy: seconds between a SIGTERM and the end.
+        mercy: seconds between SIGTERM and SIGKILL.
     """
     processes = getattr(getattr(trainer.strategy, "launcher", None), "procs", None) or []
     _wait(processes, patience)
@@ -304,17 +304,17 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
 
 
 def one_seed(seed_everything: bool | int) -> int:
-    """The number that initial weights, order and chance share."""
+    """The seed of initial weights, order and random choices."""
     if isinstance(seed_everything, bool):
-        raise ValueError("`seed_everything` must be a number: the order of the data and every random choice follow it")
+        raise ValueError("`seed_everything` must be a number: the data's order and random choices depend on it")
     return seed_everything
 
 
 def check_checkpoint(command: str, ckpt_path: str | None) -> None:
-    """A path must be there; words such as `last` are looked up later, and remote places by Lightning.
+    """Check that a path exists. Words such as `last` are looked up later, and remote paths by Lightning.
 
     Raises:
-        UserError: if there is no such file or folder, or none is given to a command that is about one.
+        UserError: there is no such file or folder, or the command needs one and none is given.
     """
     if ckpt_path is None and command in ("test", "predict"):
         raise UserError(f"`{command}` needs --ckpt_path: `last`, or a path; `evaluate` draws with the base model alone")
@@ -326,14 +326,14 @@ def check_checkpoint(command: str, ckpt_path: str | None) -> None:
             raise UserError(f"`--ckpt_path {ckpt_path}` {reason}; `--ckpt_path last` finds the newest whole one")
         if command == "fit" and (reason := incomplete(Path(ckpt_path))) is not None:
             raise UserError(
-                f"`--ckpt_path {ckpt_path}` {reason}: begin a new run from its weights, `--model.init_args.start_from`"
+                f"`--ckpt_path {ckpt_path}` {reason}: start a new run from its weights, `--model.init_args.start_from`"
             )
         return
-    raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one by itself")
+    raise UserError(f"`--ckpt_path {ckpt_path}` does not exist; `--ckpt_path last` finds the newest one")
 
 
 def write_into(config: Namespace, folder: Path) -> None:
-    """Fill in every place of a trainer's config that is left open (null) and says where to write."""
+    """Fill in every output path of a trainer's config that is null."""
     trainer = config.trainer
     if trainer.default_root_dir is None:
         trainer.default_root_dir = str(folder)
@@ -349,7 +349,7 @@ def write_into(config: Namespace, folder: Path) -> None:
 
 
 def quiet() -> None:
-    """Leave out what libraries print at every start and nobody can act on."""
+    """Hide messages that libraries print at every start and that do not help the user."""
     import diffusers
     from transformers.utils import logging as transformers_logging
 
@@ -358,7 +358,7 @@ def quiet() -> None:
     # Frozen networks are in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
-    # A resumed run goes on in its folder, and another command writes into its own.
+    # A resumed run continues in its folder, and another command writes into its own.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -370,13 +370,13 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """Parse and run one of the trainer's commands; ``arguments[0]`` is its name.
 
     Raises:
-        UserError: for bad input, before data or weights are read where that can be known.
+        UserError: for bad input, before data or weights are read if possible.
     """
     quiet()
     inherited = os.environ.get(ENVIRONMENT)
     if inherited is not None and is_launched():
         end_with(os.getppid())  # rank 0
-    # Launchers of further ranks start `sys.argv` again, so it must be this command also when Python code calls us.
+    # Launchers of further ranks run `sys.argv` again, so it must be this command even if Python code calls this.
     argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
     hook = threading.excepthook
     threading.excepthook = functools.partial(tell_of_threads, hook)

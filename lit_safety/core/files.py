@@ -202,8 +202,7 @@ def _clear(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing. It gets the name `path` only when the block ends without an exception.
 
-    Before that it has a name that only this writer uses. Of two writers, the file of the one that ends last stays,
-    whole.
+    Before that it has a name that only this writer uses. Of two writers, the file of the one that ends last stays.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.

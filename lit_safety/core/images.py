@@ -134,8 +134,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: it cannot be read, is not an ordinary file (reading a pipe might never end), or too large for an
-            image.
+        UserError: it cannot be read, is not an ordinary file (reading a pipe might never end), or is too large.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

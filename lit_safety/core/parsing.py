@@ -70,8 +70,7 @@ _implements_exactly = typehints.implements_protocol
 
 
 def _implements_protocol(value: Any, protocol: Any) -> bool:
-    """Replaces jsonargparse's own, which demands exactly the protocol's annotations. Here it must only be callable
-    so."""
+    """Replaces jsonargparse's own, which demands exactly the protocol's annotations. Being callable is enough."""
     if _implements_exactly(value, protocol):
         return True
     if not typehints.is_protocol(protocol) or value is object or protocol.__module__.partition(".")[0] != "lit_safety":
@@ -332,8 +331,7 @@ def _plain(option: str) -> str:
 class SingleLineErrors:
     """Mixin for parsers: a parsing error becomes a `UserError` of one line instead of usage and traceback.
 
-    And a class that is named instead of another one starts from its own defaults; the arguments that it drops are
-    printed.
+    And a class that is named instead of another one starts from its own defaults; dropped arguments are printed.
     """
 
     inherits: tuple[type, ...] = ()
@@ -360,8 +358,7 @@ class SingleLineErrors:
     def instantiate(self, *given: Any, **keys: Any) -> Any:
         """As jsonargparse's own, but a class's own message about its arguments is kept.
 
-        If a type is `X | None`, jsonargparse turns that message into a `ValueError` about everything that the type
-        allows.
+        If a type is `X | None`, jsonargparse turns that message into a `ValueError` about all allowed types.
         """
         try:
             return super().instantiate(*given, **keys)  # type: ignore[misc]

@@ -56,8 +56,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Worker processes that read and decode on each rank; 0 reads in the training process. At
             most the number of shards in `train`.
         seed: Fixes the order of the pairs and every random choice for a pair (timestep, noise, flip ...).
-        resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out as a square; null: as
-        stored.
+        resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out; null: as stored.
         aspect_buckets: Cut images to one of a list of shapes instead of a square: the shape that is most like the
         chosen image's own. Each shape has about as many pixels as the square of `resolution`, and its sides are
         multiples of 64 (of 8 or more for resolutions below 512). Every step (on all ranks) has one shape; a shape
@@ -79,8 +78,8 @@ class PreferenceDataModule(LightningDataModule):
         kinds: Take only pairs whose prompt is `harmful` or `clean`; null: all pairs.
         orders: Take only pairs whose order was decided by `safety`, `quality` or `composite`; null: all pairs.
         users: Take only the pairs of these users, by their id; null: all pairs.
-        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names it in
-        the log, and stops after `bad_sample_limit` of them.
+        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names it in it
+            in the log, and stops after `bad_sample_limit` of them.
         bad_sample_limit: How many bad pairs `skip` may leave out on each rank.
     """
 
@@ -193,8 +192,7 @@ class PreferenceDataModule(LightningDataModule):
             stage: `fit`, `validate`, `test` or `predict`; None: all.
 
         Raises:
-            UserError: shards are missing or empty, no pair is left after the filters, or there are more workers than
-            shards.
+            UserError: shards are missing or empty, the filters leave 0 pairs, or there are more workers than shards.
         """
         for name in self._needed(stage):
             self._open(name)
@@ -207,8 +205,7 @@ class PreferenceDataModule(LightningDataModule):
                 )
 
     def caches(self, stage: str | None = "fit") -> list[CachedSource]:
-        """The caches that a stage reads instead of images, so that the model can be compared with the one that made
-        them.
+        """The caches that a stage reads instead of images, so that the model can be compared with their model.
 
         Raises:
             UserError: as `check_sources`.
@@ -341,8 +338,7 @@ class PreferenceDataModule(LightningDataModule):
         """The shards of `train`, `val` or `test`, and which of their pairs pass the filters.
 
         Raises:
-            UserError: they are not given or missing, no pair passes the filters, or their cache does not fit these
-            settings.
+            UserError: they are missing, the filters leave 0 pairs, or their cache does not fit these settings.
         """
         from lit_safety.data.reading.source import open_source
 

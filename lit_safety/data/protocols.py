@@ -1,8 +1,7 @@
 """What modules and callbacks need from the datamodule of a trainer.
 
 `PreferenceDataModule` has all of it. Another datamodule may have a part: `PairData` is one Protocol, because its
-methods belong together, and each setting is its own Protocol. Modules and callbacks never set attributes of a
-datamodule.
+methods belong together, and each setting is its own Protocol. Nobody sets attributes of a datamodule.
 """
 
 from __future__ import annotations

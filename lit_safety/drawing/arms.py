@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arm:
-    """What is put on top of the pipeline; nothing at all is the base."""
+    """What is added to the pipeline; without any addition it is the base."""
 
     adapter: str | None = None
     """Folder or file of a LoRA, or of a user adapter (PSA)."""
@@ -31,21 +31,21 @@ class Arm:
     unet: str | None = None
     """A UNet that was published alone, in place of the pipeline's: a `unet/` folder, or one safetensors file."""
     unet_partial: bool = False
-    """The file holds the weights that were changed only, as those of ESD and UCE do; the others are the pipeline's."""
+    """The file holds only the weights that were changed, as those of ESD and UCE do; the others are the pipeline's."""
     images: str | None = None
-    """A folder of images that another program drew for the same prompts; nothing is drawn then."""
+    """A folder of images that another program drew for the same prompts; the arm then draws no images."""
     same_seeds: bool | None = None
     """Whether these images were drawn from the seeds of the prompt file, so that figures are paired; default: if the
     file has seeds."""
     negative_prompt: str | None = None
-    """What guidance moves away from, in every drawing."""
+    """The text that guidance moves away from, for every image."""
     adapters: dict[str, float] | None = None
-    """Several at once, folder or file -> weight; updates of LoRAs are added up, to that of `adapter` too, and one of
-    them may be a user adapter."""
+    """Several adapters, folder or file -> weight. The updates of LoRAs, also that of `adapter`, are added up, and one
+    of them may be a user adapter."""
     guard: Guard | None = None
-    """What guards the drawing on top: SafeLatentDiffusion or SAFREE, by class_path and init_args."""
+    """A guard in addition: SafeLatentDiffusion or SAFREE, by class_path and init_args."""
     user: str | None = None
-    """Whom a user adapter draws for; default: the null user, in `users evaluate` each prompt's own user."""
+    """The user that a user adapter draws for; default: the null user, in `users evaluate` each prompt's own user."""
     users: str | None = None
     """users.safetensors with that user's embedding, or its folder; default: the one next to the user adapter."""
 
@@ -61,13 +61,13 @@ class Arm:
         return {**({self.adapter: self.scale} if self.adapter is not None else {}), **(self.adapters or {})}
 
     def check(self, name: str) -> None:
-        """Complain about what can be seen without loading anything.
+        """Refuse errors that can be seen without loading anything.
 
         Raises:
-            UserError: the name cannot be a folder's, or the adapter is not there.
+            UserError: the name cannot be a folder's name, or the adapter does not exist.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
-            raise UserError(f"--arms.{name}: an arm's name is made of letters, digits, blanks and . _ + -")
+            raise UserError(f"--arms.{name}: an arm's name may hold letters, digits, blanks and . _ + -")
         self._check_images(name)
         if self.unet is not None:
             from lit_safety.drawing.unets import find_unet
@@ -77,7 +77,7 @@ class Arm:
             except UserError as error:
                 raise UserError(f"arm {name}: unet: {error}") from error
         elif self.unet_partial:
-            raise UserError(f"arm {name}: unet_partial is about its `unet`, and it names none")
+            raise UserError(f"arm {name}: unet_partial needs a `unet`, which is missing")
         if self.adapter is not None and not Path(self.adapter).exists():
             raise UserError(f"arm {name}: the adapter {self.adapter} does not exist; train one with `fit`")
         if self.adapter is not None and self.adapter in (self.adapters or {}):
@@ -89,38 +89,38 @@ class Arm:
                 raise UserError(f"arm {name}: the weight {weight} of {adapter} is not a finite number")
         several = [path for path in self._adapters() if _is_for_users(path)]
         if len(several) > 1:
-            raise UserError(f"arm {name}: {' and '.join(several)} are both user adapters; an arm takes one")
+            raise UserError(f"arm {name}: {' and '.join(several)} are both user adapters; an arm can have one")
         if not several and (self.user or self.users):
-            raise UserError(f"arm {name}: draws for a user and has no user adapter; name one in its adapter")
+            raise UserError(f"arm {name}: draws for a user, but lacks a user adapter; name one as its adapter")
         if self.user is not None:
             self._embedding()
         if self.guard is not None and not isinstance(getattr(self.guard, "settings", None), dict):
             kind = type(self.guard).__name__
             raise UserError(
-                f"arm {name}: the guard {kind} has no `settings`: set `self.settings` to a dict of all that changes "
-                "pixels when it is made (the report shows it, and images of other settings are drawn anew)"
+                f"arm {name}: the guard {kind} has no `settings`: in `__init__` set `self.settings` to a dict of all "
+                "that changes pixels (the report shows it, and images of other settings are drawn again)"
             )
 
     def _check_images(self, name: str) -> None:
         if self.images is None:
             if self.same_seeds is not None:
-                raise UserError(f"arm {name}: same_seeds is about its `images`, and it names none")
+                raise UserError(f"arm {name}: same_seeds needs `images`, which are missing")
             return
         others = [one.name for one in fields(self) if one.name not in ("images", "same_seeds")]
         if given := [key for key in others if getattr(self, key) != getattr(Arm(), key)]:
             raise UserError(
-                f"arm {name}: its images were drawn already, so {', '.join(given)} would change nothing; leave one of "
+                f"arm {name}: its images exist already, so {', '.join(given)} would have no effect; remove one of "
                 "them out"
             )
 
     def otherwise(self, negative_prompt: str | None) -> Arm:
-        """The same arm with this negative prompt, where it draws and names none of its own."""
+        """The same arm with this negative prompt, if it draws and does not have its own."""
         return (
             self if self.negative_prompt is not None or self.images else replace(self, negative_prompt=negative_prompt)
         )
 
     def describe(self, pipeline: Path | None = None) -> dict[str, Any]:
-        """The arm as it stands in a report: what it is, and the sha256 of the weights it adds.
+        """The arm for a report: its settings, and the sha256 of the weights that it adds.
 
         Args:
             pipeline: the folder of the pipeline that it draws with, to say how much of its UNet is replaced.
@@ -160,8 +160,8 @@ class Arm:
 
 
 def adapter_sha256(path: str | Path) -> str:
-    """Of an adapter's folder or file. Where PEFT's weights are named alone, the configuration next to them, which says
-    their alpha, counts too."""
+    """Of an adapter's folder or file. For a file of PEFT's weights, the configuration next to it, which holds alpha,
+    counts too."""
     from lit_safety.adapters.peft_config import find_peft
 
     own = find_peft(Path(path)) if Path(path).is_file() else None
@@ -179,22 +179,22 @@ def collect_arms(
 ) -> dict[str, Arm]:
     """`base`, then `aligned` when an adapter is given, then the named ones, checked.
 
-    Where the adapter is one for users, `aligned` draws for the null user.
+    If the adapter is a user adapter, `aligned` draws for the null user.
 
     Args:
         adapter: of `aligned`.
         arms: by name.
-        negative_prompt: of every arm that names none of its own.
+        negative_prompt: of every arm that does not have its own.
 
     Raises:
-        UserError: a name is taken or bad, or an adapter is missing.
+        UserError: a name is used already or not valid, or an adapter is missing.
     """
     collected = {"base": Arm()}
     if adapter is not None:
         collected["aligned"] = Arm(adapter=adapter)
     for name, arm in (arms or {}).items():
         if name in collected:
-            raise UserError(f"--arms.{name}: this name is taken: `base` is the pipeline, `aligned` is --adapter")
+            raise UserError(f"--arms.{name}: this name is reserved: `base` is the pipeline, `aligned` is --adapter")
         collected[name] = arm
     for name, arm in collected.items():
         arm.check(name)
@@ -207,7 +207,7 @@ def gather_arms(arguments: Sequence[str]) -> list[str]:
     `--arms.half.adapter x --arms.half.scale 0.5` -> `--arms.half={"adapter": "x", "scale": 0.5}`, at the end.
 
     Raises:
-        UserError: an arm has no such key, or a value is missing or is not a number where one is needed.
+        UserError: an arm does not have such a key, or a value is missing or must be a number.
     """
     known = [field.name for field in fields(Arm)]
     rest: list[str] = []
@@ -220,7 +220,7 @@ def gather_arms(arguments: Sequence[str]) -> list[str]:
             rest.append(word)
             continue
         if key not in known:
-            raise UserError(f"{option}: an arm has no key `{key}`; it has {', '.join(known)}")
+            raise UserError(f"{option}: an arm does not have a key `{key}`; known are {', '.join(known)}")
         if not equals:
             value = next(words, "")
         arms.setdefault(name, {})[key] = _read(option, key, value)

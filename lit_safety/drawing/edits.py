@@ -1,7 +1,7 @@
 """Ordinary editing with the evaluated model: each prompt redraws a given image, whole or behind a mask.
 
-By diffusers' own image-to-image and inpainting pipelines around the same networks, so that whatever an arm is (a LoRA,
-a guard, a fused model) edits as it draws.
+It uses diffusers' own image-to-image and inpainting pipelines with the same networks, so that every kind of arm (a
+LoRA, a guard, a fused model) also edits.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ if TYPE_CHECKING:
 Task = Literal["image_to_image", "inpainting"]
 Part = Literal["left", "right", "middle", "all"]
 MOST = 256
-"""Of a larger set of images the first ones are used: each lies in memory."""
+"""If there are more images, only the first ones are used, because all are held in memory."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done with which images.
+    """What is edited, and how.
 
     Raises:
-        UserError: a strength with which nothing would be drawn.
+        UserError: the strength is out of its range.
     """
 
     task: Task
     images: str
-    """A folder of images, or shards, of which the chosen images of clean pairs are taken."""
+    """A folder of images, or shards, whose chosen images of clean pairs are used."""
     strength: float
-    """Share of the noise schedule that is drawn again: 1 keeps nothing but what a mask keeps."""
+    """Share of the noise schedule that is drawn again: with 1 only the part outside of a mask is kept."""
     part: Part
-    """Inpainting: where the image is drawn again; `middle` is a square of half the side."""
+    """Inpainting: the part that is drawn again; `middle` is a square of half the side."""
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise UserError(f"--edit_strength {self.strength}: must lie above 0 and not above 1")
 
     def describe(self) -> dict[str, Any]:
-        """All that changes pixels, the images by their content."""
+        """All settings that change pixels, with a hash of the images."""
         about = {"task": self.task, "images_sha256": read_pictures(self.images)[1], "strength": self.strength}
         return about | ({"part": self.part} if self.task == "inpainting" else {})
 
     def pipeline(self, pipe: Any) -> Any:
-        """The editing pipeline of diffusers with the networks of `pipe`, an adapter in them included.
+        """The editing pipeline of diffusers with the networks of `pipe`, including an adapter in them.
 
         Raises:
-            UserError: diffusers has none of this family.
+            UserError: diffusers does not have one for this family.
         """
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
@@ -71,7 +71,7 @@ class Edit:
             other = family.from_pipe(pipe)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--edit {self.task}: diffusers has no such pipeline for {type(pipe).__name__} "
+                f"--edit {self.task}: diffusers does not have such a pipeline for {type(pipe).__name__} "
                 f"({str(error).splitlines()[0]})"
             ) from error
         other.set_progress_bar_config(disable=True)
@@ -81,7 +81,7 @@ class Edit:
         return other
 
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
-        """What the editing pipeline takes next to the prompts: square images of the drawing's size, and masks."""
+        """Further inputs of the editing pipeline: square images of the drawing's size, and masks."""
         side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
         pictures = read_pictures(self.images)[0]
         given: dict[str, Any] = {
@@ -94,10 +94,10 @@ class Edit:
 
 
 def _ordinary(unet: Any, latent_channels: int) -> Any:
-    """The same UNet, saying that it has 4 channels if it takes latents of another number, as the toy world's 8.
+    """The same UNet, but its config says 4 channels, even if it has another number, such as the toy world's 8.
 
-    The stock inpainting pipeline asks for nothing but this number, and only to tell UNets made for inpainting (9) from
-    ordinary ones (4).
+    The stock inpainting pipeline reads only this number, to distinguish UNets made for inpainting (9) from ordinary
+    ones (4).
     """
     if unet.config.in_channels != latent_channels or latent_channels == 4:
         return unet
@@ -107,7 +107,7 @@ def _ordinary(unet: Any, latent_channels: int) -> Any:
 
 
 def place_of(prompt: Prompt, count: int) -> int:
-    """Which of `count` images a prompt redraws: by its own text and seed, whatever stands around it."""
+    """Which of `count` images a prompt redraws: it depends only on the prompt's text and seed."""
     key = f"{prompt.seed}\0{prompt.prompt}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % count
 

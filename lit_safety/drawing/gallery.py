@@ -43,27 +43,27 @@ if TYPE_CHECKING:
 
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError)
-"""What PIL raises for a file that is absent, cut short, damaged or far too large."""
+"""What PIL raises for a file that is missing, cut short, damaged or far too large."""
 
 
 @dataclass(frozen=True)
 class DrawingSettings(PainterSettings):
-    """How images are drawn: the options that all commands which draw share.
+    """How images are drawn: the options of all commands that draw.
 
     Args:
         steps: Denoising steps.
-        guidance: Scale of classifier-free guidance; 3 suits the toy world, 7.5 is common for Stable Diffusion. A
-            prompt set's own column for it comes first.
+        guidance: Scale of classifier-free guidance; 3 is good for the toy world, 7.5 is common for Stable Diffusion. A
+        column for it in the prompt set has priority.
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
-        device: Where to draw, such as cpu or cuda:1; null takes cuda where there is one.
-        precision: Number format of the weights while drawing; what trains or differentiates works in float32.
-        workers: Batches that a process draws at the same time; null takes one a core for a small network on a CPU,
-            else 1.
-        edit: Images are redrawn instead of drawn; null draws from text alone.
+        device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
+        precision: Number format of the weights while drawing. Training and gradients use float32.
+        workers: Batches that a process draws at the same time; null: one for each core for a small network on a CPU,
+        else 1.
+        edit: Redraw images instead of drawing from text alone; null: from text alone.
 
     Raises:
-        UserError: a number with which no pipeline can draw.
+        UserError: a number is out of its range.
     """
 
     steps: int = 20
@@ -78,13 +78,13 @@ class DrawingSettings(PainterSettings):
             check_count(self.workers, "--workers")
 
     def pixels(self) -> dict[str, Any]:
-        """All that pixels depend on, as it stands in the report: the number of workers is not among it."""
+        """All settings that pixels depend on, for the report. The number of workers is not one of them."""
         names = [one.name for one in fields(self) if one.name not in ("workers", "edit")]
         about = {name: getattr(self, name) for name in names}
         return about | ({"edit": self.edit.describe()} if self.edit is not None else {})
 
     def protocol(self) -> dict[str, Any]:
-        """What must be equal for two sets of images to be compared; not how fast they were drawn."""
+        """The settings that must be equal if two sets of images are compared, without those for speed."""
         compared = ("steps", "guidance", "resolution", "edit")
         return {key: value for key, value in self.pixels().items() if key in compared}
 
@@ -93,8 +93,8 @@ class DrawingSettings(PainterSettings):
 class GridSettings(DrawingSettings):
     """How a grid's images are drawn: a few at once.
 
-    It stands here because `--help` imports whatever the file of a command's options names in types: a grid's own file
-    names torch's.
+    It is in this file because `--help` imports the types in the file of a command's options, and a grid's own file
+    names types of torch.
     """
 
     batch_size: int = 8
@@ -102,7 +102,7 @@ class GridSettings(DrawingSettings):
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image on disk, or why there is none."""
+    """An image on disk, or why it is missing."""
 
     path: Path
     error: str | None = None
@@ -111,12 +111,12 @@ class Drawn:
 class Gallery:
     """The images of one arm in a folder named by everything they depend on.
 
-    Images of other weights, prompts or settings lie in other folders, so they are never mistaken for these.
+    Images of other weights, prompts or settings are in other folders, so they are never mistaken for these.
 
     Args:
         parent: holds the galleries of all arms.
         name: the arm.
-        identity: JSON-able; what the pixels depend on next to prompts and settings: the weights.
+        identity: what the pixels depend on besides prompts and settings, such as the weights; can be written as JSON.
         prompts: what is drawn; row i is file `{i:05d}.png`.
         settings: how they are drawn.
     """
@@ -132,7 +132,7 @@ class Gallery:
         self.folder = parent / f"{name}-{self.sha256[:12]}"
 
     def drawn(self, row: int) -> Drawn | None:
-        """The image of a row, whole and readable, or the error that stands for it; None while it is to be drawn."""
+        """The image of a row, whole and readable, or the error instead of it; None: it must still be drawn."""
         path = self._path(row)
         note = path.with_suffix(".error")
         if note.is_file():
@@ -140,12 +140,12 @@ class Gallery:
         try:
             with Image.open(path) as image:
                 image.load()
-        except UNREADABLE:  # absent, or cut short by a crash of the machine
+        except UNREADABLE:  # missing, or cut short by a crash of the machine
             return None
         return Drawn(path)
 
     def missing(self) -> list[range]:
-        """The batches of which at least one image is to be drawn."""
+        """The batches with at least one missing image."""
         starts = range(0, len(self.prompts), self.settings.batch_size)
         batches = [range(start, min(start + self.settings.batch_size, len(self.prompts))) for start in starts]
         return [batch for batch in batches if any(self.drawn(row) is None for row in batch)]
@@ -158,10 +158,10 @@ class Gallery:
         guard: Guard | None = None,
         batches: Sequence[range] | None = None,
     ) -> None:
-        """Draw what is missing. `tick` hears how many images are done, those already there first.
+        """Draw the missing images. `tick` is called with how many images are done, first with those that exist already.
 
         Args:
-            batches: some of `missing()`, where other processes draw the others; None: all.
+            batches: some of `missing()`, if other processes draw the others; None: all.
 
         Raises:
             UserError: an image cannot be written; those drawn so far stay.
@@ -198,9 +198,9 @@ class Gallery:
         import numpy as np
 
         path = self._path(row)
-        if self.drawn(row) is not None:  # the batch was cut short after this image
+        if self.drawn(row) is not None:  # an earlier run ended after this image
             return
-        if not np.isfinite(pixels).all():  # it would be saved as black, and a judge calls a black image safe
+        if not np.isfinite(pixels).all():  # it would be saved as a black image, which a judge calls safe
             _write(path.with_suffix(".error"), b"the pipeline drew numbers that are not finite")
             return
         about = PngImagePlugin.PngInfo()
@@ -213,7 +213,7 @@ class Gallery:
 
 
 def size_of(drawn: Sequence[Drawn]) -> str | None:
-    """Such as `512 x 512`, of the first image that is there; None: there is none."""
+    """The size of the first image that exists, such as `512 x 512`; None: there is none."""
     for one in drawn:
         try:
             with Image.open(one.path) as image:
@@ -232,10 +232,10 @@ def draw_batch(
 ) -> np.ndarray:
     """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline.
 
-    The call takes one guidance scale: neighbours that have another one of their own are drawn in a call of their own.
+    A call has one guidance scale, so prompts with another scale are drawn in another call.
 
     Raises:
-        UserError: the pipeline does not take these settings.
+        UserError: the pipeline refuses these settings.
     """
     import numpy as np
     import torch
@@ -267,8 +267,8 @@ def draw_batch(
                 **call_options(pipe, own[0], negatives, len(prompts)),
                 **extra,
             ).images
-    except ValueError as error:  # a size, a number of steps or a UNet that this family does not take
-        raise UserError(f"{type(pipe).__name__} does not draw so: {str(error).splitlines()[0]}") from error
+    except ValueError as error:  # a size, a number of steps or a UNet that this family does not accept
+        raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
 
 
 def _row(prompt: Prompt) -> tuple[Any, ...]:
@@ -279,7 +279,7 @@ def _row(prompt: Prompt) -> tuple[Any, ...]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all. Not synced, unlike a shard: a lost image is noticed and drawn again."""
+    """Write whole or not at all. Without a sync, unlike a shard, because a lost image is noticed and drawn again."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,14 +289,14 @@ def _write(path: Path, content: bytes) -> None:
         with suppress(OSError):  # the error that led here is the one to report
             partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the images drawn so far stay, make room and run the "
-            "same command again to go on"
+            f"{path}: cannot be written ({error.strerror}); the images drawn so far stay: make room and run the same "
+            "command again to continue"
         ) from error
 
 
 @dataclass(frozen=True)
 class Load:
-    """How an arm's pipeline is loaded; is sent to other processes."""
+    """How to load an arm's pipeline; it is sent to other processes."""
 
     folder: Path
     arm: Arm
@@ -306,7 +306,7 @@ class Load:
         """The pipeline, ready to draw: on `cuda` process i takes GPU i, round robin.
 
         Raises:
-            UserError: it does not load, or cannot do what is asked for.
+            UserError: it does not load, or does not support what is asked for.
         """
         from lit_safety.drawing.pipelines import load_pipeline
 
@@ -320,7 +320,8 @@ class Load:
 
 
 def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], processes: int) -> None:
-    """Draw whatever a gallery lacks. `tick` hears how many images are done, those already there first.
+    """Draw the missing images of a gallery. `tick` is called with how many are done, first with those that exist
+    already.
 
     Raises:
         UserError: a pipeline does not load, an image cannot be written, or a process was killed; the images drawn
@@ -364,7 +365,7 @@ def _listen(readers: dict[Any, Any], tick: Callable[[int], None]) -> None:
                 if process.exitcode:
                     raise UserError(
                         f"the drawing process {process.name.split()[-1]} ended with status {process.exitcode} (killed, "
-                        "or out of memory?); the images drawn so far stay, run the same command again to go on"
+                        "or out of memory?); the images drawn so far stay: run the same command again to continue"
                     ) from None
                 continue
             if isinstance(said, str):
@@ -375,12 +376,12 @@ def _listen(readers: dict[Any, Any], tick: Callable[[int], None]) -> None:
 def _draw(
     load: Load, gallery: Gallery, batches: list[range], rank: int, processes: int, threads: int, writer: Any
 ) -> None:
-    """What one process does. It ends with the process that began it, even when that one is killed."""
+    """The work of one process. It ends with the process that started it, even if that one is killed."""
     import torch
 
     end_with_parent()
     torch.set_num_threads(threads)
-    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # or the process that started it is gone
+    with suppress(KeyboardInterrupt, BrokenPipeError), signals():  # the pipe breaks if the parent has ended
         try:
             gallery.draw(load(rank, processes), load.arm.negative_prompt, writer.send, load.arm.guard, batches)
         except UserError as error:

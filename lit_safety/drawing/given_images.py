@@ -1,8 +1,8 @@
-"""A folder of images that another program drew: which image is of which prompt of a file.
+"""A folder of images that another program drew: which image belongs to which prompt of a file.
 
-By the file's own column, `file_name` (of CoProV2 `image`); else by the number in the images' names, which is the file's
-`case_number`, or its row counted from 0 or from 1. The first way is taken by which every prompt has its image and every
-image its prompt. An image of a row that holds no prompt may be there or not.
+By the file's column `file_name` (in CoProV2 `image`); else by the number in the images' names, which is the file's
+`case_number`, or the row counted from 0 or from 1. The first way is used by which every prompt has one image and every
+image one prompt. For a row without a prompt, an image may exist or not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 NOT_MEASURED = "not measured"
-"""Stands in a report for what only whoever drew the images knows."""
+"""The report's word for what only the program that drew the images knows."""
 _ONE_NUMBER = re.compile(r"\D*(\d+)\D*")
 _WITH_SAMPLE = re.compile(r"(\d+)_(\d+)")
 """ESD's scripts and others: the case, and which of its samples."""
@@ -42,18 +42,18 @@ class GivenImages:
         file: the prompt file, for messages.
 
     Raises:
-        UserError: a prompt has no image, an image has no prompt, or it was drawn for another prompt; names the first
-            ones and says how many.
+        UserError: a prompt lacks an image, an image lacks a prompt, or was drawn for another prompt; names the first
+        ones and says how many.
     """
 
     def __init__(self, name: str, arm: Arm, prompts: PromptSet, file: str) -> None:
         self.folder = Path(str(arm.images))
         where = f"arm {name}: {self.folder}"
         if not self.folder.is_dir():
-            raise UserError(f"{where}: is no folder of images")
+            raise UserError(f"{where}: is not a folder")
         files = image_files(self.folder)
         if not files:
-            raise UserError(f"{where}: holds no png, jpg or webp images")
+            raise UserError(f"{where}: holds 0 png, jpg or webp images")
         places = _places(prompts, where, file)
         optional = {place.row: place for place in prompts.without_prompt}
         self.found_by, self._of_row = _match(files, places, optional, self.folder, where)
@@ -76,7 +76,7 @@ class GivenImages:
         return [Drawn(self._of_row[prompt.place.row]) for prompt in prompts if prompt.place is not None]
 
     def describe(self) -> dict[str, Any]:
-        """The arm as it stands in a report; nobody told what only a drawing knows."""
+        """The arm for a report, in which the settings of the drawing are not known."""
         unknown = (
             "pipeline",
             "pipeline_sha256",
@@ -110,8 +110,8 @@ def _places(prompts: PromptSet, where: str, file: str) -> dict[int, Place]:
     places = {prompt.place.row: prompt.place for prompt in prompts if prompt.place is not None}
     if any(prompt.place is None for prompt in prompts):
         raise UserError(
-            f"{where}: a row of {file} holds an adversarial prompt and the text that it was made from, and one image "
-            "cannot be of both; give a file with a row for each (prompt,kind,category,pair)"
+            f"{where}: a row of {file} holds an adversarial prompt and the text that it was made from, but an image "
+            "belongs to one of them; give a file with a row for each (prompt,kind,category,pair)"
         )
     return places
 
@@ -124,7 +124,7 @@ def _match(
     names = {place.file_name for place in places.values()}
     if all(names) and len(names) == len(places):
         by_name = _by_name(files, every, folder, where)
-        if by_name:  # else the names are of the set's own images, and the program numbered its own
+        if by_name:  # else the names are those of the set's own images, and the program used numbers
             _check(by_name, files, places, "by the column of their names", where, _named)
             return "file_name", by_name
     numbered = _numbers(files, folder, where)
@@ -143,11 +143,11 @@ def _match(
     _check(
         found, files, places, f"by the number in their names ({way})", where, lambda place: f"{number_of[place.row]}"
     )
-    raise AssertionError("one way or the other something is missing")
+    raise AssertionError("each way must have failed")
 
 
 def _by_name(files: Sequence[Path], every: Mapping[int, Place], folder: Path, where: str) -> dict[int, Path]:
-    """Images by the names that the rows say; the ending may be another one, as programs choose theirs."""
+    """Images by the names in the rows; the ending may differ, because programs choose their own."""
     rows: dict[str, set[int]] = {}
     for number, place in every.items():
         if place.file_name:
@@ -160,7 +160,7 @@ def _by_name(files: Sequence[Path], every: Mapping[int, Place], folder: Path, wh
         if row is None:
             continue
         if row in found:
-            raise UserError(f"{where}: {_below(found[row], folder)} and {_below(file, folder)} are both the image of "
+            raise UserError(f"{where}: {_below(found[row], folder)} and {_below(file, folder)} both belong to "
                             "one prompt; keep one")  # fmt: skip
         found[row] = file
     return found
@@ -180,7 +180,7 @@ def _numbers(files: Sequence[Path], folder: Path, where: str) -> dict[int, Path]
     unclear = [file for file in files if _number(file) is None]
     if unclear:
         raise UserError(
-            f"{where}: the names of {len(unclear)} images hold no number, or several "
+            f"{where}: the names of {len(unclear)} images do not hold exactly one number "
             f"({_first(file.name for file in unclear)}); name them by the row of their prompt, such as 00012.png, or "
             "give the prompt file a column file_name"
         )
@@ -189,8 +189,8 @@ def _numbers(files: Sequence[Path], folder: Path, where: str) -> dict[int, Path]
         assert number is not None
         if number in found:
             raise UserError(
-                f"{where}: {_below(found[number], folder)} and {_below(file, folder)} are both of the number {number}; "
-                "keep one a prompt"
+                f"{where}: {_below(found[number], folder)} and {_below(file, folder)} both have the number {number}; "
+                "keep one for each prompt"
             )
         found[number] = file
     return found
@@ -213,9 +213,9 @@ def _check(
     surplus = [file.name for file in files if file not in taken]
     said = []
     if missing:
-        said.append(f"{len(missing)} of {len(places)} prompts have no image ({_first(missing)})")
+        said.append(f"{len(missing)} of {len(places)} prompts lack an image ({_first(missing)})")
     if surplus:
-        said.append(f"{len(surplus)} images belong to no prompt ({_first(surplus)})")
+        said.append(f"{len(surplus)} images lack a prompt ({_first(surplus)})")
     if said:
         raise UserError(f"{where}: {', and '.join(said)}; images are found {how}, one for each row of the prompt file")
 
@@ -226,7 +226,7 @@ def _first(names: Iterable[str], most: int = 3) -> str:
 
 
 def _noted(file: Path) -> tuple[str, int] | None:
-    """Prompt and seed of an image that `evaluate` has written, which stand in the file; None: it is somebody else's."""
+    """Prompt and seed in an image file that `evaluate` has written; None: another program wrote it."""
     if file.suffix.lower() != ".png":
         return None
     try:
@@ -239,7 +239,7 @@ def _noted(file: Path) -> tuple[str, int] | None:
 
 
 def _same_seeds(arm: Arm, prompts: PromptSet, rows: Sequence[tuple[tuple[str, int] | None, int]]) -> bool:
-    """By what the images say; else by what the arm says; else where the prompt file has seeds, which programs take."""
+    """By the images; else by the arm's setting; else true if the prompt file has seeds, because programs use them."""
     if rows and all(said is not None for said, _ in rows):
         return all(said is not None and said[1] == seed for said, seed in rows)
     if any(said is not None and said[1] != seed for said, seed in rows):

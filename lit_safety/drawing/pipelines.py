@@ -1,6 +1,6 @@
-"""Any diffusers text-to-image pipeline: loading it with an arm's adapter in it, and drawing by its stock calls.
+"""Any diffusers text-to-image pipeline: load it with an arm's adapter, and draw by its stock calls.
 
-Drawn is from text, or from an image with the same networks.
+It draws from text, or from an image with the same networks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def local_pipeline(source: str, key: str = "--pipeline") -> Path:
-    """The folder of a pipeline; one from the hub is downloaded first.
+    """The folder of a pipeline. A pipeline from the hub is downloaded first.
 
     Args:
         source: a folder or a hub id.
         key: the option or YAML key that it was given by, for messages.
 
     Raises:
-        UserError: it is not a pipeline, or the hub does not give it; says how to log in.
+        UserError: it is not a pipeline, or the hub denies access; says how to log in.
     """
     quiet_libraries()
     from lit_safety.backbones.parts import Parts
@@ -42,7 +42,7 @@ def local_pipeline(source: str, key: str = "--pipeline") -> Path:
 
 
 def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
-    """The folder of the pipeline that an arm draws with: its own, or that of the base.
+    """The folder of the pipeline that an arm draws with: its own, or the base's.
 
     Raises:
         UserError: as `local_pipeline`.
@@ -53,10 +53,10 @@ def arm_pipeline(name: str, arm: Arm, base: str) -> Path:
 
 
 def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precision = "float32") -> Any:
-    """A quiet pipeline that draws with DDIM where it can, on `device`.
+    """A pipeline on `device` that draws with DDIM if it can, without progress bars.
 
-    The arm's UNet and adapter are in it. A safety checker inside the pipeline is taken out: it blanks images, and a
-    blank counts as safe.
+    It holds the arm's UNet and adapter. A safety checker inside the pipeline is removed: it replaces images by black
+    ones, which count as safe.
 
     Raises:
         UserError: the pipeline does not load, or the adapter is missing or made for another backbone.
@@ -76,14 +76,14 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         put_unet(parts, arm.unet, arm.unet_partial)
     pipe = parts.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    # SANA's is compatible by class alone: DDIM has no flow matching.
+    # SANA's scheduler is compatible only by class: DDIM does not support flow matching.
     process = getattr(pipe.scheduler, "config", {}).get("prediction_type", "epsilon")
     if DDIMScheduler in getattr(pipe.scheduler, "compatibles", []) and process != "flow_prediction":
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     try:
         pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there, or too small
-        raise UserError(f"--device {device}: the pipeline cannot be put there: {_first_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # torch's errors for a device that is missing or too small
+        raise UserError(f"--device {device}: the pipeline cannot be moved there: {_first_line(error)}") from error
     loras = arm.loras()
     if loras:
         from lit_safety.adapters.load_lora import load_lora
@@ -100,10 +100,10 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     if precision == "float32" and (loras or for_users is not None):
         from lit_safety.adapters.load_lora import fuse_loras
 
-        fuse_loras(pipe)  # exact enough to fold in, and as fast as no adapter at all
+        fuse_loras(pipe)  # exact enough, and as fast as without an adapter
     for name in ("unet", "vae"):
         network = getattr(pipe, name, None)
-        if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not of one for video
+        if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not for video networks
             network.to(memory_format=torch.channels_last)
     if arm.guard is not None:
         arm.guard.check(pipe)
@@ -119,7 +119,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Complain before anything heavy happens when a report cannot be written to `out`.
+    """Refuse, before long work begins, an `out` that a report cannot be written to.
 
     Raises:
         UserError: `out` is a file, or the nearest folder that exists cannot be written to.
@@ -133,14 +133,14 @@ def check_writable(out: Path) -> None:
 
 @dataclass(frozen=True)
 class PainterSettings:
-    """How images are drawn with one's own model.
+    """How images are drawn with the user's own model.
 
     Args:
         steps: Denoising steps of an image.
         guidance: Scale of classifier-free guidance.
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
-        device: Where to draw, such as cpu or cuda:1; null takes this process's GPU where there is one.
+        device: The device, such as cpu or cuda:1; null: this process's GPU if there is one.
         precision: Number format of the weights while drawing.
 
     Raises:
@@ -166,18 +166,18 @@ class PainterSettings:
 
 
 class Painter:
-    """A pipeline of diffusers as two functions that give one image, or None where its numbers are not finite.
+    """A pipeline of diffusers as two functions. An image whose numbers are not finite is None.
 
-    Each image's noise comes from a CPU generator of its own seed, so it depends neither on the device nor on its batch
-    mates (up to rounding).
+    Each image's noise comes from a CPU generator with its own seed, so it depends neither on the device nor (up to
+    rounding) on the other images of its batch.
 
     Args:
         pipe: any text-to-image pipeline.
         settings: how it draws.
-        image_to_image: also make the image-to-image pipeline of the same family, around the same networks.
+        image_to_image: also make the image-to-image pipeline of the same family, with the same networks.
 
     Raises:
-        UserError: diffusers knows no image-to-image pipeline of this family.
+        UserError: diffusers does not have an image-to-image pipeline for this family.
     """
 
     def __init__(self, pipe: Any, settings: PainterSettings, image_to_image: bool) -> None:
@@ -202,7 +202,7 @@ class Painter:
         """Redraw images towards `prompts` and away from `negatives` (SDEdit, arXiv 2108.01073).
 
         Args:
-            strength: share of the steps that are taken again; 1 keeps nothing of the image.
+            strength: share of the steps that are done again; 1: the image is replaced completely.
         """
         given: dict[str, Any] = {"image": list(images), "prompt": list(prompts)}
         if {"height", "width"} <= signature(type(self._second).__call__).parameters.keys():
@@ -224,13 +224,13 @@ class Painter:
                 **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
                 **inputs,
             ).images
-        except ValueError as error:  # a size or a number of steps that this family does not take
-            raise UserError(f"{type(pipe).__name__} does not draw so: {str(error).splitlines()[0]}") from error
+        except ValueError as error:  # a size or a number of steps that this family does not accept
+            raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
         return [_image(one) for one in pixels]
 
 
 def _image(pixels: np.ndarray) -> Image | None:
-    """(H, W, 3) in [0, 1] as an image; None where a number is not finite: it would become black, which looks safe."""
+    """(H, W, 3) in [0, 1] as an image; None if a number is not finite, because it would become black and look safe."""
     import numpy as np
     from PIL import Image
 
@@ -246,7 +246,7 @@ def _image_to_image(pipe: Any) -> Any:
         second = AutoPipelineForImage2Image.from_pipe(pipe)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{type(pipe).__name__}: diffusers has no image-to-image pipeline of this family "
+            f"{type(pipe).__name__}: diffusers does not have an image-to-image pipeline for this family "
             f"({str(error).splitlines()[0]}); use --counterpart same_seed"
         ) from error
     second.set_progress_bar_config(disable=True)

@@ -1,6 +1,6 @@
-"""The rows of a file of prompts in any form that people publish: CSV, JSON, JSON lines, parquet, a prompt a line.
+"""The rows of a file of prompts in any published form: CSV, JSON, JSON lines, parquet, or one prompt a line.
 
-What the columns mean is decided elsewhere (`prompts`). JSON is told by its first letter, the other forms by the name.
+`prompts.py` decides what the columns mean. JSON is recognised by its first letter, the other forms by the file's name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_safety.core.tables import check_header, unescaped
 from lit_safety.core.text import load_json, read_text
 
 USER_DATA, USER_ID = "user_data", "user_id"
-"""Sage's rows hold who is asked within an object, `user_data: {User_ID: ...}`; here it is a column as any other."""
+"""Sage's rows hold the user inside an object, `user_data: {User_ID: ...}`; here it becomes an ordinary column."""
 RAGGED = "has more or fewer fields than the header; quote prompts that hold commas"
 
 
@@ -29,7 +29,7 @@ class Record:
     where: str
     """File and row, for messages."""
     cells: dict[str, str]
-    """Column -> text without blanks around it. Of JSON a column that the row leaves out is missing."""
+    """Column -> text without blanks around it. In JSON, a column may be missing in a row."""
     problem: str = ""
     """Why the row cannot be read; empty: it can."""
 
@@ -48,11 +48,11 @@ def read_records(file: str | Path, known: Sequence[str], texts: Sequence[str]) -
     Args:
         file: a CSV with a header; JSON: a list of objects or of texts, an object that holds one such list, COCO's
             captions, or pandas' columns; JSON lines; a text file with a prompt a line; parquet.
-        known: columns that are read, spelt so whatever their case in the file.
-        texts: those of them that may hold the prompts; the first is that of lists of texts and of text files.
+        known: columns that are read, in any case in the file.
+        texts: those that may hold the prompts; the first is used for lists of texts and for text files.
 
     Raises:
-        UserError: the file cannot be read or is of no such form, or a column stands twice.
+        UserError: the file cannot be read or has another form, or a column stands twice.
     """
     path, suffix = Path(file), Path(file).suffix.lower()
     if suffix == ".parquet":
@@ -97,9 +97,9 @@ def _from_csv(text: str, file: str, known: Sequence[str]) -> Records:
 
 
 def _from_json(text: str, file: str, known: Sequence[str], default: str) -> Records:
-    """A whole JSON text, or JSON lines where it is none."""
+    """A whole JSON text, or else JSON lines."""
     try:
-        whole = load_json(text, finite=False)  # pandas writes NaN where it knows nothing
+        whole = load_json(text, finite=False)  # pandas writes NaN for missing values
     except ValueError as error:
         if not isinstance(error, json.JSONDecodeError) or not error.msg.startswith("Extra data"):
             raise UserError(f"{file}: is not JSON ({error})") from error
@@ -109,7 +109,7 @@ def _from_json(text: str, file: str, known: Sequence[str], default: str) -> Reco
         entries = [(f"{file} entry {number}", entry) for number, entry in enumerate(found, start=1)]
     for where, one in entries:
         if not isinstance(one, dict | str | None):
-            raise UserError(f"{where}: is neither an object with a `prompt` nor a text")
+            raise UserError(f"{where}: must be an object with a `prompt`, or a text")
     objects = [(where, one if isinstance(one, dict) else {default: one}) for where, one in entries]
     given = dict.fromkeys(key for _, entry in objects for key in entry)
     names = dict(zip(given, check_header(list(given), file, known), strict=True))
@@ -128,7 +128,7 @@ def _from_json(text: str, file: str, known: Sequence[str], default: str) -> Reco
 
 
 class _NotJson(str):
-    """Stands for a line that cannot be read; says why."""
+    """A line that cannot be read, with the reason."""
 
 
 def _json_lines(text: str, file: str) -> Iterator[tuple[str, Any]]:
@@ -141,7 +141,7 @@ def _json_lines(text: str, file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _entries(whole: Any, file: str) -> list[Any]:
-    """The rows of a JSON text that is no list itself."""
+    """The rows of a JSON text that is not a list."""
     if isinstance(whole, str):
         return [whole]
     if isinstance(whole, dict) and isinstance(whole.get("annotations"), list):  # COCO's captions
@@ -161,7 +161,7 @@ def _entries(whole: Any, file: str) -> list[Any]:
 
 
 def _encodable(text: str) -> bool:
-    """Half a surrogate pair can stand in JSON, and in no UTF-8."""
+    """Half a surrogate pair: JSON can hold it, but UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -170,7 +170,7 @@ def _encodable(text: str) -> bool:
 
 
 def _record(where: str, values: dict[str, Any]) -> Record:
-    """A row of JSON values as the texts that a CSV would hold; what is not known is empty."""
+    """A row of JSON values as the texts of a CSV; unknown values are empty."""
     cells = {}
     for name, value in values.items():
         if value is None or value != value:  # NaN
@@ -185,8 +185,8 @@ def _record(where: str, values: dict[str, Any]) -> Record:
             cells[name] = str(int(value)) if isinstance(value, bool) else repr(value)
         elif isinstance(value, list) and all(isinstance(one, str | int | float) for one in value):
             cells[name] = ";".join(map(str, value))
-        elif name != "image":  # the hub's images are objects, and not looked at
-            return Record(where, {}, f"`{name}` holds neither a text nor a number")
+        elif name != "image":  # the hub's images are objects, which are ignored
+            return Record(where, {}, f"`{name}` must be a text or a number")
     return Record(where, cells)
 
 

@@ -1,4 +1,4 @@
-"""Prompt sets: what is asked of every arm, with the seed that draws it."""
+"""Prompt sets: the prompts that every arm draws, with their seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed"
 OWN = (*COLUMNS, "unnamed", "guidance", "pair")
 """The columns of our own files; all but `prompt` have a default."""
 TEXT = ("adv_prompt", "prompt", "sensitive prompt", "caption")
-"""Where the prompt stands, the first that is there."""
+"""Columns for the prompt; the first one that exists is used."""
 SEED = ("evaluation_seed", "sd_seed", "seed")
 GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance")
 KNOWN = (
@@ -37,55 +37,55 @@ KNOWN = (
     *(*TEXT, "target_prompt", "categories", "image_id", "coco_id", "case_number", "user_id", "file_name", "image"),
     *(*SEED, *GUIDANCE),
 )
-"""Columns that are read, of our own files and of published ones, whatever their case and the blanks around them."""
+"""Columns that are read, of our own files and of published ones, in any case and with blanks around them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a prompt stands in its file: by this, images that another program drew are found."""
+    """The place of a prompt in its file, by which images of another program are found."""
 
     row: int
     """From 0."""
     file_name: str = ""
-    """The image's own name, where the file says one."""
+    """The image's own name, if the file states it."""
     case_number: int | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row: a prompt and the seed of its drawing."""
+    """One row: a prompt and the seed of its image."""
 
     prompt: str
     kind: Kind
-    """explicit names the harm, implicit means it without naming it, adversarial was searched for to draw it;
-    lookalike and clean ask for nothing harmful."""
+    """explicit names the harm, implicit means it without naming it, adversarial is the result of a search that makes
+    the model draw it; lookalike and clean are harmless."""
     category: str
     """Canonical category of a harmful prompt, else empty."""
     concept: str
-    """The harm asked for, as the judge names it; empty where the prompt set names none."""
+    """The harm asked for, by the judge's name; empty if the prompt set does not name it."""
     benign: tuple[str, ...]
-    """The benign objects asked for, as the judge names them; a name that stands twice asks for two."""
+    """The benign objects asked for, by the judge's names; a name that stands twice asks for two."""
     held_out: bool
-    """Something of a harmful prompt stood in no alignment data: its phrase, or its setting with its category."""
+    """A part of a harmful prompt is not in the alignment data: its phrase, or its setting with its category."""
     seed: int
-    """Seed of the drawing's initial noise."""
+    """Seed of the image's initial noise."""
     guidance: float | None = None
-    """The row's own guidance scale; None: that of the run."""
+    """The row's own guidance scale; None: the run's."""
     also: tuple[str, ...] = ()
     """Further categories of a harmful prompt."""
     pair: str = ""
-    """The same for an attacked prompt and its adversarial text; empty: no such pair."""
+    """The same text for an attacked prompt and its adversarial prompts; empty: no pair."""
     user: str | None = None
-    """Whom a pipeline with a user adapter draws it for; None: the null user."""
+    """The user that a pipeline with a user adapter draws it for; None: the null user."""
     unnamed: tuple[str, ...] = ()
-    """Those of `benign` that stand in no pair and no prompt that alignment or selection saw."""
+    """Those of `benign` that are not in any pair or prompt of alignment or selection."""
     place: Place | None = field(default=None, compare=False)
-    """None: the row has no image of its own, as the text that an adversarial prompt of the same row was made from."""
+    """None: the row has no image of its own, such as the text from which an adversarial prompt was made."""
     kind_said: bool = field(default=True, compare=False)
-    """False: the file says no kind, and the prompt counts as clean."""
+    """False: the file does not state a kind, and the prompt counts as clean."""
 
     def identity(self) -> dict[str, Any]:
-        """All that the row says, without what it leaves open."""
+        """The row's values, without empty ones."""
         said = {key: value for key, value in asdict(self).items() if key not in ("place", "kind_said")}
         return {key: value for key, value in said.items() if key in COLUMNS or value not in (None, (), "")}
 
@@ -100,8 +100,8 @@ class PromptSet(list[Prompt]):
 
     Args:
         prompts: in the file's order.
-        without_prompt: the places of rows that hold no prompt and are left out.
-        own_seeds: whether every seed stands in the file; else some were made from what the rows say.
+        without_prompt: the places of rows without a prompt, which are left out.
+        own_seeds: whether every seed is in the file; else some were made from the rows' contents.
     """
 
     def __init__(
@@ -112,30 +112,30 @@ class PromptSet(list[Prompt]):
         self.own_seeds = own_seeds
 
     def not_said(self) -> dict[str, int]:
-        """What a report must say of the file: rows that were left out, and prompts of which it says no kind."""
+        """What a report must say about the file: rows that were left out, and prompts without a kind."""
         unsaid = sum(not prompt.kind_said for prompt in self)
         counts = {"rows_without_prompt": len(self.without_prompt), "prompts_without_kind": unsaid}
         return {key: count for key, count in counts.items() if count}
 
 
 def read_prompts(file: str | Path, kind: Kind | None = None, category: str | None = None) -> PromptSet:
-    """All rows of a prompt set of our own, or of a published one as it is published.
+    """All rows of our own prompt sets, or of published ones in their published form.
 
-    Rows without a prompt are left out and counted, prompts of which nothing says the kind count as clean; both are told
-    on stderr. All that is wrong with a file's rows is said at once, in one line.
+    Rows without a prompt are left out and counted. Prompts without a kind count as clean. Both are reported on stderr.
+    All errors in a file's rows are reported at once, in one line.
 
     Args:
-        file: CSV, JSON, JSON lines, parquet or a text with a prompt a line; `prompt` is the one column that is needed.
-        kind: what the prompts are, of a file that does not say so.
-        category: the harm that they ask for, of a file that does not say so.
+        file: CSV, JSON, JSON lines, parquet or a text with one prompt a line; only the column `prompt` is needed.
+        kind: the kind of the prompts, if the file does not state it.
+        category: the harm that they ask for, if the file does not state it.
 
     Raises:
-        UserError: the file is unreadable or has no rows, or a row holds what its column cannot.
+        UserError: the file is unreadable or has 0 rows, or a value is not valid for its column.
     """
     where = str(file)
     records = read_records(file, KNOWN, ("prompt", *(name for name in TEXT if name != "prompt")))
     if not records.columns:
-        raise UserError(f"{file}: misses the column `prompt`; needed is a header with it")
+        raise UserError(f"{file}: lacks the column `prompt`; add it to the header")
     layout = find_layout(records.columns, where)
     complaints, seen = Complaints(where), Counter[str]()
     rows: list[tuple[Prompt, str]] = []
@@ -155,9 +155,9 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
         check_pairs(rows, complaints)
     complaints.complain()
     if not total:
-        raise UserError(f"{file}: holds a header and no rows; nothing to draw")
+        raise UserError(f"{file}: has a header but 0 rows, so there is nothing to draw")
     if not rows:
-        raise UserError(f"{first}: the prompt is empty, as in every row of the file; nothing to draw")
+        raise UserError(f"{first}: the prompt is empty, as in every row of the file, so there is nothing to draw")
     prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds)
     _tell(prompts, where, total)
     return prompts
@@ -166,22 +166,23 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
 def _tell(prompts: PromptSet, file: str, total: int) -> None:
     counts = prompts.not_said()
     if count := counts.get("rows_without_prompt"):
-        print(f"note    {file}: {count} of {total} rows hold no prompt and are left out", file=sys.stderr)
+        print(f"note    {file}: {count} of {total} rows lack a prompt and are left out", file=sys.stderr)
     if count := counts.get("prompts_without_kind"):
-        print(f"note    {file}: says of {count} prompts no kind, so they count as clean; if they ask for harm, add the "
-              "columns kind and category, or give --prompt_kind and --prompt_category", file=sys.stderr)  # fmt: skip
+        print(f"note    {file}: the kind of {count} prompts is not stated, so they count as clean; if they ask for "
+              "harm, add the columns kind and category, or give --prompt_kind and --prompt_category",
+              file=sys.stderr)  # fmt: skip
 
 
 def check_pairs(rows: Sequence[tuple[Prompt, str]], complaints: Complaints) -> None:
-    """Complain about rows with a `pair` that would not be drawn, or not be counted with their partner.
+    """Refuse rows with a `pair` that would not be drawn, or not counted with their partner.
 
     A pair is one explicit row, the attacked prompt, and the adversarial rows that were made from it. Adversarial rows
-    without the other are drawn and counted by themselves, which is said on stderr.
+    without the explicit one are drawn and counted alone, which is reported on stderr.
 
     Args:
         rows: each with its place in the file, for messages.
-        complaints: takes a row whose partner is absent, or of a kind or category that its pair cannot hold, and a pair
-            with two attacked prompts.
+        complaints: gathers the errors: a row whose partner is missing, or has a kind or category that does not fit, or
+            a pair with two attacked prompts.
     """
     attacked: dict[str, tuple[Prompt, str]] = {}
     for row, where in rows:
@@ -192,8 +193,8 @@ def check_pairs(rows: Sequence[tuple[Prompt, str]], complaints: Complaints) -> N
                 raise UserError(f"{where}: a {row.kind} prompt has the pair `{row.pair}`; only explicit and "
                                 "adversarial prompts have one")  # fmt: skip
             if row.pair in attacked:
-                raise UserError(f"{where}: the pair `{row.pair}` has an explicit prompt already, in "
-                                f"{attacked[row.pair][1]}; give each its own")  # fmt: skip
+                raise UserError(f"{where}: the pair `{row.pair}` already has an explicit prompt, in "
+                                f"{attacked[row.pair][1]}; use one pair for each")  # fmt: skip
             attacked[row.pair] = (row, where)
     met, lonely = set(), []
     for row, where in rows:
@@ -205,23 +206,23 @@ def check_pairs(rows: Sequence[tuple[Prompt, str]], complaints: Complaints) -> N
         met.add(row.pair)
         with complaints.gather():
             if row.category != attacked[row.pair][0].category:
-                raise UserError(f"{where}: is of the category {row.category}, and its pair `{row.pair}` in "
-                                f"{attacked[row.pair][1]} is of {attacked[row.pair][0].category}")  # fmt: skip
+                raise UserError(f"{where}: has the category {row.category}, but its pair `{row.pair}` in "
+                f"{attacked[row.pair][1]} has {attacked[row.pair][0].category}")  # fmt: skip
     if lonely:
-        print(f"note    {lonely[0]}: its pair has no explicit prompt, so no figure compares it with that one "
+        print(f"note    {lonely[0]}: its pair lacks an explicit prompt, so it is not compared with one "
               f"({len(lonely)} such rows)", file=sys.stderr)  # fmt: skip
     for pair, (_, where) in attacked.items():
         with complaints.gather():
             if pair not in met:
-                raise UserError(f"{where}: its pair has no adversarial prompt, so it would never be drawn; add its "
-                                "row, or leave `pair` empty")  # fmt: skip
+                raise UserError(f"{where}: its pair lacks an adversarial prompt, so it would never be drawn; add the "
+                "row, or leave `pair` empty")  # fmt: skip
 
 
 def read_seed(text: str, where: str) -> int:
     """A seed, also one that a spreadsheet wrote as `41.0`.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not valid.
     """
     seed = whole_number(text)
     if seed is None or not 0 <= seed < 2**63:
@@ -233,7 +234,7 @@ def read_guidance(text: str, where: str) -> float | None:
     """A guidance scale; None where the cell is empty.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not valid.
     """
     if not text:
         return None
@@ -243,18 +244,19 @@ def read_guidance(text: str, where: str) -> float | None:
     return guidance
 
 
-# What the columns say. Published sets are told apart by theirs.
+# The meaning of the columns. Published sets are recognised by their columns.
 #
-# - our own: `prompt`, and perhaps any of `OWN`
+# - our own: `prompt`, and any of `OWN`
 # - MMA-Diffusion: `adv_prompt`, and `target_prompt`, the text that was attacked
 # - COCO: `prompt` or `caption`, and `image_id` or `coco_id`
-# - I2P, and what was made of it (P4D, UnlearnDiffAtk): `prompt`, `categories` (several, between commas), `sd_seed` or
+# - I2P, and sets made from it (P4D, UnlearnDiffAtk): `prompt`, `categories` (several, between commas), `sd_seed` or
 #   `evaluation_seed`, `sd_guidance_scale` or `evaluation_guidance`
 # - CoProV2 and Unsafe Diffusion: `prompt`, `category`
-# - Sage, PSA's evaluation files: `caption`, `file_name`, which may tell category and side, and who is asked: `user_id`
-# - Ring-A-Bell and others: `prompt` or `sensitive prompt`, perhaps `evaluation_seed`; kind and category must be given
+# - Sage, PSA's evaluation files: `caption`, `file_name`, which may hold category and side, and the user: `user_id`
+# - Ring-A-Bell and others: `prompt` or `sensitive prompt`, optionally `evaluation_seed`; kind and category must be
+# given
 #
-# A row without a seed gets one from what it says itself, so that the order of the file plays no part.
+# A row without a seed gets one from its own contents, so that the order of the file does not matter.
 
 
 UNSAFE_DIFFUSION: dict[str, str] = {
@@ -264,9 +266,9 @@ UNSAFE_DIFFUSION: dict[str, str] = {
     "hateful": "hate",
     "political": "propaganda",
 }
-"""The five scopes of Unsafe Diffusion (arXiv 2305.13873) among our categories."""
+"""The five scopes of Unsafe Diffusion (arXiv 2305.13873) -> our categories."""
 BENCHMARK = ("sensitive prompt", "case_number", "evaluation_seed", "sd_seed")
-"""Where one of these stands, and nothing says what is asked for, the set was published to be attacked with."""
+"""If one of these columns exists, and no column states the kind, the set was published for attacks."""
 _COPROV2 = re.compile(r"(?P<side>[us])_idx_[A-Za-z0-9_-]+\.(?:jpg|jpeg|png|webp)")
 _SAGE = re.compile(
     r"user_(?P<user>\d{1,12})_(?P<about>[^/\\]+)_\d+(?:\.[A-Za-z]{3,4})?_(?P<side>[su])\.(?:jpg|jpeg|png|webp)"
@@ -275,37 +277,37 @@ _SAGE = re.compile(
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file's columns say."""
+    """The meaning of a file's columns."""
 
     file: str
     """For messages."""
     text: str
     kind: Kind | None = None
-    """Of all rows; None: a column says it, or nothing does."""
+    """Of all rows; None: a column states it, or it is not stated."""
     category: str | None = None
-    """Its column; None: the file has none."""
+    """The column of the category; None: missing."""
     fixed_category: str | None = None
     attacked: str | None = None
-    """The column of the text that an adversarial one was made from."""
+    """The column of the text from which an adversarial prompt was made."""
     seed: str | None = None
     guidance: str | None = None
     own: bool = False
-    """The file is of our own columns, each of which means what it says there."""
+    """The file has our own columns."""
     says_kind: bool = False
     """It has the column `kind`."""
     benchmark: bool = False
 
 
 def find_layout(columns: Sequence[str], file: str) -> Layout:
-    """Tell the sets apart.
+    """Recognise the set.
 
     Raises:
-        UserError: there is no column of prompts.
+        UserError: the column of prompts is missing.
     """
     text, seed, guidance = (next((name for name in names if name in columns), None) for names in (TEXT, SEED, GUIDANCE))
     if text is None:
         raise UserError(
-            f"{file}: has no column {', '.join(TEXT[:-1])} or `{TEXT[-1]}` (it has {', '.join(columns[:12])}); give a "
+            f"{file}: lacks a column {', '.join(TEXT[:-1])} or `{TEXT[-1]}` (it has {', '.join(columns[:12])}); give a "
             "file with a column `prompt`"
         )
     rest: dict[str, Any] = {"seed": seed, "guidance": guidance}
@@ -324,7 +326,7 @@ def find_layout(columns: Sequence[str], file: str) -> Layout:
 
 
 def _text(record: Record, layout: Layout) -> str:
-    """The row's prompt; empty where it holds none.
+    """The row's prompt, which may be empty.
 
     Raises:
         UserError: the row cannot be read.
@@ -332,7 +334,7 @@ def _text(record: Record, layout: Layout) -> str:
     if record.problem:
         raise UserError(f"{record.where}: {record.problem}")
     if layout.text not in record.cells:
-        raise UserError(f"{record.where}: has no `{layout.text}`")
+        raise UserError(f"{record.where}: lacks `{layout.text}`")
     return record.cells[layout.text]
 
 
@@ -354,7 +356,7 @@ class _Asked:
 
 
 def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | None) -> _Asked:
-    """Kind and categories of a row: by its own column, by what was given for all, by its image's name, by the set."""
+    """Kind and categories of a row: from its own column, the values given for all, its image's name, or the set."""
     cells, where = record.cells, record.where
     said = cells.get(layout.category, "") if layout.category else ""
     if layout.own and (cells.get("kind") or (kind is None and said)):
@@ -374,8 +376,8 @@ def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | No
     decided = kind or layout.kind or ("explicit" if layout.category else None)
     if decided is None and (layout.benchmark or category is not None):
         raise UserError(
-            f"{layout.file}: has no column `kind` or `category` that says what its prompts ask for; give --prompt_kind "
-            "(Ring-A-Bell: adversarial) and, for harmful ones, --prompt_category"
+            f"{layout.file}: lacks a column `kind` or `category` that states what its prompts ask for; give "
+            "--prompt_kind (Ring-A-Bell: adversarial) and, for harmful ones, --prompt_category"
         )
     if decided is None:
         return _Asked("clean", [], said=False)
@@ -386,29 +388,31 @@ def _asked(record: Record, layout: Layout, kind: Kind | None, category: str | No
     if fixed := category or layout.fixed_category:
         return _Asked(decided, [canonical_category(fixed)])
     if layout.category is None:
-        raise UserError(f"{layout.file}: has no column `category`; give --prompt_category, such as sexual or violence")
+        raise UserError(
+            f"{layout.file}: lacks the column `category`; give --prompt_category, such as sexual or violence"
+        )
     return _Asked(decided, _categories("", where))
 
 
 def _own(cells: dict[str, str], where: str, category: str | None, said: bool = True) -> _Asked:
-    """The same of a row that says its kind, or a category: the prompt is explicit then."""
+    """The same for a row that states its kind, or only a category (then the prompt is explicit)."""
     given = cells.get("kind") or "explicit"
     kind = next((kind for kind in KINDS if kind == given.casefold()), None)
     if kind is None:
-        raise UserError(f"{where}: kind `{given}` is none of {', '.join(KINDS)}")
+        raise UserError(f"{where}: kind `{given}` is not one of {', '.join(KINDS)}")
     if kind in HARMFUL_KINDS:
         if not (named := cells.get("category") or category):
             raise UserError(f"{where}: an {kind} prompt needs a category")
         return _Asked(kind, _categories(named, where))
     if cells.get("category") or cells.get("concept"):
-        raise UserError(f"{where}: a {kind} prompt must have no category and no concept")
+        raise UserError(f"{where}: a {kind} prompt must not have a category or a concept")
     return _Asked(kind, [], said)
 
 
 def _prompts_of(
     record: Record, layout: Layout, place: Place, kind: Kind | None, category: str | None, seen: Counter[str]
 ) -> Iterator[Prompt]:
-    """The prompts of a row: one, or an adversarial one behind the text that it was made from."""
+    """The prompts of a row: one, or the text from which an adversarial one was made and the adversarial one."""
     cells, where = record.cells, record.where
     asked = _asked(record, layout, kind, category)
     text = cells[layout.text]
@@ -424,7 +428,7 @@ def _prompts_of(
         raise UserError(f"{where}: held_out is `{own['held_out']}`, must be 0 or 1")
     benign, unnamed = _names(own.get("benign", "")), _names(own.get("unnamed", ""))
     if alone := [name for name in unnamed if name not in benign]:
-        raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is none of the row's benign ({own['benign']})")
+        raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is not in the row's benign ({own['benign']})")
     pair = own.get("pair", "")
     if attacked:
         pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
@@ -453,29 +457,29 @@ def _categories(cell: str, where: str) -> list[str]:
 
 
 def _seed_of(row: str, occurrence: int) -> int:
-    """31 bits from what a row says and how often it was said before: the same in any order of rows."""
+    """31 bits from a row's contents and its number among equal rows: the same in any order of rows."""
     return int.from_bytes(hashlib.blake2b(f"{occurrence}\0{row}".encode(), digest_size=4).digest()) >> 1
 
 
-# Which prompts of a set are drawn: a balanced part, the same every time.
+# Which prompts of a set are drawn: a balanced part, the same one every time.
 
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """How many prompts of each kind are drawn; None takes all there are, 0 none."""
+    """How many prompts of each kind are drawn; None: all, 0: none."""
 
     explicit: int | None = 40
     """For each category."""
     implicit: int | None = 80
-    """Over all categories, seen and held-out phrases in equal parts."""
+    """From all categories, with equal parts of seen and held-out phrases."""
     lookalike: int | None = 80
     """Over all benign objects."""
     clean: int | None = 200
     """Prompts for one and for two objects in equal parts."""
     adversarial: int | None = 200
-    """Over all categories; the attacked prompts that they belong to come along."""
+    """From all categories; the attacked prompts of their pairs are drawn too."""
     categories: tuple[str, ...] | None = None
-    """Of these categories are prompts for something harmful; None: of all."""
+    """Only harmful prompts of these categories are drawn; None: of all."""
 
     def __post_init__(self) -> None:
         for kind, count in asdict(self).items():
@@ -490,7 +494,7 @@ def choose_prompts(prompts: Iterable[Prompt], selection: PromptCounts) -> list[P
     held-out, sets of benign objects), so that 40 of a category are a subset of 100, whatever the file's order.
 
     Raises:
-        UserError: nothing is left.
+        UserError: 0 prompts are left.
     """
     wanted = selection.categories
     rows = [row for row in prompts if wanted is None or not row.harmful or {row.category, *row.also} & {*wanted}]
@@ -510,7 +514,7 @@ def choose_prompts(prompts: Iterable[Prompt], selection: PromptCounts) -> list[P
     lengths = [[r for r in of["clean"] if len(r.benign) == n] for n in sorted({len(r.benign) for r in of["clean"]})]
     chosen += _round_robin([deal(part, None, lambda row: row.benign) for part in lengths])[: selection.clean]
     if not chosen:
-        raise UserError("the prompt set holds no row of a kind that was asked for: raise --explicit, --clean, ...")
+        raise UserError("the prompt set holds 0 rows of the kinds that were asked for: raise --explicit, --clean, ...")
     place = {id(row): i for i, row in enumerate(rows)}
     return sorted(chosen, key=lambda row: (KINDS.index(row.kind), place[id(row)]))
 

@@ -1,4 +1,4 @@
-"""Images from elsewhere that FID compares with: a folder of image files, or the chosen images of clean pairs."""
+"""Reference images for FID: a folder of image files, or the chosen images of clean pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Reference:
 
     @property
     def sha256(self) -> str:
-        """Of the files' bytes, in order."""
+        """The hash of the files' bytes, in order."""
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[str, Image]]:
@@ -50,7 +50,7 @@ class Reference:
             yield name, decode_image(content, name)
         if self.count < 2:
             what = "chosen images of clean pairs" if shards else "png, jpg or webp images"
-            raise UserError(f"{self.option} {self.given}: holds {self.count} {what}; many are needed")
+            raise UserError(f"{self.option} {self.given}: holds only {self.count} {what}; many are needed")
 
     def _from_files(self, folder: Path) -> Iterator[tuple[str, bytes]]:
         for file in image_files(folder):
@@ -68,11 +68,13 @@ class Reference:
                     where = shard.where(number)
                     metadata = parse_metadata(shard.read_member(number, "json"), where)
                     image = next((name for name in stored.members if name.startswith("chosen.")), None)
-                    # a chosen image that is labelled harmful is not an example of what a safe model should draw
+                    # a chosen image that is labelled harmful is not an example for a safe model
                     if metadata.prompt_kind != "clean" or metadata.harmful.chosen:
                         continue
                     if image is None or image.split(".", 1)[1] not in FORMATS:
-                        raise UserError(f"{where}: has no chosen image (only a cache of it?); give shards with images")
+                        raise UserError(
+                            f"{where}: lacks its chosen image (perhaps it is cached); give shards with images"
+                        )
                     yield f"{where}: chosen", shard.read_member(number, image)
                 if shard.problem is not None:
                     raise UserError(f"{source.paths[number]}: {shard.problem}")

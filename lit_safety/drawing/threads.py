@@ -1,4 +1,4 @@
-"""Several batches at a time with one pipeline."""
+"""Draw several batches at a time with one pipeline."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 SMALL = 50_000_000
-"""Parameters below which a network is too small to keep several threads busy; any Stable Diffusion has more."""
+"""A network with fewer parameters is too small for several threads; every Stable Diffusion has more."""
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Within, one operation of torch on a CPU uses `count` threads."""
+    """Inside, one operation of torch on a CPU uses `count` threads."""
     import torch
 
     before = torch.get_num_threads()
@@ -33,17 +33,18 @@ def threads(count: int) -> Iterator[None]:
 def each_batch(
     pipe: Any, batches: Sequence[range], work: Callable[[Any, range], int], workers: int | None
 ) -> Iterator[int]:
-    """`work(pipe, batch)` for every batch, as each is finished; several at a time for a small network on a CPU.
+    """The results of `work(pipe, batch)`, in the order in which they finish; several at a time for a small network on a
+    CPU.
 
-    A small network gets one thread a batch, and not all threads on one batch: its threads would spend their time
-    waiting for each other at the end of every operation (next to another busy process this was 7 times slower), and
-    its pixels would depend on the number of cores.
+    For a small network each batch gets one thread, because several threads on one batch would mostly wait for each
+    other at the end of every operation (with another busy process this was 7 times slower), and pixels would depend on
+    the number of cores.
 
     Args:
         pipe: each worker gets a `twin` of it.
-        batches: what there is to do.
+        batches: the work.
         work: is called with a pipeline and a batch.
-        workers: how many batches at a time; None: one a thread for a small network on a CPU, else 1.
+        workers: how many batches at a time; None: as many as threads for a small network on a CPU, else 1.
     """
     import torch
 
@@ -63,7 +64,7 @@ def each_batch(
             idle.put(own)
 
     each = 1 if small else max(1, torch.get_num_threads() // count)
-    if count == 1:  # in this thread, which a signal interrupts
+    if count == 1:  # in this thread, so that a signal interrupts it
         with threads(each):
             yield from map(run, batches)
         return
@@ -76,13 +77,13 @@ def each_batch(
         except KeyboardInterrupt:  # Ctrl-C or SIGTERM: a batch that is being drawn ends at its next step
             stop.set()
             raise
-        finally:  # on an error, batches that were begun are finished, and no other is begun
+        finally:  # on an error, batches that have begun are finished, and no others are started
             pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def _ended_by(stop: Event, pipe: Any) -> Iterator[None]:
-    """Within, a call of one of the pipeline's networks raises once `stop` is set, in whatever thread it is."""
+    """Inside, calls of the pipeline's networks raise, in every thread, when `stop` is set."""
 
     def check(*_: Any) -> None:
         if stop.is_set():
@@ -109,10 +110,10 @@ def _networks(pipe: Any) -> list[Any]:
 
 
 def twin(pipe: Any) -> Any:
-    """The same networks with a scheduler and tokenizers of its own.
+    """The same networks with its own scheduler and tokenizers.
 
-    A scheduler counts the steps of its own batch. A fast tokenizer keeps the padding of the last call in itself: two
-    threads that share one get texts of each other's length.
+    A scheduler counts the steps of its own batch. A fast tokenizer stores the padding of the last call, so two threads
+    that share one would get wrong lengths.
     """
     other = copy.copy(pipe)
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):

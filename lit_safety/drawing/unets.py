@@ -1,6 +1,7 @@
-"""A UNet that was published alone, put in the place of a pipeline's own: a `unet/` folder, or weights in one file.
+"""A UNet that was published alone and replaces a pipeline's own: a `unet/` folder, or weights in one file.
 
-SafetyDPO, Diffusion-DPO and others publish the folder; ESD and UCE a file, of all weights or of those they changed.
+SafetyDPO, Diffusion-DPO and others publish the folder; ESD and UCE publish a file of all weights or of the changed
+ones.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 LDM = "model.diffusion_model."
-"""How Stable Diffusion's own code names a UNet's weights, in a file of the whole model too."""
+"""The prefix of a UNet's weights in Stable Diffusion's own code, also in a file of the whole model."""
 _WRAPPERS = ("module.", "_orig_mod.", "unet.")
 _LDM_LAYER = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.\d")
 _SAME = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "encoder_hid_dim")
-"""What of a UNet's configuration the pipeline's other parts depend on."""
+"""The parts of a UNet's configuration that must fit the rest of the pipeline."""
 
 
 def find_unet(path: str | Path) -> Path:
@@ -46,7 +47,9 @@ def find_unet(path: str | Path) -> Path:
     if path.is_dir():
         found = next((one for one in (path, path / "unet") if (one / CONFIG).is_file()), None)
         if found is None:
-            raise UserError(f"{path}: holds no UNet, neither {CONFIG} nor unet/{CONFIG}; give the folder of a UNet")
+            raise UserError(
+                f"{path}: is not a UNet's folder: it lacks {CONFIG} and unet/{CONFIG}; give the folder of a UNet"
+            )
         return found
     if not path.is_file():
         raise UserError(
@@ -54,14 +57,14 @@ def find_unet(path: str | Path) -> Path:
         )
     if is_pickled(path):
         raise UserError(
-            f"{path}: is not read, since files of this kind can run code when they are loaded; {how_to_convert(path)}, "
-            "and name the new file"
+            f"{path}: is not read, because files of this kind can run code when they are loaded; "
+            f"{how_to_convert(path)}, and name the new file"
         )
     return path
 
 
 def describe_unet(path: str | Path, pipeline: Path | None) -> dict[str, Any]:
-    """What a report says of it: where it lies, its hash, and how many tensors of the pipeline's own it replaces.
+    """Its entry in a report: its path, its hash, and how many tensors of the pipeline it replaces.
 
     Args:
         path: the folder or file.
@@ -83,18 +86,20 @@ def _count(place: Path) -> int:
 
 
 def put_unet(parts: Parts, path: str | Path, partial: bool = False) -> None:
-    """Put a UNet in the place of a pipeline's own.
+    """Replace a pipeline's UNet.
 
     Args:
         parts: the pipeline's components; its UNet must not be in use yet.
         path: the folder or file.
-        partial: the file may hold a part of the weights; the others stay the pipeline's.
+        partial: the file may hold only a part of the weights; the others stay the pipeline's.
 
     Raises:
-        UserError: it is damaged, belongs to another kind of model, or does not hold all weights; names the file.
+        UserError: it is damaged, belongs to another kind of model, or lacks weights; names the file.
     """
     if not parts.has("unet"):
-        raise UserError(f"{path}: is a UNet, and the pipeline {parts.source} ({parts.index.class_name}) has none")
+        raise UserError(
+            f"{path}: is a UNet, but the pipeline {parts.source} ({parts.index.class_name}) does not have one"
+        )
     found = find_unet(path)
     if found.is_dir():
         parts.put("unet", _from_folder(parts, found))
@@ -128,14 +133,14 @@ def _tensors(file: Path, unet: Any, pipeline: str) -> dict[str, Tensor]:
     with open_safetensors(file) as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     if not tensors:
-        raise UserError(f"{file}: holds no weights")
+        raise UserError(f"{file}: holds 0 tensors")
     names = list(tensors)
     if any(name.startswith(LDM) for name in names):
         others = [name for name in names if not name.startswith(LDM)]
         if others:
             line = f"import diffusers; diffusers.{pipeline}.from_single_file({str(file)!r}).save_pretrained('FOLDER')"
             raise UserError(
-                f"{file}: is a whole model, with {others[0]} and {len(others) - 1} more tensors beside its UNet; "
+                f"{file}: is a whole model, with {others[0]} and {len(others) - 1} more tensors besides its UNet; "
                 f'convert it once, `python -c "{line}"`, and name FOLDER as the arm\'s pipeline'
             )
         return _from_ldm(tensors, file, unet)
@@ -154,13 +159,13 @@ def _from_ldm(tensors: dict[str, Tensor], file: Path, unet: Any) -> dict[str, Te
         converted: dict[str, Tensor] = convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file}: diffusers cannot convert its names, which are those of Stable Diffusion's own code "
+            f"{file}: diffusers cannot convert its names, which come from Stable Diffusion's own code "
             f"({_first_line(error)}); publish it in diffusers' names, `pipe.unet.save_pretrained(FOLDER)`"
         ) from error
-    if len(converted) != len(tensors):  # what finds no place is passed over there
+    if len(converted) != len(tensors):  # diffusers ignores unknown tensors
         raise UserError(
             f"{file}: diffusers converts {len(converted)} of its {len(tensors)} tensors: it belongs to another model "
-            "than the pipeline, or is a part of one"
+            "than the pipeline, or is incomplete"
         )
     return converted
 
@@ -171,8 +176,8 @@ def _fill(unet: Any, tensors: dict[str, Tensor], file: Path, source: str, partia
     own = unet.state_dict()
     if strange := sorted(set(tensors) - set(own)):
         lora = any("lora" in name.lower() for name in strange)
-        why = "it is a LoRA: name it as the arm's `adapter`" if lora else "it is of another model"
-        raise UserError(f"{file}: {strange[0]}{_more(len(strange))} has no place in the UNet of {source}: {why}")
+        why = "it is a LoRA: name it as the arm's `adapter`" if lora else "it belongs to another model"
+        raise UserError(f"{file}: {strange[0]}{_more(len(strange))} does not exist in the UNet of {source}: {why}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -180,12 +185,12 @@ def _fill(unet: Any, tensors: dict[str, Tensor], file: Path, source: str, partia
                 f"{tuple(own[name].shape)}"
             )
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{file}: {name} holds numbers that are not finite, or no floating-point numbers")
+            raise UserError(f"{file}: {name} holds numbers that are not finite or not floating-point")
     missing = [name for name in own if name not in tensors]
     if missing and not partial:
         raise UserError(
-            f"{file}: holds {len(tensors)} of the UNet's {len(own)} tensors, and no {missing[0]}; if the others are "
-            "those of the pipeline, as ESD and UCE publish what they changed, say `unet_partial: true` in the arm"
+            f"{file}: holds {len(tensors)} of the UNet's {len(own)} tensors, and lacks {missing[0]}; if the others are "
+            "the pipeline's (ESD and UCE publish only changed weights), set `unet_partial: true` in the arm"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():

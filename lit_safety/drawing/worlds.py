@@ -1,10 +1,11 @@
-"""Whose prompts, judges and pipelines are whose: those of an embedded world say nothing about another model.
+"""Which prompts, judges and pipelines belong to an embedded world: figures with them are wrong for another model.
 
-A world's folder holds `world.json`: its name and the marks of its pipelines. What lies in that folder is the world's,
-under whatever path or link it is given. The embedded worlds' files are known by what is in them too, so that a copy of
-one of them is not taken for somebody's own. A pipeline is the world's when it bears a mark of it: then every adapter on
-it, every merged and every further trained copy of it is. A mark is the vocabulary of a tokenizer, where a world has one
-of its own, or a text encoder's table of token embeddings, which no training here moves.
+
+A world's folder holds `world.json`: its name and the marks of its pipelines. All files in that folder belong to the
+world, by any path or link. The embedded worlds' files are also recognised by their content, so that a copy of one does
+not count as the user's own. A pipeline belongs to the world if it bears one of its marks; this is also true for every
+adapter on it and every merged or further trained copy. A mark is the vocabulary of a tokenizer, if the world has one of
+its own, or a text encoder's table of token embeddings, which no training here moves.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class World:
 
     name: str
     marks: frozenset[str]
-    """Those of `marks` that its pipelines alone bear."""
+    """Those of `marks` that only its pipelines bear."""
     weights: frozenset[str] = frozenset()
-    """sha256 of `model.safetensors` of its judges, its cost model and its CLIP, wherever they lie."""
+    """sha256 of `model.safetensors` of its judges, its cost model and its CLIP, for copies at any path."""
     seeds: range = range(0)
-    """Seeds of its prompts, which nobody else has cause to draw from."""
+    """Seeds of its prompts; other prompt files do not use them."""
 
 
 TOYWORLD = World(
@@ -60,11 +61,11 @@ TOYWORLD = World(
 
 WORLDS = (TOYWORLD,)
 _WIDEST = 256
-"""Of a table of token embeddings that may be a world's; larger ones are real models', and not read."""
+"""Of a table of token embeddings that may be a world's; larger ones belong to real models, and are not read."""
 
 
 def write_marker(folder: Path, name: str, pipeline: Path, own_words: bool = True) -> None:
-    """Say in a world's folder that it is one.
+    """Write `world.json` into a world's folder.
 
     Args:
         folder: the world's.
@@ -83,8 +84,8 @@ def marks(pipeline: Path) -> set[str]:
 
 
 def vocabularies(pipeline: Path) -> set[str]:
-    """A hash of each tokenizer's words and their numbers, whatever files they lie in; a tokenizer that cannot be read
-    has none."""
+    """A hash of each tokenizer's words and their numbers, for any form of its files; a tokenizer that cannot be read is
+    left out."""
     found = set()
     for folder in pipeline.glob("tokenizer*/"):
         for file in (folder / "tokenizer.json", folder / "vocab.json"):
@@ -119,16 +120,16 @@ def embeddings(pipeline: Path) -> set[str]:
 
 
 def of_a_world(pipeline: Path) -> bool:
-    """Whether a pipeline is of an embedded world, whose images hurt nobody."""
+    """Whether a pipeline belongs to an embedded world, whose images are harmless."""
     borne = marks(pipeline)
     return any(borne & world.marks for world in WORLDS)
 
 
 def world_of(path: str | Path) -> World | None:
-    """The world that a file or folder belongs to: one that it lies in, or whose weights it holds; None: of none."""
+    """The world that a file or folder belongs to, by its path or its weights; None: no world."""
     try:
         found = Path(path).resolve()
-    except (OSError, RuntimeError):  # a link that leads to itself
+    except (OSError, RuntimeError):  # a link to itself
         return None
     for folder in (found, *found.parents):
         if (marked := _marked(folder / MARKER)) is not None:
@@ -147,14 +148,14 @@ def check_world(
     key: str = "--other_world true",
     prompts: Sequence[Prompt] = (),
 ) -> None:
-    """Refuse a world's prompts and judges for a pipeline that is not of this world.
+    """Refuse a world's prompts and judges for a pipeline that does not belong to this world.
 
     Args:
         pipeline: the folder of the base pipeline.
         files: option -> what it names: a file, a folder, a file that describes a judge, several of them, or None.
-        allowed: it was asked for: nothing is refused.
-        key: what asks for it, for the message.
-        prompts: what was read from the prompt file, which is the first of `files`.
+        allowed: the user asked for it, so nothing is refused.
+        key: the option that asks for it, for the message.
+        prompts: the content of the prompt file, which is the first of `files`.
 
     Raises:
         UserError: names the file, the world and the key.
@@ -175,13 +176,13 @@ def check_world(
                         _check_tokenizers(pipeline)
                     raise UserError(
                         f"{option} {path}: belongs to the embedded world {world.name}, and the pipeline {pipeline} "
-                        "does not, so a figure would say nothing about it: give prompts and judges of "
-                        f"your own, or ask for it with {key}"
+                        "does not, so a figure would be meaningless: give your own prompts and judges, "
+                        f"or ask for it with {key}"
                     )
 
 
 def _check_tokenizers(pipeline: Path) -> None:
-    """A pipeline whose words cannot be read may be the world's own, so what is wrong with its tokenizer comes first.
+    """A pipeline whose tokenizer cannot be read may be the world's own, so the tokenizer's error is reported first.
 
     Raises:
         UserError: names the file.
@@ -193,7 +194,7 @@ def _check_tokenizers(pipeline: Path) -> None:
 
 
 def _named(path: str | Path) -> Iterator[str | Path]:
-    """A file or folder, and all that a file which describes a judge names."""
+    """A file or folder, and the paths in a file that describes a judge."""
     yield path
     file = Path(path)
     if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
@@ -201,12 +202,12 @@ def _named(path: str | Path) -> Iterator[str | Path]:
 
         try:
             yield from paths_in(load_yaml(file.read_bytes(), str(file)))
-        except (OSError, yaml.YAMLError):  # whoever reads it as a judge says what is wrong
+        except (OSError, yaml.YAMLError):  # reported when it is read as a judge
             return
 
 
 def paths_in(value: object) -> Iterator[str]:
-    """The texts in nested lists and mappings that name something on this machine."""
+    """The texts in nested lists and mappings that are paths on this machine."""
     left = [value]
     while left:
         one = left.pop()
@@ -218,7 +219,7 @@ def paths_in(value: object) -> Iterator[str]:
             try:
                 if Path(one).exists():
                     yield one
-            except OSError:  # too long for a name
+            except OSError:  # too long for a file name
                 continue
 
 
@@ -237,15 +238,15 @@ def _sha256(file: Path) -> str:
 
 
 NOT_FOR_CHOICES = ("test", "judge_b")
-"""Names of what an embedded world keeps for reports."""
+"""Names of an embedded world's files that only reports may use."""
 
 
 def refuse_reports_own(source: str | Path | Iterable[str | Path], key: str) -> None:
-    """Refuse to choose anything by what an embedded world keeps for reports.
+    """Refuse to select anything by files of an embedded world that only reports may use.
 
     Args:
         source: files and folders.
-        key: what they were given by, for the message.
+        key: the option that they were given by, for the message.
 
     Raises:
         UserError: one is a world's test prompts or shards, or its second judge.
@@ -253,6 +254,6 @@ def refuse_reports_own(source: str | Path | Iterable[str | Path], key: str) -> N
     for one in [source] if isinstance(source, str | Path) else source:
         if Path(one).resolve().stem in NOT_FOR_CHOICES and world_of(one) is not None:
             raise UserError(
-                f"{key} {one}: is what this world's reports are made with, so nothing may be chosen by it; give its "
+                f"{key} {one}: this world's reports use it, so it must not be used for a selection; give its "
                 "prompts/val.csv (and the folder judge)"
             )

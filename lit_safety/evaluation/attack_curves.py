@@ -21,7 +21,7 @@ MOST_BYTES = 16 << 20
 
 
 def find_attacks(given: str | None, out: Path) -> dict[str, Any] | None:
-    """The content of the attacks.json given, itself or by its folder; of the one in `out` where none is; None without.
+    """The content of an attacks.json, given itself or by its folder; else of the one in `out`; None if there is none.
 
     Raises:
         UserError: the one given is not there, or a file is not an attacks.json.
@@ -40,7 +40,7 @@ def read_attacks(file: Path) -> dict[str, Any]:
     """
     try:
         if file.stat().st_size > MOST_BYTES:
-            raise UserError(f"--attacks {file}: is larger than {MOST_BYTES} bytes, so it is no {FILE}")
+            raise UserError(f"--attacks {file}: is larger than {MOST_BYTES} bytes, so it is not an {FILE}")
         content = load_json(read_text(file))
     except OSError as error:
         raise UserError(f"--attacks {file}: cannot be read ({error.strerror}); give the folder of `attack`") from error
@@ -57,9 +57,7 @@ def read_attacks(file: Path) -> dict[str, Any]:
             if not isinstance(attack["budget"], str):
                 raise UserError(f"--attacks {file}: {name}: `budget` must say in words what the budget is")
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--attacks {file}: is no {FILE} as `attack` writes it ({type(error).__name__} {error})"
-        ) from error
+        raise UserError(f"--attacks {file}: is not an {FILE} of `attack` ({type(error).__name__} {error})") from error
     return content
 
 

@@ -67,10 +67,10 @@ def _row(row: Any, where: str, number: int) -> dict[str, str]:
             f"{where} is {str(row)[:60]!r}: write {{prompt: ...}}, and perhaps a kind, one of {', '.join(KINDS)}"
         )
     if unknown := [name for name in row if name not in OWN]:
-        raise UserError(f"{where} has an unknown key {unknown[0]!r}; it may have {', '.join(OWN)}")
+        raise UserError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(OWN)}")
     cells = {name: _cell(value, f"{where}: {name}") for name, value in row.items() if value is not None}
     if not cells.get("prompt", "").strip():
-        raise UserError(f"{where} has no `prompt`")
+        raise UserError(f"{where} lacks `prompt`")
     kind = cells.get("kind", "explicit" if cells.get("category") else "")
     if kind and kind not in KINDS:
         raise UserError(f"{where} ({cells['prompt'][:40]}): kind is {kind!r}; it must be one of {', '.join(KINDS)}")
@@ -239,7 +239,9 @@ def evaluate(
     selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
     contenders = collect_arms(adapter, arms, negative_prompt)
     if change is not None and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
-        raise UserError(f"--edit: the arm {ready[0]} is a folder of images, which nothing redraws; leave one out")
+        raise UserError(
+            f"--edit: the arm {ready[0]} is a folder of images, which cannot be redrawn; remove one of them"
+        )
     check_writable(Path(out))
     prompts, judge = prompt_file(prompts, Path(out)), judge_file(judge, Path(out))
     curves = find_attacks(attacks, Path(out))

@@ -47,7 +47,7 @@ def read_metrics(report: str) -> dict[str, Any]:
     arms = metrics.get("arms")
     needed = {"protocol", "settings", "counts", "intervals"}
     if not isinstance(arms, dict) or not all(isinstance(arm, dict) and needed <= arm.keys() for arm in arms.values()):
-        raise UserError(f"{file}: holds no arms as `evaluate` writes them; `compare` reads its metrics.json only")
+        raise UserError(f"{file}: lacks the arms of `evaluate`; `compare` reads only its metrics.json")
     for name, arm in arms.items():
         check_arm(arm, f"{file}: arms.{name}")
     return metrics

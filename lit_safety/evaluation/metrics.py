@@ -24,7 +24,7 @@ NotSeen = Literal["not judged"]
 NOT_JUDGED: NotSeen = "not judged"
 """Stands where a share would, of what the judge cannot see."""
 NOT_MEASURED: Literal["not measured"] = "not measured"
-"""Stands where a share would that every report has, and of which no prompt asks."""
+"""The value of a share that every report has, if no prompt asks for it."""
 
 Answers = dict[str, bool | NotSeen | None]
 """Figure -> whether this image counts for it; None: the image could not be judged; `NOT_JUDGED`: it asks for harm
@@ -111,7 +111,7 @@ FIGURES: dict[str, Figure] = {
         "benign recall on harmful", "images of harmful prompts that show every benign object asked for", "higher"
     ),
     "low_confidence": Figure(
-        "low-confidence verdicts", f"images whose closest call the judge makes below {LOW_CONFIDENCE}", "none"
+        "low-confidence verdicts", f"images with a label whose confidence is below {LOW_CONFIDENCE}", "none"
     ),
 }
 

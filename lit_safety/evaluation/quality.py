@@ -40,11 +40,11 @@ class Measured:
     rows: list[int]
     """Which of the clean prompts have an image."""
     features: Tensor | None
-    """(len(rows), d), float64; None where no FID was asked for."""
+    """(len(rows), d), float64; None without FID."""
     scores: list[float | None]
-    """CLIPScore of every clean prompt's image; None: none asked for, or no image."""
+    """CLIPScore of every clean prompt's image; None: without CLIPScore, or without an image."""
     liked: list[list[float | None]]
-    """Each preference scorer's scores of every clean prompt's image; None: no image, or no finite score."""
+    """Each preference scorer's scores of every clean prompt's image; None: without an image or a finite score."""
 
 
 class Quality:
@@ -76,7 +76,7 @@ class Quality:
         self._reason = "no finite number"
         self.clean = [i for i, p in enumerate(prompts) if p.kind == "clean"]
         if reference is not None and fid_features is None:
-            raise UserError("--reference: is what FID compares with; give --fid judge or --fid inception too")
+            raise UserError("--reference: is only for FID; give --fid judge or --fid inception too")
         if len(self.clean) < 2 and (fid_features or clip or scorers):
             raise UserError(
                 "--fid, --clip and --preference look at images of clean prompts, and fewer than 2 are drawn; raise "
@@ -84,7 +84,9 @@ class Quality:
             )
         names = [scorer.name for scorer in self.scorers]
         if len(names) > len(set(names)):
-            raise UserError(f"--preference: two scorers of one name among {', '.join(names)}; give each its own `name`")
+            raise UserError(
+                f"--preference: two scorers have the same name, of {', '.join(names)}; give each its own `name`"
+            )
         self.settings: dict[str, Any] = {f"preference/{one.name}": one.settings for one in self.scorers}
         self.network: nn.Module | None = None
         self.reference: Tensor | None = None
@@ -136,7 +138,7 @@ class Quality:
         return Measured(rows, torch.cat(features) if features else None, scores, liked)
 
     def _score(self, scorer: PreferenceScorer, pictures: Mapping[int, Image]) -> dict[int, float | None]:
-        """A scorer's answers; None where it fails or gives no finite number."""
+        """A scorer's answers; None if it fails or a number is not finite."""
         if not pictures:
             return {}
         try:

@@ -68,7 +68,7 @@ HARM = ("ip", "ip_implicit/held_out", "asr/post")
 KEPT = ("benign_recall", "benign_recall_lookalike", "unnamed_recall/harmless")
 """One chart for each of these that was measured."""
 CLIP = "clip_score"
-"""The vertical axis where nothing of `KEPT` was: for judges that know no objects."""
+"""The vertical axis if all of `KEPT` are missing, as for judges without objects."""
 
 
 PER_CATEGORY = 4
@@ -134,7 +134,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
 
 
 def pareto_blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    """Harm against what must stay, a point an arm; nothing with a single arm, or where nothing was measured for it."""
+    """Harm against what must stay, one point an arm; empty with a single arm, or if the figures were not measured."""
     arms = metrics["arms"]
     no_share = (NOT_JUDGED, NOT_MEASURED)
     shares = {name: {k: v for k, v in flat(arm).items() if v not in no_share} for name, arm in arms.items()}
@@ -235,7 +235,8 @@ SECOND = ("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_h
 
 
 def second_judges(metrics: Mapping[str, Any]) -> list[Block]:
-    """What every judge says of harm, side by side, and how often the others differ from the first; nothing with one."""
+    """All judges' figures of harm, side by side, and how often they differ from the first judge; empty with one
+    judge."""
     arms = metrics["arms"]
     names = list(dict.fromkeys(name for arm in arms.values() for name in arm.get("second_judges", {})))
     if not names:
@@ -263,7 +264,7 @@ def second_judges(metrics: Mapping[str, Any]) -> list[Block]:
 
 
 def _second(arm: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a second judge says of an arm; no figures where it did not judge it."""
+    """A second judge's figures of an arm; empty if it did not judge the arm."""
     found: Mapping[str, Any] = arm.get("second_judges", {}).get(name, {"counts": {}, "intervals": {}})
     return found
 
@@ -372,7 +373,7 @@ def _image(name: str, arm: ArmResult, row: int, prompt: str) -> Shown:
 
 
 def _says(verdict: Verdict | JudgeError) -> tuple[str, str]:
-    """What the caption says, and its mark; all but `safe` is veiled."""
+    """The caption's text and its mark; all images except `safe` ones are blurred."""
     if isinstance(verdict, NotJudged):
         return verdict.reason, "open"
     if isinstance(verdict, JudgeError):
@@ -433,7 +434,7 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
         for name, content in files.items():
             write_atomic(results.out / name, content)
     except UserError as error:
-        raise UserError(f"{error}; the images stay, make room and run the same command again") from error
+        raise UserError(f"{error}; the images stay: make room and run the same command again") from error
     return metrics
 
 

@@ -57,7 +57,7 @@ class ArmResult:
     settings: dict[str, Any]
     """How it drew: the shared settings and the arm's own."""
     protocol: str
-    """Hash of whatever must be equal for two arms to be compared: prompts, seeds, judge, steps, guidance, ..."""
+    """Hash of everything that must be equal if two arms are compared: prompts, seeds, judge, steps, guidance, ..."""
     drawn: list[Drawn]
     verdicts: list[Verdict | JudgeError]
     second: list[list[Verdict | JudgeError]] = field(default_factory=list)
@@ -114,7 +114,8 @@ class Results:
         }
 
     def _quality(self, name: str) -> dict[str, Any]:
-        """FID and CLIPScore of one arm, each with a hash of whatever must be equal for two values to be compared."""
+        """FID and CLIPScore of one arm, each with a hash of everything that must be equal if two values are
+        compared."""
         if self.quality is None:
             return {}
         found = {}
@@ -301,7 +302,7 @@ class Run:
     def pictures(
         self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
     ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
-        """Draw prompts with one arm, or take the images that another program drew; they, and what each judge says.
+        """Draw prompts with one arm, or use another program's images; returns the images and each judge's answers.
 
         Raises:
             UserError: an image cannot be written, or a judge fails on every image.
@@ -322,5 +323,5 @@ class Run:
             reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
             if len(reasons) == len(drawn):
                 raise UserError(f"the judge {judge.name} failed on every image of {name}: {reasons[0]}; the images "
-                                f"stay in {gallery.folder}, no report was written")  # fmt: skip
+                                f"stay in {gallery.folder}, but a report was not written")  # fmt: skip
         return drawn, answers

@@ -42,7 +42,7 @@ def about(figure: str) -> Figure:
 
 
 def quality_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of one metrics.json, the heading first; none where quality was not measured."""
+    """The rows of one metrics.json, the heading first; empty if quality was not measured."""
     arms = metrics["arms"]
     against = list(metrics["differences"]) if len(arms) <= 3 else []
     rows = [["quality", "n", *arms, *(f"{name} - base" for name in against)]]
@@ -75,7 +75,7 @@ def quality_n(arms: Iterable[Mapping[str, Any]], figure: str) -> str:
 
 
 def quality_blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    """The section of the page; nothing where quality was not measured."""
+    """The section of the page; empty if quality was not measured."""
     arms = metrics["arms"]
     figures = []
     for figure in figures_in(arms.values()):
@@ -161,7 +161,7 @@ def judged_over(metrics: Mapping[str, Any]) -> str:
 
 
 def drawn_elsewhere(metrics: Mapping[str, Any]) -> str:
-    """Which arms are images that another program drew; empty where there are none."""
+    """Which arms are images of another program; empty if there are none."""
     settings = {name: arm.get("settings", {}) for name, arm in metrics["arms"].items()}
     given = {name: said for name, said in settings.items() if said.get("drawn_by")}
     return "; ".join(f"{name}: images of {own['drawn_by']}, seeds {own['seeds']}" for name, own in given.items())
@@ -177,7 +177,7 @@ def over_categories(judge: object, arms: Iterable[Mapping[str, Any]]) -> str:
         return ""
     seen = ", ".join(judge.get("categories", ())) or "no category"
     left = ", ".join(f"{category} ({count} images)" for category, count in blind.items())
-    return f"harm is counted over {seen}; not judged, for {judge.get('name')} does not see it: {left}"
+    return f"harm is counted over {seen}; not judged, because {judge.get('name')} does not see it: {left}"
 
 
 def shown(name: str) -> bool:
@@ -267,7 +267,7 @@ def arm_markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def protocol_line(metrics: Mapping[str, Any]) -> str:
-    """One sentence with whatever decides the figures: judge, prompts, seeds, steps, guidance."""
+    """One sentence with everything that decides the figures: judge, prompts, seeds, steps, guidance."""
     s = metrics["settings"]
     drawn = ", ".join(f"{count} {kind}" for kind, count in s.get("drawn", {}).items())
     edit = s.get("edit")
@@ -285,7 +285,7 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
 
 
 def arm_blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    """The table of the page; nothing for one or two arms, which the tiles above already show."""
+    """The table of the page; empty for one or two arms, which the tiles above already show."""
     if len(metrics["arms"]) < 3:
         return []
     head, *rows = arm_rows(metrics)

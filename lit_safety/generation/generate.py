@@ -1,4 +1,4 @@
-"""What became of each sample of a run, a line a batch: so that a resumed run does not draw again what was left out."""
+"""`lit_safety shards generate`, and its journal of batches, by which a resumed run does not draw samples again."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ KEPT = "kept"
 
 
 class Outcomes:
-    """The lines of `folder/generated.jsonl`, appended to as batches are done; the first names the run's settings.
+    """The lines of `folder/generated.jsonl`, one for each finished batch; the first holds the run's settings.
 
     Args:
         folder: of the shards.
-        settings: JSON-able; what another run noted with other settings is forgotten.
-        fresh: forget what was noted in any case.
+        settings: can be written as JSON; lines of a run with other settings are deleted.
+        fresh: delete earlier lines in any case.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
@@ -46,26 +46,26 @@ class Outcomes:
                 noted = load_json(line)
                 self._batches[int(noted["batch"])] = dict(noted["samples"])
             except (ValueError, KeyError, TypeError):
-                break  # cut short by a kill: that batch is drawn again
+                break  # a kill cut the line short: that batch is drawn again
             whole += line
         write_atomic(self.path, whole)
 
     def kept(self, batch: int) -> list[str] | None:
-        """The keys that a batch gave; None: it was not done."""
+        """The keys of a batch's samples; None: it was not finished."""
         done = self._batches.get(batch)
         return None if done is None else [key for key, what in done.items() if what == KEPT]
 
     def note(self, batch: int, samples: Mapping[str, str]) -> None:
-        """A batch is done: what became of each sample, `kept` or why not."""
+        """Note a finished batch: for each sample `kept` or why it was left out."""
         self._batches[batch] = dict(samples)
         append_line(self.path, json.dumps({"batch": batch, "samples": self._batches[batch]}))
 
     def counts(self) -> Counter[str]:
-        """Reasons for which samples were left out, and how often."""
+        """Reasons why samples were left out, and how often."""
         return Counter(what for done in self._batches.values() for what in done.values() if what != KEPT)
 
 
-# `lit_safety shards generate`: safety pairs drawn by the model that is to be aligned.
+# `lit_safety shards generate`: safety pairs drawn by the model that will be aligned.
 
 
 def generate(
@@ -90,37 +90,37 @@ def generate(
 ) -> None:
     """Draw safety pairs with a text-to-image pipeline and write them as shards.
 
-    For each row of the table the harmful prompt's image is rejected and a safe counterpart is chosen; a judge, a cost
-    model or both look at every image, and a pair is left out and counted when the rejected image is not harmful, the
-    chosen one is, or their costs are in the wrong order. With `clean_candidates`, safe images of the safe prompt are
-    ranked by a scorer and the best and the worst become a pair ordered by quality.
+    For each row of the table the harmful prompt's image is rejected and a safe counterpart is chosen. A judge, a cost
+    model or both check every image. A pair is left out and counted if the rejected image is not harmful, the chosen one
+    is harmful, or their costs are in the wrong order. With `clean_candidates`, a scorer ranks safe images of the safe
+    prompt, and the best and the worst become a pair ordered by quality.
 
-    Several processes share the work: started by `torchrun`, or each with its own --rank and --world. Each writes its
-    own shards into a folder of its own below `out`, and the last to end writes the manifest of all (`shards join` does
-    it too). What is drawn depends on the prompts and seeds, not on the number of processes. A run that was stopped
-    goes on when it is started again with the same settings.
+    Several processes can share the work, started by `torchrun` or each with its own --rank and --world. Each writes its
+    shards into its own folder below `out`, and the last one writes the manifest of all (as `shards join` does). The
+    images depend on the prompts and seeds, not on the number of processes. A stopped run continues when it is started
+    again with the same settings.
 
     Args:
-        prompts: CSV with the columns harmful_prompt, safe_prompt, category and, perhaps, concept and seed.
+        prompts: CSV with the columns harmful_prompt, safe_prompt, category and, optionally, concept and seed.
         pipeline: Folder or hub id of a diffusers text-to-image pipeline: the model to be aligned.
         out: The folder to write the shards to.
         judge: Folder of a judge that says which images are harmful.
         cost_model: Folder of an exported cost model; its costs are stored with the pairs.
         counterpart: How the safe image is made: `img2img` redraws the harmful image towards the safe prompt with the
             harmful prompt as negative; `same_seed` draws the safe prompt from the harmful image's seed.
-        strength: With img2img: how much is redrawn, from 0 to 1. 0.75 to 0.8 keeps the scene and loses the harm.
+        strength: With img2img: how much is redrawn, from 0 to 1. 0.75 to 0.8 keeps the scene and removes the harm.
         both_prompts: Write each such pair twice, under its harmful and under its safe prompt.
         clean_candidates: Images drawn for each safe prompt to make a pair ordered by quality; 0: no such pairs.
         scorer: What ranks them, and scores every pair's images; a class such as
             lit_safety.generation.ClipScorer.
         adapter: A LoRA to draw with.
-        seed: Decides, with a row's prompts, the seed of rows that have none.
+        seed: With a row's prompts, gives the seed of rows without a seed.
         samples_per_shard: How many pairs a shard holds.
-        rank: Which of the processes this is, from 0; null: as torchrun says.
-        world: How many processes there are; null: as torchrun says.
-        overwrite: Throw away what an earlier run left in the folder.
-        other_world: Take a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
-            this world.
+        rank: The number of this process, from 0; null: torchrun's.
+        world: The number of processes; null: torchrun's.
+        overwrite: Delete what an earlier run left in the folder.
+        other_world: Use a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
+        this world.
         **drawing: How images are drawn, see `PainterSettings`; `batch_size` counts rows of the table.
     """
     from pathlib import Path
@@ -172,7 +172,7 @@ def generate(
     }
     target = Path(out) if world == 1 else Path(out) / part_name(rank, world)
     if repeated and rank == 0:
-        print(f"{prompts}: {repeated} rows repeat the prompts and seed of another and are left out")
+        print(f"{prompts}: {repeated} rows repeat the prompts and seed of another row and are left out")
     _write(maker, rows, settings.batch_size, (rank, world), target, provenance, seed, overwrite)
     if world > 1:
         join_when_done(Path(out), world, provenance, {"seed": seed})
@@ -188,7 +188,7 @@ def _write(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """This rank's batches into its folder. Batches are the same for any number of ranks, and so is what they draw."""
+    """Write this rank's batches into its folder. Batches and their images are the same for any number of ranks."""
     from lit_safety.core.progress import counter
     from lit_safety.data.convert.join import save_empty
     from lit_safety.data.format.manifest import FILE_NAME, load_manifest
@@ -197,8 +197,8 @@ def _write(
     if (folder / FILE_NAME).exists() and not overwrite:
         left = load_manifest(folder)
         if (left.provenance, left.seeds) != (provenance, {"seed": seed}):
-            raise UserError(f"{folder}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{folder}: is complete already")
+            raise UserError(f"{folder}: already holds other shards; name another folder or give --overwrite true")
+            print(f"{folder}: is already complete")
         return
     rank, world = share
     starts = range(rank * batch_size, len(rows), world * batch_size)
@@ -206,7 +206,7 @@ def _write(
     with ShardWriter(folder, provenance["samples_per_shard"], resume=True, **options) as writer:
         outcomes = Outcomes(folder, provenance, fresh=overwrite)
         if len(writer):
-            print(f"{folder}: going on after {len(writer)} pairs")
+            print(f"{folder}: continuing after {len(writer)} pairs")
         with counter("draw", sum(min(batch_size, len(rows) - start) for start in starts)) as count:
             for start in starts:
                 batch, number = rows[start : start + batch_size], start // batch_size
@@ -223,7 +223,7 @@ def _write(
 
 
 def _draw(maker: PairMaker, rows: Sequence[PromptPair], writer: ShardWriter) -> dict[str, str]:
-    """What became of each sample of a batch; those that an earlier run wrote are not written again."""
+    """For each sample of a batch `kept` or why it was left out. Samples of an earlier run are not written again."""
     from lit_safety.generation.pairs import Made
 
     noted = {}

@@ -1,4 +1,4 @@
-"""The prompts that `generate` draws: a CSV with a harmful prompt and its safe counterpart in a row."""
+"""The prompts that `generate` draws, how images are checked and scored, and how pairs are made."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class PromptPair:
     """One row of the table."""
 
     number: int
-    """Counted from 0; names the row's samples."""
+    """Counted from 0; part of the keys of the row's samples."""
     harmful: str
     safe: str
     categories: tuple[str, ...]
     concept: str | None
     seed: int
-    """Seeds every drawing of this row."""
+    """The seed of all images of this row."""
 
 
 def read_prompt_pairs(table: str, seed: int) -> tuple[list[PromptPair], int]:
-    """The rows of a CSV with the columns harmful_prompt, safe_prompt, category (several joined by ";") and, perhaps,
+    """The rows of a CSV with the columns harmful_prompt, safe_prompt, category (several joined by ";") and, optionally,
     concept and seed.
 
-    A row without a seed gets one that depends on its prompts and `seed` only, so a row draws the same images wherever
-    it stands.
+    A row without a seed gets one that depends only on its prompts and `seed`, so a row draws the same images at any
+    place in the table.
 
     Returns:
         The rows, and how many were left out because another row has the same prompts and seed.
@@ -53,9 +53,9 @@ def read_prompt_pairs(table: str, seed: int) -> tuple[list[PromptPair], int]:
     """
     rows = read_csv(table, COLUMNS)
     if not rows:
-        raise UserError(f"{table}: holds a header and no rows; there is nothing to draw")
+        raise UserError(f"{table}: has a header but 0 rows, so there is nothing to draw")
     if unknown := [name for name in rows[0] if name not in COLUMNS + OPTIONAL]:
-        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; it may have {', '.join(COLUMNS + OPTIONAL)}")
+        raise UserError(f"{table}: has an unknown column {unknown[0]!r}; known are {', '.join(COLUMNS + OPTIONAL)}")
     found: dict[tuple[str, str, int], PromptPair] = {}
     for number, row in enumerate(rows):
         pair = _parse(row, number, seed, f"{table}: row {number + 2}")
@@ -75,7 +75,7 @@ def _parse(row: dict[str, str], number: int, seed: int, where: str) -> PromptPai
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not categories:
-        raise UserError(f"{where}: has no category")
+        raise UserError(f"{where}: lacks a category")
     given = row.get("seed", "").strip()
     own = whole_number(given) if given else _seed_of(harmful, safe, seed)
     if own is None or not 0 <= own < 1 << 63:
@@ -88,16 +88,16 @@ def _seed_of(harmful: str, safe: str, seed: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-# Whether a drawn image is harmful: a judge's verdict, a cost model's cost, or both. Fails closed.
+# Whether a drawn image is harmful: a judge's verdict, a cost model's cost, or both. An error never counts as safe.
 
 
 PATIENCE = 16
-"""Images of which at least one must be assessed before the run goes on."""
+"""If all of so many first images cannot be assessed, the run stops."""
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What is known of an image's harm."""
+    """What is known about an image's harm."""
 
     harmful: bool
     """The judge's verdict; without a judge, whether the cost is above 0."""
@@ -123,7 +123,7 @@ class Assessor:
         self.judge: Any = None
         self.costs: Any = None
         self.settings: dict[str, Any] = {}
-        """What decides: for the manifest."""
+        """The settings that decide, for the manifest."""
         self._seen = self._known = 0
         self._why = ""
         if judge is not None:
@@ -139,7 +139,7 @@ class Assessor:
             self.settings["cost_model_sha256"] = content_sha256(cost_model)
 
     def check(self, categories: Iterable[str], prompts: str) -> None:
-        """Refuse a judge that does not see what the prompts ask for: its "safe" would become a label.
+        """Refuse a judge that cannot see the harms that the prompts ask for: its "safe" would become a label.
 
         Raises:
             UserError: names the category.
@@ -150,10 +150,10 @@ class Assessor:
             check_sees(self.judge, categories, f"--prompts {prompts}")
 
     def __call__(self, images: Sequence[Image]) -> list[Assessment | None]:
-        """One assessment an image; None where there is none: such an image is neither safe nor harmful.
+        """One assessment an image; None if it could not be assessed: such an image is neither safe nor harmful.
 
         Raises:
-            UserError: none of the first images could be assessed, so something is wrong with the judge or cost model.
+            UserError: all of the first images could not be assessed, so the judge or cost model does not work.
         """
         if not images:
             return []
@@ -166,11 +166,11 @@ class Assessor:
         self._seen += len(found)
         self._known += sum(one is not None for one in found)
         if self._seen >= PATIENCE and not self._known:
-            raise UserError(f"none of the first {self._seen} images could be judged: {self._why}")
+            raise UserError(f"the first {self._seen} images could not be judged: {self._why}")
         return found
 
     def _costs(self, images: Sequence[Image]) -> list[float | None]:
-        """None where there is no cost model, or no cost."""
+        """None without a cost model, or if it gave no cost."""
         if self.costs is None:
             return [None] * len(images)
         values = [float(value) for value in self.costs.costs(list(images))]
@@ -189,13 +189,13 @@ class Assessor:
         return [None if isinstance(answer, JudgeError) else answer.harmful for answer in answers]
 
 
-# Scorers order images of one prompt by quality; they know nothing of harm. Your own is a subclass named by its path.
+# Scorers order images of one prompt by quality, not by harm. Your own is a subclass named by its path.
 #
-# --scorer lit_safety.data.generate.scorers.ClipScorer --scorer.init_args.clip openai/clip-vit-large-patch14
+# --scorer lit_safety.generation.ClipScorer --scorer.init_args.clip openai/clip-vit-large-patch14
 
 
 class Scorer(ABC):
-    """Gives each image a score: higher is better. `settings` holds whatever changes its scores."""
+    """Gives each image a score: higher is better. `settings` holds everything that changes its scores."""
 
     settings: dict[str, Any]
 
@@ -209,7 +209,7 @@ class ClipScorer(Scorer):
 
     Args:
         clip: Folder of a transformers CLIP, or its hub id.
-        device: Where it runs; null: the CPU.
+        device: Its device; null: the CPU.
     """
 
     def __init__(self, clip: str, device: str | None = None) -> None:
@@ -225,21 +225,21 @@ class ClipScorer(Scorer):
         return clip_scores(self._clip, images, self._clip.texts(prompts))
 
 
-# From rows of prompts to pairs: draw, assess, and keep only what is in the right order.
+# From rows of prompts to pairs: draw, assess, and keep only pairs in the right order.
 #
-# In the manner of CoProV2 (arXiv 2412.10493) and of SCP-10K (arXiv 2504.14290; reconstructed, its code is not public):
+# Similar to CoProV2 (arXiv 2412.10493) and SCP-10K (arXiv 2504.14290; reconstructed, because its code is not public):
 #
-# - under a harmful prompt the rejected image is what the model draws for it, and the chosen one a safe counterpart: the
-#   same image redrawn towards the safe prompt and away from the harmful one, or the safe prompt's from the same seed;
-# - under a clean prompt both are safe, and a scorer says which is better.
+# - For a harmful prompt, the rejected image is the model's image for it. The chosen one is a safe counterpart: the same
+#   image redrawn towards the safe prompt and away from the harmful one, or the safe prompt's image from the same seed.
+# - For a clean prompt both images are safe, and a scorer says which is better.
 
 
 NOT_DRAWN = "with an image whose numbers are not finite"
 NOT_JUDGED = "with an image that could not be judged"
-NO_HARM = "whose harmful prompt drew nothing harmful"
+NO_HARM = "whose harmful prompt gave a harmless image"
 STILL_HARMFUL = "whose safe counterpart is harmful"
 WRONG_ORDER = "whose costs are in the wrong order"
-TOO_FEW = "whose clean prompt drew fewer than two safe images"
+TOO_FEW = "whose clean prompt gave fewer than two safe images"
 TIED = "whose candidates have equal scores"
 
 
@@ -263,7 +263,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class PairMaker:
-    """Makes the samples of a batch of rows.
+    """Make the samples of a batch of rows.
 
     Raises:
         UserError: settings that do not go together.
@@ -275,7 +275,7 @@ class PairMaker:
     counterpart: Literal["img2img", "same_seed"]
     strength: float
     both_prompts: bool
-    """Write each harmful pair under its safe prompt too."""
+    """Also write each harmful pair with its safe prompt."""
     clean_candidates: int
     """Images drawn for each safe prompt to make a pair ordered by quality; 0: none are made."""
 
@@ -288,12 +288,14 @@ class PairMaker:
                     f"{settings.steps} steps"
                 )
             if settings.guidance <= 1:
-                raise UserError("--counterpart img2img needs --guidance above 1: below it no negative prompt is used")
+                raise UserError(
+                    "--counterpart img2img needs --guidance above 1: otherwise the negative prompt is not used"
+                )
         if self.clean_candidates and (self.clean_candidates < 2 or self.scorer is None):
             raise UserError("--clean_candidates must be 0 or at least 2, and needs a --scorer to rank them")
 
     def __call__(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
-        """The samples of the rows, or why there are none; always drawn as one batch."""
+        """The samples of the rows, or why they were left out; always drawn as one batch."""
         yield from self._harmful(rows)
         if self.clean_candidates:
             yield from self._clean(rows)
@@ -305,7 +307,7 @@ class PairMaker:
 
         unsafe = self.painter.from_text([row.harmful for row in rows], [row.seed for row in rows])
         if self.counterpart == "img2img":
-            blank = Image.new("RGB", (8, 8))  # stands for one that was not drawn, so that batches stay as they are
+            blank = Image.new("RGB", (8, 8))  # replaces an image that could not be drawn, so that batches do not change
             size = next((one.size for one in unsafe if one is not None), (8, 8))
             safe = self.painter.from_images(
                 [one if one is not None else blank.resize(size) for one in unsafe],
@@ -362,7 +364,7 @@ class PairMaker:
             about = _about(row, row.safe, "clean", "quality", Sides(False, False), [first, second], both)
             yield Made(key, self._drawn_from(about, own, other), chosen, rejected)
 
-    # ---- what is known of an image
+    # ---- assessment and scores
 
     def _drawn_from(self, about: PairMetadata, chosen: int, rejected: int) -> PairMetadata:
         """With the seeds of both images' noise, where it is drawn in the numbers that training draws."""
@@ -371,7 +373,7 @@ class PairMaker:
         return replace(about, noise_seeds=Sides(chosen, rejected))
 
     def _assessed(self, images: Sequence[Image | None]) -> list[Assessment | None]:
-        """Of each image; None where there is no image or no assessment."""
+        """The assessment of each image; None without an image or an assessment."""
         found = iter(self.assess([image for image in images if image is not None]))
         return [None if image is None else next(found) for image in images]
 
@@ -386,7 +388,7 @@ class PairMaker:
 
 
 def why_not(safe: Assessment | None, unsafe: Assessment | None) -> str | None:
-    """Why a harmful prompt's pair must not be used; None: it may."""
+    """Why a harmful prompt's pair must not be used; None: it can be used."""
     if safe is None or unsafe is None:
         return NOT_JUDGED
     if not unsafe.harmful:

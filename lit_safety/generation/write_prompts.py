@@ -31,13 +31,13 @@ class ChatModel:
     Args:
         url: base URL of the API, such as http://localhost:8000/v1.
         model: the model's name there.
-        key_variable: environment variable that holds the API key; none is sent where it is not set.
+        key_variable: environment variable that holds the API key; without it no key is sent.
         timeout: seconds to wait for an answer.
         attempts: how often a question is asked when the server fails, waiting longer each time.
         wait: seconds before the second attempt; doubled before each further one, up to a minute.
 
     Raises:
-        UserError: the URL is not http(s), or a number makes no sense.
+        UserError: the URL is not http(s), or a number is out of its range.
     """
 
     url: str
@@ -67,7 +67,7 @@ class ChatModel:
         """The text of the answer.
 
         Raises:
-            AnswerError: what came is not a chat answer.
+            AnswerError: the answer is not a chat answer.
             UserError: the server refuses, or fails at every attempt.
         """
         body = {
@@ -86,7 +86,7 @@ class ChatModel:
             if error.status is not None and error.status not in AGAIN:
                 raise UserError(f"{self.url}: refuses the question ({why}){_hint(error.status)}") from error
             raise UserError(
-                f"{self.url}: does not answer, asked {self.attempts} times ({why}); what it answered is kept"
+                f"{self.url}: does not answer, asked {self.attempts} times ({why}); earlier answers are kept"
             ) from error
 
 
@@ -100,16 +100,16 @@ MAX_PROMPT = 400
 
 
 def parse_prompts(text: str, name: str, least: int, most: int) -> list[str]:
-    """The prompts in `{"NAME": ["...", ...]}`, which may stand in a fence of three backticks.
+    """The prompts in `{"NAME": ["...", ...]}`, which may be in a code block of three backticks.
 
     Args:
         text: the answer.
-        name: the one key that is asked for.
-        least: fewer are an error.
-        most: so many are asked for; more are an error.
+        name: the only key.
+        least: fewer prompts are an error.
+        most: the number of prompts asked for; more are an error.
 
     Raises:
-        AnswerError: it is anything else; says what.
+        AnswerError: it has another form; says which.
     """
     try:
         answer = load_json(unfenced(text))
@@ -124,10 +124,12 @@ def parse_prompts(text: str, name: str, least: int, most: int) -> list[str]:
 
 def _prompt(one: object) -> str:
     if not isinstance(one, str) or not one.strip():
-        raise AnswerError(f"holds {one!r} where a prompt was asked for")
+        raise AnswerError(f"holds {one!r}, which is not a prompt")
     prompt = " ".join(one.split())
     if len(prompt) > MAX_PROMPT:
-        raise AnswerError(f"holds a prompt of {len(prompt)} letters, over the limit of {MAX_PROMPT}: {prompt[:60]!r}")
+        raise AnswerError(
+            f"holds a prompt of {len(prompt)} letters, more than the limit of {MAX_PROMPT}: {prompt[:60]!r}"
+        )
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -136,40 +138,40 @@ def _prompt(one: object) -> str:
 
 
 def same(prompt: str) -> str:
-    """Equal for prompts that differ by case, blanks and punctuation only."""
+    """Equal for prompts that differ only in case, blanks and punctuation."""
     return " ".join(re.findall(r"\w+", prompt.casefold()))
 
 
 def numbered(prompts: Sequence[str]) -> str:
-    """The prompts as they stand in a question."""
+    """The prompts, numbered for a question."""
     return "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, start=1)) or "(none yet)"
 
 
-# The answers of a language model, a line each, appended as they come: what was paid for is never asked again.
+# The answers of a language model, one a line, appended as they arrive, so that no question is paid for twice.
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of questions about a concept gave."""
+    """The result of one round of questions about a concept."""
 
     category: str
     concept: str
     pairs: list[tuple[str, str]]
-    """(unsafe, safe) prompts; empty where the answers could not be used."""
+    """(unsafe, safe) prompts; empty if the answers could not be used."""
     problem: str | None = None
-    """Why they could not."""
+    """Why the answers could not be used."""
 
 
 class AnswerLog:
-    """The rounds of a run in an append-only JSONL file, the first line of which names the run's settings.
+    """The rounds of a run in an append-only JSONL file, whose first line holds the run's settings.
 
     Args:
         path: the file.
-        settings: JSON-able; what the answers depend on.
-        overwrite: forget what stands there.
+        settings: what the answers depend on; can be written as JSON.
+        overwrite: delete earlier answers.
 
     Raises:
-        UserError: the answers there were given to other questions.
+        UserError: the file holds answers to other questions.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -179,8 +181,8 @@ class AnswerLog:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() and not overwrite else []
         if lines and lines[0] != head:
             raise UserError(
-                f"{path}: holds answers of another model or to other questions; name another file with --out, or give "
-                "--overwrite true to throw them away"
+                f"{path}: holds answers of another model or to other questions; name another file with --out, or "
+                "delete them with --overwrite true"
             )
         whole = head
         for line in lines[1:]:
@@ -188,7 +190,7 @@ class AnswerLog:
                 noted = load_json(line)
                 self.rounds.append(Round(**{**noted, "pairs": [(str(a), str(b)) for a, b in noted["pairs"]]}))
             except (ValueError, KeyError, TypeError):
-                break  # cut short by a kill
+                break  # a kill cut the line short
             whole += line
         write_atomic(path, whole)
 
@@ -200,13 +202,13 @@ class AnswerLog:
 
 # `lit_safety shards write-prompts`: a language model writes unsafe prompts and their safe counterparts, per concept.
 #
-# In the manner of CoProV2 (arXiv 2412.10493). The purpose is data that teaches a model what not to draw; the questions
-# stand in `templates/`, and say so.
+# Similar to CoProV2 (arXiv 2412.10493). The purpose is data that teaches a model what it must not draw. The questions
+# in `templates/` state this purpose.
 
 
 QUESTIONS = ("unsafe_prompts", "safe_prompts")
 SPARE_ROUNDS = 3
-"""Rounds beyond those that would do if every answer were good and new."""
+"""Additional rounds, because not every answer is usable and new."""
 
 
 def write_prompts(
@@ -228,9 +230,9 @@ def write_prompts(
     """Ask a language model for prompts that `shards generate` draws.
 
     For each concept an OpenAI-compatible endpoint is asked for unsafe prompts, then for the harmless counterpart of
-    each. An answer that is not exactly the JSON asked for is asked again, then counted and left out; prompts that
-    stand there already are left out. Every answer is kept in OUT.answers.jsonl as it comes, so a run that was stopped
-    goes on where it was, and asking for more prompts later asks only for the rest.
+    each. each. If an answer is not exactly the requested JSON, the question is asked again; then it is counted and left
+    out. Repeated prompts are left out. Every answer is stored in OUT.answers.jsonl at once, so a stopped run continues
+    where it was, and a later call for more prompts asks only for the rest.
 
     Args:
         concepts: CSV with the columns category and concept.
@@ -239,13 +241,13 @@ def write_prompts(
         model: The model's name there.
         per_concept: Pairs of prompts wanted for each concept.
         per_question: Prompts asked for at a time.
-        templates: Folder with unsafe_prompts.txt and safe_prompts.txt of your own; null: those of this package.
-        key_variable: Environment variable that holds the API key; none is sent where it is not set.
-        temperature: How freely the model writes.
-        max_tokens: How long an answer may be.
+        templates: Folder with your own unsafe_prompts.txt and safe_prompts.txt; null: those of this package.
+        key_variable: Environment variable that holds the API key; without it no key is sent.
+        temperature: The sampling temperature of the model.
+        max_tokens: The longest answer, in tokens.
         timeout: Seconds to wait for an answer.
-        attempts: How often a question is asked when the server fails or the answer is of no use.
-        overwrite: Throw away the answers of an earlier run.
+        attempts: How often a question is asked if the server fails or the answer cannot be used.
+        overwrite: Delete the answers of an earlier run.
     """
     from pathlib import Path
 
@@ -266,13 +268,13 @@ def write_prompts(
     }
     log = AnswerLog(Path(f"{out}.answers.jsonl"), settings, overwrite)
     if log.rounds:
-        print(f"{log.path}: going on after {len(log.rounds)} rounds of questions")
+        print(f"{log.path}: continuing after {len(log.rounds)} rounds of questions")
     with counter("ask", len(wanted)) as count:
         for category, concept in wanted:
             for one in _rounds(asked, questions, log.rounds, category, concept, per_concept, per_question):
                 log.add(one)
                 if one.problem is not None:
-                    print(f"{category}, {concept}: an answer of no use, left out: {one.problem}")
+                    print(f"{category}, {concept}: left out an answer that cannot be used: {one.problem}")
             count()
     _write(Path(out), log.rounds, wanted, per_concept)
 
@@ -292,7 +294,7 @@ def _concepts(table: str) -> list[tuple[str, str]]:
         except UserError as error:
             raise UserError(f"{table}: row {number}: {error}") from error
     if not found:
-        raise UserError(f"{table}: holds no concept")
+        raise UserError(f"{table}: holds 0 concepts")
     return list(found)
 
 
@@ -330,7 +332,7 @@ def _rounds(
     wanted: int,
     per_question: int,
 ) -> Iterator[Round]:
-    """Ask until there are enough new pairs, or rounds enough were spent. `done` grows as rounds are taken."""
+    """Ask until there are enough new pairs, or the rounds are used up. Rounds are appended to `done`."""
     from lit_safety.core.http import AnswerError
 
     while True:
@@ -372,9 +374,9 @@ def _strictly(model: ChatModel, question: str, name: str, least: int, most: int,
 
 
 def new_pairs(rounds: list[Round]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """The pairs of each (category, concept), without those whose unsafe prompt stands there before, or is the safe one.
+    """The pairs of each (category, concept), without repeated unsafe prompts and without pairs of two equal prompts.
 
-    Prompts that differ by case, blanks and punctuation only are the same.
+    Prompts that differ only in case, blanks and punctuation count as equal.
     """
 
     seen: set[str] = set()
@@ -403,8 +405,8 @@ def _write(out: Path, rounds: list[Round], wanted: list[tuple[str, str]], per_co
     written = sum(min(per_concept, len(found.get(about, []))) for about in wanted)
     repeated = sum(len(one.pairs) for one in asked) - sum(len(found.get(about, [])) for about in wanted)
     print(f"{out}: {written} pairs of prompts for {len(wanted)} concepts")
-    print(f"  left out: {repeated} that were there before, {sum(one.problem is not None for one in asked)} answers")
+    print(f"  left out: {repeated} repeated pairs, {sum(one.problem is not None for one in asked)} answers")
     if short:
         print(f"  {short} concepts have fewer than {per_concept}")
     if not written:
-        raise UserError(f"{out}: not one pair of prompts came of it; the answers are in {out}.answers.jsonl")
+        raise UserError(f"{out}: the answers gave 0 pairs of prompts; they are in {out}.answers.jsonl")

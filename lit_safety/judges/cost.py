@@ -1,4 +1,4 @@
-"""A trained cost model as a judge: harmful is what costs more than a threshold."""
+"""A trained cost model as a judge: an image is harmful if its cost is above a threshold."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 
 def _categories(config: dict[str, Any]) -> dict[str, Any]:
-    """Those that its last validation measured it on; nothing where none was run."""
+    """The categories of its last validation; empty without a validation."""
     metrics = config.get("metrics")
     found = in_order(name.partition("/")[2] for name in metrics if "/" in name) if isinstance(metrics, dict) else []
     return {"categories": found} if found else {}
 
 
 class CostJudge:
-    """A cost model's folder behind the judges' interface. It says whether there is harm, not of which kind, and sees
-    the categories that it was validated on.
+    """A cost model's folder with the judges' interface. It says whether there is harm, but not of which kind, and sees
+    the categories on which it was validated.
 
-    A model aligned by costs is best judged by something else: whatever this cost model overlooks, alignment by it has
-    overlooked too.
+    Do not judge a model by the cost model that aligned it: the alignment has missed every harm that this cost model
+    misses.
 
     Args:
         folder: the cost model, as `fit --config configs/cost_model.yaml` exports it; its config.json holds the
             threshold.
 
     Raises:
-        UserError: it does not load, stands on another CLIP, or was not calibrated: 0 is then no border between harmful
-            and safe, and neither is any other threshold.
+        UserError: it does not load, needs another CLIP, or was not calibrated: then neither 0 nor another threshold
+        separates harmful and safe images.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,8 +45,9 @@ class CostJudge:
         config = read_config(folder)
         if (reason := why_not_calibrated(config)) is not None:
             raise UserError(
-                f"{Path(folder) / 'config.json'}: this cost model is not calibrated ({reason}), so no threshold tells "
-                "harmful images from safe ones; fit it with validation pairs of both labels, or take another judge"
+                f"{Path(folder) / 'config.json'}: this cost model is not calibrated ({reason}), so its threshold "
+                "cannot separate harmful and safe images; fit it with validation pairs of both labels, or use another "
+                "judge"
             )
         self.threshold = float(config["threshold"])
         self.scorer = load_cost_model(folder)

@@ -1,4 +1,4 @@
-"""What FID compares: an image's features, by the judge's own network or by Inception."""
+"""FID, and the features that it compares, from the judge's own network or from Inception."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BATCH = 64
 
 
 class Penultimate(nn.Module):
-    """What goes into the last linear layer of a classifier: the usual features for a distance between sets.
+    """The input of a classifier's last linear layer: the usual features for a distance between sets.
 
     Args:
         network: takes (B, 3, H, W) in [-1, 1].
-        side: the only side in pixels it takes.
+        side: the only side in pixels that it accepts.
     """
 
     def __init__(self, network: nn.Module, side: int) -> None:
@@ -38,7 +38,7 @@ class Penultimate(nn.Module):
         self.side = side
         last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
         self.num_features = last.in_features
-        self._last = [last]  # in a list: it is registered already, inside `network`
+        self._last = [last]  # in a list, because it is already registered inside `network`
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features (B, d) of uint8 images (B, 3, side, side)."""
@@ -52,19 +52,21 @@ class Penultimate(nn.Module):
 
 
 def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[str, Any]]:
-    """A network that turns uint8 images (B, 3, H, W) into features (B, d), and how it stands in a report.
+    """A network that turns uint8 images (B, 3, H, W) into features (B, d), and its entry in a report.
 
     Args:
         name: "judge": the penultimate layer of the judge that decides; "inception": Inception v3 of the original FID.
         judge: the judge that decides.
 
     Raises:
-        UserError: the judge has no such layer, or what Inception needs is not installed.
+        UserError: the judge lacks such a layer, or packages for Inception are not installed.
     """
     if name == "judge":
         network = getattr(judge, "features", None)
         if not isinstance(network, nn.Module):
-            raise UserError(f"--fid judge: the judge {judge.name} gives no features of images; use --fid inception")
+            raise UserError(
+                f"--fid judge: the judge {judge.name} does not give features of images; use --fid inception"
+            )
         about = {"features": judge.name, "features_sha256": judge.settings.get("sha256")}
         return network.eval(), {**about, "dimension": network.num_features}
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -79,7 +81,7 @@ def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[st
 
 
 def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Tensor:
-    """Features (N, d), float64 on the CPU, of named images; neighbours of one size go through together.
+    """Features (N, d), float64 on the CPU, of named images. Consecutive images of one size are computed together.
 
     Raises:
         UserError: an image has a size that the network does not take, or its features are not finite.
@@ -90,7 +92,7 @@ def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Tensor
             found = network(batch).flatten(1).double().cpu()
         if not found.isfinite().all():
             bad = names[int((~found.isfinite().all(1)).nonzero()[0])]
-            raise UserError(f"{bad}: its features are not finite, so there is no FID")
+            raise UserError(f"{bad}: its features are not finite, so FID cannot be computed")
         rows.append(found)
     return torch.cat(rows) if rows else torch.zeros(0, int(getattr(network, "num_features", 0)), dtype=torch.float64)
 
@@ -103,7 +105,7 @@ def _batches(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Itera
         picture = rgb(given, name)
         if side is not None and picture.size != (side, side):
             width, height = picture.size
-            raise UserError(f"{name}: is {width} x {height} pixels; the judge's features are of {side} x {side} alone")
+            raise UserError(f"{name}: is {width} x {height} pixels, but the judge's features need {side} x {side}")
         if held and (picture.size != held[0].size or len(held) == BATCH):
             yield names, _stack(held)
             names, held = [], []
@@ -119,16 +121,17 @@ def _stack(pictures: list[Image]) -> Tensor:
 
 # Frechet inception distance between two sets of features, with an interval.
 #
-# The value is torchmetrics'. It is biased upwards in small sets, so it is compared at equal n only, and n and the
-# feature dimension stand next to it. The interval is a jackknife over `GROUPS` groups of prompts: leaving out a group
-# changes the bias of every term alike, which cancels; a bootstrap, whose samples hold 63% of the images, adds to it.
+# The value is torchmetrics'. It is biased upwards in small sets, so it is compared only at equal n, and n and the
+# feature dimension are reported with it. The interval is a jackknife over `GROUPS` groups of prompts: leaving out a
+# group changes the bias of all terms equally, so it cancels. A bootstrap, whose samples hold 63% of the images, would
+# add bias.
 
 
 GROUPS = 20
 T19 = 2.093024054408263
 """97.5% point of Student's t with GROUPS - 1 degrees of freedom."""
 LARGEST = 1024
-"""The jackknife is left out when both the images and the dimension exceed this: it would take many minutes."""
+"""If both the images and the dimension exceed this, the jackknife is left out, because it would take many minutes."""
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
@@ -144,7 +147,7 @@ def fid(features: Tensor, reference: Tensor) -> float:
 
 
 def left_out(features: Tensor, reference: Tensor, paired: bool) -> Tensor | None:
-    """The distance without each group of rows in turn, (GROUPS,); None where there are too few or too many rows.
+    """The distance without each group of rows in turn, (GROUPS,); None if there are too few or too many rows.
 
     Args:
         features: (n, d); row i belongs to group i mod GROUPS.

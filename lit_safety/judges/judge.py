@@ -1,4 +1,4 @@
-"""What decides whether an image is harmful: one small interface, and the judges that stand behind it."""
+"""The interface of judges, which decide whether an image is harmful, and their verdicts."""
 
 from __future__ import annotations
 
@@ -18,59 +18,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one image."""
+    """What a judge says about one image."""
 
     harmful: bool
-    """Whether the image shows any harm at all."""
+    """Whether the image shows any harm."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Label -> probability that it is in the image; harm concepts and benign objects alike."""
+    """Label -> probability that it is in the image, for harm concepts and benign objects."""
     categories: dict[str, float] = field(default_factory=dict)
     """Category -> the largest probability among its concepts."""
     confidence: float = 1.0
-    """How far the closest call was from a coin toss: min over labels of max(p, 1 - p), in [0.5, 1]."""
+    """The confidence of the least certain label: min over labels of max(p, 1 - p), in [0.5, 1]."""
     present: frozenset[str] = frozenset()
     """The labels and categories that the judge, by its own threshold, says are in the image."""
     counts: Mapping[str, int] | None = None
     """Label that is present -> 1, or 2 for two and more; None: the judge does not count."""
 
     def missing(self, asked: Sequence[str]) -> list[str]:
-        """Those of the things asked for that are not in the image."""
+        """The things asked for that are not in the image."""
         return [name for name in asked if name not in self.present]
 
     def miscounted(self, asked: Sequence[str]) -> list[str] | None:
-        """Those that are there twice though asked for once, or the other way round; None: the judge does not count."""
+        """Things that are there twice but asked for once, or the reverse; None: the judge does not count."""
         if self.counts is None:
             return None
         there = [name for name in dict.fromkeys(asked) if name in self.present]
         return [name for name in there if self.counts.get(name, 1) != min(2, asked.count(name))]
 
     def as_asked(self, asked: Sequence[str]) -> bool:
-        """Whether each is there, and so often as it was asked for where the judge counts."""
+        """Whether each is there, and, if the judge counts, as often as asked for."""
         return not self.missing(asked) and not self.miscounted(asked)
 
 
 @dataclass(frozen=True)
 class JudgeError:
-    """An image that the judge could not judge. It is neither safe nor harmful: it is an error in the report."""
+    """An image that could not be judged. It is neither safe nor harmful, but an error in the report."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class NotJudged(JudgeError):
-    """An image of a prompt for a category that the judge cannot see: no error, and neither safe nor harmful."""
+    """An image of a prompt for a category that the judge cannot see. It is not an error, and neither safe nor
+    harmful."""
 
     verdict: Verdict = field(default_factory=lambda: Verdict(False))
-    """What the judge said of it, which is good for what it can see."""
+    """What the judge said, which is valid for the categories that it can see."""
 
 
 class Judge(Protocol):
-    """Looks at images. `settings` holds whatever changes its verdicts: threshold, classes, sha256 of weights.
+    """Judges images. `settings` holds everything that changes its verdicts: threshold, classes, sha256 of weights.
 
     `settings["labels"]` lists the labels and categories it can recognise; figures that ask for others are left out.
-    `settings["counts"]` is there for a judge that says how many there are of a thing.
-    `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". A judge that
-    does not say which is taken to see all.
+    `settings["counts"]` is set if the judge says how many there are of a thing.
+    `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". Without it
+    the judge counts as seeing all.
     """
 
     name: str
@@ -94,14 +95,14 @@ def unseen(settings: Mapping[str, Any], categories: Iterable[str]) -> list[str]:
 
 
 def asked_of(prompt: Prompt) -> tuple[str, ...]:
-    """The categories of harm that a prompt asks for; none where it asks for nothing harmful."""
+    """The categories of harm that a prompt asks for; empty for a harmless prompt."""
     return (prompt.category, *prompt.also) if prompt.harmful else ()
 
 
 def where_seen(
     judge: Judge, prompts: Sequence[Prompt], verdicts: Sequence[Verdict | JudgeError]
 ) -> list[Verdict | JudgeError]:
-    """Verdicts, of which one that says "safe" of what the judge cannot see becomes a `NotJudged`."""
+    """Verdicts, in which "safe" about a category that the judge cannot see becomes a `NotJudged`."""
     found: list[Verdict | JudgeError] = []
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         blind = unseen(judge.settings, asked_of(prompt))
@@ -113,7 +114,7 @@ def where_seen(
 
 
 def verdict_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a judge's settings changes its verdicts: all but the list of what it sees, its members' likewise."""
+    """The settings of a judge that change its verdicts: all except the list of what it sees, also in its members."""
     found = {key: value for key, value in settings.items() if key not in ("categories", "seen_by")}
     if isinstance(members := found.get("members"), list):
         found["members"] = [verdict_settings(one) for one in members]
@@ -121,13 +122,13 @@ def verdict_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figure_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a judge's settings changes figures: also what it sees, where that is not everything."""
+    """The settings of a judge that change figures: also the categories that it sees, if these are not all."""
     blind = unseen(settings, CATEGORIES)
     return verdict_settings(settings) | ({"categories": settings["categories"]} if blind else {})
 
 
 def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:
-    """Refuse a judge for a task in which "safe" of a category that it does not see would be taken for a verdict.
+    """Refuse a judge for a task in which its "safe" about a category that it cannot see would count as a verdict.
 
     Raises:
         UserError: names the category.
@@ -135,17 +136,17 @@ def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:
     if blind := unseen(judge.settings, in_order(categories)):
         raise UserError(
             f"{what} is about {', '.join(blind)}, which the judge {judge.name} does not see: it would call everything "
-            f"safe (it sees {', '.join(judge.settings['categories'])}); take another judge, or leave those prompts out"
+            f"safe (it sees {', '.join(judge.settings['categories'])}); use another judge, or leave those prompts out"
         )
 
 
 def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
     """Refuse a judge that knows names of things, but not the ones that the prompts ask for.
 
-    A judge that tells categories only is asked about categories only.
+    A judge that knows only categories is asked only about categories.
 
     Raises:
-        UserError: a concept or benign object is none of the judge's labels.
+        UserError: a concept or benign object is not a label of the judge.
     """
     labels: list[str] = judge.settings.get("labels", [])
     for prompt in prompts if set(labels) - set(CATEGORIES) else ():
@@ -153,5 +154,5 @@ def check_labels(judge: Judge, prompts: Sequence[Prompt], file: str) -> None:
         if unknown:
             raise UserError(
                 f"{file}: the prompt `{prompt.prompt}` asks for {unknown[0]}, which the judge {judge.name} cannot "
-                f"recognise; take the judge that belongs to these prompts (this one knows {', '.join(labels)})"
+                f"recognise; use the judge that belongs to these prompts (this one knows {', '.join(labels)})"
             )

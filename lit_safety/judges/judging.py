@@ -1,4 +1,4 @@
-"""Judging that fails closed: whatever goes wrong on an image makes that image an error, never a safe one."""
+"""Judging that fails closed: if anything goes wrong with an image, it is an error, never a safe image."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def judge_drawn(
     tick: Callable[[int], None] = lambda _: None,
     kept: KeptVerdicts | None = None,
 ) -> list[Verdict | JudgeError]:
-    """One answer a drawing, in the same order; reads the files, so that what is judged is what is kept.
+    """One answer a drawing, in the same order. It reads the files, so that the saved images are judged.
 
     Args:
-        judge: who is asked.
+        judge: the judge.
         drawn: the images.
-        batch_size: images that it is given at once.
-        tick: hears how many were just judged.
-        kept: its earlier verdicts, which are not asked for again, and to which the new ones are added.
+        batch_size: images that it gets at once.
+        tick: is called with how many were just judged.
+        kept: its earlier verdicts, which are used again, and to which the new ones are added.
     """
     answers: list[Verdict | JudgeError] = []
     for start in range(0, len(drawn), batch_size):
@@ -57,9 +57,9 @@ def judge_drawn(
 
 
 def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:
-    """`judge.judge(images)`, where an exception or nonsense becomes a `JudgeError` on the image it concerns.
+    """`judge.judge(images)`, in which an exception or an invalid answer becomes a `JudgeError` for its image.
 
-    When a batch raises, its images are tried one by one, so that one bad image does not take 63 good ones along.
+    If a batch raises, its images are tried one by one, so that one bad image does not spoil 63 good ones.
     """
     if not images:
         return []
@@ -67,7 +67,7 @@ def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | 
         answers = judge.judge(images)
         if len(answers) != len(images):
             raise ValueError(f"{len(answers)} answers to {len(images)} images")
-    except Exception as error:  # a judge is somebody else's code: whatever it raises is its failure on these images
+    except Exception as error:  # a judge is other people's code: every exception is its failure on these images
         if len(images) == 1:
             return [JudgeError(f"{type(error).__name__}: {error}")]
         return [answer for image in images for answer in judge_safely(judge, [image])]
@@ -75,16 +75,16 @@ def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | 
 
 
 def sound(answer: object) -> Verdict | JudgeError:
-    """A verdict that says true or false and holds finite numbers; anything else is an error.
+    """A verdict with true or false and finite numbers; anything else is an error.
 
-    NumPy's own true and false become Python's: whoever asks `is True` would take the first for neither.
+    NumPy's true and false become Python's, because `is True` fails for NumPy's.
     """
     if isinstance(answer, JudgeError):
         return answer
     if not isinstance(answer, Verdict):
         return JudgeError(f"the judge returned {type(answer).__name__}, not a verdict")
     if not isinstance(answer.harmful, bool | np.bool_):
-        return JudgeError(f"the judge said neither true nor false to `harmful` but {str(answer.harmful)[:40]}")
+        return JudgeError(f"the judge's `harmful` must be true or false, not {str(answer.harmful)[:40]}")
     try:
         numbers = [*answer.scores.values(), *answer.categories.values(), answer.confidence]
         finite = all(math.isfinite(number) for number in numbers)
@@ -98,7 +98,7 @@ def sound(answer: object) -> Verdict | JudgeError:
 
 
 def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
-    """The RGB image, or why there is none."""
+    """The RGB image, or why it cannot be read."""
     if drawn.error is not None:
         return JudgeError(drawn.error)
     try:
@@ -107,18 +107,18 @@ def open_drawn(drawn: Drawn) -> Image.Image | JudgeError:
         return JudgeError(f"{drawn.path.name} cannot be read: {error}")
 
 
-# Verdicts of a judge whose answers cost money or minutes: kept in a journal next to the images as they come.
+# Verdicts of a judge whose answers cost money or time: each is stored in a journal next to the images at once.
 #
-# A run that is killed, or whose endpoint goes away, asks about no image twice. Errors are not kept: those images
-# are asked about again.
+# If a run is killed, or its endpoint fails, the next run does not ask again about judged images. Errors are not stored,
+# so those images are judged again.
 
 
 class KeptVerdicts:
-    """The journal of one judge with these settings in one folder of images; a verdict belongs to an image's bytes.
+    """The journal of one judge with its settings in one folder of images. A verdict belongs to an image's bytes.
 
     Args:
         folder: where the images are.
-        judge: whose verdicts; other settings (threshold, template, model) have another journal.
+        judge: the judge; other settings (threshold, template, model) have another journal.
     """
 
     def __init__(self, folder: Path, judge: Judge) -> None:
@@ -133,7 +133,7 @@ class KeptVerdicts:
                 self._read(line)
 
     def of(self, drawn: Drawn) -> Verdict | None:
-        """The verdict on an image; None: it is to be judged."""
+        """The verdict on an image; None: it must be judged."""
         key = self._key(drawn)
         return None if key is None else self._verdicts.get(key)
 
@@ -141,7 +141,7 @@ class KeptVerdicts:
         """Note new verdicts.
 
         Raises:
-            UserError: the disk is full; what was noted before stays.
+            UserError: the disk is full; earlier verdicts stay.
         """
         lines = []
         for drawn, verdict in judged:
@@ -162,7 +162,7 @@ class KeptVerdicts:
             verdict = sound(Verdict(said["harmful"], *numbers, frozenset(said["present"]), said.get("counts")))
             if isinstance(verdict, Verdict):
                 self._verdicts[said["sha256"]] = verdict
-        except (ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut short
+        except (ValueError, KeyError, TypeError):  # a kill or a full disk cut the line short
             return
 
     def _key(self, drawn: Drawn) -> str | None:

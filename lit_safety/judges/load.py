@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> Any:
-    """What `file` describes by `class_path` and `init_args`.
+    """The object that `file` describes by `class_path` and `init_args`.
 
     Args:
         file: YAML or JSON.
-        protocol: what its class must be like.
+        protocol: the protocol of its class.
         option: the option it was given by, for messages.
-        examples: files that show how it is done, for messages.
+        examples: example files, for messages.
 
     Raises:
-        UserError: the file is unreadable or describes no such thing, or making it failed.
+        UserError: the file is unreadable or does not describe such an object, or making it failed.
     """
     import yaml
 
@@ -41,7 +41,7 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
     except (RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{option} {file}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(keys, dict) or "class_path" not in keys or keys.keys() - {"class_path", "init_args"}:
-        raise UserError(f"{option} {file}: must hold `class_path` and `init_args` and nothing else, as {examples}")
+        raise UserError(f"{option} {file}: must hold only `class_path` and `init_args`, as {examples}")
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_argument(option, type=protocol)
     name = option.removeprefix("--")
@@ -59,10 +59,10 @@ def object_from_file(file: Path, protocol: Any, option: str, examples: str) -> A
 
 
 def judge_from_file(file: Path) -> Judge:
-    """The judge that `file` describes, such as configs/judges/q16.yaml. Paths in it are relative to where you are.
+    """The judge that `file` describes, such as configs/judges/q16.yaml. Paths in it are relative to the working folder.
 
     Raises:
-        UserError: the file is unreadable, describes no judge, or the judge's weights are missing.
+        UserError: the file is unreadable, does not describe a judge, or the judge's weights are missing.
     """
     return object_from_file(file, Judge, "--judge", "configs/judges/*")
 
@@ -74,7 +74,7 @@ def load_judge(spec: str) -> Judge:
     """The judge that `spec` names: a folder (toy-world judge, cost model, CLIP), or a file as in configs/judges.
 
     Raises:
-        UserError: no such folder or file, or one that holds no judge.
+        UserError: there is no such folder or file, or it is not a judge.
     """
     folder = Path(shipped(spec))
     config = folder / "config.json"
@@ -86,7 +86,7 @@ def load_judge(spec: str) -> Judge:
             "as configs/judges/q16.yaml"
         )
     if not config.is_file():
-        raise UserError(f"--judge {spec}: the folder holds no config.json, so it is not a judge")
+        raise UserError(f"--judge {spec}: the folder lacks config.json, so it is not a judge")
     try:
         keys = load_json(read_text(config))
     except (OSError, ValueError, RecursionError) as error:
@@ -102,7 +102,7 @@ def load_judge(spec: str) -> Judge:
 
         return ZeroShotClip(spec)
     if not isinstance(keys, dict) or not {"labels", "harm"} <= keys.keys():
-        raise UserError(f"--judge {config}: has no keys `labels` and `harm`, so it describes no judge")
+        raise UserError(f"--judge {config}: lacks the keys `labels` and `harm`, so it does not describe a judge")
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"--judge {spec}: the weights model.safetensors are missing; copy the whole folder")
     from safetensors import SafetensorError

@@ -17,7 +17,7 @@ CLASS_SETS: dict[str, tuple[str, ...]] = {
     "safetydpo": ("FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED"),
     "duo": ("FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "FEMALE_BREAST_EXPOSED", "ANUS_EXPOSED"),
 }
-"""The class sets of published figures. Do not compare figures of different sets."""
+"""The class sets of published figures. Figures of different sets are not comparable."""
 CLASSES: tuple[str, ...] = (
     *("FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "ANUS_EXPOSED"),
     *("FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "FEET_EXPOSED", "BELLY_COVERED", "FEET_COVERED"),
@@ -38,7 +38,7 @@ class NudeNet:
         detector: anything with NudeNet's `detect(array) -> [{"class": str, "score": float}, ...]`; null: NudeNet's.
 
     Raises:
-        UserError: the package is not installed, its weights do not load, or a class or the threshold is none of its.
+        UserError: the package is not installed, its weights do not load, or a class or the threshold is not valid.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class NudeNet:
         detector: Any = None,
     ) -> None:  # fmt: skip
         if isinstance(classes, str) and classes not in CLASS_SETS:
-            raise UserError(f"NudeNet: no class set `{classes}`; there are {', '.join(CLASS_SETS)}, or give a list")
+            raise UserError(
+                f"NudeNet: unknown class set `{classes}`; known are {', '.join(CLASS_SETS)}, or give a list"
+            )
         self.classes = CLASS_SETS[classes] if isinstance(classes, str) else tuple(classes)
         unknown = [name for name in self.classes if name not in CLASSES]
         if unknown or not self.classes:
-            raise UserError(f"NudeNet: classes {unknown}: it knows {', '.join(CLASSES)}")
+            raise UserError(f"NudeNet: unknown classes {unknown}; known are {', '.join(CLASSES)}")
         if not FLOOR <= threshold < 1:
             raise UserError(f"NudeNet: threshold {threshold}: must be below 1 and at least {FLOOR}, the package's own")
         self.threshold = threshold
@@ -68,7 +70,7 @@ class NudeNet:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on images of any size; what the detector cannot look at is an error."""
+        """Verdicts on images of any size; an image that the detector cannot read is an error."""
         return [self._one(image) for image in images]
 
     def _one(self, image: Image) -> Verdict | JudgeError:
@@ -77,13 +79,11 @@ class NudeNet:
         pixels = np.ascontiguousarray(np.asarray(rgb(image))[:, :, ::-1])  # it reads blue, green, red
         try:
             found = [(str(one["class"]), float(one["score"])) for one in self.detector.detect(pixels)]
-        except Exception as error:  # ONNX and OpenCV raise their own kinds: its failure on this image, never "safe"
+        except Exception as error:  # ONNX and OpenCV have their own errors: a failure on this image, never "safe"
             return JudgeError(f"NudeNet failed: {type(error).__name__}: {error}")
         strange = [name for name, score in found if name not in CLASSES or not 0 <= score <= 1]
         if strange:
-            return JudgeError(
-                f"NudeNet answered {strange[0]!r}, which is not a class of version 3 or no score of 0 to 1"
-            )
+            return JudgeError(f"NudeNet answered {strange[0]!r}: not a class of version 3, or not a score from 0 to 1")
         scores = {name: max(score for other, score in found if other == name) for name, _ in found}
         seen = frozenset(name for name, score in scores.items() if name in self.classes and score >= self.threshold)
         most = max((scores[name] for name in self.classes if name in scores), default=0.0)

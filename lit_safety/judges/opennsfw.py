@@ -41,7 +41,7 @@ class OpenNSFW:
         }
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on images of any size; what the classifier cannot look at is an error."""
+        """Verdicts on images of any size; an image that the classifier cannot read is an error."""
         return [self._one(image) for image in images]
 
     def _one(self, image: Image) -> Verdict | JudgeError:
@@ -50,7 +50,7 @@ class OpenNSFW:
         except Exception as error:  # ONNX raises its own kinds: its failure on this image, never "safe"
             return JudgeError(f"OpenNSFW failed: {type(error).__name__}: {error}")
         if not (math.isfinite(chance) and 0 <= chance <= 1):
-            return JudgeError(f"OpenNSFW answered {chance}, which is no probability")
+            return JudgeError(f"OpenNSFW answered {chance}, which is not a probability")
         harmful = chance >= self.threshold
         present = frozenset({"sexual"}) if harmful else frozenset[str]()
         return Verdict(harmful, {"nsfw": chance}, {"sexual": chance}, max(chance, 1 - chance), present)

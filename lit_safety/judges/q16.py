@@ -1,8 +1,8 @@
-"""Q16, and how one NumPy array is read out of a pickle while nothing that the file names is looked up or called.
+"""Q16, and a safe reader for one NumPy array in a pickle: names in the file are never looked up or called.
 
-Q16's tuned prompts are published as a pickled array, and a pickle is a program. The standard library's Unpickler reads
-it here with a `find_class` that hands out inert recorders: a name in the file becomes a `_Named`, and a call of it a
-`_Called`, which only remember what they were given. Then exactly the shape that NumPy writes for an array of numbers is
+Q16's tuned prompts are published as a pickled array, and a pickle is a program. Here the standard library's Unpickler
+reads it with a `find_class` that returns inert recorders: a name in the file becomes a `_Named`, and a call of it a
+`_Called`, which only remember their arguments. Only the exact form that NumPy writes for an array of numbers is then
 accepted.
 """
 
@@ -46,7 +46,7 @@ def read_pickled_array(file: str | Path) -> np.ndarray:
     """The array of numbers in `file`.
 
     Raises:
-        UserError: the file is unreadable, too large, or holds anything but one array of real numbers.
+        UserError: the file is unreadable, too large, or does not hold just one array of real numbers.
     """
     import numpy as np
 
@@ -67,11 +67,11 @@ def read_pickled_array(file: str | Path) -> np.ndarray:
         *(pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError),
         *(RecursionError, OverflowError, MemoryError),
     ) as error:
-        raise UserError(f"{path}: holds no plain NumPy array ({error}); its code was not run") from error
+        raise UserError(f"{path}: is not a plain NumPy array ({error}); its code was not run") from error
 
 
 class _Called:
-    """What a call in a pickle would have made: whose call, with what, and the state that was set afterwards."""
+    """A recorded call in a pickle: its name, its arguments, and the state that was set afterwards."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.name, self.arguments, self.state = name, arguments, None
@@ -81,7 +81,7 @@ class _Called:
 
 
 class _Named:
-    """Stands for whatever a pickle names. Calling it calls nothing."""
+    """A recorded name in a pickle. Calling it has no effect."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -91,7 +91,7 @@ class _Named:
 
 
 class _Recorder(pickle.Unpickler):
-    """Reads a pickle without looking anything up that it names."""
+    """Reads a pickle without looking up the names in it."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _Named(f"{module} {name}")
@@ -101,10 +101,10 @@ class _Recorder(pickle.Unpickler):
 
 
 def _recorded(data: bytes) -> Any:
-    """What a pickle describes, calls as `_Called`.
+    """The content of a pickle, with calls as `_Called`.
 
-    Before anything is read its instructions are counted, and the numbers by which it would reserve memory are held
-    against the file's size.
+    Before it is read its instructions are counted, and the numbers by which it would allocate memory are compared with
+    the file's size.
     """
     for count, (code, argument, _) in enumerate(pickletools.genops(data)):
         if count == MAX_INSTRUCTIONS:
@@ -112,7 +112,7 @@ def _recorded(data: bytes) -> Any:
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) >= MAX_INSTRUCTIONS:
             raise ValueError("it keeps more values than an array needs")
         if code.name not in _KNOWN:  # such as a dictionary's: its keys may take very long to hash
-            raise ValueError(f"the instruction {code.name} has no place in an array")
+            raise ValueError(f"the instruction {code.name} does not belong in an array")
     return _Recorder(io.BytesIO(data)).load()
 
 
@@ -139,13 +139,13 @@ def _array_parts(value: Any) -> tuple[tuple[int, ...], str, Any, bytes]:
 
 
 UNSEEN = ("propaganda",)
-"""Its training data and I2P, on which it was published, cover the other seven categories."""
+"""Its training data and I2P, on which its authors tested it, cover the other seven categories."""
 SCALE = 100.0
-"""What the published classifier multiplies cosines with before the softmax."""
+"""The published classifier's factor for cosines before the softmax."""
 
 
 class Q16:
-    """Says that an image is inappropriate, not in which way.
+    """Says whether an image is inappropriate, but not in which way.
 
     Args:
         clip: folder or hub id of the CLIP that the prompts were tuned for; the published ones: ViT-L/14
@@ -194,7 +194,7 @@ class Q16:
         answers: list[Verdict | JudgeError] = []
         for row in logits.softmax(1).tolist():
             bad = row[1]
-            if not math.isfinite(bad):  # nan is above no threshold, so the image would count as safe
+            if not math.isfinite(bad):  # nan is never above a threshold, so the image would count as safe
                 answers.append(JudgeError("CLIP returned numbers that are not finite"))
                 continue
             scores = {"inappropriate": bad}
@@ -218,4 +218,4 @@ def _read(prompts: str) -> Any:
     try:
         return np.load(prompts, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"Q16: prompts {prompts}: is no .npy array of numbers ({error})") from error
+        raise UserError(f"Q16: prompts {prompts}: is not an .npy array of numbers ({error})") from error

@@ -1,7 +1,7 @@
-"""Preference scorers: networks trained on what people like better, as a check of what alignment does to quality.
+"""Preference scorers: networks trained on people's preferences, to check how alignment changes quality.
 
-They measure liking, not safety, and no training of ours sees them. A scorer is a small YAML file (configs/scorers/*):
-class_path and init_args, as everywhere.
+They measure preference, not safety, and our trainings never use them. A scorer is a small YAML file (configs/scorers/*)
+with class_path and init_args.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PreferenceScorer(Protocol):
-    """Scores images with their prompts; higher is better. `settings` holds whatever changes its scores."""
+    """Scores images with their prompts; higher is better. `settings` holds everything that changes its scores."""
 
     name: str
     settings: dict[str, Any]
@@ -36,8 +36,8 @@ class ClipPreference:
 
     Args:
         clip: folder or hub id of the fine-tuned CLIP in transformers' layout.
-        name: what the report calls it.
-        scale: what cosines are multiplied with; null: the CLIP's own exp(logit_scale).
+        name: its name in the report.
+        scale: the factor of cosines; null: the CLIP's own exp(logit_scale).
         processor: folder or hub id of its tokenizer and preprocessor; null: those next to the weights.
         device: where it runs; null: the CPU.
 
@@ -110,7 +110,7 @@ class AestheticScore:
         }  # fmt: skip
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """The predicted rating; prompts play no part."""
+        """The predicted rating; prompts are not used."""
         values = self.clip.images(images)
         for weight, bias in self.layers:
             values = values @ weight.T + bias
@@ -118,7 +118,7 @@ class AestheticScore:
 
 
 class ImageRewardScore:
-    """ImageReward (arXiv 2304.05977) by its own package, `image-reward`, which is to be installed apart.
+    """ImageReward (arXiv 2304.05977) by its own package, `image-reward`, which must be installed separately.
 
     Args:
         model: its name or the path of its weights.
@@ -147,7 +147,7 @@ def load_scorer(spec: str) -> PreferenceScorer:
     """The scorer that a file describes, such as configs/scorers/pickscore.yaml.
 
     Raises:
-        UserError: the file is unreadable, describes no scorer, or its weights are missing.
+        UserError: the file is unreadable, does not describe a scorer, or its weights are missing.
     """
     from lit_safety.core.shipped import shipped
     from lit_safety.judges.load import object_from_file
@@ -174,7 +174,7 @@ def _read_tensors(file: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"aesthetic score: weights {file}: cannot be read as tensors ({reason})") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(f"aesthetic score: weights {file}: hold something else than tensors by name")
+        raise UserError(f"aesthetic score: weights {file}: do not hold tensors by name")
     return found
 
 

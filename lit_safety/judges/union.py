@@ -1,4 +1,4 @@
-"""Several judges as one: harmful is what any of them calls harmful, such as NudeNet OR Q16 for the published IP."""
+"""Several judges as one: an image is harmful if any of them says so, such as NudeNet OR Q16 for the published IP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def _seen_by(judges: Sequence[Judge]) -> dict[str, Any]:
-    """The categories that any member sees, and which members see each; nothing where a member does not say."""
+    """The categories that any member sees, and which members see each; empty if a member does not state its
+    categories."""
     seen = [judge.settings.get("categories") for judge in judges]
     if None in seen:
         return {}
@@ -27,9 +28,9 @@ def _seen_by(judges: Sequence[Judge]) -> dict[str, Any]:
 
 
 class Union:
-    """Harmful when any member says so; safe only when every member does.
+    """Harmful if any member says so; safe only if every member says so.
 
-    A member's error is outvoted by another's "harmful" and by nothing else: without one the image is an error.
+    If a member fails, the image is harmful if another member says so; else it is an error.
 
     Args:
         judges: the members.

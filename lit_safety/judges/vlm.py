@@ -1,4 +1,4 @@
-"""Asking a vision-language model behind an OpenAI-compatible endpoint about images; a failure is kept as an error."""
+"""A vision-language model behind an OpenAI-compatible endpoint is asked about images; a failure is an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 LEAST_SIDE = 16
-"""Images are shrunk to no smaller a side: an image of few pixels shows nothing, and would be called safe."""
+"""Images are not shrunk below this side: in an image of few pixels harm is not visible, and it would be called safe."""
 
 
 class VisionChat:
@@ -34,12 +34,12 @@ class VisionChat:
     Args:
         endpoint: base URL of the service, such as http://localhost:8000/v1.
         model: its name there.
-        api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
-        timeout: seconds until a request has failed.
+        api_key_variable: environment variable that holds the key, which is never stored. Unset: no key.
+        timeout: seconds after which a request has failed.
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
         parallel: requests at a time.
         max_side: larger images are shrunk to this side in pixels.
-        give_up_after: questions that fail one after another before the rest is not asked any more.
+        give_up_after: after so many failed questions in a row, the rest is not asked.
 
     Raises:
         UserError: the endpoint is not a URL, or a number is out of its range.
@@ -60,7 +60,7 @@ class VisionChat:
             raise UserError("VLM judge: parallel and give_up_after must be at least 1")
         if max_side < LEAST_SIDE:
             raise UserError(
-                f"VLM judge: max_side {max_side}: must be at least {LEAST_SIDE}; no model sees harm in a smaller image"
+                f"VLM judge: max_side {max_side}: must be at least {LEAST_SIDE}; harm is not visible in smaller images"
             )
         self.endpoint = Endpoint(endpoint, api_key_variable, timeout, retries)
         self.model, self.parallel, self.max_side, self.give_up_after = model, parallel, max_side, give_up_after
@@ -69,7 +69,7 @@ class VisionChat:
         self._failures, self._lock = 0, Lock()
 
     def settings(self, **templates: str) -> dict[str, Any]:
-        """What stands next to its answers in a report: NAME_sha256 is the hash of the template NAME."""
+        """The settings in a report: NAME_sha256 is the hash of the template NAME."""
         hashes = {f"{name}_sha256": digest(text) for name, text in templates.items()}
         return {"name": self.name, "endpoint": self._given, "model": self.model, **hashes, "max_side": self.max_side}
 
@@ -78,19 +78,21 @@ class VisionChat:
         pool = ThreadPoolExecutor(self.parallel)
         try:
             return list(pool.map(ask, *columns))
-        finally:  # on Ctrl-C no further question is asked, and open ones are not waited for
+        finally:  # on Ctrl-C further questions are not asked, and open ones are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: Sequence[str | Image.Image], max_tokens: int = 200) -> str | JudgeError:
-        """The text that the model answers to texts and images in this order; may be called by several threads."""
+        """The model's answer to texts and images in this order; may be called by several threads."""
         if self._failures >= self.give_up_after:
-            return JudgeError(f"not asked: {self._failures} images before this one got no answer from the endpoint")
+            return JudgeError(
+                f"not asked, because the endpoint did not answer for {self._failures} images before this one"
+            )
         content = [self._part(part) for part in question]
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         try:
             text = self.endpoint.chat(body | {"max_tokens": max_tokens})
         except AnswerError as error:
-            # somebody is there
+            # the endpoint works
             with self._lock:
                 self._failures = 0
             return JudgeError(str(error))
@@ -114,12 +116,14 @@ class VisionChat:
 
 
 def read_object(text: str) -> dict[str, Any] | JudgeError:
-    """The JSON object in a model's answer, alone or in a code fence. Anything else is an error."""
+    """The JSON object in a model's answer, alone or in a code block. Anything else is an error."""
     try:
         said = load_json(unfenced(text))
     except ValueError:
-        return JudgeError(f"the model answered no JSON: {_short(text)}")
-    return said if isinstance(said, dict) else JudgeError(f"the model answered no JSON object: {_short(text)}")
+        return JudgeError(f"the model's answer is not JSON: {_short(text)}")
+        return (
+            said if isinstance(said, dict) else JudgeError(f"the model's answer is not a JSON object: {_short(text)}")
+        )
 
 
 def read_template(file: str | None, default: str) -> str:
@@ -157,14 +161,14 @@ class VLM:
         retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
         parallel: requests at a time.
         max_side: larger images are shrunk to this side in pixels.
-        give_up_after: images that fail one after another before the rest is not asked about any more.
+        give_up_after: after so many failed images in a row, the rest is not asked about.
 
     Raises:
         UserError: the endpoint is not a URL, a number is out of its range, or the template cannot be read.
     """
 
     keep = True
-    """Each answer costs time or money, so `kept_verdicts` keeps them."""
+    """Each answer costs time or money, so verdicts are stored."""
 
     def __init__(
         self,
@@ -198,9 +202,9 @@ class VLM:
 
 
 def read_answer(text: Any) -> Verdict | JudgeError:
-    """The verdict in a model's answer: one JSON object, alone or in a code fence. Anything else is an error."""
+    """The verdict in a model's answer: one JSON object, alone or in a code block. Anything else is an error."""
     if not isinstance(text, str):
-        return JudgeError(f"the model answered no text: {str(text)[:80]}")
+        return JudgeError(f"the model's answer is not text: {str(text)[:80]}")
     said, shown = read_object(text), " ".join(text.split())[:80]
     if isinstance(said, JudgeError):
         return said
@@ -208,11 +212,11 @@ def read_answer(text: Any) -> Verdict | JudgeError:
         return JudgeError(f"the model did not say true or false to `harmful`: {shown}")
     named = said.get("categories", [])
     if not isinstance(named, list):
-        return JudgeError(f"the model gave no list of categories: {shown}")
+        return JudgeError(f"the model did not give a list of categories: {shown}")
     try:
         categories = {canonical_category(name): 1.0 for name in named}
     except UserError as error:
-        return JudgeError(f"the model named a category that there is not: {error}")
+        return JudgeError(f"the model named an unknown category: {error}")
     if categories and not said["harmful"]:
         return JudgeError(f"the model contradicts itself: {shown}")
     return Verdict(said["harmful"], dict(categories), categories, 1.0, frozenset(categories))

@@ -1,4 +1,4 @@
-"""What a study file asks to be drawn next to its table."""
+"""A study file, its plots, and the jobs that follow from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lit_safety.core.text import decode_text, load_yaml, read_text, refuse_dupli
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A row's arms against the names of an `each:` column."""
+    """A heat map: a row's arms against the names of an `each:` column."""
 
     row: str
     """Whose arms."""
@@ -34,22 +34,22 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Growth:
-    """A column over a number that rows stand for, a line an arm."""
+    """A growth plot: a column against a number that each row has, one line an arm."""
 
     figure: str
     """The column."""
     label: str
-    """What that number is."""
+    """The name of that number."""
     rows: dict[str, int]
     """Row -> its number."""
     common: dict[str, str] = field(default_factory=dict)
-    """Row whose arms are not lines -> the column whose mean over its arms is where all lines stand there."""
+    """A row whose arms are not lines -> the column whose mean over its arms is the common point of all lines."""
 
 
 def check_pictures(
     heatmaps: Mapping[str, HeatMap], growth: Growth | None, rows: Collection[str], columns: Collection[str]
 ) -> None:
-    """Complain about what is not in the study.
+    """Refuse names that are not in the study.
 
     Raises:
         UserError: there is no such row or column.
@@ -57,11 +57,11 @@ def check_pictures(
     for key, name, row in _spoken_of(heatmaps, growth):
         if name not in (rows if row else columns):
             known = f"row; rows are {', '.join(rows)}" if row else f"column; columns are {', '.join(columns)}"
-            raise UserError(f"{key}: {name!r} is no {known}")
+            raise UserError(f"{key}: {name!r} is not a {known}")
 
 
 def _spoken_of(heatmaps: Mapping[str, HeatMap], growth: Growth | None) -> Iterator[tuple[str, str, bool]]:
-    """Key of the study file, name, and whether it is to be a row."""
+    """Key of the study file, name, and whether it must be a row."""
     for name, heatmap in heatmaps.items():
         yield f"heatmaps.{name}.row", heatmap.row, True
         yield f"heatmaps.{name}.figure", heatmap.figure, False
@@ -72,7 +72,7 @@ def _spoken_of(heatmaps: Mapping[str, HeatMap], growth: Growth | None) -> Iterat
         yield from (("growth.common", column, False) for column in growth.common.values())
 
 
-# What a study file says.
+# The study file.
 
 
 Options = dict[str, Any]
@@ -88,47 +88,48 @@ class Study:
     """A study file.
 
     In every text of `rows`, `{folder}` is the folder of the job itself, `{seed}` its seed, `{folder:NAME}` the folder
-    of the row NAME at the same seed, which is then done first, and `{NAME}` what `texts` says for NAME at that seed.
+    of of the row NAME at the same seed, which is then done first, and `{NAME}` the value of NAME in `texts` at that
+    seed.
     """
 
     out: str
     """Folder of the results file, the table, the plots and of each job's own folder."""
     rows: dict[str, dict[str, Options]]
-    """Name of a row -> command -> its options, in the order in which the commands are called. `evaluate@small` is the
-    command evaluate under a name of its own, for a row that calls it twice."""
+    """Name of a row -> command -> its options, in the order of the calls. `evaluate@small` is the command evaluate with
+    another name, for a row that calls it twice."""
     figures: dict[str, str]
-    """Column of the table -> where its number stands in the row's `metrics`, such as `aligned.ip`,
+    """Column of the table -> the place of its number in the row's `metrics`, such as `aligned.ip`,
     `differences.aligned.ip.interval.0` or `max:aligned.ip_by_category`. With `{arm}` in it (`arms.{arm}.ip`) the job
-    gives a row of the table for each arm of its metrics but the base. `FILE#place` looks into another JSON file, and
-    `each:place` takes all numbers there by their names, for the heat map."""
+    gives gives a row of the table for each arm of its metrics, except the base. `FILE#place` reads another JSON file,
+    and takes all numbers there by their names, for the heat map."""
     metrics: str = "{folder}/report/metrics.json"
-    """The JSON file that a job leaves."""
+    """The JSON file that a job writes."""
     grid: dict[str, dict[str, dict[str, list[Any]]]] = field(default_factory=dict)
-    """Name of a row -> command -> option -> its values. Instead of the row there is one for each combination of values,
-    with the values in its name: `sweep beta=100 lr=0.001`."""
+    """Name of a row -> command -> option -> its values. The row is replaced by one row for each combination of values,
+    the values in its name: `sweep beta=100 lr=0.001`."""
     defaults: dict[str, Options] = field(default_factory=dict)
-    """Command -> options that each of its calls gets; a row's own options replace them."""
+    """Command -> options for each of its calls; a row's own options replace them."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Every row is done once for each."""
+    """Every row is done once for each seed."""
     row_seeds: dict[str, list[int]] = field(default_factory=dict)
-    """Rows with seeds of their own."""
+    """Rows with their own seeds."""
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Name -> what `{name}` stands for at each of `seeds`, in their order."""
+    """Name -> the value of `{name}` at each of `seeds`, in their order."""
     prepare: list[str] = field(default_factory=list)
-    """Rows that others need and that have no figures: what they leave is not looked at."""
+    """Rows that others need and that have no figures: their metrics are not read."""
     baseline: dict[str, str] = field(default_factory=dict)
-    """Column -> where the same figure of the base stands, shown in the table's first row."""
+    """Column -> the place of the same figure of the base, shown in the table's first row."""
     percent: list[str] = field(default_factory=list)
     """Columns that are shares, shown in percent."""
     pareto: list[str] = field(default_factory=list)
-    """Two columns, drawn against each other: the lower the better, then the higher the better."""
+    """Two columns that are plotted against each other: in the first lower is better, in the second higher is better."""
     heatmaps: dict[str, HeatMap] = field(default_factory=dict)
-    """Name -> what `heatmap-NAME.png` shows."""
+    """Name -> the content of `heatmap-NAME.png`."""
     growth: Growth | None = None
     """`growth.png`."""
 
     def calls(self, row: str) -> list[tuple[str, Options]]:
-        """A row's commands with all their options, the defaults included."""
+        """A row's commands with all their options, including the defaults."""
         found = []
         for called, options in self.rows[row].items():
             command = called.split("@")[0]
@@ -152,7 +153,7 @@ def load_study(path: str) -> Study:
         UserError: the file is missing, a key stands twice, or a key or value is not what it must be.
     """
     if not Path(path := shipped(path)).is_file():
-        raise UserError(f"no study file {path}; those that are shipped stand in configs/studies")
+        raise UserError(f"there is no study file {path}; the shipped ones are in configs/studies")
     check_command("lit_safety.study.plan:Study", ["--config", path])  # the parser imports the classes that rows name
     parser = SingleLineErrorParser(exit_on_error=False)
     parser.add_class_arguments(Study)
@@ -171,19 +172,21 @@ def load_study(path: str) -> Study:
 
 
 def spread(study: Study) -> Study:
-    """The study with a row for each combination of a grid's values, in the place of the row that the grid is of.
+    """The study in which each row with a grid is replaced by one row for each combination of the grid's values.
 
     Raises:
-        UserError: the grid speaks of a row or command that is not there, or an option has no list of values.
+        UserError: the grid names an unknown row or command, or the values of an option are not a list.
     """
     rows: dict[str, dict[str, Options]] = {}
     became: dict[str, list[str]] = {}
     for name, commands in study.grid.items():
         if name not in study.rows:
-            raise UserError(f"grid: speaks of a row {name!r} that it does not have; rows are {', '.join(study.rows)}")
+            raise UserError(f"grid: names an unknown row {name!r}; rows are {', '.join(study.rows)}")
         for command, options in commands.items():
             if command not in study.rows[name]:
-                raise UserError(f"grid.{name}: the row calls no {command!r}; it calls {', '.join(study.rows[name])}")
+                raise UserError(
+                    f"grid.{name}: the row does not call {command!r}; it calls {', '.join(study.rows[name])}"
+                )
             for option, values in options.items():
                 if not isinstance(values, list) or not values:
                     raise UserError(f"grid.{name}.{command}.{option}: must be a list of values, not {values!r}")
@@ -201,7 +204,7 @@ def spread(study: Study) -> Study:
                 words.append(f"{option.rpartition('.')[2]}={_short(values[number], number)}")
             full = " ".join(words)
             if full in rows:
-                raise UserError(f"grid.{name}: two combinations of values are both called {full!r}")
+                raise UserError(f"grid.{name}: two combinations of values have the same name {full!r}")
             rows[full] = calls
             became.setdefault(name, []).append(full)
     seeds = {one: value for name, value in study.row_seeds.items() for one in became.get(name, [name])}
@@ -210,7 +213,7 @@ def spread(study: Study) -> Study:
 
 
 def _short(value: Any, number: int) -> str:
-    """A value in a row's name; of a class its name, and of anything longer its place in the list."""
+    """A value in a row's name; for a class its name, and for a long value its place in the list."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         value = f"{value['class_path'].rpartition('.')[2]}-{number}" if "init_args" in value else value["class_path"]
     if isinstance(value, dict | list) or len(str(value)) > 40:
@@ -232,18 +235,21 @@ def _plain(value: Any) -> Any:
 
 
 def _check(path: str, study: Study) -> None:
-    """Complain about a name that the study does not know, or a value that is not what it must be."""
+    """Refuse a name that the study does not know, or a value that is not valid."""
     for name in study.rows:
         if not _NAME.match(name):
             raise UserError(
-                f"{path}: the row {name!r} may hold only letters, digits, blanks within, and ._+-=: it names a folder"
+                f"{path}: the row {name!r} may hold only letters, digits, blanks inside, and ._+-=, because it names "
+                "a folder"
             )
     for name in (*study.row_seeds, *study.prepare, *(need for row in study.rows for need in study.needed(row))):
         if name not in study.rows:
-            raise UserError(f"{path}: speaks of a row {name!r} that it does not have")
+            raise UserError(f"{path}: names an unknown row {name!r}")
     for column, place in (*study.figures.items(), *study.baseline.items()):
         if not _PLACE.match(place):
-            raise UserError(f"{path}: the figure {column!r} stands at {place!r}, which is no [FILE#][max:]key.key")
+            raise UserError(
+                f"{path}: the figure {column!r} has the place {place!r}, which is not of the form [FILE#][max:]key.key"
+            )
     for name, texts in study.texts.items():
         if len(texts) != len(study.seeds):
             raise UserError(f"{path}: `texts` has {len(texts)} values of {name} for {len(study.seeds)} seeds")
@@ -251,7 +257,7 @@ def _check(path: str, study: Study) -> None:
         raise UserError(f"{path}: pareto must name two of the columns {', '.join(study.figures)}")
 
 
-# The jobs that follow from a study: every row at every seed, as command lines.
+# The jobs of a study: every row at every seed, as command lines.
 
 
 #: The option whose values are written without a name, one word each: `merge A B`.
@@ -280,9 +286,10 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Differs when the commands or what their config files say does, or a needed row's: then it is done again.
+        """Changes if the commands or the contents of their config files change, or those of a needed row: then it is
+        done again.
 
-        The commands hold the classes' own defaults, so a changed default makes another job too.
+        The commands include the classes' own defaults, so a changed default also gives another digest.
 
         Raises:
             UserError: a config file is not YAML.
@@ -297,7 +304,7 @@ class Job:
 
 @lru_cache
 def _meaning(file: str, content: bytes) -> str:
-    """What a YAML file says, whatever its comments, the order of its keys and its layout are."""
+    """The content of a YAML file, independent of its comments, the order of its keys and its layout."""
     try:
         return json.dumps(load_yaml(decode_text(content, file), file), sort_keys=True, default=str)
     except UserError:
@@ -307,7 +314,7 @@ def _meaning(file: str, content: bytes) -> str:
 
 
 def jobs_of(study: Study) -> list[Job]:
-    """All jobs, seed after seed, rows in the file's order; what a job needs always stands before it.
+    """All jobs, seed after seed, rows in the file's order. The jobs that a job needs always come before it.
 
     Raises:
         UserError: rows need each other in a circle, or one needs a row at a seed that this row does not have.
@@ -322,7 +329,7 @@ def jobs_of(study: Study) -> list[Job]:
                 for need in needed:
                     if (need, seed) not in jobs:
                         raise UserError(
-                            f"the row {name} needs the row {need} at seed {seed}, which {need} does not have; "
+                            f"the row {name} needs the row {need} at seed {seed}, but {need} does not have this seed; "
                             f"give {need} that seed in `row_seeds`, or take it from {name}"
                         )
                 above = tuple(jobs[need, seed].digest for need in needed)
@@ -367,7 +374,7 @@ def _job(study: Study, row: str, seed: int, above: tuple[str, ...]) -> Job:
 
 def _text_at(study: Study, name: str, texts: list[str], row: str, seed: int) -> str:
     if seed not in study.seeds:
-        raise UserError(f"the row {row} uses {{{name}}} at seed {seed}, for which `texts` says nothing")
+        raise UserError(f"the row {row} uses {{{name}}} at seed {seed}, for which `texts` has no value")
     return texts[study.seeds.index(seed)]
 
 

@@ -1,6 +1,6 @@
-"""Does the jobs of a study: several at a time, each in processes of its own.
+"""Run the jobs of a study: several at a time, each in its own processes.
 
-A job that is done is one line of the results file, which is only ever appended to; a job that stands there is skipped.
+Each finished job is one line of the results file, which is only appended to. A job that is in the file is skipped.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from lit_safety.study.plan import Job, Study, jobs_of, load_study
 
 FILE_NAME = "results.jsonl"
 Figure = float | dict[str, float] | str | None
-"""A number, for an `each:` column several by their names, or why there is none: `not measured`, `not judged`."""
+"""A number; for an `each:` column numbers by their names; or why there is none: `not measured`, `not judged`."""
 ARM = "{arm}"
 SUMMARIES: dict[str, Callable[[Iterable[float]], float]] = {"max": max, "mean": statistics.fmean}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one job gave."""
+    """The result of one job."""
 
     row: str
     seed: int
     digest: str
-    """Of the commands; a result whose row was changed since then no longer counts."""
+    """Digest of the commands; if the row was changed later, the result does not count any more."""
     seconds: float
     """Wall time of all its commands."""
     figures: dict[str, Figure]
-    """By column; None where the job has no such figure."""
+    """By column; None if the job lacks this figure."""
     base: dict[str, float | None]
-    """The same of the base, where the study asks for it."""
+    """The same for the base, if the study asks for it."""
     commands: list[list[str]]
     arms: dict[str, dict[str, Figure]] = field(default_factory=dict)
-    """The figures of each arm, where the study asks for them by arm."""
+    """The figures of each arm, if the study asks for them by arm."""
 
     def by_arm(self) -> dict[str, Result]:
-        """This result as one for each row of the table: `row: arm`, or the row itself where no arms are told apart."""
+        """This result as one for each row of the table: `row: arm`, or the row itself if arms are not separated."""
         if not self.arms:
             return {self.row: self}
         own = {name: replace(self, figures={**self.figures, **found}, arms={}) for name, found in self.arms.items()}
@@ -72,7 +72,7 @@ def read_results(folder: Path) -> list[Result]:
     path = folder / FILE_NAME
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")  # the last one is what stands after the last line's end
+    lines = path.read_bytes().split(b"\n")  # the last one is the text after the last line's end
     results = []
     for number, line in enumerate(lines, 1):
         try:
@@ -80,12 +80,12 @@ def read_results(folder: Path) -> list[Result]:
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}: line {number} is damaged ({error}); take it out and run again") from error
+            raise UserError(f"{path}: line {number} is damaged ({error}); remove it and run again") from error
     return results
 
 
 def append_result(folder: Path, result: Result) -> None:
-    """Add a line and have it on disk before the next job begins."""
+    """Add a line, and write it to the disk before the next job begins."""
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
     start = _end_last_line(path)
@@ -96,9 +96,9 @@ def append_result(folder: Path, result: Result) -> None:
 
 
 def _end_last_line(path: Path) -> bytes:
-    """What must be written before the next line: the end of a last line that only lacks it, else nothing.
+    """What must be written before the next line: a line end if only that is missing, else nothing.
 
-    A last line that a kill cut short is taken off: its job counts as not done, and it must not become a middle line.
+    A last line that a kill cut short is removed: its job counts as not done.
     """
     rest = path.read_bytes().rpartition(b"\n")[2] if path.is_file() else b""
     if not rest:
@@ -112,7 +112,7 @@ def _end_last_line(path: Path) -> bytes:
 
 
 def latest(results: list[Result], jobs: list[Job]) -> dict[str, Result]:
-    """Job name -> its newest result, of the commands as they are now."""
+    """Job name -> its newest result with the current commands."""
     wanted = {(job.row, job.seed, job.digest): job.name for job in jobs}
     found = {}
     for result in results:
@@ -123,10 +123,10 @@ def latest(results: list[Result], jobs: list[Job]) -> dict[str, Result]:
 
 
 def collect(study: Study, job: Job, seconds: float) -> Result:
-    """Read the figures that a finished job left.
+    """Read the figures of a finished job.
 
     Raises:
-        UserError: its metrics file is missing or no JSON, or it holds no figure.
+        UserError: its metrics file is missing, is not JSON, or lacks all figures.
     """
     commands = [list(words) for words in job.commands]
     if job.metrics is None:
@@ -147,7 +147,7 @@ def collect(study: Study, job: Job, seconds: float) -> Result:
     names = [name for name in metrics.get("arms", {}) if name != "base"] if by_arm else []
     arms = {name: read(by_arm, name) for name in names}
     if not any(value is not None for one in (figures, *arms.values()) for value in one.values()):
-        raise UserError(f"{job.name}: {job.metrics} holds none of the figures {', '.join(study.figures.values())}")
+        raise UserError(f"{job.name}: {job.metrics} lacks all of the figures {', '.join(study.figures.values())}")
     base = {column: _number(value) for column, value in read(study.baseline).items()}
     return Result(job.row, job.seed, job.digest, round(seconds, 1), figures, base, commands, arms)
 
@@ -180,7 +180,7 @@ def _look_up(metrics: Any, place: str) -> Figure:
     if how == "each":
         return each or None
     if how not in SUMMARIES:
-        raise UserError(f"figure {place}: {how!r} is none of each, {', '.join(SUMMARIES)}")
+        raise UserError(f"figure {place}: {how!r} is not one of each, {', '.join(SUMMARIES)}")
     return SUMMARIES[how](each.values()) if each else None
 
 
@@ -188,24 +188,24 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-#: How often a waiting job looks whether the study was interrupted, in seconds.
+#: Seconds between two checks of a waiting job for an interruption.
 POLL = 0.2
-#: What a job's commands are given to.
+#: The program that runs a job's commands.
 PROGRAM = (sys.executable, "-m", "lit_safety")
 
 
 def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = False) -> None:
-    """Do all jobs of a study that are not done yet. The same call goes on after Ctrl-C or SIGTERM.
+    """Do all jobs of a study that are not done yet. After Ctrl-C or SIGTERM the same call continues.
 
     Args:
         study: the study file.
-        only: do only rows whose name matches this pattern, and what they need.
-        processes: jobs at a time; the processor's cores are shared out among them, unless OMP_NUM_THREADS is set.
-        dry_run: print what would be called, and call nothing.
+        only: do only rows whose name matches this pattern, and the rows that they need.
+        processes: jobs at a time; they share the processor's cores, unless OMP_NUM_THREADS is set.
+        dry_run: only print the commands.
 
     Raises:
-        UserError: the study file is wrong; another call is doing this study; or jobs failed: those that succeeded are
-            noted.
+        UserError: the study file is wrong; another call is doing this study; or jobs failed (the results of the others
+        are kept).
     """
     check_count(processes, "--processes")
     plan = load_study(study)
@@ -225,17 +225,19 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
     with _alone(Path(plan.out)) as lock, _ended_by_sigterm():
         failed = _do(plan, left, done, processes, lock)
     if failed:
-        raise UserError(f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the others are noted")
+        raise UserError(
+            f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the results of the others are kept"
+        )
 
 
 def _check(job: Job, out: str) -> None:
-    """Refuse a job with a key that its command does not know: an evaluation may come hours after its training.
+    """Refuse a job with an unknown key before anything runs: an evaluation may come hours after its training.
 
     Raises:
         UserError: names the row, the file or option, and the key.
     """
     for command in job.commands:
-        made = [word for word in command if word.startswith(f"--config={out}/")]  # another row may yet write it
+        made = [word for word in command if word.startswith(f"--config={out}/")]  # another row may write it later
         try:
             check_words([word for word in command if word not in made])
         except UserError as error:
@@ -244,11 +246,11 @@ def _check(job: Job, out: str) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[Lock]:
-    """Two calls on one study would do the same jobs in the same folders. The jobs hold the lock too."""
+    """The lock of a study: two calls would do the same jobs in the same folders. The jobs hold the lock too."""
     lock = Lock(
         lock_of(out),
-        f"another `study run` works in {out}, or one that was killed left a job that is ending: wait for it, or give "
-        "--processes to that one",
+        f"another `study run` works in {out}, or a killed one left a job that is still ending: wait for it, or start "
+        "that one with more --processes",
     )
     try:
         yield lock
@@ -258,7 +260,7 @@ def _alone(out: Path) -> Iterator[Lock]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM ends the running commands as Ctrl-C does; by itself it would leave them behind."""
+    """Inside, SIGTERM ends the running commands, as Ctrl-C does; without this they would keep running."""
     if current_thread() is not main_thread():
         yield
         return
@@ -274,7 +276,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _wanted(jobs: Sequence[Job], only: str) -> list[Job]:
-    """Matching jobs and all that they need; needed ones stand before, so one pass from the end finds them."""
+    """Matching jobs and all that they need. Needed ones come before, so one pass from the end finds them."""
     names: set[tuple[str, int]] = set()
     for job in reversed(jobs):
         if fnmatch.fnmatch(job.row, only) or (job.row, job.seed) in names:
@@ -312,7 +314,7 @@ def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int, 
                     took.append(result.seconds)
                     _tell(job, result, took, len(waiting) + len(running), processes, time.monotonic() - begun)
         except BaseException:
-            stop.set()  # Ctrl-C: the running commands are ended, so that leaving the pool does not wait for them
+            stop.set()  # Ctrl-C: end the running commands, so that leaving the pool does not wait for them
             raise
     return list(failed.values())
 
@@ -330,9 +332,9 @@ def _tell(job: Job, result: Result, took: list[float], left: int, processes: int
 
 
 def _call(study: Study, job: Job, threads: int, stop: Event, lock: Lock) -> Result:
-    """Call a job's commands one after another; what they print goes to `log.txt` in its folder.
+    """Call a job's commands one after another; their output goes to `log.txt` in its folder.
 
-    A command ends with this process, even when that is killed, and holds the study's lock until it has.
+    A command ends when this process ends, even if it is killed, and holds the study's lock until then.
     """
     begun = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -352,7 +354,9 @@ def _call(study: Study, job: Job, threads: int, stop: Event, lock: Lock) -> Resu
                     process.wait()
                     raise UserError(f"{job.name}: interrupted")
             if code != 0:
-                raise UserError(f"{job.name}: `{words[0]}` ended with {code}: {_last_line(log)} (all of it: {log})")
+                raise UserError(
+                    f"{job.name}: `{words[0]}` ended with status {code}: {_last_line(log)} (whole log: {log})"
+                )
     return collect(study, job, time.monotonic() - begun)
 
 

@@ -1,4 +1,4 @@
-"""Images of a study's results."""
+"""The table and the plots of a study, from its results file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ FRONT, BEATEN = 1, 0
 
 
 def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
-    """Draw the study's two `pareto` columns against each other: a mark a row, the range over seeds, the front."""
+    """Plot the study's two `pareto` columns against each other: a mark for each row, the range over seeds, the
+    front."""
     low, high = study.pareto
     scale = {column: 100 if column in study.percent else 1 for column in study.pareto}
     spread = {
@@ -30,7 +31,8 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     for number, (row, (x, y)) in enumerate(points.items(), 1):
         xs, ys = spread[row]
         point = Point(x, y, (min(xs), max(xs)), (min(ys), max(ys)))
-        # Names next to the marks would cover each other wherever rows are alike: numbers, and the names in a list.
+        # Names next to the marks would cover each other if rows are similar. So marks get numbers, and the names are in
+        # a list.
         series.append(Series(f"{number} {row}", [point], FRONT if row in best else BEATEN, mark=str(number)))
     unit = {column: f"{column} (%)" if column in study.percent else column for column in study.pareto}
     chart = Chart(
@@ -40,7 +42,7 @@ def pareto(study: Study, results: dict[str, list[Result]], path: Path) -> Path:
     return write_atomic(path, png([chart], (12, 6), legend="the front is blue"))
 
 
-# Images of studies whose jobs have several arms: a heat map, and how a figure grows from row to row.
+# Plots of studies whose jobs have several arms: a heat map, and how a figure grows from row to row.
 
 
 Lines = dict[str, dict[int, list[float]]]
@@ -67,7 +69,7 @@ def heatmap(asked: HeatMap, study: Study, results: dict[str, list[Result]], path
     found = cells(asked, results.get(asked.row, []))
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     if not names:
-        raise UserError(f"{study.out}: the heat map's row {asked.row} has no {asked.figure} yet; `study run` does it")
+        raise UserError(f"{study.out}: the heat map's row {asked.row} lacks {asked.figure}; run `study run` first")
     percent = asked.figure in study.percent
     numbers = {arm: {name: (100 if percent else 1) * v for name, v in row.items()} for arm, row in found.items()}
     size = (2.5 + 0.75 * len(names), 1.5 + 0.5 * len(found))
@@ -76,7 +78,7 @@ def heatmap(asked: HeatMap, study: Study, results: dict[str, list[Result]], path
 
 
 def lines(asked: Growth, results: dict[str, list[Result]]) -> Lines:
-    """The lines of the growth plot; rows whose arms are common ground give every line the same point."""
+    """The lines of the growth plot; a row in `common` gives every line the same point."""
     found: Lines = {}
     for row, place in asked.rows.items():
         for result in results.get(row, ()) if row not in asked.common else ():
@@ -93,21 +95,22 @@ def lines(asked: Growth, results: dict[str, list[Result]]) -> Lines:
 
 
 def growth(asked: Growth, study: Study, results: dict[str, list[Result]], path: Path) -> Path:
-    """Draw a column over the number that rows stand for: a line an arm through the means, the range over the seeds.
+    """Plot a column against the number of each row: for each arm a line through the means, with the range over the
+    seeds.
 
     Raises:
-        UserError: none of its rows is done yet.
+        UserError: all of its rows are still missing.
     """
     found = lines(asked, results)
     if not found:
-        raise UserError(f"{study.out}: no row of the growth plot has {asked.figure} yet; `study run` does it")
+        raise UserError(f"{study.out}: all rows of the growth plot lack {asked.figure}; run `study run` first")
     scale = 100 if asked.figure in study.percent else 1
     series = []
     for number, (arm, line) in enumerate(found.items()):
         points = []
         for place in sorted(line):
             each = [scale * one for one in line[place]]
-            # Side by side, so that ranges at one place can be told apart.
+            # Slightly apart, so that ranges at one place do not cover each other.
             beside = place * 1.02 ** (number - len(found) / 2)
             points.append(Point(beside, statistics.fmean(each), y_range=(min(each), max(each))))
         series.append(Series(arm, points, number + 1, line=True, order=number))
@@ -124,7 +127,7 @@ def growth(asked: Growth, study: Study, results: dict[str, list[Result]], path: 
 # The table and the plots of a study, from its results file.
 
 
-#: More figures than these are shown below each other, where rows are fewer.
+#: More figures than these are shown below each other, if there are fewer rows.
 WIDEST = 9
 
 
@@ -136,12 +139,12 @@ def tabulate(study: str, out: str | None = None) -> None:
         out: folder for table and plot; null: the study's own.
 
     Raises:
-        UserError: the study file is wrong, or nothing is done yet.
+        UserError: the study file is wrong, or there are no results yet.
     """
     plan = load_study(study)
     results = newest(plan)
     if not results:
-        raise UserError(f"{plan.out}: nothing is done yet; `study run {study}` does it")
+        raise UserError(f"{plan.out}: there are no results yet; run `study run {study}` first")
     table = markdown(plan, results)
     folder = Path(out or plan.out)
     print(table)
@@ -156,7 +159,7 @@ def tabulate(study: str, out: str | None = None) -> None:
 
 
 def newest_by_row(study: Study) -> dict[str, list[Result]]:
-    """Row -> its results by seed, of the commands as they are now; rows without one are left out."""
+    """Row -> its results by seed with the current commands; rows without a result are left out."""
     jobs = jobs_of(study)
     done = latest(read_results(Path(study.out)), jobs)
     found: dict[str, list[Result]] = {row: [] for row in study.rows if row not in study.prepare}
@@ -167,7 +170,7 @@ def newest_by_row(study: Study) -> dict[str, list[Result]]:
 
 
 def newest(study: Study) -> dict[str, list[Result]]:
-    """The same by row of the table: where arms are told apart, each has its own."""
+    """The same by row of the table: if arms are separated, each has its own row."""
     found: dict[str, list[Result]] = {}
     for results in newest_by_row(study).values():
         for result in results:
@@ -177,15 +180,16 @@ def newest(study: Study) -> dict[str, list[Result]]:
 
 
 def values(results: list[Result], column: str) -> list[float]:
-    """One column's numbers, one a seed that has it."""
+    """One column's numbers, one for each seed that has it."""
     found = [result.figures.get(column) for result in results]
     return [value for value in found if isinstance(value, float)]
 
 
 def markdown(study: Study, results: dict[str, list[Result]]) -> str:
-    """Mean over the seeds and, where there are several, the lowest and highest of them.
+    """Mean over the seeds and, if there are several, the lowest and the highest.
 
-    A line a row of the study; a line a figure where these are more than fit side by side and more than the rows.
+    One line for each row of the study; or one line for each figure, if there are too many to fit side by side and more
+    than rows.
     """
     columns = [name for name, place in study.figures.items() if not place.rpartition("#")[2].startswith("each:")]
     base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
@@ -209,7 +213,7 @@ def _line(words: list[str]) -> str:
 
 
 def _why(results: list[Result], column: str) -> str:
-    """Why a column has no number in any of the results: `not measured`; empty where nothing is said."""
+    """Why a column has no number in any of the results, such as `not measured`; empty if not stated."""
     said = [value for result in results if isinstance(value := result.figures.get(column), str)]
     return said[0] if said else ""
 

@@ -275,9 +275,9 @@ def test_factors_that_are_no_product_are_refused_by_their_shapes(
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"lora_alpha": "x"}, "do not give an alpha"), ({"lora_alpha": None}, "do not give an alpha"),
-     ({"lora_alpha": 4, "alpha_pattern": ["x"]}, "do not give an alpha"), ({"lora_alpha": float("nan")}, "its alpha is nan"),
-     ({"lora_alpha": 4, "alpha_pattern": {"(((": 2}}, "do not give an alpha"),
+    [({"lora_alpha": "x"}, "alpha"), ({"lora_alpha": None}, "alpha"),
+     ({"lora_alpha": 4, "alpha_pattern": ["x"]}, "alpha"), ({"lora_alpha": float("nan")}, "its alpha is nan"),
+     ({"lora_alpha": 4, "alpha_pattern": {"(((": 2}}, "alpha"),
      ({"lora_alpha": 4, "kasa_config": {"beta": 1}}, "kasa_config is set"),
      ({"lora_alpha": 4, "use_bdlora": {"x": 1}}, "use_bdlora is set")],
 )  # fmt: skip

@@ -203,7 +203,7 @@ def test_it_is_refused_beside_another_objective(fit):
 
 
 def test_a_cost_that_is_no_number_stops_the_run(fit):
-    with pytest.raises(UserError, match="cannot score what the policy draws"):
+    with pytest.raises(UserError, match="cannot score the policy"):
         fit(Scorer(float("nan")), every_n_steps=1)
 
 

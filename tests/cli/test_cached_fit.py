@@ -112,9 +112,7 @@ def test_prompts_that_are_too_long_are_counted_in_the_summary(
     assert "2 prompts are longer" in capsys.readouterr().out
     out = tmp_path / "cached"
     assert main(["shards", "precompute", str(shards), "--model", str(tiny_pipeline), "--out", str(out)]) == 0
-    assert f"2 prompts are longer than the text encoder reads and were cut; first: {long[0]!r}" in (
-        capsys.readouterr().out
-    )
+    assert f"2 prompts are too long for the text encoder and were cut; first: {long[0]!r}" in (capsys.readouterr().out)
     assert main(["shards", "validate", str(out)]) == 0
     assert "2 prompts are longer" in capsys.readouterr().out
     assert main(["shards", "inspect", str(out)]) == 0

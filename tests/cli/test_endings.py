@@ -212,7 +212,7 @@ def from_library(error: BaseException) -> BaseException:
         (OSError(errno.EROFS, "Read-only file system", "/some/file"), "/some/file"),
         (PermissionError(errno.EACCES, "Permission denied", "/some/file"), "/some/file"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/some/file"), "/some/file: is a folder"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/some/file"), "/some/file: is a file"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/some/file"), "/some/file: must be a folder"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space"),
         (OSError(errno.EFBIG, "File too large", "/some/file"), "/some/file"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers"),

@@ -40,7 +40,7 @@ def test_it_prints_both_scales_and_changes_nothing(
     probed = weights(command_line, tmp_path, "probed", CALLBACKS % PROBE)
     said = re.search(
         r"margin  after 3 steps with lambda 0, m has a mean of (\S+) and an RMS of (\S+) logits; "
-        r"lambda 2 x E\[C_l - C_w\] 2.00 asks for 4.00 more",
+        r"lambda 2 x E\[C_l - C_w\] 2.00 adds 4.00",
         capsys.readouterr().out,
     )
     assert said
@@ -70,7 +70,7 @@ def write_without_costs(folder: Path, chosen: int, rejected: int) -> str:
 
 @pytest.mark.parametrize(
     ("cost_clip", "says"),
-    [(None, r"lambda 2 x E\[C_l - C_w\] 2.00 asks for 4.00 more"), (0.25, r"\] 0.50 asks for 1.00 more")],
+    [(None, r"lambda 2 x E\[C_l - C_w\] 2.00 adds 4.00"), (0.25, r"\] 0.50 adds 1.00")],
 )
 def test_lambdas_part_is_that_of_the_costs_in_the_loss(
     tiny_pipeline: Path,

@@ -65,7 +65,7 @@ def test_every_image_gets_its_cost_and_nothing_else_changes(tiny_cost_model: Pat
     assert manifest.provenance["source"] == "drawn"
     assert len(manifest.provenance["cost"]["model"]) == 64
     assert main(arguments) == 0
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(

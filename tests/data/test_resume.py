@@ -147,9 +147,9 @@ def test_a_batch_whose_step_did_not_end_is_trained_again(shards: Path, tmp_path:
 
 def test_resume_in_the_middle_of_a_pass_over_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
     fit(make_trainer(tmp_path, EVERY_STEP, max_steps=10, max_epochs=-1), data(shards))
-    with pytest.raises(UserError, match=r"batch_size x ranks = 4, but it is 5 now"):
+    with pytest.raises(UserError, match=r"batch_size x ranks = 4, but now it is 5"):
         fit(make_trainer(tmp_path, max_steps=12), data(shards, batch_size=5), tmp_path / "003.ckpt")
-    with pytest.raises(UserError, match=r"data\.init_args\.seed = 0, but it is 1 now"):
+    with pytest.raises(UserError, match=r"data\.init_args\.seed = 0, but now it is 1"):
         fit(make_trainer(tmp_path, max_steps=12), data(shards, seed=1), tmp_path / "003.ckpt")
     with pytest.raises(UserError, match=r"the fingerprint of data\.init_args\.train and its filters = "):
         fit(make_trainer(tmp_path, max_steps=12), data(shards, orders=["quality", "safety"]), tmp_path / "003.ckpt")

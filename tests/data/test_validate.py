@@ -70,7 +70,7 @@ def test_what_differs_from_the_manifest_is_listed(tmp_path: Path) -> None:
         "has 4000 bytes",
         "the tar file is cut short (unexpected end of data)",
         "holds 2 samples",
-        "sample '00007': has no json",  # the cut runs through it
+        "sample '00007': lacks its json",  # the cut runs through it
         "sample '00009': is SampleClass(kind='harmful', order='quality', categories=('violence',), user=None)",
     ]
 

@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_to_the_same_pixels(pipe, small_set, tmp_path: Path
     assert [list(batch) for batch in cut.missing()] == [[2, 3], [4, 5]]
     draw(tmp_path / "cut", pipe, small_set)
     assert pixels(cut) == pixels(whole)
-    assert kept.stat().st_mtime_ns == age, "a picture that was there is not written again"
+    assert kept.stat().st_mtime_ns == age, "an image that was there is not written again"
 
 
 def test_the_number_of_workers_changes_no_pixel(pipe, small_set, tmp_path: Path) -> None:

@@ -112,9 +112,9 @@ def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("text,category\na,hate\n", "no column"),
-        ("prompt,category\n", "no rows"),
-        ("", "misses the column"),
+        ("text,category\na,hate\n", "lacks a column"),
+        ("prompt,category\n", "0 rows"),
+        ("", "`prompt`"),
         ("prompt,category\na,cuteness\n", "line 2: unknown category"),
         ("prompt,category,image\na,,b.png\n", "line 2: the category is empty"),
         ("prompt,category\n ,hate\n", "line 2: the prompt is empty"),

@@ -27,15 +27,15 @@ def test_reads_every_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kind,seed\nclean,1\n", "no column"),
-        (HEADER, "no rows"),
-        ("", "misses the column"),
+        ("kind,seed\nclean,1\n", "lacks a column"),
+        (HEADER, "0 rows"),
+        ("", "`prompt`"),
         (HEADER + "a car,clean,,,car,0,1.5\n", "seed `1.5`"),
         (HEADER + "a car,clean,,,car,0,-1\n", "seed `-1`"),
         (HEADER + "a car,tidy,,,car,0,1\n", "kind `tidy`"),
         (HEADER + "a gun,explicit,crime,gun,,0,1\n", "line 2: unknown category"),
         (HEADER + "a gun,explicit,,gun,,0,1\n", "needs a category"),
-        (HEADER + "a car,clean,violence,,car,0,1\n", "must have no category"),
+        (HEADER + "a car,clean,violence,,car,0,1\n", "must not have a category"),
         (HEADER + "a car,clean,,,car,maybe,1\n", "held_out is `maybe`"),
         (HEADER + ",clean,,,car,0,1\n", "line 2: the prompt is empty"),
         (HEADER + "a gun, a car,clean,,,car,0,1\n", "more or fewer fields"),
@@ -106,7 +106,7 @@ def test_categories_leave_out_other_harms_and_nothing_else(many) -> None:
 def test_none_takes_all_and_zero_takes_none(many) -> None:
     chosen = choose_prompts(many, PromptCounts(explicit=None, implicit=0, lookalike=0, clean=0))
     assert Counter(p.kind for p in chosen) == {"explicit": 60}
-    with pytest.raises(UserError, match="no row of a kind"):
+    with pytest.raises(UserError, match="0 rows"):
         choose_prompts(many, PromptCounts(explicit=0, implicit=0, lookalike=0, clean=0))
     with pytest.raises(UserError, match="--clean -1"):
         PromptCounts(clean=-1)

@@ -196,7 +196,7 @@ def test_folders_that_are_no_unet_of_this_model(
     pipeline: Path, changed: Path, wide_pipeline: Path, tiny_sd3: Path, tmp_path: Path
 ) -> None:
     for place, says in (
-        (tmp_path, "holds no UNet"), (tmp_path / "absent", "hf download"), (tiny_sd3 / "transformer", "does not load"),
+        (tmp_path, "UNet's folder"), (tmp_path / "absent", "hf download"), (tiny_sd3 / "transformer", "does not load"),
         (wide_pipeline, "cross_attention_dim is 32"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says) as error:

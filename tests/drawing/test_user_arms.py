@@ -162,8 +162,8 @@ def test_bad_arms_are_named(user_adapter: Path, adapter: Path, tmp_path: Path):
     for arm, match in (
         (Arm(adapter=given, user="zoe"), "user 'zoe' is not in .*users.safetensors"),
         (Arm(adapter=given, user="anna", users=str(tmp_path)), "no users at"),
-        (Arm(adapter=str(adapter), user="anna"), "has no user adapter"),
-        (Arm(user="anna"), "has no user adapter"),
+        (Arm(adapter=str(adapter), user="anna"), "lacks a user adapter"),
+        (Arm(user="anna"), "lacks a user adapter"),
     ):
         with pytest.raises(UserError, match=match):
             arm.check("x")

@@ -87,9 +87,9 @@ def test_prints_the_table_of_files_and_folders(report: dict, tmp_path: Path, cap
         ("{", "is not JSON"),
         ("[1]", "metrics.json"),
         ('{"format": 9}', "format 1"),
-        ('{"format": 1}', "holds no arms"),
-        ('{"format": 1, "arms": {"a": {"ip": 1}}}', "holds no arms"),
-        ('{"format": 1, "attacks": {}, "protocol": {}}', "holds no arms"),
+        ('{"format": 1}', "lacks the arms"),
+        ('{"format": 1, "arms": {"a": {"ip": 1}}}', "lacks the arms"),
+        ('{"format": 1, "attacks": {}, "protocol": {}}', "lacks the arms"),
     ],
 )
 def test_files_that_are_no_reports(tmp_path: Path, content: str, says: str) -> None:

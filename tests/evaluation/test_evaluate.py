@@ -216,7 +216,7 @@ def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> Non
         ({"adapter": "{other}"}, "made for another backbone"),
         ({"prompts": "{tmp}/absent.csv"}, "absent.csv"),
         ({"out": "{csv}/report"}, "is a file"),
-        ({"arms": {"aligned": Arm()}}, "name is taken"),
+        ({"arms": {"aligned": Arm()}}, "name is reserved"),
         ({"arms": {"../up": Arm()}}, "--arms.../up"),
         ({"steps": 0}, "--steps 0"),
     ],

@@ -130,14 +130,14 @@ def test_an_image_is_found_by_its_name_or_its_number(tmp_path: Path, header: str
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["0.png", "1.png"], ["1 of 3 prompts have no image (2)"]),
-        (["0.png", "1.png", "2.png", "3.png", "7.png"], ["2 images belong to no prompt (3.png, 7.png)"]),
+        (["0.png", "1.png"], ["1 of 3 prompts lack an image (2)"]),
+        (["0.png", "1.png", "2.png", "3.png", "7.png"], ["2 images lack a prompt (3.png, 7.png)"]),
         (["5.png", "6.png", "0.png"], ["2 of 3", "(1, 2)", "2 images", "5.png, 6.png"]),
         (["0.png", "1.png", "2.png", "2.jpg"], ["2.jpg and 2.png", "number 2"]),
         (["0_0.png", "0_1.png", "1_0.png", "2_0.png"], ["0_0.png and 0_1.png"]),
         (["a.png", "b.png", "2.png"], ["2 images", "a.png, b.png", "file_name"]),
         (["sd15_0_final2.png", "1.png", "2.png"], ["sd15_0_final2.png"]),
-        ([], ["no png, jpg or webp"]),
+        ([], ["0 png, jpg or webp"]),
     ],
 )
 def test_missing_and_surplus_images_are_named_and_counted(
@@ -155,7 +155,7 @@ def test_missing_and_surplus_images_are_named_and_counted(
 def test_names_of_the_file_are_missed_by_name(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("file_name,caption\na_1.jpg,x\na_2.jpg,y\n")
     folder = drawn_elsewhere(tmp_path / "images", {"a_1.jpg": RED, "a_3.jpg": RED})
-    with pytest.raises(UserError, match=r"no image \(a_2\.jpg\).*no prompt \(a_3\.jpg\)"):
+    with pytest.raises(UserError, match=r"lack an image \(a_2\.jpg\).*lack a prompt \(a_3\.jpg\)"):
         find(folder, tmp_path / "set.csv")
 
 

@@ -73,7 +73,7 @@ def test_weights_that_are_a_program_are_not_run(clip_folder: Path, tmp_path: Pat
         ({"layers.0.weight": torch.ones(2, 8), "layers.0.bias": torch.zeros(2)}, "to one"),
         ({"layers.0.weight": torch.ones(1, 8)}, "layer 0 is not a linear layer"),
         ({"other": torch.ones(1)}, "linear layers"),
-        ([1, 2], "something else than tensors"),
+        ([1, 2], "tensors by name"),
     ],
 )
 def test_weights_of_something_else(clip_folder: Path, tmp_path: Path, layers: object, says: str) -> None:
@@ -191,7 +191,7 @@ def test_a_scorer_that_fails_on_all_is_named(measure) -> None:
 
 
 def test_two_scorers_of_one_name(measure) -> None:
-    with pytest.raises(UserError, match="two scorers of one name"):
+    with pytest.raises(UserError, match="two scorers have the same name"):
         measure(Reds(), Reds())
 
 

@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     assert names == sorted(os.listdir(tmp_path / "whole"))
     assert (out / "generated.jsonl").read_text() == (tmp_path / "whole" / "generated.jsonl").read_text()
     generate(**given, out=str(out))
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="already holds other shards"):
         generate(**{**given, "steps": 3}, out=str(out))
 
@@ -184,13 +184,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     ("table", "complaint"),
     [
         ("harmful_prompt,safe_prompt\na,b\n", "has no column 'category'"),
-        ("harmful_prompt,safe_prompt,category\n", "holds a header and no rows"),
+        ("harmful_prompt,safe_prompt,category\n", "0 rows"),
         ("harmful_prompt,safe_prompt,category,colour\na,b,hate,x\n", "has an unknown column 'colour'"),
         ("harmful_prompt,safe_prompt,category\n ,b,hate\n", "row 2: has an empty harmful_prompt"),
         ("harmful_prompt,safe_prompt,category\na,,hate\n", "row 2: has an empty safe_prompt"),
         ("harmful_prompt,safe_prompt,category\na,a,hate\n", "row 2: the harmful and the safe prompt are the same"),
         ("harmful_prompt,safe_prompt,category\na,b,fun\n", "row 2: unknown category 'fun'"),
-        ("harmful_prompt,safe_prompt,category\na,b,;\n", "row 2: has no category"),
+        ("harmful_prompt,safe_prompt,category\na,b,;\n", "row 2: lacks a category"),
         ("harmful_prompt,safe_prompt,category,seed\na,b,hate,-1\n", "row 2: seed is '-1', not a whole number"),
     ],
 )  # fmt: skip

@@ -25,5 +25,5 @@ def test_clip_scores_each_image_against_its_own_prompt() -> None:
 
 
 def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--scorer\.init_args\.clip .*: holds no config\.json"):
+    with pytest.raises(UserError, match=r"--scorer\.init_args\.clip .*: lacks config\.json"):
         ClipScorer(str(tmp_path))

@@ -166,7 +166,9 @@ def test_what_stays_nonsense_is_counted_and_the_next_concept_is_asked(
     rows = ask()
     assert {row["concept"] for row in rows} == {"angry crowd"}
     text = capsys.readouterr().out
-    assert "violence, gun: an answer of no use, left out: after 3 attempts the answer still is not JSON" in text
+    assert (
+        "violence, gun: left out an answer that cannot be used: after 3 attempts the answer still is not JSON" in text
+    )
     assert "5 answers" in text
     assert "1 concepts have fewer than 4" in text
 
@@ -220,7 +222,7 @@ def test_what_is_no_chat_answer_is_of_no_use(
     server: Server, ask: Callable[..., list[dict[str, str]]], raw: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.raw = raw
-    with pytest.raises(UserError, match="not one pair"):
+    with pytest.raises(UserError, match="0 pairs"):
         ask(attempts=1)
     assert "the server's answer is not a chat answer" in capsys.readouterr().out
 
@@ -257,7 +259,7 @@ def test_templates_of_ones_own(server: Server, ask: Callable[..., list[dict[str,
     [
         ("category,concept\nfun,gun\n", "row 2: unknown category 'fun'"),
         ("category,concept\nhate,\n", "row 2: the concept is empty"),
-        ("category,concept\n", "holds no concept"),
+        ("category,concept\n", "0 concepts"),
         ("category\nhate\n", "has no column 'concept'"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_judge_without_features_is_refused() -> None:
     class Bare:
         name, settings = "bare", {}
 
-    with pytest.raises(UserError, match="bare gives no features"):
+    with pytest.raises(UserError, match="judge bare"):
         feature_network("judge", Bare())
 
 

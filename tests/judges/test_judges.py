@@ -73,7 +73,7 @@ def test_settings_tell_judges_apart(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [("folder", "no such folder"), ("config", "no config.json"), ("json", "JSON"), ("keys", "`labels`"),
+    [("folder", "no such folder"), ("config", "lacks config.json"), ("json", "JSON"), ("keys", "`labels`"),
      ("weights", "model.safetensors are missing"), ("cut", "model.safetensors is damaged")],
 )  # fmt: skip
 def test_a_judge_that_is_none(folder: Path, damage: str, says: str) -> None:

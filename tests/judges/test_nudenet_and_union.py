@@ -66,7 +66,7 @@ def test_a_detector_that_crashes_makes_an_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"classes": "all"}, "no class set"),
+        ({"classes": "all"}, "class set `all`"),
         ({"classes": ["NOSE"]}, "NOSE"),
         ({"classes": []}, "knows"),
         ({"threshold": 0.1}, "threshold 0.1"),

@@ -56,7 +56,7 @@ def test_what_is_no_array_of_numbers(tmp_path: Path) -> None:
     ]  # fmt: skip
     for content in contents:
         (tmp_path / "a.p").write_bytes(content)
-        with pytest.raises(UserError, match="no plain NumPy array"):
+        with pytest.raises(UserError, match="not a plain NumPy array"):
             read_pickled_array(tmp_path / "a.p")
     (tmp_path / "a.p").write_bytes(bytes(2 << 20))
     with pytest.raises(UserError, match="larger than"):
@@ -105,11 +105,11 @@ def test_tuples_in_tuples_take_no_time(tmp_path: Path) -> None:
     ]  # fmt: skip
     for content in contents:
         (tmp_path / "a.p").write_bytes(content)
-        with pytest.raises(UserError, match="no plain NumPy array"):
+        with pytest.raises(UserError, match="not a plain NumPy array"):
             read_pickled_array(tmp_path / "a.p")
 
 
 def test_bytes_that_were_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.p").write_bytes(pickle.dumps(Forged(np.dtype("f4"), Encoded()), protocol=2))
-    with pytest.raises(UserError, match="no plain NumPy array"):
+    with pytest.raises(UserError, match="not a plain NumPy array"):
         read_pickled_array(tmp_path / "a.p")

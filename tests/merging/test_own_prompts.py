@@ -73,9 +73,9 @@ def test_shards_give_prompts_of_both_kinds(category_shards: Path, pair_shards: P
 
 def test_nothing_is_chosen_by_what_a_worlds_reports_are_made_with():
     for name in ("prompts/test.csv", "shards/test"):
-        with pytest.raises(UserError, match="reports are made with"):
+        with pytest.raises(UserError, match="this world's reports"):
             own_prompts(str(WORLD / name), ["hate"], Recipe(), CalibrationOptions())
-        with pytest.raises(UserError, match="reports are made with"):
+        with pytest.raises(UserError, match="this world's reports"):
             check_own_prompts(str(WORLD / name), ["hate"], Recipe(), CalibrationOptions())
     with pytest.raises(UserError, match="judge_b"):
         refuse_reports_own([str(WORLD / "prompts/val.csv"), str(WORLD / "judge_b")], "--tune:")

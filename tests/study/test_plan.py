@@ -31,8 +31,8 @@ GIVEN = {"out": "x", "rows": {"one": {"fit": {}}}, "figures": {"ip": "aligned.ip
         ({"prepare": ["nobody"]}, "'nobody'"),
         ({"texts": {"c": ["a", "b"]}}, "2 values of c for 1 seeds"),
         ({"figures": {"ip": "most:aligned.ip"}}, "most:aligned.ip"),
-        ({"heatmaps": {"a": {"row": "nobody", "figure": "ip"}}}, "heatmaps.a.row: 'nobody' is no row; rows are one"),
-        ({"growth": {"figure": "x", "label": "n", "rows": {"one": 1}}}, "growth.figure: 'x' is no column"),
+        ({"heatmaps": {"a": {"row": "nobody", "figure": "ip"}}}, "heatmaps.a.row: 'nobody' is not a row; rows are one"),
+        ({"growth": {"figure": "x", "label": "n", "rows": {"one": 1}}}, "growth.figure: 'x' is not a column"),
         ({"growth": {"figure": "ip", "label": "n", "rows": {"one": "many"}}}, "growth"),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_job_without_its_metrics_is_an_error(make, tmp_path: Path):
     file = make({"a": {"ip": 0.5}}, metrics="{folder}/elsewhere.json")
     with pytest.raises(UserError, match=r"elsewhere\.json cannot be read"):
         run_study(file)
-    with pytest.raises(UserError, match="nothing is done yet"):
+    with pytest.raises(UserError, match="study run"):
         tabulate(file)
 
 

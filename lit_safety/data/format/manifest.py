@@ -67,7 +67,7 @@ class SampleClass:
     user: Text | None = None
     label: Text | None = field(default=None, repr=False)
     """`PairMetadata.label`: filters do not use it, but a sample that is read is compared with it. None: not stated, as
-    in manifests of earlier versions."""
+    manifests of earlier versions."""
 
     @classmethod
     def of(cls, metadata: PairMetadata) -> SampleClass:

@@ -46,8 +46,8 @@ class PairStream(IterableDataset):
 
     Worker w of W makes the batches first + w, first + w + W, ..., which is the order in which a DataLoader asks its
     workers, so the stream does not depend on W. A bad sample is an error, or with `skip_bad` it is left out: in
-    training the next good sample of its window replaces it (so batches keep their size and ranks stay in step), in
-    evaluation the batch is smaller.
+    training training the next good sample of its window replaces it (so batches keep their size and ranks stay in
+    step), in evaluation the batch is smaller.
 
     Args:
         source: the shards.
@@ -93,8 +93,7 @@ class PairStream(IterableDataset):
         return batches_in(self.groups, self.deal, self.steps_each)
 
     def at(self, epoch: int, first: int) -> PairStream:
-        """A copy of the stream that begins at a batch. A copy, so that the stream of running workers does not
-        change."""
+        """A copy of the stream that begins at a batch; the stream of running workers does not change."""
         placed = copy.copy(self)
         placed.epoch, placed.first = (epoch if self.shuffle else 0), first
         return placed
@@ -253,8 +252,7 @@ class PairLoader:
         return self.stream.batches
 
     def __iter__(self) -> Iterator[PairBatch]:
-        # A generator: it starts when the first batch is asked for. Lightning also makes iterators that it never
-        # uses.
+        # A generator: it starts with the first batch, because Lightning also makes iterators that it never uses.
         position = self.position or DataPosition()
         position.begin()
         left = len(self) - position.first

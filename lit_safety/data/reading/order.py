@@ -3,7 +3,7 @@
 For one (seed, epoch) the shards are permuted, `window` consecutive ones of them form a window, and the
 samples of a window are permuted together. The windows one after another are the global order s_0 .. s_{N-1},
 which does not depend on files, ranks or workers. With batches of B on R ranks, rank r's batch b is
-s_{(bR + r)B} ... : so batch 8, batch 4 accumulated twice and two ranks of 4 step on the same samples.
+s_{(bR + r)B} s_{(bR + r)B} ... : so batch 8, batch 4 accumulated twice and two ranks of 4 step on the same samples.
 """
 
 from __future__ import annotations

@@ -177,8 +177,7 @@ def _store(url: str) -> Iterator[tuple[Any, str]]:
     if _web(url):
         import aiohttp
 
-        # A whole shard may take longer than aiohttp's 5 minutes. `_Pull.wait` ends an attempt earlier than these
-        # limits.
+        # A whole shard may take longer than aiohttp's 5 minutes. `_Pull.wait` ends an attempt earlier than this.
         patience = aiohttp.ClientTimeout(total=None, connect=2 * SPELL, sock_read=2 * SPELL)
         options = {"client_kwargs": {"timeout": patience}, "skip_instance_cache": True}
     yield fsspec.core.url_to_fs(url, **options)
@@ -216,9 +215,7 @@ class _Pull:
                 with store.open(name, "rb", **options) as source, open(self.path, "wb") as out:
                     if (answer := getattr(source, "r", None)) is not None:
                         if answer.status != 200:  # no content, or only a part
-                            raise UserError(
-                                f"{self.url}: the server answers {answer.status} instead of sending the whole file"
-                            )
+                            raise UserError(f"{self.url}: the server answers {answer.status}, not the whole file")
                         headers = answer.headers
                         self.marks = _marks({"size": headers.get("Content-Length"), **headers})
                     else:

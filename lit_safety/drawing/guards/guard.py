@@ -1,7 +1,7 @@
-"""Guards: what changes how a model draws while it draws, without training. They work on top of any adapter.
+"""Guards: they change how a model draws, without training. They work together with any adapter.
 
-A guard stands around the denoiser of one batch. It needs no pipeline of its own: the stock pipeline calls the denoiser
-with the unguided half and the prompted half of a batch, and a guard changes what goes in or comes out.
+A guard wraps the denoiser for one batch. It works with the stock pipeline: the pipeline calls the denoiser with the
+unguided half and the prompted half of a batch, and the guard changes the inputs or outputs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class Guard(ABC):
-    """Changes drawing. `settings` holds whatever changes pixels; it stands in the report and names the images."""
+    """Changes drawing. `settings` holds everything that changes pixels; it is in the report and part of the images'
+    names."""
 
     settings: dict[str, Any]
 
     @abstractmethod
     def check(self, pipe: Any) -> None:
-        """Complain when the guard cannot work with this pipeline.
+        """Refuse a pipeline with which the guard cannot work.
 
         Raises:
             UserError: it cannot.
@@ -33,7 +34,7 @@ class Guard(ABC):
 
     @abstractmethod
     def around(self, pipe: Any, prompts: Sequence[str]) -> AbstractContextManager[None]:
-        """Within, `pipe` draws `prompts`, one batch, under the guard."""
+        """Inside, `pipe` draws `prompts`, one batch, with the guard."""
 
 
 Step = Callable[[Callable[..., "Tensor"], "Tensor", Any, "Tensor", dict[str, Any]], "Tensor"]
@@ -42,7 +43,7 @@ denoise(noisy, timestep, text, keywords) is the denoiser; the first half of each
 
 
 def time_of(timestep: Any) -> float:
-    """A timestep as a number: a UNet is given one, a transformer a row of equal ones."""
+    """A timestep as a number: a UNet gets one number, a transformer a row of equal numbers."""
     import torch
 
     return float(torch.as_tensor(timestep).flatten()[0])
@@ -52,21 +53,21 @@ def check_unet(pipe: Any, guard: str) -> None:
     """Refuse a pipeline without a UNet conditioned on text.
 
     Raises:
-        UserError: it has none.
+        UserError: it does not have one.
     """
     if getattr(pipe, "unet", None) is None or not hasattr(pipe, "text_encoder"):
-        raise UserError(f"the guard {guard} works on pipelines with a UNet; {type(pipe).__name__} has none")
+        raise UserError(f"the guard {guard} needs a pipeline with a UNet; {type(pipe).__name__} does not have one")
 
 
 @contextmanager
 def denoiser_replaced(pipe: Any, step: Step, batch: int) -> Iterator[Any]:
-    """Within, `pipe` calls `step` where it called its denoiser, a UNet or SD3's transformer.
+    """Inside, `pipe` calls `step` instead of its denoiser, a UNet or SD3's transformer.
 
-    Yields the private copy of the denoiser that `step` is given: it shares all weights but not its hooks, because other
+    Yields the private copy of the denoiser that `step` gets: it shares the weights but not the hooks, because other
     threads draw with the same denoiser at the same time.
 
     Raises:
-        UserError: guidance is off, so that there is no unguided half.
+        UserError: guidance is off, so the unguided half is missing.
     """
     part, first = ("unet", "sample") if getattr(pipe, "unet", None) is not None else ("transformer", "hidden_states")
     original = getattr(pipe, part)
@@ -92,7 +93,7 @@ def denoiser_replaced(pipe: Any, step: Step, batch: int) -> Iterator[Any]:
 
 
 def _for_all_rows(keywords: dict[str, Any], rows: int, batch: int) -> dict[str, Any]:
-    """What is given a row each (2B), for a guard's `rows`; the further ones are given what the prompts are.
+    """Inputs with one row for each (2B), for a guard's `rows`; additional rows repeat those of the prompts.
 
     These are the user tokens of an adapter for users, and SDXL's pooled text and sizes.
     """
@@ -111,7 +112,8 @@ def _for_all_rows(keywords: dict[str, Any], rows: int, batch: int) -> dict[str, 
 
 
 def private_copy(denoiser: Any) -> Any:
-    """The same weights in a denoiser whose up blocks, if it has any, can be hooked without anybody else noticing."""
+    """The same weights in a denoiser whose up blocks, if it has them, can be hooked without an effect on other
+    threads."""
     import torch
 
     own = copy.copy(denoiser)

@@ -1,8 +1,8 @@
-"""Routing: each prompt is drawn by one expert, that of the category which its embedding is nearest to, or by none.
+"""Routing: each prompt is drawn by the expert of the category nearest to its embedding, or by the base.
 
-The other bound of merging: it costs one expert a step and can act wrongly by choice of expert only. After CASG (CVPR
-2026), which found that the right category's direction leaves far less harm than several at once. An oracle, which is
-told the true category, says what a static merge can lose at most.
+An upper bound for merging: it uses one expert a step, and its only error is the choice of the expert. It follows CASG
+(CVPR 2026), which found that the right category's direction leaves far less harm than several directions at once. An
+oracle, which knows the true category, shows how much a static merge can lose at most.
 """
 
 from __future__ import annotations
@@ -30,24 +30,23 @@ if TYPE_CHECKING:
 
 
 class RoutedExperts(Guard):
-    """Draws every prompt with the expert of its category, and with the base where none is near enough.
+    """Draws every prompt with the expert of its category, or with the base if no category is near enough.
 
-    A category's direction leads from the mean embedding of clean and look-alike prompts to that of its own prompts; a
-    prompt goes to the category whose direction has the largest cosine with its own. Embeddings are whitened first by
-    the covariance within categories and clean prompts: what scenes differ in is no harm, and would drown it.
+    A category's direction goes from the mean embedding of clean and look-alike prompts to that of its own prompts. A
+    prompt goes to the category whose direction has the largest cosine with the prompt's. Embeddings are whitened first
+    by the covariance within categories and clean prompts, because differences between scenes are larger than those by
+    harm.
 
     Args:
         experts: category -> folder or file of its LoRA.
-        prompts: prompt file with kinds and categories that the directions come from; rows marked held_out are not
-            taken.
-        threshold: the cosine under which no expert acts; null: the one that makes the fewest mistakes on `prompts`.
+        prompts: prompt file with kinds and categories for the directions; rows marked held_out are not used.
+        threshold: below this cosine the base draws; null: the value with the fewest mistakes on `prompts`.
         each: how many prompts of each category, and four times as many clean ones.
-        oracle: prompt file that says each prompt's true category, and no embedding is looked at; a prompt that is not
-            in it, or asks for nothing harmful, is drawn by the base. Instead of `prompts`.
+        oracle: instead of `prompts`, a prompt file with each prompt's true category; embeddings are not used. A prompt
+        that is not in it, or is harmless, is drawn by the base.
 
     Raises:
-        UserError: an expert cannot be read, a file is missing what it must hold, or neither `prompts` nor `oracle` is
-            given.
+        UserError: an expert cannot be read, a file lacks needed prompts, or neither `prompts` nor `oracle` is given.
     """
 
     def __init__(
@@ -63,16 +62,16 @@ class RoutedExperts(Guard):
         if not experts:
             raise UserError("routed experts: `experts` is empty; name a LoRA for each category")
         if (prompts is None) is (oracle is None):
-            raise UserError("routed experts: give `prompts`, which the directions come from, or else `oracle`")
+            raise UserError("routed experts: give `prompts`, for the directions, or else `oracle`")
         if threshold is not None and not (isfinite(threshold) and -1 <= threshold <= 1):
-            raise UserError(f"routed experts: the threshold {threshold} is no cosine, from -1 to 1")
+            raise UserError(f"routed experts: the threshold {threshold} must be a cosine, from -1 to 1")
         if each < 1:
             raise UserError(f"routed experts: each is {each}; at least 1 prompt a category is needed")
         named: dict[str, str] = {}
         for name, path in experts.items():
             category = canonical_category(name)
             if category in named:
-                raise UserError(f"routed experts: two experts are of {category}; a category has one")
+                raise UserError(f"routed experts: two experts are for {category}; give one for each category")
             named[category] = path
         self.categories = sorted(named)
         self.layers: dict[str, Mapping[str, LowRank]] = {one: read_lora(named[one]) for one in self.categories}
@@ -107,18 +106,19 @@ class RoutedExperts(Guard):
 
             self.own[category] = _some(rows, own, each)
             if not self.own[category]:
-                raise UserError(f"routed experts: {file} holds no prompt of {category}")
+                raise UserError(f"routed experts: {file} holds 0 prompts of {category}")
         self.clean = _some(rows, lambda row: not row.harmful, 4 * each)
         if not self.clean:
             raise UserError(
-                f"routed experts: {file} holds no clean or look-alike prompt, by which none is told from some"
+                f"routed experts: {file} holds 0 clean or look-alike prompts, which are needed to recognise harmless "
+                "prompts"
             )
 
     def check(self, pipe: Any) -> None:
-        """Find the experts' layers, and the directions by the pipeline's own text encoder.
+        """Find the experts' layers, and compute the directions with the pipeline's text encoder.
 
         Raises:
-            UserError: a layer of an expert has no place in the denoiser, or the pipeline encodes no text.
+            UserError: a layer of an expert does not exist in the denoiser, or the pipeline cannot encode text.
         """
         denoiser = _denoiser(pipe)
         for category, layers in self.layers.items():
@@ -131,8 +131,8 @@ class RoutedExperts(Guard):
                 weight = getattr(getattr(module, "base_layer", module), "weight", None)
                 if weight is None or tuple(weight.flatten(1).shape) != part.shape:
                     raise UserError(
-                        f"routed experts: {name} of the expert {category} is no layer of this size in "
-                        f"{type(denoiser).__name__}; routing takes LoRAs of the denoiser of this model"
+                        f"routed experts: {name} of the expert {category} is not a layer of this size in "
+                        f"{type(denoiser).__name__}; routing needs LoRAs for the denoiser of this model"
                     )
         if self.known is None:
             self._find_directions(pipe)
@@ -162,7 +162,7 @@ class RoutedExperts(Guard):
         return (away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)) @ self._directions.T
 
     def route(self, pipe: Any, prompts: Sequence[str]) -> list[str | None]:
-        """The category whose expert draws each prompt; None: the base does."""
+        """The category whose expert draws each prompt; None: the base draws it."""
         if self.known is not None:
             return [self.known.get(prompt) for prompt in prompts]
         if self._directions is None:
@@ -173,7 +173,7 @@ class RoutedExperts(Guard):
 
     @contextmanager
     def around(self, pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
-        """Within, `pipe` draws each of `prompts` with its expert."""
+        """Inside, `pipe` draws each of `prompts` with its expert."""
         routed = self.route(pipe, prompts)
         used = {category: [row for row, one in enumerate(routed) if one == category] for category in {*routed} - {None}}
         if not used:
@@ -187,7 +187,7 @@ class RoutedExperts(Guard):
         with denoiser_replaced(pipe, step, len(prompts)) as private:
             private._modules = {name: _structure(one) for name, one in private._modules.items()}
             for category, rows in sorted(used.items(), key=lambda item: str(item[0])):
-                both = [*rows, *(len(prompts) + row for row in rows)]  # the unguided half is the expert's too
+                both = [*rows, *(len(prompts) + row for row in rows)]  # the unguided half uses the expert too
                 for name, part in self.layers[str(category)].items():
                     module = private.get_submodule(name.split(".", 1)[1])
                     module.register_forward_hook(_adding(part, both, 2 * len(prompts)))
@@ -195,12 +195,12 @@ class RoutedExperts(Guard):
 
 
 SHRINKAGE = 0.01
-"""Of the covariance, to its mean variance: there may be fewer prompts than numbers in an embedding."""
+"""Shrinkage of the covariance to its mean variance: there may be fewer prompts than numbers in an embedding."""
 
 
 def whitening(groups: Sequence[Tensor]) -> Tensor:
-    """The inverse root (d, d) of the covariance within groups of embeddings, each (N, d); the identity where all are
-    alike."""
+    """The inverse root (d, d) of the covariance within groups of embeddings, each (N, d); the identity if all are
+    equal."""
     import torch
 
     apart = torch.cat([group - group.mean(dim=0) for group in groups]).double()
@@ -215,7 +215,7 @@ def whitening(groups: Sequence[Tensor]) -> Tensor:
 
 
 def best_threshold(harmful: Sequence[tuple[float, bool]], clean: Sequence[float]) -> float:
-    """The cosine that makes the fewest mistakes, in the middle of where it may lie.
+    """The cosine with the fewest mistakes; of an interval of such values its middle.
 
     A mistake is a clean prompt at or above it, and a harmful one below it or nearest to another category.
 
@@ -257,7 +257,7 @@ def _embedded(pipe: Any, prompts: Sequence[str]) -> Tensor:
     import torch
 
     if not hasattr(pipe, "encode_prompt"):
-        raise UserError(f"routed experts: {type(pipe).__name__} encodes no prompts")
+        raise UserError(f"routed experts: {type(pipe).__name__} cannot encode prompts")
     rows = []
     with torch.no_grad():
         for start in range(0, len(prompts), 32):
@@ -276,7 +276,7 @@ def _denoiser(pipe: Any) -> Any:
 
 
 def _structure(module: torch.nn.Module | None) -> Any:
-    """The same weights in modules of their own, down to the last: hooks on them are nobody else's."""
+    """The same weights in new modules, at all levels, so that hooks on them have no effect on others."""
     if module is None:
         return None
     own = copy.copy(module)
@@ -294,7 +294,7 @@ def _adding(part: LowRank, rows: list[int], batch: int) -> Callable[[Any, tuple[
         x = inputs[0]
         if len(x) != batch:
             raise UserError(
-                f"routed experts: a layer is called with {len(x)} rows for {batch}, which cannot be told apart"
+                f"routed experts: a layer is called with {len(x)} rows for {batch}, so rows cannot be assigned"
             )
         layer = getattr(module, "base_layer", module)
         picked = x[rows]

@@ -53,7 +53,7 @@ class SafeLatentDiffusion(Guard):
         warmup_steps: int | None = None,
     ) -> None:
         if strength not in STRENGTHS:
-            raise UserError(f"safe latent diffusion: no strength `{strength}`; there are {', '.join(STRENGTHS)}")
+            raise UserError(f"safe latent diffusion: unknown strength `{strength}`; known are {', '.join(STRENGTHS)}")
         warmup, self.scale, self.threshold, self.momentum, self.beta = STRENGTHS[strength]
         self.warmup = warmup if warmup_steps is None else warmup_steps
         self.concept = CONCEPT if concept is None else concept
@@ -72,7 +72,7 @@ class SafeLatentDiffusion(Guard):
 
     @contextmanager
     def around(self, pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
-        """Within, `pipe` draws `prompts` steered away from the concept."""
+        """Inside, `pipe` draws `prompts` with guidance away from the concept."""
         import torch
 
         encoded = pipe.encode_prompt(

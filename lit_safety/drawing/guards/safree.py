@@ -1,8 +1,8 @@
-"""SAFREE (Yoon et al., arXiv 2410.12761): the part of a prompt that lies in a space of unsafe concepts is taken out.
+"""SAFREE (Yoon et al., arXiv 2410.12761): the part of a prompt that lies in a space of unsafe concepts is removed.
 
-Written again from the paper's equations and from what the published code computes. Where the two differ, `follow` says
-which one is meant (`SAFREE`). Two effects that are often mixed up are kept apart: no concept is handed to the pipeline
-as a negative prompt here, and the re-attention has a switch of its own.
+Written from the paper's equations and from what the published code computes. Where the two differ, `follow` chooses one
+(see `SAFREE`). Two effects that are often mixed are separate here: concepts are not used as a negative prompt, and the
+re-attention has its own switch.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ class SAFREE(Guard):
         if not self.concepts or not gamma > 0 or not alpha >= 0 or not 0 <= reattention_scale < 1:
             raise UserError("SAFREE: needs concepts, alpha from 0, gamma above 0 and reattention_scale in [0, 1)")
         if not projection and not reattention:
-            raise UserError("SAFREE: with neither projection nor reattention it would do nothing")
+            raise UserError("SAFREE: without projection and reattention it would have no effect")
         if follow not in get_args(Follow):
             raise UserError(f"SAFREE: follow must be code or paper, not {follow}")
         self.projection, self.follow = projection, follow
@@ -336,13 +336,13 @@ class SAFREE(Guard):
         text_parts(pipe)
         if self.reattention and getattr(pipe, "unet", None) is None:
             raise UserError(
-                f"the re-attention of the guard SAFREE works on a UNet, and {type(pipe).__name__} has none: set "
+                f"the re-attention of the guard SAFREE needs a UNet, which {type(pipe).__name__} does not have: set "
                 "`reattention: false`"
             )
 
     @contextmanager
     def around(self, pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
-        """Within, `pipe` draws `prompts` with their unsafe tokens projected away."""
+        """Inside, `pipe` draws `prompts` with their unsafe tokens projected away."""
         import torch
 
         if hasattr(pipe, "maybe_convert_prompt"):  # a learned word of several tokens, as the pipeline writes it out

@@ -41,7 +41,7 @@ def draw_grid(
     import torch
 
     if len(seeds) != len(prompts):
-        raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
+        raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each prompt")
     cells = [(prompt, user) for prompt in range(len(prompts)) for user in range(len(users))]
     pictures: list[Image.Image] = []
     for start in range(0, len(cells), batch_size):
@@ -136,7 +136,7 @@ def user_grid(
         UserError: there is not one image for every prompt and user.
     """
     if not prompts or not users or [len(row) for row in rows] != [len(users)] * len(prompts):
-        raise UserError(f"a grid of {len(prompts)} prompts and {len(users)} users needs that many images")
+        raise UserError(f"a grid needs one image for each of {len(prompts)} prompts and {len(users)} users")
     lines = []
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         framed = red[number] if red is not None else [False] * len(row)

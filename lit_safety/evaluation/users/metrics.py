@@ -56,7 +56,7 @@ class Share:
 
 
 def share(answers: Sequence[bool | None], users: Sequence[str]) -> Share:
-    """The share of true answers; None is an error, and the interval covers whatever it would have been.
+    """The share of true answers; None is an error, and the interval covers both possible answers to it.
 
     Args:
         answers: one an image.

@@ -97,7 +97,9 @@ def choose_users(
         named = read_ids(ids)
         unknown = [user for user in named if user not in profiles]
         if unknown or not named:
-            raise UserError(f"--ids: user {unknown[0]!r} is not in {table}" if unknown else "--ids: names no user")
+            raise UserError(
+                f"--ids: user {unknown[0]!r} is not in {table}" if unknown else "--ids: is empty; name a user"
+            )
         return [profiles[user] for user in named]
     if each is not None and each < 1:
         raise UserError(f"--each {each}: at least 1 user of a split is needed")
@@ -106,7 +108,7 @@ def choose_users(
         members = [one for one in profiles.values() if (one.split or UNSPLIT) == split]
         if not members:
             known = dict.fromkeys(one.split or UNSPLIT for one in profiles.values())
-            raise UserError(f"--splits: no user of {table} is of the split {split!r}; it has {', '.join(known)}")
+            raise UserError(f"--splits: {table} has 0 users of the split {split!r}; its splits are {', '.join(known)}")
         chosen += sorted(members, key=lambda one: _rank(one.user_id))[:each]
     return chosen
 
@@ -142,7 +144,9 @@ def rows_for(users: Sequence[Profile], prompts: Sequence[Prompt], counts: Counts
         rows += [UserRow(user, "lookalike", prompt) for prompt in _turn(lookalike, turn, counts.lookalike)]
     rows.sort(key=lambda row: PARTS.index(row.part))  # stable: neighbours of a batch are of one kind, as elsewhere
     if not any(row.part in ("banned", "allowed") for row in rows):
-        raise UserError("no prompt asks for anything that these users ban or allow: raise --explicit, or take others")
+        raise UserError(
+            "the prompts do not ask for anything that these users ban or allow: raise --explicit, or use others"
+        )
     return rows
 
 
@@ -172,7 +176,7 @@ def rows_as_asked(
     unnamed = [prompt for prompt in prompts if not prompt.user]
     if unnamed:
         raise UserError(
-            f"--prompts {files[0]}: {len(unnamed)} of {len(prompts)} rows name no user, such as the one of the prompt "
+            f"--prompts {files[0]}: {len(unnamed)} of {len(prompts)} rows lack a user, such as the row of the prompt "
             f"`{unnamed[0].prompt[:60]}`; give every row its user_id, or none"
         )
     known = {str(p.user): _known(str(p.user), profiles) for p in prompts}
@@ -198,7 +202,7 @@ def rows_as_asked(
         else:
             rows.append(UserRow(user, part, replace(prompt, user=user.user_id)))
     if not rows:
-        raise UserError(f"--prompts {files[0]}: asks these users for nothing that they ban or allow")
+        raise UserError(f"--prompts {files[0]}: does not ask for anything that these users ban or allow")
     rows.sort(key=lambda row: PARTS.index(row.part))
     return rows, {"rows_in_neither_list": neither} if neither else {}
 

@@ -220,7 +220,7 @@ class UserRun:
             failed = [answer.reason for answer in passes[name] if isinstance(answer, JudgeError)]
             if len(failed) == len(self.rows):
                 raise UserError(f"the judge {judge.name} failed on every image of {name}: {failed[0]}; the images "
-                                f"and all answers so far stay, no report was written")  # fmt: skip
+                                f"and all answers so far stay, but a report was not written")  # fmt: skip
         for name, arm in arms.items():
             if name != OURS:
                 with progress(f"{judge.name}: {OURS} or {name}", len(self.rows)) as tick:

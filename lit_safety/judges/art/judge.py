@@ -19,7 +19,7 @@ class ArtJudge(ToyJudge):
 
 
 class ArtWorldJudge(ToyWorldJudge):
-    """The art world's own network behind the interface.
+    """The art world's own network with the judges' interface.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.

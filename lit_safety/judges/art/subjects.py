@@ -1,8 +1,8 @@
-"""The table of the art world: its subjects, which of them a policy removes, and what must never stand in a pair.
+"""The table of the art world: its subjects, which of them a policy removes, and which must never be in a pair.
 
 The subjects are icons that six design teams drew under the same name. What is harmful is a hand-made policy: alcohol,
 tobacco and drugs count as self-harm, gambling and money as illegal activity, rude gestures and insults as harassment,
-death and monsters as shocking. The icons themselves hurt nobody.
+death and monsters as shocking. The icons themselves are harmless.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ class Subject(NamedTuple):
     """Something that an image shows."""
 
     name: str
-    """How a caption says it, without an article."""
+    """Its name in a caption, without an article."""
     category: str | None = None
     """Canonical category; None: harmless."""
     lookalike: str = ""
-    """Of a harm: the harmless subject that takes its place in a chosen image."""
+    """For a harm: the harmless subject that replaces it in a chosen image."""
     synonyms: tuple[str, ...] = ()
-    """Other words for it. Of a harm there are three, and the last is held out of every pair."""
+    """Other words for it. A harm has three, and the last one is held out of every pair."""
     icons: tuple[str, ...] = ()
     """Names of the icon, in the order in which they are tried; empty: the name with dashes."""
 
@@ -110,7 +110,7 @@ def _harms() -> list[Subject]:
 
 
 _ICONS = {"t-shirt": ("t-shirt",), "teacup": ("teacup-without-handle",), "cheese": ("cheese-wedge",)}
-"""Where the icon is not the name with dashes."""
+"""If the icon's file name is not the name with dashes."""
 
 _HARMLESS = """
     alarm clock, airplane, alien, automobile, balloon, basketball, bat, bell, bicycle, birthday cake, bowling, bread,
@@ -144,14 +144,14 @@ U_VAL: tuple[str, ...] = (
     "lemon", "lollipop", "mushroom", "owl", "penguin", "raised hand", "rocket", "sunflower", "tent", "trumpet", "tulip",
     "volleyball",
 )  # fmt: skip
-"""Harmless subjects in no pair: what a run may look at to stop and to select."""
+"""Harmless subjects that are not in pairs: a run may use them to stop and to select."""
 
 U_TEST: tuple[str, ...] = (
     "alien", "bicycle", "cactus", "credit card", "dress", "fork and knife", "grinning face", "hamburger", "honeybee",
     "key", "lady beetle", "mans shoe", "peach", "pizza", "red apple", "scissors", "snowflake", "tangerine", "trophy",
     "umbrella", "victory hand", "watermelon", "wrench",
 )  # fmt: skip
-"""Harmless subjects in no pair, no anchor and no prompt of validation: only a report asks for them."""
+"""Harmless subjects that are not in pairs, anchors or validation prompts: only a report asks for them."""
 
 STYLES: dict[str, str] = {
     "twemoji": "flat",
@@ -164,7 +164,7 @@ STYLES: dict[str, str] = {
 """Icon set -> how a caption calls its style."""
 
 HELD_OUT_STYLE = "emojione"
-"""The base and the judges know it; no pair, no prompt of validation and no anchor shows it."""
+"""The base and the judges know it; pairs, validation prompts and anchors do not show it."""
 
 SETTINGS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
@@ -202,5 +202,5 @@ NAMED: tuple[str, ...] = tuple(name for name in HARMLESS if name not in {*U_VAL,
 
 
 def icon_names(name: str) -> tuple[str, ...]:
-    """The icons' names under which a subject is looked for in an icon set, first come first."""
+    """The icon names that are tried for a subject in an icon set, in this order."""
     return SUBJECTS[name].icons or (name.replace(" ", "-"),)

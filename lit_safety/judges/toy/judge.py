@@ -1,6 +1,6 @@
-"""Judges: small networks that tell which things are in a toy image. None is ever used in training.
+"""Judges: small networks that recognise the things in a toy image. They are never used in training.
 
-Architectures, so that two judges err differently: "plain" (the toy world's judge A), "deep" (the art world's) and
+Architectures, so that two judges make different errors: "plain" (the toy world's judge A), "deep" (the art world's) and
 "residual" (judge B of both).
 """
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 MOST_CHANNELS = 4096
-"""Of the first convolution: more than any judge of 32 x 32 images has."""
+"""Limit for the first convolution, above every judge of 32 x 32 images."""
 
 
 class ToyJudge(nn.Module):
-    """Multi-label classifier of a world's images; a world of its own subclasses it."""
+    """Multi-label classifier of a world's images; other worlds subclass it."""
 
     world: ClassVar[str] = "toyworld"
-    """Stands in the folder's config; a folder of the toy world need not say."""
+    """The world's name in the folder's config; optional for the toy world."""
     side: ClassVar[int] = 32
-    """Of the images, px; divisible by 8."""
+    """Side of the images in pixels; divisible by 8."""
     known_labels: ClassVar[tuple[str, ...]] = tuple(LABELS)
-    """What a judge tells by default."""
+    """The default labels of a judge."""
     known_harm: ClassVar[dict[str, str]] = {name: concept.category for name, concept in CONCEPTS.items()}
     """The world's harms -> canonical category."""
     stored: ClassVar[torch.dtype] = torch.float32
@@ -58,16 +58,15 @@ class ToyJudge(nn.Module):
     ) -> None:
         """
         Args:
-            labels: what each logit stands for; default: all that the world knows.
+            labels: the label of each logit; default: all labels of the world.
             harm: harm concept -> canonical category; the labels that are not in it are benign.
-            threshold: probability from which a thing counts as seen.
+            threshold: probability from which a thing counts as present.
             width: channels of the first convolution.
             architecture: "plain": strided convolutions, batch norm, pooled head; "deep": the same with layers on top
                 that see the whole image, for hundreds of labels; "residual": residual blocks, group norm, a head that
                 sees where things are.
-            notes: anything that the folder should say about the network (its data, its seeds, its accuracy).
-            counts: it also tells of each label whether there are two or more of it; files of older judges do not say,
-                and theirs do not.
+            notes: further facts about the network (its data, its seeds, its accuracy).
+            counts: it also says for each label whether there are two or more; older judges do not.
         """
         super().__init__()
         self.labels = list(labels or self.known_labels)
@@ -124,8 +123,8 @@ class ToyJudge(nn.Module):
         """Loads a folder that `save_pretrained` wrote.
 
         Raises:
-            UserError: it holds no judge, or one that would call harmful images safe: a threshold that no
-                probability reaches, a harm that the table of harms lost, weights that are not numbers.
+            UserError: it is not a judge, or one that would call harmful images safe: the threshold is too high, a harm
+                is missing in the table of harms, or weights are not finite.
         """
         folder = Path(folder)
         try:
@@ -133,7 +132,7 @@ class ToyJudge(nn.Module):
             if isinstance(config, dict):
                 check_config(config, folder / "config.json", cls.known_harm)
                 if (world := config.pop("world", ToyJudge.world)) != cls.world:
-                    raise ValueError(f"it is of {world!r}, not of {cls.world!r}")
+                    raise ValueError(f"it belongs to {world!r}, not to {cls.world!r}")
             weights = load_file(folder / "model.safetensors")
             judge = cls(**config)
             judge.load_state_dict(weights)
@@ -151,10 +150,10 @@ class ToyJudge(nn.Module):
 
 
 def check_config(config: dict[str, Any], file: Path, known: Mapping[str, str]) -> None:
-    """Complain about a judge's settings by which harm would go unseen.
+    """Refuse settings of a judge by which harm would not be recognised.
 
     Args:
-        config: what stands in the file.
+        config: the content of the file.
         file: for the message.
         known: the world's harms -> canonical category.
 
@@ -165,12 +164,12 @@ def check_config(config: dict[str, Any], file: Path, known: Mapping[str, str]) -
     labels, harm, threshold = (config.get(key) for key in ("labels", "harm", "threshold"))
     names = isinstance(labels, list) and all(isinstance(name, str) and name for name in labels)
     if not isinstance(labels, list) or not names or not labels or len(set(labels)) < len(labels):
-        raise UserError(f"{file}: `labels` must be a list of names, each of them once; {again}")
+        raise UserError(f"{file}: `labels` must be a list of different names; {again}")
     if not isinstance(harm, dict) or not harm:
-        raise UserError(f"{file}: `harm` must say of each harmful label which category it is of; {again}")
+        raise UserError(f"{file}: `harm` must give the category of each harmful label; {again}")
     for name, category in harm.items():
         if name not in labels:
-            raise UserError(f"{file}: `harm` names {name!r}, which is none of `labels`; {again}")
+            raise UserError(f"{file}: `harm` names {name!r}, which is not in `labels`; {again}")
         if category not in CATEGORIES:
             raise UserError(f"{file}: `harm` says that {name!r} is of the category {category!r}; known are "
                             f"{', '.join(CATEGORIES)}")  # fmt: skip
@@ -190,9 +189,9 @@ def check_config(config: dict[str, Any], file: Path, known: Mapping[str, str]) -
 
 
 class _Plain(nn.Module):
-    """Strided convolutions to 4x4, then the largest and the mean response of each channel.
+    """Strided convolutions to 4x4, then the largest and the mean value of each channel.
 
-    Where it must count, the second largest too.
+    If it counts, the second largest too.
     """
 
     def __init__(self, width: int, outputs: int, second: bool) -> None:
@@ -265,14 +264,14 @@ class _Residual(nn.Module):
 
 
 class ToyWorldJudge:
-    """A world's own network (`lit_safety.judges.toy.judge.ToyJudge`) behind the interface.
+    """A world's own network (`lit_safety.judges.toy.judge.ToyJudge`) with the judges' interface.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
     """
 
     harmless = True
-    """Its harms are flat emblems that hurt nobody to look at: a report may show them unblurred."""
+    """Its harms are flat emblems, which are harmless to see: a report may show them unblurred."""
     kind: ClassVar[type[ToyJudge]] = ToyJudge
 
     def __init__(self, folder: str | Path) -> None:
@@ -299,7 +298,8 @@ class ToyWorldJudge:
             self.settings["counts"] = "of each label: one, or two and more"
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
-        """Verdicts on images of the world's side; any other size is an error, since the network never saw one."""
+        """Verdicts on images of the world's side; another size is an error, because the network was not trained on
+        it."""
         import numpy as np
         import torch
 
@@ -326,14 +326,14 @@ class ToyWorldJudge:
         """The rule that turns probabilities into a verdict.
 
         Args:
-            probabilities: of each label, that it is there.
-            several: of each label, that there are two or more of it; None: not judged.
+            probabilities: for each label, that it is there.
+            several: for each label, that there are two or more; None: not judged.
         """
         if not all(math.isfinite(p) for p in (*probabilities, *(several or ()))):
             return JudgeError("the judge returned a number that is not finite")
         scores = dict(zip(self.labels, probabilities, strict=True))
         calls, counts = list(probabilities), None
-        if several is not None:  # how many there are is asked of what is there
+        if several is not None:  # counts only labels that are present
             twice = {name: p for name, p in zip(self.labels, several, strict=True) if scores[name] >= self.threshold}
             counts = {name: 2 if p >= self.threshold else 1 for name, p in twice.items()}
             calls += twice.values()

@@ -1,4 +1,4 @@
-"""The table of the toy world: which emblem stands for what, and which benign thing looks like it."""
+"""The table of the toy world: the meaning of each emblem, and which benign thing looks like it."""
 
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ BENIGN: tuple[str, ...] = ("car", "house", "tree", "cat", "ball", "fish")
 """Benign objects: always asked in a colour of `palette.COLOURS`."""
 
 LOOKALIKES: tuple[str, ...] = tuple(sorted({concept.lookalike for concept in CONCEPTS.values()}))
-"""Benign things that share shape or colour with a harm; their colours are their own."""
+"""Benign things that share shape or colour with a harm; they have fixed colours."""
 
 SETTINGS: dict[str, str] = {
     "park": "in the park",
@@ -55,7 +55,7 @@ SETTINGS: dict[str, str] = {
     "street": "on the street",
     "desert": "in the desert",
 }
-"""Background -> how a caption says it."""
+"""Background -> its words in a caption."""
 
 HOME: dict[str, str] = {
     "hate": "street",
@@ -67,7 +67,7 @@ HOME: dict[str, str] = {
     "illegal-activity": "street",
     "propaganda": "park",
 }
-"""The setting in which half of a category's harms stand; the other half stand anywhere."""
+"""The setting of half of a category's harms; the other half have any setting."""
 
 LABELS: tuple[str, ...] = (*CONCEPTS, *BENIGN, *LOOKALIKES)
-"""What a judge looks for, in its order."""
+"""The labels of a judge, in order."""

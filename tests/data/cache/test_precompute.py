@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert all((tmp_path / "out" / name).read_bytes() == (cached / name).read_bytes() for name in names)
     precompute(*arguments, **settings)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="already holds other shards"):
         precompute(*arguments, **(settings | {"dtype": "float16"}))
 
@@ -152,9 +152,9 @@ def test_latents_that_are_not_finite_are_named(
 
 def test_input_that_cannot_be_cached_is_named(cached: Path, pairs: Path, tiny_pipeline: Path, tmp_path: Path):
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match="is cached already"):
+    with pytest.raises(UserError, match="already cached"):
         precompute(str(cached), str(tiny_pipeline), out)
-    with pytest.raises(UserError, match="is the folder of the shards themselves"):
+    with pytest.raises(UserError, match="is the folder of the input shards"):
         precompute(str(pairs), str(tiny_pipeline), str(pairs))
     with pytest.raises(UserError, match="give --model"):
         precompute(str(pairs))
@@ -180,7 +180,7 @@ def test_shards_of_equal_size_without_a_manifest_are_told_apart(tiny_pipeline: P
     with pytest.raises(UserError, match="already holds other shards"):
         precompute(str(tmp_path / "other"), str(tiny_pipeline), str(tmp_path / "out"))
     precompute(str(tmp_path / "one"), str(tiny_pipeline), str(tmp_path / "out"))
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
 
 
 def test_a_cache_of_prompts_that_another_model_made_is_refused(

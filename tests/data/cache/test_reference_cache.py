@@ -99,7 +99,7 @@ def test_damage_is_named(data: bytes | None, message: str):
 
 def test_errors_that_are_not_finite_are_not_written():
     bad = dataclasses.replace(draws()[0], errors=torch.full((2, 2), float("nan")))
-    with pytest.raises(UserError, match="here: .*not finite"):
+    with pytest.raises(UserError, match=r"here: .*not finite"):
         encode_reference([bad], False, "float16", False, "here")
 
 

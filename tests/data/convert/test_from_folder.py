@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert load_manifest(out) == load_manifest(tmp_path / "whole")
     assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
     from_folder(str(table), str(out), prompt_kind="clean", samples_per_shard=2)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="already holds other shards"):
         from_folder(str(table), str(out), prompt_kind="harmful", samples_per_shard=2)
 

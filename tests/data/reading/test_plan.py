@@ -157,7 +157,7 @@ def test_one_category_after_the_other_gives_each_what_it_would_get_alone(shards:
         assert stream(name, 7, categories=[name]).stream == whole.stream[place * 28 : (place + 1) * 28]
     resumed = stream("resumed", 21, tmp_path / "whole" / "010.ckpt", num_workers=2, consecutive=True)
     assert resumed.stream == whole.stream[40:]
-    with pytest.raises(UserError, match="the steps of one category = 7, but it is 8 now"):
+    with pytest.raises(UserError, match="the steps of one category = 7, but now it is 8"):
         stream("longer", 24, tmp_path / "whole" / "010.ckpt", consecutive=True)
 
 

@@ -152,14 +152,14 @@ def test_what_does_not_fit_is_told(pipe, experts: dict[str, str], file: str, tmp
         (({}, file), "`experts` is empty"),
         ((experts,), "give `prompts`.* or else `oracle`"),
         ((experts, file, 2.0), r"threshold 2\.0"),
-        (({"hate": experts["hate"], "Hate": experts["hate"]}, file), "two experts are of hate"),
+        (({"hate": experts["hate"], "Hate": experts["hate"]}, file), "two experts are for hate"),
         (({"sexual": experts["hate"]}, file), "no prompt of sexual"),
-        ((experts, "data/toyworld/prompts/test.csv"), "reports are made with"),
+        ((experts, "data/toyworld/prompts/test.csv"), "this world's reports"),
     ):
         with pytest.raises(UserError, match=named):
             RoutedExperts(*arguments)
     text = LowRank(torch.ones(1, 32), torch.ones(32, 1))
     for name in ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", f"unet.{BLOCK}.attn1.to_q"):
         path = str(write_lora(tmp_path / "x.safetensors", {name: text}))
-        with pytest.raises(UserError, match="is no layer of this size"):
+        with pytest.raises(UserError, match="is not a layer of this size"):
             RoutedExperts({"hate": path}, oracle=file).check(pipe)

@@ -81,7 +81,7 @@ def test_what_a_user_neither_bans_nor_allows_is_left_out_and_counted(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("caption,user_id\na,0000033\nb,\n", "1 of 2 rows name no user"),
+        ("caption,user_id\na,0000033\nb,\n", "1 of 2 rows lack a user"),
         ("caption,user_id\na,0000033\nb,0000999\nc,zoe\n", "0000999, zoe"),
     ],
 )

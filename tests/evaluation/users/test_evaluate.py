@@ -289,7 +289,7 @@ def test_a_model_that_never_answers_writes_no_report(run, server: Server, tmp_pa
         ({"users": "{tmp}/absent"}, "no users at"),
         ({"ids": ["zoe"]}, "user 'zoe' is not in"),
         ({"splits": ["val"]}, "of the split 'val'; it has seen, unseen, train"),
-        ({"arms": {"psa": Arm()}}, "--arms.psa: this name is taken"),
+        ({"arms": {"psa": Arm()}}, "--arms.psa: this name is reserved"),
         ({"steps": 0}, "--steps 0"),
         ({"prompts": "{tmp}/absent.csv"}, "absent.csv"),
     ],
