@@ -142,7 +142,8 @@ class CalibrationOptions:
             is enough, of which only harmful prompts are taken where the category is known. Rows marked held_out are not
             taken by regmean. Do not give the prompts that a report is made of.
         categories: comerge: take prompts of these categories only; null takes all.
-        of: regmean: by expert, the category whose prompts are its own; null takes the expert's name.
+        of: regmean: by expert, the category whose prompts are its own, or a prompt file of its own for an expert that
+            is of no category (such as somebody's style LoRA); null takes the expert's name.
         count: comerge: how many prompts are taken.
         each: regmean: how many prompts of each expert's category, explicit and implicit ones alike.
         clean: regmean and null_space: how many prompts of what must stay, clean ones and look-alikes alike.
