@@ -159,6 +159,7 @@ WRITERS = {
     "from_pickapic": False,
     "from_sage": False,
     "merge": True,
+    "patch": True,
     "precompute": False,
     "sample": True,
     "score": False,

@@ -279,13 +279,13 @@ def measure(
         kept: what was measured before.
         keep: where what is measured now is kept.
     """
-    acting = {expert.name: expert for expert in experts}
+    by_name = {expert.name: expert for expert in experts}
     here: dict[str | None, list[Shared]] = {None: list(group)}
-    for name, expert in acting.items():
+    for name, expert in by_name.items():
         here[name] = [one for one in group if any(layer in expert.layers for layer in one.layers)]
     new = {who: [one for one in some if kept is None or not kept.holds(who, one.layers)] for who, some in here.items()}
     drawn = {who: prompts.clean if who is None else prompts.own[who] for who, inputs in new.items() if inputs}
-    adapting = {one: sum(one in here[name] for name in acting) for one in group}
+    adapting = {one: sum(one in here[name] for name in by_name) for one in group}
     anchors: dict[Shared, Tensor] = {}
     own: dict[Shared, dict[str, Tensor]] = {one: {} for one in group}
     batches = sum(-(-len(some) // options.batch_size) for some in drawn.values())
@@ -295,7 +295,7 @@ def measure(
             found = {}
             if who in drawn:
                 sums = {one: _Sum(modules[one.layers[0]], one.size) for one in new[who]}
-                with nullcontext() if who is None else _acting(acting[who], modules):
+                with nullcontext() if who is None else acting(by_name[who], modules):
                     _pass(backbone, drawn[who], options, sums.values(), tick)
                 found = {one: Halves(*sums[one].take()) for one in new[who]}
                 if keep is not None:
@@ -313,7 +313,7 @@ def measure(
     none = torch.zeros(1, 1)
     return {
         one.layers[0]: Grams(
-            tuple(own[one].get(name, none.expand(one.size, one.size)) for name in acting), anchors[one]
+            tuple(own[one].get(name, none.expand(one.size, one.size)) for name in by_name), anchors[one]
         )
         for one in group
     }
@@ -358,7 +358,7 @@ def _draw(backbone: Backbone, batch: list[str], options: CalibrationOptions, ste
 
 
 @contextmanager
-def _acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within, the network computes with the expert's update; its weights stay as they are."""
     handles = []
     for name, part in expert.layers.items():

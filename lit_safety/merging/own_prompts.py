@@ -56,9 +56,9 @@ def own_prompts(
     files = files_of(experts, options) if recipe.own_inputs else {}
     refuse_reports_own([*([source] if isinstance(source, str) else source), *files.values()], KEY)
     harmful, harmless = _of_file(source) if _is_file(source) else _of_shards(source)
-    own = {name: _deal(harmful.get(category, []), options.each) for name, category in categories.items()}
-    own |= {name: _deal(_all_of(file), options.each) for name, file in files.items()}
-    kept = _deal(harmless, options.clean) if clean is None else list(clean)
+    own = {name: first_prompts(harmful.get(category, []), options.each) for name, category in categories.items()}
+    own |= {name: first_prompts(_all_of(file), options.each) for name, file in files.items()}
+    kept = first_prompts(harmless, options.clean) if clean is None else list(clean)
     for name, prompts in own.items():
         if not prompts and name in files:
             raise UserError(f"--calibration.of: {files[name]} holds no prompt for the expert {name}")
@@ -177,7 +177,7 @@ def _of_shards(source: str | Sequence[str]) -> Found:
     return harmful, clean
 
 
-def _deal(found: Iterable[tuple[str, str]], count: int) -> list[str]:
+def first_prompts(found: Iterable[tuple[str, str]], count: int) -> list[str]:
     """The first ``count`` different prompts in the order of their hashes, dealt round robin over the kinds."""
     kinds: dict[str, set[str]] = {}
     for kind, prompt in found:
