@@ -43,8 +43,8 @@ def patch(
 
     Draws validation prompts with base and adapter and has them judged. On the base's own images of the harmless prompts
     that were lost a repair LoRA is trained; it acts on rows that matter for those, and leaves rows that matter for
-    safety alone. Its strength is chosen on the same prompts. Writes into `out`: pytorch_lora_weights.safetensors, the adapter
-    with its patch as one LoRA; repair/, the patch alone, for an arm beside the adapter; report.json, README.md.
+    safety alone. Its strength is chosen on the same prompts. Writes into `out`: pytorch_lora_weights.safetensors, the
+    adapter with its patch as one LoRA; repair/, the patch alone, for an arm beside the adapter; report.json, README.md.
 
     Args:
         adapter: Folder or file of the aligned LoRA; of any training.

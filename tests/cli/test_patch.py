@@ -20,7 +20,7 @@ from lit_safety.merging.patching import RepairOptions
 
 TOYWORLD = Path("data/toyworld")
 SMALL = RepairOptions(rank=2, steps=2, images=1, batch_size=2, harmful=2, levels=1, strengths=[0.5, 1.0])
-DRAWN = {"steps": 1, "resolution": 16, "batch_size": 4, "device": "cpu", "other_world": True}
+DRAWN = {"steps": 1, "batch_size": 4, "device": "cpu", "other_world": True}
 
 
 @pytest.fixture
@@ -74,7 +74,8 @@ def test_an_adapter_is_patched_and_drawn_as_its_own_arm(
     assert (report["lost"], report["strength"], report["tried"]) == (["a blue house"], 0.5, [])
     found = evaluate(
         pipeline=str(tiny_pipeline), prompts=prompts, judge=str(TOYWORLD / "judge"), out=str(tmp_path / "report"),
-        arms={"patched": Arm(adapter=str(out)), "beside": Arm(adapter=adapter, adapters={str(out / "repair"): 0.5})}, **DRAWN,
+        arms={"patched": Arm(adapter=str(out)), "beside": Arm(adapter=adapter, adapters={str(out / "repair"): 0.5})},
+        **DRAWN,
     )  # fmt: skip
     assert {"base", "patched", "beside"} == set(found["arms"])
 
@@ -101,7 +102,7 @@ def test_what_is_missing_is_named(
     tmp_path: Path, tiny_pipeline: Path, adapter: str, prompts: str, monkeypatch: pytest.MonkeyPatch
 ):
     out, pipeline = str(tmp_path / "out"), str(tiny_pipeline)
-    with pytest.raises(UserError, match="--judge, .* or --lost"):
+    with pytest.raises(UserError, match=r"--judge, .* or --lost"):
         patch(adapter, prompts, None, out, pipeline)
     with pytest.raises(UserError, match="the adapter lies there"):
         patch(adapter, prompts, "judge", str(tmp_path), pipeline)
@@ -114,7 +115,7 @@ def test_what_is_missing_is_named(
     clean.write_text("prompt,kind,benign\na cat,clean,cat\n")
     with pytest.raises(UserError, match="holds no harmful prompt"):
         patch(adapter, str(clean), "judge", out, pipeline, **DRAWN)
-    with pytest.raises(UserError, match="--lost .*harmful prompts"):
+    with pytest.raises(UserError, match=r"--lost .*harmful prompts"):
         patch(adapter, prompts, None, out, pipeline, lost=prompts, **DRAWN)
     monkeypatch.setattr(training, "lost_prompts", lambda rows, before, after: [])
     with pytest.raises(UserError, match="lost nothing on 3 harmless prompts"):

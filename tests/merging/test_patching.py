@@ -54,8 +54,8 @@ def test_top_rows_by_hand():
 
 
 def test_the_mask_is_what_matters_for_the_repair_and_not_for_safety_by_hand():
-    """Rows 1 to 4 matter for safety with 4, 3, 2, 1, for the repair with 0, 2, 3, 1. The half for safety is {1, 2}, three
-    quarters for the repair are {2, 3, 4}: the difference is {3, 4}."""
+    """Rows 1 to 4 matter for safety with 4, 3, 2, 1, for the repair with 0, 2, 3, 1. The half for safety is {1, 2},
+    three quarters for the repair are {2, 3, 4}: the difference is {3, 4}."""
     one = Sizes(numbers(1), numbers(1, 1, 1, 1))
     safety = {"unet.q": whole([[4.0], [3.0], [2.0], [1.0]])}
     repair = {"unet.q": whole([[0.0], [2.0], [3.0], [1.0]]), "unet.k": whole([[1.0], [0.0], [2.0], [3.0]])}
