@@ -31,6 +31,7 @@ OTHER_COMMANDS = {
     "cost-model": "how right a cost model is, on labelled shards and on drawn images",
     "init": "write the config of a method into a folder, to be edited",
     "merge": "merge LoRA experts into one, in delta space",
+    "patch": "give an aligned adapter back the harmless things that it lost",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",

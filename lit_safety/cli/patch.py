@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
-from lit_safety.merging.patching import RepairOptions
+from lit_safety.merging.options import RepairOptions
 
 if TYPE_CHECKING:
     from lit_safety.adapters.low_rank import LowRank

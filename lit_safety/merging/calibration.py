@@ -343,7 +343,8 @@ def base_layer(denoiser: nn.Module, name: str, parts: Sequence[LowRank], method:
     """
     component, layer = name.split(".", 1)
     if component.startswith("text_encoder"):
-        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}; use another --method")
+        instead = "; use another --method" if method != "patch" else ""
+        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}{instead}")
     try:
         module = denoiser.get_submodule(layer)
     except AttributeError:

@@ -75,12 +75,14 @@ class Keeper:
         self._inputs: list[dict[str, Any]] = []
         self._experts: list[dict[str, Any]] = []
         self._hashes: dict[str, str] = {}
-        folder.mkdir(parents=True)
+        with self._writing():
+            folder.mkdir(parents=True)
         if kept is not None:
             self._inputs, self._experts = list(kept.index["inputs"]), list(kept.index["experts"])
             self._hashes = dict(kept.index["files"])
             for name in self._hashes:
-                shutil.copyfile(kept.folder / name, folder / name)
+                with self._writing():
+                    shutil.copyfile(kept.folder / name, folder / name)
 
     def add(self, who: str | None, halves: Mapping[tuple[str, ...], Halves]) -> None:
         """Keep what was measured of some inputs, by the layers that are fed with each."""
@@ -132,15 +134,25 @@ class Keeper:
             "inputs": self._inputs,
             "files": self._hashes,
         }
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        with self._writing():
+            (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         return self.folder
 
     def _write(self, kind: str, tensors: Mapping[str, Tensor]) -> str:
         name = f"{kind}-{len(self._hashes)}.safetensors"
-        # q, k and v of a layer may share a factor; in two steps, so that a full disk is an OSError
-        (self.folder / name).write_bytes(save({key: one.detach().clone().contiguous() for key, one in tensors.items()}))
+        # q, k and v of a layer may share a factor
+        content = save({key: one.detach().clone().contiguous() for key, one in tensors.items()})
+        with self._writing():
+            (self.folder / name).write_bytes(content)
         self._hashes[name] = file_sha256(self.folder / name)
         return name
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"statistics cannot be written to {self.folder} ({error.strerror or error})") from error
 
 
 @dataclass
@@ -266,12 +278,13 @@ def keeping(out: Path, wanted: bool, kept: KeptStatistics | None = None) -> Iter
     if not wanted:
         yield None
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=f".{out.name}-statistics-", dir=out.parent) as work:
-            yield Keeper(Path(work) / FOLDER, kept)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = TemporaryDirectory(prefix=f".{out.name}-statistics-", dir=out.parent)
     except OSError as error:
         raise UserError(f"{out}: its statistics cannot be written ({error.strerror or error})") from error
+    with work as folder:
+        yield Keeper(Path(folder) / FOLDER, kept)
 
 
 class Used(Collection[str]):

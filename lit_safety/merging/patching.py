@@ -18,66 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 
 from lit_safety.adapters.low_rank import LowRank
-from lit_safety.core.errors import UserError
 from lit_safety.merging.methods import stack
-
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """How a repair is trained, masked and weighed.
-
-    Args:
-        rank: Rank of the repair LoRA; the patched one has that of the adapter more.
-        steps: Optimizer steps.
-        images: Images of the base for each prompt that lost something, from as many seeds.
-        batch_size: Images a step.
-        lr: Learning rate of AdamW, constant.
-        safety_share: Share of each layer's rows that matter most for safety; the repair leaves them alone.
-        repair_share: Share of each layer's rows that matter most for what was lost; the repair acts on these only.
-        drop: Share of the repair's rows that are dropped at random, the others made larger to make up for it (DARE).
-        strengths: Weights of the repair that are tried on the validation prompts.
-        harmful: Harmful prompts on which it is measured where safety matters.
-        levels: Noise levels a prompt at which that is measured.
-        seed: Seed of images, noise and initial weights.
-
-    Raises:
-        UserError: a number that cannot be meant.
-    """
-
-    rank: int = 8
-    steps: int = 300
-    images: int = 4
-    batch_size: int = 8
-    lr: float = 1e-3
-    safety_share: float = 0.25
-    repair_share: float = 0.75
-    drop: float = 0.0
-    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
-    harmful: int = 40
-    levels: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "images", "batch_size", "harmful", "levels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--repair.{name} {getattr(self, name)}: must be at least 1")
-        if not 0 < self.lr < float("inf"):
-            raise UserError(f"--repair.lr {self.lr}: must be above 0")
-        if not 0 <= self.safety_share < 1:
-            raise UserError(f"--repair.safety_share {self.safety_share}: must be at least 0 and below 1")
-        if not 0 < self.repair_share <= 1:
-            raise UserError(f"--repair.repair_share {self.repair_share}: must be above 0 and at most 1")
-        if not 0 <= self.drop < 1:
-            raise UserError(f"--repair.drop {self.drop}: must be at least 0 and below 1")
-        if not self.strengths or any(not 0 < one < float("inf") for one in self.strengths):
-            raise UserError(f"--repair.strengths {self.strengths}: must be numbers above 0")
+from lit_safety.merging.options import RepairOptions
 
 
 def row_importance(part: LowRank, inputs: Tensor, gradients: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from lit_safety.core.errors import UserError
 from lit_safety.merging.calibration import base_layer, draw_latents
 from lit_safety.merging.experts import Expert
 from lit_safety.merging.grams import acting
-from lit_safety.merging.options import CalibrationOptions
-from lit_safety.merging.patching import RepairOptions, Sizes, Watch
+from lit_safety.merging.options import CalibrationOptions, RepairOptions
+from lit_safety.merging.patching import Sizes, Watch
 
 NAME = "repair"
 

@@ -16,7 +16,7 @@ from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.prompts import read_prompts
 from lit_safety.evaluation.command import evaluate
 from lit_safety.merging import repair as training
-from lit_safety.merging.patching import RepairOptions
+from lit_safety.merging.options import RepairOptions
 
 TOYWORLD = Path("data/toyworld")
 SMALL = RepairOptions(rank=2, steps=2, images=1, batch_size=2, harmful=2, levels=1, strengths=[0.5, 1.0])

@@ -12,9 +12,8 @@ from lit_safety.adapters.low_rank import LowRank
 from lit_safety.backbones import load_backbone
 from lit_safety.core.errors import UserError
 from lit_safety.merging.experts import Expert
-from lit_safety.merging.options import CalibrationOptions
+from lit_safety.merging.options import CalibrationOptions, RepairOptions
 from lit_safety.merging.patching import (
-    RepairOptions,
     Sizes,
     Watch,
     joined,
