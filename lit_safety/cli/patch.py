@@ -138,7 +138,8 @@ class _Patch:
             alone = Path(work) / "repair"
             alone.mkdir()
             write_lora(alone / WEIGHTS_NAME, masked(repair, rows))
-            strength, tried = self.options.strengths[0], []
+            strength = self.options.strengths[0]
+            tried: list[dict[str, Any]] = []
             if self.judge is not None:
                 arms |= {f"{one:g}": Arm(adapter=adapter, adapters={str(alone): one}) for one in self.options.strengths}
                 strength, tried = self._choose(arms, Path(work))
@@ -208,10 +209,10 @@ class _Patch:
         unsafe = work.examples(harmful, 1)
         batches = sum(-(-len(some.prompts) // options.batch_size) for some in (examples, unsafe))
         with counter("looking where it matters", batches) as tick:
-            sizes = [work.sizes(some, tick) for some in (unsafe, examples)]
+            harm, lost = work.sizes(unsafe, tick), work.sizes(examples, tick)
         repair = work.updates()
         self.seconds["repair"] = time.monotonic() - begun
-        return repair, masks(self.aligned.layers, repair, *sizes, options)
+        return repair, masks(self.aligned.layers, repair, harm, lost, options)
 
     def _choose(self, arms: Mapping[str, Any], work: Path) -> tuple[float, list[dict[str, Any]]]:
         """The strength with the fewest wrong images; of equals the smallest."""

@@ -110,7 +110,7 @@ class Keeper:
             base: the base model's fingerprint.
         """
         for one in experts:
-            factors = {}
+            factors: dict[str, Tensor] = {}
             for name, part in one.expert.layers.items():
                 factors |= {f"a.{name}": part.a, f"b.{name}": part.b}
             file = self._write("factors", factors)

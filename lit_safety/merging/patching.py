@@ -110,7 +110,9 @@ class Watch:
             if not output.requires_grad:  # nothing below it is trained; cloned, as what follows may write into it
                 output = output.detach().requires_grad_(True).clone()
             self._inputs[name].append(_mean(module, given[0].detach()))
-            output.register_hook(lambda gradient: self._gradients[name].append(_mean(module, gradient)))
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._gradients[name].append(_mean(module, gradient))
+            )
             return output
 
         return note

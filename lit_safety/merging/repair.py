@@ -95,7 +95,7 @@ class Repair:
                 if not bool(torch.isfinite(loss)):
                     raise UserError(f"--repair.lr {options.lr}: the loss is not finite at step {step + 1}; give less")
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             yield float(loss)
 
@@ -118,7 +118,8 @@ class Repair:
             rows = list(range(start, min(start + size, len(examples.prompts))))
             for level in range(self.options.levels):
                 with torch.enable_grad():
-                    self._distance(examples, rows, level, watch, (level + 0.5) / self.options.levels).sum().backward()
+                    loss = self._distance(examples, rows, level, watch, (level + 0.5) / self.options.levels).sum()
+                    loss.backward()  # type: ignore[no-untyped-call]
             tick()
         for parameter in self._parameters:
             parameter.grad = None
