@@ -81,7 +81,7 @@ def patch(
             refuse_reports_own(file, option)
     if judge is None and lost is None:
         raise UserError("patch: give --judge, which finds what was lost, or --lost, a file of prompts that were")
-    how = DrawingSettings(**drawing)
+    how = DrawingSettings(edit=None, **drawing)
     _check_out(Path(out), Path(adapter))
     check_writable(Path(out))
     (aligned,) = read_experts([adapter], pipeline)
@@ -197,7 +197,7 @@ class _Patch:
             steps=self.how.steps, guidance=self.how.guidance, batch_size=min(self.how.batch_size, options.batch_size)
         )
         backbone = load_backbone(self.base, key="--pipeline").to(_device(self.how.device))
-        work: Repair = Repair(backbone, self.aligned, drawing, options)
+        work: Repair = Repair(backbone, self.aligned, drawing, options, self.how.resolution)
         examples = work.examples(found, options.images)
         loss: list[float] = []
         with counter("training the repair", options.steps) as tick:

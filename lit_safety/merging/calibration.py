@@ -254,8 +254,11 @@ def measure_activity(
     return activity
 
 
-def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions) -> Tensor:
-    """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
+def draw_latents(
+    backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions, resolution: int | None = None
+) -> Tensor:
+    """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline, in its own resolution unless
+    another is given."""
     from lit_safety.backbones.call import call_options
 
     pipe = backbone.pipeline()
@@ -265,6 +268,7 @@ def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], optio
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
         **call_options(pipe, options.guidance, count=len(prompts)),
+        **({} if resolution is None else {"height": resolution, "width": resolution}),
     ).images
     return backbone.drawn_latents(drawn)
 

@@ -42,14 +42,21 @@ class Repair:
         aligned: the adapter.
         drawing: how images are drawn.
         options: how the repair is trained.
+        resolution: side of the images in pixels; None: the pipeline's own.
 
     Raises:
         UserError: the adapter was made for another backbone.
     """
 
     def __init__(
-        self, backbone: Backbone, aligned: Expert, drawing: CalibrationOptions, options: RepairOptions
+        self,
+        backbone: Backbone,
+        aligned: Expert,
+        drawing: CalibrationOptions,
+        options: RepairOptions,
+        resolution: int | None = None,
     ) -> None:
+        self.resolution = resolution
         self.backbone, self.aligned, self.drawing, self.options = backbone, aligned, drawing, options
         backbone.denoiser.requires_grad_(False)
         backbone.denoiser.eval()
@@ -66,7 +73,9 @@ class Repair:
             for start in range(0, len(asked), self.drawing.batch_size):
                 some = asked[start : start + self.drawing.batch_size]
                 seeds = [sample_seed(self.options.seed, number, prompt) for prompt, number in some]
-                drawn.append(draw_latents(self.backbone, [p for p, _ in some], seeds, self.drawing).float().cpu())
+                prompts_of = [prompt for prompt, _ in some]
+                latents = draw_latents(self.backbone, prompts_of, seeds, self.drawing, self.resolution)
+                drawn.append(latents.float().cpu())
         return Examples([p for p, _ in asked], torch.cat(drawn), [f"{number}/{prompt}" for prompt, number in asked])
 
     def train(self, examples: Examples) -> Iterator[float]:
