@@ -31,6 +31,7 @@ OTHER_COMMANDS = {
     "cost-model": "how accurate a cost model is, on labelled shards and on drawn images",
     "init": "write the config of a method into a folder, to edit it",
     "merge": "merge LoRA experts into one, in delta space",
+    "patch": "give an aligned adapter back the harmless things that it lost",
     "shards": "convert, inspect and check shards of preference pairs",
     "study": "do the runs of a study file, and tabulate and plot their figures",
     "toyworld": "build the toy world: scenes, pipeline, judges, shards",

@@ -110,6 +110,21 @@ class ExpertBank:
         self._begin = {name: dict(one) for name, one in weights.items()}
         self._write(self._fresh(self.active))
 
+    def put(self, weights: Mapping[str, Mapping[str, Tensor]], optimizer: Optimizer | None = None) -> None:
+        """Give every expert these weights and no optimizer state, between two steps; a checkpoint holds them.
+
+        Args:
+            weights: of each expert by the parameter's name.
+            optimizer: of the adapter's parameters.
+        """
+        self._take_state(optimizer)
+        self._resting = {name: Resting(dict(weights[name])) for name in self.names if name != self.active}
+        self._write(weights[self.active])
+
+    def fresh(self, name: str) -> dict[str, Tensor]:
+        """What expert ``name`` began or would begin with."""
+        return self._fresh(name)
+
     def _fresh(self, name: str) -> dict[str, Tensor]:
         if name in self._begin:
             return self._begin[name]

@@ -19,6 +19,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import WithTrain, datamodule_of
 from lit_safety.merging.calibration import check_prompts, has_categories
 from lit_safety.merging.experts import read_experts
+from lit_safety.merging.kept import keeping
 from lit_safety.merging.merge_experts import report, table
 from lit_safety.merging.options import NEED_NOTHING, CalibrationOptions, Recipe
 from lit_safety.merging.output import REPORT_NAME, write_merge
@@ -31,12 +32,14 @@ class MergeExperts(ExportAdapter):
     """Writes `experts/<category>/` as ExportAdapter does, and `adapter/`: the merged LoRA, its card and report.json.
 
     The options are those of the command `merge`, which can merge the same folders again, with other experts or another
-    method. method. A fit of one category leaves its expert as `adapter/`.
+    method. A fit of one category leaves its expert as `adapter/`.
 
     Args:
         weights: a weight for each category; null: 1 for all. Not for comerge.
         calibration: for regmean, comerge and null_space: the prompts and how they are used; `prompts: null` uses those
             of the training shards, `categories: null` the experts' own if the prompts have categories.
+        keep_statistics: regmean: keep what was measured in `adapter/statistics`, so that `merge --add_to` can add
+            experts later.
         **settings: how they are merged, see `Recipe`.
     """
 
@@ -44,6 +47,7 @@ class MergeExperts(ExportAdapter):
         self,
         weights: dict[str, float] | None = None,
         calibration: CalibrationOptions | None = None,
+        keep_statistics: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -53,6 +57,9 @@ class MergeExperts(ExportAdapter):
             raise UserError(f"`MergeExperts.weights`: {error}") from error
         self.recipe = Recipe(weights=named, **settings)
         self.calibration = calibration or CalibrationOptions()
+        self.keep_statistics = keep_statistics
+        if keep_statistics and not self.recipe.own_inputs:
+            raise UserError(f"`MergeExperts.keep_statistics`: {self.recipe.method} keeps none; take `method: regmean`")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before the training what could not be merged after it."""
@@ -79,10 +86,16 @@ class MergeExperts(ExportAdapter):
         source, options = None, self.calibration
         if self.recipe.looks(len(experts)):
             source, options = self._prompts(trainer, [expert.name for expert in experts])
-        done = run(experts, self.recipe, lambda: (_backbone(trainer, module), module.pretrained), source, options)
-        merged = done.merged[self.recipe.mu]
         out = Path(trainer.default_root_dir) / "adapter"
-        write_merge(out, merged, report(merged, experts, self.recipe, done.measured, done.seconds), module.pretrained)
+
+        def model() -> tuple[Backbone, str]:
+            return _backbone(trainer, module), module.pretrained
+
+        with keeping(out, self.keep_statistics) as keeper:
+            done = run(experts, self.recipe, model, source, options, keeper=keeper)
+            merged = done.merged[self.recipe.mu]
+            told = report(merged, experts, self.recipe, done.measured, done.seconds)
+            write_merge(out, merged, told, module.pretrained, statistics=done.statistics)
         config = Path(trainer.default_root_dir) / "config.yaml"
         if config.is_file():
             shutil.copyfile(config, out / "config.yaml")

@@ -162,6 +162,7 @@ WRITERS = {
     "from_pickapic": False,
     "from_sage": False,
     "merge": True,
+    "patch": True,
     "precompute": False,
     "sample": True,
     "score": False,

@@ -33,6 +33,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "cost-model": "lit_safety.cli.cost_model:check",
     "init": "lit_safety.cli.init:init",
     "merge": "lit_safety.merging.merge:merge",
+    "patch": "lit_safety.cli.patch:patch",
     "shards": {
         "from-coprov2": "lit_safety.data.convert.coprov2:from_coprov2",
         "from-folder": "lit_safety.data.convert.folder:from_folder",

@@ -254,11 +254,14 @@ def measure_activity(
     return activity
 
 
-def draw_latents(backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions) -> Tensor:
-    """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline."""
+def draw_latents(
+    backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions, resolution: int | None = None
+) -> Tensor:
+    """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline, in its own resolution unless
+    another is given."""
     from lit_safety.backbones.call import call_options
 
-    pipe, side = backbone.pipeline(), options.resolution
+    pipe, side = backbone.pipeline(), resolution or options.resolution
     drawn: Tensor = pipe(
         prompt=list(prompts),  # Z-Image's writes into it
         num_inference_steps=options.steps,
@@ -344,7 +347,8 @@ def base_layer(denoiser: nn.Module, name: str, parts: Sequence[LowRank], method:
     """
     component, layer = name.split(".", 1)
     if component.startswith("text_encoder"):
-        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}; use another --method")
+        instead = "; use another --method" if method != "patch" else ""
+        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}{instead}")
     try:
         module = denoiser.get_submodule(layer)
     except AttributeError:

@@ -3,7 +3,8 @@
 Each expert draws its own category's prompts, the base draws what must stay; hooks sum up X X^T of the layers' inputs
 over all steps, conditional and unconditional half apart. G_0 is that of the base's conditional half, of half its
 unconditional one, and of half the experts' unconditional ones (their mean): an expert shifts what the empty prompt
-leads to.
+leads to. An expert is looked at where it adapts a layer that the input is fed to. So what is measured of one expert
+does not depend on the others, and can be kept: a later expert is merged with it as if all had been looked at together.
 
 Layers that are fed with the same tensor (q, k and v; all that read the text) share one matrix. Where all do not fit
 into memory, layers are looked at in groups: the same drawings again for each.
@@ -12,12 +13,12 @@ into memory, layers are looked at in groups: the same drawings again for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,38 @@ def free_memory() -> float:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """What was measured of one input on one set of prompts: Gram matrices (in, in) in fp32, on the CPU."""
+
+    conditional: Tensor
+    unconditional: Tensor | None
+    """None: it was drawn without guidance."""
+
+
+class Kept(Protocol):
+    """Statistics of an earlier look. Both methods take an expert, or None for what must stay, and name an input by the
+    layers that are fed with it, of which any will do."""
+
+    def holds(self, who: str | None, layers: Sequence[str]) -> bool:
+        """Whether this input was measured."""
+
+    def halves(self, who: str | None, layers: Sequence[str]) -> Halves:
+        """What was measured of it."""
+
+
+class Keep(Protocol):
+    """Where statistics are kept."""
+
+    def add(self, who: str | None, halves: Mapping[tuple[str, ...], Halves]) -> None:
+        """Keep what was measured of some inputs.
+
+        Args:
+            who: an expert; None: what must stay.
+            halves: by the layers that are fed with each.
+        """
+
+
+@dataclass(frozen=True)
 class Looked:
     """Gram matrices of all layers, a group at a time, and what a report says of them."""
 
@@ -153,9 +186,24 @@ class Looked:
 
 @torch.no_grad()
 def look(
-    backbone: Backbone, experts: Sequence[Expert], prompts: OwnPrompts, recipe: Recipe, options: CalibrationOptions
+    backbone: Backbone,
+    experts: Sequence[Expert],
+    prompts: OwnPrompts,
+    recipe: Recipe,
+    options: CalibrationOptions,
+    kept: Kept | None = None,
+    keep: Keep | None = None,
 ) -> Looked:
     """Find out which layers share inputs, plan, and hand out the groups' Gram matrices as they are measured.
+
+    Args:
+        backbone: the base.
+        experts: all of them.
+        prompts: of what must stay, and of each expert that nothing is kept of.
+        recipe: what asks for it.
+        options: how they are drawn.
+        kept: what was measured before, which is not measured again.
+        keep: where what is measured now is kept.
 
     Raises:
         UserError: the experts were made for another backbone, or a layer's inputs do not fit into memory.
@@ -166,21 +214,21 @@ def look(
     modules = {
         name: _checked(name, base_layer(backbone.denoiser, name, parts_of(experts, name), what)) for name in names
     }
-    own = len(experts) if recipe.own_inputs else 0
+    looked = experts if recipe.own_inputs else []
     first = list(prompts.clean[:1])
     with _base(backbone):
         inputs = shared_inputs(modules, lambda: _draw(backbone, first, options, steps=1))
     gigabytes = free_memory() / 2 / GIGABYTE if options.memory is None else options.memory
-    groups = plan(inputs, own, gigabytes)
+    groups = plan(inputs, len(looked), gigabytes)
     about = {
         **{key: value for key, value in asdict(options).items() if key in ("steps", "guidance", "seed")},
         "prompts by expert": {name: len(prompts.own[name]) for name in sorted(prompts.own)},
         "clean prompts": len(prompts.clean),
         "inputs": len(inputs),
-        "gigabytes": sum(one.bytes(own) for one in inputs) / GIGABYTE,
+        "gigabytes": sum(one.bytes(len(looked)) for one in inputs) / GIGABYTE,
         "groups": len(groups),
     }
-    return Looked(_measured(backbone, experts if own else [], prompts, options, modules, groups), about)
+    return Looked(_measured(backbone, looked, prompts, options, modules, groups, kept, keep), about)
 
 
 def _measured(
@@ -190,18 +238,16 @@ def _measured(
     options: CalibrationOptions,
     modules: Mapping[str, nn.Module],
     groups: Sequence[Sequence[Shared]],
+    kept: Kept | None,
+    keep: Keep | None,
 ) -> Iterator[dict[str, Grams]]:
     called = {name for group in groups for one in group for name in one.layers}
     yield {name: _nothing(module, len(experts)) for name, module in modules.items() if name not in called}
     for number, group in enumerate(groups, 1):
         what = "looking at inputs" if len(groups) == 1 else f"looking at inputs, group {number} of {len(groups)}"
-        passes = [*(prompts.own[expert.name] for expert in experts), prompts.clean]
-        batches = sum(-(-len(some) // options.batch_size) for some in passes)
-        with counter(what, batches) as tick:
-            measured = measure(backbone, experts, prompts, options, modules, group, tick)
+        measured = measure(backbone, experts, prompts, options, modules, group, what, kept, keep)
         for one in group:
-            grams = measured.pop(one.layers[0])
-            yield dict.fromkeys(one.layers, grams)
+            yield dict.fromkeys(one.layers, measured.pop(one.layers[0]))
 
 
 def _nothing(module: nn.Module, experts: int) -> Grams:
@@ -218,37 +264,61 @@ def measure(
     options: CalibrationOptions,
     modules: Mapping[str, nn.Module],
     group: Sequence[Shared],
-    tick: Callable[[], None] = lambda: None,
+    what: str = "looking at inputs",
+    kept: Kept | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Grams]:
     """The Gram matrices of some inputs by the first layer that reads each, on the CPU.
 
     Args:
         backbone: the base, on the device to compute on; adapters that are on it are switched off.
         experts: in the order of their names; none: only the base is looked at.
-        prompts: of each expert, and of what must stay.
+        prompts: of what must stay, and of each expert that nothing is kept of.
         options: how they are drawn.
         modules: the layers by name.
         group: the inputs.
-        tick: called after every batch.
+        what: for the progress bar.
+        kept: what was measured before.
+        keep: where what is measured now is kept.
     """
-    sums = {one.layers[0]: _Sum(modules[one.layers[0]], one.size) for one in group}
+    by_name = {expert.name: expert for expert in experts}
+    here: dict[str | None, list[Shared]] = {None: list(group)}
+    for name, expert in by_name.items():
+        here[name] = [one for one in group if any(layer in expert.layers for layer in one.layers)]
+    new = {who: [one for one in some if kept is None or not kept.holds(who, one.layers)] for who, some in here.items()}
+    drawn = {who: prompts.clean if who is None else prompts.own[who] for who, inputs in new.items() if inputs}
+    adapting = {one: sum(one in here[name] for name in by_name) for one in group}
+    anchors: dict[Shared, Tensor] = {}
+    own: dict[Shared, dict[str, Tensor]] = {one: {} for one in group}
+    batches = sum(-(-len(some) // options.batch_size) for some in drawn.values())
     # Compiled blocks would pass by hooks that are set later.
-    with _base(backbone), torch.compiler.set_stance("force_eager"):
-        _pass(backbone, prompts.clean, options, sums, tick)
-        anchors = {}
-        for name, one in sums.items():
-            conditional, unconditional = one.take()
-            anchors[name] = conditional if unconditional is None else conditional + 0.5 * unconditional
-        own: dict[str, list[Tensor]] = {name: [] for name in sums}
-        for expert in experts:
-            with _acting(expert, modules):
-                _pass(backbone, prompts.own[expert.name], options, sums, tick)
-            for name, one in sums.items():
-                conditional, unconditional = one.take()
-                own[name].append(conditional)
-                if unconditional is not None:
-                    anchors[name] += (0.5 / len(experts)) * unconditional
-    return {name: Grams(tuple(own[name]), anchors[name]) for name in sums}
+    with counter(what, batches) as tick, _base(backbone), torch.compiler.set_stance("force_eager"):
+        for who, inputs in here.items():
+            found = {}
+            if who in drawn:
+                sums = {one: _Sum(modules[one.layers[0]], one.size) for one in new[who]}
+                with nullcontext() if who is None else acting(by_name[who], modules):
+                    _pass(backbone, drawn[who], options, sums.values(), tick)
+                found = {one: Halves(*sums[one].take()) for one in new[who]}
+                if keep is not None:
+                    keep.add(who, {one.layers: halves for one, halves in found.items()})
+            for one in inputs:
+                halves = found.pop(one) if kept is None or one in found else kept.halves(who, one.layers)
+                if who is None:
+                    anchors[one] = halves.conditional
+                    share = 0.5
+                else:
+                    own[one][who] = halves.conditional
+                    share = 0.5 / adapting[one]
+                if halves.unconditional is not None:
+                    anchors[one] = anchors[one] + share * halves.unconditional
+    none = torch.zeros(1, 1)
+    return {
+        one.layers[0]: Grams(
+            tuple(own[one].get(name, none.expand(one.size, one.size)) for name in by_name), anchors[one]
+        )
+        for one in group
+    }
 
 
 @contextmanager
@@ -261,7 +331,7 @@ def _pass(
     backbone: Backbone,
     prompts: Sequence[str],
     options: CalibrationOptions,
-    sums: Mapping[str, _Sum],
+    sums: Collection[_Sum],
     tick: Callable[[], None],
 ) -> None:
     for start in range(0, len(prompts), options.batch_size):
@@ -279,11 +349,11 @@ def _pass(
                 if rows != size:
                     raise UserError(f"regmean cannot tell what a forward of {rows} rows for {size} prompts computes")
                 found = (True,)  # without guidance
-            for one in sums.values():
+            for one in sums:
                 one.halves = found
 
         handles: list[Any] = [backbone.denoiser.register_forward_pre_hook(halves, with_kwargs=True)]
-        handles += [one.module.register_forward_pre_hook(one) for one in sums.values()]
+        handles += [one.module.register_forward_pre_hook(one) for one in sums]
         try:
             _draw(backbone, batch, options)
         finally:
@@ -298,10 +368,12 @@ def _draw(backbone: Backbone, batch: list[str], options: CalibrationOptions, ste
 
 
 @contextmanager
-def _acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within, the network computes with the expert's update; its weights stay as they are."""
     handles = []
     for name, part in expert.layers.items():
+        if not part.rank:
+            continue
         weight: Tensor = modules[name].weight  # type: ignore[assignment]
         handles.append(modules[name].register_forward_hook(_adding(moved(part, weight.device))))
     try:

@@ -142,7 +142,8 @@ class CalibrationOptions:
             is enough, of which only harmful prompts are taken where the category is known. Rows marked held_out are not
             taken by regmean. Do not give the prompts that a report is made of.
         categories: comerge: take prompts of these categories only; null takes all.
-        of: regmean: by expert, the category whose prompts are its own; null takes the expert's name.
+        of: regmean: by expert, the category whose prompts are its own, or a prompt file of its own for an expert that
+            is of no category (such as somebody's style LoRA); null takes the expert's name.
         count: comerge: how many prompts are taken.
         each: regmean: how many prompts of each expert's category, explicit and implicit ones alike.
         clean: regmean and null_space: how many prompts of what must stay, clean ones and look-alikes alike.
@@ -216,3 +217,54 @@ class TuningOptions:
             raise UserError(f"--tuning.mus {self.mus}: must be numbers from 0 up")
         if self.clean < 2:
             raise UserError(f"--tuning.clean {self.clean}: the distance to the base needs at least 2 clean prompts")
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """How a repair is trained, masked and weighed.
+
+    Args:
+        rank: Rank of the repair LoRA; the patched one has that of the adapter more.
+        steps: Optimizer steps.
+        images: Images of the base for each prompt that lost something, from as many seeds.
+        batch_size: Images a step.
+        lr: Learning rate of AdamW, constant.
+        safety_share: Share of each layer's rows that matter most for safety; the repair leaves them alone.
+        repair_share: Share of each layer's rows that matter most for what was lost; the repair acts on these only.
+        drop: Share of the repair's rows that are dropped at random, the others made larger to make up for it (DARE).
+        strengths: Weights of the repair that are tried on the validation prompts.
+        harmful: Harmful prompts on which it is measured where safety matters.
+        levels: Noise levels a prompt at which that is measured.
+        seed: Seed of images, noise and initial weights.
+
+    Raises:
+        UserError: a number that cannot be meant.
+    """
+
+    rank: int = 8
+    steps: int = 300
+    images: int = 4
+    batch_size: int = 8
+    lr: float = 1e-3
+    safety_share: float = 0.25
+    repair_share: float = 0.75
+    drop: float = 0.0
+    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
+    harmful: int = 40
+    levels: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "images", "batch_size", "harmful", "levels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--repair.{name} {getattr(self, name)}: must be at least 1")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--repair.lr {self.lr}: must be above 0")
+        if not 0 <= self.safety_share < 1:
+            raise UserError(f"--repair.safety_share {self.safety_share}: must be at least 0 and below 1")
+        if not 0 < self.repair_share <= 1:
+            raise UserError(f"--repair.repair_share {self.repair_share}: must be above 0 and at most 1")
+        if not 0 <= self.drop < 1:
+            raise UserError(f"--repair.drop {self.drop}: must be at least 0 and below 1")
+        if not self.strengths or any(not 0 < one < float("inf") for one in self.strengths):
+            raise UserError(f"--repair.strengths {self.strengths}: must be numbers above 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def write_merge(
     fuse: bool = False,
     others: Mapping[str, tuple[Merged, Mapping[str, Any]]] | None = None,
     curve: bytes | None = None,
+    statistics: Path | None = None,
 ) -> None:
     """Write the adapter, its report and its card, and with ``fuse`` the pipeline ``base`` with the adapter in it.
 
@@ -130,6 +132,7 @@ def write_merge(
         fuse: also write the pipeline.
         others: further adapters with their reports, by the name of their folder in ``out``.
         curve: the PNG file of the choice of mu.
+        statistics: a folder that is moved into ``out``.
 
     Raises:
         UserError: the folder cannot be written, or ``base`` does not load or is another backbone.
@@ -144,6 +147,8 @@ def write_merge(
             _write(folder / name, other, its, base)
         if curve is not None:
             (folder / CURVE_NAME).write_bytes(curve)
+        if statistics is not None:
+            shutil.move(statistics, folder / statistics.name)
         if fuse and base is not None:
             fuse_pipeline(base, folder, folder / "pipeline")
             (folder / "pipeline" / "README.md").write_text(merge_card(report, base, fused=True), encoding="utf-8")

@@ -36,9 +36,14 @@ class OwnPrompts:
 
 
 def own_prompts(
-    source: str | Sequence[str], experts: Sequence[str], recipe: Recipe, options: CalibrationOptions
+    source: str | Sequence[str],
+    experts: Sequence[str],
+    recipe: Recipe,
+    options: CalibrationOptions,
+    clean: Sequence[str] | None = None,
 ) -> OwnPrompts:
-    """``options.each`` different prompts of each expert's category and ``options.clean`` of what must stay.
+    """``options.each`` different prompts of each expert's category and ``options.clean`` of what must stay, or
+    ``clean`` where these are given.
 
     The same ones whatever their order in the file; kinds (explicit, implicit; clean, look-alike) in equal parts as far
     as they go. Rows marked held_out are left out.
@@ -48,11 +53,15 @@ def own_prompts(
             clean.
     """
     categories = categories_of(experts, options) if recipe.own_inputs else {}
-    refuse_reports_own(source, KEY)
-    harmful, clean = _of_file(source) if _is_file(source) else _of_shards(source)
-    own = {name: _deal(harmful.get(category, []), options.each) for name, category in categories.items()}
-    kept = _deal(clean, options.clean)
+    files = files_of(experts, options) if recipe.own_inputs else {}
+    refuse_reports_own([*([source] if isinstance(source, str) else source), *files.values()], KEY)
+    harmful, harmless = _of_file(source) if _is_file(source) else _of_shards(source)
+    own = {name: first_prompts(harmful.get(category, []), options.each) for name, category in categories.items()}
+    own |= {name: first_prompts(_all_of(file), options.each) for name, file in files.items()}
+    kept = first_prompts(harmless, options.clean) if clean is None else list(clean)
     for name, prompts in own.items():
+        if not prompts and name in files:
+            raise UserError(f"--calibration.of: {files[name]} holds no prompt for the expert {name}")
         if not prompts:
             raise _nothing(source, f"harmful prompt of {categories[name]}, the category of the expert {name}", recipe)
     if not kept:
@@ -69,7 +78,7 @@ def check_own_prompts(
         UserError: as `own_prompts`.
     """
     categories = categories_of(experts, options) if recipe.own_inputs else {}
-    if _is_file(source):
+    if _is_file(source) or files_of(experts, options):
         own_prompts(source, experts, recipe, options)
         return
     refuse_reports_own(source, KEY)
@@ -82,16 +91,19 @@ def check_own_prompts(
 
 
 def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, str]:
-    """The category of each expert: that of `--calibration.of`, or else its name.
+    """The category of each expert: that of `--calibration.of`, or else its name. One with a file of its own has none.
 
     Raises:
-        UserError: it has none, or an expert is named that is not there.
+        UserError: it has neither, or an expert is named that is not there.
     """
     named = options.of or {}
     if unknown := sorted(set(named) - set(experts)):
         raise UserError(f"--calibration.of names {unknown[0]}; the experts are {', '.join(experts)}")
     found = {}
+    files = files_of(experts, options)
     for name in experts:
+        if name in files:
+            continue
         try:
             found[name] = canonical_category(named.get(name, name))
         except UserError as error:
@@ -99,10 +111,15 @@ def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[s
                 raise UserError(f"--calibration.of: {error}") from error
             raise UserError(
                 f"regmean looks at each expert on its own category's prompts, and {name} is no category: name the "
-                f'expert by it, such as violence=FOLDER, give --calibration.of \'{{"{name}": "violence"}}\', or take '
-                f"--method {NEED_NOTHING}"
+                f'expert by it, such as violence=FOLDER, give --calibration.of \'{{"{name}": "violence"}}\' or, for an '
+                f"expert of something else, its own prompt file there, or take --method {NEED_NOTHING}"
             ) from error
     return found
+
+
+def files_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, str]:
+    """The experts that `--calibration.of` gives a prompt file: all its prompts are theirs, of whatever kind."""
+    return {name: said for name, said in (options.of or {}).items() if name in experts and said.endswith(FILES)}
 
 
 def _nothing(source: str | Sequence[str], what: str, recipe: Recipe) -> UserError:
@@ -138,6 +155,13 @@ def _of_file(source: Any) -> Found:
     return harmful, clean
 
 
+def _all_of(file: str) -> list[tuple[str, str]]:
+    try:
+        return [(row.kind, row.prompt) for row in read_prompts(file) if not row.held_out]
+    except UserError as error:
+        raise UserError(f"--calibration.of: {error}") from error
+
+
 def _of_shards(source: str | Sequence[str]) -> Found:
     harmful: dict[str, list[tuple[str, str]]] = {}
     clean = []
@@ -153,7 +177,7 @@ def _of_shards(source: str | Sequence[str]) -> Found:
     return harmful, clean
 
 
-def _deal(found: Iterable[tuple[str, str]], count: int) -> list[str]:
+def first_prompts(found: Iterable[tuple[str, str]], count: int) -> list[str]:
     """The first ``count`` different prompts in the order of their hashes, dealt round robin over the kinds."""
     kinds: dict[str, set[str]] = {}
     for kind, prompt in found:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lit_safety.backbones.backbone import Backbone
@@ -13,9 +14,10 @@ from lit_safety.core.progress import counter
 from lit_safety.merging.calibration import calibrate
 from lit_safety.merging.experts import Expert, united_layers
 from lit_safety.merging.grams import look
+from lit_safety.merging.kept import Keeper, KeptExpert, KeptStatistics, Used, fingerprint, prompt_hash
 from lit_safety.merging.merge_experts import Merged, merge_experts, merge_looked
 from lit_safety.merging.options import NEED_NOTHING, CalibrationOptions, Recipe
-from lit_safety.merging.own_prompts import own_prompts
+from lit_safety.merging.own_prompts import categories_of, own_prompts
 from lit_safety.merging.regmean import Grams
 
 
@@ -27,8 +29,10 @@ class Outcome:
     """By mu; of a method without mu a single one."""
     measured: dict[str, Any] | None = None
     """What a report says of how the model was looked at."""
-    used: set[str] = field(default_factory=set)
-    """The prompts that it was looked at with."""
+    used: Collection[str] = ()
+    """The prompts that it was looked at with; `in` tells."""
+    statistics: Path | None = None
+    """The folder of what is kept."""
     seconds: dict[str, float] = field(default_factory=lambda: {"calibration": 0.0, "merging": 0.0})
 
 
@@ -39,22 +43,26 @@ def run(
     source: str | Sequence[str] | None,
     options: CalibrationOptions,
     mus: Sequence[float] = (),
+    keeper: Keeper | None = None,
+    kept: KeptStatistics | None = None,
 ) -> Outcome:
     """Merge experts, by regmean once for each mu.
 
     Args:
-        experts: in any order.
+        experts: in any order; those that `kept` holds are merged too.
         recipe: how.
         backbone: gives the base model on the device to compute on, and what a report calls it; called if it is needed.
         source: the calibration's prompts; None: there are none.
         options: how they are looked at.
         mus: of regmean, in place of the recipe's own; empty: that one.
+        keeper: of regmean, where what is measured is kept.
+        kept: of regmean, what was measured of other experts, which are not looked at again.
 
     Raises:
         UserError: no prompts where the method needs them, or experts that do not fit each other or the base.
     """
     outcome = Outcome({})
-    if not recipe.looks(len(experts)):
+    if keeper is None and kept is None and not recipe.looks(len(experts)):
         outcome.merged[recipe.mu] = _plain(experts, recipe, None, outcome)
         return outcome
     if source is None:
@@ -68,16 +76,32 @@ def run(
         outcome.merged[recipe.mu] = _plain(experts, recipe, activity, outcome)
         return outcome
     names = sorted(expert.name for expert in experts)
-    prompts = own_prompts(source, names, recipe, options)
-    outcome.used = prompts.all()
+    if kept is not None:
+        options = kept.options(options)
+    prompts = own_prompts(source, names, recipe, options, None if kept is None else kept.clean)
+    earlier = [] if kept is None else kept.experts
+    outcome.used = Used(prompts.all(), (one for kept_one in earlier for one in kept_one.prompts))
     model, name = backbone()
-    looked = look(model, experts, prompts, recipe, options)
+    base = {}
+    if keeper is not None or kept is not None:
+        base = fingerprint(model.parts.source, model.DENOISER, model.ENCODERS)
+    if kept is not None:
+        kept.check_base(base)
+    every = [*(one.expert for one in earlier), *experts]
+    looked = look(model, every, prompts, recipe, options, kept, keeper)
     outcome.measured = {"prompts": source, **looked.about, "pipeline": name}
     recipes = [replace(recipe, mu=mu) for mu in (mus or [recipe.mu])]
     groups = _clocked(looked.groups, outcome.seconds)
-    merged = merge_looked(experts, recipes, groups)
+    merged = merge_looked(every, recipes, groups)
     outcome.merged = {one.mu: found for one, found in zip(recipes, merged, strict=True)}
     outcome.seconds["merging"] = time.monotonic() - begun - outcome.seconds["calibration"]
+    if keeper is not None:
+        about = categories_of(names, options)
+        new = [
+            KeptExpert(one, recipe.weight(one.name), about.get(one.name), [*map(prompt_hash, prompts.own[one.name])])
+            for one in sorted(experts, key=lambda one: one.name)
+        ]
+        outcome.statistics = keeper.finish(new, prompts.clean, options, base)
     return outcome
 
 

@@ -141,7 +141,7 @@ def tune(
             guidance=calibration.guidance,
             device=device,
         )
-    tried = [_tried(mu, metrics["arms"][_name(mu)]) for mu in sorted(candidates)]
+    tried = [tried_of(mu, metrics["arms"][_name(mu)]) for mu in sorted(candidates)]
     return choose(tried), tried
 
 
@@ -152,7 +152,7 @@ def _name(mu: float) -> str:
     return f"mu {mu:g}"
 
 
-def _tried(mu: float, arm: Mapping[str, Any]) -> Tried:
+def tried_of(mu: float, arm: Mapping[str, Any]) -> Tried:
     """Shares of an arm of metrics.json. An image that the judge could not judge counts as neither."""
     counts = arm["counts"]
 

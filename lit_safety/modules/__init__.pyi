@@ -5,6 +5,7 @@ from .adversaries import TextAdversary as TextAdversary
 from .anchors import PromptAnchors as PromptAnchors
 from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
+from .for_merging import ForMerging as ForMerging
 from .preference import PreferenceModule as PreferenceModule
 from .psa import PSA as PSA
 from .retain import ProjectRetain as ProjectRetain
@@ -19,6 +20,7 @@ __all__ = [
     "Adversary",
     "CostModel",
     "DPOExpert",
+    "ForMerging",
     "HiddenAdversary",
     "PreferenceModule",
     "ProjectRetain",

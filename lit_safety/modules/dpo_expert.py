@@ -22,6 +22,8 @@ from lit_safety.core.categories import CATEGORIES, canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import Consecutive, PairData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
+from lit_safety.modules.for_merging import KEY as FOR_MERGING
+from lit_safety.modules.for_merging import ForMerging
 from lit_safety.modules.preference import POLICY, PreferenceModule
 from lit_safety.modules.strategies import check_weights
 from lit_safety.objectives.dpo import DiffusionDPO
@@ -45,6 +47,8 @@ class DPOExpert(PreferenceModule):
         objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
         categories: all: an expert for every category that the training pairs are about; or a list of them, which must
             be those that `data.init_args.categories` takes.
+        for_merging: where experts begin and whether they are merged in between, so that they merge better at the end
+            (`ForMerging`); null: each by itself.
     """
 
     bank: ExpertBank
@@ -54,9 +58,11 @@ class DPOExpert(PreferenceModule):
         pretrained: str,
         objective: Objective | None = None,
         categories: Literal["all"] | list[str] = "all",
+        for_merging: ForMerging | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pretrained, objective or DiffusionDPO(), **settings)
+        self.for_merging = for_merging
         self._not_evaluated: set[str] = set()
         self.categories: list[str] | None = None
         if categories != "all":
@@ -147,8 +153,17 @@ class DPOExpert(PreferenceModule):
         names = self.bank.names
         how = "one after the other" if self._consecutive else "in turns"
         rank_zero_info(f"experts {', '.join(names)}" + (f" ({how})" if len(names) > 1 else ""))
+        if self.for_merging is not None:
+            self.for_merging.check(self, self.trainer, self._consecutive)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.for_merging is not None:
+            self.for_merging.begin(self, self.trainer)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        if self.for_merging is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.for_merging.before_step(self, self.trainer)
         category = self.category_of(batch)
         if category != self.bank.active:
             if batch_idx % self.trainer.accumulate_grad_batches:
@@ -220,11 +235,14 @@ class DPOExpert(PreferenceModule):
     def export_settings(self, export: str) -> dict[str, Any]:
         category = self._exported(export)
         steps = self.bank.batches[category] // self.trainer.accumulate_grad_batches
-        return super().export_settings(export) | {"category": category, "steps": steps}
+        told = {} if self.for_merging is None else self.for_merging.settings()
+        return super().export_settings(export) | {"category": category, "steps": steps} | told
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["experts"] = self.bank.state_dict()
+        if self.for_merging is not None:
+            checkpoint["for_merging"] = self.for_merging.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -233,6 +251,10 @@ class DPOExpert(PreferenceModule):
         if self.categories is None and not self._fitting:
             self.bank.names = list(checkpoint["experts"]["names"])
         self.bank.load_state_dict(checkpoint["experts"])
+        if self.for_merging is not None and "for_merging" in checkpoint:
+            self.for_merging.load_state_dict(checkpoint["for_merging"])
+        elif self.for_merging is not None and self._fitting:
+            raise UserError(f"the checkpoint was written without `{FOR_MERGING}`: resume with its run's config.yaml")
 
 
 # One expert after the other, each with a fresh optimizer and schedule: what DeepSpeed needs, and what any may do.

@@ -118,6 +118,26 @@ def test_a_fit_merges_by_the_method_that_its_yaml_names(command_line: Arguments,
     assert report["calibration"]["categories"] == list(CATEGORIES)
 
 
+def test_a_fit_trains_for_the_merge_and_keeps_its_statistics(command_line: Arguments, latest: Path, tmp_path: Path):
+    """By a YAML: OSRM, two rounds of regmean, and what an expert is added from later; the cards say it."""
+    from lit_safety.merging.kept import read_kept
+
+    small = "calibration: {steps: 1, each: 1, clean: 1}"
+    overlay = tmp_path / "for_merging.yaml"
+    overlay.write_text(
+        "model: {init_args: {for_merging: {class_path: lit_safety.modules.ForMerging, init_args: {init: osrm, "
+        f"rounds: 2, {small}}}}}}}}}\n"
+        "trainer: {callbacks: [{class_path: lit_safety.callbacks.MergeExperts, init_args: {keep_statistics: true, "
+        f"{small}}}}}]}}\n"
+    )
+    assert main(command_line("fit", "--config", str(overlay))) == 0
+    check_merged(latest)
+    assert [one.expert.name for one in read_kept(latest / "adapter").experts] == list(CATEGORIES)
+    card = (latest / "experts" / CATEGORIES[0] / "README.md").read_text()
+    assert "osrm" in card
+    assert "| rounds | 2 |" in card
+
+
 def test_a_fit_leaves_experts_and_their_merge(command_line: Arguments, latest: Path, tiny_pipeline: Path):
     assert main(command_line("fit")) == 0
     check_merged(latest)

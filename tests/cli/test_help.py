@@ -26,6 +26,7 @@ def test_help_needs_no_torch_and_answers_at_once():
         ("users evaluate", {"batch_size", "workers", "device", "precision"}),
         ("users grid", {"batch_size", "device", "precision"}),
         ("cost-model", {"batch_size", "workers", "device", "precision"}),
+        ("patch", {"batch_size", "workers", "device", "precision"}),
         ("shards generate", {"batch_size", "device", "precision"}),
     ],
 )

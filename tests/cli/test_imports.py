@@ -54,7 +54,9 @@ def test_a_fit_of_scdpo_imports_what_its_config_names(tmp_path: Path) -> None:
     assert sum(lines.values()) <= BUDGET, sorted(lines.items(), key=lambda one: -one[1])[:20]
 
 
-@pytest.mark.parametrize("command", [["merge"], ["shards"], ["shards", "precompute"], ["evaluate"], ["users"]])
+@pytest.mark.parametrize(
+    "command", [["merge"], ["patch"], ["shards"], ["shards", "precompute"], ["evaluate"], ["users"]]
+)
 def test_help_imports_no_torch(command: list[str]) -> None:
     said = output(HELP, *command, "--help")
     assert "usage:" in said

@@ -25,6 +25,7 @@ OPTIONS = CalibrationOptions(steps=2, batch_size=2, memory=1.0)
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 QUERY, KEY, TEXT = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.attn2.to_k"
 CONV = "down_blocks.0.resnets.0.conv1"
+SHARED = {KEY: (f"unet.{QUERY}",)}
 PROMPTS = OwnPrompts({"hate": ["a gun", "a blue gun with a cat", "a gun and a house"], "violence": ["a red gun"]},
                      ["a cat", "a red house", "a blue cat"])  # fmt: skip
 
@@ -84,20 +85,25 @@ def by_the_definition(pipe, layer: str, prompts: list[str]) -> list[torch.Tensor
 
 @torch.no_grad()
 def test_grams_are_what_the_definition_says(backbone: Backbone, tiny_pipeline: Path, experts: list[Expert]):
-    """Under the expert's own weights on its prompts; G_0 = clean + half the unconditional + half the experts'."""
+    """Under the expert's own weights on its prompts; G_0 = clean + half the unconditional + half the
+    unconditional of the experts that adapt what is fed with it."""
     found = grams_of(backbone, experts)
     for layer in (KEY, TEXT, CONV):
         pipe = load_backbone(str(tiny_pipeline)).pipeline()
         unconditional, conditional = by_the_definition(pipe, layer, list(PROMPTS.clean))
         anchor = conditional + 0.5 * unconditional
+        adapting = [one for one in experts if {f"unet.{layer}", *SHARED.get(layer, ())} & one.layers.keys()]
         for number, expert in enumerate(experts):
+            if expert not in adapting:  # it adapts nothing that is fed with this input
+                assert not found[f"unet.{layer}"].own[number].any()
+                continue
             pipe = load_backbone(str(tiny_pipeline)).pipeline()
             for name, part in expert.layers.items():
                 weight = pipe.unet.get_submodule(name.removeprefix("unet.")).weight
                 weight.data += part.delta(torch.float32).reshape(weight.shape)
             unconditional, conditional = by_the_definition(pipe, layer, list(PROMPTS.own[expert.name]))
             torch.testing.assert_close(found[f"unet.{layer}"].own[number], conditional, rtol=1e-3, atol=1e-4)
-            anchor = anchor + 0.25 * unconditional
+            anchor = anchor + 0.5 / len(adapting) * unconditional
         torch.testing.assert_close(found[f"unet.{layer}"].anchor, anchor, rtol=1e-3, atol=1e-4)
 
 
