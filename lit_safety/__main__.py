@@ -30,6 +30,7 @@ OTHER_COMMANDS = {
     "compare": "print several metrics.json in one table",
     "cost-model": "how right a cost model is, on labelled shards and on drawn images",
     "init": "write the config of a method into a folder, to be edited",
+    "judge-audit": "measure how right a judge is on labelled images",
     "merge": "merge LoRA experts into one, in delta space",
     "shards": "convert, look at and check shards of preference pairs",
     "study": "do the runs of a study file, note their figures, tabulate and plot them",
@@ -48,7 +49,7 @@ def usage() -> str:
     """The top-level help."""
     lines = ["usage: python -m lit_safety COMMAND [--help] [options]", ""]
     lines += ["Make text-to-image models safe by preference optimisation.", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | OTHER_COMMANDS).items()]
+    lines += [f"  {name:<11} {text}" for name, text in (TRAINER_COMMANDS | OTHER_COMMANDS).items()]
     lines += ["", "`COMMAND --help` explains a command's options; the README shows the first steps."]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.images import FORMATS
 from lit_safety.core.tables import decimal_number, whole_number
 from lit_safety.drawing.prompt_rows import Record, read_records
+from lit_safety.drawing.questions import Question, read_questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -26,7 +27,7 @@ Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
-OWN = (*COLUMNS, "unnamed", "guidance", "pair")
+OWN = (*COLUMNS, "unnamed", "guidance", "pair", "questions")
 """The columns of our own files; all but `prompt` have a default."""
 TEXT = ("adv_prompt", "prompt", "sensitive prompt", "caption")
 """Where the prompt stands, the first that is there."""
@@ -79,6 +80,8 @@ class Prompt:
     """Whom a pipeline with a user adapter draws it for; None: the null user."""
     unnamed: tuple[str, ...] = ()
     """Those of `benign` that stand in no pair and no prompt that alignment or selection saw."""
+    questions: tuple[Question, ...] = ()
+    """What can be asked about its image, with the answers that it states."""
     place: Place | None = field(default=None, compare=False)
     """None: the row has no image of its own, as the text that an adversarial prompt of the same row was made from."""
     kind_said: bool = field(default=True, compare=False)
@@ -102,14 +105,20 @@ class PromptSet(list[Prompt]):
         prompts: in the file's order.
         without_prompt: the places of rows that hold no prompt and are left out.
         own_seeds: whether every seed stands in the file; else some were made from what the rows say.
+        columns: the file's.
     """
 
     def __init__(
-        self, prompts: Iterable[Prompt] = (), without_prompt: Sequence[Place] = (), own_seeds: bool = False
+        self,
+        prompts: Iterable[Prompt] = (),
+        without_prompt: Sequence[Place] = (),
+        own_seeds: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
         super().__init__(prompts)
         self.without_prompt = list(without_prompt)
         self.own_seeds = own_seeds
+        self.columns = list(columns)
 
     def not_said(self) -> dict[str, int]:
         """What a report must say of the file: rows that were left out, and prompts of which it says no kind."""
@@ -158,7 +167,7 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
         raise UserError(f"{file}: holds a header and no rows; nothing to draw")
     if not rows:
         raise UserError(f"{first}: the prompt is empty, as in every row of the file; nothing to draw")
-    prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds)
+    prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds, records.columns)
     _tell(prompts, where, total)
     return prompts
 
@@ -426,6 +435,7 @@ def _prompts_of(
     if alone := [name for name in unnamed if name not in benign]:
         raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is none of the row's benign ({own['benign']})")
     pair = own.get("pair", "")
+    questions = read_questions(own.get("questions", ""), where)
     if attacked:
         pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
     sage = _SAGE.fullmatch(PurePath(place.file_name).name)
@@ -434,7 +444,9 @@ def _prompts_of(
     rest = (first, own.get("concept", ""), benign, held_out, seed, guidance, tuple(others), pair, user)
     if attacked:
         yield Prompt(attacked, "explicit", *rest, unnamed=unnamed)
-    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed)
+    yield Prompt(
+        text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed, questions=questions
+    )
 
 
 def _names(cell: str) -> tuple[str, ...]:
