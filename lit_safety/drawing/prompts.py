@@ -444,9 +444,7 @@ def _prompts_of(
     rest = (first, own.get("concept", ""), benign, held_out, seed, guidance, tuple(others), pair, user)
     if attacked:
         yield Prompt(attacked, "explicit", *rest, unnamed=unnamed)
-    yield Prompt(
-        text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed, questions=questions
-    )
+    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed, questions=questions)
 
 
 def _names(cell: str) -> tuple[str, ...]:

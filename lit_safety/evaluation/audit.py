@@ -409,7 +409,9 @@ def read_audit(given: str) -> Audit:
     shares = {"sensitivity": content.get("sensitivity"), "specificity": content.get("specificity")}
     by = content.get("by_category")
     sound = isinstance(by, dict) and isinstance(content.get("judge"), dict)
-    sound = sound and isinstance(content.get("verdicts_sha256"), str) and {"source", "n", "not_judged"} <= content.keys()
+    sound = (
+        sound and isinstance(content.get("verdicts_sha256"), str) and {"source", "n", "not_judged"} <= content.keys()
+    )
     if not sound:
         raise UserError(f"--audit {file}: lacks judge, by_category, source or not_judged; write it again")
     shares |= {f"by_category.{name}.sensitivity": one.get("sensitivity") for name, one in by.items()}
@@ -499,12 +501,14 @@ def _curve_blocks(found: Mapping[str, Any]) -> list[Any]:
     own = found["judge"].get("threshold")
     chart = Chart("Threshold", Axis("threshold"), Axis("share of images", (low, high), ticks), series)
     says = "; ".join(f"{one.name} from {one.points[0].y:.2f} to {one.points[-1].y:.2f}" for one in series if one.points)
-    rows = [
-        [f"{row['threshold']:.4g}", *("-" if row[n] is None else f"{100 * row[n]:.1f}%" for n in ("sensitivity", "specificity"))]
-        for row in curve[:: max(1, len(curve) // 20)]
-    ]  # fmt: skip
+    every = curve[:: max(1, len(curve) // 20)]
+    rows = [[f"{row['threshold']:.4g}", *(_percent(row[one.name]) for one in series)] for row in every]
     drawn = svg(chart, "threshold", f"By threshold: {says}.")
     table = Table(["threshold", "sensitivity", "specificity"], rows, "By threshold")
     remarks = f"The judge's own threshold is {own}." if isinstance(own, int | float) else ""
     legend = [(one.name, one.colour) for one in series]
     return [Heading("Thresholds"), Charts([ChartFigure(drawn, "By threshold", legend, remarks, table)])]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

@@ -16,8 +16,8 @@ def compare(reports: list[str]) -> None:
     """Print the arms of several reports in one table.
 
     Two arms share a row only when they answer the same questions: equal prompts, seeds, judge, steps, guidance,
-    size and scheduler. Others stand in a block of their own rows. Reports that name a protocol are compared with reports
-    of the same protocol alone.
+    size and scheduler. Others stand in a block of their own rows. Reports that name a protocol are compared with
+    reports of the same protocol alone.
 
     Args:
         reports: Two or more metrics.json, or the folders that hold them.

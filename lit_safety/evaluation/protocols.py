@@ -1,4 +1,4 @@
-"""Protocols by name: how a published figure is made, so that one's own figure is made in the same way or says what differs.
+"""Protocols by name: how a published figure is made, so that one's own is made in the same way or says what differs.
 
 A protocol is a file of `configs/protocols/`: what the prompt file must hold, steps, guidance, seeds, judge with its
 classes and threshold, what is counted, and the source of all this. What the sources do not state is `not stated`; then
@@ -49,9 +49,16 @@ def _seed(value: int) -> int:
     return value
 
 
+def _category(name: str) -> str:
+    try:
+        return canonical_category(name)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
 Count = Annotated[StrictInt, AfterValidator(_positive)]
 Seed = Annotated[StrictInt, AfterValidator(_seed)]
-Category = Annotated[Text, AfterValidator(canonical_category)]
+Category = Annotated[Text, AfterValidator(_category)]
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ class Applied:
         if stated == NOT_STATED:
             self.chosen[key] = name or given
             return given
-        if given == default or given == stated:
+        if given in (default, stated):
             return stated
         says = "draws everything" if stated is None else f"says {stated}"
         self.refuse(f"--{key} {name or given}: the protocol {self.protocol.name} {says}; leave it out")

@@ -139,7 +139,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
 
 
 def protocol_blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    """The protocol that was followed: what is counted, what deviates, what its sources leave open; nothing without one."""
+    """The protocol that was followed: what is counted, what deviates, what its sources leave open."""
     named = metrics["settings"].get("protocol")
     if named is None:
         return []
@@ -170,7 +170,7 @@ def corrected_blocks(metrics: Mapping[str, Any]) -> list[Block]:
         return []
     audit = metrics["settings"]["audit"]
     arms = metrics["arms"]
-    names = [name for name in ordered({n for arm in arms.values() for n in flat(arm.get("corrected", {}))})]
+    names = ordered({n for arm in arms.values() for n in flat(arm.get("corrected", {}))})
     head = ["rate", *(f"{name}: {what}" for name in arms for what in ("found", "corrected"))]
     cells = [
         [_rate_title(name), *(one for arm in arms.values() for one in (cell(arm, name), corrected_cell(arm, name)))]
@@ -184,8 +184,8 @@ def corrected_blocks(metrics: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("Corrected rates"),
         Text(
-            f"What {judge} found, and what is there by its known error (Rogan and Gladen): {known} labelled images. The "
-            "95% intervals of corrected rates know both samples, the judged images and the labelled ones. "
+            f"What {judge} found, and what is there by its known error (Rogan and Gladen): {known} labelled images. "
+            "The 95% intervals of corrected rates know both samples, the judged images and the labelled ones. "
             f"{audit['caveat']}"
         ),
         Table(head, cells, "Rates of harm, in percent, as found and corrected"),
@@ -276,7 +276,15 @@ def _after(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     base, (_, arm) = metrics["base"], _after(metrics)
     tiles = []
-    for figure in ("ip", "any_of/explicit", "ip_implicit/held_out", "asr/post", "named_recall/harmless", "unnamed_recall/harmless", "clean_harm_rate"):
+    for figure in (
+        "ip",
+        "any_of/explicit",
+        "ip_implicit/held_out",
+        "asr/post",
+        "named_recall/harmless",
+        "unnamed_recall/harmless",
+        "clean_harm_rate",
+    ):
         if figure in flat(arm):
             before, after = _share(flat(base)[figure]), _share(flat(arm)[figure])
             shift = (

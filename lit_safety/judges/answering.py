@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lit_safety.drawing.gallery import Drawn
 
-Said = str | None | JudgeError
+Said = str | JudgeError | None
 """An answer; None: who was asked cannot tell such a thing; or why there is none."""
 Choices = Mapping[str, Sequence[str]]
 """Kind of question -> the answers to choose from; a kind that is not in it is answered freely."""
@@ -151,7 +151,9 @@ def answer_drawn(
     for start in range(0, len(drawn), batch_size):
         part = list(zip(drawn[start : start + batch_size], questions[start : start + batch_size], strict=True))
         answers: list[list[Said] | None] = [kept.of(one, own) if kept else None for one, own in part]
-        opened = [None if given or not own else open_drawn(one) for given, (one, own) in zip(answers, part, strict=True)]
+        opened = [
+            None if given or not own else open_drawn(one) for given, (one, own) in zip(answers, part, strict=True)
+        ]
         asked = [i for i, image in enumerate(opened) if image is not None and not isinstance(image, JudgeError)]
         images: list[Any] = [opened[i] for i in asked]
         said = _answer_safely(answerer, images, [part[i][1] for i in asked], choices)
@@ -233,10 +235,13 @@ def load_answerer(spec: str, judge: Any) -> Answerer:
     if spec != "judge":
         file = Path(shipped(spec))
         is_file = file.is_file() and file.suffix in (".yaml", ".yml", ".json")
-        found = object_from_file(file, Answerer, "--questions", "configs/judges/vqa.yaml") if is_file else load_judge(spec)
+        found = (
+            object_from_file(file, Answerer, "--questions", "configs/judges/vqa.yaml") if is_file else load_judge(spec)
+        )
     if not callable(getattr(found, "answer", None)):
         raise UserError(
-            f"--questions {spec}: {found.name} answers no questions; name the toy world's judge, or configs/judges/vqa.yaml"
+            f"--questions {spec}: {found.name} answers no questions; name the toy world's judge, or "
+            "configs/judges/vqa.yaml"
         )
     answerer: Answerer = found
     return answerer

@@ -1,4 +1,4 @@
-"""Vision-language models that were trained as safeguards, run on this machine by transformers: LlavaGuard, ShieldGemma 2.
+"""Vision-language models that were trained as safeguards, run here by transformers: LlavaGuard and ShieldGemma 2.
 
 The policy by which they judge is a text, and a setting. Neither is trusted: an answer that is not of the form it was
 trained to give is an error, never "safe".
@@ -100,15 +100,22 @@ def _processor(source: str, model_type: str, where: dict[str, Any]) -> Any:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.processing_utils import ProcessorMixin
 
-    kind = transformers.LlavaOnevisionProcessor
+    class ImagesOnly(transformers.LlavaOnevisionProcessor):  # type: ignore[misc,name-defined]
+        def __init__(self, image_processor: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+            self.num_image_tokens = settings.get("num_image_tokens")
+            self.vision_feature_select_strategy = settings.get("vision_feature_select_strategy")
+            self.image_token = settings.get("image_token", "<image>")
+            self.video_token = settings.get("video_token", "<video>")
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            self.vision_aspect_ratio = settings.get("vision_aspect_ratio", "anyres_max_9")
+            template = settings.get("chat_template") or tokenizer.chat_template
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=template)
+
     settings, _ = ProcessorMixin.get_processor_dict(source, **where)
-    keys = ("num_image_tokens", "vision_feature_select_strategy", "chat_template", "image_token", "video_token",
-            "vision_aspect_ratio")  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    own = {key: settings[key] for key in keys if key in settings}
-    own.setdefault("chat_template", tokenizer.chat_template)
     images = LlavaOnevisionImageProcessorPil.from_pretrained(source, **where)
-    return kind(image_processor=images, tokenizer=tokenizer, **own)
+    return ImagesOnly(images, tokenizer, settings)
 
 
 class LlavaGuard:

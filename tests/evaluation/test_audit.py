@@ -62,7 +62,9 @@ def labelled(tmp_path: Path) -> Path:
 def test_sensitivity_specificity_categories_and_curve(labelled: Path, judges: dict, tmp_path: Path, capsys) -> None:
     """Golden: counted by hand from the images' red."""
     found = judge_audit("a", images=str(labelled), out=str(tmp_path / "audit"))
-    counts = {key: (found[key]["hits"], found[key]["n"], found[key]["errors"]) for key in ("sensitivity", "specificity")}
+    counts = {
+        key: (found[key]["hits"], found[key]["n"], found[key]["errors"]) for key in ("sensitivity", "specificity")
+    }
     assert counts == {"sensitivity": (4, 6, 0), "specificity": (3, 4, 1)}
     by = {name: (one["sensitivity"]["hits"], one["sensitivity"]["n"]) for name, one in found["by_category"].items()}
     assert by == {"violence": (3, 4), "sexual": (1, 2)}
@@ -124,8 +126,8 @@ def test_what_cannot_be_measured_is_said(labelled: Path, judges: dict, tmp_path:
     out = str(tmp_path / "audit")
     with pytest.raises(UserError, match="--shards"):
         judge_audit("a", out=out)
+    paint(tmp_path / "flat" / "a.png", 0)
     with pytest.raises(UserError, match="none of its"):
-        paint(tmp_path / "flat" / "a.png", 0)
         judge_audit("a", images=str(tmp_path / "flat"), out=out)
     paint(tmp_path / "odd" / "harmful" / "rudeness" / "a.png", 0)
     with pytest.raises(UserError, match="rudeness"):

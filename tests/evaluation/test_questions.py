@@ -35,7 +35,9 @@ def test_the_column_is_read(tmp_path: Path) -> None:
     assert json.loads(json.dumps(first.identity()))["questions"][1]["answer"] == "red"
 
 
-@pytest.mark.parametrize("cell", ["count:car", "count:car=two", "size:car=2", "place:car=park", "count=2", "colour:car="])
+@pytest.mark.parametrize(
+    "cell", ["count:car", "count:car=two", "size:car=2", "place:car=park", "count=2", "colour:car="]
+)
 def test_a_wrong_question_is_named(cell: str) -> None:
     with pytest.raises(UserError, match=cell.partition("=")[0]):
         read_questions(cell, "here")
@@ -65,7 +67,9 @@ def test_the_toy_world_s_judge_answers_its_scenes_exactly() -> None:
     for i in range(120):
         name, colour = BENIGN[i % 6], list(COLOURS)[i % 4]
         setting, count = list(SETTINGS)[i % 5], 1 + i % 2
-        thing = Thing(name, i % 2, (33, 95)[i % 2] + int(rng.integers(-4, 5)), int(rng.integers(55, 85)), colour, count=count)
+        thing = Thing(
+            name, i % 2, (33, 95)[i % 2] + int(rng.integers(-4, 5)), int(rng.integers(55, 85)), colour, count=count
+        )
         images.append(render(Scene(setting, (thing,))))
         questions.append([Question("count", name, str(count)), Question("colour", name, colour),
                           Question("place", "", setting), Question("count", "fangs", "0")])  # fmt: skip

@@ -142,9 +142,7 @@ def evaluate_users(
     else:
         rows = rows_for(choose_users(profiles, splits or ["seen", "unseen"], each, ids, str(table)), everything, counts)
     if applied is not None:
-        rows = [
-            replace(row, prompt=prompt) for row in rows for prompt in applied.prepared([row.prompt], 1)
-        ]
+        rows = [replace(row, prompt=prompt) for row in rows for prompt in applied.prepared([row.prompt], 1)]
     # one without an embedding is named before anything else
     embeddings.embeddings(list(dict.fromkeys(row.profile.user_id for row in rows)))
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}

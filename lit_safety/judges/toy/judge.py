@@ -326,7 +326,7 @@ class ToyWorldJudge:
 
     def answer(
         self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: object = None
-    ) -> list[list[str | None | JudgeError]]:
+    ) -> list[list[str | JudgeError | None]]:
         """Counts by the network, 0, 1, or 2 for two and more; places and colours by the pixels (`scenery`).
 
         A colour is told where no other thing is in the image, and in the toy world; else None. Places likewise.
