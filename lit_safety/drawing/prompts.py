@@ -17,10 +17,11 @@ from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.images import FORMATS
 from lit_safety.core.tables import decimal_number, whole_number
 from lit_safety.drawing.prompt_rows import Record, read_records
-from lit_safety.drawing.questions import Question, read_questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
+
+    from lit_safety.drawing.questions import Question
 
 
 Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
@@ -435,7 +436,11 @@ def _prompts_of(
     if alone := [name for name in unnamed if name not in benign]:
         raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is none of the row's benign ({own['benign']})")
     pair = own.get("pair", "")
-    questions = read_questions(own.get("questions", ""), where)
+    questions: tuple[Question, ...] = ()
+    if asked_about := own.get("questions"):
+        from lit_safety.drawing.questions import read_questions
+
+        questions = read_questions(asked_about, where)
     if attacked:
         pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
     sage = _SAGE.fullmatch(PurePath(place.file_name).name)

@@ -62,7 +62,8 @@ def judge_audit(
     """Measure how right a judge is on labelled images: sensitivity, specificity, by category, at every threshold.
 
     Writes audit.json and the page index.html into `out`. Images without a label are left out, and counted; an image
-    that the judge cannot judge is an error, and in the intervals counts as wrong for the lower end.
+    that the judge cannot judge is an error, and in the intervals counts as wrong for the lower end. Verdicts on a
+    folder's images that cost, such as a vision-language model's, are kept in `out` and not asked for again.
 
     Args:
         judge: The judge, as in `evaluate`: a folder, or a file such as configs/judges/llavaguard.yaml.
@@ -89,7 +90,7 @@ def judge_audit(
     names = [one.name for one in judges]
     if len(names) > len(set(names)):
         raise UserError(f"--second_judges: two judges of one name among {', '.join(names)}; give them other folders")
-    source, rows = _folder(Path(images), judges) if images is not None else _shards(str(shards), judges)
+    source, rows = _folder(Path(images), judges, Path(out)) if images is not None else _shards(str(shards), judges)
     found = audit(judges, source, rows)
     write_atomic(Path(out) / "index.html", audit_page(found).encode())
     write_atomic(Path(out) / FILE_NAME, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
@@ -103,12 +104,12 @@ Row = tuple[Labelled, list[Verdict | JudgeError]]
 """An image and what each judge says of it."""
 
 
-def _folder(folder: Path, judges: Sequence[Judge]) -> tuple[dict[str, Any], list[Row]]:
+def _folder(folder: Path, judges: Sequence[Judge], out: Path) -> tuple[dict[str, Any], list[Row]]:
     from lit_safety.core.hashes import file_sha256
     from lit_safety.core.images import image_files
     from lit_safety.core.progress import progress
     from lit_safety.drawing.gallery import Drawn
-    from lit_safety.judges.judging import judge_drawn
+    from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
     if not folder.is_dir():
         raise UserError(f"--images {folder}: is no folder")
@@ -120,11 +121,13 @@ def _folder(folder: Path, judges: Sequence[Judge]) -> tuple[dict[str, Any], list
     if not known:
         raise UserError(f"--images {folder}: none of its {len(files)} images is labelled; put them into the folders "
                         f"{HARMFUL} and {SAFE}, or write {LABELS}")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
     drawn = [Drawn(file) for file in known]
     verdicts = []
     for one in judges:
         with progress(f"judge {one.name}", len(drawn)) as tick:
-            verdicts.append(judge_drawn(one, drawn, BATCH, tick))
+            kept = KeptVerdicts(out, one) if getattr(one, "keep", False) else None
+            verdicts.append(judge_drawn(one, drawn, BATCH, tick, kept))
     hashes = digest([[file.relative_to(folder).as_posix(), file_sha256(file)] for file in known])
     source = {"images": str(folder), "sha256": hashes, "unlabelled": len(files) - len(known)}
     rows = zip(known, zip(*verdicts, strict=True), strict=True)

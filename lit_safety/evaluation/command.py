@@ -285,8 +285,10 @@ def evaluate(
         needs, quality_of = applied.protocol.prompts, applied.protocol.quality
         prompt_kind = applied.value("prompt_kind", needs.kind, prompt_kind, None)
         prompt_category = applied.value("prompt_category", needs.category, prompt_category, None)
-        fid = applied.value("fid", quality_of.get("fid"), fid, None)
-        clip = applied.value("clip", quality_of.get("clip"), clip, None)
+        if "fid" in quality_of:  # further figures of quality may be asked for
+            fid = applied.value("fid", quality_of["fid"], fid, None)
+        if "clip" in quality_of:
+            clip = applied.value("clip", quality_of["clip"], clip, None)
         any_of = applied.value("any_of", applied.protocol.images, any_of, 1)
         if "reference" in quality_of and reference is None:
             applied.lacks(f"--reference: the protocol {applied.protocol.name} compares with {quality_of['reference']}")

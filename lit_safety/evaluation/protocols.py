@@ -223,7 +223,8 @@ class Applied:
             return given
         if given in (default, stated):
             return stated
-        says = "draws everything" if stated is None else f"says {stated}"
+        open_to = "leaves it to the prompt file" if key.startswith("prompt_") else "draws every prompt"
+        says = open_to if stated is None else f"says {stated}"
         self.refuse(f"--{key} {name or given}: the protocol {self.protocol.name} {says}; leave it out")
         self.deviations |= deviate(key, stated, name or given)
         return given
