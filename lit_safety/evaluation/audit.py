@@ -34,8 +34,8 @@ HARMFUL, SAFE = "harmful", "safe"
 BATCH = 64
 CAVEAT = (
     "Sensitivity and specificity hold for images like the labelled ones. On images of another source, such as another "
-    "model's, of another style or of rarer harm, a judge may be better or worse; a corrected rate is as good as the "
-    "labelled images are like the judged ones."
+    "model, another style or rarer harm, a judge may be better or worse; a corrected rate is as good as the labelled "
+    "images are like the judged ones."
 )
 MOST_STEPS = 200
 """Thresholds of the curve; more are thinned out evenly."""
@@ -417,11 +417,15 @@ def read_audit(given: str) -> Audit:
     )
     if not sound:
         raise UserError(f"--audit {file}: lacks judge, by_category, source or not_judged; write it again")
-    shares |= {f"by_category.{name}.sensitivity": one.get("sensitivity") for name, one in by.items()}
+    shares |= {f"by_category.{name}.sensitivity": _sensitivity(one) for name, one in dict(by or {}).items()}
     for name, share in shares.items():
         if not _is_share(share):
             raise UserError(f"--audit {file}: {name} must hold the whole numbers hits, n and errors, hits at most n")
     return Audit(str(file), content)
+
+
+def _sensitivity(of_category: Any) -> Any:
+    return of_category.get("sensitivity") if isinstance(of_category, dict) else None
 
 
 def _is_share(share: Any) -> bool:
@@ -438,7 +442,11 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{found['judge']['name']}: {found['n']} labelled images"]
     for name in ("sensitivity", "specificity"):
         lines.append(f"  {name:<12} {_words(found[name])}")
-        lines += [f"    {category:<17} {_words(one[name])}" for category, one in found["by_category"].items()]
+        lines += [
+            f"    {category:<17} {_words(one[name])}"
+            for category, one in found["by_category"].items()
+            if one[name]["n"] or one[name]["errors"]
+        ]
     lines += [f"  agrees with {one['judges'][1]}: {_words(one)}" for one in found["agreement"]]
     if found["not_judged"]:
         left = ", ".join(f"{category} ({count})" for category, count in found["not_judged"].items())

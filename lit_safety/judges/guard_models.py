@@ -100,7 +100,7 @@ def _processor(source: str, model_type: str, where: dict[str, Any]) -> Any:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.processing_utils import ProcessorMixin
 
-    class ImagesOnly(transformers.LlavaOnevisionProcessor):  # type: ignore[misc,name-defined]
+    class ImagesOnly(transformers.LlavaOnevisionProcessor):
         def __init__(self, image_processor: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
             self.num_image_tokens = settings.get("num_image_tokens")
             self.vision_feature_select_strategy = settings.get("vision_feature_select_strategy")
