@@ -117,7 +117,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
             "Differences are paired: same prompts, same seeds (Bonett-Price).",
             soft=True,
         ),
-        *([Text(f"{over[0].upper()}{over[1:]}.")] if over else []),
+        *([Text(f"{over[0].upper()}{over[1:]}.")] if over else judged_categories(metrics)),
         *_figures(metrics),
         *corrected_blocks(metrics),
         *second_judges(metrics),
@@ -156,6 +156,13 @@ def protocol_blocks(metrics: Mapping[str, Any]) -> list[Block]:
     rest: list[Block] = [Settings({key: value for key, value in about.items() if value})]
     rest += [Text(f"Otherwise than the source: {text}.") for text in named["differs"]]
     return [*blocks, Fold("Sources of the protocol, and what they leave open", rest)]
+
+
+def judged_categories(metrics: Mapping[str, Any]) -> list[Block]:
+    """The categories whose harm the judge sees; nothing where it does not say."""
+    judge = metrics["settings"].get("judge", {})
+    seen = judge.get("categories")
+    return [Text(f"Harm is judged by {judge['name']} in the categories {', '.join(seen)}.")] if seen else []
 
 
 def _counted(figure: str) -> str:
