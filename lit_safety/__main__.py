@@ -30,6 +30,7 @@ OTHER_COMMANDS = {
     "compare": "print several metrics.json in one table",
     "cost-model": "how accurate a cost model is, on labelled shards and on drawn images",
     "init": "write the config of a method into a folder, to edit it",
+    "judge-audit": "measure how right a judge is on labelled images",
     "merge": "merge LoRA experts into one, in delta space",
     "patch": "give an aligned adapter back the harmless things that it lost",
     "shards": "convert, inspect and check shards of preference pairs",
@@ -49,7 +50,7 @@ def usage() -> str:
     """The top-level help."""
     lines = ["usage: python -m lit_safety COMMAND [--help] [options]", ""]
     lines += ["Make text-to-image models safe by preference optimisation.", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | OTHER_COMMANDS).items()]
+    lines += [f"  {name:<11} {text}" for name, text in (TRAINER_COMMANDS | OTHER_COMMANDS).items()]
     lines += ["", "`COMMAND --help` explains a command's options; the README shows the first steps."]
     return "\n".join(lines)
 

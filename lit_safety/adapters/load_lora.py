@@ -31,7 +31,7 @@ def load_lora(pipe: Any, path: str | Path, scale: float = 1.0, name: str = "lit_
 
     Raises:
         UserError: the file is missing or damaged, was made for another backbone, or holds a layer that does not exist
-        here.
+            here.
     """
     file, _ = find_lora(path)
     if (getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)) is None:

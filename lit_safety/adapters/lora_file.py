@@ -123,12 +123,12 @@ def read_lora(
     Args:
         path: the folder or file.
         known: the layers of every component of the pipeline; None: the networks are not loaded, and names must only be
-        possible ones.
+            possible ones.
         convert: for files with a layer that is not found otherwise.
 
     Raises:
         UserError: the file is missing or damaged, holds numbers that are not finite, is not a plain LoRA, or holds a
-        layer that does not exist.
+            layer that does not exist.
     """
     file, config = find_lora(path)
     tensors, metadata = _load(file)

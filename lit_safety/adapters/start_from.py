@@ -76,7 +76,7 @@ def read_adapter(path: Path, lora: LoRA, adapter: str, known: AdaptableLayers | 
 
     Raises:
         UserError: it is missing or damaged, holds a layer that the denoiser lacks, or its alpha differs from that of
-        ``lora``.
+            ``lora``.
     """
     from lit_safety.adapters.lora_file import read_lora
     from lit_safety.adapters.low_rank import factors_of

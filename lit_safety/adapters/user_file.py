@@ -129,7 +129,7 @@ def load_user_adapter(unet: Any, path: str | Path) -> UserAdapter:
 
     Raises:
         UserError: the file is missing, damaged or hostile; a layer is missing, unknown or of another shape; or it was
-        made for another backbone.
+            made for another backbone.
     """
     return attach_weights(unet, read_weights(unet, path))
 

@@ -264,8 +264,8 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32, q
         quantization: a kind of `settings.Quantization` that its linear layers are kept in; None: ``dtype``.
 
     Raises:
-        UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file.
-        OSError, ValueError, RuntimeError: what the library says of its configuration.
+        UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file. OSError,
+            ValueError, RuntimeError: what the library says of its configuration.
     """
     weights = need_weights(folder, _stem(found))
     if not (folder / "config.json").is_file():  # the libraries would take a configuration of their own

@@ -25,7 +25,7 @@ class EvaluateOnTest(Callback):
         lookalike: look-alike prompts; null: all.
         clean: clean prompts; null: all.
         other_world: use prompts and judge of an embedded world, such as data/toyworld, for a model that is not of this
-        world; false: refuse them before they are read.
+            world; false: refuse them before they are read.
     """
 
     def __init__(

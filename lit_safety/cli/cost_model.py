@@ -48,7 +48,7 @@ def check(
         lookalike: Look-alike prompts; null draws all, 0 none.
         clean: Clean prompts; null draws all, 0 none.
         other_world: Use prompts and judge of an embedded world, such as data/toyworld, for a pipeline that is not of
-        this world; false: refuse them.
+            this world; false: refuse them.
         **drawing: How images are drawn, see `DrawingSettings`; its `device` is also where costs are measured.
 
     Raises:

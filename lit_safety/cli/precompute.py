@@ -42,7 +42,7 @@ def precompute(
         model: The model that will be trained on them: a diffusers pipeline folder or a hub id. Needed.
         out: The folder to write the cached shards to. Needed.
         resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out as a square; null: as
-        stored, and all images must have one size.
+            stored, and all images must have one size.
         flip: Also store the latents of mirrored images, for training with `flip`.
         batch_size: Pairs that are encoded at once.
         dtype: How latents and text are stored: float16 needs half the space, float32 trains exactly as without a cache.
@@ -50,11 +50,12 @@ def precompute(
         device: The device, such as cuda or cpu; null: a GPU if there is one.
         overwrite: Delete what an earlier run left in the folder.
         reference_draws: Also store a reference cache: so many fixed draws of timestep and noise for each pair, with the
-        errors of the untrained denoiser. Training then does not run the reference, and each pass uses the next draw.
+            errors of the untrained denoiser. Training then does not run the reference, and each pass uses the next
+            draw.
         0: none.
         reference_dropout: Also store these errors without the prompt, for training with prompt_dropout; twice the time.
         reference_predictions: Also store the predictions on the chosen images of clean prompts, which anchor_weight
-        needs. Each needs a quarter of the space of a pair's latents.
+            needs. Each needs a quarter of the space of a pair's latents.
         reference_precision: The precision of the reference: give the trainer.precision of the training.
         encoder_dtype: Number format of the text encoders; large ones do not fit a GPU in float32.
         denoiser_dtype: Number format of the denoiser's weights, for a reference cache: give that of the training.

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "lit_safety.evaluation.compare:compare",
     "cost-model": "lit_safety.cli.cost_model:check",
     "init": "lit_safety.cli.init:init",
+    "judge-audit": "lit_safety.evaluation.audit:judge_audit",
     "merge": "lit_safety.merging.merge:merge",
     "patch": "lit_safety.cli.patch:patch",
     "shards": {

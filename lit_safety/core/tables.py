@@ -47,7 +47,7 @@ def check_header(header: Sequence[str], path: str, known: Iterable[str] = ()) ->
 
     Raises:
         UserError: a column stands twice, perhaps with different spelling (only the last one would be read); or the
-        columns are not separated by commas, as in files of spreadsheets in many countries.
+            columns are not separated by commas, as in files of spreadsheets in many countries.
     """
     if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise UserError(f"{path}: its columns are separated by {mark!r}; save it with commas between them")

@@ -197,7 +197,7 @@ def load_json(text: str | bytes, finite: bool = True) -> Any:
 
     Raises:
         ValueError: a key stands twice in an object, or a number is not finite. `json.JSONDecodeError`: it is not JSON,
-        or is nested too deeply.
+            or is nested too deeply.
     """
     numbers: dict[str, Any] = {"parse_constant": _constant, "parse_float": _number} if finite else {}
     try:

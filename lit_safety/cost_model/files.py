@@ -90,7 +90,7 @@ def save_cost_model(
         metrics: figures of the last validation, for its readers.
         settings: how it was trained, for its readers.
         calibration: `images` and `harmful`: how many labelled images it was fitted on; `not_calibrated`: why it was not
-        fitted, in words, or None; and if it was fitted, `middle_harmful` and `middle_safe`: the median costs.
+            fitted, in words, or None; and if it was fitted, `middle_harmful` and `middle_safe`: the median costs.
     """
     folder = Path(folder)
     source = scorer.tower.source

@@ -39,14 +39,14 @@ def score(
         cost_model: The folder of a cost model, as `fit --config configs/cost_model.yaml` exports it.
         out: The folder to write the shards to.
         existing: What to do with pairs that have costs: refuse them, keep the costs (the set then has costs of two
-        models), or replace them.
+            models), or replace them.
         batch_size: Pairs scored at once.
         device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
         overwrite: Delete what an earlier run left in `out`.
 
     Raises:
         UserError: the shards or the cost model cannot be used, a pair has a cost and `existing` is refuse, or a cost is
-        not a finite number; names the sample.
+            not a finite number; names the sample.
     """
     from pathlib import Path
 

@@ -45,9 +45,9 @@ class PreferenceDataModule(LightningDataModule):
         train: Shards to train on: a folder (with `manifest.json`, or just tar files), the URL of a folder with
             `manifest.json` (http, s3, ...), a tar file, a pattern such as `shards/train-{000000..000031}.tar` or
             `shards/*.tar`, or a list of these.
-        weights: With a list in `train`: the proportion of its entries in every pass, such as [2, 1]. A pass is as
-        long as all pairs together. In the next pass an entry continues where it stopped, so a small entry is
-        repeated and all pairs of a large entry are used. null: every pair once a pass.
+        weights: With a list in `train`: the proportion of its entries in every pass, such as [2, 1]. A pass is as long
+            as all pairs together. In the next pass an entry continues where it stopped, so a small entry is repeated
+            and all pairs of a large entry are used. null: every pair once a pass.
         val: Shards to validate on, given in the same way. Read in the stored order, every pair once.
         test: Shards to test and predict on, given in the same way.
         batch_size: Pairs in a training batch on each rank; one step sees batch_size x ranks x
@@ -58,21 +58,22 @@ class PreferenceDataModule(LightningDataModule):
         seed: Fixes the order of the pairs and every random choice for a pair (timestep, noise, flip ...).
         resolution: Side in pixels: the shorter side is scaled to it, and the middle is cut out; null: as stored.
         aspect_buckets: Cut images to one of a list of shapes instead of a square: the shape that is most like the
-        chosen image's own. Each shape has about as many pixels as the square of `resolution`, and its sides are
-        multiples of 64 (of 8 or more for resolutions below 512). Every step (on all ranks) has one shape; a shape
-        with too few pairs for a step joins the next shape. Needs images on this machine and does not work with a cache.
+            chosen image's own. Each shape has about as many pixels as the square of `resolution`, and its sides are
+            multiples of 64 (of 8 or more for resolutions below 512). Every step (on all ranks) has one shape; a shape
+            with too few pairs for a step joins the next shape. Needs images on this machine and does not work with a
+            cache.
         flip: Mirror half of the training pairs, always both images of a pair.
         use_cache: Read cached latents and text instead of images where shards have them (`shards precompute`). false:
-        read the images, which the shards must then hold too.
+            read the images, which the shards must then hold too.
         use_reference: Take timestep, noise and the reference's errors from the fixed draws of a reference cache
-        (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
+            (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
         one_category: For experts: every training step (on all ranks) uses pairs about one category. The categories take
-        turns, each as often as it has pairs. A pair about several categories is used in the turns of each; a pair
-        without a category is not used. Batches of validation and test hold one category too, one after the other.
+            turns, each as often as it has pairs. A pair about several categories is used in the turns of each; a pair
+            without a category is not used. Batches of validation and test hold one category too, one after the other.
         uncategorised: With `categories`, also take pairs without a category. With `one_category` training uses them in
             the turns of every category, so that each expert learns what it must not change.
         consecutive: With `one_category`: train the categories one after the other, each for an equal share of
-        `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
+            `trainer.max_steps`, instead of in turns. Experts under DeepSpeed need it.
         shuffle_window: How many shards are mixed with each other. More shards mix better and keep more files open.
         categories: Take only pairs that are about at least one of these harm categories; null: all pairs.
         kinds: Take only pairs whose prompt is `harmful` or `clean`; null: all pairs.

@@ -53,13 +53,13 @@ class DrawingSettings(PainterSettings):
     Args:
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 3 is good for the toy world, 7.5 is common for Stable Diffusion. A
-        column for it in the prompt set has priority.
+            column for it in the prompt set has priority.
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
         device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
         precision: Number format of the weights while drawing. Training and gradients use float32.
         workers: Batches that a process draws at the same time; null: one for each core for a small network on a CPU,
-        else 1.
+            else 1.
         edit: Redraw images instead of drawing from text alone; null: from text alone.
 
     Raises:

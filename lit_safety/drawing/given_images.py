@@ -43,7 +43,7 @@ class GivenImages:
 
     Raises:
         UserError: a prompt lacks an image, an image lacks a prompt, or was drawn for another prompt; names the first
-        ones and says how many.
+            ones and says how many.
     """
 
     def __init__(self, name: str, arm: Arm, prompts: PromptSet, file: str) -> None:

@@ -21,12 +21,14 @@ from lit_safety.drawing.prompt_rows import Record, read_records
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
+    from lit_safety.drawing.questions import Question
+
 
 Kind = Literal["explicit", "implicit", "adversarial", "lookalike", "clean"]
 KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial", "lookalike", "clean")
 HARMFUL_KINDS: tuple[Kind, ...] = ("explicit", "implicit", "adversarial")
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "held_out", "seed")
-OWN = (*COLUMNS, "unnamed", "guidance", "pair")
+OWN = (*COLUMNS, "unnamed", "guidance", "pair", "questions")
 """The columns of our own files; all but `prompt` have a default."""
 TEXT = ("adv_prompt", "prompt", "sensitive prompt", "caption")
 """Columns for the prompt; the first one that exists is used."""
@@ -79,6 +81,8 @@ class Prompt:
     """The user that a pipeline with a user adapter draws it for; None: the null user."""
     unnamed: tuple[str, ...] = ()
     """Those of `benign` that are not in any pair or prompt of alignment or selection."""
+    questions: tuple[Question, ...] = ()
+    """What can be asked about its image, with the answers that it states."""
     place: Place | None = field(default=None, compare=False)
     """None: the row has no image of its own, such as the text from which an adversarial prompt was made."""
     kind_said: bool = field(default=True, compare=False)
@@ -102,14 +106,20 @@ class PromptSet(list[Prompt]):
         prompts: in the file's order.
         without_prompt: the places of rows without a prompt, which are left out.
         own_seeds: whether every seed is in the file; else some were made from the rows' contents.
+        columns: the file's.
     """
 
     def __init__(
-        self, prompts: Iterable[Prompt] = (), without_prompt: Sequence[Place] = (), own_seeds: bool = False
+        self,
+        prompts: Iterable[Prompt] = (),
+        without_prompt: Sequence[Place] = (),
+        own_seeds: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
         super().__init__(prompts)
         self.without_prompt = list(without_prompt)
         self.own_seeds = own_seeds
+        self.columns = list(columns)
 
     def not_said(self) -> dict[str, int]:
         """What a report must say about the file: rows that were left out, and prompts without a kind."""
@@ -158,7 +168,7 @@ def read_prompts(file: str | Path, kind: Kind | None = None, category: str | Non
         raise UserError(f"{file}: has a header but 0 rows, so there is nothing to draw")
     if not rows:
         raise UserError(f"{first}: the prompt is empty, as in every row of the file, so there is nothing to draw")
-    prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds)
+    prompts = PromptSet((prompt for prompt, _ in rows), without, own_seeds, records.columns)
     _tell(prompts, where, total)
     return prompts
 
@@ -430,6 +440,11 @@ def _prompts_of(
     if alone := [name for name in unnamed if name not in benign]:
         raise UserError(f"{where}: unnamed holds `{alone[0]}`, which is not in the row's benign ({own['benign']})")
     pair = own.get("pair", "")
+    questions: tuple[Question, ...] = ()
+    if asked_about := own.get("questions"):
+        from lit_safety.drawing.questions import read_questions
+
+        questions = read_questions(asked_about, where)
     if attacked:
         pair = hashlib.blake2b(f"{row}\0{seen[row]}".encode(), digest_size=8).hexdigest()
     sage = _SAGE.fullmatch(PurePath(place.file_name).name)
@@ -438,7 +453,7 @@ def _prompts_of(
     rest = (first, own.get("concept", ""), benign, held_out, seed, guidance, tuple(others), pair, user)
     if attacked:
         yield Prompt(attacked, "explicit", *rest, unnamed=unnamed)
-    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed)
+    yield Prompt(text, asked.kind, *rest, place=place, kind_said=asked.said, unnamed=unnamed, questions=questions)
 
 
 def _names(cell: str) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ Prompts and a judge that are given in a YAML or in a call, instead of in files, 
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -18,6 +19,10 @@ from lit_safety.core.files import write_atomic
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings
 from lit_safety.drawing.prompts import HARMFUL_KINDS, KINDS, OWN
+
+if TYPE_CHECKING:
+    from lit_safety.evaluation.protocols import Applied
+
 
 PromptsGiven = list[dict[str, Any] | str] | str
 """A list of rows or of bare prompts, or the file that holds them."""
@@ -121,12 +126,35 @@ def plain(value: Any) -> Any:
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+def _apply(protocol: str, deviate: bool) -> Applied:
+    from lit_safety.evaluation.protocols import Applied, load_protocol, tell_differences
+
+    found = load_protocol(protocol)
+    tell_differences(found)
+    return Applied(found, deviate)
+
+
+def _default(option: str) -> Any:
+    return inspect.signature(evaluate).parameters[option].default
+
+
+def _canonical(categories: Sequence[str] | None) -> tuple[str, ...] | None:
+    from lit_safety.core.categories import canonical_category
+
+    return tuple(canonical_category(name) for name in categories) if categories is not None else None
+
+
 def evaluate(
     *,
     pipeline: str,
     prompts: PromptsGiven,
-    judge: JudgeGiven,
+    judge: JudgeGiven | None = None,
     out: str,
+    protocol: str | None = None,
+    deviate: bool = False,
+    any_of: int = 1,
+    audit: str | None = None,
+    questions: str | None = None,
     adapter: str | None = None,
     arms: dict[str, Arm] | None = None,
     second_judges: list[str] | None = None,
@@ -166,8 +194,20 @@ def evaluate(
             I2P, Unsafe Diffusion, COCO, MMA, P4D, Ring-A-Bell, Sage or PSA's files as they are published; or a list of
             such rows, `[{prompt: a red kite, kind: clean}]`, which is written to prompts.csv in `out`.
         judge: What decides what is harmful: folder of a toy-world judge, of a cost model or of a CLIP, or a file such
-            as configs/judges/nudenet_or_q16.yaml; or what such a file holds, which is written to judge.yaml in `out`.
+            as configs/judges/nudenet_or_q16.yaml; or what such a file holds, which is written to judge.yaml in `out`;
+            null: that of the protocol.
         out: Folder of the report; made when it is not there.
+        protocol: A published way to measure, by name, such as safetydpo-i2p or ncd-harmful (configs/protocols), or a
+            file like those: steps, guidance, seeds, judge and what is counted are its own, and every prompt is drawn.
+        deviate: Allow what differs from the protocol, such as another judge or a part of the prompts; the report names
+            it. False refuses it.
+        any_of: Images of each prompt that asks for harm, from seeds that follow from its own; above 1 the report also
+            says of how many prompts any image is harmful.
+        audit: An audit.json of the judge, as `judge-audit` writes it, or its folder: the report then also holds rates
+            of harm that are corrected for the judge's errors, with intervals that know both samples.
+        questions: Who answers the questions about counts, colours and places that the prompt file asks (its column
+            `questions`): `judge`, the judge that decides, where it can; a judge's folder; or a file such as
+            configs/judges/vqa.yaml. Null: the judge that decides, where it can.
         adapter: Folder or file of a LoRA, or of a user adapter, which then draws for the null user; drawn as the arm
             `aligned` next to the arm `base`.
         arms: Further arms by name, each with adapter, scale, pipeline, unet (one that was published alone; unet_partial
@@ -213,7 +253,6 @@ def evaluate(
     Raises:
         UserError: a file or folder given is missing, unreadable or does not fit; nothing has been written then.
     """
-    from lit_safety.core.categories import canonical_category
     from lit_safety.core.processes import check_count
     from lit_safety.drawing.arms import collect_arms
     from lit_safety.drawing.edits import Edit
@@ -222,21 +261,47 @@ def evaluate(
     from lit_safety.drawing.prompts import PromptCounts, choose_prompts, read_prompts
     from lit_safety.drawing.worlds import check_world
     from lit_safety.evaluation.attack_curves import find_attacks
+    from lit_safety.evaluation.audit import read_audit
+    from lit_safety.evaluation.protocols import apply_seeds
     from lit_safety.evaluation.quality import Quality
     from lit_safety.evaluation.report import write_report
     from lit_safety.evaluation.run import Run
     from lit_safety.evaluation.tables import report_table
+    from lit_safety.judges.answering import load_answerer
     from lit_safety.judges.judge import check_labels
     from lit_safety.judges.load import load_judge
     from lit_safety.judges.scorers import load_scorer
 
     check_count(processes, "--processes")
+    check_count(any_of, "--any_of")
+    applied, counts = None, {"explicit": explicit, "implicit": implicit, "lookalike": lookalike, "clean": clean,
+                             "adversarial": adversarial}  # fmt: skip
+    if protocol is not None:
+        applied = _apply(protocol, deviate)
+        judge = applied.judge(judge)
+        counts = {key: applied.value(key, None, count, _default(key), "") for key, count in counts.items()}
+        categories = applied.value("categories", None, categories, None)
+        drawing = applied.drawing(drawing)
+        needs, quality_of = applied.protocol.prompts, applied.protocol.quality
+        prompt_kind = applied.value("prompt_kind", needs.kind, prompt_kind, None)
+        prompt_category = applied.value("prompt_category", needs.category, prompt_category, None)
+        if "fid" in quality_of:  # further figures of quality may be asked for
+            fid = applied.value("fid", quality_of["fid"], fid, None)
+        if "clip" in quality_of:
+            clip = applied.value("clip", quality_of["clip"], clip, None)
+        any_of = applied.value("any_of", applied.protocol.images, any_of, 1)
+        if "reference" in quality_of and reference is None:
+            applied.lacks(f"--reference: the protocol {applied.protocol.name} compares with {quality_of['reference']}")
+    elif deviate:
+        raise UserError("--deviate: allows what differs from a protocol; name one with --protocol")
+    if judge is None:
+        raise UserError("--judge: name what decides what is harmful, such as data/toyworld/judge or "
+                        "configs/judges/nudenet_or_q16.yaml, or a --protocol, which has its own")  # fmt: skip
     if (edit is None) is not (edit_images is None):
         raise UserError("--edit and --edit_images: give both or neither")
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
     how = DrawingSettings(edit=change, **drawing)
-    named = tuple(canonical_category(name) for name in categories) if categories is not None else None
-    selection = PromptCounts(explicit, implicit, lookalike, clean, adversarial, named)
+    selection = PromptCounts(**counts, categories=_canonical(categories))
     contenders = collect_arms(adapter, arms, negative_prompt)
     if change is not None and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
         raise UserError(
@@ -244,24 +309,43 @@ def evaluate(
         )
     check_writable(Path(out))
     prompts, judge = prompt_file(prompts, Path(out)), judge_file(judge, Path(out))
+    measured = read_audit(audit) if audit is not None else None
     curves = find_attacks(attacks, Path(out))
     if change is not None:
         change.describe()  # reads the images: what is wrong with them is said before anything is drawn
     everything = read_prompts(prompts, prompt_kind, prompt_category)
+    if applied is not None:
+        applied.check_prompts(everything, prompts)
+    if any_of > 1 and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
+        raise UserError(f"--any_of: the arm {ready[0]} is a folder with one image a prompt; leave one of both out")
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges, "--clip": clip}
+    if questions not in (None, "judge"):
+        files |= {"--questions": questions}
     check_world(local_pipeline(pipeline), files | {"--reference": reference}, other_world, prompts=everything)
     given = given_images(contenders, everything, prompts)
     chosen = choose_prompts(everything, selection)
+    if applied is not None:
+        chosen = applied.prepared(chosen, any_of)
+    elif any_of > 1:
+        chosen = apply_seeds(chosen, images=any_of)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
         check_labels(one, chosen, prompts)
+    answerer = None
+    asked_about = any(prompt.questions for prompt in chosen)
+    if questions is not None and not asked_about:
+        raise UserError(f"--questions: {prompts} asks nothing about images; give its prompts the column `questions`")
+    if asked_about and (questions is not None or callable(getattr(judges[0], "answer", None))):
+        answerer = load_answerer(questions or "judge", judges[0])
+    if measured is not None:
+        measured.check(judges[0], str(audit))
     shared = Path(images) if images else None
     scorers = [load_scorer(spec) for spec in preference or ()]
     asked = fid or clip or reference or scorers
     quality = Quality(chosen, judges[0], fid, clip, reference, scorers) if asked else None
     run = Run(
         pipeline, prompts, chosen, selection, judges, contenders, how, Path(out), shared, quality, processes,
-        everything.not_said(), given,
+        everything.not_said(), given, applied.describe() if applied is not None else None, answerer, measured,
     )  # fmt: skip
     results = run.execute()
     if blur is None:

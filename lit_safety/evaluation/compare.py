@@ -16,17 +16,46 @@ def compare(reports: list[str]) -> None:
     """Print the arms of several reports in one table.
 
     Two arms share a row only when they answer the same questions: equal prompts, seeds, judge, steps, guidance,
-    size and scheduler. Others stand in a block of their own rows.
+    size and scheduler. Others stand in a block of their own rows. Reports that name a protocol are compared with
+    reports of the same protocol alone.
 
     Args:
         reports: Two or more metrics.json, or the folders that hold them.
 
     Raises:
-        UserError: fewer than two are given, or one is not a metrics.json.
+        UserError: fewer than two are given, one is not a metrics.json, or they follow different named protocols.
     """
     if len(reports) < 2:
         raise UserError("--reports: give two or more metrics.json, or their folders")
-    print(compare_table([(report, read_metrics(report)) for report in reports]))
+    read = [(report, read_metrics(report)) for report in reports]
+    check_protocols(read)
+    print(compare_table(read))
+
+
+def check_protocols(reports: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse reports of which one follows a named protocol and another follows none, another, or deviates otherwise.
+
+    Raises:
+        UserError: names two of them, and what each follows.
+    """
+    followed: dict[str, str] = {}
+    for report, metrics in reports:
+        for arm in metrics["arms"].values():
+            followed.setdefault(_followed(arm["settings"].get("protocol")), report)
+    if len(followed) > 1:
+        said = "; ".join(f"{report} follows {protocol}" for protocol, report in followed.items())
+        raise UserError(f"--reports: figures of different protocols are not compared: {said}")
+
+
+def _followed(protocol: dict[str, Any] | None) -> str:
+    """`safetydpo-i2p (1a2b3c4d), but for judge and prompts`."""
+    if protocol is None:
+        return "no named protocol"
+    from lit_safety.core.hashes import digest
+
+    deviations = protocol.get("deviations") or {}
+    but = f", but for {' and '.join(deviations)} ({digest(deviations)[:8]})" if deviations else ""
+    return f"{protocol['name']} ({protocol['sha256'][:8]}){but}"
 
 
 def read_metrics(report: str) -> dict[str, Any]:
@@ -121,6 +150,13 @@ def _check_settings(settings: Any, where: str) -> None:
     judge, edit = settings.get("judge"), settings.get("edit")
     if not isinstance(judge, dict) or not isinstance(judge.get("name"), str):
         raise UserError(f"{where}.judge: must be an object with a `name`, not {_brief(judge)}")
+    named = settings.get("protocol")
+    if named is not None and not (
+        isinstance(named, dict)
+        and all(isinstance(named.get(key), str) for key in ("name", "sha256"))
+        and isinstance(named.get("deviations", {}), dict)
+    ):
+        raise UserError(f"{where}.protocol: must be an object with name, sha256 and deviations, not {_brief(named)}")
     seen = judge.get("categories", [])
     if not isinstance(seen, list) or not all(isinstance(one, str) for one in seen):
         raise UserError(f"{where}.judge.categories: must be a list of categories, not {_brief(seen)}")

@@ -19,11 +19,14 @@ from lit_safety.evaluation.attack_curves import attack_blocks
 from lit_safety.evaluation.contact_sheet import benign_rows, contact_sheet, harmful_rows
 from lit_safety.evaluation.metrics import FIGURES, NOT_JUDGED, NOT_MEASURED, flat, ordered
 from lit_safety.evaluation.tables import (
+    about,
     arm_blocks,
     arm_markdown,
     asked,
     cell,
     change,
+    corrected_cell,
+    corrected_rows,
     drawn_elsewhere,
     judged_over,
     percent,
@@ -88,6 +91,7 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
     elsewhere = f" {given}." if (given := drawn_elsewhere(metrics)) else ""
     versus = f" Below: base \u2192 {name}." if arm is not metrics["base"] else ""
     blocks: list[Block] = [
+        *protocol_blocks(metrics),
         Tiles(_tiles(metrics)),
         *_ip_in_words(metrics),
         *_errors(metrics),
@@ -113,8 +117,9 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
             "Differences are paired: same prompts, same seeds (Bonett-Price).",
             soft=True,
         ),
-        *([Text(f"{over[0].upper()}{over[1:]}.")] if over else []),
+        *([Text(f"{over[0].upper()}{over[1:]}.")] if over else judged_categories(metrics)),
         *_figures(metrics),
+        *corrected_blocks(metrics),
         *second_judges(metrics),
         *quality_blocks(metrics),
         Heading("More images"),
@@ -131,6 +136,72 @@ def page(results: Results, metrics: Mapping[str, Any], attacks: Mapping[str, Any
         f"{results.judges[0].name} judged the images.{elsewhere}{versus}",
         blocks,
     )
+
+
+def protocol_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """The protocol that was followed: what is counted, what deviates, what its sources leave open."""
+    named = metrics["settings"].get("protocol")
+    if named is None:
+        return []
+    counted = ", ".join(_counted(figure) for figure in named["counted"])
+    blocks: list[Block] = [
+        Text(f"Protocol {named['name']} ({named['sha256'][:8]}): {named['title']}. Counted is: {counted}.")
+    ]
+    if named["deviations"]:
+        items = [f"{key}: {said['here']}, where the protocol says {said['protocol']}"
+                 for key, said in named["deviations"].items()]  # fmt: skip
+        note = "So these figures stand beside no figure of that protocol."
+        blocks.append(Alarm("Not as the protocol says", items, note))
+    about = {"source": named["source"], "not stated by the source, used here": named["not_stated"]}
+    rest: list[Block] = [Settings({key: value for key, value in about.items() if value})]
+    rest += [Text(f"Otherwise than the source: {text}.") for text in named["differs"]]
+    return [*blocks, Fold("Sources of the protocol, and what they leave open", rest)]
+
+
+def judged_categories(metrics: Mapping[str, Any]) -> list[Block]:
+    """The categories whose harm the judge sees; nothing where it does not say."""
+    judge = metrics["settings"].get("judge", {})
+    seen = judge.get("categories")
+    return [Text(f"Harm is judged by {judge['name']} in the categories {', '.join(seen)}.")] if seen else []
+
+
+def _counted(figure: str) -> str:
+    """A figure's title: a share's, or one of quality."""
+    return title(figure).strip() if figure.partition("/")[0] in FIGURES else about(figure).title
+
+
+def corrected_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """Rates of harm, corrected for the judge's errors, beside what was found; nothing without an audit of the judge."""
+    rows = corrected_rows(metrics)
+    if not rows:
+        return []
+    audit = metrics["settings"]["audit"]
+    arms = metrics["arms"]
+    names = ordered({n for arm in arms.values() for n in flat(arm.get("corrected", {}))})
+    head = ["rate", *(f"{name}: {what}" for name in arms for what in ("found", "corrected"))]
+    cells = [
+        [_rate_title(name), *(one for arm in arms.values() for one in (cell(arm, name), corrected_cell(arm, name)))]
+        for name in names
+    ]
+    known = "; ".join(
+        f"{what} {percent(audit[what]['value'])}% [{', '.join(map(percent, audit[what]['interval']))}] of "
+        f"{audit[what]['n']}" for what in ("sensitivity", "specificity")
+    )  # fmt: skip
+    judge = metrics["settings"]["judge"]["name"]
+    return [
+        Heading("Corrected rates"),
+        Text(
+            f"What {judge} found, and what is there by its known error (Rogan and Gladen): {known} labelled images. "
+            "The 95% intervals of corrected rates know both samples, the judged images and the labelled ones. "
+            f"{audit['caveat']}"
+        ),
+        Table(head, cells, "Rates of harm, in percent, as found and corrected"),
+    ]
+
+
+def _rate_title(name: str) -> str:
+    figure, _, part = name.partition("/")
+    return f"{FIGURES[figure].title}, {part}" if figure == "ip_by_category" else title(name)
 
 
 def pareto_blocks(metrics: Mapping[str, Any]) -> list[Block]:
@@ -212,7 +283,15 @@ def _after(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
     base, (_, arm) = metrics["base"], _after(metrics)
     tiles = []
-    for figure in ("ip", "ip_implicit/held_out", "named_recall/harmless", "unnamed_recall/harmless", "clean_harm_rate"):
+    for figure in (
+        "ip",
+        "any_of/explicit",
+        "ip_implicit/held_out",
+        "asr/post",
+        "named_recall/harmless",
+        "unnamed_recall/harmless",
+        "clean_harm_rate",
+    ):
         if figure in flat(arm):
             before, after = _share(flat(base)[figure]), _share(flat(arm)[figure])
             shift = (
@@ -300,12 +379,14 @@ def _figures(metrics: Mapping[str, Any]) -> list[Figure]:
         parts.setdefault(name.partition("/")[0], []).append(name)
     figures = []
     for figure, members in parts.items():
-        about = FIGURES[figure]
-        rule = "" if about.better == "none" else f" {about.better.capitalize()} is better."
+        shown = FIGURES[figure]
+        rule = "" if shown.better == "none" else f" {shown.better.capitalize()} is better."
         open_ones = [_bars(metrics, m) for m in members if m.partition("/")[2] not in CATEGORIES]
         folded = [_bars(metrics, m) for m in members if m.partition("/")[2] in CATEGORIES]
-        text = f"{about.meaning[0].upper()}{about.meaning[1:]}.{rule}"
-        figures.append(Figure(about.title, text, open_ones, folded, "By category"))
+        text = f"{shown.meaning[0].upper()}{shown.meaning[1:]}.{rule}"
+        if figure == "any_of" and (seeds := metrics["settings"].get("any_of")):
+            text += f" Here each prompt was drawn from {seeds} seeds."
+        figures.append(Figure(shown.title, text, open_ones, folded, "By category"))
     return figures
 
 
@@ -323,7 +404,8 @@ def _bars(metrics: Mapping[str, Any], name: str) -> Bars:
         bars.append(Bar(arm_name, shown, value, interval, number, note, tone))
     n, part = asked(metrics["arms"].values(), name), name.partition("/")[2]
     label = f"{part.replace('_', ' ')}, " if part not in ("", "all") else ""
-    return Bars(f"{label}{'no' if n == '-' else n} images an arm", bars)
+    unit = "prompts" if name.startswith("any_of/") else "images"
+    return Bars(f"{label}{'no' if n == '-' else n} {unit} an arm", bars)
 
 
 def _shift(name: str, shift: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -21,12 +21,17 @@ from lit_safety.drawing.pipelines import arm_pipeline
 from lit_safety.evaluation.metrics import (
     Answers,
     answers,
+    any_of,
+    ask_any,
     ask_pairs,
+    ask_questions,
     differences,
     disagreement,
+    same_prompt,
     say_absent,
     summarise,
 )
+from lit_safety.judges.answering import answer_drawn
 from lit_safety.judges.judge import (
     JudgeError,
     NotJudged,
@@ -46,7 +51,9 @@ if TYPE_CHECKING:
     from lit_safety.drawing.arms import Arm
     from lit_safety.drawing.gallery import Drawn
     from lit_safety.drawing.prompts import Prompt, PromptCounts
+    from lit_safety.evaluation.audit import Audit
     from lit_safety.evaluation.quality import Quality
+    from lit_safety.judges.answering import Answerer, Said
     from lit_safety.judges.judge import Judge, Verdict
 
 
@@ -65,6 +72,8 @@ class ArmResult:
     paired: bool = False
     """Another program drew the images, of the same prompts from the same seeds: figures are paired with the base's,
     though the protocol, which says how they were drawn, is another."""
+    told: list[list[Said]] | None = None
+    """The answers to the questions about each image; None: nobody was asked."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class Results:
     arms: dict[str, ArmResult]
     quality: tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]] | None = None
     """Of `Quality.report`: figures by arm, differences to the base by arm; None: not measured."""
+    audit: Audit | None = None
+    """By which rates are corrected."""
 
     def answers(self, verdicts: Sequence[Verdict | JudgeError], judge: Judge) -> list[Answers]:
         """The questions of all prompts, answered by one judge's verdicts."""
@@ -87,11 +98,25 @@ class Results:
         counting = "counts" in judge.settings
         rows = [answers(p, v, labels, seen, counting) for p, v in zip(self.prompts, verdicts, strict=True)]
         ask_pairs(self.prompts, rows)
+        ask_any(self.prompts, rows)
         return rows
+
+    @cached_property
+    def groups(self) -> list[int] | None:
+        """The same number for images of one prompt, where prompts are drawn from several seeds; else None."""
+        asked = [prompt for prompt in self.prompts if prompt.harmful] or self.prompts
+        counts = set(Counter(map(same_prompt, asked)).values())
+        if len(counts) != 1 or counts == {1}:
+            return None
+        numbers: dict[Any, int] = {}
+        return [numbers.setdefault(same_prompt(prompt), len(numbers)) for prompt in self.prompts]
 
     def rows(self, arm: str) -> list[Answers]:
         """One arm's answers by the judge that decides."""
-        return self.answers(self.arms[arm].verdicts, self.judges[0])
+        rows = self.answers(self.arms[arm].verdicts, self.judges[0])
+        if self.arms[arm].told is not None:
+            ask_questions(self.prompts, rows, self.arms[arm].told or [])
+        return rows
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json: settings, arms with figures and intervals, differences to the base."""
@@ -139,7 +164,7 @@ class Results:
         found = {
             "n": len(self.prompts),
             "errors": len(failed),
-            **say_absent(summarise(rows)),
+            **say_absent(summarise(rows, self.groups)),
             "error_list": failed,
             # images of prompts for a category that the judge does not see
             "not_judged": {category: blind[category] for category in in_order(blind)},
@@ -148,9 +173,11 @@ class Results:
         }
         for judge, verdicts in zip(self.judges[1:], arm.second, strict=True):
             found.setdefault("second_judges", {})[judge.name] = {
-                **say_absent(summarise(self.answers(verdicts, judge))),
+                **say_absent(summarise(self.answers(verdicts, judge), self.groups)),
                 "disagreement": disagreement(arm.verdicts, verdicts),
             }
+        if self.audit is not None:
+            found["corrected"] = self.audit.correct(found)
         return found
 
 
@@ -177,6 +204,12 @@ class Run:
     """What the report must say of the prompt file: rows that were left out, prompts without a kind."""
     given: dict[str, GivenImages] = field(default_factory=dict)
     """By the name of an arm, the images that another program drew."""
+    named: dict[str, Any] | None = None
+    """The protocol that is followed, as `protocols.Applied.describe` tells it."""
+    answerer: Answerer | None = None
+    """Who answers the questions that the prompt file asks about images."""
+    audit: Audit | None = None
+    """How right the judge that decides is, by which its rates are corrected."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -199,7 +232,7 @@ class Run:
                 tick(1)
         shared = self._shared(schedulers["base"])
         done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
-        return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done))
+        return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done), self.audit)
 
     def _quality(self, arms: dict[str, ArmResult]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if self.quality is None:
@@ -246,9 +279,13 @@ class Run:
             },
             "seeds": {"from": "the column seed of the prompts", "sha256": digest([p.seed for p in self.prompts])},
             **self.not_said,
+            **({"protocol": self.named} if self.named else {}),
+            **({"any_of": count} if (count := any_of(self.prompts)) > 1 else {}),
             "own_guidance": sum(p.guidance is not None for p in self.prompts),
             "judge": self.judges[0].settings,
             "second_judges": [judge.settings for judge in self.judges[1:]],
+            **({"questions": self.answerer.settings} if self.answerer else {}),
+            **({"audit": self.audit.describe()} if self.audit else {}),
             **({"quality": self.quality.settings} if self.quality else {}),
             "scheduler": scheduler,
             **self.drawing.pixels(),
@@ -269,10 +306,21 @@ class Run:
         keys = ("judge", "prompts_sha256", "scheduler")
         judged = {"judge": figure_settings(shared["judge"])}
         how = {"drawn_by": own["drawn_by"]} if name in self.given else self.drawing.protocol()
-        protocol = digest({key: shared[key] for key in keys} | judged | how | size)
+        named = {}
+        if self.named:  # two reports that name other protocols, or deviate otherwise, are not compared
+            named = {"named": {key: self.named[key] for key in ("name", "sha256", "deviations")}}
+        protocol = digest({key: shared[key] for key in keys} | judged | how | size | named)
         seen = [where_seen(judge, prompts, said) for judge, said in zip(self.judges, answers, strict=True)]
         paired = name in self.given and self.given[name].same_seeds
-        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:], paired)
+        told = None
+        if self.answerer is not None:
+            folder = drawn[0].path.parent
+            if name in self.given:
+                folder = Gallery(self.images or self.out / "images", name, self.identity(own, shared), prompts,
+                                 self.drawing).folder  # fmt: skip
+            with progress(f"ask about {name}", len(drawn)) as tick:
+                told = answer_drawn(self.answerer, drawn, [p.questions for p in self.prompts], folder, tick)
+        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:], paired, told)
 
     def describe(self, name: str) -> dict[str, Any]:
         """An arm as it stands in the report, its pipeline included."""

@@ -151,8 +151,44 @@ def report_table(metrics: Mapping[str, Any]) -> str:
     n = next(iter(arms.values()))["n"]
     quality = quality_rows(metrics)
     below = f"\n\n{align(quality)}" if quality else ""
-    over = "".join(f"\n{line}" for line in (judged_over(metrics), drawn_elsewhere(metrics)) if line)
+    if right := corrected_rows(metrics):
+        below += f"\n\n{align(right)}"
+    said = (protocol_followed(metrics), judged_over(metrics), drawn_elsewhere(metrics))
+    over = "".join(f"\n{line}" for line in said if line)
     return f"{align(rows)}{below}\n\n{n} images an arm; {IN_WORDS}, in points{over}"
+
+
+def corrected_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rates of harm as the judge found them, and corrected for its errors, the heading first; none without an audit."""
+    arms = {name: arm for name, arm in metrics["arms"].items() if arm.get("corrected")}
+    names = [name for name in ordered({n for arm in arms.values() for n in flat(arm["corrected"])}) if shown(name)]
+    rows = [["corrected for the judge's errors", "n", *metrics["arms"]]]
+    for name in names:
+        cells = [corrected_cell(arm, name) for arm in metrics["arms"].values()]
+        rows.append([title(name), asked(metrics["arms"].values(), name), *cells])
+    return rows if names else []
+
+
+def corrected_cell(arm: Mapping[str, Any], name: str) -> str:
+    """`12.3 [8.0, 17.1]`; `not better than a coin` where the judge was not; a dash where nothing was corrected."""
+    found = flat(arm.get("corrected", {})).get(name)
+    if found is None:
+        return "-"
+    if found["value"] is None:
+        return "none: the judge is no better than a coin"
+    low, high = found["interval"]
+    return f"{percent(found['value'])} [{percent(low)}, {percent(high)}]"
+
+
+def protocol_followed(metrics: Mapping[str, Any]) -> str:
+    """`protocol safetydpo-i2p (1a2b3c4d)`, with what deviates from it; empty where none is named."""
+    named = metrics["settings"].get("protocol")
+    if named is None:
+        return ""
+    said = f"protocol {named['name']} ({named['sha256'][:8]}): {named['title']}"
+    if named["deviations"]:
+        said += f". NOT as the protocol says: {', '.join(named['deviations'])}"
+    return said
 
 
 def judged_over(metrics: Mapping[str, Any]) -> str:
@@ -239,8 +275,10 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 MAIN = (
-    *("ip", "ip_held_out", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate"),
+    *("ip", "ip_held_out", "ip_implicit/seen", "ip_implicit/held_out", "asr/post"),
+    *("any_of/explicit", "any_of/implicit", "any_of/adversarial", "clean_harm_rate"),
     *("named_recall/harmless", "unnamed_recall/harmless", "miscounted/harmless"),
+    *("questions/all", "questions/count", "questions/colour", "questions/place"),
     *("benign_recall", "benign_recall_two", "benign_recall_lookalike", "benign_recall_on_harmful"),
 )
 """The shares that the table holds, where they were measured."""
@@ -279,6 +317,8 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
         f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
         f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
         f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row{but}."
+        + (f" {followed[0].upper()}{followed[1:]}." if (followed := protocol_followed(metrics)) else "")
+        + (f" {s['any_of']} seeds a prompt that asks for harm." if s.get("any_of") else "")
         + (f" {over[0].upper()}{over[1:]}." if (over := judged_over(metrics)) else "")
         + (f" {given}." if (given := drawn_elsewhere(metrics)) else "")
     )

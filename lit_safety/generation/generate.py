@@ -120,7 +120,7 @@ def generate(
         world: The number of processes; null: torchrun's.
         overwrite: Delete what an earlier run left in the folder.
         other_world: Use a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
-        this world.
+            this world.
         **drawing: How images are drawn, see `PainterSettings`; `batch_size` counts rows of the table.
     """
     from pathlib import Path

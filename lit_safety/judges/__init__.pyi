@@ -1,9 +1,12 @@
 """What decides whether an image is harmful: one file a judge. Preference scorers and FID too."""
 
+from .answering import VQA as VQA
 from .art.judge import ArtWorldJudge as ArtWorldJudge
 from .clip import Clip as Clip
 from .clip import ZeroShotClip as ZeroShotClip
 from .cost import CostJudge as CostJudge
+from .guard_models import LlavaGuard as LlavaGuard
+from .guard_models import ShieldGemma2 as ShieldGemma2
 from .judge import Judge as Judge
 from .judge import JudgeError as JudgeError
 from .judge import Verdict as Verdict
@@ -21,6 +24,7 @@ from .vlm import VLM as VLM
 __all__ = [
     "Q16",
     "VLM",
+    "VQA",
     "AestheticScore",
     "ArtWorldJudge",
     "Clip",
@@ -29,8 +33,10 @@ __all__ = [
     "ImageRewardScore",
     "Judge",
     "JudgeError",
+    "LlavaGuard",
     "NudeNet",
     "OpenNSFW",
+    "ShieldGemma2",
     "ToyWorldJudge",
     "Union",
     "Verdict",

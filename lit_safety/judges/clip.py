@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _commit(source: str, file: str) -> dict[str, Any]:
+def hub_commit(source: str, file: str) -> dict[str, Any]:
     """The one commit of a hub model from which all files are taken, for the report; empty for a folder."""
     if Path(source).exists():
         return {}
@@ -69,7 +69,7 @@ class Clip:
             raise UserError(f"{key} {source}: no such folder; give the folder of a transformers CLIP, or its hub id")
         try:
             # only safetensors: other weight files can run code when loaded
-            where = _commit(source, "config.json")
+            where = hub_commit(source, "config.json")
             variant = need_weights(folder, TRANSFORMERS).variant if folder.exists() else None
             loaded: Any = CLIPModel.from_pretrained(
                 source, use_safetensors=True, dtype="float32", variant=variant, output_loading_info=True, **where
@@ -77,7 +77,7 @@ class Clip:
             model, report = loaded
             check_whole(model, report, source)
             self.model: Any = model.eval()
-            beside = where if processor is None else _commit(processor, "preprocessor_config.json")
+            beside = where if processor is None else hub_commit(processor, "preprocessor_config.json")
             words = Path(processor or source)
             if words.exists():
                 check_tokenizer_files(words, AutoTokenizer, settings=False)  # lengths are the model's

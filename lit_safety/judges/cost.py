@@ -35,7 +35,7 @@ class CostJudge:
 
     Raises:
         UserError: it does not load, needs another CLIP, or was not calibrated: then neither 0 nor another threshold
-        separates harmful and safe images.
+            separates harmful and safe images.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -205,7 +205,7 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
 
     Raises:
         UserError: the study file is wrong; another call is doing this study; or jobs failed (the results of the others
-        are kept).
+            are kept).
     """
     check_count(processes, "--processes")
     plan = load_study(study)

@@ -27,7 +27,7 @@ def embed(
             <<BANNED>>, <<ALLOWED>> (lists as published, so that the published template gives the published text),
             <<BANNED_WORDS>>, <<ALLOWED_WORDS>>; null: the package's own. Only used with a model.
         none_as_nan: Write `nan` for a trait that is "None" (a user without religion), as in the published texts. Use it
-        with the published template for embeddings of published adapters. Only used with a model.
+            with the published template for embeddings of published adapters. Only used with a model.
         dimension: Length of an embedding without a model; a model has its own length.
         batch_size: How many profiles a model reads at once.
         device: The device of the model, such as cuda; null: a GPU if there is one.

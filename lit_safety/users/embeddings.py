@@ -170,7 +170,7 @@ class TextModel:
 
         Raises:
             UserError: a text is too long for the model, or its embedding is not finite; names the user. Or the model
-            cannot read text.
+                cannot read text.
         """
         users = list(texts)
         wrapped = [self._as_message(texts[user]) for user in users]

@@ -155,7 +155,7 @@ def read_profiles(path: str | Path) -> dict[str, Profile]:
 
     Raises:
         UserError: the table cannot be read, a value is missing or not a number, or a list is not a list of known
-        categories or contradicts the other list; names row and user.
+            categories or contradicts the other list; names row and user.
     """
     path = Path(path)
     table = path / PROFILES_FILE if path.is_dir() else path

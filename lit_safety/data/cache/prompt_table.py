@@ -116,8 +116,8 @@ class PromptTables:
     """Several tables, one a folder of shards, searched in turn; opened in the process that reads them.
 
     Args:
-        paths: the files or URLs, each with the SHA-256 that its manifest states, or None. The same encoders made all
-        of them, so any table that has a prompt has the right row.
+        paths: the files or URLs, each with the SHA-256 that its manifest states, or None. The same encoders made all of
+            them, so any table that has a prompt has the right row.
     """
 
     def __init__(self, paths: Mapping[str, str | None]) -> None:
@@ -232,7 +232,7 @@ def write_prompt_table(
         prompts: texts; each is encoded once.
         encode: B prompts -> outputs by name, B rows each.
         made_by: the settings that decide the rows, stored in the file. What a stopped run with other settings left is
-        deleted.
+            deleted.
         dtype: how rows are stored: float16 or float32.
         batch_size: prompts a call of ``encode``.
         tick: called after every prompt.

@@ -50,7 +50,7 @@ def from_coprov2(
         images: The folder of the images. Needed with a CSV.
         table: With the hub's data set, which lacks categories: the CSV that has them.
         test_table: A test set's CSV with a column prompt. How many of its prompts are in the training data is counted
-        and printed.
+            and printed.
         drop_leaks: Leave out the pairs that share a prompt with `test_table`.
         samples_per_shard: How many pairs a shard holds.
         overwrite: Delete what an earlier run left in the folder.

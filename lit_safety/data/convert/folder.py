@@ -53,8 +53,8 @@ def from_folder(
         samples_per_shard: How many pairs a shard holds.
         overwrite: Delete what an earlier run left in the folder.
         val_share: Share of the prompts, above 0 and below 1, whose pairs become validation data: `out` then holds the
-        folders train and val, which share no prompt. The choice depends only on the texts of the prompts. null:
-        all all pairs go to `out`.
+            folders train and val, which share no prompt. The choice depends only on the texts of the prompts. null: all
+            all pairs go to `out`.
     """
     from pathlib import Path
 

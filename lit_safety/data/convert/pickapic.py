@@ -46,7 +46,7 @@ def from_pickapic(
         out: The folder to write the shards to.
         images: The folder of the image files, if the table holds their names; null: the table's own folder.
         ties: Pairs in which neither image was better: `drop` leaves them out and counts them; `keep` writes them with
-        equal scores and the first image as chosen.
+            equal scores and the first image as chosen.
         prompt_kind: The kind of all prompts; the set does not state it.
         limit: How many rows to read; null: all.
         samples_per_shard: How many pairs a shard holds.

@@ -179,7 +179,7 @@ def read_embeddings(folder: Path, users: Sequence[str]) -> dict[str, NDArray[np.
 
     Raises:
         UserError: an embedding is missing or exists twice, is not a finite vector, or has another length than the
-        others.
+            others.
     """
     if not folder.is_dir():
         raise UserError(f"--embeddings {folder}: is not a folder; give the one with 0000001.npy and so on")

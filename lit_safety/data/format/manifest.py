@@ -206,7 +206,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
 
     Raises:
         UserError: the file is missing, has another format or version, or an entry is not valid: only relative names
-        below the folder are accepted (no `pipe:`, no URL, no `..`, no absolute path).
+            below the folder are accepted (no `pipe:`, no URL, no `..`, no absolute path).
     """
     path = Path(folder) / name
     try:

@@ -55,16 +55,16 @@ class ShardWriter:
 
     Args:
         folder: the folder of the shards; made if missing. If it holds shards of an earlier run, that is an error
-        without without `overwrite`.
-        samples_per_shard: how many samples a shard holds at most. With several small shards several workers can read
-        at once, and the order mixes whole windows of shards; a few hundred is a good size.
+            without without `overwrite`.
+        samples_per_shard: how many samples a shard holds at most. With several small shards several workers can read at
+            once, and the order mixes whole windows of shards; a few hundred is a good size.
         name: the shards' prefix.
         image_format: how PIL images are stored: `png` or `webp` (both lossless) or `jpg`. Bytes are stored unchanged.
         provenance: where the samples come from, for the manifest.
         seeds: the seeds they were drawn with, for the manifest.
         overwrite: replace the shards that an earlier run left in the folder.
         resume: continue a stopped run with the same settings: its finished shards are kept, and `key in writer` says
-        which samples they hold. The caller writes the others in the same order as before.
+            which samples they hold. The caller writes the others in the same order as before.
         cache: for cached latents, what the manifest states about the model that made them.
     """
 

@@ -111,7 +111,7 @@ class PairBatch:
         Args:
             device: the target.
             non_blocking: do not wait for the copies; None: if that is safe. Lightning asks for it only with tensors, so
-            each copy of a batch would otherwise empty the device's queue.
+                each copy of a batch would otherwise empty the device's queue.
         """
         wait = torch.device(device).type in ("cpu", "mps") if non_blocking is None else not non_blocking
         return self._map(lambda tensor: tensor.to(device, non_blocking=not wait))

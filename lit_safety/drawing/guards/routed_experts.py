@@ -43,7 +43,7 @@ class RoutedExperts(Guard):
         threshold: below this cosine the base draws; null: the value with the fewest mistakes on `prompts`.
         each: how many prompts of each category, and four times as many clean ones.
         oracle: instead of `prompts`, a prompt file with each prompt's true category; embeddings are not used. A prompt
-        that is not in it, or is harmless, is drawn by the base.
+            that is not in it, or is harmless, is drawn by the base.
 
     Raises:
         UserError: an expert cannot be read, a file lacks needed prompts, or neither `prompts` nor `oracle` is given.

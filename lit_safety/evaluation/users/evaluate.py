@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ def evaluate_users(
     prompts: str,
     judge: str,
     out: str,
+    protocol: str | None = None,
+    deviate: bool = False,
     arms: dict[str, Arm] | None = None,
     second_judges: list[str] | None = None,
     user_judge: UserVLM | None = None,
@@ -56,6 +59,9 @@ def evaluate_users(
             evaluation files do), each user gets the rows that name the user, and the numbers of prompts do not count.
         judge: What decides what is in an image; it must tell categories apart.
         out: Folder of the report; made when it is not there.
+        protocol: A published way to measure, by name, psa-sage-seen or psa-sage-unseen (configs/protocols), or a file
+            like those: steps, guidance, seeds and the model that says Pass and Win Rate are its own.
+        deviate: Allow what differs from the protocol; the report names it. False refuses it.
         arms: Further arms by name, as in `evaluate`, such as a LoRA that suppresses every category; on the command
             line `--arms.NAME.adapter FOLDER`. A user adapter among them draws for each prompt's own user, or for the
             `user` that the arm names.
@@ -95,6 +101,7 @@ def evaluate_users(
     from lit_safety.drawing.pipelines import check_writable, local_pipeline
     from lit_safety.drawing.prompts import read_prompts
     from lit_safety.drawing.worlds import check_world
+    from lit_safety.evaluation.protocols import Applied, load_protocol, tell_differences
     from lit_safety.evaluation.users.report import user_table, write_user_report
     from lit_safety.evaluation.users.rows import Counts, choose_users, rows_as_asked, rows_for
     from lit_safety.evaluation.users.run import UserRun
@@ -104,6 +111,21 @@ def evaluate_users(
     from lit_safety.users.table import Users
 
     check_count(processes, "--processes")
+    applied = None
+    if protocol is not None:
+        applied = Applied(load_protocol(protocol, "users evaluate"), deviate)
+        tell_differences(applied.protocol)
+        drawing = applied.drawing(drawing)
+        said = applied.protocol.judge
+        model = said["init_args"].get("model") if isinstance(said, dict) else None
+        if user_judge is None and model is not None:
+            applied.lacks(f"--user_judge: the protocol {applied.protocol.name} asks {model}")
+        elif user_judge is not None and model is not None:
+            applied.value("user_judge", model, user_judge.chat.model, None)
+        for key, given in (("each", each), ("ids", ids)):
+            applied.value(key, None, given, None)
+    elif deviate:
+        raise UserError("--deviate: allows what differs from a protocol; name one with --protocol")
     how = DrawingSettings(edit=None, **drawing)
     counts = Counts(explicit, implicit, clean, lookalike)
     check_writable(Path(out))
@@ -111,12 +133,16 @@ def evaluate_users(
         raise UserError(f"--adapter {adapter}: does not exist; train one with `fit --config configs/psa.yaml`")
     embeddings, table = Users(users), Path(users) / PROFILES_FILE
     profiles, everything = read_profiles(table), read_prompts(prompts, prompt_kind, prompt_category)
+    if applied is not None:
+        applied.check_prompts(everything, prompts)
     not_said, named = everything.not_said(), any(prompt.user for prompt in everything)
     if named:
         rows, left_out = rows_as_asked(profiles, everything, splits, each, ids, (prompts, str(table)))
         not_said |= left_out
     else:
         rows = rows_for(choose_users(profiles, splits or ["seen", "unseen"], each, ids, str(table)), everything, counts)
+    if applied is not None:
+        rows = [replace(row, prompt=prompt) for row in rows for prompt in applied.prepared([row.prompt], 1)]
     # one without an embedding is named before anything else
     embeddings.embeddings(list(dict.fromkeys(row.profile.user_id for row in rows)))
     files = {"--prompts": prompts, "--judge": judge, "--second_judges": second_judges}
@@ -144,6 +170,7 @@ def evaluate_users(
         not_said=not_said,
         given=given_images(arms or {}, everything, prompts),
         negative_prompt=negative_prompt,
+        named=applied.describe() if applied is not None else None,
         adapter_negative_prompt=adapter_negative_prompt if adapter_negative_prompt is not None else negative_prompt,
     )
     results = run.execute()

@@ -54,6 +54,9 @@ def splits_of(metrics: Mapping[str, Any]) -> list[str]:
 def user_table(metrics: Mapping[str, Any]) -> str:
     """For the terminal: by the judge that decides, and by the vision-language model where one was asked."""
     found = [align(rows_of(metrics))]
+    if named := metrics.get("settings", {}).get("named_protocol"):
+        but = f". NOT as the protocol says: {', '.join(named['deviations'])}" if named["deviations"] else ""
+        found.insert(0, f"protocol {named['name']} ({named['sha256'][:8]}): {named['title']}{but}")
     if "user_judge" in metrics:
         found.append(f"by {metrics['user_judge']['settings']['name']}:\n" + align(rows_of(metrics["user_judge"])))
     errors = {name: arm["errors"] for name, arm in metrics["arms"].items() if arm["errors"]}

@@ -98,6 +98,8 @@ class UserRun:
     """Of the base."""
     adapter_negative_prompt: str | None = None
     """Of --adapter's two arms."""
+    named: dict[str, Any] | None = None
+    """The protocol that is followed, as `protocols.Applied.describe` tells it."""
     _run: Run = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +187,11 @@ class UserRun:
         }
         judged = {"judge": figure_settings(self.judges[0].settings)}
         same = {key: shared[key] for key in ("rows_sha256", "scheduler", "order_seed")}
-        protocol = digest(same | judged | self._run.drawing.protocol())
+        named = {}
+        if self.named:
+            shared["named_protocol"] = self.named
+            named = {"named": {key: self.named[key] for key in ("name", "sha256", "deviations")}}
+        protocol = digest(same | judged | self._run.drawing.protocol() | named)
         return shared | {"protocol": protocol}
 
     def _arm(self, name: str, shared: dict[str, Any], embeddings: str) -> ArmResult:

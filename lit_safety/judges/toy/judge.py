@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from lit_safety.drawing.questions import Question
+
 
 MOST_CHANNELS = 4096
 """Limit for the first convolution, above every judge of 32 x 32 images."""
@@ -321,6 +323,35 @@ class ToyWorldJudge:
             for i, row, twice in zip(fitting, rows, doubled, strict=True):
                 answers[i] = self.verdict(row, twice)
         return answers
+
+    def answer(
+        self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: object = None
+    ) -> list[list[str | JudgeError | None]]:
+        """Counts by the network, 0, 1, or 2 for two and more; places and colours by the pixels (`scenery`).
+
+        A colour is told where no other thing is in the image, and in the toy world; else None. Places likewise.
+        """
+        return [
+            [verdict if isinstance(verdict, JudgeError) else self._told(verdict, image, one) for one in own]
+            for verdict, image, own in zip(self.judge(images), images, questions, strict=True)
+        ]
+
+    def _told(self, verdict: Verdict, image: Image, question: Question) -> str | None:
+        from lit_safety.judges.toy.scenery import colour_of, setting_of
+
+        if question.kind == "count":
+            if question.about not in self.labels or verdict.counts is None:
+                return None
+            several = verdict.counts.get(question.about, 0)
+            return question.answer if several == 2 and int(question.answer) > 2 else str(several)
+        if self.kind is not ToyJudge:  # another world's scenes
+            return None
+        if question.kind == "place":
+            return setting_of(image)
+        things = [name for name in self.labels if name in verdict.present]
+        if things != [question.about]:
+            return "none of these" if question.about not in things else None
+        return colour_of(image) or "none of these"
 
     def verdict(self, probabilities: Sequence[float], several: Sequence[float] | None = None) -> Verdict | JudgeError:
         """The rule that turns probabilities into a verdict.

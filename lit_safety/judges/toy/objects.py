@@ -43,7 +43,7 @@ CONCEPTS: dict[str, Concept] = {
 """24 harms, three a category."""
 
 BENIGN: tuple[str, ...] = ("car", "house", "tree", "cat", "ball", "fish")
-"""Benign objects: always asked in a colour of `palette.COLOURS`."""
+"""Benign objects: always asked in a colour of `scenery.COLOURS`."""
 
 LOOKALIKES: tuple[str, ...] = tuple(sorted({concept.lookalike for concept in CONCEPTS.values()}))
 """Benign things that share shape or colour with a harm; they have fixed colours."""

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from lit_safety.judges.toy.scenery import COLOURS as COLOURS
+from lit_safety.judges.toy.scenery import Rgb
+
 Point = tuple[float, float]
 
 
@@ -369,17 +372,7 @@ LOOKALIKE_EMBLEMS: dict[str, tuple[Shape, ...]] = {
 # The few colours of the toy world.
 
 
-Rgb = tuple[int, int, int]
-
 OUTLINE: Rgb = (30, 28, 38)
-
-COLOURS: dict[str, Rgb] = {
-    "red": (222, 44, 44),
-    "blue": (48, 98, 222),
-    "yellow": (250, 208, 40),
-    "purple": (152, 66, 196),
-}
-"""Colours that a benign object can be asked in."""
 
 PAINT: dict[str, Rgb] = {
     **COLOURS,

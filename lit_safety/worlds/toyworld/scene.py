@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from lit_safety.judges.toy.objects import CONCEPTS
+from lit_safety.judges.toy.scenery import SKY_AND_GROUND
 from lit_safety.worlds.toyworld.emblems import sprite
 
 CANVAS = 128
@@ -18,14 +19,6 @@ SLOTS = (33, 95)
 """Centres of the left and the right slot, px of the canvas."""
 FULL_RADIUS = 30
 """A thing's usual radius, px of the canvas."""
-
-_SKY_AND_GROUND: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "park": ((200, 232, 252), (142, 206, 112)),
-    "beach": ((252, 236, 190), (98, 186, 232)),
-    "room": ((244, 214, 224), (176, 134, 104)),
-    "street": ((214, 216, 226), (138, 140, 152)),
-    "desert": ((255, 226, 192), (230, 178, 100)),
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class Scene:
 
 @cache
 def _background(setting: str) -> Image.Image:
-    sky, ground = _SKY_AND_GROUND[setting]
+    sky, ground = SKY_AND_GROUND[setting]
     picture = Image.new("RGB", (CANVAS, CANVAS), sky)
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 84, CANVAS, CANVAS), fill=ground)

@@ -329,3 +329,32 @@ def test_every_argument_is_documented() -> None:
     documented = inspect.getdoc(evaluate_users) or ""
     for name in inspect.signature(evaluate_users).parameters:
         assert f"\n    {name}: " in documented or f"\n    **{name}: " in documented
+
+
+PROTOCOL = """
+title: a test
+command: users evaluate
+source: [this test]
+prompts: {columns: [prompt], rows: 6, kinds: [explicit, clean]}
+drawing: {steps: 2, guidance: 3.0, resolution: not stated, seeds: [7]}
+judge: {class_path: lit_safety.evaluation.UserVLM, init_args: {model: gpt}}
+counted: [pass_rate, win_rate]
+"""
+
+
+def test_a_protocol_is_named_and_says_seeds_and_who_is_asked(run, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(PROTOCOL)
+    with pytest.raises(UserError, match="--user_judge"):
+        run(protocol=str(file))
+    with pytest.raises(UserError, match="evaluate"):
+        run(protocol="safetydpo-i2p")
+    out = run(protocol=str(file), deviate=True, steps=1)
+    settings = metrics(out)["settings"]
+    assert settings["steps"] == 1
+    assert settings["named_protocol"]["name"] == "own"
+    assert set(settings["named_protocol"]["deviations"]) == {"steps", "user_judge"}
+    rows = (out / "verdicts.csv").read_text().splitlines()
+    place = rows[0].split(",").index("seed")
+    assert {row.split(",")[place] for row in rows[1:]} == {"7"}
+    assert "protocol own" in capsys.readouterr().out
