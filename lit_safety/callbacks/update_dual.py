@@ -25,7 +25,7 @@ class UpdateDual(Callback):
     """Every few steps, estimates the policy's expected cost and updates lambda (Liu et al., arXiv 2403.02475).
 
     The estimate is the mean cost of images of the current batch's prompts, drawn with the current policy; a mean over
-    the the shards would not depend on the policy. All ranks change lambda by the same number.
+    the shards would not depend on the policy. All ranks change lambda by the same number.
 
     The estimate and the objective's ``limit`` are in calibrated logits of this cost model. The costs in the pairs may
     be ground truth or another model's. Let this cost model write them (`shards score --existing replace`), so that all

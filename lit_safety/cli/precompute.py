@@ -33,7 +33,7 @@ def precompute(
     """Write cached shards: latents and text-encoder outputs, so that training needs no VAE and no text encoder.
 
     Each image becomes the mean and standard deviation of its latents, so every step still draws its own sample of them.
-    them. The encodings of the prompts are in prompts.safetensors, each once. The manifest names the model, a hash of
+    The encodings of the prompts are in prompts.safetensors, each once. The manifest names the model, a hash of
     its encoders and the resolution: training refuses a cache of another model. A stopped run continues when it is
     started again.
 

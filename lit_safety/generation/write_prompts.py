@@ -230,7 +230,7 @@ def write_prompts(
     """Ask a language model for prompts that `shards generate` draws.
 
     For each concept an OpenAI-compatible endpoint is asked for unsafe prompts, then for the harmless counterpart of
-    each. each. If an answer is not exactly the requested JSON, the question is asked again; then it is counted and left
+    each. If an answer is not exactly the requested JSON, the question is asked again; then it is counted and left
     out. Repeated prompts are left out. Every answer is stored in OUT.answers.jsonl at once, so a stopped run continues
     where it was, and a later call for more prompts asks only for the rest.
 

@@ -88,7 +88,7 @@ class Study:
     """A study file.
 
     In every text of `rows`, `{folder}` is the folder of the job itself, `{seed}` its seed, `{folder:NAME}` the folder
-    of of the row NAME at the same seed, which is then done first, and `{NAME}` the value of NAME in `texts` at that
+    of the row NAME at the same seed, which is then done first, and `{NAME}` the value of NAME in `texts` at that
     seed.
     """
 
@@ -100,7 +100,7 @@ class Study:
     figures: dict[str, str]
     """Column of the table -> the place of its number in the row's `metrics`, such as `aligned.ip`,
     `differences.aligned.ip.interval.0` or `max:aligned.ip_by_category`. With `{arm}` in it (`arms.{arm}.ip`) the job
-    gives gives a row of the table for each arm of its metrics, except the base. `FILE#place` reads another JSON file,
+    gives a row of the table for each arm of its metrics, except the base. `FILE#place` reads another JSON file,
     and takes all numbers there by their names, for the heat map."""
     metrics: str = "{folder}/report/metrics.json"
     """The JSON file that a job writes."""

@@ -54,7 +54,7 @@ def from_folder(
         overwrite: Delete what an earlier run left in the folder.
         val_share: Share of the prompts, above 0 and below 1, whose pairs become validation data: `out` then holds the
             folders train and val, which share no prompt. The choice depends only on the texts of the prompts. null: all
-            all pairs go to `out`.
+            pairs go to `out`.
     """
     from pathlib import Path
 

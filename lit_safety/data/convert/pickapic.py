@@ -1,7 +1,7 @@
 """`lit_safety shards from-pickapic`: Pick-a-Pic as it is published, and any table with its columns.
 
 Source: Pick-a-Pic (arXiv 2305.01569). People wrote a prompt, saw two images and chose one or neither: `label_0` is 1 if
-if they chose the first, 0 if they chose the second, and 0.5 if neither was better.
+they chose the first, 0 if they chose the second, and 0.5 if neither was better.
 """
 
 from __future__ import annotations

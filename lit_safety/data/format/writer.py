@@ -55,7 +55,7 @@ class ShardWriter:
 
     Args:
         folder: the folder of the shards; made if missing. If it holds shards of an earlier run, that is an error
-            without without `overwrite`.
+            without `overwrite`.
         samples_per_shard: how many samples a shard holds at most. With several small shards several workers can read at
             once, and the order mixes whole windows of shards; a few hundred is a good size.
         name: the shards' prefix.

@@ -46,7 +46,7 @@ class PairStream(IterableDataset):
 
     Worker w of W makes the batches first + w, first + w + W, ..., which is the order in which a DataLoader asks its
     workers, so the stream does not depend on W. A bad sample is an error, or with `skip_bad` it is left out: in
-    training training the next good sample of its window replaces it (so batches keep their size and ranks stay in
+    training the next good sample of its window replaces it (so batches keep their size and ranks stay in
     step), in evaluation the batch is smaller.
 
     Args:
