@@ -133,6 +133,7 @@ class PreferenceDataModule(LightningDataModule):
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order in which it was met."""
         self._predictions = False
+        self._whole = False
         self._without_images: frozenset[str] = frozenset()
         self._opened: dict[str, tuple[Source, Selection]] = {}
         self._caches: dict[str, CachedSource] = {}
@@ -312,6 +313,10 @@ class PreferenceDataModule(LightningDataModule):
         """Whether batches out of a reference cache hold the reference's predictions too; at first they do not."""
         self._predictions = wanted
 
+    def read_groups(self, wanted: bool) -> None:
+        """Whether batches hold all images of a prompt (`PairBatch.groups`), not the best and the worst alone."""
+        self._whole = wanted
+
     def skip_images(self, sets: Iterable[str]) -> None:
         """Decode no images of these of `train`, `val` and `test` from now on; their batches hold the rest."""
         self._without_images = frozenset(sets)
@@ -484,8 +489,9 @@ class PreferenceDataModule(LightningDataModule):
         cached = self._caches.get(name)
         cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
         flip = self.flip and training
+        without_images = name in self._without_images
         return PairDecoder(
-            self.seed, self.resolution, flip, cache, prompts, self._predictions, name in self._without_images
+            self.seed, self.resolution, flip, cache, prompts, self._predictions, without_images, self._whole
         )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:

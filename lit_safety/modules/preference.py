@@ -50,6 +50,7 @@ from lit_safety.modules.strategies import (
     under_fsdp,
 )
 from lit_safety.objectives.objective import (
+    GroupLabels,
     Objective,
     ObjectiveOutput,
     PairErrors,
@@ -159,6 +160,12 @@ class PreferenceModule(ScheduledModule):
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts, self.backbone_settings)
         check_orders(self.objective, data, stage)
+        if self.objective.needs_groups:
+            from lit_safety.modules.groups import read_whole
+
+            parts = ("errors", "noised", "ordered", "reference_pass")
+            own = any(getattr(type(self), part) is not getattr(PreferenceModule, part) for part in parts)
+            read_whole(self.objective, data, type(self).__name__ if own else None, self.speed.selective is not None)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
         check_first_pairs(self.objective, data, stage, self.fills_costs)
@@ -206,6 +213,10 @@ class PreferenceModule(ScheduledModule):
         Args:
             batch: as `ordered` gives it.
         """
+        if batch.groups is not None:
+            from lit_safety.modules.groups import group_errors
+
+            return group_errors(self, batch, batch.groups)
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
         policy = self.backbone.predict(noisy, timesteps, conditioning)
@@ -380,7 +391,10 @@ class PreferenceModule(ScheduledModule):
             UserError: if a pair lacks what the objective needs.
         """
         check_labels(self.objective, batch)
-        return PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
+        labels = PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
+        if (of := batch.groups) is not None:
+            labels.groups = GroupLabels(of.ranks, of.harmful, of.cost, of.score)
+        return labels
 
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
@@ -389,12 +403,22 @@ class PreferenceModule(ScheduledModule):
         return self.backbone.timesteps(fractions, self._latent_size(batch)).to(self.device, non_blocking=True)
 
     def _latent_size(self, batch: PairBatch) -> tuple[int, int] | None:
-        if batch.latents is not None:
-            return batch.latents.shape[-2], batch.latents.shape[-1]
+        held = batch if batch.groups is None else batch.groups
+        if held.latents is not None:
+            return held.latents.shape[-2], held.latents.shape[-1]
+        if batch.groups is not None and batch.groups.images is not None:
+            return self.backbone.latent_size(*batch.groups.images.shape[-2:])
         return None if batch.chosen is None else self.backbone.latent_size(*batch.chosen.shape[-2:])
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected."""
+        """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected.
+
+        Of groups, N rows each: their images, prompt after prompt.
+        """
+        if batch.groups is not None:
+            from lit_safety.modules.groups import noised_groups
+
+            return noised_groups(self, batch, batch.groups)
         with torch.no_grad():
             posterior = self.posterior(batch)
             shape = tuple(posterior.shape[2:])
@@ -630,10 +654,16 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
         UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
     """
     found = []
-    if batch.reference is not None:
+    groups = batch.groups
+    cached = batch.reference is not None or (groups is not None and groups.reference is not None)
+    if cached:
         _check_timesteps(module, batch)
-        if module.has_reference:
+        if module.has_reference and groups is None:
             found.append(cached_margin(module, batch, errors))
+        elif module.has_reference and groups is not None:
+            from lit_safety.modules.groups import cached_rewards
+
+            found.append(cached_rewards(module, batch, groups).flatten())
     if module.speed.compile is not None and module.start_from is None:
         found.append(margin(errors, module.objective.beta).detach())
     if not found:
@@ -643,7 +673,7 @@ def check_start(module: PreferenceModule, batch: PairBatch, errors: PairErrors) 
     limit = module.speed.margin_limit
     module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
     if not float(largest) <= limit:  # nan too
-        how = "compiled" if batch.reference is None else "read from the reference cache"
+        how = "read from the reference cache" if cached else "compiled"
         raise UserError(
             f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
             f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "

@@ -19,6 +19,16 @@ from .dspo import DSPO as DSPO
 from .dspo import dspo_loss as dspo_loss
 from .focal_inverse import FocalInverse as FocalInverse
 from .focal_inverse import focal_inverse_loss as focal_inverse_loss
+from .groups import GDRO as GDRO
+from .groups import NCD as NCD
+from .groups import GroupDPO as GroupDPO
+from .groups import gdro_loss as gdro_loss
+from .groups import group_dpo_loss as group_dpo_loss
+from .groups import ncd_mod as ncd_mod
+from .groups import ncd_pair as ncd_pair
+from .groups import ncd_weights as ncd_weights
+from .objective import GroupErrors as GroupErrors
+from .objective import GroupLabels as GroupLabels
 from .objective import Objective as Objective
 from .objective import ObjectiveOutput as ObjectiveOutput
 from .objective import PairErrors as PairErrors
@@ -42,11 +52,16 @@ __all__ = [
     "BFPO",
     "DMPO",
     "DSPO",
+    "GDRO",
     "IPO",
+    "NCD",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DiffusionSDPO",
     "FocalInverse",
+    "GroupDPO",
+    "GroupErrors",
+    "GroupLabels",
     "Hinge",
     "Objective",
     "ObjectiveOutput",
@@ -64,10 +79,15 @@ __all__ = [
     "dspo_loss",
     "dual_update",
     "focal_inverse_loss",
+    "gdro_loss",
+    "group_dpo_loss",
     "hinge_loss",
     "ipo_loss",
     "loser_scale",
     "margin",
+    "ncd_mod",
+    "ncd_pair",
+    "ncd_weights",
     "prediction_error",
     "reorder",
     "repo_penalty",

@@ -38,7 +38,8 @@ _NAMES = (
     r"json|(?:chosen|rejected)\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
     r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
 )
-_WANTED = re.compile(_NAMES)
+# The same of a group: `K.0.png`, `K.1.png`, ...
+_WANTED = re.compile(rf"{_NAMES}|\d{{1,4}}\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)")
 _DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
 _UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
 # Endings of what a sample is made of (an image may have none, as `K.chosen`): where no sample is, it is missed.
