@@ -158,6 +158,7 @@ WRITERS = {
     "from_folder": False,
     "from_pickapic": False,
     "from_sage": False,
+    "group": False,
     "merge": True,
     "precompute": False,
     "sample": True,

@@ -4,7 +4,10 @@ from .bfpo import BFPO as BFPO
 from .bfpo import bfpo_loss as bfpo_loss
 from .bfpo import bfpo_target as bfpo_target
 from .constrained import ConstrainedDPO as ConstrainedDPO
+from .constrained import barrier as barrier
+from .constrained import barrier_slope as barrier_slope
 from .constrained import dual_update as dual_update
+from .constrained import rectified_excess as rectified_excess
 from .constrained import reorder as reorder
 from .constrained import reward_order as reward_order
 from .dmpo import DMPO as DMPO
@@ -70,6 +73,8 @@ __all__ = [
     "RePO",
     "SafetyConstrainedDPO",
     "anchor_loss",
+    "barrier",
+    "barrier_slope",
     "bfpo_loss",
     "bfpo_target",
     "cost_margin",
@@ -89,6 +94,7 @@ __all__ = [
     "ncd_pair",
     "ncd_weights",
     "prediction_error",
+    "rectified_excess",
     "reorder",
     "repo_penalty",
     "residual_overlap",

@@ -168,10 +168,15 @@ def test_a_writer_takes_as_many_images_as_the_metadata_says(tmp_path: Path) -> N
 
 def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     write_groups(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "cut", 2, provenance={"source": "drawn"}) as writer:
-        for number in range(3):
-            writer.write_group(f"{number:05d}", about(number), [picture(number + 50 * place) for place in range(4)])
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with ShardWriter(tmp_path / "cut", 2, provenance={"source": "drawn"}) as writer:
+            for number in range(3):
+                writer.write_group(f"{number:05d}", about(number), [picture(number + 50 * place) for place in range(4)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     with ShardWriter(tmp_path / "cut", 2, provenance={"source": "drawn"}, resume=True) as writer:
         assert len(writer) == 2
         for number in range(2, 4):
