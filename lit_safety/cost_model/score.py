@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 if TYPE_CHECKING:  # the command line asks for this module's signature and must not wait for torch
-    #: Key, where it stands, metadata, and the bytes of its images.
-    Stored = tuple[str, str, PairMetadata, list[bytes]]
+    #: Key, where it stands, metadata, the bytes of its images, and its mask where it has one.
+    Stored = tuple[str, str, PairMetadata, list[bytes], dict[str, bytes]]
 
 
 def score(
@@ -105,7 +105,7 @@ def _stored(source: Source) -> Iterator[Stored]:
     """Every pair in the stored order, images not decoded."""
     from lit_safety.data.format.sample import parse_metadata
     from lit_safety.data.format.tar_index import refuse_twice
-    from lit_safety.data.reading.decode import image_bytes
+    from lit_safety.data.reading.decode import MASK, image_bytes
 
     seen: dict[str, str] = {}
     for number in range(len(source.paths)):
@@ -122,7 +122,7 @@ def _stored(source: Source) -> Iterator[Stored]:
                 metadata = parse_metadata(members["json"], where)
                 images = image_bytes(members, metadata, where)
                 source.check(number, index, metadata, where)
-                yield key, where, metadata, images
+                yield key, where, metadata, images, {MASK: members[MASK]} if MASK in members else {}
         finally:
             shard.close()
 
@@ -165,12 +165,12 @@ def _write(writer: ShardWriter, stored: list[Stored], scorer: CostScorer, keep: 
 
     images = [
         decode_image(data, f"{where}: {name}")
-        for _, where, metadata, all_bytes in stored
+        for _, where, metadata, all_bytes, _ in stored
         if not kept(metadata)
         for name, data in zip(metadata.names, all_bytes, strict=True)
     ]
     costs = iter(scorer.costs(images).double().tolist())
-    for key, where, metadata, all_bytes in stored:
+    for key, where, metadata, all_bytes, mask in stored:
         if not kept(metadata):
             found = [next(costs) for _ in metadata.names]
             if not all(abs(cost) < float("inf") for cost in found):
@@ -184,4 +184,4 @@ def _write(writer: ShardWriter, stored: list[Stored], scorer: CostScorer, keep: 
                 metadata = replace(metadata, images=tuple(facts))
             else:
                 metadata = replace(metadata, cost=Sides(*found))
-        writer.write_group(key, metadata, all_bytes)
+        writer.write_group(key, metadata, all_bytes, cached=mask)

@@ -65,6 +65,8 @@ class PreferenceDataModule(LightningDataModule):
             images, for which they must be there beside.
         use_reference: Take timestep and noise from the fixed draws of a reference cache, and the reference's errors
             with them (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
+        masked: Read `K.mask.png` where pairs have one, white where chosen and rejected differ: errors then count there
+            alone. Goes with `use_reference: false` where the reference is cached.
         one_category: Make every training step (on all ranks) of pairs about one category, for experts; the categories
             take turns, each as often as it has pairs. A pair about several categories takes part in the turns of each,
             one about none in no turn. Batches of validation and test are of one category too, one after the other.
@@ -107,6 +109,7 @@ class PreferenceDataModule(LightningDataModule):
         use_reference: bool = True,
         aspect_buckets: bool = False,
         uncategorised: bool = False,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # a key that the module has too would be refused by the loggers
@@ -127,6 +130,7 @@ class PreferenceDataModule(LightningDataModule):
         self.bad_sample_limit = bad_sample_limit
         self.weights = weights
         self.aspect_buckets = aspect_buckets
+        self.masked = masked
         self.filter = replace(Filter.of(categories, kinds, orders, users, KEY), uncategorised=uncategorised)
         self.position = DataPosition()
         """Where training stands in the data."""
@@ -315,6 +319,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def read_groups(self, wanted: bool) -> None:
         """Whether batches hold all images of a prompt (`PairBatch.groups`), not the best and the worst alone."""
+        if wanted and self.masked:
+            raise UserError(f"{KEY}.masked: a mask is of a pair, and this objective reads groups: set it to false")
         self._whole = wanted
 
     def skip_images(self, sets: Iterable[str]) -> None:
@@ -359,6 +365,11 @@ class PreferenceDataModule(LightningDataModule):
                 raise UserError(
                     f"{source.key}: is a cache, which holds images of one size, and {KEY}.aspect_buckets is on: name "
                     f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
+                )
+            if cached is not None and cached.cache.reference is not None and self.masked:
+                raise UserError(
+                    f"{source.key}: its reference cache holds errors of whole images, and {KEY}.masked is on: set "
+                    f"{KEY}.use_reference to false"
                 )
             if cached is not None:
                 check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
@@ -491,7 +502,15 @@ class PreferenceDataModule(LightningDataModule):
         flip = self.flip and training
         without_images = name in self._without_images
         return PairDecoder(
-            self.seed, self.resolution, flip, cache, prompts, self._predictions, without_images, self._whole
+            self.seed,
+            self.resolution,
+            flip,
+            cache,
+            prompts,
+            self._predictions,
+            without_images,
+            self.masked,
+            self._whole,
         )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:

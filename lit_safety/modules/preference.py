@@ -220,14 +220,16 @@ class PreferenceModule(ScheduledModule):
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
         policy = self.backbone.predict(noisy, timesteps, conditioning)
-        policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
+        policy_chosen, policy_rejected = self.image_errors(batch, policy, target).chunk(2)
         drift = None
         if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
             raise UserError(f"{type(self.objective).__name__} does without a reference cache, and the batch has one")
         if self.objective.needs_drift and reference.prediction is not None:
             drift = prediction_error(policy[: len(batch)], reference.prediction)
             drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
-        overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
+        overlap = None
+        if self.objective.needs_overlap:
+            overlap = residual_overlap(*self.compared(batch, policy, target))
         return PairErrors(policy_chosen, policy_rejected, reference.chosen, reference.rejected, drift, overlap)
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
@@ -365,8 +367,24 @@ class PreferenceModule(ScheduledModule):
             return cached_pass(batch, self.dropped_prompts(batch))
         with torch.no_grad(), self.reference():
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
-        chosen, rejected = prediction_error(prediction, target).chunk(2)
+        chosen, rejected = self.image_errors(batch, prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
+
+    def compared(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Both (2B, C, h, w), or where the batch has masks what stands for them in a mean of squares."""
+        if batch.mask is None:
+            return prediction, target
+        if self.objective.reads_drift:
+            raise UserError(
+                f"{type(self.objective).__name__} reads whole predictions: set data.init_args.masked to false"
+            )
+        from lit_safety.modules.masks import masked
+
+        return masked(batch.mask, prediction, target)
+
+    def image_errors(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> Tensor:
+        """Errors (2B,) of chosen and rejected; of pairs with a mask, where it is white."""
+        return prediction_error(*self.compared(batch, prediction, target))
 
     @property
     def anchors_clean_alone(self) -> bool:

@@ -175,3 +175,31 @@ def test_what_reads_pairs_alone_is_refused(groups: Path, tiny_pipeline: Path, tm
     for made in (Own(str(tiny_pipeline), GDRO()), PSA(str(tiny_pipeline), objective=GDRO())):
         with pytest.raises(UserError, match="reads pairs"):
             make_trainer(tmp_path, max_steps=1).fit(made, datamodule=PreferenceDataModule(str(groups), batch_size=2))
+
+
+@torch.no_grad()
+def test_a_step_with_masks_sees_what_they_cover(module: SCDPO, tmp_path: Path) -> None:
+    """What lies outside the mask does not matter to errors of policy and reference; a mask of all is no mask."""
+    from PIL import Image
+
+    from lit_safety.modules.masks import masked
+    from lit_safety.objectives import prediction_error
+
+    module.objective = DiffusionDPO(100.0)
+    corner = Image.new("L", (32, 32))
+    corner.paste(255, (0, 0, 16, 16))
+    with ShardWriter(tmp_path) as writer:
+        for number, mask in enumerate((corner, None)):
+            writer.write(str(number), metadata(number), picture(number, 32), picture(number + 50, 32), mask=mask)
+    data = PreferenceDataModule(val=str(tmp_path), batch_size=4, masked=True)
+    (batch,) = data.val_dataloader()
+    errors = module.errors(batch)
+    noisy, timesteps, target, conditioning = module.noised(batch)
+    policy = module.backbone.predict(noisy, timesteps, conditioning)
+    torch.testing.assert_close(errors.policy_chosen, prediction_error(*masked(batch.mask, policy, target))[:2])
+    batch.mask = None
+    whole = module.errors(batch)
+    assert not torch.isclose(errors.policy_chosen[0], whole.policy_chosen[0])
+    torch.testing.assert_close(errors.policy_chosen[1], whole.policy_chosen[1])
+    torch.testing.assert_close(errors.reference_rejected[1], whole.reference_rejected[1])
+    assert not torch.isclose(errors.reference_rejected[0], whole.reference_rejected[0])

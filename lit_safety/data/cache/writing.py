@@ -27,7 +27,7 @@ from lit_safety.data.format.manifest import JOURNAL, Manifest
 from lit_safety.data.format.tar_index import refuse_twice
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import Pair, PairBatch, collate
-from lit_safety.data.reading.decode import PairDecoder, pair_images, pair_metadata
+from lit_safety.data.reading.decode import MASK, PairDecoder, pair_images, pair_metadata
 from lit_safety.data.reading.source import Source
 
 #: Threads that decode images while the encoder works.
@@ -169,7 +169,7 @@ class LatentWriter:
         waiting: list[Any] = []
         try:
             for sample in range(self.source.manifest.shardlist[number].nsamples):
-                key, members = shard.read(sample, self.decoder.wants)
+                key, members = shard.read(sample, lambda name: name == MASK or self.decoder.wants(name))
                 tick()
                 refuse_twice(self._seen, key, shard)
                 if key in writer:  # by the run that this one continues
@@ -209,6 +209,7 @@ class LatentWriter:
                 cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where, names)
                 cached |= references[mirror][row] if references else {}
             kept = [_stored_image(members, name) if self.settings.images else None for name in pair.metadata.names]
+            cached |= {MASK: members[MASK]} if MASK in members else {}
             writer.write_group(pair.key, pair.metadata, kept, cached=cached)
 
     def _sides(self, pair: Pair) -> Tensor:

@@ -8,7 +8,7 @@ suffixes are webdataset's: a key is what stands before the first dot of the file
 Every member is read, or ignored by one of these rules, or makes a sample that cannot be used and that names it:
 
 - Folders and what macOS packs along (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
-- What a sample holds besides its pair (`K.txt`, `K.mask.png`) is not read, nor are files that are neither images nor
+- What a sample holds besides its pair (`K.txt`) is not read, nor are files that are neither images nor
   JSON nor arrays.
 - A hard link is read as the member that it leads to. Any other link, and a device, is an error.
 - A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
@@ -39,7 +39,7 @@ _NAMES = (
     r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
 )
 # The same of a group: `K.0.png`, `K.1.png`, ...
-_WANTED = re.compile(rf"{_NAMES}|\d{{1,4}}\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)")
+_WANTED = re.compile(rf"{_NAMES}|\d{{1,4}}\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|mask\.png")
 _DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
 _UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
 # Endings of what a sample is made of (an image may have none, as `K.chosen`): where no sample is, it is missed.

@@ -142,6 +142,7 @@ class ShardWriter:
         rejected: Image.Image | bytes | None,
         *,
         cached: Mapping[str, bytes] | None = None,
+        mask: Image.Image | bytes | None = None,
     ) -> None:
         """Append one pair.
 
@@ -152,12 +153,13 @@ class ShardWriter:
             chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only where it is cached.
             rejected: the other one.
             cached: members of a cache by suffix, such as `chosen.latent.npy`.
+            mask: white where the two images differ, of their size; the bytes of a PNG, or an image.
 
         Raises:
             UserError: the key is taken or not plain, the metadata is not valid, or the bytes are not known
                 image.
         """
-        self._append(key, metadata, (chosen, rejected), cached)
+        self._append(key, metadata, (chosen, rejected), cached, mask)
 
     def write_group(
         self,
@@ -180,6 +182,7 @@ class ShardWriter:
         metadata: PairMetadata | Mapping[str, Any],
         images: Sequence[Image.Image | bytes | None],
         cached: Mapping[str, bytes] | None,
+        mask: Image.Image | bytes | None = None,
     ) -> None:
         where = f"{self.folder}: sample {key!r}"
         if not isinstance(key, str) or not _KEY.match(key):
@@ -197,6 +200,10 @@ class ShardWriter:
                 continue
             data = self._encode(image)
             members[f"{name}.{extension_of(data, f'{where}: {name}')}"] = data
+        if mask is not None:
+            members["mask.png"] = mask if isinstance(mask, bytes) else _png(mask.convert("L"))
+            if extension_of(members["mask.png"], f"{where}: mask") != "png":
+                raise UserError(f"{where}: mask is no PNG")
         self._tar_writer().write({**members, **(cached or {})})
         self._keys.add(key)
         self._labels[pair.label] += 1
@@ -295,3 +302,9 @@ class ShardWriter:
         buffer = io.BytesIO()
         rgb(image).save(buffer, **_ENCODERS[self.image_format])
         return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -83,6 +83,9 @@ class PairBatch:
     skipped: list[str] = field(default_factory=list)
     """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
     each."""
+    mask: Tensor | None = None
+    """float32 (B, H, W) in [0, 1]: where chosen and rejected differ, 1 everywhere for pairs without a mask; None: masks
+    are not read, or no pair has one."""
     groups: Groups | None = None
     """Where groups are read whole: all images, in the place of `chosen`, `rejected`, `latents`, `crops` and `reference`
     here. `harmful`, `cost` and `score` are of the best and the worst, and `has_...` say whether all are known."""
@@ -161,6 +164,8 @@ class Pair:
     """Out of a reference cache: timestep, noise and the reference's errors there."""
     images: Tensor | None = None
     """float32 (n, 3, H, W): all images of a sample that is read whole, in the place of `chosen` and `rejected`."""
+    mask: Tensor | None = None
+    """float32 (H, W), as `PairBatch.mask`."""
     whole: bool = False
     """Read whole: `crops`, `latents` and what is drawn have n rows, one an image."""
 
@@ -233,6 +238,7 @@ def collate(
         reference_prediction=_stack([one.prediction for one in fixed]) if fixed else None,
         draws=draws,
         skipped=list(skipped),
+        mask=_masks(pairs),
         groups=groups,
     )
 
@@ -240,6 +246,13 @@ def collate(
 def _stack(found: Sequence[Tensor | None]) -> Tensor | None:
     tensors = [one for one in found if one is not None]
     return torch.stack(tensors) if len(tensors) == len(found) else None
+
+
+def _masks(pairs: Sequence[Pair]) -> Tensor | None:
+    like = next((pair.mask for pair in pairs if pair.mask is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.ones_like(like) if pair.mask is None else pair.mask for pair in pairs])
 
 
 def _rows(pairs: Sequence[Pair]) -> dict[str, Tensor] | None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _IMAGES = re.compile(rf"json|({'|'.join(SIDES)}|\d{{1,4}})\.({'|'.join(FORMATS)})")
 
+#: White where chosen and rejected differ.
+MASK = "mask.png"
+
 
 @dataclass(frozen=True)
 class PairDecoder:
@@ -45,6 +48,8 @@ class PairDecoder:
     """Read the reference's predictions too, where its errors are cached."""
     labels_only: bool = False
     """Read the metadata alone, where a module has kept what it needs of the images."""
+    masked: bool = False
+    """Read the mask of where chosen and rejected differ."""
     whole: bool = False
     """Read all images of a group, instead of the best and the worst."""
 
@@ -52,6 +57,8 @@ class PairDecoder:
         """Whether a member of a sample is needed."""
         if self.labels_only:
             return suffix == "json"
+        if suffix == MASK:
+            return self.masked
         if self.cache is None:
             return _IMAGES.fullmatch(suffix) is not None
         pattern = cached_members(self.flip, self.cache.reference is not None, self.predictions)
@@ -90,7 +97,7 @@ class PairDecoder:
                 if len({one.shape for one in tensors}) > 1:
                     raise BadSample(f"{where}: its images are of different sizes: set data.init_args.resolution")
                 return Pair(key, seed, metadata, None, None, where, crops, images=torch.stack(tensors), whole=True)
-            return Pair(key, seed, metadata, *tensors, where, crops)
+            return Pair(key, seed, metadata, *tensors, where, crops, mask=self._mask(members, crops, mirror, where))
         metadata = pair_metadata(members, where)
         names = metadata.names
         rows = range(len(names)) if self.whole else metadata.sides
@@ -100,7 +107,21 @@ class PairDecoder:
             draw = self._draw(self.cache, key, members, epoch, mirror, where, len(names), rows)
         except UserError as error:
             raise BadSample(str(error)) from error
-        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning, draw, whole=self.whole)
+        mask = self._mask(members, crops, mirror, where)
+        return Pair(
+            key, seed, metadata, None, None, where, crops, latents, conditioning, draw, whole=self.whole, mask=mask
+        )
+
+    def _mask(self, members: dict[str, bytes], crops: Tensor, mirror: bool, where: str) -> Tensor | None:
+        """The sample's mask, cut as its images are; None where none is read."""
+        if not self.masked or MASK not in members:
+            return None
+        from lit_safety.data.reading.masks import read_mask
+
+        try:
+            return read_mask(members[MASK], crops, mirror, f"{where}: {MASK}")
+        except UserError as error:
+            raise BadSample(str(error)) from error
 
     def _draw(
         self,
