@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import DataPosition, PairLoader, PairStream
@@ -358,6 +357,7 @@ class PreferenceDataModule(LightningDataModule):
             self._opened[name] = source, select(source, self.filter)
             if not self.use_cache:
                 self._check_images(source)
+            from lit_safety.data.cache.cache import check_resolution
             from lit_safety.data.cache.sources import cached_source
 
             cached = cached_source(source, self.use_reference) if self.use_cache else None

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lit_safety.core.chance import LATENT, NOISE, normal
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.reference import FixedDraw
 from lit_safety.data.format.sample import PairMetadata, Sides
 
 if TYPE_CHECKING:
+    from lit_safety.data.cache.reference import FixedDraw
     from lit_safety.data.reading.groups import Groups
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from lit_safety.core.chance import sample_seed, turn, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import FORMATS, decode_image
-from lit_safety.data.cache.cache import Cache, cached_members, cached_tensors
-from lit_safety.data.cache.reference import FixedDraw, read_reference
 from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import BadSample
 from lit_safety.data.reading.batch import Pair
 
 if TYPE_CHECKING:
+    from lit_safety.data.cache.cache import Cache
     from lit_safety.data.cache.prompt_table import PromptTables
+    from lit_safety.data.cache.reference import FixedDraw
 
 _IMAGES = re.compile(rf"json|({'|'.join(SIDES)}|\d{{1,4}})\.({'|'.join(FORMATS)})")
 
@@ -61,6 +61,8 @@ class PairDecoder:
             return self.masked
         if self.cache is None:
             return _IMAGES.fullmatch(suffix) is not None
+        from lit_safety.data.cache.cache import cached_members
+
         pattern = cached_members(self.flip, self.cache.reference is not None, self.predictions)
         return pattern.fullmatch(suffix) is not None
 
@@ -98,6 +100,8 @@ class PairDecoder:
                     raise BadSample(f"{where}: its images are of different sizes: set data.init_args.resolution")
                 return Pair(key, seed, metadata, None, None, where, crops, images=torch.stack(tensors), whole=True)
             return Pair(key, seed, metadata, *tensors, where, crops, mask=self._mask(members, crops, mirror, where))
+        from lit_safety.data.cache.cache import cached_tensors
+
         metadata = pair_metadata(members, where)
         names = metadata.names
         rows = range(len(names)) if self.whole else metadata.sides
@@ -137,6 +141,8 @@ class PairDecoder:
         """Which of the fixed draws a pass has, and the reference's part of it; None: the reference is not cached."""
         if cache.reference is None:
             return None
+        from lit_safety.data.cache.reference import read_reference
+
         number = turn(self.seed, epoch, key, cache.reference.draws)
         latent = cache.latent if self.predictions else None
         return read_reference(members, cache.reference, latent, mirror, number, where, images, rows)

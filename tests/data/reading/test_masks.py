@@ -76,8 +76,9 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"), [(png(corner((8, 16))), "8 x 16"), (png(Image.new("L", (8, 8))), "white nowhere"), (b"GIF89a", "mask")]
-)  # fmt: skip
+    ("mask", "said"),
+    [(png(corner((8, 16))), "8 x 16"), (png(Image.new("L", (8, 8))), "white nowhere"), (b"GIF89a", "mask")],
+)
 def test_a_mask_that_does_not_fit_is_one_line(mask: bytes, said: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("x", sample(0, mask_png=mask))])
     (found,) = problems(str(tmp_path))
@@ -97,7 +98,7 @@ def test_a_mask_of_a_group_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_error_is_the_mean_over_the_mask() -> None:
-    """A latent of 4 x 4 for 16 x 16 pixels: the corner's quarter, by hand; a pixel's share of a latent counts as that."""
+    """A latent of 4 x 4 for 16 x 16 pixels: the corner's quarter, by hand; half a latent counts as half."""
     torch.manual_seed(0)
     prediction, target = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4)
     mask = torch.zeros(2, 16, 16)
