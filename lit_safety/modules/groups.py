@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lit_safety.core.chance import LATENT, NOISE
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import GroupData
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import GroupErrors, Objective, PairErrors, prediction_error
 
@@ -41,12 +40,11 @@ class GroupSteps(Protocol):
     def timesteps(self, batch: PairBatch) -> Tensor: ...
 
 
-def read_whole(objective: Objective, data: object, pairs_alone: str | None, selective: bool) -> None:
-    """Ask ``data`` for whole groups; a datamodule that cannot gives pairs, which are groups of two.
+def check_groups(objective: Objective, pairs_alone: str | None, selective: bool) -> None:
+    """Whether a step on groups can be made.
 
     Args:
         objective: one on groups.
-        data: the datamodule.
         pairs_alone: the method that overrides a part of the step for pairs; None: none does.
         selective: whether steps choose among pairs.
 
@@ -58,8 +56,6 @@ def read_whole(objective: Objective, data: object, pairs_alone: str | None, sele
         raise UserError(f"{pairs_alone} reads pairs, and {name} groups: choose another `model.init_args.objective`")
     if selective:
         raise UserError(f"`model.init_args.speed.selective` chooses among pairs, and {name} reads groups: leave it out")
-    if isinstance(data, GroupData):
-        data.read_groups(True)
 
 
 def noised_groups(module: GroupSteps, batch: PairBatch, groups: Groups) -> tuple[Tensor, Tensor, Tensor, Conditioning]:

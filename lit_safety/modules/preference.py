@@ -25,7 +25,7 @@ from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, NOISE, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import datamodule_of
+from lit_safety.data.protocols import GroupData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.anchors import PromptAnchors
 from lit_safety.modules.checks import (
@@ -161,11 +161,13 @@ class PreferenceModule(ScheduledModule):
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts, self.backbone_settings)
         check_orders(self.objective, data, stage)
         if self.objective.needs_groups:
-            from lit_safety.modules.groups import read_whole
+            from lit_safety.modules.groups import check_groups
 
             parts = ("errors", "noised", "ordered", "reference_pass")
             own = any(getattr(type(self), part) is not getattr(PreferenceModule, part) for part in parts)
-            read_whole(self.objective, data, type(self).__name__ if own else None, self.speed.selective is not None)
+            check_groups(self.objective, type(self).__name__ if own else None, self.speed.selective is not None)
+        if isinstance(data, GroupData):  # one that cannot gives pairs, which are groups of two
+            data.read_groups(self.objective.needs_groups)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
         check_first_pairs(self.objective, data, stage, self.fills_costs)

@@ -1,10 +1,10 @@
 """Aspect buckets: images keep (nearly) their own shape, and every batch is of one.
 
 As SDXL was trained (arXiv 2307.01952, appendix I): sides are multiples of 64 pixels, about as many pixels as the
-square of the resolution, up to 4 : 1. Which bucket a pair goes to is decided by its chosen image; the rejected one
-is cut to the same size. A bucket that has not pairs enough for one step goes into its neighbour, so that no pair is
-left out for good. Everything follows from the images' sizes and the pairs a step takes, so all ranks
-agree.
+square of the resolution, up to 4 : 1. Which bucket a pair goes to is decided by its chosen image (a group by its
+first); the rejected one is cut to the same size. A bucket that has not pairs enough for one step goes into its
+neighbour, so that no pair is left out for good. Everything follows from the images' sizes and the pairs a step takes,
+so all ranks agree.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ class _Part(io.RawIOBase):
 
 
 def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    for suffix in FORMATS:
-        if f"chosen.{suffix}" not in members:
+    for name in (f"{side}.{suffix}" for side in ("chosen", "0") for suffix in FORMATS):
+        if name not in members:
             continue
-        offset, size = members[f"chosen.{suffix}"]
+        offset, size = members[name]
         try:
             width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER))
             return height, width

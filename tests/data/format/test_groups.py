@@ -222,3 +222,14 @@ def test_inspect_says_how_many_images_groups_have(tmp_path: Path, capsys: pytest
     assert "images:" in said
     assert "of 4" in said
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_groups_go_to_buckets_by_their_first_image(tmp_path: Path) -> None:
+    from lit_safety.data.reading.buckets import chosen_sizes
+    from lit_safety.data.reading.source import open_source
+
+    with ShardWriter(tmp_path) as writer:
+        writer.write_group("a", about(0), [picture(50 * place).resize((24, 16)) for place in range(4)])
+        writer.write("b", metadata(1), picture(1), picture(2))
+    (found,) = chosen_sizes(open_source(str(tmp_path), "folder"), "key")
+    assert found.tolist() == [[16, 24], [8, 8]]
