@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems
 from lit_safety.modules import PSA, SCDPO
 from lit_safety.modules.preference import PreferenceModule
+from lit_safety.modules.speed import SelectiveBackward, Speed
 from lit_safety.objectives import GDRO, NCD, DiffusionDPO, GroupDPO, Objective
 from tests.helpers.pair_fits import make_trainer
 from tests.helpers.pair_shards import metadata, picture
@@ -106,7 +108,9 @@ def test_a_cache_of_groups_gives_what_its_images_do(
     assert found.groups.reference.shape == (4, 4, 1)
     without = batch_of(cached, use_reference=False)
     images = batch_of(groups)
-    torch.testing.assert_close(module.errors(without).groups.policy, module.errors(images).groups.policy)
+    torch.testing.assert_close(
+        module.errors(without).groups.policy, module.errors(images).groups.policy, rtol=1e-4, atol=1e-6
+    )
     errors = module.errors(found)
     fresh = SCDPO(str(tiny_pipeline), GDRO(100.0))
     fresh.configure_model()
@@ -131,7 +135,7 @@ def test_a_fit_trains_on_whole_groups(
     logged = trainer.callback_metrics
     if isinstance(objective, GDRO):
         # 4 images: two safe ones, each over two harmful ones: 2 log 3; 3: log 3; 2 and the pair: log 2
-        assert logged["loss"].item() == pytest.approx((3 * torch.tensor(3.0).log() + 2 * torch.tensor(2.0).log()) / 4)
+        assert logged["loss"].item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 4, rel=1e-4)
     assert torch.isfinite(logged["val/loss"])
     assert any(weights.abs().sum() > 0 for name, weights in module.trainable_parameters() if "lora_B" in name)
 
@@ -172,9 +176,13 @@ def test_what_reads_pairs_alone_is_refused(groups: Path, tiny_pipeline: Path, tm
         def noised(self, batch: Any) -> Any:
             return super().noised(batch)
 
-    for made in (Own(str(tiny_pipeline), GDRO()), PSA(str(tiny_pipeline), objective=GDRO())):
-        with pytest.raises(UserError, match="reads pairs"):
+    for made in (
+        Own(str(tiny_pipeline), GDRO()),
+        SCDPO(str(tiny_pipeline), GDRO(), speed=Speed(selective=SelectiveBackward())),
+    ):
+        with pytest.raises(UserError, match="GDRO"):
             make_trainer(tmp_path, max_steps=1).fit(made, datamodule=PreferenceDataModule(str(groups), batch_size=2))
+    assert PSA.ordered is not PreferenceModule.ordered
 
 
 @torch.no_grad()

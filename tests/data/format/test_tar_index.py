@@ -143,7 +143,7 @@ IGNORED: dict[str, Members] = {
         ("a/.DS_Store", b"x"),
         ("__MACOSX/0.png", b"x"),
     ],
-    "next to a pair": [("2.txt", b"a caption"), ("2.mask.png", b"x"), ("2.cls", b"1")],
+    "next to a pair": [("2.txt", b"a caption"), ("2.thumb.png", b"x"), ("2.cls", b"1")],
     "no image": [("README.md", b"#"), ("LICENSE", b"MIT"), ("json", b"")],
     "folders": [link("pairs.json/", "", tarfile.DIRTYPE)],
 }
