@@ -104,7 +104,7 @@ class ConstrainedDPO(DiffusionDPO):
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
         constraint: how lambda moves: `dual` (ascent), `rectified` (every prompt, never down) or `barrier`.
         barrier_weight: of `barrier`: lambda is this times the barrier's slope. The smaller, the closer to the limit the
-            expected cost ends: barrier_weight / lambda below it.
+            expected cost ends, barrier_weight / lambda below it, and the smaller dual_rate must be for lambda to rest.
         barrier_edge: of `barrier`: how far below the limit, in units of cost, its tangent takes over; lambda is at most
             barrier_weight / barrier_edge.
 

@@ -83,8 +83,9 @@ def test_the_barrier_ends_inside_by_its_weight_over_lambda() -> None:
 
 @pytest.mark.parametrize("weight", [0.1, 0.01, 0.001])
 def test_the_barrier_goes_to_the_optimum_as_its_weight_goes_to_0(weight: float) -> None:
-    objective = ConstrainedDPO(dual=0.0, dual_rate=0.01, constraint="barrier", barrier_weight=weight, barrier_edge=1e-4)
-    found = run(objective, 20_000)
+    settings = {"dual_rate": weight / 10, "barrier_weight": weight, "barrier_edge": weight / 10}
+    objective = ConstrainedDPO(dual=0.0, constraint="barrier", **settings)  # type: ignore[arg-type]
+    found = run(objective, 100_000)
     assert -2.5 * weight < found < 0.0
     assert 0.5 < objective.dual < 0.5 + 2.5 * weight
     assert objective.dual * (0.0 - found) == pytest.approx(weight, rel=1e-3)

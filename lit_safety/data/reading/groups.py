@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,19 @@ from torch import Tensor
 from lit_safety.core.errors import UserError
 
 if TYPE_CHECKING:
+    from lit_safety.data.cache.reference import FixedDraw
     from lit_safety.data.format.sample import PairMetadata
-    from lit_safety.data.reading.batch import Pair
+
+
+class Whole(Protocol):
+    """A sample that was read whole: what is asked of a `Pair`."""
+
+    metadata: PairMetadata
+    where: str
+    images: Tensor | None
+    latents: Tensor | None
+    crops: Tensor | None
+    draw: FixedDraw | None
 
 
 @dataclass
@@ -78,7 +89,7 @@ class Groups:
         return made
 
 
-def groups_of(pairs: Sequence[Pair]) -> Groups:
+def groups_of(pairs: Sequence[Whole]) -> Groups:
     """Put samples that were read whole together.
 
     Raises:
