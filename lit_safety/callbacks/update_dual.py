@@ -115,8 +115,8 @@ class UpdateDual(Callback):
             of += prompts
         found = torch.cat(costs)
         expected = float(trainer.strategy.reduce(found.mean(), reduce_op="mean"))
-        excess = found.new_tensor(rectified_excess(found.tolist(), of, objective.limit))
-        excess = float(trainer.strategy.reduce(excess, reduce_op="mean"))
+        over = found.new_tensor(rectified_excess(found.tolist(), of, objective.limit))
+        excess = float(trainer.strategy.reduce(over, reduce_op="mean"))
         try:
             dual = objective.update(expected, excess)
         except ValueError as error:

@@ -147,7 +147,7 @@ def _samples(
                     _check_mask(members, metadata, tar.where(number))
                 same: Callable[[Any, Any], bool] = operator.eq
                 if check is None or check.images:
-                    _, images = sample_images(members, tar.where(number))
+                    images: list[Any] = sample_images(members, tar.where(number))[1]
                     same = same_image
                 else:
                     images = [members.get(f"{name}.latent.npy") for name in metadata.names]

@@ -95,8 +95,8 @@ def group(
         f"{target}: {manifest.nsamples} groups of {source.manifest.nsamples} pairs in {len(manifest.shardlist)} shards"
     )
     print(f"  images: {', '.join(f'{n} in {times}' for n, times in manifest.counts()['images'].items())} groups")
-    for reason, times in sorted(left_out.items()):
-        print(f"  left out: {times} {reason}")
+    for why, times in sorted(left_out.items()):
+        print(f"  left out: {times} {why}")
 
 
 class _LeftOut(Exception):

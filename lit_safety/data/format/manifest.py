@@ -74,9 +74,8 @@ class SampleClass:
 
     @classmethod
     def of(cls, metadata: PairMetadata) -> SampleClass:
-        of_group = {"images": len(metadata.images)} if metadata.images else {}
-        about = metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label
-        return cls(*about, **of_group)
+        images = len(metadata.images) or None
+        return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label, images)
 
     def difference(self, found: SampleClass) -> str | None:
         """In words, what in a sample differs from this class; None: nothing differs."""

@@ -199,9 +199,10 @@ class ShardWriter:
             data = self._encode(image)
             members[f"{name}.{extension_of(data, f'{where}: {name}')}"] = data
         if mask is not None:
-            members["mask.png"] = mask if isinstance(mask, bytes) else _png(mask.convert("L"))
-            if extension_of(members["mask.png"], f"{where}: mask") != "png":
+            data = mask if isinstance(mask, bytes) else _png(mask.convert("L"))
+            if extension_of(data, f"{where}: mask") != "png":
                 raise UserError(f"{where}: mask is no PNG")
+            members["mask.png"] = data
         self._tar_writer().write({**members, **(cached or {})})
         self._keys.add(key)
         self._labels[pair.label] += 1

@@ -98,7 +98,9 @@ class PairDecoder:
                 if len({one.shape for one in tensors}) > 1:
                     raise BadSample(f"{where}: its images are of different sizes: set data.init_args.resolution")
                 return Pair(key, seed, metadata, None, None, where, crops, images=torch.stack(tensors), whole=True)
-            return Pair(key, seed, metadata, *tensors, where, crops, mask=self._mask(members, crops, mirror, where))
+            chosen, rejected = tensors
+            mask = self._mask(members, crops, mirror, where)
+            return Pair(key, seed, metadata, chosen, rejected, where, crops, mask=mask)
         from lit_safety.data.cache.cache import cached_tensors
 
         metadata = pair_metadata(members, where)
