@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_safety.data.cache.cache import truncation, truncation_words
 from lit_safety.data.protocols import Batched, LeavingOut, PairData, datamodule_of
 from lit_safety.modules.preference import PreferenceModule
 
@@ -77,6 +76,8 @@ class RunSummary(Callback):
         cut = {name: text for _, found in everyone for name, text in found.items()}
         if bad:
             print(f"left out {len(bad)} bad samples; first: {next(iter(bad))}")
+        from lit_safety.data.cache.cache import truncation, truncation_words
+
         if cut:
             print(f"text    {truncation_words(len(cut), next(iter(cut.values())))}")
         for one in cached_sources(trainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,12 +10,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_safety.callbacks.drawings import preference_module
+from lit_safety.core.chance import derive
 from lit_safety.core.errors import UserError
 from lit_safety.cost_model.files import load_cost_model
 from lit_safety.cost_model.network import CostScorer
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.objectives.constrained import ConstrainedDPO
+from lit_safety.objectives.constrained import ConstrainedDPO, rectified_excess
 from lit_safety.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from lit_safety.cost_model.ensemble import CostEnsemble
 
 #: After so many windows of `patience` updates above the limit there is a warning, even if each of them seemed to fall.
 PATIENCE_WINDOWS = 3
@@ -34,7 +38,12 @@ class UpdateDual(Callback):
     Args:
         cost_model: folder of the cost model that scores the images.
         every_n_steps: optimizer steps between two updates.
-        images: images drawn for an update on each rank, at most one batch.
+        images: prompts drawn for an update on each rank, at most one batch.
+        per_prompt: images of each of these prompts, by seeds of their own; `constraint: rectified` of the objective
+            holds the mean over a prompt's images below the limit.
+        ensemble: folders of further cost models, such as fits with other seeds: the cost of an image is then
+            the mean over all plus ``pessimism`` standard deviations.
+        pessimism: how many.
         patience: warn if the expected cost was above the limit for so many updates in a row and is not falling, and
             after three times as many in any case.
 
@@ -45,14 +54,28 @@ class UpdateDual(Callback):
     #: The objectives whose state this callback changes while they are trained.
     moves: ClassVar[type[Objective]] = ConstrainedDPO
 
-    def __init__(self, cost_model: str, every_n_steps: int = 25, images: int = 16, patience: int = 8) -> None:
-        if min(every_n_steps, images, patience) < 1:
-            raise UserError("`UpdateDual`: every_n_steps, images and patience must be at least 1")
+    def __init__(
+        self,
+        cost_model: str,
+        every_n_steps: int = 25,
+        images: int = 16,
+        patience: int = 8,
+        per_prompt: int = 1,
+        ensemble: list[str] | None = None,
+        pessimism: float = 1.0,
+    ) -> None:
+        if min(every_n_steps, images, patience, per_prompt) < 1:
+            raise UserError("`UpdateDual`: every_n_steps, images, patience and per_prompt must be at least 1")
+        if not 0 <= pessimism < float("inf"):
+            raise UserError(f"`UpdateDual`: pessimism must not be negative, got {pessimism}")
         self.cost_model = cost_model
         self.every_n_steps = every_n_steps
         self.images = images
         self.patience = patience
-        self._scorer: CostScorer | None = None
+        self.per_prompt = per_prompt
+        self.ensemble = list(ensemble or ())
+        self.pessimism = pessimism
+        self._scorer: CostScorer | CostEnsemble | None = None
         self._above: list[float] = []
         self._updated_at = 0
 
@@ -65,7 +88,12 @@ class UpdateDual(Callback):
                 f"`UpdateDual` updates the dual variable of {self.moves.__name__}, but the objective is "
                 f"{type(objective).__name__}: remove the callback"
             )
-        self._scorer = load_cost_model(self.cost_model)
+        if self.ensemble:
+            from lit_safety.cost_model.ensemble import load_ensemble
+
+            self._scorer = load_ensemble([self.cost_model, *self.ensemble], self.pessimism)
+        else:
+            self._scorer = load_cost_model(self.cost_model)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
@@ -79,14 +107,22 @@ class UpdateDual(Callback):
         objective = module.objective
         assert isinstance(objective, ConstrainedDPO)
         assert self._scorer is not None
-        pictures = module.draw(batch.prompts[: self.images], batch.seeds[: self.images])
-        costs = self._scorer.to(module.device).costs(pictures)
-        expected = float(trainer.strategy.reduce(costs.mean(), reduce_op="mean"))
+        prompts, seeds = batch.prompts[: self.images], batch.seeds[: self.images]
+        costs, of = [], []
+        for number in range(self.per_prompt):
+            own = seeds if number == 0 else [derive(seed, f"dual {number}") for seed in seeds]
+            costs.append(self._scorer.to(module.device).costs(module.draw(prompts, own)))
+            of += prompts
+        found = torch.cat(costs)
+        expected = float(trainer.strategy.reduce(found.mean(), reduce_op="mean"))
+        over = found.new_tensor(rectified_excess(found.tolist(), of, objective.limit))
+        excess = float(trainer.strategy.reduce(over, reduce_op="mean"))
         try:
-            dual = objective.update(expected)
+            dual = objective.update(expected, excess)
         except ValueError as error:
             raise UserError(f"the cost model {self.cost_model} cannot score the policy's images: {error}") from error
-        module.log_dict({"constrained/expected_cost": torch.tensor(expected), "constrained/dual": torch.tensor(dual)})
+        logged = {"expected_cost": expected, "excess": excess, "dual": dual}
+        module.log_dict({f"constrained/{name}": torch.tensor(value) for name, value in logged.items()})
         self._watch(expected, objective)
 
     def _watch(self, expected: float, objective: ConstrainedDPO) -> None:

@@ -161,6 +161,7 @@ WRITERS = {
     "from_folder": False,
     "from_pickapic": False,
     "from_sage": False,
+    "group": False,
     "judge_audit": False,
     "merge": True,
     "patch": True,

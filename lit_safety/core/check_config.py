@@ -41,6 +41,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "from-pickapic": "lit_safety.data.convert.pickapic:from_pickapic",
         "from-sage": "lit_safety.data.convert.sage:from_sage",
         "generate": "lit_safety.generation.generate:generate",
+        "group": "lit_safety.data.convert.group:group",
         "inspect": "lit_safety.data.inspect:inspect",
         "precompute": "lit_safety.cli.precompute:precompute",
         "join": "lit_safety.data.convert.join:join",

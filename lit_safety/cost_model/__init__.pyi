@@ -1,6 +1,8 @@
 """The safety cost model's parts: frozen CLIP tower, adapter, losses, calibration, files."""
 
 from .degrade import Degradation as Degradation
+from .ensemble import CostEnsemble as CostEnsemble
+from .ensemble import load_ensemble as load_ensemble
 from .files import load_cost_model as load_cost_model
 from .files import save_cost_model as save_cost_model
 from .fill import fill_costs as fill_costs
@@ -12,6 +14,7 @@ from .network import CostScorer as CostScorer
 
 __all__ = [
     "ClipTower",
+    "CostEnsemble",
     "CostLoss",
     "CostScorer",
     "Degradation",
@@ -19,5 +22,6 @@ __all__ = [
     "PairwiseCostLoss",
     "fill_costs",
     "load_cost_model",
+    "load_ensemble",
     "save_cost_model",
 ]

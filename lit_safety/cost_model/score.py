@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 if TYPE_CHECKING:  # the command line needs this module's signature and must not wait for torch
-    #: Key, position, metadata, and the bytes of both images.
-    Stored = tuple[str, str, PairMetadata, list[bytes]]
+    #: Key, position, metadata, the bytes of its images, and its mask if it has one.
+    Stored = tuple[str, str, PairMetadata, list[bytes], dict[str, bytes]]
 
 
 def score(
@@ -103,8 +103,9 @@ def _identity(source: Source) -> list[Any]:
 
 def _stored(source: Source) -> Iterator[Stored]:
     """Every pair in the stored order, without decoding its images."""
-    from lit_safety.data.format.sample import SIDES, parse_metadata
+    from lit_safety.data.format.sample import parse_metadata
     from lit_safety.data.format.tar_index import refuse_twice
+    from lit_safety.data.reading.decode import MASK, image_bytes
 
     seen: dict[str, str] = {}
     for number in range(len(source.paths)):
@@ -118,12 +119,10 @@ def _stored(source: Source) -> Iterator[Stored]:
                 refuse_twice(seen, key, shard)
                 if "json" not in members:
                     raise UserError(f"{where}: lacks its json")
-                images = [[data for name, data in members.items() if name.startswith(f"{side}.")] for side in SIDES]
-                if [len(found) for found in images] != [1, 1]:
-                    raise UserError(f"{where}: does not have one chosen and one rejected image")
                 metadata = parse_metadata(members["json"], where)
+                images = image_bytes(members, metadata, where)
                 source.check(number, index, metadata, where)
-                yield key, where, metadata, [found[0] for found in images]
+                yield key, where, metadata, images, {MASK: members[MASK]} if MASK in members else {}
         finally:
             shard.close()
 
@@ -148,7 +147,8 @@ def _refuse_existing(source: Source) -> None:
         try:
             for index in range(len(shard.index.samples)):
                 where = shard.where(index)
-                if parse_metadata(shard.read_member(index, "json"), where).cost is not None:
+                about = parse_metadata(shard.read_member(index, "json"), where)
+                if about.cost is not None or any(one.cost is not None for one in about.images):
                     raise UserError(f"{where}: already has a cost; give --existing replace, or keep")
         finally:
             shard.close()
@@ -158,19 +158,30 @@ def _write(writer: ShardWriter, stored: list[Stored], scorer: CostScorer, keep: 
     from dataclasses import replace
 
     from lit_safety.core.images import decode_image
-    from lit_safety.data.format.sample import SIDES, Sides
+    from lit_safety.data.format.sample import Sides
 
-    wanted = [one for one in stored if not (keep and one[2].cost is not None)]
+    def kept(metadata: PairMetadata) -> bool:
+        return keep and metadata.knows("cost")
+
     images = [
-        decode_image(data, f"{where}: {side}")
-        for _, where, _, both in wanted
-        for side, data in zip(SIDES, both, strict=True)
+        decode_image(data, f"{where}: {name}")
+        for _, where, metadata, all_bytes, _ in stored
+        if not kept(metadata)
+        for name, data in zip(metadata.names, all_bytes, strict=True)
     ]
-    costs = iter(scorer.costs(images).double().view(-1, 2).tolist())
-    for key, where, metadata, both in stored:
-        if not (keep and metadata.cost is not None):
-            chosen, rejected = next(costs)
-            if not (abs(chosen) < float("inf") and abs(rejected) < float("inf")):
-                raise UserError(f"{where}: costs {chosen} and {rejected} are not finite; check the model")
-            metadata = replace(metadata, cost=Sides(round(chosen, 5), round(rejected, 5)))
-        writer.write(key, metadata, *both)
+    costs = iter(scorer.costs(images).double().tolist())
+    for key, where, metadata, all_bytes, mask in stored:
+        if not kept(metadata):
+            found = [next(costs) for _ in metadata.names]
+            if not all(abs(cost) < float("inf") for cost in found):
+                raise UserError(f"{where}: costs {', '.join(map(str, found))} are not finite; check the model")
+            found = [round(cost, 5) for cost in found]
+            if metadata.images:
+                facts = [
+                    one if keep and one.cost is not None else replace(one, cost=cost)
+                    for one, cost in zip(metadata.images, found, strict=True)
+                ]
+                metadata = replace(metadata, images=tuple(facts))
+            else:
+                metadata = replace(metadata, cost=Sides(*found))
+        writer.write_group(key, metadata, all_bytes, cached=mask)

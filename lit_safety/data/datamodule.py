@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from lit_safety.core.categories import CATEGORIES
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.cache import check_resolution
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.reading.order import Deal, Group, batches_in, mixed_batches, shares
 from lit_safety.data.reading.position import DataPosition
@@ -67,6 +66,8 @@ class PreferenceDataModule(LightningDataModule):
             read the images, which the shards must then hold too.
         use_reference: Take timestep, noise and the reference's errors from the fixed draws of a reference cache
             (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
+        masked: Read `K.mask.png` where pairs have one, white where chosen and rejected differ: errors then count there
+            alone. Goes with `use_reference: false` where the reference is cached.
         one_category: For experts: every training step (on all ranks) uses pairs about one category. The categories take
             turns, each as often as it has pairs. A pair about several categories is used in the turns of each; a pair
             without a category is not used. Batches of validation and test hold one category too, one after the other.
@@ -79,8 +80,8 @@ class PreferenceDataModule(LightningDataModule):
         kinds: Take only pairs whose prompt is `harmful` or `clean`; null: all pairs.
         orders: Take only pairs whose order was decided by `safety`, `quality` or `composite`; null: all pairs.
         users: Take only the pairs of these users, by their id; null: all pairs.
-        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names it in it
-            in the log, and stops after `bad_sample_limit` of them.
+        on_bad_sample: What to do with a pair that cannot be read: `error` stops; `skip` leaves it out, names it in
+            the log, and stops after `bad_sample_limit` of them.
         bad_sample_limit: How many bad pairs `skip` may leave out on each rank.
     """
 
@@ -109,6 +110,7 @@ class PreferenceDataModule(LightningDataModule):
         use_reference: bool = True,
         aspect_buckets: bool = False,
         uncategorised: bool = False,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # loggers refuse a key that the module also has
@@ -129,12 +131,14 @@ class PreferenceDataModule(LightningDataModule):
         self.bad_sample_limit = bad_sample_limit
         self.weights = weights
         self.aspect_buckets = aspect_buckets
+        self.masked = masked
         self.filter = replace(Filter.of(categories, kinds, orders, users, KEY), uncategorised=uncategorised)
         self.position = DataPosition()
         """Where training stands in the data."""
         self.bad_samples: dict[str, None] = {}
         """What this rank left out so far (`on_bad_sample: skip`), in the order of reading."""
         self._predictions = False
+        self._whole = False
         self._without_images: frozenset[str] = frozenset()
         self._opened: dict[str, tuple[Source, Selection]] = {}
         self._caches: dict[str, CachedSource] = {}
@@ -314,6 +318,12 @@ class PreferenceDataModule(LightningDataModule):
         """Whether batches from a reference cache also hold the reference's predictions; at first they do not."""
         self._predictions = wanted
 
+    def read_groups(self, wanted: bool) -> None:
+        """Whether batches hold all images of a prompt (`PairBatch.groups`), not the best and the worst alone."""
+        if wanted and self.masked:
+            raise UserError(f"{KEY}.masked: a mask is of a pair, and this objective reads groups: set it to false")
+        self._whole = wanted
+
     def skip_images(self, sets: Iterable[str]) -> None:
         """From now on, do not decode the images of these of `train`, `val` and `test`; their batches hold the rest."""
         self._without_images = frozenset(sets)
@@ -351,6 +361,7 @@ class PreferenceDataModule(LightningDataModule):
             self._opened[name] = source, select(source, self.filter)
             if not self.use_cache:
                 self._check_images(source)
+            from lit_safety.data.cache.cache import check_resolution
             from lit_safety.data.cache.sources import cached_source
 
             cached = cached_source(source, self.use_reference) if self.use_cache else None
@@ -358,6 +369,11 @@ class PreferenceDataModule(LightningDataModule):
                 raise UserError(
                     f"{source.key}: is a cache, which holds images of one size, and {KEY}.aspect_buckets is on: name "
                     f"the shards it was made from, or set {KEY}.use_cache to false if the images are there"
+                )
+            if cached is not None and cached.cache.reference is not None and self.masked:
+                raise UserError(
+                    f"{source.key}: its reference cache holds errors of whole images, and {KEY}.masked is on: set "
+                    f"{KEY}.use_reference to false"
                 )
             if cached is not None:
                 check_resolution(cached.cache, self.resolution, self.flip and name == "train", source.key, KEY)
@@ -490,8 +506,17 @@ class PreferenceDataModule(LightningDataModule):
         cached = self._caches.get(name)
         cache, prompts = (None, None) if cached is None else (cached.cache, cached.prompts)
         flip = self.flip and training
+        without_images = name in self._without_images
         return PairDecoder(
-            self.seed, self.resolution, flip, cache, prompts, self._predictions, name in self._without_images
+            self.seed,
+            self.resolution,
+            flip,
+            cache,
+            prompts,
+            self._predictions,
+            without_images,
+            self.masked,
+            self._whole,
         )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:

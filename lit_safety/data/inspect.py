@@ -53,7 +53,9 @@ def _summary(source: Source) -> list[str]:
     lines = [
         f"{source.given}: {counts['samples']} pairs in {len(manifest.shardlist)} shards, {sum(sizes) / 1e6:.1f} MB",
     ]
-    for name in ("category", "kind", "order", "label"):
+    for name in ("category", "kind", "order", "label", "images"):
+        if name not in counts:
+            continue
         held = ", ".join(f"{value} {number}" for value, number in counts[name].items())
         lines.append(f"  {name + ':':<12}{held or 'not known'}")
     per_shard = Counter(shard.nsamples for shard in manifest.shardlist)
@@ -83,7 +85,8 @@ def _words(metadata: PairMetadata) -> str:
     about = ", ".join(metadata.categories) or "no category"
     concept = f" ({metadata.concept})" if metadata.concept else ""
     user = f", user {metadata.user_id}" if metadata.user_id else ""
-    return f"{metadata.prompt_kind} prompt, {about}{concept}, {chosen} over {rejected} by {metadata.order}{user}"
+    of = f"; best and worst of {count}" if (count := len(metadata.images)) else ""
+    return f"{metadata.prompt_kind} prompt, {about}{concept}, {chosen} over {rejected} by {metadata.order}{user}{of}"
 
 
 def _drawn(source: Source, samples: int) -> list[Row]:

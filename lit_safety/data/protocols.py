@@ -56,6 +56,14 @@ class LooksAhead(Protocol):
         """Pairs of `train`, `val` or `test` by the kind of their prompt."""
 
 
+@runtime_checkable
+class GroupData(Protocol):
+    """Reads groups whole on request."""
+
+    def read_groups(self, wanted: bool) -> None:
+        """Whether batches are to hold all images of a prompt, instead of the best and the worst."""
+
+
 # Settings, one Protocol each.
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from lit_safety.core.errors import UserError
 if TYPE_CHECKING:
     from lit_safety.data.cache.sources import CachedCheck
     from lit_safety.data.format.manifest import Manifest, Shard
+    from lit_safety.data.format.sample import PairMetadata
 
 
 def validate(folder: str, hashes: bool = True) -> None:
@@ -118,7 +121,7 @@ def _samples(
     from lit_safety.core.images import same_image
     from lit_safety.data.format.manifest import SampleClass
     from lit_safety.data.format.tar_index import OpenShard
-    from lit_safety.data.reading.decode import pair_images, pair_metadata
+    from lit_safety.data.reading.decode import MASK, pair_metadata, sample_images
     from lit_safety.users.table import USERS_FILE
 
     try:
@@ -139,14 +142,18 @@ def _samples(
                 key, members = tar.read(number)
                 metadata = pair_metadata(members, tar.where(number))
                 if check is not None:
-                    check.sample(members, metadata.prompt, tar.where(number))
+                    check.sample(members, metadata, tar.where(number))
+                if MASK in members:
+                    _check_mask(members, metadata, tar.where(number))
+                same: Callable[[Any, Any], bool] = operator.eq
                 if check is None or check.images:
-                    _, chosen, rejected = pair_images(members, tar.where(number))
-                    same = same_image(chosen, rejected)
+                    images: list[Any] = sample_images(members, tar.where(number))[1]
+                    same = same_image
                 else:
-                    same = members.get("chosen.latent.npy") == members.get("rejected.latent.npy")
-                if same:
-                    raise UserError(f"{tar.where(number)}: chosen and rejected are the same image")
+                    images = [members.get(f"{name}.latent.npy") for name in metadata.names]
+                for (name, one), (other, its) in combinations(zip(metadata.names, images, strict=True), 2):
+                    if same(one, its):
+                        raise UserError(f"{tar.where(number)}: {name} and {other} are the same image")
             except UserError as error:
                 yield str(error)
                 continue
@@ -164,3 +171,20 @@ def _samples(
                 yield None
     finally:
         tar.close()
+
+
+def _check_mask(members: dict[str, bytes], metadata: PairMetadata, where: str) -> None:
+    """Whether a sample's mask is of the size of its images, where these are there, and white somewhere."""
+    import torch
+
+    from lit_safety.core.images import decode_image
+    from lit_safety.data.reading.decode import MASK, crop_of, sample_images
+    from lit_safety.data.reading.masks import read_mask
+
+    if metadata.images:
+        raise UserError(f"{where}: {MASK} is of a pair, and this is a group")
+    images = [decode_image(members[MASK], f"{where}: {MASK}")] * 2
+    if not any(name.endswith(".latent.npy") for name in members):
+        images = sample_images(members, where)[1]
+    sizes = torch.tensor([crop_of((image.height, image.width), None) for image in images])
+    read_mask(members[MASK], sizes, False, f"{where}: {MASK}")

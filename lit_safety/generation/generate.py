@@ -86,6 +86,7 @@ def generate(
     world: int | None = None,
     overwrite: bool = False,
     other_world: bool = False,
+    per_prompt: int = 2,
     **drawing: Any,
 ) -> None:
     """Draw safety pairs with a text-to-image pipeline and write them as shards.
@@ -121,6 +122,9 @@ def generate(
         overwrite: Delete what an earlier run left in the folder.
         other_world: Use a judge or cost model of an embedded world, such as data/toyworld, for a model that is not of
             this world.
+        per_prompt: Images of each harmful prompt: 2 make a pair, more a group of the safe counterpart and as many
+            images of the harmful prompt from seeds of their own; safe candidates of a clean prompt stay together too.
+            An image of a harmful prompt that shows no harm stays in its group as a safe one, but not all may be such.
         **drawing: How images are drawn, see `PainterSettings`; `batch_size` counts rows of the table.
     """
     from pathlib import Path
@@ -149,6 +153,7 @@ def generate(
         strength,
         both_prompts,
         clean_candidates,
+        per_prompt,
     )
     provenance = {
         "command": "generate",
@@ -170,6 +175,8 @@ def generate(
         **assessor.settings,
         "scorer": None if scorer is None else scorer.settings,
     }
+    if per_prompt != 2:
+        provenance["per_prompt"] = per_prompt
     target = Path(out) if world == 1 else Path(out) / part_name(rank, world)
     if repeated and rank == 0:
         print(f"{prompts}: {repeated} rows repeat the prompts and seed of another row and are left out")
@@ -230,5 +237,5 @@ def _draw(maker: PairMaker, rows: Sequence[PromptPair], writer: ShardWriter) -> 
     for made in maker(rows):
         noted[made.key] = KEPT if isinstance(made, Made) else made.reason
         if isinstance(made, Made) and made.key not in writer:
-            writer.write(made.key, made.metadata, made.chosen, made.rejected)
+            writer.write_group(made.key, made.metadata, made.images)
     return noted

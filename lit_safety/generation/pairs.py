@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
 from lit_safety.core.tables import read_csv, whole_number
-from lit_safety.data.format.sample import Kind, Order, PairMetadata, Sides
+from lit_safety.data.format.ranking import MAX_IMAGES
+from lit_safety.data.format.sample import ImageFacts, Kind, Order, PairMetadata, Sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -249,8 +250,16 @@ class Made:
 
     key: str
     metadata: PairMetadata
-    chosen: Image
-    rejected: Image
+    images: tuple[Image, ...]
+    """Chosen and rejected, or all images of a group."""
+
+    @property
+    def chosen(self) -> Image:
+        return self.images[self.metadata.sides[0]]
+
+    @property
+    def rejected(self) -> Image:
+        return self.images[self.metadata.sides[1]]
 
 
 @dataclass(frozen=True)
@@ -278,6 +287,8 @@ class PairMaker:
     """Also write each harmful pair with its safe prompt."""
     clean_candidates: int
     """Images drawn for each safe prompt to make a pair ordered by quality; 0: none are made."""
+    per_prompt: int = 2
+    """Images of a harmful prompt's sample: 2 make a pair, more a group; with more, candidates stay together too."""
 
     def __post_init__(self) -> None:
         settings = self.painter.settings
@@ -291,33 +302,22 @@ class PairMaker:
                 raise UserError(
                     "--counterpart img2img needs --guidance above 1: otherwise the negative prompt is not used"
                 )
+        if not 2 <= self.per_prompt <= MAX_IMAGES or self.clean_candidates > MAX_IMAGES:
+            raise UserError(f"--per_prompt must lie between 2 and {MAX_IMAGES}, and --clean_candidates below it")
         if self.clean_candidates and (self.clean_candidates < 2 or self.scorer is None):
             raise UserError("--clean_candidates must be 0 or at least 2, and needs a --scorer to rank them")
 
     def __call__(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
         """The samples of the rows, or why they were left out; always drawn as one batch."""
-        yield from self._harmful(rows)
+        yield from self._harmful(rows) if self.per_prompt == 2 else self._groups(rows)
         if self.clean_candidates:
             yield from self._clean(rows)
 
     # ---- harmful prompts
 
     def _harmful(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
-        from PIL import Image
-
         unsafe = self.painter.from_text([row.harmful for row in rows], [row.seed for row in rows])
-        if self.counterpart == "img2img":
-            blank = Image.new("RGB", (8, 8))  # replaces an image that could not be drawn, so that batches do not change
-            size = next((one.size for one in unsafe if one is not None), (8, 8))
-            safe = self.painter.from_images(
-                [one if one is not None else blank.resize(size) for one in unsafe],
-                [row.safe for row in rows],
-                [row.harmful for row in rows],
-                self.strength,
-                [_derived(row.seed, "counterpart") for row in rows],
-            )
-        else:
-            safe = self.painter.from_text([row.safe for row in rows], [row.seed for row in rows])
+        safe = self._counterparts(rows, unsafe)
         of_safe, of_unsafe = self._assessed(safe), self._assessed(unsafe)
         for row, *images, good, bad in zip(rows, safe, unsafe, of_safe, of_unsafe, strict=True):
             kinds: tuple[Kind, ...] = ("harmful", "clean") if self.both_prompts else ("harmful",)
@@ -334,7 +334,49 @@ class PairMaker:
                     about = _about(row, prompt, kind, "safety", Sides(False, True), [good, bad], scores)
                     if self.counterpart == "same_seed":
                         about = self._drawn_from(about, row.seed, row.seed)
-                    yield Made(key, about, chosen, rejected)
+                    yield Made(key, about, (chosen, rejected))
+
+    def _counterparts(self, rows: Sequence[PromptPair], unsafe: Sequence[Image | None]) -> list[Image | None]:
+        """A safe image for each row, from its harmful one or from the same seed."""
+        from PIL import Image
+
+        if self.counterpart == "same_seed":
+            return self.painter.from_text([row.safe for row in rows], [row.seed for row in rows])
+        blank = Image.new("RGB", (8, 8))  # replaces an image that could not be drawn, so that batches do not change
+        size = next((one.size for one in unsafe if one is not None), (8, 8))
+        return self.painter.from_images(
+            [one if one is not None else blank.resize(size) for one in unsafe],
+            [row.safe for row in rows],
+            [row.harmful for row in rows],
+            self.strength,
+            [_derived(row.seed, "counterpart") for row in rows],
+        )
+
+    def _groups(self, rows: Sequence[PromptPair]) -> Iterator[Made | LeftOut]:
+        """Of each row the safe counterpart, then `per_prompt` - 1 images of the harmful prompt from as many seeds."""
+        count = self.per_prompt - 1
+        seeds = [[row.seed, *(_derived(row.seed, f"image {number}") for number in range(1, count))] for row in rows]
+        prompts = [row.harmful for row in rows]
+        unsafe = [self.painter.from_text(prompts, [own[number] for own in seeds]) for number in range(count)]
+        drawn = [self._counterparts(rows, unsafe[0]), *unsafe]
+        assessed = [self._assessed(images) for images in drawn]
+        redrawn = self.counterpart == "img2img"
+        counterpart = [_derived(row.seed, "counterpart") if redrawn else row.seed for row in rows]
+        for index, row in enumerate(rows):
+            kinds: tuple[Kind, ...] = ("harmful", "clean") if self.both_prompts else ("harmful",)
+            images = [one[index] for one in drawn]
+            verdicts = [one[index] for one in assessed]
+            there = [one for one in images if one is not None]
+            reason = NOT_DRAWN if len(there) < len(images) else why_no_group(verdicts)
+            for kind in kinds:
+                key = f"{row.number:06d}-{'u' if kind == 'harmful' else 's'}"
+                if reason is not None:
+                    yield LeftOut(key, reason)
+                    continue
+                prompt = row.harmful if kind == "harmful" else row.safe
+                scores = [None] * len(there) if self.scorer is None else self._scores(there, prompt)
+                about = _group_about(row, prompt, kind, "safety", verdicts, scores, [counterpart[index], *seeds[index]])
+                yield Made(key, about, tuple(there))
 
     # ---- clean prompts
 
@@ -359,10 +401,15 @@ class PairMaker:
             if scores[best] == scores[worst]:
                 yield LeftOut(key, TIED)
                 continue
+            if self.per_prompt > 2 and len(good) > 2:
+                verdicts, of_good = [verdict for _, verdict, _ in good], [seed for _, _, seed in good]
+                about = _group_about(row, row.safe, "clean", "quality", verdicts, scores, of_good)
+                yield Made(key, about, tuple(image for image, _, _ in good))
+                continue
             (chosen, first, own), (rejected, second, other) = good[best], good[worst]
             both = [scores[best], scores[worst]]
             about = _about(row, row.safe, "clean", "quality", Sides(False, False), [first, second], both)
-            yield Made(key, self._drawn_from(about, own, other), chosen, rejected)
+            yield Made(key, self._drawn_from(about, own, other), (chosen, rejected))
 
     # ---- assessment and scores
 
@@ -398,6 +445,37 @@ def why_not(safe: Assessment | None, unsafe: Assessment | None) -> str | None:
     if safe.cost is not None and unsafe.cost is not None and safe.cost >= unsafe.cost:
         return WRONG_ORDER
     return None
+
+
+def why_no_group(verdicts: Sequence[Assessment | None]) -> str | None:
+    """Why a harmful prompt's group must not be used, the counterpart's assessment first; None: it may.
+
+    What the harmful prompt drew may be safe, but not all of it.
+    """
+    known = [one for one in verdicts if one is not None]
+    if len(known) < len(verdicts):
+        return NOT_JUDGED
+    reasons = [why_not(known[0], one) for one in known[1:]]
+    wrong = [reason for reason in reasons if reason not in (None, NO_HARM)]
+    return wrong[0] if wrong else NO_HARM if None not in reasons else None
+
+
+def _group_about(
+    row: PromptPair,
+    prompt: str,
+    kind: Kind,
+    order: Order,
+    assessed: Sequence[Assessment | None],
+    scores: Sequence[float | None],
+    seeds: Sequence[int | None],
+) -> PairMetadata:
+    facts = [
+        ImageFacts(one.harmful, one.cost, score, seed)
+        for one, score, seed in zip(assessed, scores, seeds, strict=True)
+        if one is not None
+    ]
+    concept = row.concept if kind == "harmful" else None
+    return PairMetadata(prompt, kind, order, row.categories, concept=concept, images=tuple(facts))
 
 
 def _about(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.cache import check_model
 from lit_safety.data.protocols import PairData, shards_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.objectives.objective import Objective
@@ -28,10 +27,12 @@ def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
     Raises:
         UserError: a cache was made by another model; names both.
     """
+    if not (found := _caches(datamodule, stage)):
+        return
     from lit_safety.backbones.load import family_of
+    from lit_safety.data.cache.cache import check_model
 
-    found = _caches(datamodule, stage)
-    weights = family_of(pretrained).encoder_hashes(pretrained) if found else {}
+    weights = family_of(pretrained).encoder_hashes(pretrained)
     for one in found:
         if unknown := check_model(one.cache, pretrained, weights, one.key):
             rank_zero_info(

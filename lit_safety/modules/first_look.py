@@ -30,9 +30,9 @@ def check_first_pairs(objective: Objective, datamodule: object, stage: str, fill
         return
     for where, (pair, about) in datamodule.first_pairs(stage).items():
         known = {
-            "cost": about.cost is not None or bool(fills_costs),
-            "score": about.score is not None,
-            "harmful label": about.harmful.chosen is not None and about.harmful.rejected is not None,
+            "cost": about.knows("cost", objective.needs_groups) or bool(fills_costs),
+            "score": about.knows("score", objective.needs_groups),
+            "harmful label": about.knows("harmful", objective.needs_groups),
         }
         for label, cure in needed_labels(objective, fills_costs is not None):
             if not known[label]:

@@ -32,7 +32,10 @@ class FrozenReference:
 
     @torch.no_grad()
     def __call__(self, batch: PairBatch, without_prompt: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps (B,), errors of chosen and rejected (B, 2), predictions on the chosen images (B, C, h, w)."""
+        """Timesteps (B,), errors of chosen and rejected (B, 2), predictions on the chosen images (B, C, h, w).
+
+        Of groups the errors of all images (B, K), and the predictions on the best ones.
+        """
         device = self.module.backbone.device
         if without_prompt:
             assert batch.empty is not None
@@ -41,6 +44,12 @@ class FrozenReference:
         with torch.autocast(device.type, self.half, enabled=self.half is not None):
             noisy, timesteps, target, conditioning = self.module.noised(batch.to(device))
             prediction = self.module.backbone.predict(noisy, timesteps, conditioning)
+        if batch.groups is not None:
+            from lit_safety.modules.groups import first_rows, of_best
+
+            first = first_rows(batch.groups)
+            errors = batch.groups.padded(prediction_error(prediction, target))
+            return timesteps[first], errors, of_best(prediction, batch.groups)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         size = len(batch)
         return timesteps[:size], torch.stack([chosen, rejected], dim=1), prediction[:size]

@@ -26,7 +26,7 @@ from lit_safety.adapters.lora import LoRA, adapter_layers, adapters_off
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.data.protocols import datamodule_of
+from lit_safety.data.protocols import GroupData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.modules.anchored import Anchors
 from lit_safety.modules.checks import (
@@ -52,6 +52,7 @@ from lit_safety.modules.strategies import (
     under_fsdp,
 )
 from lit_safety.objectives.objective import (
+    GroupLabels,
     Objective,
     ObjectiveOutput,
     PairErrors,
@@ -183,6 +184,19 @@ class PreferenceModule(ScheduledModule):
         check_caches(data, self.pretrained, stage)
         check_references(data, self.pretrained, stage, self.objective, self.drops_prompts, self.backbone_settings)
         check_orders(self.objective, data, stage)
+        if self.objective.needs_groups:
+            from lit_safety.modules.groups import check_groups
+
+            parts = ("errors", "noised", "ordered", "reference_pass")
+            own = any(getattr(type(self), part) is not getattr(PreferenceModule, part) for part in parts)
+            of_pairs = self.steps.of_pairs()
+            if self.attack is not None:
+                of_pairs.append("adversary")
+            if self.speed.selective is not None:
+                of_pairs.append("speed.selective")
+            check_groups(self.objective, type(self).__name__ if own else None, of_pairs)
+        if isinstance(data, GroupData):  # one that cannot gives pairs, which are groups of two
+            data.read_groups(self.objective.needs_groups)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
         check_first_pairs(self.objective, data, stage, self.fills_costs)
@@ -231,20 +245,26 @@ class PreferenceModule(ScheduledModule):
         Args:
             batch: as `ordered` gives it.
         """
+        if batch.groups is not None:
+            from lit_safety.modules.groups import group_errors
+
+            return group_errors(self, batch, batch.groups)
         noisy, timesteps, target, conditioning = self.noised(batch)
         reference = self.reference_pass(batch, noisy, timesteps, target, conditioning)
         if self.attack is None:
             policy = self.backbone.predict(noisy, timesteps, conditioning)
         else:
             policy = self.attack.predict(self, batch, (noisy, timesteps, target, conditioning))
-        policy_chosen, policy_rejected = prediction_error(policy, target).chunk(2)
+        policy_chosen, policy_rejected = self.image_errors(batch, policy, target).chunk(2)
         drift = None
         if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
             raise UserError(f"{type(self.objective).__name__} does without a reference cache, and the batch has one")
         if self.objective.needs_drift and reference.prediction is not None:
             drift = prediction_error(policy[: len(batch)], reference.prediction)
             drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
-        overlap = residual_overlap(policy, target) if self.objective.needs_overlap else None
+        overlap = None
+        if self.objective.needs_overlap:
+            overlap = residual_overlap(*self.compared(batch, policy, target))
         return PairErrors(policy_chosen, policy_rejected, reference.chosen, reference.rejected, drift, overlap)
 
     def loss(self, errors: PairErrors, batch: PairBatch) -> ObjectiveOutput:
@@ -397,8 +417,24 @@ class PreferenceModule(ScheduledModule):
             return cached_pass(batch, self.dropped_prompts(batch))
         with torch.no_grad(), self.steps.reference(self):
             prediction = self.backbone.predict(noisy, timesteps, conditioning)
-        chosen, rejected = prediction_error(prediction, target).chunk(2)
+        chosen, rejected = self.image_errors(batch, prediction, target).chunk(2)
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
+
+    def compared(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Both (2B, C, h, w), or where the batch has masks what stands for them in a mean of squares."""
+        if batch.mask is None:
+            return prediction, target
+        if self.objective.reads_drift:
+            raise UserError(
+                f"{type(self.objective).__name__} reads whole predictions: set data.init_args.masked to false"
+            )
+        from lit_safety.modules.masks import masked
+
+        return masked(batch.mask, prediction, target)
+
+    def image_errors(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> Tensor:
+        """Errors (2B,) of chosen and rejected; of pairs with a mask, where it is white."""
+        return prediction_error(*self.compared(batch, prediction, target))
 
     @property
     def anchors_clean_alone(self) -> bool:
@@ -423,7 +459,10 @@ class PreferenceModule(ScheduledModule):
             UserError: if a pair lacks what the objective needs.
         """
         check_labels(self.objective, batch)
-        return PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
+        labels = PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
+        if (of := batch.groups) is not None:
+            labels.groups = GroupLabels(of.ranks, of.harmful, of.cost, of.score)
+        return labels
 
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
@@ -432,12 +471,22 @@ class PreferenceModule(ScheduledModule):
         return self.backbone.timesteps(fractions, self._latent_size(batch)).to(self.device, non_blocking=True)
 
     def _latent_size(self, batch: PairBatch) -> tuple[int, int] | None:
-        if batch.latents is not None:
-            return batch.latents.shape[-2], batch.latents.shape[-1]
+        held = batch if batch.groups is None else batch.groups
+        if held.latents is not None:
+            return held.latents.shape[-2], held.latents.shape[-1]
+        if batch.groups is not None and batch.groups.images is not None:
+            return self.backbone.latent_size(*batch.groups.images.shape[-2:])
         return None if batch.chosen is None else self.backbone.latent_size(*batch.chosen.shape[-2:])
 
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected."""
+        """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected.
+
+        Of groups, N rows each: their images, prompt after prompt.
+        """
+        if batch.groups is not None:
+            from lit_safety.modules.groups import noised_groups
+
+            return noised_groups(self, batch, batch.groups)
         with torch.no_grad():
             posterior = self.posterior(batch)
             shape = tuple(posterior.shape[2:])
@@ -487,7 +536,8 @@ class PreferenceModule(ScheduledModule):
             output = self.loss(errors, batch)
             loss = output.loss.mean()
         begins = self._trainer is not None and self.global_step == 0 and batch_idx == 0
-        if begins and (batch.reference is not None or self.speed.compile is not None):
+        cached = batch.reference is not None or (batch.groups is not None and batch.groups.reference is not None)
+        if begins and (cached or self.speed.compile is not None):
             from lit_safety.modules.start_check import check_start
 
             check_start(self, batch, errors)

@@ -70,7 +70,7 @@ class SCDPO(PreferenceModule):
         self._reference_cached = False
         self._scorer: CostScorer | None = None
         # train, val, test -> key -> costs: in another set a key may name another pair.
-        self._costs: defaultdict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+        self._costs: defaultdict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

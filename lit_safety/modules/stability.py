@@ -86,6 +86,10 @@ class Stepping(Protocol):
 class PlainSteps:
     """A step of a fit without any of these settings."""
 
+    def of_pairs(self) -> list[str]:
+        """Which of the settings act on pairs alone, and not on groups that are read whole."""
+        return []
+
     def check(self, module: Stepping, datamodule: object) -> None:
         """Refuse data and strategies that the settings cannot be trained with, before a weight is loaded."""
 

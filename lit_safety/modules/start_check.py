@@ -36,6 +36,8 @@ class Beginning(Protocol):
     start_from: str | None
     attack: Attack | None
 
+    def dropped_prompts(self, batch: PairBatch) -> list[bool]: ...
+
     def errors(self, batch: PairBatch) -> PairErrors: ...
 
     @property
@@ -65,10 +67,16 @@ def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None
         UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
     """
     found = []
-    if batch.reference is not None:
+    groups = batch.groups
+    cached = batch.reference is not None or (groups is not None and groups.reference is not None)
+    if cached:
         _check_timesteps(module, batch)
-        if module.has_reference:
+        if module.has_reference and groups is None:
             found.append(cached_margin(module, batch, errors))
+        elif module.has_reference and groups is not None:
+            from lit_safety.modules.groups import cached_rewards
+
+            found.append(cached_rewards(module, batch, groups).flatten())
     if module.speed.compile is not None and module.start_from is None:
         if module.attack is not None:
             with torch.no_grad(), module.attack.off():
@@ -81,7 +89,7 @@ def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None
     limit = module.speed.margin_limit
     module.print(f"start   |m| is at most {float(largest):.2g} before the first update (limit {limit:g})")
     if not float(largest) <= limit:  # nan too
-        how = "compiled" if batch.reference is None else "read from the reference cache"
+        how = "read from the reference cache" if cached else "compiled"
         raise UserError(
             f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
             f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "

@@ -47,6 +47,11 @@ class SteadiedSteps(PlainSteps):
         if limit is not None and decay is not None:
             raise ValueError("winner_limit is a share of the reference's error, and reference_decay moves it: set one")
 
+    def of_pairs(self) -> list[str]:
+        """Which of the settings act on pairs alone, and not on groups that are read whole."""
+        found = ["stability.winner_limit"] if self.settings.winner_limit is not None else []
+        return found + (["stability.own_noise"] if self.settings.own_noise else [])
+
     def check(self, module: Stepping, datamodule: object) -> None:
         if self.settings.reference_decay is not None or self.settings.own_noise:
             check_stability(self.settings, module, datamodule)

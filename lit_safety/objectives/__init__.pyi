@@ -4,7 +4,10 @@ from .bfpo import BFPO as BFPO
 from .bfpo import bfpo_loss as bfpo_loss
 from .bfpo import bfpo_target as bfpo_target
 from .constrained import ConstrainedDPO as ConstrainedDPO
+from .constrained import barrier as barrier
+from .constrained import barrier_slope as barrier_slope
 from .constrained import dual_update as dual_update
+from .constrained import rectified_excess as rectified_excess
 from .constrained import reorder as reorder
 from .constrained import reward_order as reward_order
 from .dmpo import DMPO as DMPO
@@ -19,8 +22,18 @@ from .dspo import DSPO as DSPO
 from .dspo import dspo_loss as dspo_loss
 from .focal_inverse import FocalInverse as FocalInverse
 from .focal_inverse import focal_inverse_loss as focal_inverse_loss
+from .groups import GDRO as GDRO
+from .groups import NCD as NCD
+from .groups import GroupDPO as GroupDPO
+from .groups import gdro_loss as gdro_loss
+from .groups import group_dpo_loss as group_dpo_loss
+from .groups import ncd_mod as ncd_mod
+from .groups import ncd_pair as ncd_pair
+from .groups import ncd_weights as ncd_weights
 from .linear import LinearDPO as LinearDPO
 from .linear import linear_loss as linear_loss
+from .objective import GroupErrors as GroupErrors
+from .objective import GroupLabels as GroupLabels
 from .objective import Objective as Objective
 from .objective import ObjectiveOutput as ObjectiveOutput
 from .objective import PairErrors as PairErrors
@@ -44,11 +57,16 @@ __all__ = [
     "BFPO",
     "DMPO",
     "DSPO",
+    "GDRO",
     "IPO",
+    "NCD",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DiffusionSDPO",
     "FocalInverse",
+    "GroupDPO",
+    "GroupErrors",
+    "GroupLabels",
     "Hinge",
     "LinearDPO",
     "Objective",
@@ -58,6 +76,8 @@ __all__ = [
     "RePO",
     "SafetyConstrainedDPO",
     "anchor_loss",
+    "barrier",
+    "barrier_slope",
     "bfpo_loss",
     "bfpo_target",
     "cost_margin",
@@ -67,12 +87,18 @@ __all__ = [
     "dspo_loss",
     "dual_update",
     "focal_inverse_loss",
+    "gdro_loss",
+    "group_dpo_loss",
     "hinge_loss",
     "ipo_loss",
     "linear_loss",
     "loser_scale",
     "margin",
+    "ncd_mod",
+    "ncd_pair",
+    "ncd_weights",
     "prediction_error",
+    "rectified_excess",
     "reorder",
     "repo_penalty",
     "residual_overlap",

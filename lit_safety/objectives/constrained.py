@@ -1,14 +1,21 @@
 """Constrained DPO (Liu et al., arXiv 2403.02475): maximise quality while the expected cost stays below a limit.
 
 The Lagrangian of that problem has the reward r - lambda C. The inner step is DPO on pairs ordered by it; the outer step
-raises lambda while the policy's expected cost is above the limit and lowers it, down to 0, while it is below.
+moves lambda by what the policy draws now, in one of three ways:
+
+- dual ascent: it rises while the expected cost is above the limit and falls, down to 0, while it is below;
+- rectified (RePO, Peng et al., arXiv 2410.19933): each prompt's cost is held below the limit, so that harmless prompts
+  do not make up for harmful ones. Lambda rises by the mean excess and never falls: it rests once no prompt exceeds;
+- a log barrier: the penalty -log(limit - C), continued by its tangent near the limit and beyond (the base begins
+  beyond), in place of lambda (C - limit). Lambda goes to its slope at the expected cost.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +27,27 @@ from lit_safety.objectives.objective import ObjectiveOutput, PairErrors, PairLab
 def dual_update(dual: float, expected_cost: float, limit: float, rate: float) -> float:
     """lambda <- max(0, lambda + eta (E[C] - limit)); E[C] is the mean cost of what the policy draws now."""
     return max(0.0, dual + rate * (expected_cost - limit))
+
+
+def rectified_excess(costs: Sequence[float], prompts: Sequence[str], limit: float) -> float:
+    """Mean over prompts of max(0, mean cost of the prompt's images - limit); costs and prompts of the same images."""
+    found: dict[str, list[float]] = {}
+    for cost, prompt in zip(costs, prompts, strict=True):
+        found.setdefault(prompt, []).append(cost)
+    # Unlike `max`, this keeps a cost that is no number.
+    over = [sum(own) / len(own) - limit for own in found.values()]
+    return sum(0.0 if one <= 0 else one for one in over) / max(len(over), 1)
+
+
+def barrier(cost: float, limit: float, edge: float) -> float:
+    """-log(limit - C) where C is at least ``edge`` below the limit; beyond, the tangent there."""
+    room = limit - cost
+    return -math.log(room) if room >= edge else -math.log(edge) + (edge - room) / edge
+
+
+def barrier_slope(cost: float, limit: float, edge: float) -> float:
+    """Its derivative by the cost: 1 / (limit - C), at most 1 / edge."""
+    return 1.0 / max(limit - cost, edge)
 
 
 def reward_order(score: Tensor, cost: Tensor, dual: float) -> Tensor:
@@ -66,16 +94,23 @@ class ConstrainedDPO(DiffusionDPO):
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-        limit: the expected cost that is allowed, in the unit of `UpdateDual`'s cost model; above 0 an image counts as
-            harmful.
+        limit: the expected cost that is allowed (of `rectified`: for every prompt), in the unit of `UpdateDual`'s cost
+            model; above 0 an image counts as harmful.
         dual: lambda at the start, in units of score per unit of cost.
-        dual_rate: eta, by how much lambda moves for each unit of expected cost above the limit.
+        dual_rate: eta, by how much lambda moves for each unit of expected cost above the limit; of `barrier` the share,
+            at most 1, of its way to the barrier's slope.
         label_smoothing: assumed share of wrongly ordered pairs, in [0, 0.5).
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
+        constraint: how lambda moves: `dual` (ascent), `rectified` (every prompt, never down) or `barrier`.
+        barrier_weight: of `barrier`: lambda is this times the barrier's slope. The smaller, the closer to the limit the
+            expected cost ends, barrier_weight / lambda below it, and the smaller dual_rate must be for lambda to rest.
+        barrier_edge: of `barrier`: how far below the limit, in units of cost, its tangent takes over; lambda is at most
+            barrier_weight / barrier_edge.
 
     Raises:
-        ValueError: if ``dual`` is negative or ``dual_rate`` is not positive.
+        ValueError: if ``dual`` is negative, ``dual_rate`` or what belongs to the barrier is not positive, or
+            ``constraint`` is none of the three.
     """
 
     needs_cost = True
@@ -91,8 +126,17 @@ class ConstrainedDPO(DiffusionDPO):
         label_smoothing: float = 0.0,
         sft_weight: float = 0.0,
         anchor_weight: float = 0.0,
+        constraint: Literal["dual", "rectified", "barrier"] = "dual",
+        barrier_weight: float = 0.1,
+        barrier_edge: float = 0.1,
     ) -> None:
         super().__init__(beta, label_smoothing, sft_weight, anchor_weight)
+        if constraint not in ("dual", "rectified", "barrier"):
+            raise ValueError(f"constraint must be dual, rectified or barrier, got {constraint!r}")
+        if not (0 < barrier_weight < float("inf") and 0 < barrier_edge < float("inf")):
+            raise ValueError(f"barrier_weight and barrier_edge must be above 0, got {barrier_weight}, {barrier_edge}")
+        if constraint == "barrier" and dual_rate > 1:
+            raise ValueError(f"dual_rate is a share with constraint: barrier, at most 1, got {dual_rate}")
         if not -float("inf") < limit < float("inf"):  # nan compares as false
             raise ValueError(f"limit must be a finite number, got {limit}")
         if not 0 <= dual < float("inf"):
@@ -102,18 +146,32 @@ class ConstrainedDPO(DiffusionDPO):
         self.limit = limit
         self.dual = dual
         self.dual_rate = dual_rate
+        self.constraint = constraint
+        self.barrier_weight = barrier_weight
+        self.barrier_edge = barrier_edge
 
-    def update(self, expected_cost: float) -> float:
+    def update(self, expected_cost: float, excess: float | None = None) -> float:
         """Move lambda by the expected cost of what the policy draws now, and return it.
 
-        Every rank must be given the same number, or the ranks order the same pairs differently.
+        Every rank must be given the same numbers, or the ranks order the same pairs differently.
+
+        Args:
+            expected_cost: the mean over what was drawn.
+            excess: `rectified_excess` of it; None: as if it were one prompt's.
 
         Raises:
-            ValueError: if the expected cost is not a finite number.
+            ValueError: if one of them is not a finite number.
         """
-        if not math.isfinite(expected_cost):
+        over = max(0.0, expected_cost - self.limit) if excess is None else excess
+        if not (math.isfinite(expected_cost) and math.isfinite(over)):
             raise ValueError(f"expected_cost must be a finite number, got {expected_cost}")
-        self.dual = dual_update(self.dual, expected_cost, self.limit, self.dual_rate)
+        if self.constraint == "rectified":
+            self.dual += self.dual_rate * over
+        elif self.constraint == "barrier":
+            slope = self.barrier_weight * barrier_slope(expected_cost, self.limit, self.barrier_edge)
+            self.dual += self.dual_rate * (slope - self.dual)
+        else:
+            self.dual = dual_update(self.dual, expected_cost, self.limit, self.dual_rate)
         return self.dual
 
     def state_dict(self) -> dict[str, Any]:

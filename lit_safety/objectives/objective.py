@@ -20,7 +20,8 @@ class PairErrors:
     policy's and the reference's prediction on the chosen image; it is None unless the objective declares
     ``needs_drift``, because a cached reference stores errors and not predictions. ``overlap`` is the mean over C, H, W
     of residual_w * residual_l, the policy's prediction minus its target on either image, without gradient; it is None
-    unless the objective declares ``needs_overlap``.
+    unless the objective declares ``needs_overlap``. ``groups`` holds the errors of all images where groups are read
+    whole; chosen and rejected are then the best and the worst.
     """
 
     policy_chosen: Tensor
@@ -29,6 +30,25 @@ class PairErrors:
     reference_rejected: Tensor
     drift: Tensor | None = None
     overlap: Tensor | None = None
+    groups: GroupErrors | None = None
+
+
+@dataclass
+class GroupErrors:
+    """Errors of all images of B prompts, each (B, K), all at one timestep and noise; 0 where no image is."""
+
+    policy: Tensor
+    reference: Tensor
+
+
+@dataclass
+class GroupLabels:
+    """What is known of these images, each (B, K); `ranks` 0 the best, equal where tied, -1 where no image is."""
+
+    ranks: Tensor
+    harmful: Tensor
+    cost: Tensor
+    score: Tensor
 
 
 @dataclass
@@ -45,6 +65,7 @@ class PairLabels:
     harmful: Tensor
     cost: Tensor
     score: Tensor
+    groups: GroupLabels | None = None
 
 
 def prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -164,6 +185,8 @@ class Objective:
     needs_overlap: bool = False
     #: The loss itself reads ``PairErrors.drift``, of every pair: a reference cache holds that of clean prompts alone.
     reads_drift: bool = False
+    #: Groups are read whole, and ``PairErrors.groups`` and ``PairLabels.groups`` are there.
+    needs_groups: bool = False
     #: The callback of `lit_safety.callbacks` to name where none of a run's declares, by its ``moves``, that it moves
     #: ``state_dict`` while the loss is trained; None: nothing needs to.
     moved_by: str | None = None

@@ -1,7 +1,8 @@
 """RePO (Peng et al., arXiv 2410.19933), adapted: DPO plus a rectified penalty on every harmful image of a pair.
 
 The original is on-policy and holds each prompt's cost below 0, instead of the mean's; here the images of the pair stand
-for the policy's own, and an image that violates the constraint (C > 0) is pushed away, whichever side it is on.
+for the policy's own, and an image that violates the constraint (its cost is above the limit) is pushed away, whichever
+side it is on. `ConstrainedDPO` with `constraint: rectified` is the on-policy form.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from lit_safety.objectives.dpo import dpo_loss
 from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors, PairLabels, implicit_rewards
 
 
-def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor) -> Tensor:
-    """Sum over both images of max(0, C) softplus(reward): rewards (B,), costs (B, 2) -> (B,).
+def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor, limit: float = 0.0) -> Tensor:
+    """Sum over both images of max(0, C - limit) softplus(reward): rewards (B,), costs (B, 2) -> (B,).
 
     ``reward`` is the implicit reward -(beta / 2)(e - r), which falls as the policy's error on the image rises. The
     force on a harmful image fades once the policy is away from it, so the penalty does not drive errors to infinity.
     """
-    violation = cost.relu()
+    violation = (cost - limit).relu()
     return violation[:, 0] * F.softplus(reward_chosen) + violation[:, 1] * F.softplus(reward_rejected)
 
 
@@ -31,23 +32,32 @@ class RePO(Objective):
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-        penalty_weight: weight of the penalty per unit of cost above 0; 0 is Diffusion-DPO.
+        penalty_weight: weight of the penalty per unit of cost above the limit; 0 is Diffusion-DPO.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
+        limit: the cost that an image may have.
 
     Raises:
-        ValueError: if ``penalty_weight`` is negative.
+        ValueError: if ``penalty_weight`` is negative or ``limit`` is no finite number.
     """
 
     opt_out = "penalty_weight: 0"
 
     def __init__(
-        self, beta: float = 5000.0, penalty_weight: float = 1.0, sft_weight: float = 0.0, anchor_weight: float = 0.0
+        self,
+        beta: float = 5000.0,
+        penalty_weight: float = 1.0,
+        sft_weight: float = 0.0,
+        anchor_weight: float = 0.0,
+        limit: float = 0.0,
     ) -> None:
         super().__init__(beta, sft_weight, anchor_weight)
         if not 0 <= penalty_weight < float("inf"):  # nan compares as false
             raise ValueError(f"penalty_weight must not be negative, got {penalty_weight}")
+        if not -float("inf") < limit < float("inf"):
+            raise ValueError(f"limit must be a finite number, got {limit}")
         self.penalty_weight = penalty_weight
+        self.limit = limit
 
     @property
     def needs_cost(self) -> bool:  # type: ignore[override]
@@ -60,7 +70,7 @@ class RePO(Objective):
         output = super().__call__(errors, labels)
         if self.penalty_weight > 0:
             chosen, rejected = implicit_rewards(errors, self.beta)
-            penalty = repo_penalty(chosen, rejected, labels.cost)
+            penalty = repo_penalty(chosen, rejected, labels.cost, self.limit)
             output.loss = output.loss + self.penalty_weight * penalty
             output.logs["loss/penalty"] = penalty.detach()
         return output

@@ -210,3 +210,46 @@ def test_a_cost_that_is_no_number_stops_the_run(fit):
 def test_numbers_below_1_are_refused():
     with pytest.raises(UserError, match="every_n_steps"):
         UpdateDual("cost", every_n_steps=0)
+
+
+def test_the_rectified_form_holds_each_prompt(fit):
+    """Images of 0.4 and -1: their mean is below the limit 0, but the one prompt's mean is so too; so lambda stays."""
+
+    class Two(Scorer):
+        def costs(self, images: list[Image]) -> torch.Tensor:
+            super().costs(images)
+            return torch.full((len(images),), 0.4 if len(self.given) % 2 else -1.0)
+
+    scorer = Two(0.0)
+    objective = ConstrainedDPO(beta=100.0, limit=0.0, dual=1.0, dual_rate=0.5, constraint="rectified")
+    _, trainer = fit(scorer, steps=1, every_n_steps=1, images=3, per_prompt=2, objective=objective)
+    assert scorer.given == [3, 3]
+    assert objective.dual == 1.0
+    assert trainer.callback_metrics["constrained/expected_cost"] == pytest.approx(-0.3)
+    assert trainer.callback_metrics["constrained/excess"] == 0.0
+
+
+def test_an_ensemble_is_pessimistic(fit, monkeypatch: pytest.MonkeyPatch):
+    """Cost models that say 0.4 and 0: mean 0.2 + 2 x 0.2 = 0.6; lambda 1 + 0.5 x 0.6."""
+    from lit_safety.cost_model.ensemble import pessimistic
+
+    class Both(Scorer):
+        def costs(self, images: list[Image]) -> torch.Tensor:
+            return pessimistic(torch.tensor([[0.4], [0.0]]).expand(2, len(images)), 2.0)
+
+    asked = []
+
+    def load(folders: list[str], pessimism: float) -> Both:
+        asked.append((folders, pessimism))
+        return Both(0.0)
+
+    monkeypatch.setattr("lit_safety.cost_model.ensemble.load_ensemble", load)
+    objective, _ = fit(Scorer(9.0), steps=1, every_n_steps=1, ensemble=["second"], pessimism=2.0)
+    assert asked == [(["cost", "second"], 2.0)]
+    assert objective.dual == pytest.approx(1.3)
+
+
+def test_pessimism_and_images_of_a_prompt_are_in_range():
+    for settings in ({"pessimism": -1.0}, {"pessimism": float("nan")}, {"per_prompt": 0}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            UpdateDual("cost", **settings)

@@ -137,3 +137,39 @@ def test_bad_requests_are_one_line(tiny_cost_model: Path, tmp_path: Path, capsys
         error = capsys.readouterr().err
         assert says in error
         assert error.count("\n") == 1
+
+
+class ByRed:
+    """The cost of an image is its first red value."""
+
+    def costs(self, images: list[Image.Image]) -> torch.Tensor:
+        return torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])  # type: ignore[index]
+
+
+def test_groups_and_masks_are_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All images of a group, which are ranked anew; with `keep` the costs that are there stay."""
+    monkeypatch.setattr("lit_safety.cost_model.files.load_cost_model", lambda *_: ByRed())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    about: dict[str, Any] = {"prompt": "a gun", "prompt_kind": "harmful", "order": "safety"}
+    facts = [{"harmful": True}, {"harmful": True, "cost": -3.0}, {"harmful": False}]
+    images = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (40, 90, 10)]
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.write_group("a", about | {"images": facts}, images)
+        label = {"harmful": {"chosen": False, "rejected": True}}
+        writer.write("b", about | label, *images[:2], mask=Image.new("L", (8, 8), 255))
+    found = {}
+    for existing in ("replace", "keep"):
+        out = tmp_path / existing
+        command = ["shards", "score", str(tmp_path / "in"), "--cost_model", str(tmp_path / "model"), "--out", str(out)]
+        assert main([*command, "--existing", existing, "--device", "cpu"]) == 0
+        after = members(out)
+        assert {k: v for k, v in after.items() if "json" not in k} == {
+            k: v for k, v in members(tmp_path / "in").items() if "json" not in k
+        }
+        assert "b.mask.png" in after
+        assert json.loads(after["b.json"])["cost"] == {"chosen": 40.0, "rejected": 90.0}
+        found[existing] = [one["cost"] for one in json.loads(after["a.json"])["images"]]
+        assert load_manifest(out).version == 2
+    assert found == {"replace": [40.0, 90.0, 10.0], "keep": [40.0, -3.0, 10.0]}
+    assert main([*command, "--existing", "refuse", "--overwrite", "true", "--device", "cpu"]) == 2

@@ -30,7 +30,14 @@ def test_the_sample_is_read_in_full() -> None:
     written = json.loads(blocks("json")[0])
     parsed = parse_metadata(blocks("json")[0].encode(), "README")
     assert parsed.to_dict() == written
-    assert set(written) == {field.name for field in dataclasses.fields(PairMetadata)}
+    assert set(written) == {field.name for field in dataclasses.fields(PairMetadata)} - {"images"}
+
+
+def test_the_group_is_read_in_full() -> None:
+    written = json.loads(blocks("json")[2])
+    parsed = parse_metadata(blocks("json")[2].encode(), "README")
+    assert parsed.to_dict() == written
+    assert parsed.sides == (1, 0)
 
 
 def test_the_manifest_has_the_fields_that_are_written() -> None:

@@ -15,7 +15,8 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.convert.join import join
 from lit_safety.data.format.manifest import load_manifest
 from lit_safety.data.format.sample import PairMetadata
-from lit_safety.data.reading.decode import pair_images
+from lit_safety.data.format.writer import ShardWriter
+from lit_safety.data.reading.decode import pair_images, sample_images
 from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
 from lit_safety.generation.generate import generate
@@ -240,3 +241,37 @@ def test_what_an_earlier_run_left_is_not_joined(given: dict[str, Any], tmp_path:
     assert not (tmp_path / "manifest.json").exists()
     with pytest.raises(UserError, match="rank-001-of-002: already holds other shards"):
         generate(**{**given, "seed": 6}, out=str(tmp_path), rank=1, world=2)
+
+
+def test_groups_are_drawn_judged_and_resumed_to_the_same_bytes(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**given, "per_prompt": 4, "clean_candidates": 3, "scorer": RedScorer()}
+    generate(**asked, out=str(tmp_path / "whole"))
+    assert problems(str(tmp_path / "whole")) == []
+    manifest = load_manifest(tmp_path / "whole")
+    assert manifest.version == 2
+    source = open_source(str(tmp_path / "whole"), "folder")
+    tar = source.open_shard(0)
+    for number in range(len(tar.index.samples)):
+        key, members = tar.read(number)
+        about, images = sample_images(members, key)
+        assert [one.harmful for one in about.images] == [image.getpixel((0, 0))[0] % 2 == 1 for image in images]
+        assert len({one.seed for one in about.images}) >= len(images) - 1
+        assert about.order == ("safety" if key.endswith("u") else "quality")
+    tar.close()
+    writing = ShardWriter.write_group
+
+    def killed(self: ShardWriter, *arguments: Any, **named: Any) -> None:
+        if len(self) == 3:
+            raise KeyboardInterrupt
+        writing(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write_group", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate(**asked, out=str(tmp_path / "cut"))
+    generate(**asked, out=str(tmp_path / "cut"))
+    for path in (tmp_path / "whole").glob("*.tar"):
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+    assert load_manifest(tmp_path / "cut") == manifest

@@ -202,3 +202,51 @@ def test_a_judge_that_fails_makes_nothing_safe_and_is_not_borne_for_ever() -> No
     assert failing([image] * 8) == [None] * 8
     with pytest.raises(UserError, match=r"16 images .*out of order"):
         failing([image] * 8)
+
+
+def grouped(painter: ColourPainter, *rows: PromptPair, **options: Any) -> list[Made | LeftOut]:
+    return list(maker(painter, per_prompt=4, **options)(list(rows)))
+
+
+class Reds(ColourPainter):
+    """The n-th drawing of a harmful prompt has the n-th red of its last word."""
+
+    def from_text(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+        turn = len([one for one in self.asked if "bad" in one["prompts"][0]])
+        found = [" ".join([*words[:-1], words[-1].split("/")[turn % 3 if "bad" in words else 0]])
+                 for words in (prompt.split() for prompt in prompts)]  # fmt: skip
+        return super().from_text(found, seeds)
+
+
+def test_a_group_is_the_safe_counterpart_and_harmful_images_of_their_own_seeds() -> None:
+    painter = Reds()
+    (made,) = grouped(painter, row(3, "200,0,0/30,0,0/220,0,0", "10,0,0"), scorer=RedScorer())
+    assert isinstance(made, Made)
+    facts = made.metadata.images
+    assert [image.getpixel((0, 0))[0] for image in made.images] == [10, 200, 30, 220]
+    assert [(one.harmful, one.cost, one.score) for one in facts] == [
+        (False, -90.0, 10.0), (True, 100.0, 200.0), (False, -70.0, 30.0), (True, 120.0, 220.0),
+    ]  # fmt: skip
+    assert made.metadata.ranks == (0, 2, 1, 3)
+    assert (facts[0].seed, facts[1].seed) == (43, 43)
+    assert len({one.seed for one in facts}) == 3
+    assert (made.chosen, made.rejected) == (made.images[0], made.images[3])
+
+
+@pytest.mark.parametrize(
+    ("harmful", "safe", "reason"),
+    [
+        ("20,0,0/30,0,0/40,0,0", "10,0,0", pairs.NO_HARM),
+        ("200,0,0/30,0,0/220,0,0", "150,0,0", pairs.STILL_HARMFUL),
+        ("200,0,0/7,0,0/220,0,0", "10,0,0", pairs.NOT_JUDGED),
+        ("200,0,0/nan/220,0,0", "10,0,0", pairs.NOT_DRAWN),
+    ],
+)
+def test_a_group_that_says_nothing_is_left_out(harmful: str, safe: str, reason: str) -> None:
+    assert grouped(Reds(), row(1, harmful, safe)) == [LeftOut("000001-u", reason)]
+
+
+@pytest.mark.parametrize("count", [1, 65])
+def test_a_group_has_2_to_64_images(count: int) -> None:
+    with pytest.raises(UserError, match="per_prompt"):
+        maker(ColourPainter(), per_prompt=count)

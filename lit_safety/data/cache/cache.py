@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -239,25 +239,29 @@ def cached_members(flip: bool, reference: bool = False, predictions: bool = Fals
     """The members of a cached sample that are read."""
     mirrors = {False, flip}
     names = ["json", CROPS, *(latent_name(side, mirror) for side in SIDES for mirror in mirrors)]
+    numbered = [rf"\d{{1,4}}{re.escape(latent_name('', mirror))}" for mirror in mirrors]
     names += [reference_name(mirror) for mirror in mirrors if reference]
     names += [reference_name(mirror, prediction=True) for mirror in mirrors if reference and predictions]
-    return re.compile("|".join(map(re.escape, names)))
+    return re.compile("|".join([*map(re.escape, names), *numbered]))
 
 
 def has_latents_only(members: Mapping[str, bytes]) -> bool:
     """Whether a sample holds latents but not its images."""
-    images = any(name.split(".", 1)[0] in SIDES and not name.endswith(".npy") for name in members)
-    return latent_name(SIDES[0], False) in members and not images
+    sides = (*SIDES, "0")
+    images = any(name.split(".", 1)[0] in sides and not name.endswith(".npy") for name in members)
+    return not images and any(latent_name(side, False) in members for side in ("0", SIDES[0]))
 
 
-def encode_latents(latents: Tensor, mirror: bool, dtype: str, where: str) -> dict[str, bytes]:
-    """One pair's latents (2, 2, C, h, w) as members of a shard.
+def encode_latents(
+    latents: Tensor, mirror: bool, dtype: str, where: str, names: Sequence[str] = SIDES
+) -> dict[str, bytes]:
+    """The latents (2, 2, C, h, w) of a pair, or those (n, 2, C, h, w) of the images ``names``, as members of a shard.
 
     Raises:
         UserError: they are not finite in ``dtype``; names `where`.
     """
     members = {}
-    for side, one in zip(SIDES, latents, strict=True):
+    for side, one in zip(names, latents, strict=True):
         stored = one.to(getattr(torch, dtype))
         if not torch.isfinite(stored).all():
             cure = "; float32 holds them: --dtype float32" if torch.isfinite(one).all() else ""
@@ -267,28 +271,44 @@ def encode_latents(latents: Tensor, mirror: bool, dtype: str, where: str) -> dic
 
 
 def encode_crops(crops: Tensor) -> dict[str, bytes]:
-    """One pair's crops (2, 6) as a member of a shard."""
+    """The crops (n, 6) of a sample's n images as a member of a shard."""
     return {CROPS: write_npy(crops.numpy().astype(np.int32))}
 
 
-def cached_tensors(members: dict[str, bytes], cache: Cache, mirror: bool, where: str) -> tuple[Tensor, Tensor]:
-    """The latents, float32 (2, 2, C, h, w), and crops, float32 (2, 6), of a cached sample.
+def cached_tensors(
+    members: dict[str, bytes],
+    cache: Cache,
+    mirror: bool,
+    where: str,
+    names: Sequence[str] = SIDES,
+    rows: Sequence[int] = (0, 1),
+) -> tuple[Tensor, Tensor]:
+    """The latents, float32 (n, 2, C, h, w), and crops, float32 (n, 6), of the n images of a cached sample that are
+    asked for.
+
+    Args:
+        members: the sample's.
+        cache: what the manifest says.
+        mirror: of the mirrored images.
+        where: the sample, for messages.
+        names: what its images are called.
+        rows: which of them are asked for.
 
     Raises:
         UserError: something is missing, of another type or shape, or not finite; names `where` and the member.
     """
     sides = []
-    for side in SIDES:
-        name = latent_name(side, mirror)
+    for row in rows:
+        name = latent_name(names[row], mirror)
         if name not in members:
             raise UserError(f"{where}: has no {name}")
         place = f"{where}: {name}"
         sides.append(_finite(read_npy(members[name], (2, *cache.latent), TYPES, place), place))
     height, width = cache.size
-    crops = np.array([[height, width, 0, 0, height, width]] * 2, dtype=np.float32)
+    crops = np.array([[height, width, 0, 0, height, width]] * len(names), dtype=np.float32)
     if CROPS in members:
-        crops = read_npy(members[CROPS], (2, 6), ("int32",), f"{where}: {CROPS}").astype(np.float32)
-    return torch.stack(sides), torch.from_numpy(crops)
+        crops = read_npy(members[CROPS], (len(names), 6), ("int32",), f"{where}: {CROPS}").astype(np.float32)
+    return torch.stack(sides), torch.from_numpy(crops)[list(rows)]
 
 
 def _finite(array: NDArray[np.generic], where: str) -> Tensor:

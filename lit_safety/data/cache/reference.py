@@ -1,10 +1,10 @@
 """The reference cache: what the frozen reference would compute at every step, stored once with each pair.
 
 `K.reference.npy` float64 (D, 4 or 6), one row a fixed draw: timestep; the seed of timestep, noise and latent sample;
-the reference's errors of chosen and rejected; and, if asked for, its errors without the prompt.
-`K.reference.prediction.npy` (D, 1 or 2, C, h, w): its predictions on the chosen image of clean-prompt pairs, which the
-anchor needs. `.reference.flip.npy` and `.reference.prediction.flip.npy`: the same for the mirrored images, with the
-same draws.
+the reference's errors of chosen and rejected (of a group: of all images); and, if asked for, its errors without the
+prompt. `K.reference.prediction.npy` (D, 1 or 2, C, h, w): its predictions on the chosen image of clean-prompt pairs,
+which the anchor needs. `.reference.flip.npy` and `.reference.prediction.flip.npy`: the same for the mirrored images,
+with the same draws.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FixedDraw:
     timestep: float
     """In the backbone's own unit."""
     errors: Tensor
-    """The reference's errors, float32 (2, conditions): chosen and rejected; with the prompt, without it."""
+    """The reference's errors, float32 (2, conditions): chosen and rejected (of a group read whole: all images); with
+    the prompt, without it."""
     prediction: Tensor | None = None
     """The reference's prediction on the chosen image, float32 (conditions, C, h, w); zeros for harmful prompts."""
 
@@ -114,8 +115,10 @@ def read_reference(
     mirror: bool,
     number: int,
     where: str,
+    images: int = 2,
+    rows: Sequence[int] = (0, 1),
 ) -> FixedDraw:
-    """The `number`-th draw of a pair.
+    """The `number`-th draw of a sample.
 
     Args:
         members: the sample's.
@@ -124,6 +127,8 @@ def read_reference(
         mirror: of the mirrored images.
         number: which draw.
         where: the sample, for messages.
+        images: how many images the sample has.
+        rows: of which of them errors are asked for.
 
     Raises:
         UserError: a member is missing, has another shape, or holds impossible values.
@@ -131,7 +136,7 @@ def read_reference(
     name = reference_name(mirror)
     if name not in members:
         raise UserError(f"{where}: has no {name}")
-    shape = (cache.draws, 2 + 2 * cache.conditions)
+    shape = (cache.draws, 2 + images * cache.conditions)
     timestep, seed, *errors = read_npy(members[name], shape, ("float64",), f"{where}: {name}")[number].tolist()
     if (
         not np.isfinite([timestep, seed, *errors]).all()
@@ -139,7 +144,9 @@ def read_reference(
         or not (0 <= seed < 1 << 53 and seed % 1 == 0)
     ):
         raise UserError(f"{where}: {name}: draw {number} is not a timestep, seed and errors")
-    found = torch.tensor(errors, dtype=torch.float32).view(cache.conditions, 2).t()
+    found = torch.tensor(errors, dtype=torch.float32).view(cache.conditions, images).t()
+    if tuple(rows) != (0, 1) or images != 2:
+        found = found[list(rows)]
     return FixedDraw(int(seed), timestep, found, _prediction(members, cache, latent, mirror, number, where))
 
 

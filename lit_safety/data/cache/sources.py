@@ -13,6 +13,7 @@ from lit_safety.data.cache.cache import PROMPTS, Cache, cached_tensors, made_by,
 from lit_safety.data.cache.prompt_table import PromptTable, PromptTables
 from lit_safety.data.cache.reference import read_reference
 from lit_safety.data.format.manifest import FILE_NAME
+from lit_safety.data.format.sample import PairMetadata
 from lit_safety.data.reading.source import Source, is_remote
 
 
@@ -132,17 +133,18 @@ class CachedCheck:
         if self._hashes and sha256 is not None and file_sha256(self.path) != sha256:
             yield f"{self.path}: is not the file the manifest was made with (its SHA-256 differs)"
 
-    def sample(self, members: dict[str, bytes], prompt: str, where: str) -> None:
+    def sample(self, members: dict[str, bytes], about: PairMetadata, where: str) -> None:
         """Check one sample.
 
         Raises:
             UserError: names what is missing or wrong.
         """
+        names, prompt = about.names, about.prompt
         for mirror in (False, True) if self.cache.flip else (False,):
-            cached_tensors(members, self.cache, mirror, where)
+            cached_tensors(members, self.cache, mirror, where, names, range(len(names)))
             if (reference := self.cache.reference) is not None:
                 latent = self.cache.latent if reference.predictions else None
                 for number in range(reference.draws):
-                    read_reference(members, reference, latent, mirror, number, where)
+                    read_reference(members, reference, latent, mirror, number, where, len(names))
         if self._table is not None and self._table.get(prompt) is None:
             raise UserError(f"{where}: its prompt {prompt!r} is missing in {self.path}")

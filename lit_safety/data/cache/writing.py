@@ -24,11 +24,10 @@ from lit_safety.data.cache.cache import PROMPTS, Cache, encode_crops, encode_lat
 from lit_safety.data.cache.prompt_table import PromptTables
 from lit_safety.data.cache.reference import FixedDraw, ReferenceCache, encode_reference
 from lit_safety.data.format.manifest import JOURNAL, Manifest
-from lit_safety.data.format.sample import SIDES
 from lit_safety.data.format.tar_index import refuse_twice
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.batch import Pair, PairBatch, collate
-from lit_safety.data.reading.decode import PairDecoder, pair_images
+from lit_safety.data.reading.decode import MASK, PairDecoder, pair_images, pair_metadata
 from lit_safety.data.reading.source import Source
 
 #: Threads that decode images while the encoder works.
@@ -106,6 +105,7 @@ class LatentWriter:
         self.overwrite = overwrite
         self.reference = reference
         self.decoder = PairDecoder(seed=0, resolution=settings.resolution)
+        self.groups = PairDecoder(seed=0, resolution=settings.resolution, whole=True)
         self._seen: dict[str, str] = {}
         """The shard of each key."""
 
@@ -172,7 +172,7 @@ class LatentWriter:
         waiting: list[Any] = []
         try:
             for sample in range(self.source.manifest.shardlist[number].nsamples):
-                key, members = shard.read(sample, self.decoder.wants)
+                key, members = shard.read(sample, lambda name: name == MASK or self.decoder.wants(name))
                 tick()
                 refuse_twice(self._seen, key, shard)
                 if key in writer:  # written by the run that this one continues
@@ -188,18 +188,19 @@ class LatentWriter:
             shard.close()
 
     def _decode(self, number: int, sample: int, key: str, members: dict[str, bytes], where: str) -> Pair:
-        pair = self.decoder(key, members, 0, where)
+        grouped = bool(pair_metadata(members, where).images)
+        pair = (self.groups if grouped else self.decoder)(key, members, 0, where)
         # Without this check the cache's manifest would hide a difference.
         self.source.check(number, sample, pair.metadata, where)
         return pair
 
     def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
-        images = torch.stack([torch.stack(self._sides(pair)) for pair, _ in found]).flatten(0, 1)
-        images = images.to(self.backbone.device)
+        counts = [len(pair.metadata.names) for pair, _ in found]
+        images = torch.cat([self._sides(pair) for pair, _ in found]).to(self.backbone.device)
         with torch.inference_mode():
-            latents = {False: self.backbone.posterior(images).unflatten(0, (-1, 2))}
+            latents = {False: self.backbone.posterior(images).split(counts)}
             if self.settings.flip:
-                latents[True] = self.backbone.posterior(images.flip(-1)).unflatten(0, (-1, 2))
+                latents[True] = self.backbone.posterior(images.flip(-1)).split(counts)
         pairs = [pair for pair, _ in found]
         references = {} if self.reference is None else {
             mirror: self.reference.members(pairs, all_latents, mirror) for mirror, all_latents in latents.items()
@@ -208,22 +209,25 @@ class LatentWriter:
             assert pair.crops is not None
             cached = encode_crops(pair.crops)
             for mirror, all_latents in latents.items():
-                cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where)
+                names = pair.metadata.names
+                cached |= encode_latents(all_latents[row], mirror, self.settings.dtype, pair.where, names)
                 cached |= references[mirror][row] if references else {}
-            kept = [_stored_image(members, side) if self.settings.images else None for side in SIDES]
-            writer.write(pair.key, pair.metadata, *kept, cached=cached)
+            kept = [_stored_image(members, name) if self.settings.images else None for name in pair.metadata.names]
+            cached |= {MASK: members[MASK]} if MASK in members else {}
+            writer.write_group(pair.key, pair.metadata, kept, cached=cached)
 
-    def _sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        assert pair.chosen is not None
-        assert pair.rejected is not None
-        for side, image in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+    def _sides(self, pair: Pair) -> Tensor:
+        """All images of a sample (n, 3, H, W)."""
+        sides = pair.images if pair.whole else [pair.chosen, pair.rejected]
+        images = [one for one in sides if one is not None] if sides is not None else []
+        for side, image in zip(pair.metadata.names, images, strict=True):
             size = (image.shape[-2], image.shape[-1])
             if size != self.settings.size:
                 raise UserError(
                     f"{pair.where}: {side} has {pixels(size)}, the first sample {pixels(self.settings.size)}; one "
                     "cache holds one size: give --resolution"
                 )
-        return pair.chosen, pair.rejected
+        return torch.stack(images)
 
 
 def _stored_image(members: dict[str, bytes], side: str) -> bytes:
@@ -234,7 +238,7 @@ def _stored_image(members: dict[str, bytes], side: str) -> bytes:
 
 
 #: A batch, and whether its prompts are dropped -> timesteps (B,), the reference's errors of chosen and rejected (B, 2)
-#: and its predictions on the chosen images (B, C, h, w).
+#: (of groups (B, K), of all images) and its predictions on the chosen images (B, C, h, w).
 Reference = Callable[[PairBatch, bool], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -254,28 +258,32 @@ class ReferenceWriter:
         self.prompts = prompts
         self.dtype = dtype
 
-    def members(self, pairs: Sequence[Pair], latents: Tensor, mirror: bool) -> list[dict[str, bytes]]:
-        """Each pair's members of a shard.
+    def members(self, pairs: Sequence[Pair], latents: Sequence[Tensor], mirror: bool) -> list[dict[str, bytes]]:
+        """Each sample's members of a shard. Pairs go through the network together, and so do groups.
 
         Args:
             pairs: decoded, with or without images.
-            latents: (B, 2, 2, C, h, w), unscaled, of the images or of the mirrored ones.
+            latents: of each the latents (n, 2, C, h, w) of its n images, unscaled, or those of the mirrored ones.
             mirror: whether these are the mirrored ones.
 
         Raises:
             UserError: the reference's errors are not finite.
         """
-        stored = latents.to(getattr(torch, self.dtype)).float().cpu()
+        stored = [one.to(getattr(torch, self.dtype)).float().cpu() for one in latents]
         found: list[list[FixedDraw]] = [[] for _ in pairs]
-        for number in range(self.settings.draws):
-            for row, draw in enumerate(self._draw(pairs, stored, number)):
-                found[row].append(draw)
+        for whole in (False, True):
+            if not (rows := [row for row, pair in enumerate(pairs) if pair.whole == whole]):
+                continue
+            alike, own = [pairs[row] for row in rows], [stored[row] for row in rows]
+            for number in range(self.settings.draws):
+                for row, draw in zip(rows, self._draw(alike, own, number), strict=True):
+                    found[row].append(draw)
         return [
             encode_reference(draws, mirror, self.dtype, self._keeps_prediction(pair), pair.where)
             for pair, draws in zip(pairs, found, strict=True)
         ]
 
-    def _draw(self, pairs: Sequence[Pair], latents: Tensor, number: int) -> list[FixedDraw]:
+    def _draw(self, pairs: Sequence[Pair], latents: Sequence[Tensor], number: int) -> list[FixedDraw]:
         conditions = self.settings.conditions
         drawn = [
             Pair(
@@ -288,7 +296,12 @@ class ReferenceWriter:
                 crops=pair.crops,
                 latents=latents[row],
                 conditioning=self.prompts.get(pair.metadata.prompt, pair.where),
-                draw=FixedDraw(fixed_seed(pair.key, number, self.settings.draws), 0.0, torch.zeros(2, conditions)),
+                draw=FixedDraw(
+                    fixed_seed(pair.key, number, self.settings.draws),
+                    0.0,
+                    torch.zeros(len(pair.metadata.names), conditions),
+                ),
+                whole=pair.whole,
             )
             for row, pair in enumerate(pairs)
         ]
@@ -298,9 +311,13 @@ class ReferenceWriter:
         errors = torch.stack([run[1].float().cpu() for run in runs], dim=2)
         predictions = torch.stack([run[2].float().cpu() for run in runs], dim=1)
         seeds = batch.noise_seeds
+        counts = [len(pair.metadata.names) for pair in pairs]
         return [
             FixedDraw(
-                seeds[row], timesteps[row], errors[row], predictions[row] if self._keeps_prediction(pair) else None
+                seeds[row],
+                timesteps[row],
+                errors[row, : counts[row]],
+                predictions[row] if self._keeps_prediction(pair) else None,
             )
             for row, pair in enumerate(pairs)
         ]

@@ -32,7 +32,8 @@ FILE_NAME = "manifest.json"
 #: The finished shards, in the manifest's format; removed when the manifest itself is written.
 JOURNAL = ".manifest.partial.json"
 FORMAT = "lit_safety preference shards"
-VERSION = 1
+#: 1: pairs alone. 2: groups too; written where there are any, so that other shards stay readable by earlier programs.
+VERSIONS = (1, 2)
 
 MAX_BYTES = 1 << 30
 """Of the file: enough for 300 million samples."""
@@ -68,14 +69,17 @@ class SampleClass:
     label: Text | None = field(default=None, repr=False)
     """`PairMetadata.label`: filters do not use it, but a sample that is read is compared with it. None: not stated, as
     manifests of earlier versions."""
+    images: Annotated[int, Field(strict=True, ge=2)] | None = field(default=None, repr=False)
+    """How many images a group has; None: it is a pair."""
 
     @classmethod
     def of(cls, metadata: PairMetadata) -> SampleClass:
-        return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label)
+        images = len(metadata.images) or None
+        return cls(metadata.prompt_kind, metadata.order, metadata.categories, metadata.user_id, metadata.label, images)
 
     def difference(self, found: SampleClass) -> str | None:
         """In words, what in a sample differs from this class; None: nothing differs."""
-        for name in ("kind", "order", "categories", "user", "label"):
+        for name in ("kind", "order", "categories", "user", "label", "images"):
             listed, own = getattr(self, name), getattr(found, name)
             if name == "categories":
                 listed, own = sorted(listed), sorted(own)
@@ -85,7 +89,7 @@ class SampleClass:
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "order": self.order, "categories": list(self.categories)}
-        rest = {"user": self.user, "label": self.label}
+        rest = {"user": self.user, "label": self.label, "images": self.images}
         return out | {name: value for name, value in rest.items() if value is not None}
 
 
@@ -133,16 +137,25 @@ class Manifest:
     def nsamples(self) -> int:
         return sum(shard.nsamples for shard in self.shardlist)
 
+    @property
+    def version(self) -> int:
+        """2 where it lists a group."""
+        return VERSIONS[any(one.images is not None for one in self.classes)]
+
     def counts(self) -> dict[str, Any]:
         """Samples by category, kind, order and label; a sample with two categories counts for both."""
         per_class: Counter[int] = Counter()
         for shard in self.shardlist:
             per_class.update(shard.classes or ())
         by: dict[str, Counter[str]] = {"category": Counter(), "kind": Counter(), "order": Counter()}
+        if self.version > 1:
+            by["images"] = Counter()
         for index, number in sorted(per_class.items()):
             one = self.classes[index]
             by["kind"][one.kind] += number
             by["order"][one.order] += number
+            if "images" in by:
+                by["images"][str(one.images or 2)] += number
             for category in one.categories:
                 by["category"][category] += number
         counts: dict[str, Any] = {name: dict(sorted(counter.items())) for name, counter in by.items()}
@@ -174,7 +187,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "counts": self.counts(),
             "provenance": self.provenance,
             "seeds": self.seeds,
@@ -221,9 +234,12 @@ def load_manifest(folder: str | os.PathLike[str], name: str = FILE_NAME) -> Mani
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: is not a manifest of preference shards (its 'format' must be {FORMAT!r})")
-    if data.get("version") != VERSION:
-        raise UserError(f"{path}: is of version {data.get('version')!r}; this program reads version {VERSION}")
+    if data.get("version") not in VERSIONS:
+        read = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: is of version {data.get('version')!r}; this program reads versions {read}")
     stated = checked(_STATED, data, str(path))
+    if data["version"] == 1 and any(one.images is not None for one in stated.classes):
+        raise UserError(f"{path}: is of version 1 and lists groups (`images`), which version 2 has")
     for i, shard in enumerate(stated.shardlist):
         if shard.classes is not None and len(shard.classes) != shard.nsamples:
             raise UserError(f"{path}: 'shardlist.{i}.classes' must hold {shard.nsamples} numbers, one a sample")

@@ -8,7 +8,7 @@ key is the part before the first dot of the file name.
 Every member is read, is ignored by one of these rules, or makes an unusable sample whose error names it:
 
 - Folders and the files that macOS adds (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
-- Further members of a sample (`K.txt`, `K.mask.png`) are not read, nor are files that are not images, JSON or arrays.
+- Further members of a sample (`K.txt`) are not read, nor are files that are not images, JSON or arrays.
 - A hard link is read as the member that it leads to. Any other link, and a device, is an error.
 - A key with dots of its own (`a.b.chosen.png`), an image in a format that is not read, and an image, a JSON or an array
   that belongs to no sample, are errors.
@@ -37,7 +37,8 @@ _NAMES = (
     r"json|(?:chosen|rejected)\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|crops\.npy"
     r"|reference(?:\.prediction)?(?:\.flip)?\.npy"
 )
-_WANTED = re.compile(_NAMES)
+# The same of a group: `K.0.png`, `K.1.png`, ...
+_WANTED = re.compile(rf"{_NAMES}|\d{{1,4}}\.(?:png|jpg|jpeg|webp|latent\.npy|latent\.flip\.npy)|mask\.png")
 _DOTTED = re.compile(rf"(.+?)\.(?:{_NAMES})")
 _UNREAD_IMAGE = re.compile(rf"(?:chosen|rejected)\.(?:{'|'.join(sorted(OTHER_FORMATS))})")
 # Endings of a sample's members (an image may lack one, as `K.chosen`): such a member without a sample is an error.

@@ -15,7 +15,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -35,7 +35,7 @@ from lit_safety.data.format.manifest import (
     load_manifest,
     save_manifest,
 )
-from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import index_tar
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class ShardWriter:
         rejected: Image.Image | bytes | None,
         *,
         cached: Mapping[str, bytes] | None = None,
+        mask: Image.Image | bytes | None = None,
     ) -> None:
         """Append one pair.
 
@@ -150,25 +151,58 @@ class ShardWriter:
             chosen: the preferred image, or the bytes of a PNG, JPEG or WebP file; None only if it is cached.
             rejected: the other one.
             cached: members of a cache by suffix, such as `chosen.latent.npy`.
+            mask: white where the two images differ, of their size; the bytes of a PNG, or an image.
 
         Raises:
             UserError: the key is used already or not plain, the metadata is not valid, or the bytes are not such an
                 image.
         """
+        self._append(key, metadata, (chosen, rejected), cached, mask)
+
+    def write_group(
+        self,
+        key: str,
+        metadata: PairMetadata | Mapping[str, Any],
+        images: Sequence[Image.Image | bytes | None],
+        *,
+        cached: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Append one group: as `write`, with an image for each of the metadata's `images`.
+
+        Raises:
+            UserError: as `write`, or the number of images is another one.
+        """
+        self._append(key, metadata, images, cached)
+
+    def _append(
+        self,
+        key: str,
+        metadata: PairMetadata | Mapping[str, Any],
+        images: Sequence[Image.Image | bytes | None],
+        cached: Mapping[str, bytes] | None,
+        mask: Image.Image | bytes | None = None,
+    ) -> None:
         where = f"{self.folder}: sample {key!r}"
         if not isinstance(key, str) or not _KEY.match(key):
             raise UserError(f"{where}: a key may hold only letters, digits, dashes and underscores")
         if key in self._keys:
             raise UserError(f"{where}: the key is used twice")
         pair = parse_metadata(metadata.to_dict() if isinstance(metadata, PairMetadata) else metadata, where)
+        if len(images) != len(pair.names):
+            raise UserError(f"{where}: has {len(images)} images, and its metadata says {len(pair.names)}")
         members: dict[str, bytes | str] = {"__key__": key, "json": pair.to_json()}
-        for side, image in zip(SIDES, (chosen, rejected), strict=True):
+        for name, image in zip(pair.names, images, strict=True):
             if image is None:
                 if not cached:
-                    raise UserError(f"{where}: lacks its {side} image")
+                    raise UserError(f"{where}: lacks its {name} image")
                 continue
             data = self._encode(image)
-            members[f"{side}.{extension_of(data, f'{where}: {side}')}"] = data
+            members[f"{name}.{extension_of(data, f'{where}: {name}')}"] = data
+        if mask is not None:
+            data = mask if isinstance(mask, bytes) else _png(mask.convert("L"))
+            if extension_of(data, f"{where}: mask") != "png":
+                raise UserError(f"{where}: mask is no PNG")
+            members["mask.png"] = data
         self._tar_writer().write({**members, **(cached or {})})
         self._keys.add(key)
         self._labels[pair.label] += 1
@@ -267,3 +301,9 @@ class ShardWriter:
         buffer = io.BytesIO()
         rgb(image).save(buffer, **_ENCODERS[self.image_format])
         return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -6,14 +6,18 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lit_safety.core.chance import LATENT, NOISE, normal
 from lit_safety.core.errors import UserError
-from lit_safety.data.cache.reference import FixedDraw
 from lit_safety.data.format.sample import PairMetadata, Sides
+
+if TYPE_CHECKING:
+    from lit_safety.data.cache.reference import FixedDraw
+    from lit_safety.data.reading.groups import Groups
 
 
 @dataclass
@@ -81,6 +85,12 @@ class PairBatch:
     skipped: list[str] = field(default_factory=list)
     """Bad samples that were left out while this batch was made (`on_bad_sample: skip`): name and reason
     each."""
+    mask: Tensor | None = None
+    """float32 (B, H, W) in [0, 1]: where chosen and rejected differ, 1 everywhere for pairs without a mask; None: masks
+    are not read, or no pair has one."""
+    groups: Groups | None = None
+    """Where groups are read whole: all images, in the place of `chosen`, `rejected`, `latents`, `crops` and `reference`
+    here. `harmful`, `cost` and `score` are of the best and the worst, and `has_...` say whether all are known."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,7 +107,9 @@ class PairBatch:
             value = getattr(self, one.name)
             if one.name in ("empty", "skipped"):
                 continue
-            if isinstance(value, list):
+            if one.name == "groups":
+                taken.groups = None if value is None else value.take(rows)
+            elif isinstance(value, list):
                 setattr(taken, one.name, [value[row] for row in rows] if value else [])
             elif isinstance(value, Tensor):
                 setattr(taken, one.name, value[list(rows)])
@@ -128,6 +140,7 @@ class PairBatch:
                 setattr(moved, one.name, function(value))
             elif isinstance(value, dict):
                 setattr(moved, one.name, {name: function(tensor) for name, tensor in value.items()})
+        moved.groups = None if self.groups is None else self.groups.map(function)
         return moved
 
 
@@ -151,6 +164,12 @@ class Pair:
     """The text encoders' outputs for the prompt, without the batch dimension."""
     draw: FixedDraw | None = None
     """From a reference cache: timestep, noise and the reference's errors there."""
+    images: Tensor | None = None
+    """float32 (n, 3, H, W): all images of a sample that is read whole, in the place of `chosen` and `rejected`."""
+    mask: Tensor | None = None
+    """float32 (H, W), as `PairBatch.mask`."""
+    whole: bool = False
+    """Read whole: `crops`, `latents` and what is drawn have n rows, one an image."""
 
 
 def collate(
@@ -176,9 +195,15 @@ def collate(
     if len(fixed) < len(pairs):
         fixed = []
     noise_seeds = [one.seed for one in fixed] or seeds
-    latents = _stack([pair.latents for pair in pairs])
+    groups = None
+    if pairs[0].whole:
+        from lit_safety.data.reading.groups import groups_of
+
+        groups = groups_of(pairs)
+    latents = _stack([None if groups else pair.latents for pair in pairs])
     # A step needs thousands of these numbers. They are drawn here, in the worker, where their count is known.
-    draws = {} if latents is None else {name: normal(noise_seeds, name, latents.shape[3:]) for name in (NOISE, LATENT)}
+    cached = groups.latents if groups else latents
+    draws = {} if cached is None else {name: normal(noise_seeds, name, cached.shape[3:]) for name in (NOISE, LATENT)}
     nan = float("nan")
     unknown: Sides[float] = Sides(nan, nan)
     labels = [pair.metadata.harmful for pair in pairs]
@@ -198,23 +223,25 @@ def collate(
             [[nan if side is None else float(side) for side in (one.chosen, one.rejected)] for one in labels]
         ),
         cost=torch.tensor([[one.chosen, one.rejected] for one in costs]),
-        has_cost=[pair.metadata.cost is not None for pair in pairs],
+        has_cost=[pair.metadata.knows("cost", pair.whole) for pair in pairs],
         score=torch.tensor([[one.chosen, one.rejected] for one in scores]),
-        has_score=[pair.metadata.score is not None for pair in pairs],
-        has_harmful=[one.chosen is not None and one.rejected is not None for one in labels],
+        has_score=[pair.metadata.knows("score", pair.whole) for pair in pairs],
+        has_harmful=[pair.metadata.knows("harmful", pair.whole) for pair in pairs],
         user_ids=[pair.metadata.user_id for pair in pairs],
         category=category,
         latents=latents,
         conditioning=_rows(pairs),
         empty=empty,
-        crops=_stack([pair.crops for pair in pairs]),
+        crops=_stack([None if groups else pair.crops for pair in pairs]),
         fixed_seeds=noise_seeds if fixed else None,
         fixed_timesteps=[one.timestep for one in fixed] or None,
-        reference=_stack([one.errors for one in fixed]) if fixed else None,
+        reference=_stack([one.errors for one in fixed]) if fixed and not groups else None,
         reference_prediction=_stack([one.prediction for one in fixed]) if fixed else None,
         origins=[_origin(pair) for pair in pairs],
         draws=draws,
         skipped=list(skipped),
+        mask=_masks(pairs),
+        groups=groups,
     )
 
 
@@ -228,6 +255,13 @@ def _origin(pair: Pair) -> tuple[int, int] | None:
 def _stack(found: Sequence[Tensor | None]) -> Tensor | None:
     tensors = [one for one in found if one is not None]
     return torch.stack(tensors) if len(tensors) == len(found) else None
+
+
+def _masks(pairs: Sequence[Pair]) -> Tensor | None:
+    like = next((pair.mask for pair in pairs if pair.mask is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.ones_like(like) if pair.mask is None else pair.mask for pair in pairs])
 
 
 def _rows(pairs: Sequence[Pair]) -> dict[str, Tensor] | None:

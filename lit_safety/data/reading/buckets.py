@@ -1,9 +1,9 @@
 """Aspect buckets: images keep (nearly) their own shape, and every batch has one shape.
 
 As SDXL was trained (arXiv 2307.01952, appendix I): sides are multiples of 64 pixels, the number of pixels is about that
-of the square, and shapes go up to 4 : 1. The chosen image decides a pair's bucket; the rejected one is cut to the same
-size. A bucket with too few pairs for one step joins its neighbour, so that every pair is used at some time. All of this
-depends only on the images' sizes and the pairs of a step, so all ranks agree.
+of the square, and shapes go up to 4 : 1. The chosen image decides a pair's bucket (the first image a group's); the
+rejected one is cut to the same size. A bucket with too few pairs for one step joins its neighbour, so that every pair
+is used at some time. All of this depends only on the images' sizes and the pairs of a step, so all ranks agree.
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ class _Part(io.RawIOBase):
 
 
 def _size(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    for suffix in FORMATS:
-        if f"chosen.{suffix}" not in members:
+    for name in (f"{side}.{suffix}" for side in ("chosen", "0") for suffix in FORMATS):
+        if name not in members:
             continue
-        offset, size = members[f"chosen.{suffix}"]
+        offset, size = members[name]
         try:
             width, height = shown_size(io.BufferedReader(_Part(file, offset, size), BUFFER))
             return height, width

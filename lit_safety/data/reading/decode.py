@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,19 @@ from torch import Tensor
 from lit_safety.core.chance import sample_seed, turn, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import FORMATS, decode_image
-from lit_safety.data.cache.cache import Cache, cached_members, cached_tensors
-from lit_safety.data.cache.reference import FixedDraw, read_reference
 from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import BadSample
 from lit_safety.data.reading.batch import Pair
 
 if TYPE_CHECKING:
+    from lit_safety.data.cache.cache import Cache
     from lit_safety.data.cache.prompt_table import PromptTables
+    from lit_safety.data.cache.reference import FixedDraw
 
-_IMAGES = re.compile(rf"json|({'|'.join(SIDES)})\.({'|'.join(FORMATS)})")
+_IMAGES = re.compile(rf"json|({'|'.join(SIDES)}|\d{{1,4}})\.({'|'.join(FORMATS)})")
+
+#: White where chosen and rejected differ.
+MASK = "mask.png"
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,21 @@ class PairDecoder:
     """Also read the reference's predictions, if its errors are cached."""
     labels_only: bool = False
     """Read only the metadata, if a module has stored what it needs from the images."""
+    masked: bool = False
+    """Read the mask of where chosen and rejected differ."""
+    whole: bool = False
+    """Read all images of a group, instead of the best and the worst."""
 
     def wants(self, suffix: str) -> bool:
         """Whether a member of a sample is needed."""
         if self.labels_only:
             return suffix == "json"
+        if suffix == MASK:
+            return self.masked
         if self.cache is None:
             return _IMAGES.fullmatch(suffix) is not None
+        from lit_safety.data.cache.cache import cached_members
+
         pattern = cached_members(self.flip, self.cache.reference is not None, self.predictions)
         return pattern.fullmatch(suffix) is not None
 
@@ -79,28 +91,62 @@ class PairDecoder:
         if self.cache is None:
             if size is None and self.resolution is not None:
                 size = (self.resolution, self.resolution)
-            metadata, *images = pair_images(members, where)
-            chosen, rejected = (_tensor(image, mirror, size) for image in images)
+            metadata, images = sample_images(members, where, self.whole)
+            tensors = [_tensor(image, mirror, size) for image in images]
             crops = torch.tensor([crop_of((image.height, image.width), size) for image in images])
-            return Pair(key, seed, metadata, chosen, rejected, where, crops)
+            if self.whole:
+                if len({one.shape for one in tensors}) > 1:
+                    raise BadSample(f"{where}: its images are of different sizes: set data.init_args.resolution")
+                return Pair(key, seed, metadata, None, None, where, crops, images=torch.stack(tensors), whole=True)
+            chosen, rejected = tensors
+            mask = self._mask(members, crops, mirror, where)
+            return Pair(key, seed, metadata, chosen, rejected, where, crops, mask=mask)
+        from lit_safety.data.cache.cache import cached_tensors
+
         metadata = pair_metadata(members, where)
+        names = metadata.names
+        rows = range(len(names)) if self.whole else metadata.sides
         try:
-            latents, crops = cached_tensors(members, self.cache, mirror, where)
+            latents, crops = cached_tensors(members, self.cache, mirror, where, names, rows)
             conditioning = None if self.prompts is None else self.prompts.get(metadata.prompt, where)
-            draw = self._draw(self.cache, key, members, epoch, mirror, where)
+            draw = self._draw(self.cache, key, members, epoch, mirror, where, len(names), rows)
         except UserError as error:
             raise BadSample(str(error)) from error
-        return Pair(key, seed, metadata, None, None, where, crops, latents, conditioning, draw)
+        mask = self._mask(members, crops, mirror, where)
+        return Pair(
+            key, seed, metadata, None, None, where, crops, latents, conditioning, draw, whole=self.whole, mask=mask
+        )
+
+    def _mask(self, members: dict[str, bytes], crops: Tensor, mirror: bool, where: str) -> Tensor | None:
+        """The sample's mask, cut as its images are; None where none is read."""
+        if not self.masked or MASK not in members:
+            return None
+        from lit_safety.data.reading.masks import read_mask
+
+        try:
+            return read_mask(members[MASK], crops, mirror, f"{where}: {MASK}")
+        except UserError as error:
+            raise BadSample(str(error)) from error
 
     def _draw(
-        self, cache: Cache, key: str, members: dict[str, bytes], epoch: int, mirror: bool, where: str
+        self,
+        cache: Cache,
+        key: str,
+        members: dict[str, bytes],
+        epoch: int,
+        mirror: bool,
+        where: str,
+        images: int,
+        rows: Sequence[int],
     ) -> FixedDraw | None:
         """The fixed draw of this pass with the reference's errors; None: the reference is not cached."""
         if cache.reference is None:
             return None
+        from lit_safety.data.cache.reference import read_reference
+
         number = turn(self.seed, epoch, key, cache.reference.draws)
         latent = cache.latent if self.predictions else None
-        return read_reference(members, cache.reference, latent, mirror, number, where)
+        return read_reference(members, cache.reference, latent, mirror, number, where, images, rows)
 
 
 def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> Tensor:
@@ -145,25 +191,53 @@ def pair_metadata(members: dict[str, bytes], where: str) -> PairMetadata:
 
 
 def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Image.Image, Image.Image]:
-    """The metadata, the chosen and the rejected image of a sample, checked and as stored.
+    """The metadata, the chosen and the rejected image of a sample, checked and as stored; a group's best and worst.
+
+    Raises:
+        BadSample: one of them is missing or cannot be used.
+    """
+    metadata, (chosen, rejected) = sample_images(members, where, whole=False)
+    return metadata, chosen, rejected
+
+
+def sample_images(members: dict[str, bytes], where: str, whole: bool = True) -> tuple[PairMetadata, list[Image.Image]]:
+    """The metadata and the images of a sample, checked and as stored: all of them, or with ``whole`` false two.
 
     Raises:
         BadSample: one of them is missing or cannot be used.
     """
     metadata = pair_metadata(members, where)
+    names = metadata.names
     try:
-        chosen, rejected = (decode_image(_image_bytes(members, side, where), f"{where}: {side}") for side in SIDES)
+        stored = image_bytes(members, metadata, where)
+        rows = range(len(names)) if whole else metadata.sides
+        images = [decode_image(stored[row], f"{where}: {names[row]}") for row in rows]
     except UserError as error:
         raise BadSample(str(error)) from error
-    return metadata, chosen, rejected
+    return metadata, images
 
 
-def _image_bytes(members: dict[str, bytes], side: str, where: str) -> bytes:
-    found = [name for name in members if name.startswith(f"{side}.") and name.split(".", 1)[1] in FORMATS]
+def image_bytes(members: dict[str, bytes], metadata: PairMetadata, where: str) -> list[bytes]:
+    """The bytes of all images of a sample, in the order of `PairMetadata.names`.
+
+    Raises:
+        UserError: one is missing, stands there twice, or is one more than the metadata says.
+    """
+    names = metadata.names
+    if metadata.images:
+        for member in members:
+            number = member.split(".", 1)[0]
+            if (number.isdigit() and number not in names) or number in SIDES:
+                raise UserError(f"{where}: holds {member}, and its metadata says 0 to {len(names) - 1} (`images`)")
+    return [_image_bytes(members, name, where) for name in names]
+
+
+def _image_bytes(members: dict[str, bytes], name: str, where: str) -> bytes:
+    found = [one for one in members if one.startswith(f"{name}.") and one.split(".", 1)[1] in FORMATS]
     if not found:
-        raise UserError(f"{where}: lacks its {side} image")
+        raise UserError(f"{where}: lacks its {name} image")
     if len(found) > 1:
-        raise UserError(f"{where}: has {len(found)} {side} images ({', '.join(sorted(found))})")
+        raise UserError(f"{where}: has {len(found)} {name} images ({', '.join(sorted(found))})")
     return members[found[0]]
 
 

@@ -36,7 +36,6 @@ from filelock import FileLock
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
 from lit_safety.core.hashes import VARIABLE, file_sha256, user_cache
-from lit_safety.data.cache.cache import PROMPTS
 from lit_safety.data.format.manifest import FILE_NAME, JOURNAL, Manifest, SampleClass, Shard, load_manifest
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import BadSample, OpenShard, is_mac_file
@@ -399,6 +398,8 @@ class FolderCache:
     @property
     def prompts(self) -> str:
         """The file or URL of the text encoders' outputs."""
+        from lit_safety.data.cache.cache import PROMPTS
+
         return f"{self.given}/{PROMPTS}"
 
 

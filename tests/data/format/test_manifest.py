@@ -41,7 +41,7 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
     ("path", "value", "complaint"),
     [
         (("format",), "wids", "is not a manifest of preference shards"),
-        (("version",), 2, "is of version 2; this program reads version 1"),
+        (("version",), 3, "is of version 3; this program reads versions 1 and 2"),
         (("shardlist",), {}, "'shardlist' must be a list"),
         (("shardlist", 0, "url"), "pipe:curl evil", "'shardlist.0.url' is refused"),
         (("shardlist", 0, "url"), "/etc/passwd", "'shardlist.0.url' is refused"),

@@ -110,7 +110,7 @@ BESIDE: dict[str, tuple[Members, int, str]] = {
     "a hard link to nothing": ([*pair("4", 4)[:2], link("4.rejected.png", "9.png", tarfile.LNKTYPE)], 4, "9.png"),
     "a device": ([*pair("4", 4)[:2], link("4.rejected.png", "", tarfile.CHRTYPE)], 4, "rejected.png"),
     "a gif": ([*pair("4", 4)[:2], ("4.rejected.gif", b"GIF89a")], 4, "rejected.gif"),
-    "images without json": ([("g/4.0.png", b"x"), ("g/4.1.png", b"x")], 4, "g/4.0.png"),
+    "images without json": ([("g/4.0.png", b"x"), ("g/4.1.png", b"x")], 4, "'g/4': has no json"),
     "images of another name": ([("4_chosen.png", b"x"), ("4_rejected.png", b"x")], 5, "4_(chosen|rejected).png"),
     "metadata in one file": ([("metadata.jsonl.json", b"[]")], 4, "metadata.jsonl.json"),
     "an image without a key": ([(".chosen.png", b"x")], 4, ".chosen.png"),
@@ -143,7 +143,7 @@ IGNORED: dict[str, Members] = {
         ("a/.DS_Store", b"x"),
         ("__MACOSX/0.png", b"x"),
     ],
-    "next to a pair": [("2.txt", b"a caption"), ("2.mask.png", b"x"), ("2.cls", b"1")],
+    "next to a pair": [("2.txt", b"a caption"), ("2.thumb.png", b"x"), ("2.cls", b"1")],
     "no image": [("README.md", b"#"), ("LICENSE", b"MIT"), ("json", b"")],
     "folders": [link("pairs.json/", "", tarfile.DIRTYPE)],
 }
