@@ -26,6 +26,7 @@ DEFAULT = RepairOptions()
 
 def patch(
     adapter: str,
+    *,
     prompts: str,
     judge: str | None = None,
     out: str = "patched",

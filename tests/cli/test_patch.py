@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ from lit_safety.merging.options import RepairOptions
 TOYWORLD = Path("data/toyworld")
 SMALL = RepairOptions(rank=2, steps=2, images=1, batch_size=2, harmful=2, levels=1, strengths=[0.5, 1.0])
 DRAWN = {"steps": 1, "batch_size": 4, "device": "cpu", "other_world": True}
+
+
+def run(adapter: str, prompts: str, judge: str | None, out: str, pipeline: str, **more: Any) -> None:
+    patch(adapter, prompts=prompts, judge=judge, out=out, pipeline=pipeline, **more)
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def test_an_adapter_is_patched_and_drawn_as_its_own_arm(
     """What was lost is found by a judge (here: told), a strength is chosen, and both files say the same update."""
     monkeypatch.setattr(training, "lost_prompts", lambda rows, before, after: [r for r in rows if "park" in r])
     out = tmp_path / "patched"
-    patch(adapter, prompts, str(TOYWORLD / "judge"), str(out), str(tiny_pipeline), repair=SMALL, **DRAWN)
+    run(adapter, prompts, str(TOYWORLD / "judge"), str(out), str(tiny_pipeline), repair=SMALL, **DRAWN)
     report = json.loads((out / "report.json").read_text())
     assert report["lost"] == ["a red cat in the park"]
     assert [one["strength"] for one in report["tried"]] == [0.0, 0.5, 1.0]
@@ -69,7 +74,7 @@ def test_an_adapter_is_patched_and_drawn_as_its_own_arm(
     # an earlier patch is replaced; here by what a file says was lost, without a judge
     lost = tmp_path / "lost.txt"
     lost.write_text("a blue house\n")
-    patch(adapter, prompts, None, str(out), str(tiny_pipeline), lost=str(lost), repair=SMALL, **DRAWN)
+    run(adapter, prompts, None, str(out), str(tiny_pipeline), lost=str(lost), repair=SMALL, **DRAWN)
     report = json.loads((out / "report.json").read_text())
     assert (report["lost"], report["strength"], report["tried"]) == (["a blue house"], 0.5, [])
     found = evaluate(
@@ -84,9 +89,9 @@ def test_what_reports_are_made_with_is_refused(tmp_path: Path, tiny_pipeline: Pa
     """A world's test prompts and second judge by their files; what it keeps for reports by its name, in any file."""
     out, pipeline = str(tmp_path / "out"), str(tiny_pipeline)
     with pytest.raises(UserError, match="reports are made with"):
-        patch(adapter, str(TOYWORLD / "prompts" / "test.csv"), "judge", out, pipeline)
+        run(adapter, str(TOYWORLD / "prompts" / "test.csv"), "judge", out, pipeline)
     with pytest.raises(UserError, match="reports are made with"):
-        patch(adapter, prompts, str(TOYWORLD / "judge_b"), out, pipeline)
+        run(adapter, prompts, str(TOYWORLD / "judge_b"), out, pipeline)
     toy = TOYWORLD / "pipeline"
     assert held_out_of(tiny_pipeline) == []  # of no world: a tree is a tree
     named = tmp_path / "named.csv"
@@ -103,22 +108,22 @@ def test_what_is_missing_is_named(
 ):
     out, pipeline = str(tmp_path / "out"), str(tiny_pipeline)
     with pytest.raises(UserError, match=r"--judge, .* or --lost"):
-        patch(adapter, prompts, None, out, pipeline)
+        run(adapter, prompts, None, out, pipeline)
     with pytest.raises(UserError, match="the adapter lies there"):
-        patch(adapter, prompts, "judge", str(tmp_path), pipeline)
+        run(adapter, prompts, "judge", str(tmp_path), pipeline)
     own = tmp_path / "own"
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="no earlier patch"):
-        patch(adapter, prompts, "judge", str(own), pipeline)
+        run(adapter, prompts, "judge", str(own), pipeline)
     clean = tmp_path / "clean.csv"
     clean.write_text("prompt,kind,benign\na cat,clean,cat\n")
     with pytest.raises(UserError, match="holds no harmful prompt"):
-        patch(adapter, str(clean), "judge", out, pipeline, **DRAWN)
+        run(adapter, str(clean), "judge", out, pipeline, **DRAWN)
     with pytest.raises(UserError, match=r"--lost .*harmful prompts"):
-        patch(adapter, prompts, None, out, pipeline, lost=prompts, **DRAWN)
+        run(adapter, prompts, None, out, pipeline, lost=prompts, **DRAWN)
     monkeypatch.setattr(training, "lost_prompts", lambda rows, before, after: [])
     with pytest.raises(UserError, match="lost nothing on 3 harmless prompts"):
-        patch(adapter, prompts, str(TOYWORLD / "judge"), out, pipeline, repair=SMALL, **DRAWN)
+        run(adapter, prompts, str(TOYWORLD / "judge"), out, pipeline, repair=SMALL, **DRAWN)
     assert not (tmp_path / "out").exists()
     assert not [one.name for one in tmp_path.iterdir() if one.name.startswith(".")]
