@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -231,8 +231,8 @@ class HiddenAdversary(SignSteps):
     def on(
         self, moved: Moved, backbone: Backbone, prompts: Sequence[str], conditioning: Conditioning, rows: Sequence[int]
     ) -> Iterator[Conditioning]:
-        with ExitStack() if moved.touched(rows) else nullcontext() as stack:
-            for name, layer in self._found if stack is not None else []:
+        with ExitStack() as stack:
+            for name, layer in self._found if moved.touched(rows) else []:
                 stack.callback(layer.register_forward_hook(_adding(name, moved, rows)).remove)
             yield conditioning
 

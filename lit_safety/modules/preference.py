@@ -160,8 +160,9 @@ class PreferenceModule(ScheduledModule):
             from lit_safety.modules.attacked_prediction import Attack
 
             self.attack = Attack(adversary, self.speed.selective is not None)
-        self.retain: Any = retain
+        self.retain: Any = None
         if retain is not None:
+            self.retain = retain
             anchored = objective.anchor_weight > 0 or anchors is not None
             self.retain.check_settings(anchored, self.speed.selective is not None)
         self.finite_loss = FiniteLossGuard()

@@ -94,15 +94,19 @@ def save_clip(clip: CLIPModel, write_tokenizer: Callable[[Path], object], target
     """Writes model (float16), tokenizer, image processor and a README of `notes`, in one swap."""
     with atomic_folder(target) as part:
         write_tokenizer(part)
-        _write(clip, clip.config.vision_config.image_size, part, notes)
+        _write(clip, _vision(clip).image_size, part, notes)
 
 
 def save_image_tower(clip: CLIPModel, target: Path, notes: str) -> None:
     """The same of the image tower alone, which is all that a cost model needs."""
-    tower = CLIPVisionModelWithProjection(clip.config.vision_config)
+    tower = CLIPVisionModelWithProjection(_vision(clip))
     tower.load_state_dict({name: clip.state_dict()[name] for name in tower.state_dict()})
     with atomic_folder(target) as part:
-        _write(tower, tower.config.image_size, part, notes)
+        _write(tower, _vision(clip).image_size, part, notes)
+
+
+def _vision(clip: CLIPModel) -> Any:
+    return clip.config.vision_config
 
 
 def _write(model: Any, side: int, part: Path, notes: str) -> None:
