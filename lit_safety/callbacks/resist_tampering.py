@@ -139,6 +139,10 @@ class ResistTampering(Callback):
                 f"`ResistTampering`: the loss of {type(module.objective).__name__} reads the reference's predictions "
                 "of every pair, which are not kept: leave it out"
             )
+        if module.objective.needs_groups:
+            raise UserError(
+                f"`ResistTampering` reads pairs, and {type(module.objective).__name__} groups: leave it out"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = preference_module(pl_module)

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from lit_safety.callbacks import ResistTampering
 from lit_safety.cli.precompute import precompute
 from lit_safety.core.errors import UserError
 from lit_safety.cost_model.fill import costs_of_labels, fill_costs
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems
-from lit_safety.modules import PSA, SCDPO
+from lit_safety.modules import PSA, SCDPO, TextAdversary
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.modules.speed import SelectiveBackward, Speed
+from lit_safety.modules.stability import Stability
 from lit_safety.objectives import GDRO, NCD, DiffusionDPO, GroupDPO, Objective
 from tests.helpers.pair_fits import make_trainer
 from tests.helpers.pair_shards import metadata, picture
@@ -140,6 +142,17 @@ def test_a_fit_trains_on_whole_groups(
     assert any(weights.abs().sum() > 0 for name, weights in module.trainable_parameters() if "lora_B" in name)
 
 
+def test_a_moving_reference_is_the_one_that_groups_are_compared_with(
+    groups: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """It becomes the policy after every step, so rewards are 0 at each, however far training has come."""
+    module = SCDPO(str(tiny_pipeline), GDRO(), stability=Stability(reference_decay=0.0))
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(module, datamodule=PreferenceDataModule(str(groups), batch_size=4))
+    assert trainer.callback_metrics["loss"].item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 4, rel=1e-4)
+    assert trainer.callback_metrics["rewards/sizes"].abs().max() < 1e-3
+
+
 class Counting:
     """A cost model that says how many it saw: the first image 1, the second 2, ..."""
 
@@ -179,9 +192,15 @@ def test_what_reads_pairs_alone_is_refused(groups: Path, tiny_pipeline: Path, tm
     for made in (
         Own(str(tiny_pipeline), GDRO()),
         SCDPO(str(tiny_pipeline), GDRO(), speed=Speed(selective=SelectiveBackward())),
+        SCDPO(str(tiny_pipeline), GDRO(), stability=Stability(winner_limit=0.1)),
+        SCDPO(str(tiny_pipeline), GDRO(), stability=Stability(own_noise=True)),
+        SCDPO(str(tiny_pipeline), GDRO(), adversary=TextAdversary()),
     ):
         with pytest.raises(UserError, match="GDRO"):
             make_trainer(tmp_path, max_steps=1).fit(made, datamodule=PreferenceDataModule(str(groups), batch_size=2))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[ResistTampering()])
+    with pytest.raises(UserError, match="GDRO"):
+        trainer.fit(SCDPO(str(tiny_pipeline), GDRO()), datamodule=PreferenceDataModule(str(groups), batch_size=2))
     assert PSA.ordered is not PreferenceModule.ordered
 
 

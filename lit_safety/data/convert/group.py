@@ -65,8 +65,8 @@ def group(
     provenance = source.manifest.provenance | {"grouped": made_from}
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance != provenance:
-            raise UserError(f"{target}: holds other shards already; name another folder or give --overwrite true")
-        print(f"{target}: is complete already")
+            raise UserError(f"{target}: already holds other shards; name another folder or give --overwrite true")
+        print(f"{target}: is already complete")
         return
     resumed = (target / JOURNAL).exists() and not overwrite
     pairs = most // 2
@@ -77,7 +77,7 @@ def group(
         target, samples_per_shard, provenance=provenance, seeds=source.manifest.seeds, overwrite=overwrite, resume=True
     ) as writer:
         if resumed:
-            print(f"{target}: going on after {len(writer)} groups")
+            print(f"{target}: continuing after {len(writer)} groups")
         with counter("group", len(plan)) as count:
             for places in plan:
                 count()

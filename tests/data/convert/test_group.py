@@ -94,7 +94,7 @@ def test_what_cannot_be_ranked_or_contradicts_itself_is_left_out_and_counted(
     said = capsys.readouterr().out
     assert "1 whose images cannot be ranked" in said
     assert "1 whose pairs say two things" in said
-    with pytest.raises(UserError, match="no sample"):
+    with pytest.raises(UserError, match="nothing: 0 samples"):
         group(write(tmp_path / "none", [("a", 1, 2, unknown)]), out=str(tmp_path / "nothing"))
 
 

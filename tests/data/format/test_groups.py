@@ -103,15 +103,15 @@ def test_metadata_that_ranks_nothing_is_one_line(changes: dict[str, Any], said: 
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        (group_members(_2_png=None), "has no 2 image"),
+        (group_members(_2_png=None), "its 2 image"),
         (group_members(_4_png=png(9)), "holds 4.png"),
         (group_members(_01_png=png(9)), "holds 01.png"),
         (group_members(_2_jpg=png(9)), "2 2 images (2.jpg, 2.png)"),
         (group_members(chosen_png=png(9)), "holds chosen.png"),
-        (group_members(json=None), "has no json"),
+        (group_members(json=None), "its json"),
         (group_members(_2_png=b"GIF89a"), "2"),
         (sample(0) | {"json": json.dumps(about(0)).encode()}, "holds chosen.png"),
-        (group_members(json=sample(0)["json"]), "has no chosen image"),
+        (group_members(json=sample(0)["json"]), "its chosen image"),
     ],
 )  # fmt: skip
 def test_a_group_whose_members_are_not_those_it_says_is_refused(
