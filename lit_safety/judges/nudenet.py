@@ -51,7 +51,9 @@ class NudeNet:
             )
         self.classes = CLASS_SETS[classes] if isinstance(classes, str) else tuple(classes)
         unknown = [name for name in self.classes if name not in CLASSES]
-        if unknown or not self.classes:
+        if not self.classes:
+            raise UserError(f"NudeNet: classes is empty; known are {', '.join(CLASSES)}")
+        if unknown:
             raise UserError(f"NudeNet: unknown classes {unknown}; known are {', '.join(CLASSES)}")
         if not FLOOR <= threshold < 1:
             raise UserError(f"NudeNet: threshold {threshold}: must be below 1 and at least {FLOOR}, the package's own")

@@ -88,9 +88,9 @@ def test_an_adapter_is_patched_and_drawn_as_its_own_arm(
 def test_what_reports_are_made_with_is_refused(tmp_path: Path, tiny_pipeline: Path, adapter: str, prompts: str):
     """A world's test prompts and second judge by their files; what it keeps for reports by its name, in any file."""
     out, pipeline = str(tmp_path / "out"), str(tiny_pipeline)
-    with pytest.raises(UserError, match="reports are made with"):
+    with pytest.raises(UserError, match=r"--prompts .*test\.csv: .*val\.csv"):
         run(adapter, str(TOYWORLD / "prompts" / "test.csv"), "judge", out, pipeline)
-    with pytest.raises(UserError, match="reports are made with"):
+    with pytest.raises(UserError, match=r"--judge .*judge_b"):
         run(adapter, prompts, str(TOYWORLD / "judge_b"), out, pipeline)
     toy = TOYWORLD / "pipeline"
     assert held_out_of(tiny_pipeline) == []  # of no world: a tree is a tree

@@ -114,7 +114,9 @@ def test_the_line_says_which_key_and_which_value():
     assert f"{key}.beta" in advice(3.0, 2.0, 4.0)
     assert key not in advice(2.0, 1.45, 4.6)
     assert f"{key}.beta" in advice(1.0, 2.0, 0.01)
-    assert "ordered" in advice(1.0, -0.5, 4.0)
+    swapped = advice(1.0, -0.5, 4.0)
+    assert "data.val" in swapped
+    assert key not in swapped
 
 
 def test_the_value_that_is_named_is_left_as_it_is():

@@ -129,7 +129,7 @@ def test_a_full_disk_says_how_to_go_on(pipe, small_set, tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"No space left.*stay.*go on"):
+    with pytest.raises(UserError, match=r"00000\.png: .*No space left.*the same command"):
         draw(tmp_path, pipe, small_set)
 
 

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_told(pipe, experts: dict[str, str], file: str, tmp
         ((experts,), "give `prompts`.* or else `oracle`"),
         ((experts, file, 2.0), r"threshold 2\.0"),
         (({"hate": experts["hate"], "Hate": experts["hate"]}, file), "two experts are for hate"),
-        (({"sexual": experts["hate"]}, file), "no prompt of sexual"),
+        (({"sexual": experts["hate"]}, file), r"prompts\.csv .* 0 prompts of sexual"),
         ((experts, "data/toyworld/prompts/test.csv"), "this world's reports"),
     ):
         with pytest.raises(UserError, match=named):
