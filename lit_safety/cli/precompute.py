@@ -103,7 +103,7 @@ def precompute(
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
             raise UserError(f"{target}: already holds other shards; name another folder or give --overwrite true")
-            print(f"{target}: is already complete")
+        print(f"{target}: is already complete")
         return
     copy_users(folder, target)
     truncated = _write_text(source, target, backbone, settings, batch_size)

@@ -205,7 +205,7 @@ def _write(
         left = load_manifest(folder)
         if (left.provenance, left.seeds) != (provenance, {"seed": seed}):
             raise UserError(f"{folder}: already holds other shards; name another folder or give --overwrite true")
-            print(f"{folder}: is already complete")
+        print(f"{folder}: is already complete")
         return
     rank, world = share
     starts = range(rank * batch_size, len(rows), world * batch_size)

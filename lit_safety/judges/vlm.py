@@ -121,9 +121,7 @@ def read_object(text: str) -> dict[str, Any] | JudgeError:
         said = load_json(unfenced(text))
     except ValueError:
         return JudgeError(f"the model's answer is not JSON: {_short(text)}")
-        return (
-            said if isinstance(said, dict) else JudgeError(f"the model's answer is not a JSON object: {_short(text)}")
-        )
+    return said if isinstance(said, dict) else JudgeError(f"the model's answer is not a JSON object: {_short(text)}")
 
 
 def read_template(file: str | None, default: str) -> str:

@@ -252,7 +252,7 @@ class _Pull:
                 self.give_up()
                 if not came:
                     raise TimeoutError(f"0 bytes arrived within {SPELL:g} seconds")
-                    raise _Slow(f"{came} bytes arrived within {SPELL:g} seconds")
+                raise _Slow(f"{came} bytes arrived within {SPELL:g} seconds")
 
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, most: int) -> None:
