@@ -111,7 +111,7 @@ def test_the_clip_is_found_from_another_working_directory(
     ("damage", "says"),
     [
         ("folder", "lacks config.json"),
-        ("weights", "has no model.safetensors"),
+        ("weights", "model.safetensors"),
         ("json", "cannot be read as JSON"),
         ("kind", "`kind`"),
         ("version", "version 2"),

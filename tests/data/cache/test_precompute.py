@@ -164,7 +164,7 @@ def test_input_that_cannot_be_cached_is_named(cached: Path, pairs: Path, tiny_pi
         precompute(mixed, str(tiny_pipeline), out)
     write_shards(tmp_path / "again", 2, 2, size=32)  # keys 00000 and 00001, as in the first shard of `pairs`
     twice = f"{{{pairs},{tmp_path / 'again'}}}/shard-000000.tar"
-    with pytest.raises(UserError, match=r"again.*sample '00000' stands in .*pairs.*shard-000000\.tar too"):
+    with pytest.raises(UserError, match=r"again.*sample '00000' .*pairs.*shard-000000\.tar"):
         precompute(twice, str(tiny_pipeline), str(tmp_path / "twice"))
     assert not (tmp_path / "twice" / "manifest.json").exists()
 

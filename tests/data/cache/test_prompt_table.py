@@ -89,10 +89,10 @@ def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Path):
     path = write(tmp_path)
     hashes = PromptTable(path).hashes.copy()
     for wrong, message in (
-        ({"pooled": torch.zeros(3, 2)}, r"\['pooled'\] of another type"),
-        ({"pooled": torch.zeros(11, 2, dtype=torch.int64)}, "of another type"),
-        ({"hashes": torch.tensor(1, dtype=torch.uint8)}, r"\['hidden', 'pooled'\] of another type"),
-        ({"hashes": torch.zeros(11, 4, dtype=torch.uint8)}, "hashes of another type"),
+        ({"pooled": torch.zeros(3, 2)}, r"\['pooled'\]"),
+        ({"pooled": torch.zeros(11, 2, dtype=torch.int64)}, "pooled"),
+        ({"hashes": torch.tensor(1, dtype=torch.uint8)}, r"\['hidden', 'pooled'\]"),
+        ({"hashes": torch.zeros(11, 4, dtype=torch.uint8)}, "hashes"),
         ({"hashes": torch.zeros(11, 16, dtype=torch.uint8)}, "not sorted"),
     ):
         with pytest.raises(UserError, match=message):
