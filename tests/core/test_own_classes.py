@@ -102,7 +102,7 @@ def test_a_judge_without_exact_annotations_is_taken(name: str, tmp_path: Path) -
         ("OfNothing", ["returns", "-> list[Verdict | JudgeError]"]),
         ("NoSettings", ["`settings`", "dict[str, Any]"]),
         ("TextSettings", ["`settings`", "str"]),
-        ("function", ["no class", "judge(self, images"]),
+        ("function", ["own_judges.function", "judge(self, images"]),
     ],
 )
 def test_what_a_judge_lacks_is_named_in_one_line(name: str, says: list[str], tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_info_nce_trains_too(cost_model_command: Arguments, latest: Path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model.init_args.clip", "/no/such/clip"], "'/no/such/clip'"),
+        (["--model.init_args.clip", "/no/such/clip"], "/no/such/clip"),
         (["--data.init_args.flip", "true"], "data.init_args.flip mirrors"),
         (["--model.init_args.degradation.blur", "0"], "model.init_args.degradation"),
         (["--model.init_args.width", "0"], "width must be at least 1"),

@@ -59,7 +59,7 @@ def test_wrong_numbers_are_named_by_their_key(options: dict[str, Any], complaint
 
 def test_too_few_pairs_for_one_step(shards: Path, tmp_path: Path) -> None:
     data = PreferenceDataModule(str(shards), batch_size=30)
-    with pytest.raises(UserError, match=r"data\.init_args\.train has 40 pairs.* 30 .* x 1 \(ranks\) x 2"):
+    with pytest.raises(UserError, match=r"data\.init_args\.train has 40 pairs.* 30 .*batch_size.* 1 \(ranks\) x 2"):
         fit(make_trainer(tmp_path, accumulate_grad_batches=2, max_steps=1), data)
 
 

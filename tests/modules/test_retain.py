@@ -90,9 +90,10 @@ def test_ranks_and_micro_batches_take_the_same_steps(tiny_pipeline: Path, pair_s
     """8 pairs at once, 4 twice, and 2 ranks of 4, with the projection and without: only the last one differs."""
     from tests.helpers.ranks import run
 
+    # With a rate of 1 four steps grow the weights from 0.4 to 34, and rounding with them.
     sgd = {
         "model.init_args.pretrained": tiny_pipeline, "model.init_args.lora.init_args.rank": 4,
-        "model.init_args.optimizer.class_path": "torch.optim.SGD", "model.init_args.optimizer.init_args.lr": 1.0,
+        "model.init_args.optimizer.class_path": "torch.optim.SGD", "model.init_args.optimizer.init_args.lr": 0.05,
         "model.init_args.lr_scheduler": "null", "trainer.gradient_clip_val": "null", "trainer.limit_val_batches": 0,
         "trainer.val_check_interval": "null", "data.init_args.batch_size": 4,
         "trainer.callbacks": "[{class_path: lit_safety.callbacks.ExportAdapter}]",
@@ -120,4 +121,4 @@ def test_ranks_and_micro_batches_take_the_same_steps(tiny_pipeline: Path, pair_s
     update = max(float(value.abs().max()) for key, value in found["whole"].items() if "lora_B" in key)
     assert apart("parts") < 1e-3 * update
     assert apart("ranks") < 1e-3 * update
-    assert apart("added") > 0
+    assert apart("added") > 1e-2 * update

@@ -92,7 +92,7 @@ def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Path):
         ({"pooled": torch.zeros(3, 2)}, r"\['pooled'\]"),
         ({"pooled": torch.zeros(11, 2, dtype=torch.int64)}, "pooled"),
         ({"hashes": torch.tensor(1, dtype=torch.uint8)}, r"\['hidden', 'pooled'\]"),
-        ({"hashes": torch.zeros(11, 4, dtype=torch.uint8)}, "hashes "),
+        ({"hashes": torch.zeros(11, 4, dtype=torch.uint8)}, "hashes"),
         ({"hashes": torch.zeros(11, 16, dtype=torch.uint8)}, "not sorted"),
     ):
         with pytest.raises(UserError, match=message):

@@ -92,7 +92,7 @@ def test_users_choices_are_kept_and_labelled(published: Path, capsys: pytest.Cap
         ({"rejected": "user_0000001_propaganda_ideological_pamphlet_00001_s.jpg"}, "are not the two images of one"),
         ({"user_data": {"User_ID": "0000002"}}, "are not the two images of one concept of user 0000002"),
         ({"user_data": None}, "line 1: lacks the field"),
-        ({"chosen": "user_0000001_fun_x_00001_s.jpg", "rejected": "user_0000001_fun_x_00001_u.jpg"}, "'fun_x'"),
+        ({"chosen": "user_0000001_fun_x_00001_s.jpg", "rejected": "user_0000001_fun_x_00001_u.jpg"}, "line 1: 'fun_x'"),
     ],
 )
 def test_a_wrong_row_is_named(published: Path, change: dict[str, Any], complaint: str) -> None:

@@ -125,7 +125,7 @@ def test_the_shipped_twin_is_small_and_of_the_toy_world() -> None:
     from lit_safety.drawing.worlds import vocabularies, world_of
 
     assert sum(file.stat().st_size for file in TWIN.rglob("*") if file.is_file()) <= 12_000_000
-    assert vocabularies(TWIN / "pipeline") <= WORLD.vocabularies
+    assert vocabularies(TWIN / "pipeline") <= WORLD.marks
     world = world_of(TWIN)
     assert world is not None
     assert world.name == "toyworld"
