@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_safety.adapters.lora_file import write_lora
@@ -56,8 +57,12 @@ def experts(tmp_path: Path, save_expert: Callable[..., Path]) -> dict[str, str]:
     return {**found, "sexual": f"sexual={foreign}"}
 
 
-def adapter(folder: Path) -> bytes:
-    return (folder / "pytorch_lora_weights.safetensors").read_bytes()
+def adapter(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
+    """The bytes of every tensor and the metadata; the order in which safetensors writes the latter is random."""
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = {name: json.loads(text) if text[:1] == "{" else text for name, text in opened.metadata().items()}
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}, metadata
 
 
 def test_added_later_is_merged_at_once(
