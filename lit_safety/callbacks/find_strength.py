@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -48,9 +48,6 @@ class FindStrength(Callback):
             lambda.
     """
 
-    #: The objectives whose settings this callback changes while they are trained.
-    moves: ClassVar[type[Objective]] = Objective
-
     def __init__(
         self,
         factor: float = 0.3,
@@ -82,6 +79,7 @@ class FindStrength(Callback):
                 f"`FindStrength.margin` moves lambda of SafetyConstrainedDPO, and the objective is "
                 f"{type(objective).__name__}: set it to null"
             )
+        objective.tells_sizes = True
         if self._set is None:
             self._set = objective.beta
         for name, value in self._found.items():  # what a resumed run had found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_safety.core.chance import integers, normal, uniform
 from lit_safety.core.errors import UserError
-from lit_safety.modules.anchored import Anchors
+from lit_safety.modules.step_parts import Anchors
 from lit_safety.modules.strategies import weights_are_sharded
 from lit_safety.objectives.objective import prediction_error
 

@@ -28,7 +28,6 @@ from lit_safety.core.chance import LATENT, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import GroupData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
-from lit_safety.modules.anchored import Anchors
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
@@ -41,7 +40,7 @@ from lit_safety.modules.reference import ReferencePass, cached_pass
 from lit_safety.modules.schedule import ScheduledModule
 from lit_safety.modules.speed import Speed
 from lit_safety.modules.stability import PlainSteps, Stability
-from lit_safety.modules.step_parts import Adversary, Retain
+from lit_safety.modules.step_parts import Adversary, Anchors, Retain
 from lit_safety.modules.strategies import (
     as_on_rank_0,
     check_resume,

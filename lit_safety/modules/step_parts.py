@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+
+    from lit_safety.data.reading.batch import PairBatch
 
 
 class Adversary:
@@ -42,3 +48,15 @@ class Adversary:
 
 class Retain:
     """Says how the gradient of what keeps a model meets that of the rest; see `ProjectRetain`."""
+
+
+class Anchors:
+    """Holds the policy to the reference beside the pairs. `PromptAnchors` does, on harmless prompts."""
+
+    def prepare(self, module: Any, trainer: Trainer) -> None:
+        """Once, when a fit starts; all ranks call it."""
+        raise NotImplementedError
+
+    def loss(self, module: Any, batch: PairBatch) -> Tensor:
+        """What is added to the loss of a batch, a scalar."""
+        raise NotImplementedError

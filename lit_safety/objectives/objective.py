@@ -190,6 +190,8 @@ class Objective:
     #: The callback of `lit_safety.callbacks` to name where none of a run's declares, by its ``moves``, that it moves
     #: ``state_dict`` while the loss is trained; None: nothing needs to.
     moved_by: str | None = None
+    #: How large the margins are is logged too; a callback that reads it sets this.
+    tells_sizes: bool = False
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
         kind = type(self)
@@ -245,12 +247,13 @@ class Objective:
             "rewards/rejected": rejected.detach(),
             "rewards/margins": m.detach(),
             "rewards/accuracies": (m.detach() > 0).float(),
-            "rewards/sizes": m.detach().abs(),
-            "rewards/undecided": torch.sigmoid(-m.detach().abs()),  # what scales DPO's gradient, of pairs in order
             "delta/chosen": (errors.policy_chosen - errors.reference_chosen).detach(),
             "delta/rejected": (errors.policy_rejected - errors.reference_rejected).detach(),
             "error/chosen": errors.policy_chosen.detach(),
         }
+        if self.tells_sizes:
+            logs["rewards/sizes"] = m.detach().abs()
+            logs["rewards/undecided"] = torch.sigmoid(-logs["rewards/sizes"])  # scales DPO's gradient of pairs in order
         if self.sft_weight > 0:
             sft = sft_loss(errors.policy_chosen)
             loss = loss + self.sft_weight * sft

@@ -99,7 +99,7 @@ class SafetyConstrainedDPO(Objective):
 
     def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
         output = super().__call__(errors, labels)
-        if self.needs_cost:
+        if self.needs_cost and self.tells_sizes:
             cost = self._clipped(labels)
             output.logs["costs/gaps"] = cost[:, 1] - cost[:, 0]
         return output

@@ -11,7 +11,8 @@ import torch
 
 from lit_safety.callbacks import FindStrength
 from lit_safety.core.errors import UserError
-from lit_safety.objectives import DiffusionDPO, PairErrors, PairLabels, SafetyConstrainedDPO
+from lit_safety.modules.checks import warn_if_not_moved
+from lit_safety.objectives import ConstrainedDPO, DiffusionDPO, PairErrors, PairLabels, SafetyConstrainedDPO
 from lit_safety.objectives.objective import Objective
 
 
@@ -140,3 +141,17 @@ def test_a_setting_outside_its_range_is_named(settings: dict[str, float], named:
 def test_an_objective_without_lambda_has_no_margin_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"FindStrength.margin"):
         started(DiffusionDPO(beta=1.0), monkeypatch, margin=0.5)
+
+
+def test_who_finds_the_strength_moves_no_dual_variable() -> None:
+    """A fit without UpdateDual is warned of, whoever moves beta."""
+    with pytest.warns(UserWarning, match="UpdateDual"):
+        warn_if_not_moved(ConstrainedDPO(), [FindStrength()])
+
+
+def test_sizes_are_logged_for_who_asks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = SafetyConstrainedDPO(beta=100.0, cost_weight=2.0)
+    asked = {"rewards/sizes", "rewards/undecided", "costs/gaps"}
+    assert not asked & set(objective(*pairs([-0.02])).logs)
+    started(objective, monkeypatch)
+    assert asked <= set(objective(*pairs([-0.02])).logs)
