@@ -1,4 +1,4 @@
-"""What a world keeps out of alignment, and the check that it is out: in no shard and no prompt file.
+"""What a world keeps out of alignment, the check that it is out, and the prompt files that pass it.
 
 A figure of what nobody named means something only if nobody did. So whoever writes pairs, anchors, repair sets, masks
 or validation prompts of a world calls `check_held_out` on the files, and a test calls it on those that are shipped.
@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.categories import canonical_category
 from lit_safety.core.errors import UserError
+from lit_safety.core.tables import csv_lines
 from lit_safety.core.text import load_json, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
+"""Of a world's prompt files."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,27 @@ def _samples(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
                 yield shard.where(row), text, list(said.get("categories", ()))
         finally:
             shard.close()
+
+
+def write_parts(
+    folder: Path, rows: Callable[[str], Iterable[Mapping[str, str | int]]], u_val: HeldOut, u_test: HeldOut
+) -> None:
+    """Writes anchors.csv, val.csv and test.csv, which is the last; each in one rename.
+
+    Args:
+        folder: where to.
+        rows: of "anchors", "val" or "test", by the columns that `evaluate` reads.
+        u_val: what no anchor may name.
+        u_test: what neither an anchor nor a prompt of validation may name.
+
+    Raises:
+        UserError: a file would name what is held out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, forbidden in (("anchors", (u_val, u_test)), ("val", (u_test,)), ("test", ())):
+        unfinished = folder / f"{part}.part.csv"
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in rows(part))]))
+        for held_out in forbidden:
+            check_held_out(held_out, [unfinished])
+        unfinished.rename(folder / f"{part}.csv")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lit_safety.core.errors import UserError
-from lit_safety.core.processes import check_count
+from lit_safety.worlds.building import do_stages, prepare
 
 if TYPE_CHECKING:
     from lit_safety.worlds.artworld.judge_training import JudgeTraining
@@ -30,8 +29,6 @@ Stage = Literal[
     "export",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-MOST_SCENES = 1_000_000
-"""Images of the base's data: 7 GB on the disk."""
 
 
 @dataclass
@@ -79,6 +76,10 @@ class _Build:
             "shards": self.out / "shards" / "val",
             "export": self.out / "pipeline",
         }[stage]
+
+    def there(self, stage: Stage) -> Path | None:
+        """The stage's output, if an earlier build left it."""
+        return found if (found := self.output(stage)).exists() else None
 
     def run(self, stage: Stage) -> None:
         """Does one stage; imports what it needs, so that naming a command costs no torch."""
@@ -218,20 +219,6 @@ def build(
         scenes: how many scenes the pipeline learns from.
         processes: how many draw scenes and train the UNet; best one a core.
     """
-    check_count(processes, "--processes")
-    if not 1000 <= scenes <= MOST_SCENES:
-        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
-    for folder in (out, work):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
+    prepare(out, work, scenes, processes)
     world = _Build(out, work, toy, scenes, minutes, processes)
-    for stage in STAGES:
-        if stage not in stages:
-            continue
-        if world.output(stage).exists():
-            print(f"{stage}: {world.output(stage)} is there", flush=True)
-            continue
-        print(f"{stage}: making {world.output(stage)}", flush=True)
-        world.run(stage)
+    do_stages(STAGES, stages, world.there, world.output, world.run)

@@ -4,12 +4,11 @@ Only named subjects, seen styles and seen synonyms stand in them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lit_safety.core.files import atomic_folder
 from lit_safety.data.format.writer import ShardWriter
@@ -18,29 +17,14 @@ from lit_safety.worlds.artworld.sampling import TEMPLATES, Contents, arrange, dr
 from lit_safety.worlds.artworld.scene import Art, Scene, Thing, art, render
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
 from lit_safety.worlds.held_out import HeldOut, check_held_out
+from lit_safety.worlds.pairs import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 
 SEEN_STYLES: tuple[str, ...] = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 LOOKALIKES: frozenset[str] = frozenset(SUBJECTS[harm].lookalike for harm in HARMS)
-SAFE_COST, LOOKALIKE_COST = -1.0, -0.5
-"""Ground-truth cost of a safe image, and of one with a look-alike, which is nearer to the border."""
 SYNONYMS = 0.3
 """How often a subject is said by a synonym."""
 BLOT = 0.25
 """What each blot takes from an image's quality."""
-
-KINDS = ("harmful", "clean_harm", "harmful", "clean_quality", "harmful", "clean_harm")
-"""The kinds of a set, in turn: half harmful prompts, a third clean ones with a harmful rejected image, a sixth
-clean ones with two safe images."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What `ShardWriter.write` takes."""
-
-    key: str
-    metadata: dict[str, Any]
-    chosen: Image.Image
-    rejected: Image.Image
 
 
 _ORDER = {name: i for i, name in enumerate((*SUBJECTS, *SETTINGS))}

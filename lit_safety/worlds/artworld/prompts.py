@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_safety.core.tables import csv_lines
 from lit_safety.judges.art.subjects import HARMS, HELD_OUT_STYLE, NAMED, SETTINGS, SUBJECTS, U_TEST, U_VAL
 from lit_safety.worlds.artworld.pairs import LOOKALIKES, SEEN_STYLES, fold
 from lit_safety.worlds.artworld.sampling import HELD_OUT_TEMPLATES, JOINERS, TEMPLATES, Contents, say
 from lit_safety.worlds.artworld.scene import Scene
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
-from lit_safety.worlds.held_out import HeldOut, check_held_out
+from lit_safety.worlds.held_out import HeldOut, write_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
 SEEN_SYNONYMS, HELD_OUT_SYNONYM = (0, 1), 2
 STYLED = 0.8
 """Share of prompts that say the style; those of the held-out style always do."""
@@ -114,11 +112,4 @@ def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
 
 def write_prompt_files(folder: Path) -> None:
     """Writes anchors.csv, val.csv and test.csv, which is the last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in ("anchors", "val", "test"):
-        unfinished = folder / f"{part}.part.csv"
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
-        if part != "test":
-            check_held_out(held_out(U_TEST if part == "val" else (*U_TEST, *U_VAL)), [unfinished])
-        unfinished.rename(folder / f"{part}.csv")
+    write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST))

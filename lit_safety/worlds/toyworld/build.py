@@ -3,11 +3,8 @@
 from pathlib import Path
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.processes import check_count
+from lit_safety.worlds.building import do_stages, prepare
 from lit_safety.worlds.toyworld.stages import STAGES, Minutes, Stage, WorldBuild
-
-MOST_SCENES = 1_000_000
-"""Scenes drawn at once; they take 3 GB of memory."""
 
 
 def build(
@@ -33,24 +30,9 @@ def build(
         processes: how many draw scenes and train the UNet and CLIP; best one a core.
         redo: do the prompts, shards, export and onpolicy stages even though their output is there.
     """
-    check_count(processes, "--processes")
-    if not 1000 <= scenes <= MOST_SCENES:
-        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
-    for folder in (out, work):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder you may write to") from error
+    prepare(out, work, scenes, processes)
     world = WorldBuild(out, work, scenes, minutes, processes)
-    for stage in STAGES:
-        if stage not in stages:
-            continue
-        there = world.output_of(stage, redo)
-        if there is not None:
-            print(f"{stage}: {there} is there", flush=True)
-            continue
-        print(f"{stage}: making {world.done[stage]}", flush=True)
-        world.run(stage)
+    do_stages(STAGES, stages, lambda stage: world.output_of(stage, redo), world.done.__getitem__, world.run)
 
 
 def sheet(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lit_safety.core.files import atomic_folder
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES, SETTINGS
 from lit_safety.worlds.held_out import check_held_out
+from lit_safety.worlds.pairs import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 from lit_safety.worlds.toyworld.captions import (
     HELD_OUT_SCENE,
     TEMPLATES,
@@ -31,22 +31,6 @@ SEEN_PHRASES = (0, 1)
 """Of each concept's phrases, those that alignment pairs may use; the last one is held out."""
 IMPLICIT = 0.3
 """Share of harmful prompts that mean the harm by a phrase."""
-SAFE_COST, LOOKALIKE_COST = -1.0, -0.5
-"""Ground-truth cost of a safe image, and of one with a look-alike, which is nearer to the border."""
-
-KINDS = ("harmful", "clean_harm", "harmful", "clean_quality", "harmful", "clean_harm")
-"""The kinds of a set, in turn: half harmful prompts, a third clean ones with a harmful rejected image, a sixth
-clean ones with two safe images."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What `ShardWriter.write` takes."""
-
-    key: str
-    metadata: dict[str, Any]
-    chosen: Image.Image
-    rejected: Image.Image
 
 
 def cost(scene: Scene) -> float:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_safety.core.tables import csv_lines
 from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES, SETTINGS
-from lit_safety.worlds.held_out import check_held_out
+from lit_safety.worlds.held_out import write_parts
 from lit_safety.worlds.toyworld.captions import (
     HELD_OUT_SCENE,
     HELD_OUT_TEMPLATES,
@@ -23,7 +22,6 @@ from lit_safety.worlds.toyworld.captions import (
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
-COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
 COUNTS: dict[str, dict[str, int]] = {
     "val": {"explicit": 480, "implicit": 216, "lookalike": 198, "clean": 400},
     "test": {"explicit": 2400, "implicit": 720, "lookalike": 504, "clean": 2000},
@@ -123,11 +121,4 @@ def _find(
 
 def write_prompt_files(folder: Path) -> None:
     """Writes anchors.csv, val.csv and test.csv, which is the last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in ("anchors", "val", "test"):
-        unfinished = folder / f"{part}.part.csv"
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in prompt_rows(part))]))
-        if part != "test":
-            check_held_out(held_out(U_TEST if part == "val" else U_TEST + U_VAL), [unfinished])
-        unfinished.rename(folder / f"{part}.csv")
+    write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST))
