@@ -147,6 +147,7 @@ def test_a_moving_reference_is_the_one_that_groups_are_compared_with(
 ) -> None:
     """It becomes the policy after every step, so rewards are 0 at each, however far training has come."""
     module = SCDPO(str(tiny_pipeline), GDRO(), stability=Stability(reference_decay=0.0))
+    module.objective.tells_sizes = True
     trainer = make_trainer(tmp_path, max_steps=3)
     trainer.fit(module, datamodule=PreferenceDataModule(str(groups), batch_size=4))
     assert trainer.callback_metrics["loss"].item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 4, rel=1e-4)
