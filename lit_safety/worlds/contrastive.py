@@ -39,7 +39,7 @@ SAVE_EVERY = 60
 MAX_SCALE = math.log(100.0)
 """The logit scale is held below this, as in the paper."""
 HEADS_UNTIL = 0.5
-"""Share of the budget at which the heads' weight has fallen from 1 to 0."""
+"""Share of the budget at which the heads' weight has fallen from 1 to 0, by default."""
 
 
 def new_clip(side: int, patch: int, length: int, tokenizer: CLIPTokenizer, tokens: int | None = None) -> CLIPModel:
@@ -219,6 +219,7 @@ def _train(
     minutes: float,
     families: int,
     lr: float,
+    heads_until: float,
 ) -> None:
     """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
     torch.manual_seed(2)
@@ -239,7 +240,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(fraction)
         batch = batches.next()
-        loss, contrastive = training(*batch, max(0.0, 1 - fraction / HEADS_UNTIL))
+        loss, contrastive = training(*batch, max(0.0, 1 - fraction / heads_until))
         loss.backward()
         fraction, mean = share_gradients(parameters, [budget.fraction, float(contrastive)], world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -266,6 +267,7 @@ def train_clip(
     batch_size: int = 16,
     lr: float = 1e-3,
     world: int = 2,
+    heads_until: float = HEADS_UNTIL,
 ) -> tuple[CLIPModel, dict[str, float]]:
     """Trains until the minutes are used, from clip.pt on if it is there.
 
@@ -279,8 +281,9 @@ def train_clip(
         batch_size: families a step of each process.
         lr: highest learning rate.
         world: processes, of one thread each.
+        heads_until: share of the budget at which the heads' weight has fallen from 1 to 0; infinity: it stays 1.
     """
-    launch(_train, world, work, make_clip, classes, minutes, batch_size, lr)
+    launch(_train, world, work, make_clip, classes, minutes, batch_size, lr, heads_until)
     training, state = _Training(make_clip(work), classes), torch.load(work / "clip.pt", weights_only=True)
     training.load_state_dict(state["model"])
     return training.clip.eval(), {"pictures": state["pictures"], "minutes": state["spent"] / 60}

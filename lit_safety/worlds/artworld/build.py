@@ -193,7 +193,7 @@ class _Build:
 
         networks, tokenizer = averaged(self.work, new_unet), CLIPTokenizer.from_pretrained(self.work / "tokenizer")
         networks.text = whole_text_encoder(networks.text, np.load(self.work / "known.npy"), tokenizer)
-        write_pipeline(self.work, networks, tokenizer, self.output("export"))
+        write_pipeline(self.work, networks, tokenizer, self.output("export"), self.output("tokenizer"))
         write_marker(self.out, "artworld", self.output("export"), own_words=False)
 
 
