@@ -130,7 +130,7 @@ def make_clip(work: Path, target: Path, minutes: float, processes: int, families
     """Draws families, trains, measures and writes the image tower into `target`."""
     if not (work / "clip_pictures.npy").exists():
         write_families(work, _families(work, "clip", 0, families, processes))
-    # The heads stay on: a cost model needs to know each of 217 subjects, and few captions of a batch differ in only one.
+    # The heads stay on: the cost model needs to know all 217 subjects, and few captions of a batch differ in only one.
     clip, trained = train_clip(work, new_art_clip, CLASSES, minutes, world=processes, heads_until=math.inf)
     found = retrieval(clip, _families(work, "checks", 20_000, 500, 1))
     notes = {
