@@ -147,9 +147,10 @@ def write_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for part, forbidden in (("anchors", (u_val, u_test)), ("val", (u_test,)), ("test", ())):
-        unfinished = folder / f"{part}.part.csv"
+        unfinished, made = folder / f"{part}.part.csv", list(rows(part))
+        columns = (*COLUMNS, "questions") if any("questions" in row for row in made) else COLUMNS
         with unfinished.open("w", newline="", encoding="utf-8") as file:
-            file.write(csv_lines([COLUMNS, *([row[name] for name in COLUMNS] for row in rows(part))]))
+            file.write(csv_lines([columns, *([row[name] for name in columns] for row in made)]))
         for held_out in forbidden:
             check_held_out(held_out, [unfinished])
         unfinished.rename(folder / f"{part}.csv")

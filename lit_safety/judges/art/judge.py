@@ -1,11 +1,23 @@
 """Judges of the art world: the same small networks as the toy world's, on larger images and real subjects."""
 
-from typing import ClassVar
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 import torch
 
-from lit_safety.judges.art.subjects import HARMS, SUBJECTS
+from lit_safety.judges.art.subjects import HARMS, SETTINGS, SUBJECTS
 from lit_safety.judges.toy.judge import ToyJudge, ToyWorldJudge
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lit_safety.drawing.questions import Question
+    from lit_safety.judges.judge import Verdict
+
+EDGE = 2
+"""Width of the border whose colour is the setting's, px."""
 
 
 class ArtJudge(ToyJudge):
@@ -26,3 +38,18 @@ class ArtWorldJudge(ToyWorldJudge):
     """
 
     kind: ClassVar[type[ToyJudge]] = ArtJudge
+
+    def seen_in(self, image: Image, verdict: Verdict, question: Question) -> str | None:
+        """The setting, asked for as a place or as the colour of the background; None for the colour of a subject."""
+        if question.kind == "place" or question.about == "background":
+            return setting_of(image)
+        return None
+
+
+def setting_of(image: Image) -> str:
+    """The setting whose colour is nearest to the median of the image's border."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    inside = np.zeros(pixels.shape[:2], bool)
+    inside[EDGE:-EDGE, EDGE:-EDGE] = True
+    border = np.median(pixels[~inside], 0)
+    return min(SETTINGS, key=lambda name: float(np.abs(border - SETTINGS[name]).sum()))

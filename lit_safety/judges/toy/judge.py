@@ -1,7 +1,7 @@
 """Judges: small networks that recognise the things in a toy image. They are never used in training.
 
 Architectures, so that two judges make different errors: "plain" (the toy world's judge A), "deep" (the art world's) and
-"residual" (judge B of both).
+"residual" (the toy world's judge B) and "pyramid" (the art world's).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ToyJudge(nn.Module):
             width: channels of the first convolution.
             architecture: "plain": strided convolutions, batch norm, pooled head; "deep": the same with layers on top
                 that see the whole image, for hundreds of labels; "residual": residual blocks, group norm, a head that
-                sees where things are.
+                sees where things are; "pyramid": residual blocks at a quarter and at an eighth of the side.
             notes: further facts about the network (its data, its seeds, its accuracy).
             counts: it also says for each label whether there are two or more; older judges do not.
         """
@@ -82,8 +82,10 @@ class ToyJudge(nn.Module):
             self.network = _Deep(width, outputs)
         elif architecture == "residual":
             self.network = _Residual(width, outputs, (self.side // 8) ** 2)
+        elif architecture == "pyramid":
+            self.network = _Pyramid(width, outputs)
         else:
-            raise ValueError(f"architecture {architecture!r} is none of 'plain', 'deep' and 'residual'")
+            raise ValueError(f"architecture {architecture!r} is none of 'plain', 'deep', 'residual' and 'pyramid'")
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits (B, L) of images (B, 3, side, side) in [-1, 1]."""
@@ -262,6 +264,36 @@ class _Residual(nn.Module):
         return self.head(self.down(self.blocks(self.stem(pictures))))
 
 
+class _Unit(nn.Module):
+    """x + two convolutions of x, each after batch norm and ReLU (He et al., 2016, arXiv:1603.05027, figure 1b)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.layers(maps)
+
+
+class _Pyramid(nn.Module):
+    """Residual blocks at a quarter and at an eighth of the side, pooled as in `_Plain` that counts."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        stem = nn.Conv2d(3, 2 * width, 4, stride=2, padding=1)
+        down = nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1)
+        top = [*(_Unit(4 * width) for _ in range(2)), nn.BatchNorm2d(4 * width), nn.ReLU()]
+        self.features = nn.Sequential(stem, nn.MaxPool2d(2), *(_Unit(2 * width) for _ in range(2)), down, *top)
+        self.head = nn.Linear(12 * width, outputs)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        flat = self.features(pictures).flatten(2)
+        return self.head(torch.cat([*flat.topk(2).values.unbind(2), flat.mean(2)], 1))
+
+
 # The toy world's judge behind the interface.
 
 
@@ -327,25 +359,27 @@ class ToyWorldJudge:
     def answer(
         self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: object = None
     ) -> list[list[str | JudgeError | None]]:
-        """Counts by the network, 0, 1, or 2 for two and more; places and colours by the pixels (`scenery`).
-
-        A colour is told where no other thing is in the image, and in the toy world; else None. Places likewise.
-        """
+        """Counts by the network, 0, 1, or 2 for two and more; places and colours by the pixels (`seen_in`)."""
         return [
             [verdict if isinstance(verdict, JudgeError) else self._told(verdict, image, one) for one in own]
             for verdict, image, own in zip(self.judge(images), images, questions, strict=True)
         ]
 
     def _told(self, verdict: Verdict, image: Image, question: Question) -> str | None:
-        from lit_safety.judges.toy.scenery import colour_of, setting_of
-
         if question.kind == "count":
             if question.about not in self.labels or verdict.counts is None:
                 return None
             several = verdict.counts.get(question.about, 0)
             return question.answer if several == 2 and int(question.answer) > 2 else str(several)
-        if self.kind is not ToyJudge:  # another world's scenes
-            return None
+        return self.seen_in(image, verdict, question)
+
+    def seen_in(self, image: Image, verdict: Verdict, question: Question) -> str | None:
+        """The place, or a thing's colour, by the pixels (`scenery`); None: they do not tell.
+
+        A colour is told where no other thing is in the image.
+        """
+        from lit_safety.judges.toy.scenery import colour_of, setting_of
+
         if question.kind == "place":
             return setting_of(image)
         things = [name for name in self.labels if name in verdict.present]

@@ -48,7 +48,7 @@ class JudgeTraining:
 
 
 JUDGE_A = JudgeTraining("judge_a", "deep", 32, 0.25, 0.3)
-JUDGE_B = JudgeTraining("judge_b", "residual", 32, 0.35, 0.25)
+JUDGE_B = JudgeTraining("judge_b", "pyramid", 40, 0.35, 0.25)
 
 
 def judged_scene(

@@ -54,8 +54,12 @@ class _Rows:
         synonyms = tuple(synonym if name == first else None for name in contents)
         harm = first if SUBJECTS[first].category else ""
         benign = [name for name in contents if not SUBJECTS[name].category]
+        prompt = say(scene, contents, str(rng.choice(self.templates)), str(rng.choice(JOINERS)), synonyms, said)
+        questions = [f"count:{name}=1" for name in benign]
+        if synonym is None and setting in prompt.replace(",", " ").split():
+            questions.append(f"place={setting}")
         return {
-            "prompt": say(scene, contents, str(rng.choice(self.templates)), str(rng.choice(JOINERS)), synonyms, said),
+            "prompt": prompt,
             "kind": kind,
             "category": SUBJECTS[harm].category or "" if harm else "",
             "concept": harm,
@@ -63,6 +67,7 @@ class _Rows:
             "unnamed": ";".join(name for name in benign if name in self.unnamed),
             "held_out": int(held),
             "seed": SEEDS[self.owner][number],
+            "questions": "; ".join(questions),
         }
 
     def _find(self, rng: np.random.Generator, first: str, other: tuple[str, ...]) -> tuple[str, Contents]:
