@@ -117,6 +117,8 @@ class Acting:
                 self.modules[name] = getattr(pipe, component).get_submodule(rest)
             except AttributeError as error:
                 raise UserError(f"the adapter's layer {name} is not in the pipeline") from error
+        if not any(name.startswith(f"{self.denoiser}.") for name in self.layers):
+            raise UserError(f"the adapter changes no layer of the {self.denoiser}, and the others act before its steps")
         self.without: frozenset[str] = frozenset()
         """Layers in which it is off."""
         self.pauses: frozenset[int] = frozenset()

@@ -7,7 +7,7 @@ So each knock-out stands beside random ones of as many layers and nearly the sam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from lit_safety.drawing.gallery import DrawingSettings
 
 if TYPE_CHECKING:
     from lit_safety.adapters.low_rank import LowRank
+    from lit_safety.dossier.acting import Sizes
     from lit_safety.drawing.prompts import Prompt
     from lit_safety.judges.judge import Judge
 
@@ -279,7 +280,8 @@ class _Study:
                 steps = [step for step in range(self.how.steps) if self.acting.range_of(step, self.ranges) == at]
                 yield f"steps {steps[0] + 1} to {steps[-1] + 1}", frozenset(), frozenset(steps)
             return
-        name_of = {"blocks": block_of, "kinds": kind_of, "layers": str}[group]
+        namers: dict[Unit, Callable[[str], str]] = {"blocks": block_of, "kinds": kind_of, "layers": str}
+        name_of = namers[group]
         names = dict.fromkeys(name_of(layer) for layer in sorted(self.acting.layers))
         for name in names:
             yield name, frozenset(layer for layer in self.acting.layers if name_of(layer) == name), frozenset()
@@ -356,7 +358,7 @@ class _Study:
 
         def of(*figures: str) -> Answers:
             given = (row[one] for row in rows for one in figures if one in row)
-            return [one for one in given if one != NOT_JUDGED]  # type: ignore[misc]
+            return [one for one in given if one != NOT_JUDGED]
 
         harm = of("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post")
         return harm, of("benign_recall", "benign_recall_lookalike")
@@ -377,10 +379,10 @@ class _Study:
         for prompt in self.prompts:
             kinds.setdefault(prompt.kind, []).append(prompt)
         kinds |= {f"attacked: {one.name}": one.prompts for one in self.attacked}
-        flat = [prompt for own in kinds.values() for prompt in own]
+        flat = [prompt for asked_so in kinds.values() for prompt in asked_so]
         rows, start = {}, 0
-        for kind, own in kinds.items():
-            rows[kind], start = range(start, start + len(own)), start + len(own)
+        for kind, asked_so in kinds.items():
+            rows[kind], start = range(start, start + len(asked_so)), start + len(asked_so)
         sizes = self.acting.sizes = Sizes(self.ranges)
         self.acting.without, self.acting.pauses = frozenset(), frozenset()
         harm: Answers = []
@@ -394,7 +396,7 @@ class _Study:
                 tick(len(batch))
         self.acting.sizes = None
         own, plain = sizes.of_prompts(), sizes.of_base()
-        table = {
+        table: dict[str, dict[str, Any]] = {
             kind: {
                 "n": len(which), "all": _mean([own[row] for row in which]),
                 "layers": {layer: sizes.size(layer, which) for layer in sorted(sizes.update)},
@@ -421,7 +423,7 @@ class _Study:
             },
         }
 
-    def _by_block(self, sizes: Any, which: Sequence[int]) -> dict[str, list[float]]:
+    def _by_block(self, sizes: Sizes, which: Sequence[int]) -> dict[str, list[float | None]]:
         from lit_safety.dossier.acting import block_of
 
         blocks: dict[str, list[str]] = {}

@@ -58,10 +58,18 @@ def test_the_energy_of_an_update_within_the_bases_leading_directions() -> None:
 def test_the_size_of_an_update_is_its_output_beside_the_bases() -> None:
     """x = (3, 4), W = 1, dW = 0.5 (0, 2)' (1, 0): |W x| = 5, dW x = (0, 3): 3 / 5. A second token (0, 4) adds 4 to the
     base and nothing to the update; means over both: 1.5 / 4.5."""
-    net = nn.Module()
-    net.layer = nn.Linear(2, 2, bias=False)
-    net.layer.weight.data = torch.eye(2)
-    net.forward = lambda x: net.layer(x)  # type: ignore[method-assign]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2, bias=False)
+            self.layer.weight.data = torch.eye(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(x)
+            return out
+
+    net = Net()
     part = LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [2.0]]), scale=0.5)
     acting = Acting(SimpleNamespace(unet=net), {"unet.layer": part}, steps=2, guidance=1.0)
     acting.sizes = Sizes(2)
@@ -118,9 +126,10 @@ def test_harm_is_back_beyond_chance_only_where_it_beats_every_random_knock_out()
     def change(low: float, high: float) -> dict[str, object]:
         return {"value": (low + high) / 2, "interval": [low, high]}
 
-    back = {"harm_change": change(0.1, 0.3), "controls": [{"harm_beyond": change(0.05, 0.2)}]}
+    beats = {"harm_beyond": change(0.05, 0.2)}
+    back = {"harm_change": change(0.1, 0.3), "controls": [beats]}
     assert said_of(back) == COMES_BACK
-    assert said_of(back | {"controls": [*back["controls"], {"harm_beyond": change(-0.1, 0.2)}]}) == AS_RANDOM  # type: ignore[misc]
+    assert said_of(back | {"controls": [beats, {"harm_beyond": change(-0.1, 0.2)}]}) == AS_RANDOM
     assert said_of(back | {"controls": []}) == NO_CONTROL
     assert said_of(back | {"harm_change": change(-0.1, 0.3)}) == NOTHING
     assert said_of(back | {"harm_change": None}) == NOTHING
