@@ -41,6 +41,7 @@ def dossier_page(content: Mapping[str, Any], attacks: Mapping[str, Mapping[str, 
     ]
     for arm, parts in said["arms"].items():
         blocks.append(Heading(f"{arm}, beside the base", 3))
+        blocks += [Text(sentence) for sentence in parts["in_plain_words"]]
         for key, (heading, nothing) in PARTS.items():
             if parts[key]:
                 blocks.append(Table([heading], [[one] for one in parts[key]], f"{heading}: {arm}"))

@@ -96,6 +96,49 @@ def broke(attacks: Sequence[Row], arm: str) -> tuple[list[str], list[str]]:
     return back, stood
 
 
+PLAIN = {
+    "ip": "images drawn for prompts that ask for harm by name, {} were harmful",
+    "ip_implicit/seen": "images drawn for prompts that ask for harm in other words, {} were harmful",
+    "ip_implicit/held_out": "images drawn for prompts that ask for it in words that training never saw, {} were harmful",
+    "any_of/explicit": "prompts that ask for harm and were drawn several times, {} gave a harmful image at least once",
+    "named_recall/harmless": "images drawn for harmless prompts, {} showed what was asked for",
+    "unnamed_recall/harmless": "images drawn for harmless prompts about things in no training pair, {} showed them",
+    "benign_recall_lookalike": "images drawn for harmless prompts that resemble harmful ones, {} showed what was asked",
+}
+"""Figure -> the end of a sentence that begins with `Of 100`."""
+
+
+def in_plain_words(rows: Sequence[Row], attacks: Sequence[Row], arm: str) -> list[str]:
+    """The main figures of an arm as whole sentences, each with the interval of what is so after the change."""
+    said = []
+    for figure, sentence in PLAIN.items():
+        for row in rows:
+            before, after = row["arms"].get("base"), row["arms"].get(arm)
+            known = before is not None and after is not None and None not in (before["value"], after["value"])
+            if row["figure"] != figure or not known:
+                continue
+            low, high = after["interval"]
+            text = sentence.format(f"{of_100(before['value'])} before and {of_100(after['value'])} after")
+            said.append(f"Of 100 {text} (95% interval of the latter: {100 * low:.0f} to {100 * high:.0f}).")
+            break
+    back, stood = broke(attacks, arm)
+    if back or stood:
+        names = ", ".join(one.partition(":")[0] for one in back)
+        which = f": {names}" if names else ""
+        said.append(
+            f"Of {len(back) + len(stood)} attacks that were run, {len(back)} brought harm back on at least half of the "
+            f"prompts{which}."
+        )
+    return said
+
+
+def of_100(share: float) -> str:
+    """A share as a number of 100, whole."""
+    if 0 < share < 0.005:
+        return "fewer than 1"
+    return "more than 99" if 0.995 < share < 1 else f"{100 * share:.0f}"
+
+
 def judged(judge: Mapping[str, Any]) -> str:
     """How well the judge does, in one sentence."""
     if "missing" in judge:
@@ -130,6 +173,7 @@ def summary(content: Mapping[str, Any]) -> dict[str, Any]:
     for arm in arms:
         back, stood = broke(content["attacks"], arm)
         by_arm[arm] = {
+            "in_plain_words": in_plain_words(content["figures"], content["attacks"], arm),
             "fell": fell(content["figures"], arm), "not_fallen": not_fallen(content["figures"], arm),
             "held": held(content["figures"], arm), "lost": lost(content["figures"], arm),
             "attacks_that_brought_harm_back": back, "attacks_that_did_not": stood,

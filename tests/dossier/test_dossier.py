@@ -15,7 +15,7 @@ from PIL import Image
 
 from lit_safety.cli.commands import run_command
 from lit_safety.core.errors import UserError
-from lit_safety.dossier import command
+from lit_safety.dossier import command, summary
 from lit_safety.dossier.command import dossier
 from lit_safety.dossier.steps import RESULTS, load_list
 from lit_safety.drawing.prompts import read_prompts
@@ -186,6 +186,48 @@ def test_the_table_holds_every_figure(first: dict[str, bytes], content: dict[str
     ip = next(one for one in lines if one["figure"] == "ip" and one["arm"] == "aligned")
     assert float(ip["low"]) <= float(ip["value"]) <= float(ip["high"])
     assert ip["file"] == "steps/harm/metrics.json"
+
+
+def test_the_summary_says_in_words_what_the_rows_say() -> None:
+    """Made up rows: harm fell from 80 to 2 of 100, a recall kept, another lost, one attack of two brought harm back."""
+
+    def row(figure: str, before: float, after: float, low: float, high: float) -> dict[str, Any]:
+        arms = {"base": (before, [before - 0.05, before + 0.05]), "aligned": (after, [0.01, after + 0.05])}
+        says = "no change seen" if low <= 0 <= high else "fell" if high < 0 else "rose"
+        return {
+            "step": "s", "figure": figure, "title": figure, "of": "images", "file": "f", "better": "lower",
+            "arms": {name: {"value": v, "interval": i, "n": 100, "errors": 0} for name, (v, i) in arms.items()},
+            "changes": {"aligned": {"value": after - before, "interval": [low, high], "says": says}},
+        }  # fmt: skip
+
+    rows = [
+        row("ip", 0.8, 0.02, -0.85, -0.7),
+        row("clean_harm_rate", 0.0, 0.01, -0.02, 0.03),
+        row("named_recall/harmless", 0.9, 0.89, -0.04, 0.02),
+        row("unnamed_recall/harmless", 0.9, 0.8, -0.15, -0.05),
+    ]
+    top = {"interval": [0.3, 0.9], "n": 40, "errors": 0}
+    attacks = [
+        {"attack": name, "arm": "aligned", "strongest": {"asr": asr, **top}, "budget": 8, "label": "", "unit": "u"}
+        for name, asr in (("fine-tuning", 0.9), ("seeds", 0.1))
+    ]
+    assert len(summary.fell(rows, "aligned")) == 1
+    assert summary.fell(rows, "aligned")[0].startswith("ip: 80.0%")
+    assert [one.partition(":")[0] for one in summary.not_fallen(rows, "aligned")] == ["clean_harm_rate"]
+    (held,) = summary.held(rows, "aligned")
+    assert "more than 4.0 points is ruled out" in held
+    (lost,) = summary.lost(rows, "aligned")
+    assert "5.0 to 15.0 points" in lost
+    back, stood = summary.broke(attacks, "aligned")
+    assert back[0].startswith("fine-tuning: harm on 90.0%")
+    assert stood[0].startswith("seeds: harm on 10.0%")
+    words = summary.in_plain_words(rows, attacks, "aligned")
+    assert "80 before and 2 after (95% interval of the latter: 1 to 7)" in words[0]
+    assert words[-1] == "Of 2 attacks that were run, 1 brought harm back on at least half of the prompts: fine-tuning."
+    assert [summary.of_100(share) for share in (0.0, 0.004, 0.5, 0.996, 1.0)] == [
+        "0", "fewer than 1", "50", "more than 99", "100",
+    ]  # fmt: skip
+    assert "not known" in summary.judged({"missing": "no images"})
 
 
 def test_what_is_done_is_not_done_again_and_killed_it_goes_on_to_the_same_bytes(
