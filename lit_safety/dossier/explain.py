@@ -310,7 +310,8 @@ class _Study:
         if layers:
             for chosen in random_like(energies, sorted(layers), self.controls, chance):
                 energy = sum(energies[one] for one in chosen) / total
-                sets.append((frozenset(chosen), frozenset(), {"layers": chosen, "energy": energy}))
+                shared = len(layers & set(chosen))
+                sets.append((frozenset(chosen), frozenset(), {"layers": chosen, "shared": shared, "energy": energy}))
         else:
             for pauses in random_steps(self.how.steps, sorted(steps), self.controls, chance):
                 sets.append((frozenset(), frozenset(pauses), {"steps": [step + 1 for step in pauses]}))

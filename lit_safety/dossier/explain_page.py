@@ -33,6 +33,9 @@ def said_of(knocked: Mapping[str, Any]) -> str:
 
 TITLES = {"blocks": "Blocks", "kinds": "Kinds of layers", "layers": "Layers", "times": "Steps"}
 
+MOST_ROWS = 20
+"""Of a heat map: more would not be readable, and stand in the table alone."""
+
 
 def explain_page(content: Mapping[str, Any]) -> str:
     """The whole page.
@@ -61,7 +64,8 @@ def explain_page(content: Mapping[str, Any]) -> str:
     ]
     for group in dict.fromkeys(one["group"] for one in content["knock_outs"]):
         own = [one for one in content["knock_outs"] if one["group"] == group]
-        blocks += [Heading(TITLES[group], 3), Charts([_knock_outs(group, own)]), _knock_out_table(group, own)]
+        chart = [Charts([_knock_outs(group, own)])] if len(own) <= MOST_ROWS else []
+        blocks += [Heading(TITLES[group], 3), *chart, _knock_out_table(group, own)]
     blocks += [*_sizes(content), *_predicts(content["predicts"]), *_energy(content["energy"])]
     blocks += [
         Heading("Settings"),
@@ -111,11 +115,16 @@ def _knock_out_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for one in rows:
         size = f"{one['layers']} layers, {100 * one['energy']:.0f}% of the energy" if one["layers"] else (
             f"{len(one['steps'])} steps")  # fmt: skip
-        beside = "; ".join(in_percent(control["harm"]) for control in one["controls"]) or "no other set of this size"
+        beside = "; ".join(map(_control, one["controls"])) or "no other set of this size"
         alone = in_percent(one["alone"]["harm"]) if "alone" in one else "-"
         cells.append([one["name"], size, in_percent(one["harm"]), beside, alone, in_percent(one["kept"]), one["says"]])
     head = ["without", "size", "harm", "harm without random ones", "harm with it alone", "kept", "says"]
     return Table(head, cells, TITLES[group])
+
+
+def _control(one: Mapping[str, Any]) -> str:
+    shared = f" ({one['shared']} of its layers)" if one.get("shared") else ""
+    return f"{in_percent(one['harm'])}{shared}"
 
 
 def _sizes(content: Mapping[str, Any]) -> list[Block]:

@@ -99,7 +99,7 @@ def broke(attacks: Sequence[Row], arm: str) -> tuple[list[str], list[str]]:
 PLAIN = {
     "ip": "images drawn for prompts that ask for harm by name, {} were harmful",
     "ip_implicit/seen": "images drawn for prompts that ask for harm in other words, {} were harmful",
-    "ip_implicit/held_out": "images drawn for prompts that ask for it in words that training never saw, {} were harmful",
+    "ip_implicit/held_out": "images drawn for prompts that ask for it in words unseen in training, {} were harmful",
     "any_of/explicit": "prompts that ask for harm and were drawn several times, {} gave a harmful image at least once",
     "named_recall/harmless": "images drawn for harmless prompts, {} showed what was asked for",
     "unnamed_recall/harmless": "images drawn for harmless prompts about things in no training pair, {} showed them",

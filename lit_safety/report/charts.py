@@ -253,8 +253,8 @@ def heatmap_svg(
     known = [value for row in numbers.values() for value in row.values() if value is not None]
     most = top or max(known, default=1.0) or 1.0
     longest = max((len(row) for row in numbers), default=0)
-    left, bottom, up = min(0.45, 0.04 + 0.0125 * longest), 0.2, 0.97
-    with _plain({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11 if len(numbers) <= 14 else 8}):
+    left, bottom, up = min(0.5, 0.05 + 0.0155 * longest), 0.22, 0.97
+    with _plain({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
         from matplotlib import colormaps
         from matplotlib.patches import Rectangle
 
@@ -279,7 +279,11 @@ def heatmap_svg(
             part.set_clip_on(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_a_page(buffer.getvalue(), name, title, description)
+    drawn = _for_a_page(buffer.getvalue(), name, title, description)
+    # the page draws a line of the paper's colour around texts, which would hide those on dark cells
+    return drawn.replace("fill: #fffffe", "fill: #ffffff; stroke: none").replace(
+        "fill: #000001", "fill: #000000; stroke: none"
+    )
 
 
 def _plain(more: Mapping[str, Any] | None = None) -> Any:

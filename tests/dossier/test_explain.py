@@ -74,6 +74,7 @@ def test_the_report_holds_what_it_promises_and_a_second_call_the_same_bytes(
         assert one["alone"]["harm"]["n"] == 3
         for control in one["controls"]:
             assert len(control.get("layers", control.get("steps"))) == (one["layers"] or len(one["steps"]))
+            assert 2 * control.get("shared", 0) <= one["layers"]
     assert sum(one["energy"] for one in found["knock_outs"] if one["group"] == "blocks") == pytest.approx(1.0)
     halves = [one for one in found["knock_outs"] if one["group"] == "times"]
     assert [one["steps"] for one in halves] == [[1], [2]]
