@@ -29,6 +29,8 @@ OTHER_COMMANDS = {
     "attack": "attack models in several ways, and plot success against cost",
     "compare": "print several metrics.json in one table",
     "cost-model": "how accurate a cost model is, on labelled shards and on drawn images",
+    "dossier": "run a list of evaluations and attacks on a model, and write what they show on one page",
+    "explain": "where and when an adapter acts: knock-outs, gate ratios, energy; a page with heat maps",
     "init": "write the config of a method into a folder, to edit it",
     "judge-audit": "measure how right a judge is on labelled images",
     "merge": "merge LoRA experts into one, in delta space",

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "lit_safety"
 FLOORS = (
     "__main__",
     "cli",
+    "dossier",
     "study",
     "worlds",
-    "dossier",
     "callbacks",
     "modules",
     "merging",

@@ -157,6 +157,7 @@ WRITERS = {
     "embed": False,
     "evaluate": False,
     "evaluate_users": False,
+    "explain": False,
     "from_coprov2": False,
     "from_folder": False,
     "from_pickapic": False,
@@ -220,7 +221,7 @@ def run_command(arguments: Sequence[str]) -> None:
         rest = gather_list(rest)
     if command == "evaluate":
         rest = from_fit(rest)
-    if command in ("attack", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
+    if command in ("attack", "dossier", "evaluate") or list(arguments[:2]) == ["users", "evaluate"]:
         from lit_safety.drawing.arms import gather_arms
 
         rest = gather_arms(rest)

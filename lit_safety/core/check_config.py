@@ -31,6 +31,8 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "lit_safety.evaluation.command:evaluate",
     "compare": "lit_safety.evaluation.compare:compare",
     "cost-model": "lit_safety.cli.cost_model:check",
+    "dossier": "lit_safety.dossier.command:dossier",
+    "explain": "lit_safety.dossier.explain:explain",
     "init": "lit_safety.cli.init:init",
     "judge-audit": "lit_safety.evaluation.audit:judge_audit",
     "merge": "lit_safety.merging.merge:merge",

@@ -31,6 +31,7 @@ from lit_safety.evaluation.tables import (
     judged_over,
     percent,
     quality_blocks,
+    quality_cell,
     title,
 )
 from lit_safety.judges.judge import JudgeError, NotJudged, Verdict
@@ -159,15 +160,21 @@ def protocol_blocks(metrics: Mapping[str, Any]) -> list[Block]:
 
 
 def judged_categories(metrics: Mapping[str, Any]) -> list[Block]:
-    """The categories whose harm the judge sees; nothing where it does not say."""
+    """The categories whose harm the judge sees, or that it does not say which."""
     judge = metrics["settings"].get("judge", {})
     seen = judge.get("categories")
-    return [Text(f"Harm is judged by {judge['name']} in the categories {', '.join(seen)}.")] if seen else []
+    if not judge.get("name"):
+        return []
+    if not seen:
+        return [Text(f"Harm is judged by {judge['name']}, which does not say what categories it sees.")]
+    return [Text(f"Harm is judged by {judge['name']} in the categories {', '.join(seen)}.")]
 
 
 def _counted(figure: str) -> str:
     """A figure's title: a share's, or one of quality."""
-    return title(figure).strip() if figure.partition("/")[0] in FIGURES else about(figure).title
+    if figure.partition("/")[0] not in FIGURES:
+        return about(figure).title
+    return _rate_title(figure) if "/" in figure else FIGURES[figure].title
 
 
 def corrected_blocks(metrics: Mapping[str, Any]) -> list[Block]:
@@ -201,7 +208,7 @@ def corrected_blocks(metrics: Mapping[str, Any]) -> list[Block]:
 
 def _rate_title(name: str) -> str:
     figure, _, part = name.partition("/")
-    return f"{FIGURES[figure].title}, {part}" if figure == "ip_by_category" else title(name)
+    return f"{FIGURES[figure].title}, {part}" if figure == "ip_by_category" and part else title(name)
 
 
 def pareto_blocks(metrics: Mapping[str, Any]) -> list[Block]:
@@ -275,29 +282,35 @@ def _kept(arm: Mapping[str, Any], figure: str) -> tuple[float | None, Sequence[f
     return (None if isinstance(value, str) else value), flat(arm["intervals"]).get(figure)
 
 
+TILES = (
+    *("ip", "any_of/explicit", "any_of/adversarial", "ip_implicit/held_out", "asr/post", "named_recall/harmless"),
+    *("unnamed_recall/harmless", "clean_harm_rate"),
+)
+"""The shares at the top of the page, where they were measured."""
+
+
 def _after(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The first arm that is not the base; the base where it is alone."""
     return next(((n, a) for n, a in metrics["arms"].items() if n != "base"), ("base", metrics["base"]))
 
 
 def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
-    base, (_, arm) = metrics["base"], _after(metrics)
+    base, (name, arm) = metrics["base"], _after(metrics)
     tiles = []
-    for figure in (
-        "ip",
-        "any_of/explicit",
-        "ip_implicit/held_out",
-        "asr/post",
-        "named_recall/harmless",
-        "unnamed_recall/harmless",
-        "clean_harm_rate",
-    ):
+    counted = (metrics["settings"].get("protocol") or {}).get("counted", ())  # the protocol's own come first
+    for figure in dict.fromkeys((*counted, *TILES)):
         if figure in flat(arm):
             before, after = _share(flat(base)[figure]), _share(flat(arm)[figure])
             shift = (
                 f"{before} \u2192 {after}" if arm is not base and before not in (NOT_JUDGED, NOT_MEASURED) else before
             )
-            tiles.append(Tile(title(figure), shift, f"{FIGURES[figure.partition('/')[0]].better} is better"))
+            right = corrected_cell(arm, figure)
+            more = "" if right == "-" else f"; {'' if arm is base else f'{name} '}corrected: {right}"
+            better = f"{FIGURES[figure.partition('/')[0]].better} is better"
+            tiles.append(Tile(_rate_title(figure), shift, better + more))
+        elif figure in arm.get("quality", {}):
+            values = [quality_cell(one, figure) for one in ([base] if arm is base else [base, arm])]
+            tiles.append(Tile(about(figure).title, " \u2192 ".join(values), f"{about(figure).better} is better"))
     return tiles
 
 
@@ -309,7 +322,10 @@ def _ip_in_words(metrics: Mapping[str, Any]) -> list[Block]:
     return [Text("IP is the inappropriate probability: the share of images with harm, as the judge sees it.")]
 
 
-SECOND = ("ip", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "clean_harm_rate", "lookalike_harm_rate")
+SECOND = (
+    *("ip", "ip_held_out", "ip_implicit/seen", "ip_implicit/held_out", "asr/post", "any_of/explicit"),
+    *("any_of/implicit", "any_of/adversarial", "clean_harm_rate", "lookalike_harm_rate"),
+)
 """Of these, those that were measured stand in the table of the judges, for each judge and arm."""
 
 

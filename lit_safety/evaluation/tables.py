@@ -300,8 +300,14 @@ def arm_markdown(metrics: Mapping[str, Any]) -> str:
     """table.md: the rows, and below them the protocol that they share."""
     head, *rows = [[text.replace("|", "\\|") for text in row] for row in arm_rows(metrics)]
     lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _markdown(lines)
+    if right := corrected_rows(metrics):
+        table += f"\n\n{_markdown([right[0], ['---'] * len(right[0]), *right[1:]])}"
     return f"{table}\n\n{protocol_line(metrics)}\n"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def protocol_line(metrics: Mapping[str, Any]) -> str:

@@ -385,17 +385,28 @@ def acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def _adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0].float()
-        with torch.autocast(x.device.type, enabled=False):
-            if isinstance(module, nn.Conv2d):
-                a = part.a.reshape(part.rank, -1, *part.kernel)
-                hidden = nn.functional.conv2d(x, a, None, module.stride, module.padding, module.dilation)
-                more = nn.functional.conv2d(hidden, part.b[:, :, None, None])
-            else:
-                more = (x @ part.a.T) @ part.b.T
-        return output + (part.scale * more).to(output.dtype)
+        return output + added(part, module, inputs[0]).to(output.dtype)
 
     return add
+
+
+def added(part: LowRank, module: nn.Module, x: Tensor) -> Tensor:
+    """What an update adds to the output of a linear layer or a convolution, in fp32.
+
+    Args:
+        part: the update, on the input's device.
+        module: the layer.
+        x: its input.
+    """
+    x = x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(module, nn.Conv2d):
+            a = part.a.reshape(part.rank, -1, *part.kernel)
+            hidden = nn.functional.conv2d(x, a, None, module.stride, module.padding, module.dilation)
+            more = nn.functional.conv2d(hidden, part.b[:, :, None, None])
+        else:
+            more = (x @ part.a.T) @ part.b.T
+    return part.scale * more
 
 
 class _Sum:

@@ -231,6 +231,61 @@ def _heatmap(
     return _png_bytes(figure)
 
 
+def heatmap_svg(
+    numbers: Mapping[str, Mapping[str, float | None]],
+    name: str,
+    title: str,
+    description: str,
+    form: str = ".2f",
+    top: float | None = None,
+) -> str:
+    """The same as an SVG element for a page.
+
+    Args:
+        numbers: row -> column -> number; None, or none at all: an empty cell.
+        name: unique on the page; letters, digits and `-`.
+        title: what it shows.
+        description: what it shows, for people who cannot see it.
+        form: how numbers are written.
+        top: the number of the darkest colour; None: the largest.
+    """
+    columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
+    known = [value for row in numbers.values() for value in row.values() if value is not None]
+    most = top or max(known, default=1.0) or 1.0
+    longest = max((len(row) for row in numbers), default=0)
+    left, bottom, up = min(0.5, 0.05 + 0.0155 * longest), 0.22, 0.97
+    with _plain({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
+        from matplotlib import colormaps
+        from matplotlib.patches import Rectangle
+
+        figure = _figure(WIDTH / 72, HEIGHT / 72, 72, None)
+        axes = figure.add_axes((left, bottom, 0.98 - left, up - bottom))
+        for down, row in enumerate(numbers.values()):
+            for across, column in enumerate(columns):
+                value = row.get(column)
+                if value is None:
+                    continue
+                share = min(1.0, max(0.0, value / most))
+                axes.add_patch(Rectangle((across, down), 1, 1, facecolor=colormaps["Reds"](share), edgecolor="none"))
+                ink = "#fffffe" if share > 0.5 else "#000001"  # on a cell, whatever the page's mode
+                axes.text(across + 0.5, down + 0.5, format(value, form), ha="center", va="center", color=ink)
+        axes.set_xlim(0, max(1, len(columns)))
+        axes.set_ylim(max(1, len(numbers)), 0)
+        axes.set_xticks([n + 0.5 for n in range(len(columns))], columns, rotation=20, ha="right")
+        axes.set_yticks([n + 0.5 for n in range(len(numbers))], list(numbers))
+        _bare(axes)
+        axes.grid(visible=False)
+        for part in figure.findobj():
+            part.set_clip_on(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawn = _for_a_page(buffer.getvalue(), name, title, description)
+    # the page draws a line of the paper's colour around texts, which would hide those on dark cells
+    return drawn.replace("fill: #fffffe", "fill: #ffffff; stroke: none").replace(
+        "fill: #000001", "fill: #000000; stroke: none"
+    )
+
+
 def _plain(more: Mapping[str, Any] | None = None) -> Any:
     """Escape names, so that a $ in a name does not begin a formula."""
     from matplotlib import rc_context

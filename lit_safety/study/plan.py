@@ -279,10 +279,16 @@ class Job:
     """Rows that must be done first, at the same seed."""
     above: tuple[str, ...] = ()
     """Digests of these rows' jobs."""
+    beside: tuple[str, ...] = ()
+    """Further words of each command, which change nothing that it finds, such as how many processes it takes."""
 
     @property
     def name(self) -> str:
-        return f"{self.row}/seed{self.seed}"
+        return self.name_of(self.row)
+
+    def name_of(self, row: str) -> str:
+        """The name of a row's job at this seed."""
+        return f"{row}/seed{self.seed}"
 
     @property
     def digest(self) -> str:
@@ -366,7 +372,7 @@ def _job(study: Study, row: str, seed: int, above: tuple[str, ...]) -> Job:
         return text
 
     commands = tuple(
-        tuple(fill(word) for word in [*command.split(), *_arguments(options)]) for command, options in study.calls(row)
+        tuple(fill(word) for word in [*command.split(), *words_of(options)]) for command, options in study.calls(row)
     )
     metrics = None if row in study.prepare else Path(fill(study.metrics))
     return Job(row, seed, folder_of(row), commands, metrics, study.needed(row), above)
@@ -378,7 +384,7 @@ def _text_at(study: Study, name: str, texts: list[str], row: str, seed: int) -> 
     return texts[study.seeds.index(seed)]
 
 
-def _arguments(options: Options) -> list[str]:
+def words_of(options: Options) -> list[str]:
     """Options as words of a command line; a list under `config` is several `--config`, which come before the rest."""
     words: list[str] = [str(word) for word in options.get(WORDS, ())]
     for name, value in sorted(options.items(), key=lambda option: option[0] != "config"):

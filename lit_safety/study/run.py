@@ -214,7 +214,7 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
     if not wanted:
         raise UserError(f"{study}: no row matches --only {only}; rows are {', '.join(plan.rows)}")
     for job in wanted:
-        _check(job, plan.out)
+        check_job(job, plan.out)
     done = latest(read_results(Path(plan.out)), everything)
     left = [job for job in wanted if job.name not in done]
     print(f"{study}: {len(wanted)} jobs, {len(wanted) - len(left)} of them done")
@@ -222,15 +222,16 @@ def run_study(study: str, only: str = "*", processes: int = 1, dry_run: bool = F
         for job in left:
             print(f"{job.name}:", *(f"  python -m lit_safety {shlex.join(words)}" for words in job.commands), sep="\n")
         return
-    with _alone(Path(plan.out)) as lock, _ended_by_sigterm():
-        failed = _do(plan, left, done, processes, lock)
+    with alone(Path(plan.out)) as lock, ended_by_sigterm():
+        failed = do_jobs(plan, left, done, processes, lock)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed)}; the results of the others are kept"
+            f"{len(failed)} of {len(left)} jobs failed: {'; '.join(failed.values())}; the results of the others are "
+            "kept"
         )
 
 
-def _check(job: Job, out: str) -> None:
+def check_job(job: Job, out: str) -> None:
     """Refuse a job with an unknown key before anything runs: an evaluation may come hours after its training.
 
     Raises:
@@ -245,11 +246,11 @@ def _check(job: Job, out: str) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[Lock]:
+def alone(out: Path, command: str = "study run") -> Iterator[Lock]:
     """The lock of a study: two calls would do the same jobs in the same folders. The jobs hold the lock too."""
     lock = Lock(
         lock_of(out),
-        f"another `study run` works in {out}, or a killed one left a job that is still ending: wait for it, or start "
+        f"another `{command}` works in {out}, or a killed one left a job that is still ending: wait for it, or start "
         "that one with more --processes",
     )
     try:
@@ -259,7 +260,7 @@ def _alone(out: Path) -> Iterator[Lock]:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends the running commands, as Ctrl-C does; without this they would keep running."""
     if current_thread() is not main_thread():
         yield
@@ -284,8 +285,18 @@ def _wanted(jobs: Sequence[Job], only: str) -> list[Job]:
     return [job for job in jobs if (job.row, job.seed) in names]
 
 
-def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int, lock: Lock) -> list[str]:
-    """Do the jobs; returns what failed and why."""
+def do_jobs(study: Study, left: Sequence[Job], done: dict[str, Result], processes: int, lock: Lock) -> dict[str, str]:
+    """Do the jobs, each noted in the results file as soon as it is finished.
+
+    Args:
+        study: where results go, and which figures are read.
+        left: the jobs to do.
+        done: those that are finished, by name.
+        processes: jobs at a time.
+        lock: of `alone`.
+
+    Returns: name -> why it failed, for each job that did.
+    """
     took = [result.seconds for result in done.values()]
     finished, failed = set(done), dict[str, str]()
     stop, begun = Event(), time.monotonic()
@@ -296,7 +307,7 @@ def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int, 
                 for job in [job for job in waiting if _blocker(job, failed)]:
                     failed[job.name] = f"{job.name} needs {_blocker(job, failed)}"
                     waiting.remove(job)
-                ready = [job for job in waiting if all(f"{row}/seed{job.seed}" in finished for row in job.needs)]
+                ready = [job for job in waiting if all(job.name_of(row) in finished for row in job.needs)]
                 for job in ready[: processes - len(running)]:
                     waiting.remove(job)
                     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -316,11 +327,11 @@ def _do(study: Study, left: list[Job], done: dict[str, Result], processes: int, 
         except BaseException:
             stop.set()  # Ctrl-C: end the running commands, so that leaving the pool does not wait for them
             raise
-    return list(failed.values())
+    return failed
 
 
 def _blocker(job: Job, failed: dict[str, str]) -> str | None:
-    return next((row for row in job.needs if f"{row}/seed{job.seed}" in failed), None)
+    return next((row for row in job.needs if job.name_of(row) in failed), None)
 
 
 def _tell(job: Job, result: Result, took: list[float], left: int, processes: int, spent: float) -> None:
@@ -343,10 +354,11 @@ def _call(study: Study, job: Job, threads: int, stop: Event, lock: Lock) -> Resu
     held = () if lock.descriptor is None else (lock.descriptor,)
     with open(log, "ab") as file:
         for words in job.commands:
-            file.write(f"$ python -m lit_safety {shlex.join(words)}\n".encode())
+            called = [*words, *job.beside]
+            file.write(f"$ python -m lit_safety {shlex.join(called)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                [*PROGRAM, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held
+                [*PROGRAM, *called], stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held
             )
             while (code := _exit_code(process)) is None:
                 if stop.is_set():

@@ -162,6 +162,7 @@ def test_a_report_corrects_its_rates(
     assert "Corrected rates" in page
     assert CAVEAT in page
     assert "corrected" in capsys.readouterr().out
+    assert "| corrected for the judge's errors |" in (tmp_path / "report" / "table.md").read_text()
     judges["a"] = Redness(0.5)
     with pytest.raises(UserError, match="--audit"):
         evaluate(**given, audit=str(tmp_path / "audit"))

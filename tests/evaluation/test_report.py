@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lit_safety.drawing.gallery import Drawn
-from lit_safety.evaluation.report import page
+from lit_safety.evaluation.report import _tiles, judged_categories, page
 from lit_safety.evaluation.run import ArmResult, Results
 from lit_safety.judges.judge import JudgeError, Verdict
 
@@ -150,3 +150,31 @@ def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Re
     assert twice.metrics()["base"]["unnamed_recall"] == {"harmless": 0.0, "clean": 0.0}
     assert "tree, several" in text
     assert "recall, unnamed things" in text
+
+
+def test_the_figures_that_a_protocol_counts_come_first_and_corrected_rates_beside_what_was_found() -> None:
+    def arm(share: float, fid: float) -> dict:
+        return {
+            "ip": share,
+            "ip_by_category": {"sexual": share},
+            "clean_harm_rate": 0.0,
+            "quality": {"fid_reference": {"value": fid, "interval": None, "n": 8, "errors": 0}},
+            "corrected": {"ip": {"value": share / 2, "interval": [0.0, share], "n": 8, "errors": 0}},
+        }
+
+    arms = {"base": arm(0.8, 10.0), "aligned": arm(0.2, 12.5)}
+    settings = {"protocol": {"counted": ["ip_by_category/sexual", "fid_reference"]}}
+    metrics = {"settings": settings, "arms": arms, **arms, "differences": {}}
+    found = [(tile.title, tile.value, tile.note) for tile in _tiles(metrics)]
+    assert [value for _, value, _ in found] == ["80.0% → 20.0%", "10.00 → 12.50", "80.0% → 20.0%", "0.0% → 0.0%"]
+    assert "sexual" in found[0][0]
+    assert "aligned corrected: 10.0 [0.0, 20.0]" in found[2][2]
+    assert "corrected" not in found[0][2]
+
+
+def test_a_judge_that_names_no_categories_is_said_to() -> None:
+    (text,) = judged_categories({"settings": {"judge": {"name": "x", "categories": ["hate", "sexual"]}}})
+    assert "hate, sexual" in text.text
+    (text,) = judged_categories({"settings": {"judge": {"name": "x"}}})
+    assert "does not say" in text.text
+    assert judged_categories({"settings": {}}) == []

@@ -20,6 +20,7 @@ from lit_safety.report.charts import (
     Chart,
     Point,
     Series,
+    heatmap_svg,
     name_place,
     pareto_front,
     png,
@@ -90,6 +91,20 @@ def test_charts_of_one_page_share_no_id_and_are_the_same_each_time() -> None:
     assert first
     assert not set(first) & set(second)
     assert svg(chart, "a", "d") == svg(chart, "a", "d")
+
+
+def test_a_heat_map_holds_every_number_and_leaves_out_what_is_not_known() -> None:
+    numbers = {"up_blocks.0": {"clean": 0.25, "harm": 1.0}, "mid <block>": {"clean": None, "harm": 0.5}}
+    drawn = heatmap_svg(numbers, "heat", "Sizes", "three numbers", ".2f")
+    assert drawn == heatmap_svg(numbers, "heat", "Sizes", "three numbers", ".2f")
+    root = ET.fromstring(drawn)
+    texts = [text for element in root.iter("text") if (text := "".join(element.itertext()).strip())]
+    assert {"0.25", "1.00", "0.50", "clean", "harm", "up_blocks.0", "mid <block>"} <= set(texts)
+    assert "None" not in drawn
+    assert "nan" not in drawn
+    assert "clip-path" not in drawn
+    assert "fill: #ffffff; stroke: none" in drawn  # on the darkest cell
+    assert "fill: #000000; stroke: none" in drawn
 
 
 @pytest.fixture
