@@ -100,7 +100,7 @@ class Published:
             if name in parts.index.components
         ]
         self.reference = parts_of(model, scale, device).get("unet").to(device, frozen)
-        self.parameters = LoRA(rank=RANK).attach(self.policy, "policy")
+        self.parameters = LoRA(rank=RANK, forward="peft").attach(self.policy, "policy")
         if checkpointing:
             self.policy.enable_gradient_checkpointing()
             self.policy.train()
