@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lit_safety.adapters.lora_linear import use_own_forward
 from lit_safety.core.errors import UserError
+
+# PEFT brings transformers: it is imported where an adapter is attached, so that a configuration is read without it.
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -77,6 +78,8 @@ class LoRA:
         Raises:
             UserError: if no layer's name ends in one of ``target_modules`` and begins with one of ``blocks``.
         """
+        from peft import LoraConfig
+
         model: Any = denoiser
         config = LoraConfig(
             r=self.rank,
@@ -100,6 +103,8 @@ class LoRA:
             # Autocast casts by itself; PEFT would widen a layer's input first, and to_q, to_k, to_v each keep a copy.
             layer.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
         if self.forward == "own":
+            from lit_safety.adapters.lora_linear import use_own_forward
+
             use_own_forward(denoiser)
         return parameters
 
@@ -154,6 +159,8 @@ def adapter_metadata(denoiser: nn.Module, adapter: str) -> dict[str, Any]:
 
 def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     """All PEFT layers of ``model``, in order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 

@@ -221,9 +221,9 @@ def test_it_compiles_to_one_graph_and_stays():
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import kernels
+    import kernel_counts
 
-    return kernels
+    return kernel_counts
 
 
 def test_kernels_of_a_layer(kernels: Any):

@@ -1,6 +1,6 @@
 """Kernels and bytes of a forward and backward pass outside of matrix products, counted on fake tensors.
 
-    python benchmarks/kernels.py --model sd15
+    python benchmarks/kernel_counts.py --model sd15
 
 A GPU waits for what launches kernels and for what moves memory without computing. Both can be counted without a GPU: a
 denoiser of the true shapes runs one image forward and backward under bf16 autocast on tensors that have shapes and no
