@@ -100,7 +100,7 @@ class Published:
             if name in parts.index.components
         ]
         self.reference = parts_of(model, scale, device).get("unet").to(device, frozen)
-        self.parameters = LoRA(rank=RANK).attach(self.policy, "policy")
+        self.parameters = LoRA(rank=RANK, forward="peft").attach(self.policy, "policy")
         if checkpointing:
             self.policy.enable_gradient_checkpointing()
             self.policy.train()
@@ -175,6 +175,7 @@ class Ours:
             str(TOY / "pipeline"), DiffusionDPO(BETA), LoRA(rank=RANK, blocks=blocks), speed=speed
         )
         module.backbone = backbone_of(model, scale, device)
+        module.lora = module.lora.with_targets(module.backbone.lora_targets())
         module.configure_policy()
         if (half := half_of(device)) is not None:  # as a fit in bf16-mixed does
             lower_frozen(module.backbone.denoiser, half)
@@ -225,14 +226,26 @@ def cached_batch(module: PreferenceModule, pairs: int, resolution: int) -> PairB
     vae = module.backbone.parts.config("vae")
     side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     length = 77
+    if module.backbone.DENOISER == "transformer":  # SD3's texts: 77 tokens of CLIP and 256 of T5
+        conditioning = {
+            "encoder_hidden_states": torch.randn(pairs, 333, config.joint_attention_dim),
+            "pooled_projections": torch.randn(pairs, config.pooled_projection_dim),
+        }
+        return _batch(conditioning, config.in_channels, side, resolution)
     if isinstance(module.backbone.parts.index.components.get("text_encoder"), tuple):
         length = module.backbone.parts.config("text_encoder")["max_position_embeddings"]
     conditioning = {"encoder_hidden_states": torch.randn(pairs, length, config.cross_attention_dim)}
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         conditioning["text_embeds"] = torch.randn(pairs, pooled)
+    return _batch(conditioning, config.in_channels, side, resolution)
+
+
+def _batch(conditioning: dict[str, Tensor], channels: int, side: int, resolution: int) -> PairBatch:
+    """As many pairs as the conditioning has rows."""
+    pairs = len(next(iter(conditioning.values())))
     unknown = torch.full((pairs, 2), float("nan"))
-    latents = torch.rand(pairs, 2, 2, config.in_channels, side, side)
+    latents = torch.rand(pairs, 2, 2, channels, side, side)
     whole = torch.tensor([float(resolution)] * 2 + [0.0] * 2 + [float(resolution)] * 2)
     fixed = list(range(pairs))
     return PairBatch(

@@ -44,6 +44,33 @@ XL_SCALES: dict[str, dict[str, Any]] = {
         "heads": (5, 10, 20),
     },
 }
+#: Stable Diffusion 3.5 medium's transformer, by what we know of its configuration.
+FLOW_SCALES: dict[str, dict[str, Any]] = {
+    "small": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "caption_projection_dim": 64,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": 64,
+        "in_channels": 16,
+        "sample_size": 32,
+        "pos_embed_max_size": 64,
+    },
+    "full": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "in_channels": 16,
+        "sample_size": 128,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+}
 RESOLUTION = {"sd15": 512, "sdxl": 1024}
 #: DDPM's noise as both families were trained with.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -161,8 +188,27 @@ def backbone_of(model: str, scale: str, device: torch.device) -> Backbone:
     """The backbone around fresh components, frozen; encoders are not made until they are used."""
     if model == "toy":
         return load_backbone(str(TOY / "pipeline")).to(device)
+    if model == "sd35":
+        return flow_backbone(scale, device)
     family = StableDiffusion if model == "sd15" else StableDiffusionXL
     return family(parts_of(model, scale, device)).requires_grad_(False).eval()
+
+
+def flow_backbone(scale: str, device: torch.device) -> Backbone:
+    """Stable Diffusion 3.5 medium's family around a fresh transformer; its encoders cannot be used."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    from lit_safety.backbones.stable_diffusion_3 import StableDiffusion3
+
+    size = FLOW_SCALES[scale]
+    makers: dict[str, Callable[[], Any]] = {
+        "transformer": lambda: SD3Transformer2DModel(**size),
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "text_encoder_3": lambda: None,
+    }
+    vae = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}
+    parts = RandomParts(makers, {"transformer": size, "vae": vae}, device)
+    return StableDiffusion3(parts).requires_grad_(False).eval()
 
 
 def random_pipeline(folder: Path, scale: str) -> Path:

@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_safety.core.errors import UserError
+
+# PEFT brings transformers: it is imported where an adapter is attached, so that a configuration is read without it.
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 #: The file name that diffusers writes and looks for.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -34,6 +36,8 @@ class LoRA:
             backward pass of a UNet ends at its middle, which saves time and memory.
         init: "gaussian" draws A from N(0, 1/r), "kaiming" as PEFT's default; B is 0 in both, so that policy and
             reference are the same function at the start.
+        forward: "own" computes linear layers with fewer kernels than "peft", which is PEFT's own code: the same values,
+            in fp32 on a CPU to the bit. Parameters, names and files are PEFT's in both.
 
     Raises:
         ValueError: if ``rank`` or ``alpha`` is not positive, or ``target_modules`` names a text encoder.
@@ -46,6 +50,7 @@ class LoRA:
         target_modules: Sequence[str] | None = None,
         init: Literal["gaussian", "kaiming"] = "gaussian",
         blocks: Sequence[str] | None = None,
+        forward: Literal["own", "peft"] = "own",
     ) -> None:
         if rank < 1 or (alpha is not None and alpha <= 0):
             raise ValueError(f"rank must be at least 1 and alpha above 0, got rank {rank}, alpha {alpha}")
@@ -59,12 +64,13 @@ class LoRA:
         self.target_modules = None if target_modules is None else list(target_modules)
         self.init = init
         self.blocks = None if blocks is None else list(blocks)
+        self.forward = forward
 
     def with_targets(self, targets: Sequence[str]) -> LoRA:
         """The same on ``targets``, if no layers were named."""
         if self.target_modules is not None:
             return self
-        return LoRA(self.rank, self.alpha, targets, self.init, self.blocks)
+        return LoRA(self.rank, self.alpha, targets, self.init, self.blocks, self.forward)
 
     def attach(self, denoiser: nn.Module, adapter: str) -> list[nn.Parameter]:
         """Put the adapter called ``adapter`` on ``denoiser`` and make it trainable; returns its parameters.
@@ -72,6 +78,8 @@ class LoRA:
         Raises:
             UserError: if no layer's name ends in one of ``target_modules`` and begins with one of ``blocks``.
         """
+        from peft import LoraConfig
+
         model: Any = denoiser
         config = LoraConfig(
             r=self.rank,
@@ -94,6 +102,10 @@ class LoRA:
         for layer in adapter_layers(denoiser):
             # Autocast casts by itself; PEFT would widen a layer's input first, and to_q, to_k, to_v each keep a copy.
             layer.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+        if self.forward == "own":
+            from lit_safety.adapters.lora_linear import use_own_forward
+
+            use_own_forward(denoiser)
         return parameters
 
     def _targets(self) -> list[str] | str:
@@ -147,6 +159,8 @@ def adapter_metadata(denoiser: nn.Module, adapter: str) -> dict[str, Any]:
 
 def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     """All PEFT layers of ``model``, in order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 

@@ -67,13 +67,18 @@ def extension_of(data: bytes, where: str) -> str:
     raise UserError(f"{where}: is not a PNG, JPEG or WebP image")
 
 
-def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, where: str, max_pixels: int = MAX_PIXELS, cover: tuple[int, int] | None = None
+) -> Image.Image:
     """The RGB image in `data`, as `rgb` shows it.
 
     Args:
         data: the bytes of a PNG, JPEG or WebP file.
         where: the shard, the sample and the side, for messages.
         max_pixels: refuse larger images before decompressing them.
+        cover: height and width that the caller scales the image to; a JPEG may then be decoded at a half, a quarter or
+            an eighth of its size, where that still covers them: less work, and other pixels than a whole decode and a
+            resize give. Its `info` then has `stored_size`, its true height and width. None: at its size.
 
     Raises:
         UserError: not such an image, cut short, or too large.
@@ -87,10 +92,18 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{where}: {width} x {height} pixels is over the limit of {max_pixels}")
+            turned = False
+            if kind == "JPEG" and cover is not None:
+                turned = _orientation(image) >= 5
+                image.draft(None, cover if turned else cover[::-1])
+            smaller = image.size != (width, height)
             image.load()
             if kind == "PNG":
                 _check_pixels(data)
-            return rgb(image, where)
+            shown = rgb(image, where)
+            if smaller:
+                shown.info["stored_size"] = (width, height) if turned else (height, width)
+            return shown
     except UserError:
         raise
     except Image.DecompressionBombError as error:

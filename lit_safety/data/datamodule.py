@@ -68,6 +68,8 @@ class PreferenceDataModule(LightningDataModule):
             (`shards precompute --reference_draws`); false: fresh draws, and the reference is run.
         masked: Read `K.mask.png` where pairs have one, white where chosen and rejected differ: errors then count there
             alone. Goes with `use_reference: false` where the reference is cached.
+        scaled_jpegs: Decode a JPEG at a half, a quarter or an eighth of its size where that still covers what it is
+            scaled to: a few times as fast, and slightly other pixels than a whole decode gives, or a cache holds.
         one_category: For experts: every training step (on all ranks) uses pairs about one category. The categories take
             turns, each as often as it has pairs. A pair about several categories is used in the turns of each; a pair
             without a category is not used. Batches of validation and test hold one category too, one after the other.
@@ -111,6 +113,7 @@ class PreferenceDataModule(LightningDataModule):
         aspect_buckets: bool = False,
         uncategorised: bool = False,
         masked: bool = False,
+        scaled_jpegs: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # loggers refuse a key that the module also has
@@ -132,6 +135,7 @@ class PreferenceDataModule(LightningDataModule):
         self.weights = weights
         self.aspect_buckets = aspect_buckets
         self.masked = masked
+        self.scaled_jpegs = scaled_jpegs
         self.filter = replace(Filter.of(categories, kinds, orders, users, KEY), uncategorised=uncategorised)
         self.position = DataPosition()
         """Where training stands in the data."""
@@ -473,6 +477,8 @@ class PreferenceDataModule(LightningDataModule):
             f"{KEY}.one_category": self.one_category,
             f"{KEY}.uncategorised": self.uncategorised,
         }
+        if self.scaled_jpegs:
+            signature[f"{KEY}.scaled_jpegs"] = True
         if self.aspect_buckets:
             signature[f"{KEY}.resolution with {KEY}.aspect_buckets"] = str(self.resolution)
         if steps_each is not None:
@@ -517,6 +523,7 @@ class PreferenceDataModule(LightningDataModule):
             without_images,
             self.masked,
             self._whole,
+            self.scaled_jpegs,
         )
 
     def _loader(self, name: str, deal: Deal, num_workers: int, position: DataPosition | None = None) -> PairLoader:

@@ -15,6 +15,7 @@ from lit_safety.merging.core_space import iso_c, null_space, project, svc, tsv_m
 from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import (
     Activity,
+    Updates,
     comerge,
     comerge_weights,
     dare_sum,
@@ -188,9 +189,9 @@ def _exact(
         return (tsv_m if recipe.method == "tsv_m" else iso_c)(parts, weights), None
     if recipe.method == "comerge":
         return _comerged(name, parts, names, recipe, activity)
-    deltas = [part.delta(torch.float32) for part in parts]
+    deltas = Updates(parts)
     if recipe.method == "ties":
-        return ties(torch.stack(deltas), recipe.density, torch.tensor(weights)), None
+        return ties(deltas, recipe.density, torch.tensor(weights)), None
     return dare_sum(deltas, weights, recipe.drop, recipe.seed, names, name), None
 
 
@@ -207,8 +208,7 @@ def _comerged(
         raise ValueError(f"comerge needs to know how active the experts are in {layer}: calibrate first")
     found: LowRank | Tensor
     if recipe.unit == "weight":
-        deltas = torch.stack([part.delta(torch.float32) for part in parts])
-        found, owner = comerge_weights(deltas, activity.inputs if activity and recipe.normalise else None)
+        found, owner = comerge_weights(Updates(parts), activity.inputs if activity and recipe.normalise else None)
     else:
         assert activity is not None
         owner = owners(activity, recipe.statistic, recipe.normalise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,24 @@ def _leading(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # TIES: trim, elect a sign, average those that agree (Yadav et al., arXiv 2306.01708, algorithm 1).
 
 
-def ties(deltas: Tensor, density: float, weights: Tensor | None = None) -> Tensor:
+class Updates(Sequence[Tensor]):
+    """The whole updates (out, in) of one layer in fp32, each made when it is asked for and not kept.
+
+    A layer of a large model is 0.1 GB in fp32, so that eight experts' updates at once would be most of what a merge
+    needs.
+    """
+
+    def __init__(self, parts: Sequence[LowRank]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.parts[index].delta(torch.float32)
+
+
+def ties(deltas: Sequence[Tensor] | Tensor, density: float, weights: Tensor | None = None) -> Tensor:
     """Merge one layer's updates, entry by entry.
 
     1. trim: of every update keep the ``density`` share of entries with the largest magnitudes (equal ones at the limit
@@ -137,33 +155,48 @@ def ties(deltas: Tensor, density: float, weights: Tensor | None = None) -> Tenso
     one layer is held at a time.
 
     Args:
-        deltas: (K, out, in).
+        deltas: K updates (out, in), gone through twice; of `Updates` one at a time is in memory.
         density: share of entries kept, in (0, 1].
         weights: (K,), multiply the updates first; None: all 1.
 
     Returns:
         (out, in), in general of full rank.
     """
-    if weights is not None:
-        deltas = deltas * weights.to(deltas)[:, None, None]
-    trimmed = torch.stack([_trim(delta, density) for delta in deltas])
-    sign = trimmed.sum(dim=0).sign()
+
+    def update(k: int) -> Tensor:
+        return deltas[k] if weights is None else deltas[k] * weights.to(deltas[k])[k]
+
+    limits: list[float] = []
+    elected: Tensor | None = None
+    for k in range(len(deltas)):
+        delta = update(k)
+        limits.append(_limit(delta, density))
+        kept = _trim(delta, limits[k])
+        elected = kept if elected is None else elected.add_(kept)
+    if elected is None:
+        raise ValueError("there is no update to merge")
+    sign = elected.sign_()
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for update in trimmed:
-        agrees = update * sign > 0
-        total += update * agrees
+    for k, limit in enumerate(limits):
+        kept = _trim(update(k), limit)
+        agrees = kept * sign > 0
+        total += kept * agrees
         count += agrees
     return total / count.clamp(min=1)
 
 
-def _trim(delta: Tensor, density: float) -> Tensor:
-    magnitudes = delta.abs()
+def _limit(delta: Tensor, density: float) -> float:
+    """The smallest magnitude that trimming keeps."""
     dropped = delta.numel() - max(1, round(density * delta.numel()))
     if dropped == 0:
-        return delta
+        return 0.0
     # NumPy's selection takes a tenth of the time of torch's.
-    limit = float(np.partition(magnitudes.flatten().cpu().numpy(), dropped)[dropped])
-    return delta * (magnitudes >= limit)
+    return float(np.partition(delta.abs().flatten().cpu().numpy(), dropped)[dropped])
+
+
+def _trim(delta: Tensor, limit: float) -> Tensor:
+    """A tensor of its own in which smaller magnitudes are 0."""
+    return delta * (delta.abs() >= limit)
 
 
 # DARE: drop entries of the updates by chance and rescale the rest, then add (Yu et al., arXiv 2311.03099, eq. 3).
@@ -185,10 +218,13 @@ def dare_sum(
     deltas: Sequence[Tensor], weights: Sequence[float], drop: float, seed: int, names: Sequence[str], layer: str
 ) -> Tensor:
     """sum_k w_k dare(delta_k): (out, in). What is dropped depends on seed, expert and layer, not on places in lists."""
-    total = torch.zeros_like(deltas[0])
+    total: Tensor | None = None
     for delta, weight, name in zip(deltas, weights, names, strict=True):
         chance = generator(sample_seed(seed, 0, name), f"dare {layer}")
-        total += weight * dare(delta, drop, chance)
+        part = weight * dare(delta, drop, chance)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        raise ValueError("there is no update to merge")
     return total
 
 
@@ -269,22 +305,33 @@ def comerge(parts: Sequence[LowRank], owner: Tensor) -> LowRank:
     return stack(parts, whole)
 
 
-def comerge_weights(deltas: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def comerge_weights(deltas: Sequence[Tensor] | Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Every weight from the expert for which |dW_k[j, i]| E|x_i| is largest; a tie goes to the first.
 
     E|x_i| is the same for all experts and decides nothing by itself. It does where each expert's product counts in
     units of its own mean over the layer, which is what ``inputs`` asks for.
 
     Args:
-        deltas: the experts' updates (K, out, in).
+        deltas: the experts' updates, K of (out, in); of `Updates` one at a time is in memory.
         inputs: E|x_i| (in,) up to a factor, to count in units of each expert's mean; None: plain magnitudes.
 
     Returns:
         The update (out, in), in general of full rank, and whose each weight is (out, in).
     """
-    score = deltas.abs()
-    if inputs is not None:
-        score = score * inputs.to(score)
-        score = score / score.mean(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
-    owner = score.argmax(dim=0)
-    return deltas.gather(0, owner[None])[0], owner
+    found = deltas[0]
+    best, owner = _scores(found, inputs), torch.zeros(found.shape, dtype=torch.int64, device=found.device)
+    for k in range(1, len(deltas)):
+        delta = deltas[k]
+        score = _scores(delta, inputs)
+        wins = score > best
+        found, best = torch.where(wins, delta, found), torch.where(wins, score, best)
+        owner.masked_fill_(wins, k)
+    return found, owner
+
+
+def _scores(delta: Tensor, inputs: Tensor | None) -> Tensor:
+    score = delta.abs()
+    if inputs is None:
+        return score
+    score = score * inputs.to(score)
+    return score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
@@ -333,7 +332,7 @@ class PreferenceModule(ScheduledModule):
         told = f"`model.init_args.backbone.init_args.{name}: {getattr(settings, name)}`"
         if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
             raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: leave it out, or train by DDP")
-        if not any(isinstance(layer, BaseTunerLayer) for layer in self.backbone.denoiser.modules()):
+        if not adapter_layers(self.backbone.denoiser):
             raise UserError(f"{told}: rounds what is trained where there is no LoRA: leave it out")
         return dtype
 

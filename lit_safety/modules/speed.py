@@ -50,12 +50,16 @@ class Speed:
             raise UserError(f"`model.init_args.speed.compile: {self.compile}` is none of {', '.join(known)}")
         # Adapters on and off, training and not, are some graphs each, and two blocks of a kind share them.
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-        try:
-            network.compile_repeated_blocks(backend=self.compile)
-        except ValueError as error:
+        # As diffusers' `compile_repeated_blocks`; some transformers, such as SD3's, name their blocks only as what no
+        # strategy may split.
+        names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
+        blocks = [module for module in network.modules() if type(module).__name__ in names]
+        if not blocks:
             raise UserError(
                 f"`model.init_args.speed.compile`: {type(denoiser).__name__} names no repeated blocks; leave it null"
-            ) from error
+            )
+        for block in blocks:
+            block.compile(backend=self.compile)
 
 
 # Selective backward: pairs that teach little are trained on at random, and count more when they are.

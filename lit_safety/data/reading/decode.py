@@ -51,6 +51,8 @@ class PairDecoder:
     """Read the mask of where chosen and rejected differ."""
     whole: bool = False
     """Read all images of a group, instead of the best and the worst."""
+    scaled: bool = False
+    """Decode JPEGs at a part of their size where that covers what they are scaled to."""
 
     def wants(self, suffix: str) -> bool:
         """Whether a member of a sample is needed."""
@@ -91,9 +93,10 @@ class PairDecoder:
         if self.cache is None:
             if size is None and self.resolution is not None:
                 size = (self.resolution, self.resolution)
-            metadata, images = sample_images(members, where, self.whole)
+            metadata, images = sample_images(members, where, self.whole, size if self.scaled else None)
+            stored = [image.info.get("stored_size", (image.height, image.width)) for image in images]
             tensors = [_tensor(image, mirror, size) for image in images]
-            crops = torch.tensor([crop_of((image.height, image.width), size) for image in images])
+            crops = torch.tensor([crop_of(one, size) for one in stored])
             if self.whole:
                 if len({one.shape for one in tensors}) > 1:
                     raise BadSample(f"{where}: its images are of different sizes: set data.init_args.resolution")
@@ -200,8 +203,12 @@ def pair_images(members: dict[str, bytes], where: str) -> tuple[PairMetadata, Im
     return metadata, chosen, rejected
 
 
-def sample_images(members: dict[str, bytes], where: str, whole: bool = True) -> tuple[PairMetadata, list[Image.Image]]:
+def sample_images(
+    members: dict[str, bytes], where: str, whole: bool = True, cover: tuple[int, int] | None = None
+) -> tuple[PairMetadata, list[Image.Image]]:
     """The metadata and the images of a sample, checked and as stored: all of them, or with ``whole`` false two.
+
+    ``cover`` is `decode_image`'s.
 
     Raises:
         BadSample: one of them is missing or cannot be used.
@@ -211,7 +218,7 @@ def sample_images(members: dict[str, bytes], where: str, whole: bool = True) -> 
     try:
         stored = image_bytes(members, metadata, where)
         rows = range(len(names)) if whole else metadata.sides
-        images = [decode_image(stored[row], f"{where}: {names[row]}") for row in rows]
+        images = [decode_image(stored[row], f"{where}: {names[row]}", cover=cover) for row in rows]
     except UserError as error:
         raise BadSample(str(error)) from error
     return metadata, images
