@@ -37,6 +37,7 @@ from .nft import lagrangian as lagrangian
 from .nft import nft_errors as nft_errors
 from .nft import nft_loss as nft_loss
 from .nft import normalised_rewards as normalised_rewards
+from .nft import relative as relative
 from .objective import GroupErrors as GroupErrors
 from .objective import GroupLabels as GroupLabels
 from .objective import Objective as Objective
@@ -110,6 +111,7 @@ __all__ = [
     "prediction_error",
     "rectified_excess",
     "reorder",
+    "relative",
     "repo_penalty",
     "residual_overlap",
     "reward_order",

@@ -11,6 +11,10 @@ Its minimum over v_theta at a noised image is v_old + E[(2 r - 1) (v - v_old)] /
 policy itself, where v is v_old in expectation, v_old + 2 E[r (v - v_old)] / b: the policy moves towards what gets more
 than half of the reward, by as much as rewards differ, and rests where all images of a prompt are equally good.
 Predictions may be of the noise, of a velocity or of the image: for one noised image these are linear in each other.
+What differs between them is how much a timestep counts. Divided by |v_old - v|^2, as a constant, the loss is the same
+for all of them, and every timestep counts by how much the policy could still improve there; the paper divides its
+loss in the image by the error too. Without that, an error in the noise hardly counts where nearly all is noise, and
+that is where an image's content is decided.
 """
 
 from __future__ import annotations
@@ -35,6 +39,11 @@ def nft_errors(policy: Tensor, old: Tensor, target: Tensor, strength: float) -> 
 def nft_loss(positive: Tensor, negative: Tensor, reward: Tensor) -> Tensor:
     """r |v+ - v|^2 + (1 - r) |v- - v|^2, each (B,)."""
     return reward * positive + (1 - reward) * negative
+
+
+def relative(loss: Tensor, old: Tensor) -> Tensor:
+    """A loss of v+ and v- divided by |v_old - v|^2, which is a constant for the gradient, each (B,)."""
+    return loss / old.detach().clamp(min=1e-6)
 
 
 def lagrangian(quality: Tensor, cost: Tensor, dual: Tensor | float, limit: float) -> Tensor:
@@ -76,6 +85,8 @@ class DiffusionNFT(Constraint, Objective):
         barrier_edge: as of `ConstrainedDPO`.
         kl_weight: weight of the squared distance to the reference's prediction on every image that is drawn, up to the
             timestep's weight the KL divergence of one step; 0: off.
+        weighting: `relative`: every timestep counts by its error relative to the sampling policy's; `plain`: as the
+            backbone's prediction has it.
 
     Raises:
         ValueError: a number is outside its range.
@@ -92,6 +103,7 @@ class DiffusionNFT(Constraint, Objective):
         barrier_weight: float = 0.1,
         barrier_edge: float = 0.1,
         kl_weight: float = 0.0,
+        weighting: Literal["relative", "plain"] = "relative",
     ) -> None:
         super().__init__(beta=1.0)
         if not 0 < strength <= 1 or not 0 < scale < float("inf") or not 0 <= kl_weight < float("inf"):
@@ -99,7 +111,10 @@ class DiffusionNFT(Constraint, Objective):
                 f"strength must lie in (0, 1], scale be above 0 and kl_weight not negative, got {strength}, {scale} "
                 f"and {kl_weight}"
             )
+        if weighting not in ("relative", "plain"):
+            raise ValueError(f"weighting must be relative or plain, got {weighting!r}")
         self.constrain(limit, dual, dual_rate, constraint, barrier_weight, barrier_edge)
+        self.weighting = weighting
         self.strength = strength
         self.scale = scale
         self.kl_weight = kl_weight
@@ -136,6 +151,8 @@ class DiffusionNFT(Constraint, Objective):
             raise ValueError("DiffusionNFT needs rewards of images that were drawn: train it with OnlineSCDPO")
         positive, negative = errors.policy_chosen, errors.policy_rejected
         preference = nft_loss(positive, negative, labels.reward)
+        if self.weighting == "relative":
+            preference = relative(preference, errors.reference_chosen)
         logs = {
             "loss/nft": preference.detach(),
             "online/reward": labels.reward,

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from lit_safety.objectives import DiffusionNFT, PairErrors, PairLabels, nft_errors, nft_loss, normalised_rewards
+from lit_safety.objectives import (
+    DiffusionNFT,
+    PairErrors,
+    PairLabels,
+    nft_errors,
+    nft_loss,
+    normalised_rewards,
+    prediction_error,
+    relative,
+)
 
 
 def test_the_loss_of_one_image_by_hand() -> None:
@@ -57,6 +66,17 @@ def test_where_images_are_equally_good_nothing_moves() -> None:
     nft_loss(*nft_errors(policy, old, target, 0.5), torch.full((5,), 0.5)).sum().backward()
     assert policy.grad is not None
     assert policy.grad.abs().max() == 0.0
+
+
+def test_relative_weights_do_not_depend_on_what_is_predicted() -> None:
+    """Predictions of noise and of the image are linear in each other at a noised image: here by a factor of -7."""
+    policy, old, target = (torch.randn(4, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    reward = torch.tensor([0.0, 0.3, 0.7, 1.0])
+    found = []
+    for factor in (1.0, -7.0):
+        errors = nft_errors(factor * policy, factor * old, factor * target, 0.5)
+        found.append(relative(nft_loss(*errors, reward), prediction_error(factor * old, factor * target)))
+    assert found[1].tolist() == pytest.approx(found[0].tolist(), rel=1e-5)
 
 
 def test_rewards_are_about_the_other_images_of_the_prompt() -> None:
@@ -129,8 +149,9 @@ def test_the_objective_adds_the_distance_to_the_reference_and_goes_on_from_its_l
     unknown = torch.full((1, 2), math.nan)
     labels = PairLabels(torch.zeros(1), unknown, unknown, unknown, reward=torch.tensor([0.75]))
     errors = PairErrors(positive, negative, old, old, drift=torch.tensor([3.0]))
-    output = DiffusionNFT(strength=0.5, kl_weight=2.0)(errors, labels)
+    output = DiffusionNFT(strength=0.5, kl_weight=2.0, weighting="plain")(errors, labels)
     assert output.loss.tolist() == [3.5 + 2.0 * 3.0]
+    assert DiffusionNFT(strength=0.5)(errors, labels).loss.tolist() == [pytest.approx(3.5 / 4.5)]
     assert output.logs["online/moved"].tolist() == [(2.0 + 8.0 - 9.0) / 0.5]  # of the example above: (3 - 1)^2 / 2
     other = DiffusionNFT()
     other.load_state_dict({"dual": 3.5})
