@@ -37,14 +37,14 @@ def places_of(key: str) -> tuple[int, int, int]:
 class RoundData(LightningDataModule):
     """Deals the images of a round to steps and ranks, in another order in every pass; for `OnlineSCDPO`.
 
-    The order and every random choice for an image depend only on `seed` and the pass, not on the number of ranks; a
+    The images of a prompt stay together, and share timestep and noise: what they have in common then cancels. The order and every random choice for an image depend only on `seed` and the pass, not on the number of ranks; a
     resumed run continues exactly. `trainer.max_epochs` counts passes: rounds times `passes`.
 
     Args:
         prompts_per_round: Prompts that a round draws.
         images_per_prompt: Images of each of them, at least 2: an image is as good as the others of its prompt say.
         passes: How often a round's images are gone through before the next round is drawn.
-        batch_size: Images in a batch on each rank.
+        batch_size: Prompts in a batch on each rank, with all their images.
         seed: Fixes prompts, their seeds, the images' order and every random choice for an image.
     """
 
@@ -53,7 +53,7 @@ class RoundData(LightningDataModule):
         prompts_per_round: int = 64,
         images_per_prompt: int = 4,
         passes: int = 2,
-        batch_size: int = 8,
+        batch_size: int = 2,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -76,21 +76,15 @@ class RoundData(LightningDataModule):
         self.position = DataPosition()
         """Where training stands in the data."""
 
-    @property
-    def images(self) -> int:
-        """Images of a round."""
-        return self.prompts_per_round * self.images_per_prompt
-
     def setup(self, stage: str | None = None) -> None:
         trainer = self.trainer
         if stage != "fit" or trainer is None:
             return
         deal = self._deal()
-        if not deal.batches(self.images):
+        if not deal.batches(self.prompts_per_round):
             raise UserError(
-                f"a round has {self.images} images ({KEY}.prompts_per_round x {KEY}.images_per_prompt), fewer than one "
-                f"step needs: {deal.batch_size} ({KEY}.batch_size) x {deal.world} (ranks) x {deal.accumulate} "
-                "(trainer.accumulate_grad_batches)"
+                f"{KEY}.prompts_per_round is {self.prompts_per_round}, fewer than one step needs: {deal.batch_size} "
+                f"({KEY}.batch_size) x {deal.world} (ranks) x {deal.accumulate} (trainer.accumulate_grad_batches)"
             )
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else a fit that continues
             self.position = DataPosition()
@@ -103,7 +97,7 @@ class RoundData(LightningDataModule):
             f"{KEY}.batch_size x ranks x trainer.accumulate_grad_batches": deal.batch_size
             * deal.world
             * deal.accumulate,
-            "the batches of a rank": deal.batches(self.images),
+            "the batches of a rank": deal.batches(self.prompts_per_round),
         }
 
     def _deal(self) -> Deal:
@@ -137,22 +131,24 @@ class RoundLoader:
 
     def __len__(self) -> int:
         """Batches in a whole pass."""
-        return self.deal.batches(self.data.images)
+        return self.deal.batches(self.data.prompts_per_round)
 
     def __iter__(self) -> Iterator[PairBatch]:
         position = self.position
         position.begin()
         epoch = position.epoch
-        order = permutation(self.data.images, "round", self.data.seed, epoch)
+        order = permutation(self.data.prompts_per_round, "round", self.data.seed, epoch)
         for number in range(position.first, len(self)):
-            start, stop = self.deal.span(number, self.data.images)
+            start, stop = self.deal.span(number, self.data.prompts_per_round)
             position.hand_out()
             yield self._batch(epoch, [int(one) for one in order[start:stop]])
 
-    def _batch(self, epoch: int, places: list[int]) -> PairBatch:
-        each = self.data.images_per_prompt
-        keys = [place_key(epoch // self.data.passes, *divmod(place, each)) for place in places]
-        return places_batch(keys, [sample_seed(self.data.seed, epoch, key) for key in keys])
+    def _batch(self, epoch: int, prompts: list[int]) -> PairBatch:
+        number, seed = epoch // self.data.passes, self.data.seed
+        places = [(prompt, image) for prompt in prompts for image in range(self.data.images_per_prompt)]
+        keys = [place_key(number, prompt, image) for prompt, image in places]
+        of_prompts = [sample_seed(seed, epoch, f"{number} {prompt}") for prompt, _ in places]
+        return places_batch(keys, [sample_seed(seed, epoch, key) for key in keys], of_prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, for Lightning's checkpoints."""
@@ -163,8 +159,14 @@ class RoundLoader:
             self.position.load_state_dict(state)
 
 
-def places_batch(keys: list[str], seeds: list[int]) -> PairBatch:
-    """A batch of places, of which nothing else is known yet."""
+def places_batch(keys: list[str], seeds: list[int], of_prompts: list[int]) -> PairBatch:
+    """A batch of places, of which nothing else is known yet.
+
+    Args:
+        keys: of `place_key`.
+        seeds: each place's own.
+        of_prompts: each place's seed of timestep and noise, which the images of a prompt share.
+    """
     unknown, size = float("nan"), len(keys)
     return PairBatch(
         keys=keys,
@@ -183,4 +185,5 @@ def places_batch(keys: list[str], seeds: list[int]) -> PairBatch:
         has_score=[False] * size,
         has_harmful=[False] * size,
         user_ids=[None] * size,
+        fixed_seeds=of_prompts,
     )

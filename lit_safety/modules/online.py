@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_safety.core.chance import NOISE, TIMESTEP, uniform
+from lit_safety.core.chance import NOISE, TIMESTEP, derive, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import Rounds, datamodule_of
 from lit_safety.data.reading.batch import PairBatch
 from lit_safety.data.rounds import places_of
 from lit_safety.generation.pairs import Scorer
+from lit_safety.generation.rewards import refuse_rewards
+from lit_safety.generation.words import Words
 from lit_safety.modules.preference import PreferenceModule
 from lit_safety.modules.round_page import SHOWN, Seen, keep_image, write_page, write_round
 from lit_safety.modules.rounds import (
@@ -26,7 +28,7 @@ from lit_safety.modules.rounds import (
     Explore,
     Round,
     Slot,
-    Words,
+    column,
     first_images,
     first_slots,
     further_slots,
@@ -504,7 +506,14 @@ class OnlineSCDPO(PreferenceModule):
         rows = [self._rows[places_of(key)[1]] for key in batch.keys]
         clean = torch.tensor([0.0 if row.harmful else 1.0 for row in rows]).to(batch.clean)
         kinds = ["harmful" if row.harmful else "clean" for row in rows]
-        return replace(batch, prompts=[row.prompt for row in rows], prompt_kinds=kinds, clean=clean)
+        # An explored image shares timestep and noise with the one whose initial noise it has.
+        first = first_images(self._rounds().images_per_prompt, self.explore)
+        seeds = [
+            derive(seed, f"column {column(places_of(key)[2], first)}")
+            for seed, key in zip(batch.noise_seeds, batch.keys, strict=True)
+        ]
+        prompts = [row.prompt for row in rows]
+        return replace(batch, prompts=prompts, prompt_kinds=kinds, clean=clean, fixed_seeds=seeds)
 
     def _places(self, batch: PairBatch) -> list[int]:
         assert self._round is not None
@@ -519,7 +528,7 @@ class OnlineSCDPO(PreferenceModule):
         with torch.no_grad():
             latents = self._round.latents[places].to(self.device, non_blocking=True)
             noise = self.gaussian(batch, NOISE, tuple(latents.shape[1:]))
-            fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.seeds], dtype=torch.float64)
+            fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.noise_seeds], dtype=torch.float64)
             size = latents.shape[-2], latents.shape[-1]
             timesteps = self.backbone.timesteps(fractions, size).to(self.device, non_blocking=True)
             noisy = self.backbone.add_noise(latents, noise, timesteps)
@@ -595,30 +604,3 @@ class OnlineSCDPO(PreferenceModule):
                 "the checkpoint is none of OnlineSCDPO: begin from its weights, `model.init_args.start_from`"
             )
         self._number, self._old, self._round = int(state["round"]), dict(state["sampling"]), None
-
-
-def refuse_rewards(rewards: dict[str, str], reports: Sequence[str]) -> None:
-    """Refuse to optimise what a report measures with: its figures would then say nothing.
-
-    Args:
-        rewards: folder or hub id of what gives a reward -> the YAML key that names it.
-        reports: judges and CLIPs that reports score with.
-
-    Raises:
-        UserError: names both.
-    """
-    from lit_safety.core.hashes import content_sha256
-    from lit_safety.drawing.worlds import refuse_reports_own, world_of
-
-    def known(path: str) -> str:
-        return content_sha256(path) if Path(path).exists() else path
-
-    measured = {known(one): one for one in reports}
-    for path, key in rewards.items():
-        refuse_reports_own(path, f"`{key}`")
-        if (found := measured.get(known(path))) is not None:
-            raise UserError(f"`{key}` {path}: is {found}, with which the reports of this model measure: give another")
-        if key.endswith("scorer") and Path(path).exists() and (world := world_of(path)) is not None:
-            raise UserError(
-                f"`{key}` {path}: belongs to the embedded world {world.name}, whose reports score with it: give another"
-            )

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lit_safety.core.chance import derive, sample_seed, uniform
+from lit_safety.core.chance import derive, sample_seed
 from lit_safety.core.errors import UserError
 from lit_safety.data.reading.order import permutation
 from lit_safety.drawing.guards.guard import Guard
+from lit_safety.generation.words import Words, kept_share
 
 if TYPE_CHECKING:
     from lit_safety.drawing.prompts import Prompt
@@ -28,49 +29,6 @@ if TYPE_CHECKING:
 OWN = "own"
 KEY = "model.init_args.explore.init_args"
 _CHANGES = ("drop", "nearest")
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a prompt as they are compared: without punctuation, in lower case."""
-    return [word.strip(".,;:!?\"'()[]").casefold() for word in text.split()]
-
-
-class Words:
-    """What prompts alone tell of their words: a harmful prompt's words that no harmless prompt has may be the harm.
-
-    Args:
-        harmless: harmless prompts.
-    """
-
-    def __init__(self, harmless: Sequence[str]) -> None:
-        self.harmless = list(dict.fromkeys(harmless))
-        self._sets = [frozenset(words_of(text)) for text in self.harmless]
-        self._known = frozenset[str]().union(*self._sets)
-
-    def dropped(self, prompt: str, seed: int) -> str:
-        """The prompt without the words that no harmless prompt has; of a prompt with none or only such words, without
-        a part of one to four words, which ``seed`` chooses."""
-        given = prompt.split()
-        kept = [word for word, plain in zip(given, words_of(prompt), strict=True) if plain in self._known]
-        if kept and len(kept) < len(given):
-            return " ".join(kept)
-        size = min(1 + int(uniform(seed, "drop-size") * 4), len(given) - 1)
-        start = int(uniform(seed, "drop-start") * (len(given) - size + 1))
-        return " ".join(given[:start] + given[start + size :])
-
-    def nearest(self, prompt: str, seed: int) -> str:
-        """The harmless prompt that shares the most words with this one, by the share of all their words; of equals the
-        one that ``seed`` chooses."""
-        own = frozenset(words_of(prompt))
-        likeness = [len(own & other) / len(own | other) for other in self._sets]
-        best = [text for text, like in zip(self.harmless, likeness, strict=True) if like == max(likeness)]
-        return best[int(uniform(seed, "nearest") * len(best))]
-
-
-def kept_share(prompt: str, drawn: str) -> float:
-    """The share of a prompt's words that another one has too."""
-    own, other = words_of(prompt), set(words_of(drawn))
-    return sum(word in other for word in own) / max(len(own), 1)
 
 
 class Explore:
@@ -160,6 +118,11 @@ def image_seed(seed: int, number: int, prompt: int, image: int) -> int:
     return derive(sample_seed(seed, number, f"round {prompt} {image}"), "initial-noise")
 
 
+def column(image: int, first: int) -> int:
+    """Which of a prompt's first images another one is compared with."""
+    return image % first
+
+
 def first_images(images: int, explore: Explore | None) -> int:
     """How many of a prompt's images are drawn of it as it is, before anything is explored."""
     return images if explore is None else min(images - 1, max(1, images - round(images * explore.share)))
@@ -187,14 +150,15 @@ def further_slots(
     found = []
     for prompt, row in enumerate(prompts):
         for image in images:
-            own = image_seed(seed, number, prompt, image)
             if not explored[prompt]:
-                found.append(Slot(prompt, image, row.prompt, OWN, own))
+                found.append(Slot(prompt, image, row.prompt, OWN, image_seed(seed, number, prompt, image)))
                 continue
+            # From the noise of one of the first images: the two then have most of the scene in common.
+            own = image_seed(seed, number, prompt, column(image, images.start))
             # Rounds and prompts begin with another way, so that few images a prompt meet all of them.
             way = explore.names[(image - images.start + prompt + number) % len(explore.names)]
             change = {"drop": words.dropped, "nearest": words.nearest}.get(way)
-            text = row.prompt if change is None else change(row.prompt, own)
+            text = row.prompt if change is None else change(row.prompt, image_seed(seed, number, prompt, image))
             found.append(Slot(prompt, image, text, way, own, kept_share(row.prompt, text)))
     return found
 

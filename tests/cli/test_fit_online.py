@@ -44,7 +44,7 @@ def write(folder: Path, pipeline: Path, cost_model: Path, more: dict[str, Any] |
     model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}
     model["rollout"] = {"steps": 2, "guidance": 1.0, "batch_size": 3}
     model |= more or {}
-    data = {"prompts_per_round": 4, "images_per_prompt": 4, "passes": 1, "batch_size": 8}
+    data = {"prompts_per_round": 4, "images_per_prompt": 4, "passes": 1, "batch_size": 2}
     config["data"]["init_args"] = data
     keep = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}", "save_last": True}
     keep["enable_version_counter"] = False
@@ -82,7 +82,9 @@ def test_rounds_leave_figures_images_and_an_adapter_that_has_moved(whole: Path) 
         assert sum(way["images"] for way in one["ways"].values()) == one["images"] == 16
         assert len(one["images_kept"]) == 16
         assert all((whole / "rounds" / image["file"]).is_file() for image in one["images_kept"])
-        assert {image["prompt"] for image in one["images_kept"]} == {line.split(",")[0] for line in PROMPTS.splitlines()[1:5]}
+        assert {image["prompt"] for image in one["images_kept"]} == {
+            line.split(",")[0] for line in PROMPTS.splitlines()[1:5]
+        }
     page = (whole / "rounds" / "index.html").read_text()
     assert "Round 1" in page
     assert "a gun in the park" in page
@@ -135,7 +137,7 @@ def test_two_ranks_draw_each_image_once_and_learn_what_one_learns(
 ) -> None:
     """Both rounds' images, since the weights of the second are those of one process up to rounding."""
     file = write(tmp_path, tiny_pipeline, tiny_cost_model)
-    ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "4"]
+    ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "1"]
     run(["fit", "--config", str(file), *ranks], tmp_path / "logs")
     latest = (tmp_path / "runs" / "fit" / "latest").resolve()
     name = "round-00000.safetensors"
@@ -143,7 +145,9 @@ def test_two_ranks_draw_each_image_once_and_learn_what_one_learns(
     assert all(torch.equal(mine[key], theirs[key]) for key in ("latents", "cost", "quality"))
     assert mine["latents"].flatten(1).unique(dim=0).shape[0] == 16
     expected = mean_losses(whole.parents[2] / "losses")
-    assert mean_losses(tmp_path / "losses")[:2] == pytest.approx(expected[:2] if len(expected) == 4 else expected, rel=1e-3)
+    assert mean_losses(tmp_path / "losses")[:2] == pytest.approx(
+        expected[:2] if len(expected) == 4 else expected, rel=1e-3
+    )
 
 
 def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
@@ -176,7 +180,7 @@ def test_the_toy_world_in_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text(yaml.safe_dump(config))
     few = {
         "run.root": tmp_path / "runs", "trainer.accelerator": "cpu", "trainer.max_epochs": 2,
-        "data.init_args.prompts_per_round": 4, "data.init_args.passes": 1, "data.init_args.batch_size": 8,
+        "data.init_args.prompts_per_round": 4, "data.init_args.passes": 1, "data.init_args.batch_size": 2,
         "model.init_args.rollout.steps": 4,
     }  # fmt: skip
     assert main(["fit", "--config", str(file), *(w for k, v in few.items() for w in (f"--{k}", str(v)))]) == 0

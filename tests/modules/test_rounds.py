@@ -10,15 +10,14 @@ import torch
 
 from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.prompts import Prompt
+from lit_safety.generation.words import Words
 from lit_safety.modules.rounds import (
     OWN,
     Explore,
     Round,
-    Words,
     first_images,
     first_slots,
     further_slots,
-    kept_share,
     round_file,
     round_prompts,
     weights_digest,
@@ -29,38 +28,6 @@ HARMLESS = ["a red cat in the park", "a blue house on the street", "in the room 
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"a gun beside a red cat {i}", "explicit", "violence", "gun", (), False, i) for i in range(count)]
-
-
-def test_the_harmful_word_is_the_one_that_no_harmless_prompt_has() -> None:
-    words = Words(HARMLESS)
-    assert words.dropped("a red cat and a gun in the park", 0) == "a red cat a in the park"  # nor has any "and"
-    assert words.dropped("A Gun, on the street", 0) == "A on the street"
-
-
-@pytest.mark.parametrize("prompt", ["a red cat in the room", "smoking loaded guns everywhere"])
-def test_where_words_do_not_tell_a_part_is_dropped_by_chance(prompt: str) -> None:
-    """Of a prompt whose words are all known, and of one with none of them."""
-    given, words = prompt.split(), Words(HARMLESS)
-    found = {words.dropped(prompt, seed) for seed in range(60)}
-    assert len(found) > 4
-    assert prompt not in found
-    for text in found:
-        kept = text.split()
-        gone = len(given) - len(kept)
-        assert 1 <= gone <= min(4, len(given) - 1)
-        assert any(given[:start] + given[start + gone :] == kept for start in range(len(given)))
-
-
-def test_the_nearest_harmless_prompt_shares_the_most_words() -> None:
-    words = Words([*HARMLESS, "in the room there is a rose"])
-    assert words.nearest("a gun and a red cat in the park", 0) == "a red cat in the park"
-    found = {words.nearest("in the room there is a gun", seed) for seed in range(20)}
-    assert found == {"in the room there is a star", "in the room there is a rose"}
-
-
-def test_a_share_of_words_is_kept() -> None:
-    assert kept_share("a red cat and a gun", "a red cat") == pytest.approx(4 / 6)
-    assert kept_share("a gun", "a gun") == 1.0
 
 
 def test_every_prompt_stands_once_before_any_stands_twice() -> None:
@@ -83,7 +50,10 @@ def test_images_are_of_the_prompt_as_it_is_or_explored_where_nothing_was_safe() 
     assert {slot.way for slot in more if slot.prompt == 1} == {OWN}
     assert all(slot.counts for slot in first)
     assert not any(slot.counts for slot in more)  # else prompts that draw safe images would count more often
-    assert len({slot.seed for slot in first + more}) == 6 * 3
+    of_first = {(slot.prompt, slot.image): slot.seed for slot in first}
+    for slot in more:  # explored from the noise of an image of the prompt as it is, else from new noise
+        shared = [image for (prompt, image), seed in of_first.items() if (prompt, seed) == (slot.prompt, slot.seed)]
+        assert shared == ([] if slot.own else [slot.image % 2])
     dropped = next(slot for slot in more if slot.way == "drop")
     assert dropped.text == "a a red cat"
     assert dropped.kept < 1.0
