@@ -37,7 +37,8 @@ def places_of(key: str) -> tuple[int, int, int]:
 class RoundData(LightningDataModule):
     """Deals the images of a round to steps and ranks, in another order in every pass; for `OnlineSCDPO`.
 
-    The images of a prompt stay together, and share timestep and noise: what they have in common then cancels. The order and every random choice for an image depend only on `seed` and the pass, not on the number of ranks; a
+    The images of a prompt stay together, and share timestep and noise: what they have in common then cancels. The
+    order and every random choice for an image depend only on `seed` and the pass, not on the number of ranks; a
     resumed run continues exactly. `trainer.max_epochs` counts passes: rounds times `passes`.
 
     Args:

@@ -87,7 +87,8 @@ def repair(
         reports: Judges that reports measure with: none may be the cost model.
         samples_per_shard: How many pairs a shard holds.
         overwrite: Delete what an earlier run left in the folder.
-        other_world: Use a cost model of an embedded world, such as data/toyworld, for a model that is not of this world.
+        other_world: Use a cost model of an embedded world, such as data/toyworld, for a model that is not of this
+            world.
         **drawing: How images are drawn, see `PainterSettings`.
 
     Raises:
