@@ -134,7 +134,7 @@ def test_the_toy_worlds_harms_are_repainted_and_nothing_else(
     command += ["--mask", mask, "--steps", "6", "--guidance", "3"]
     assert main(command) == 0
     source = open_source(str(out), "out")
-    before = {key: members for key, members in samples(harmful)}
+    before = dict(samples(harmful))
     found = list(samples(out))
     assert len(found) >= 2
     assert source.manifest.provenance["kind"] == mask

@@ -149,9 +149,9 @@ def test_the_objective_adds_the_distance_to_the_reference_and_goes_on_from_its_l
     unknown = torch.full((1, 2), math.nan)
     labels = PairLabels(torch.zeros(1), unknown, unknown, unknown, reward=torch.tensor([0.75]))
     errors = PairErrors(positive, negative, old, old, drift=torch.tensor([3.0]))
-    output = DiffusionNFT(strength=0.5, kl_weight=2.0, weighting="plain")(errors, labels)
+    output = DiffusionNFT(strength=0.5, kl_weight=2.0)(errors, labels)
     assert output.loss.tolist() == [3.5 + 2.0 * 3.0]
-    assert DiffusionNFT(strength=0.5)(errors, labels).loss.tolist() == [pytest.approx(3.5 / 4.5)]
+    assert DiffusionNFT(strength=0.5, weighting="relative")(errors, labels).loss.tolist() == [pytest.approx(3.5 / 4.5)]
     assert output.logs["online/moved"].tolist() == [(2.0 + 8.0 - 9.0) / 0.5]  # of the example above: (3 - 1)^2 / 2
     other = DiffusionNFT()
     other.load_state_dict({"dual": 3.5})
