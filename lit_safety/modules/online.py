@@ -29,9 +29,10 @@ from lit_safety.modules.rounds import (
     Round,
     Slot,
     column,
+    explored_slots,
     first_images,
     first_slots,
-    further_slots,
+    more_slots,
     round_file,
     round_prompts,
     sorted_prompts,
@@ -347,20 +348,27 @@ class OnlineSCDPO(PreferenceModule):
         """Draw and score the round on all ranks."""
         images, number, rows = data.images_per_prompt, self._number, self._rows
         first = first_images(images, self.explore)
-        slots = first_slots(rows, first, data.seed, number)
-        drawn = self._drawn(slots)
+        places: dict[tuple[int, int], tuple[Slot, Tensor, Tensor, Tensor]] = {}
+
+        def draw(slots: list[Slot]) -> None:
+            for slot, *values in zip(slots, *self._drawn(slots), strict=True):
+                places[slot.prompt, slot.image] = (slot, *values)
+
+        def unsafe(which: Sequence[int], images: range) -> list[int]:
+            return [prompt for prompt in which if min(float(places[prompt, image][2]) for image in images) > 0]
+
+        draw(first_slots(rows, first, data.seed, number))
         if first < images:
             assert self.explore is not None
-            found: dict[int, list[float]] = {}
-            for slot, cost in zip(slots, drawn[1].tolist(), strict=True):
-                found.setdefault(slot.prompt, []).append(cost)
-            explored = [row.harmful and min(found[prompt]) > 0 for prompt, row in enumerate(rows)]
-            more = further_slots(rows, explored, range(first, images), self.explore, self._words, data.seed, number)
-            drawn = [torch.cat(both) for both in zip(drawn, self._drawn(more), strict=True)]
-            slots += more
-        order = sorted(range(len(slots)), key=lambda i: (slots[i].prompt, slots[i].image))
-        latents, cost, quality = (one[order] for one in drawn)
-        made = Round(number, self.identity(data), [slots[i] for i in order], latents, cost, quality)
+            others = range(first, images)
+            left = unsafe([prompt for prompt, row in enumerate(rows) if row.harmful], range(first))
+            draw(more_slots(rows, sorted(set(range(len(rows))) - set(left)), others, data.seed, number))
+            for way in self.explore.names:
+                draw(explored_slots(rows, left, others, way, self._words, data.seed, number))
+                left = unsafe(left, others)
+        slots, *parts = zip(*(places[place] for place in sorted(places)), strict=True)
+        latents, cost, quality = (torch.stack(part) for part in parts)
+        made = Round(number, self.identity(data), list(slots), latents, cost, quality)
         if self.trainer.is_global_zero:
             made.write(self._folder())
             round_file(self._folder(), number - _KEPT).unlink(missing_ok=True)
@@ -384,10 +392,10 @@ class OnlineSCDPO(PreferenceModule):
         for own, policy in ((True, self.sampling), (False, self.reference)):
             with policy():
                 results |= self._draw_jobs([(way, places) for kind, way, places in mine if kind is own], slots)
+        if not slots:  # of all ranks alike
+            return [torch.empty(0), torch.empty(0), torch.empty(0)]
         shape = next(iter(results.values()))[0].shape[1:] if results else None
         shapes = [one for one in self._everywhere(shape) if one is not None]
-        if not shapes:
-            return [torch.empty(0), torch.empty(0), torch.empty(0)]
         whole = [torch.zeros(len(slots), *shapes[0]), torch.zeros(len(slots)), torch.zeros(len(slots))]
         for start, found in results.items():
             places = next(places for _, _, places in mine if places[0] == start)

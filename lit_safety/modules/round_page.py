@@ -58,7 +58,7 @@ def write_round(folder: Path, said: dict[str, Any], shown: Sequence[Seen]) -> No
         }
         for one in shown
     ]
-    append_line(folder / "rounds.jsonl", json.dumps({**said, "images_kept": images}, ensure_ascii=False) + "\n")
+    append_line(folder / "rounds.jsonl", json.dumps({**said, "images_kept": images}, ensure_ascii=False))
 
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,8 @@ _CHANGES = ("drop", "nearest")
 class Explore:
     """How images are drawn for a prompt of which the sampling policy has just drawn no safe image.
 
-    The ways take turns. The frozen base draws them, so that what is learned from them is as good as the base.
+    The ways are tried in their order, each for the prompts that still have no safe image: an image of a prompt that was
+    changed little is the better example. The frozen base draws them, so that what is learned is as good as the base.
 
     Args:
         ways: `drop`: without the words that no harmless prompt of the file has (or without a part of the prompt, at
@@ -137,29 +138,30 @@ def first_slots(prompts: Sequence[Prompt], images: int, seed: int, number: int) 
     ]
 
 
-def further_slots(
-    prompts: Sequence[Prompt],
-    explored: Sequence[bool],
-    images: range,
-    explore: Explore,
-    words: Words,
-    seed: int,
-    number: int,
+def more_slots(prompts: Sequence[Prompt], which: Sequence[int], images: range, seed: int, number: int) -> list[Slot]:
+    """The other images of some prompts, of the prompt as it is."""
+    return [
+        Slot(prompt, image, prompts[prompt].prompt, OWN, image_seed(seed, number, prompt, image))
+        for prompt in which
+        for image in images
+    ]
+
+
+def explored_slots(
+    prompts: Sequence[Prompt], which: Sequence[int], images: range, way: str, words: Words, seed: int, number: int
 ) -> list[Slot]:
-    """The other images of each prompt: drawn in other ways where ``explored`` says so, else of the prompt as it is."""
+    """The other images of some prompts, drawn in another way.
+
+    Each begins from the noise of one of the first images: the two then have most of the scene in common.
+    """
     found = []
-    for prompt, row in enumerate(prompts):
+    for prompt in which:
+        given = prompts[prompt].prompt
         for image in images:
-            if not explored[prompt]:
-                found.append(Slot(prompt, image, row.prompt, OWN, image_seed(seed, number, prompt, image)))
-                continue
-            # From the noise of one of the first images: the two then have most of the scene in common.
-            own = image_seed(seed, number, prompt, column(image, images.start))
-            # Rounds and prompts begin with another way, so that few images a prompt meet all of them.
-            way = explore.names[(image - images.start + prompt + number) % len(explore.names)]
             change = {"drop": words.dropped, "nearest": words.nearest}.get(way)
-            text = row.prompt if change is None else change(row.prompt, image_seed(seed, number, prompt, image))
-            found.append(Slot(prompt, image, text, way, own, kept_share(row.prompt, text)))
+            text = given if change is None else change(given, image_seed(seed, number, prompt, image))
+            noise = image_seed(seed, number, prompt, column(image, images.start))
+            found.append(Slot(prompt, image, text, way, noise, kept_share(given, text)))
     return found
 
 

@@ -12,12 +12,12 @@ from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.prompts import Prompt
 from lit_safety.generation.words import Words
 from lit_safety.modules.rounds import (
-    OWN,
     Explore,
     Round,
+    explored_slots,
     first_images,
     first_slots,
-    further_slots,
+    more_slots,
     round_file,
     round_prompts,
     weights_digest,
@@ -43,23 +43,27 @@ def test_images_are_of_the_prompt_as_it_is_or_explored_where_nothing_was_safe() 
     assert explore.names == ["drop", "nearest", "guard 0", "guidance 7.5"]
     assert [first_images(n, explore) for n in (2, 4, 6)] == [1, 2, 3]
     assert first_images(4, None) == 4
+    assert explore.guard("guard 0") is explore.guards[0]
     rows, words = prompts(3), Words(HARMLESS)
     first = first_slots(rows, 2, 0, 1)
-    more = further_slots(rows, [True, False, True], range(2, 6), explore, words, 0, 1)
-    assert Counter(slot.way for slot in more if slot.prompt == 0) == Counter(explore.names)
-    assert {slot.way for slot in more if slot.prompt == 1} == {OWN}
+    more = more_slots(rows, [1], range(2, 6), 0, 1)
     assert all(slot.counts for slot in first)
     assert not any(slot.counts for slot in more)  # else prompts that draw safe images would count more often
+    assert len({slot.seed for slot in first + more}) == 2 * 3 + 4
     of_first = {(slot.prompt, slot.image): slot.seed for slot in first}
-    for slot in more:  # explored from the noise of an image of the prompt as it is, else from new noise
-        shared = [image for (prompt, image), seed in of_first.items() if (prompt, seed) == (slot.prompt, slot.seed)]
-        assert shared == ([] if slot.own else [slot.image % 2])
-    dropped = next(slot for slot in more if slot.way == "drop")
-    assert dropped.text == "a a red cat"
-    assert dropped.kept < 1.0
-    assert next(slot for slot in more if slot.way == "guard 0").text == rows[0].prompt
-    assert explore.guard("guard 0") is explore.guards[0]
-    assert more == further_slots(rows, [True, False, True], range(2, 6), explore, words, 0, 1)
+    for way, texts in (
+        ("drop", {"a a red cat"}),
+        ("guard 0", {row.prompt for row in rows}),
+        ("nearest", {HARMLESS[0]}),
+    ):
+        explored = explored_slots(rows, [0, 2], range(2, 6), way, words, 0, 1)
+        assert explored == explored_slots(rows, [0, 2], range(2, 6), way, words, 0, 1)
+        assert [(slot.prompt, slot.image) for slot in explored] == [(p, i) for p in (0, 2) for i in range(2, 6)]
+        assert {slot.text for slot in explored} <= texts
+        assert {slot.way for slot in explored} == {way}
+        assert all((slot.kept < 1.0) == (way != "guard 0") for slot in explored)
+        # From the noise of the image that it is compared with.
+        assert all(slot.seed == of_first[slot.prompt, slot.image % 2] for slot in explored)
     assert [slot.seed for slot in first_slots(rows, 2, 0, 2)] != [slot.seed for slot in first]
 
 
