@@ -167,6 +167,7 @@ WRITERS = {
     "merge": True,
     "patch": True,
     "precompute": False,
+    "repair": False,
     "sample": True,
     "score": False,
     "write_prompts": True,

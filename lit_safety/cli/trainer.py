@@ -87,7 +87,7 @@ class _WholeBatches(ProgressBar):
 AUTO = "auto"
 #: Seconds that launched ranks have to end by themselves after this one, and again after each stronger signal.
 RANKS_END = 10.0
-_MODEL = ("model.init_args.pretrained", "model.init_args.clip")
+_MODEL = tuple(f"model.init_args.{name}" for name in ("pretrained", "clip", "prompts", "cost_model"))
 #: Command -> the keys whose files it reads. The YAML of a fit also holds the settings that `test` judges with.
 READ = {
     "fit": [*_MODEL, "data.init_args.train", "data.init_args.val"],

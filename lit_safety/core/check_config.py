@@ -47,6 +47,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "inspect": "lit_safety.data.inspect:inspect",
         "precompute": "lit_safety.cli.precompute:precompute",
         "join": "lit_safety.data.convert.join:join",
+        "repair": "lit_safety.generation.repaint:repair",
         "score": "lit_safety.cost_model.score:score",
         "validate": "lit_safety.data.validate:validate",
         "write-prompts": "lit_safety.generation.write_prompts:write_prompts",

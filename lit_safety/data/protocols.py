@@ -64,6 +64,16 @@ class GroupData(Protocol):
         """Whether batches are to hold all images of a prompt, instead of the best and the worst."""
 
 
+@runtime_checkable
+class Rounds(Protocol):
+    """Deals the images of rounds in which a policy draws. See `RoundData`."""
+
+    prompts_per_round: int
+    images_per_prompt: int
+    passes: int
+    seed: int
+
+
 # Settings, one Protocol each.
 
 

@@ -6,9 +6,11 @@ from .anchors import PromptAnchors as PromptAnchors
 from .cost_model import CostModel as CostModel
 from .dpo_expert import DPOExpert as DPOExpert
 from .for_merging import ForMerging as ForMerging
+from .online import OnlineSCDPO as OnlineSCDPO
 from .preference import PreferenceModule as PreferenceModule
 from .psa import PSA as PSA
 from .retain import ProjectRetain as ProjectRetain
+from .rounds import Explore as Explore
 from .scdpo import SCDPO as SCDPO
 from .speed import SelectiveBackward as SelectiveBackward
 from .stability import Stability as Stability
@@ -20,8 +22,10 @@ __all__ = [
     "Adversary",
     "CostModel",
     "DPOExpert",
+    "Explore",
     "ForMerging",
     "HiddenAdversary",
+    "OnlineSCDPO",
     "PreferenceModule",
     "ProjectRetain",
     "PromptAnchors",

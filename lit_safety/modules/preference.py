@@ -204,6 +204,14 @@ class PreferenceModule(ScheduledModule):
             if self.anchors_clean_alone:
                 say_idle_anchor(self.objective, data)
             warn_if_not_moved(self.objective, self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.check_trainer()
+
+    def check_trainer(self) -> None:
+        """Whether the trainer's checkpoint, strategy and precision can be trained with.
+
+        Raises:
+            UserError: they cannot.
+        """
         check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(

@@ -32,6 +32,12 @@ from .groups import ncd_pair as ncd_pair
 from .groups import ncd_weights as ncd_weights
 from .linear import LinearDPO as LinearDPO
 from .linear import linear_loss as linear_loss
+from .nft import DiffusionNFT as DiffusionNFT
+from .nft import lagrangian as lagrangian
+from .nft import nft_errors as nft_errors
+from .nft import nft_loss as nft_loss
+from .nft import normalised_rewards as normalised_rewards
+from .nft import relative as relative
 from .objective import GroupErrors as GroupErrors
 from .objective import GroupLabels as GroupLabels
 from .objective import Objective as Objective
@@ -62,6 +68,7 @@ __all__ = [
     "NCD",
     "ConstrainedDPO",
     "DiffusionDPO",
+    "DiffusionNFT",
     "DiffusionSDPO",
     "FocalInverse",
     "GroupDPO",
@@ -91,14 +98,19 @@ __all__ = [
     "group_dpo_loss",
     "hinge_loss",
     "ipo_loss",
+    "lagrangian",
     "linear_loss",
     "loser_scale",
     "margin",
     "ncd_mod",
     "ncd_pair",
     "ncd_weights",
+    "nft_errors",
+    "nft_loss",
+    "normalised_rewards",
     "prediction_error",
     "rectified_excess",
+    "relative",
     "reorder",
     "repo_penalty",
     "residual_overlap",

@@ -80,7 +80,77 @@ def reorder(errors: PairErrors, labels: PairLabels, swap: Tensor) -> tuple[PairE
     return reordered, replace(labels, harmful=harmful, cost=cost, score=score)
 
 
-class ConstrainedDPO(DiffusionDPO):
+class Constraint:
+    """The dual variable of an objective that keeps an expected cost below a limit, and how it moves."""
+
+    limit: float
+    dual: float
+    dual_rate: float
+    constraint: str
+    barrier_weight: float
+    barrier_edge: float
+
+    def constrain(
+        self, limit: float, dual: float, dual_rate: float, constraint: str, barrier_weight: float, barrier_edge: float
+    ) -> None:
+        """Take the settings; see `ConstrainedDPO`.
+
+        Raises:
+            ValueError: one is outside its range.
+        """
+        if constraint not in ("dual", "rectified", "barrier"):
+            raise ValueError(f"constraint must be dual, rectified or barrier, got {constraint!r}")
+        if not (0 < barrier_weight < float("inf") and 0 < barrier_edge < float("inf")):
+            raise ValueError(f"barrier_weight and barrier_edge must be above 0, got {barrier_weight}, {barrier_edge}")
+        if constraint == "barrier" and dual_rate > 1:
+            raise ValueError(f"dual_rate is a share with constraint: barrier, at most 1, got {dual_rate}")
+        if not -float("inf") < limit < float("inf"):  # nan compares as false
+            raise ValueError(f"limit must be a finite number, got {limit}")
+        if not 0 <= dual < float("inf"):
+            raise ValueError(f"dual must not be negative, got {dual}")
+        if not 0 < dual_rate < float("inf"):
+            raise ValueError(f"dual_rate must be above 0, got {dual_rate}")
+        self.limit = limit
+        self.dual = dual
+        self.dual_rate = dual_rate
+        self.constraint = constraint
+        self.barrier_weight = barrier_weight
+        self.barrier_edge = barrier_edge
+
+    def update(self, expected_cost: float, excess: float | None = None) -> float:
+        """Move lambda by the expected cost of what the policy draws now, and return it.
+
+        Every rank must be given the same numbers, or the ranks order the same pairs differently.
+
+        Args:
+            expected_cost: the mean over what was drawn.
+            excess: `rectified_excess` of it; None: as if it were one prompt's.
+
+        Raises:
+            ValueError: if one of them is not a finite number.
+        """
+        over = max(0.0, expected_cost - self.limit) if excess is None else excess
+        if not (math.isfinite(expected_cost) and math.isfinite(over)):
+            raise ValueError(f"expected_cost must be a finite number, got {expected_cost}")
+        if self.constraint == "rectified":
+            self.dual += self.dual_rate * over
+        elif self.constraint == "barrier":
+            slope = self.barrier_weight * barrier_slope(expected_cost, self.limit, self.barrier_edge)
+            self.dual += self.dual_rate * (slope - self.dual)
+        else:
+            self.dual = dual_update(self.dual, expected_cost, self.limit, self.dual_rate)
+        return self.dual
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dual": self.dual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"dual"}:
+            raise ValueError(f"{type(self).__name__} goes on from a dual variable, and the checkpoint holds none")
+        self.dual = float(state["dual"])
+
+
+class ConstrainedDPO(Constraint, DiffusionDPO):
     """Constrained DPO: Diffusion-DPO on pairs ordered by score - lambda * cost, with lambda as the dual variable.
 
     Which image the shard calls chosen does not matter: the pair is ordered again at every step by scores and costs that
@@ -131,56 +201,7 @@ class ConstrainedDPO(DiffusionDPO):
         barrier_edge: float = 0.1,
     ) -> None:
         super().__init__(beta, label_smoothing, sft_weight, anchor_weight)
-        if constraint not in ("dual", "rectified", "barrier"):
-            raise ValueError(f"constraint must be dual, rectified or barrier, got {constraint!r}")
-        if not (0 < barrier_weight < float("inf") and 0 < barrier_edge < float("inf")):
-            raise ValueError(f"barrier_weight and barrier_edge must be above 0, got {barrier_weight}, {barrier_edge}")
-        if constraint == "barrier" and dual_rate > 1:
-            raise ValueError(f"dual_rate is a share with constraint: barrier, at most 1, got {dual_rate}")
-        if not -float("inf") < limit < float("inf"):  # nan compares as false
-            raise ValueError(f"limit must be a finite number, got {limit}")
-        if not 0 <= dual < float("inf"):
-            raise ValueError(f"dual must not be negative, got {dual}")
-        if not 0 < dual_rate < float("inf"):
-            raise ValueError(f"dual_rate must be above 0, got {dual_rate}")
-        self.limit = limit
-        self.dual = dual
-        self.dual_rate = dual_rate
-        self.constraint = constraint
-        self.barrier_weight = barrier_weight
-        self.barrier_edge = barrier_edge
-
-    def update(self, expected_cost: float, excess: float | None = None) -> float:
-        """Move lambda by the expected cost of what the policy draws now, and return it.
-
-        Every rank must be given the same numbers, or the ranks order the same pairs differently.
-
-        Args:
-            expected_cost: the mean over what was drawn.
-            excess: `rectified_excess` of it; None: as if it were one prompt's.
-
-        Raises:
-            ValueError: if one of them is not a finite number.
-        """
-        over = max(0.0, expected_cost - self.limit) if excess is None else excess
-        if not (math.isfinite(expected_cost) and math.isfinite(over)):
-            raise ValueError(f"expected_cost must be a finite number, got {expected_cost}")
-        if self.constraint == "rectified":
-            self.dual += self.dual_rate * over
-        elif self.constraint == "barrier":
-            slope = self.barrier_weight * barrier_slope(expected_cost, self.limit, self.barrier_edge)
-            self.dual += self.dual_rate * (slope - self.dual)
-        else:
-            self.dual = dual_update(self.dual, expected_cost, self.limit, self.dual_rate)
-        return self.dual
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"dual": self.dual}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) != {"dual"}:
-            raise ValueError("ConstrainedDPO goes on from a dual variable, and the checkpoint holds none")
-        self.dual = float(state["dual"])
+        self.constrain(limit, dual, dual_rate, constraint, barrier_weight, barrier_edge)
 
     def preference(self, m: Tensor, labels: PairLabels) -> Tensor:
         decided = reward_order(labels.score, labels.cost, self.dual).abs()

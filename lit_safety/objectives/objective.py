@@ -58,7 +58,8 @@ class PairLabels:
     ``clean`` (B,) is 1 for a clean prompt and 0 for a harmful one. ``harmful`` (B, 2: 1 harmful, 0 safe),
     ``cost`` (B, 2: above 0 means harmful) and ``score`` (B, 2: quality, higher is better) hold chosen and rejected in
     their columns; nan means unknown. An objective that cannot do without one of them declares it (``needs_cost`` and
-    the like), and its module refuses pairs that lack it before they get here.
+    the like), and its module refuses pairs that lack it before they get here. ``reward`` (B,), in [0, 1], is there for
+    single images that a policy drew, 1/2 where an image is as good as the others of its prompt.
     """
 
     clean: Tensor
@@ -66,6 +67,7 @@ class PairLabels:
     cost: Tensor
     score: Tensor
     groups: GroupLabels | None = None
+    reward: Tensor | None = None
 
 
 def prediction_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -132,21 +132,26 @@ def _samples(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def write_parts(
-    folder: Path, rows: Callable[[str], Iterable[Mapping[str, str | int]]], u_val: HeldOut, u_test: HeldOut
+    folder: Path,
+    rows: Callable[[str], Iterable[Mapping[str, str | int]]],
+    u_val: HeldOut,
+    u_test: HeldOut,
+    trained: Sequence[str] = ("anchors",),
 ) -> None:
-    """Writes anchors.csv, val.csv and test.csv, which is the last; each in one rename.
+    """Writes the files of `trained`, val.csv and test.csv, which is the last; each in one rename.
 
     Args:
         folder: where to.
-        rows: of "anchors", "val" or "test", by the columns that `evaluate` reads.
-        u_val: what no anchor may name.
-        u_test: what neither an anchor nor a prompt of validation may name.
+        rows: of each part, by the columns that `evaluate` reads.
+        u_val: what no prompt of `trained` may name.
+        u_test: what no prompt of `trained` and no prompt of validation may name.
+        trained: the parts that training sees.
 
     Raises:
         UserError: a file would name what is held out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for part, forbidden in (("anchors", (u_val, u_test)), ("val", (u_test,)), ("test", ())):
+    for part, forbidden in (*((one, (u_val, u_test)) for one in trained), ("val", (u_test,)), ("test", ())):
         unfinished, made = folder / f"{part}.part.csv", list(rows(part))
         columns = (*COLUMNS, "questions") if any("questions" in row for row in made) else COLUMNS
         with unfinished.open("w", newline="", encoding="utf-8") as file:

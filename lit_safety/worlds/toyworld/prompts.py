@@ -19,6 +19,7 @@ from lit_safety.worlds.toyworld.captions import (
     may_align,
     say,
 )
+from lit_safety.worlds.toyworld.pairs import SEEN_PHRASES
 from lit_safety.worlds.toyworld.sampling import Contents, draw_contents
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
@@ -26,11 +27,12 @@ COUNTS: dict[str, dict[str, int]] = {
     "val": {"explicit": 480, "implicit": 216, "lookalike": 198, "clean": 400},
     "test": {"explicit": 2400, "implicit": 720, "lookalike": 504, "clean": 2000},
     "anchors": {"lookalike": 72, "clean": 120},
+    "online": {"explicit": 480, "implicit": 144, "lookalike": 72, "clean": 120},
 }
 """Rows of each kind; concepts, phrases, look-alikes and numbers of objects take turns."""
-UNNAMED: dict[str, tuple[str, ...]] = {"val": U_VAL, "test": U_TEST, "anchors": ()}
+UNNAMED: dict[str, tuple[str, ...]] = {"val": U_VAL, "test": U_TEST, "anchors": (), "online": ()}
 """What the part asks for that no pair names. It asks for none of the other part's."""
-FOLD = {"val": "val", "test": "test", "anchors": "train"}
+FOLD = {"val": "val", "test": "test", "anchors": "train", "online": "train"}
 """Whose combinations of things, colours and settings the part has."""
 
 
@@ -55,7 +57,7 @@ def _lookalikes(part: str) -> tuple[str, ...]:
 
 def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
     """The rows of "val" (alignment's templates) or "test" (held-out templates), both on combinations of their own, or
-    of "anchors" (harmless, of what pairs name).
+    of "anchors" (harmless, of what pairs name) or "online" (what a policy draws to learn from; no held-out phrase).
 
     Half of the explicit test rows for the category of `HELD_OUT_SCENE` are in its setting, and no other row is.
     """
@@ -66,7 +68,8 @@ def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
         for i in range(count):
             rng = stream(owner, number)
             harmful = kind in ("explicit", "implicit")
-            turn = i if kind in ("explicit", "lookalike") else i // 3
+            phrases = len(SEEN_PHRASES) if part == "online" else 3
+            turn = i if kind in ("explicit", "lookalike") else i // phrases
             concept = list(CONCEPTS)[turn % len(CONCEPTS)] if harmful else None
             rounds = {"clean": i, "lookalike": i // len(lookalikes)}.get(kind, i // len(CONCEPTS))
             category = CONCEPTS[concept].category if concept else ""
@@ -74,7 +77,7 @@ def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
             scene = scene if category == HELD_OUT_SCENE[1] else None
             layout = _layout(kind, rounds)
             setting, contents = _find(rng, part, layout, concept, lookalikes[i % len(lookalikes)], scene)
-            phrase = i % 3 if kind == "implicit" else None
+            phrase = i % phrases if kind == "implicit" else None
             text = say(setting, contents, str(rng.choice(templates)), str(rng.choice(JOINERS)), phrase)
             benign = [name for name, _ in contents if name not in CONCEPTS]
             yield {
@@ -97,7 +100,7 @@ def _find(
 
     Args:
         rng: of this row.
-        part: "val", "test" or "anchors".
+        part: "val", "test", "anchors" or "online".
         layout: what stands there.
         concept: the harm.
         lookalike: takes the place of any other.
@@ -120,5 +123,5 @@ def _find(
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes anchors.csv, val.csv and test.csv, which is the last."""
-    write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST))
+    """Writes anchors.csv, online.csv, val.csv and test.csv, which is the last."""
+    write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST), ("anchors", "online"))

@@ -17,6 +17,7 @@ SEEDS: dict[str, range] = {
     "pairs_onpolicy": range(100_000_000, 110_000_000),  # prompts, and the noise their images begin with
     "users": range(110_000_000, 120_000_000),  # profiles of users, and which pairs are whose
     "prompts_anchors": range(120_000_000, 125_000_000),  # harmless prompts that hold a policy to its reference
+    "prompts_online": range(125_000_000, 130_000_000),  # prompts that a policy draws to learn from
 }
 
 
