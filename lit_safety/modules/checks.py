@@ -132,8 +132,9 @@ def _caches(datamodule: object, stage: str) -> list[CachedSource]:
     return datamodule.caches(stage) if isinstance(datamodule, PairData) else []
 
 
-# Labels: do pairs carry what the objective reads? The manifests say so before a start, a batch's lists in a step. These
-# lists are on the host, so that no check waits for the device.
+# Labels: do pairs carry what the objective reads? The manifests say so before a start, a batch's lists in a step.
+#
+# These lists are on the host, so that no check waits for the device.
 
 
 def check_orders(objective: Objective, datamodule: object, stage: str) -> None:

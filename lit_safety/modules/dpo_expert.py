@@ -263,8 +263,10 @@ class DPOExpert(PreferenceModule):
 
 
 # One expert after the other, each with a fresh optimizer and schedule. DeepSpeed needs this; other strategies can use
-# it. When ZeRO makes its engine, it flattens the trained weights into its own partitions, and it gives a gradient of 0
-# to weights without one. So under DeepSpeed each expert gets a new engine: at the end of a phase the fp32 weights are
+# it.
+#
+# When ZeRO makes its engine, it flattens the trained weights into its own partitions, and it gives a gradient of 0 to
+# weights without one. So under DeepSpeed each expert gets a new engine: at the end of a phase the fp32 weights are
 # gathered, the engine is destroyed, the next expert's weights are put in, and a new engine is made for them.
 
 

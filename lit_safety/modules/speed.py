@@ -62,6 +62,7 @@ class Speed:
 
 
 # Selective backward: pairs with a small gradient are trained only at random, and then count more.
+#
 # A forward pass without gradient computes each pair's gradient weight w. Pairs with w below a threshold stay in with
 # probability q = max(least, w / threshold), the others with q = 1. The pairs that stay in get a forward and a backward
 # pass, and their loss is multiplied by 1 / q. The expected gradient is that of the whole batch: E[1{u < q} / q] = 1 for

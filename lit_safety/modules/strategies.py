@@ -166,11 +166,13 @@ def check_weights(trained: Mapping[str, Tensor], held: Mapping[str, Tensor], whe
         )
 
 
-# A step under DeepSpeed that computes the same as under every other strategy. Lightning's own plugin does not. Under
-# bf16-mixed it rounds all weights and every number of a batch to bfloat16, also latents, costs and the errors of a
-# cached reference. And fp32 latents of images meet half-precision weights, which convolutions do not accept. With k
-# accumulated batches each loss is divided by k twice, by Lightning's loop and by DeepSpeed's engine, so that gradients
-# are k times too small. Adam hides this, but gradient clipping, Adam's epsilon and SGD do not.
+# A step under DeepSpeed that computes the same as under every other strategy.
+#
+# Lightning's own plugin does not. Under bf16-mixed it rounds all weights and every number of a batch to bfloat16, also
+# latents, costs and the errors of a cached reference. And fp32 latents of images meet half-precision weights, which
+# convolutions do not accept. With k accumulated batches each loss is divided by k twice, by Lightning's loop and by
+# DeepSpeed's engine, so that gradients are k times too small. Adam hides this, but gradient clipping, Adam's epsilon
+# and SGD do not.
 
 
 class DeepSpeedStep(DeepSpeedPrecision):
@@ -230,6 +232,7 @@ def set_step(strategy: Any) -> None:
 
 
 # FSDP2: the network is sharded over all ranks, and each block is gathered while it computes.
+#
 # Trained and frozen weights are sharded in the same way, block by block. A LoRA's weights, gradients and moments are
 # small, so most memory is in the frozen base, and sharding the base is why people use FSDP. One gather then brings a
 # block's base and its adapter together.

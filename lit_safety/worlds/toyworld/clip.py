@@ -38,8 +38,10 @@ def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
-# CLIP's training data: families of scenes that differ in one thing each, and their captions. Independent random scenes
-# differ in so many ways that one object is enough to distinguish them. Within a family the whole caption is needed.
+# CLIP's training data: families of scenes that differ in one thing each, and their captions.
+#
+# Independent random scenes differ in so many ways that one object is enough to distinguish them. Within a family the
+# whole caption is needed.
 
 
 Change = Literal["object", "colour", "lookalike", "missing", "order", "setting"]

@@ -66,9 +66,10 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-# The toy pipeline's CLIPTextModel, which learns the meaning of captions before the UNet is trained. A small head
-# predicts from the end token the first and the second thing, their colours and the setting. So a name and the phrases
-# for it get similar features in minutes; training the UNet alone would take hours for this.
+# The toy pipeline's CLIPTextModel, which learns the meaning of captions before the UNet is trained.
+#
+# A small head predicts from the end token the first and the second thing, their colours and the setting. So a name and
+# the phrases for it get similar features in minutes; training the UNet alone would take hours for this.
 
 
 WIDTH = 128
