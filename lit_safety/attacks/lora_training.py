@@ -237,7 +237,7 @@ class Recipe:
         return f"{what}, {self.optimizer}, rate {self.lr:g}"
 
     def parameters(self, network: Network, name: str, seed: int, lora: LoRA | None = None) -> list[torch.nn.Parameter]:
-        """The parameters to train, on the network's device; a LoRA is called `name`; its rank is the recipe's unless given."""
+        """The parameters to train, on the network's device; a LoRA is called `name` and has the recipe's rank."""
         backbone = network.backbone
         if self.weights == "full":
             parameters = list(backbone.denoiser.requires_grad_(True).parameters())

@@ -131,7 +131,7 @@ def ties(deltas: Tensor, density: float, weights: Tensor | None = None) -> Tenso
     """Merge one layer's updates, entry by entry.
 
     1. trim: keep the ``density`` share of entries with the largest magnitudes of every update (equal ones at the limit
-    are all kept, so that their order does not matter), and set the rest to 0;
+       are all kept, so that their order does not matter), and set the rest to 0;
     2. elect: the sign of an entry is the sign of the sum over the updates;
     3. merge: the mean over the updates whose entry has that sign; if the sum is 0, the entry is 0.
 

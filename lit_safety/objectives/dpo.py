@@ -25,7 +25,7 @@ class DiffusionDPO(Objective):
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``label_smoothing`` lies outside [0, 0.5).
+        ValueError: ``label_smoothing`` is outside [0, 0.5).
     """
 
     def __init__(
@@ -51,14 +51,15 @@ def ipo_loss(m: Tensor) -> Tensor:
     """(m - 1/2)^2, margin (B,) in logits -> loss (B,).
 
     The paper and TRL write (h - 1 / (2 tau))^2 with m = tau h, where h is the difference of log ratios without its
-    factor. That is this loss divided by tau^2: the same minimum, another scale. In this form the scale of the loss
-    does not change with beta, so one learning rate serves IPO and DPO (the gradient at m = 0 is -1 here, -1/2 there).
+    factor. That is this loss divided by tau^2: the same minimum, another scale. In this form the scale of the loss does
+    not change with beta, so one learning rate works for IPO and DPO (the gradient at m = 0 is -1 here and -1/2 for
+    DPO).
     """
     return (m - 0.5).square()
 
 
 class IPO(Objective):
-    """Identity preference optimisation: every pair is pulled to a margin of half a logit, from either side.
+    """Identity preference optimisation: every pair is pulled to a margin of half a logit, from above and below.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
@@ -79,7 +80,7 @@ def hinge_loss(m: Tensor) -> Tensor:
 
 
 class Hinge(Objective):
-    """Hinge loss: pairs are pushed with the same force until their margin is one logit, then left alone.
+    """Hinge loss: pairs are pushed with constant force until their margin is one logit, and then not any more.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.

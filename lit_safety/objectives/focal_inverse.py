@@ -14,9 +14,9 @@ from lit_safety.objectives.objective import Objective, PairLabels
 def focal_inverse_loss(m: Tensor, gamma: float, detach_focus: bool = True) -> Tensor:
     """p^gamma (-log p) with p = sigmoid(m): margin (B,) in logits -> loss (B,).
 
-    With ``detach_focus`` the weight carries no gradient and |dL/dm| is p^gamma (1 - p). Attached, dL/dm is
-    -p^gamma (1 - p) (1 + gamma log p): where p < exp(-1 / gamma) its sign turns, and pairs that are far wrong are made
-    worse. gamma = 0 returns Diffusion-DPO's value to the last bit.
+    With ``detach_focus`` the weight carries no gradient and |dL/dm| is p^gamma (1 - p). Without it, dL/dm is -p^gamma
+    (1 - p) (1 + gamma log p): its sign changes where p < exp(-1 / gamma), so that pairs that are far wrong become
+    worse. gamma = 0 gives exactly Diffusion-DPO's value.
     """
     log_p = F.logsigmoid(m)
     if gamma == 0.0:
@@ -28,7 +28,7 @@ def focal_inverse_loss(m: Tensor, gamma: float, detach_focus: bool = True) -> Te
 class FocalInverse(Objective):
     """FocalPO's weight p^gamma on DPO, for comparison with SC-DPO's (1 - p)^gamma under the same settings.
 
-    The paper's loss is the attached one (``detach_focus: false``).
+    The paper uses ``detach_focus: false``.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
@@ -38,7 +38,7 @@ class FocalInverse(Objective):
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``gamma`` is negative, or too large for an attached weight: from 1 / ln 2 = 1.44 on, training
+        ValueError: ``gamma`` is negative, or too large for ``detach_focus: false``: from 1 / ln 2 = 1.44 on, training
             starts (at p = 1/2) in the wrong direction.
     """
 
@@ -55,8 +55,8 @@ class FocalInverse(Objective):
             raise ValueError(f"gamma must not be negative, got {gamma}")
         if not detach_focus and gamma >= 1 / math.log(2):
             raise ValueError(
-                f"gamma must be below 1.44 (1 / ln 2) where detach_focus is false, got {gamma}: an untrained pair "
-                "would be pushed the wrong way"
+                f"gamma must be below 1.44 (1 / ln 2) if detach_focus is false, got {gamma}: an untrained pair would "
+                "be pushed in the wrong direction"
             )
         self.gamma = gamma
         self.detach_focus = detach_focus
