@@ -1,4 +1,4 @@
-"""Negative and partial adapter scale: who holds the weights can weigh the adapter by anything."""
+"""Negative and partial adapter scale: whoever holds the weights can use any scale for the adapter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lit_safety.core.errors import UserError
 
 
 class AdapterScale(Attack):
-    """All adapters of an arm, weighed by a factor: 0 is the base, below 0 the opposite of what was learned.
+    """All adapters of an arm, multiplied by a factor: 0 is the base, below 0 the opposite of what was learned.
 
     Args:
-        scales: factors; 1, the arm as it is, is drawn anyway.
+        scales: the factors; 1, the unchanged arm, is always drawn.
     """
 
     budget: ClassVar[str] = "scale of the adapter"
@@ -35,7 +35,7 @@ class AdapterScale(Attack):
 
     def refuses(self, target: Target) -> str | None:
         arm = target.arm
-        return None if arm.adapter is not None or arm.adapters else "it has no adapter that could be weighed"
+        return None if arm.adapter is not None or arm.adapters else "it has no adapter to scale"
 
     def stages(self, target: Target) -> Iterator[Stage]:
         arm = target.arm

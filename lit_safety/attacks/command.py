@@ -33,32 +33,32 @@ def attack(
     shards: str | None = None,
     **drawing: Any,
 ) -> None:
-    """Attack every arm in every way, on your own models, and report the success rate (ASR) against the budget.
+    """Run every attack on every arm, on your own models, and report the success rate (ASR) against the budget.
 
-    Writes into `out`: attacks.json, attacks.png, and the images under images/. An attack on an arm that is finished
-    is kept under done/ and not done again; a killed run goes on where it stopped.
+    Writes into `out`: attacks.json, attacks.png, and the images under images/. A finished attack on an arm is kept
+    under done/ and not run again, so that a killed run continues where it stopped.
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id: the base.
         prompts: File as for `evaluate`; its explicit prompts are attacked.
         judge: What decides what is harmful, as for `evaluate`.
-        out: Folder of the report; made when it is not there.
+        out: Folder of the report; created if it does not exist.
         attacks: The attacks by name, each a class_path and init_args, as in configs/attack.yaml.
-        adapter: LoRA folder or file, attacked as the arm `aligned` besides the arm `base`.
+        adapter: LoRA folder or file, attacked as the arm `aligned` in addition to the arm `base`.
         arms: Further arms by name, as for `evaluate`: adapters, pipelines, UNets, negative prompts, guards.
-        only: Do only these of the attacks, by their names or those of `sets`; null: all.
+        only: Run only these attacks, given by their names or by names of `sets`; null: all.
         sets: Lists of attacks by name, for `only`.
-        second_judges: Further judges, reported besides the one that decides.
+        second_judges: Further judges, which are reported in addition to the one that decides.
         explicit: Explicit prompts attacked in each category; null: all.
-        prompt_kind: What the prompts of a published file are, where its columns do not say so.
-        prompt_category: The harm that they ask for, where its columns do not say so.
-        seed: Of every random choice of the attacks.
-        other_world: Take prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
+        prompt_kind: The kind of the prompts of a published file, if its columns do not give it.
+        prompt_category: The category of harm that they ask for, if its columns do not give it.
+        seed: Seed of all random choices of the attacks.
+        other_world: Allow prompts and judges of an embedded world, such as data/toyworld, for a pipeline that is not of
             this world; false refuses them.
-        processes: Processes that do attacks, each with the models it needs; with the device cuda process i takes GPU i.
-            What is found is the same.
-        shards: Preference shards that every attack with images takes instead of its own, such as others for validation
-            than for the test; null: each takes its own.
+        processes: Number of processes that run attacks, each with its own models; with the device cuda, process i takes
+            GPU i. The results do not depend on it.
+        shards: Preference shards for all attacks that need images, instead of their own, such as different ones for
+            validation and test; null: each attack uses its own.
         **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
@@ -80,13 +80,15 @@ def attack(
     only = None if only is None else [one for name in only for one in (sets or {}).get(name, [name])]
     if unknown := [name for name in only or () if name not in attacks]:
         known = ", ".join([*attacks, *(sets or {})])
-        raise UserError(f"--only: there is no attack {unknown[0]}; there are {known}")
+        raise UserError(f"--only: there is no attack {unknown[0]}; the attacks are {known}")
     chosen = {name: one for name, one in attacks.items() if only is None or name in only}
     if not chosen:
         raise UserError("--attacks: give at least one attack, as in configs/attack.yaml")
     for name in chosen:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
-            raise UserError(f"--attacks: `{name}` names a folder too: letters, digits, blanks and . _ + -")
+            raise UserError(
+                f"--attacks: `{name}` is also used as a folder name: use only letters, digits, blanks and . _ + -"
+            )
     if shards is not None:
         for own in chosen.values():
             own.take_shards(shards)
@@ -96,7 +98,7 @@ def attack(
     for name, arm in contenders.items():
         if arm.images is not None:
             raise UserError(
-                f"--arms.{name}.images: a folder of images is no model that could be attacked; leave it out"
+                f"--arms.{name}.images: a folder of images is not a model and cannot be attacked; leave it out"
             )
     check_writable(Path(out))
     everything = read_prompts(prompts, prompt_kind, prompt_category)
@@ -128,7 +130,7 @@ def attack(
     )
     report = run.execute()
     if run.done:
-        print(f"{run.done} attacks on an arm were finished before and are taken from {Path(out) / 'done'}")
+        print(f"{run.done} attacks on an arm were finished before and are read from {Path(out) / 'done'}")
     picture = Path(out) / "attacks.png"
     write_atomic(picture, curves_png(report))
     file = write_atomic(Path(out) / "attacks.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

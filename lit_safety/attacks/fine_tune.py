@@ -1,4 +1,4 @@
-"""Fine-tune recovery: published weights can be trained on; after how many steps is the concept back?"""
+"""Fine-tune recovery: anyone can train published weights further; after how many steps is the concept back?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class FineTune(Attack):
     """Train a LoRA on top of the arm, on harmful images with their own prompts.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
-            prompts left out.
+        shards: preference shards; the attacker's images are their rejected images of harmful prompts, without those of
+            attacked prompts.
         steps: optimizer steps at each point of the curve.
         pictures: how many images the attacker has.
-        batch_size: images a step.
+        batch_size: images in a step.
         lr: learning rate of AdamW, constant.
         rank: rank of the LoRA, on the attention projections.
     """
@@ -83,15 +83,15 @@ class FineTune(Attack):
 
 
 class HarmlessFineTune(FineTune):
-    """Train a LoRA on top of the arm, on harmless images with their own prompts: does harm come back by itself?
+    """Train a LoRA on top of the arm, on harmless images with their own prompts: does harm come back unintentionally?
 
-    Nobody has to mean it: this is what an ordinary user of published weights does.
+    This can happen without intent: ordinary users of published weights do such training.
 
     Args:
-        shards: preference shards; their chosen images of clean prompts are what is trained on.
+        shards: preference shards; their chosen images of clean prompts are the training images.
         steps: optimizer steps at each point of the curve.
-        pictures: how many images there are.
-        batch_size: images a step.
+        pictures: number of training images.
+        batch_size: images in a step.
         lr: learning rate of AdamW, constant.
         rank: rank of the LoRA, on the attention projections.
     """
@@ -102,17 +102,17 @@ class HarmlessFineTune(FineTune):
 
 
 class StrongestFineTune(FineTune):
-    """Several fine-tunings; at each number of steps the one counts that brings most harm back.
+    """Several fine-tunings; at each number of steps the one that brings back most harm counts.
 
-    Which one that is differs from budget to budget and is said; all of them are listed beside it. The interval is that
-    of the one that counts: the choice among several makes it a little high.
+    The strongest one can differ from budget to budget. The report names it and lists all of them. The interval is that
+    of the strongest one; choosing among several makes it slightly too high.
 
     Args:
         shards: as for `FineTune`.
-        recipes: the ways: LoRA or all weights, optimizer, rate, rank.
+        recipes: the fine-tunings: LoRA or all weights, optimizer, learning rate, rank.
         steps: optimizer steps at each point of the curve.
         pictures: how many images the attacker has.
-        batch_size: images a step.
+        batch_size: images in a step.
         harmful: train on harmful images; false: on harmless ones, as `HarmlessFineTune`.
     """
 
@@ -132,7 +132,7 @@ class StrongestFineTune(FineTune):
         super().__init__(shards, steps, pictures, batch_size)
         self.recipes = [*RECIPES] if recipes is None else list(recipes)
         if not self.recipes or len({one.label() for one in self.recipes}) < len(self.recipes):
-            raise UserError("StrongestFineTune: recipes: give at least one, each another one than the others")
+            raise UserError("StrongestFineTune: recipes: give at least one, and no recipe twice")
         self.harmful = harmful  # type: ignore[misc]  # of this one, not of its class
         rest = {key: value for key, value in self.settings.items() if key not in ("lr", "rank")}
         self.settings = rest | {"recipes": [asdict(one) for one in self.recipes], "harmful": harmful}
@@ -147,4 +147,4 @@ RECIPES = (
     Recipe("lora", 3e-2, "SGD", 8),
     Recipe("full", 1e-2, "SGD"),
 )
-"""What is tried where nothing is named: LoRA and all weights, three rates each, and a second optimizer."""
+"""The default recipes: LoRA and all weights, three learning rates each, and a second optimizer."""

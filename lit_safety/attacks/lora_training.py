@@ -1,4 +1,4 @@
-"""The attacker's images: harmful (or harmless) examples out of preference shards."""
+"""The attacker's images, which are harmful (or harmless) examples from preference shards, and training on them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Picture:
     """One example."""
 
     key: str
-    """Unique among them."""
+    """Unique among the images."""
     prompt: str
     group: str
-    """The concept it shows, else its first category; empty: a harmless image."""
+    """The concept that it shows, else its first category; empty for a harmless image."""
     image: Image.Image
 
 
@@ -46,18 +46,18 @@ def read_pictures(
     groups: Sequence[str] | None = None,
     without: Collection[str] = (),
 ) -> list[Picture]:
-    """Up to `count` images, the concepts in turn, the same ones every time.
+    """Up to `count` images, taken from the concepts in turn, the same ones every time.
 
-    Harmful ones are the rejected images of harmful prompts that are labelled harmful; harmless ones the chosen images
-    of clean prompts that are labelled safe. What is not labelled is not taken.
+    Harmful images are rejected images of harmful prompts that are labelled harmful. Harmless images are chosen images
+    of clean prompts that are labelled safe. Images without label are not used.
 
     Args:
         shards: a folder or pattern of shards with images.
-        count: how many at most.
-        harmful: which.
-        user: the attack that wants them, for messages.
-        groups: only of these concepts (or categories).
-        without: prompts whose images are left out: those that are attacked.
+        count: the largest number of images.
+        harmful: whether to take harmful or harmless images.
+        user: the attack that needs them, for messages.
+        groups: take only these concepts (or categories).
+        without: prompts whose images are left out, that is the attacked ones.
 
     Raises:
         UserError: the shards are missing or damaged, or hold no such image.
@@ -79,12 +79,12 @@ def read_pictures(
 
 
 def picture_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[Picture]:
-    """A harmful image of each prompt's own concept (or category), other prompts of a concept taking others in turn.
+    """A harmful image of each prompt's concept (or category); several prompts of a concept get different ones in turn.
 
-    Images whose prompt is one of these are left out.
+    Images of these prompts themselves are left out.
 
     Raises:
-        UserError: as `read_pictures`, or a concept has none.
+        UserError: as `read_pictures`, or there is no image of a concept.
     """
     groups = [prompt.concept or prompt.category for prompt in prompts]
     found = read_pictures(shards, len(prompts) * len(set(groups)), True, user, groups, {p.prompt for p in prompts})
@@ -92,7 +92,7 @@ def picture_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[P
     for picture in found:
         of.setdefault(picture.group, []).append(picture)
     if missing := [group for group in dict.fromkeys(groups) if group not in of]:
-        raise UserError(f"attack {user}: {shards} hold no harmful picture of {', '.join(missing)}")
+        raise UserError(f"attack {user}: {shards} hold no harmful image of {', '.join(missing)}")
     met: dict[str, int] = {}
     chosen = []
     for group in groups:
@@ -102,10 +102,10 @@ def picture_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[P
 
 
 def shards_digest(shards: str, user: str) -> str:
-    """What the shards are, for the report: a hash of their sizes and contents, wherever they lie.
+    """A hash of the shards' sizes and contents for the report, which does not depend on where they are.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no shards.
     """
     return digest(open_source(shards, f"attack {user}: shards").identity())
 
@@ -123,7 +123,7 @@ def _metadata(source: Source) -> Iterator[tuple[int, int, PairMetadata]]:
 
 
 def _in_turn(rows: list[list[tuple[int, int]]], count: int) -> set[tuple[int, int]]:
-    """The first of each, the second of each, ..."""
+    """The first of each row, then the second of each row, and so on."""
     taken: list[tuple[int, int]] = []
     for turn in range(max(map(len, rows), default=0)):
         taken += [row[turn] for row in rows if turn < len(row)]
@@ -151,7 +151,7 @@ def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) 
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, batch_size: int = 16) -> Tensor:
-    """Posterior of each image's latents (N, 2, C, h, w), the image cut square and scaled to `side` pixels."""
+    """Posterior of each image's latents (N, 2, C, h, w); images are cropped to a square and scaled to `side` pixels."""
     rows = []
     for start in range(0, len(pictures), batch_size):
         part = [
@@ -163,11 +163,11 @@ def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, 
     return torch.cat(rows)
 
 
-# The plain denoising loss that attackers train with, every random number a function of seed, step and image.
+# The plain denoising loss that attackers train with. Every random number is a function of seed, step and image.
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers; each pass over the rows has an order of its own."""
+    """Endless batches of row numbers; each pass over the rows has its own order."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
@@ -180,15 +180,15 @@ def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 def denoising_loss(
     backbone: Backbone, posterior: Tensor, conditioning: Conditioning, keys: Sequence[str], seed: int, step: int
 ) -> Tensor:
-    """Mean squared error of the denoiser's prediction, one an image (B,), fp32.
+    """Mean squared error of the denoiser's prediction for each image (B,), fp32.
 
     Args:
-        backbone: predicts.
-        posterior: of the images' latents (B, 2, C, h, w).
-        conditioning: B rows.
-        keys: the images' names, B.
-        seed: of the attack.
-        step: which step it is; decides noise and timestep together with seed and name.
+        backbone: the model.
+        posterior: posterior of the images' latents (B, 2, C, h, w).
+        conditioning: conditioning of B rows.
+        keys: the B images' names.
+        seed: the attack's seed.
+        step: number of the step; with seed and name it decides noise and timestep.
     """
     seeds = [sample_seed(seed, step, key) for key in keys]
     shape = tuple(posterior.shape[2:])
@@ -201,7 +201,7 @@ def denoising_loss(
     return (backbone.predict(noisy, timesteps, conditioning).float() - target.float()).pow(2).flatten(1).mean(1)
 
 
-# A few steps of ordinary fine-tuning on images and their prompts: of a LoRA, or of all weights.
+# A few steps of ordinary fine-tuning on images and their prompts, of a LoRA or of all weights.
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Recipe:
     """One way of fine-tuning.
 
     Raises:
-        UserError: a number is out of its range, or torch has no such optimizer.
+        UserError: a number is outside its range, or torch has no such optimizer.
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -219,7 +219,7 @@ class Recipe:
     optimizer: str = "AdamW"
     """Class name in torch.optim, with its own defaults; SGD has a momentum of 0.9."""
     rank: int = 8
-    """Of the LoRA."""
+    """Rank of the LoRA."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf") or self.rank < 1:
@@ -227,8 +227,8 @@ class Recipe:
         kind = getattr(torch.optim, self.optimizer, None)
         if self.optimizer in ("Optimizer", "LBFGS", "SparseAdam") or not isinstance(kind, type):
             raise UserError(
-                f"fine-tuning: optimizer {self.optimizer}: torch.optim has none of this name that takes plain steps; "
-                "such as AdamW, SGD, RMSprop, Adagrad"
+                f"fine-tuning: optimizer {self.optimizer}: torch.optim has no such optimizer with plain steps; use for "
+                "example AdamW, SGD, RMSprop or Adagrad"
             )
 
     def label(self) -> str:
@@ -237,14 +237,14 @@ class Recipe:
         return f"{what}, {self.optimizer}, rate {self.lr:g}"
 
     def parameters(self, network: Network, name: str, seed: int, lora: LoRA | None = None) -> list[torch.nn.Parameter]:
-        """What is trained, on the network's device; a LoRA is called `name` and is one of the rank, unless given."""
+        """The parameters to train, on the network's device; a LoRA is called `name` and has the recipe's rank."""
         backbone = network.backbone
         if self.weights == "full":
             parameters = list(backbone.denoiser.requires_grad_(True).parameters())
         else:
             lora = lora or LoRA(rank=self.rank)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)  # PEFT draws the initial A from the global generator
+                torch.manual_seed(seed)  # because PEFT draws the initial A from the global generator
                 parameters = lora.with_targets(backbone.lora_targets()).attach(backbone.denoiser, name)
         for parameter in parameters:
             parameter.data = parameter.data.to(backbone.device)
@@ -254,9 +254,9 @@ class Recipe:
 def train_lora(
     network: Network, pictures: Sequence[Picture], lora: LoRA, name: str, lr: float, batch_size: int, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Train an adapter called `name` on the network, forever; yields (steps done, loss) after each step.
+    """Train an adapter called `name` on the network without end; yields (steps done, loss) after each step.
 
-    AdamW with a constant rate, as `train_weights`. The network's own weights, adapters folded in included, do not move.
+    AdamW with a constant rate, as `train_weights`. The network's own weights, including fused adapters, do not change.
     """
     return train_weights(network, pictures, Recipe("lora", lr, "AdamW", lora.rank), name, batch_size, seed, lora)
 
@@ -270,9 +270,9 @@ def train_weights(
     seed: int,
     lora: LoRA | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Train by a recipe, forever; yields (steps done, loss) after each step.
+    """Train by a recipe without end; yields (steps done, loss) after each step.
 
-    Plain denoising loss, each image with its own prompt, gradients of norm 1 at most.
+    It uses the plain denoising loss, each image with its own prompt, and clips gradients to norm 1.
 
     Raises:
         UserError: the loss is not finite.

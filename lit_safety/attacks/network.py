@@ -1,4 +1,4 @@
-"""The weights of an arm, open to gradients: a backbone around the very networks of a pipeline that draws."""
+"""An arm's weights for attacks with gradients: a backbone with the same networks as the pipeline that draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PipelineParts(Parts):
-    """The components of a pipeline that is loaded already.
+    """The components of a pipeline that is already loaded.
 
     Args:
         source: the pipeline's folder.
@@ -37,11 +37,11 @@ class PipelineParts(Parts):
 
 @dataclass(frozen=True)
 class Network:
-    """An arm's networks in fp32, its adapters folded into the weights."""
+    """An arm's networks in fp32, with its adapters fused into the weights."""
 
     backbone: Backbone
     pipe: Any
-    """Draws with the same networks: what is trained in `backbone` shows in its images."""
+    """A pipeline with the same networks: training `backbone` changes its images."""
     resolution: int
     """Side of its images in pixels."""
 
@@ -53,13 +53,13 @@ class Network:
 
 
 def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = None) -> Network:
-    """Load an arm for an attacker who holds its weights.
+    """Load an arm for an attacker who has its weights.
 
     Args:
         folder: the arm's pipeline.
-        arm: its LoRAs; a guard is left out.
-        device: where to.
-        resolution: side of the images it is attacked at; None: the pipeline's own.
+        arm: the arm with its LoRAs; its guard is left out.
+        device: the device to load to.
+        resolution: side of the images of the attack; None: the pipeline's own.
 
     Raises:
         UserError: the pipeline or an adapter does not load, or no backbone knows the pipeline's family.
@@ -67,31 +67,33 @@ def open_network(folder: Path, arm: Arm, device: str, resolution: int | None = N
     family = family_of(str(folder))
     pipe = load_pipeline(folder, replace(arm, guard=None), device, "float32")
     if arm.loras():
-        pipe.unload_lora_weights()  # fp32 adapters were folded in, so this takes away what is empty now
+        pipe.unload_lora_weights()  # adapters were fused in fp32, so this only removes empty layers
     backbone = family(PipelineParts(str(folder), pipe)).requires_grad_(False).eval()
     return Network(backbone, pipe, resolution or _own_side(pipe))
 
 
 def taught(encoder: Any) -> torch.Tensor:
-    """Which rows of a text encoder's token embedding hold anything (V,).
+    """Which rows of a text encoder's token embedding are not 0 (V,).
 
-    An encoder that was trained on a few of its tokenizer's words may be stored with zeros for the others; these say
-    nothing to it, so that no attack has use for them.
+    An encoder that was trained on a few of its tokenizer's words may have zeros for the others. Such words have no
+    meaning for it, so attacks do not use them.
     """
     weight = encoder.get_input_embeddings().weight.detach()
     return (weight != 0).any(dim=1)
 
 
 def _own_side(pipe: Any) -> int:
-    """Side in pixels of the images that a pipeline draws where none is given."""
+    """Side in pixels of the images that a pipeline draws by default."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     side = getattr(denoiser.config, "sample_size", None) or getattr(pipe, "default_sample_size", 128)
     return int(side * pipe.vae_scale_factor)
 
 
 def compute_threads(network: Network) -> int:
-    """Threads of one operation while an attack computes: 1 for small networks on a CPU, which is faster for them and
-    gives the same digits on any number of cores."""
+    """Threads of one operation while an attack computes: 1 for small networks on a CPU.
+
+    This is faster for them and gives the same digits on any number of cores.
+    """
     from lit_safety.drawing.threads import is_small_on_cpu
 
     return 1 if is_small_on_cpu(network.pipe) else torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Text-free noise inversion: which initial noise gives a harmful image when no text asks for it?"""
+"""Text-free noise inversion: which initial noise gives a harmful image although no text asks for it?"""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from lit_safety.drawing.prompts import Prompt
 from lit_safety.drawing.threads import threads
 
 NO_TEXT = " "
-"""Families have a rule of their own for the empty text, such as zeros; a blank is encoded alike by all of them, and
-CLIP makes the same tokens of both."""
+"""Some families treat the empty text in a special way, such as zeros.
+
+A blank is encoded normally by all families, and for CLIP it gives the same tokens as the empty text.
+"""
 
 
 # After TINA (text-free inversion, CVPR 2026). A deterministic sampler is a chain of steps
 #
 #     x_(i+1) = a x_i + b f(x_i, t_i, no text)
 #
-# from noise to image. It is run backwards from a harmful image: each x_i is found such that its step gives x_(i+1).
-# Plain DDIM inversion takes f at x_(i+1) instead of x_i, and these errors add up. They are driven out here: x_i is
-# moved by what its step misses, divided by a, and half as far wherever that made it worse.
+# from noise to image. It is run backwards from a harmful image: each x_i is searched so that its step gives x_(i+1).
+# Plain DDIM inversion evaluates f at x_(i+1) instead of x_i, and these errors add up. Here they are corrected: x_i is
+# changed by the step's error divided by a, and by half of it wherever the full change made the error larger.
 #
-# What this says: a sampler that can be run backwards has a noise for almost any image, for images that the model could
-# never draw from text too. Compare with the base, and with what an aligned model does to the image on the way.
+# How to read the result: a sampler that can be run backwards has a noise for almost any image, also for images that the
+# model could never draw from text. So compare with the base, and look at how an aligned model changes the image.
 
 
 class NoiseInversion(Attack):
@@ -41,8 +43,8 @@ class NoiseInversion(Attack):
     Args:
         shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
             prompts left out.
-        passes: passes through the denoiser for each step of the sampler, at each point of the curve; 1 is plain DDIM
-            inversion.
+        passes: passes through the denoiser for each step of the sampler, one number for each point of the curve; 1 is
+            plain DDIM inversion.
     """
 
     budget: ClassVar[str] = "passes through the denoiser for each sampler step"
@@ -74,7 +76,7 @@ class NoiseInversion(Attack):
             posterior = encode_pictures(network.backbone, pictures, network.resolution)
             latents = network.backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
         prompts = [replace(p, prompt=NO_TEXT, guidance=None) for p in target.prompts]
-        guidance = float(getattr(network.backbone.settings, "guidance", 1.0))  # where the network is told its scale
+        guidance = float(getattr(network.backbone.settings, "guidance", 1.0))  # networks with embedded guidance
         size = target.drawing.batch_size
         for passes in self.passes:
             rows = []
@@ -99,23 +101,23 @@ class Steps:
 
     network: Network
     timesteps: Tensor
-    """(steps,) in the backbone's unit, from noise to image."""
+    """(steps,) timesteps in the backbone's unit, from noise to image."""
     coefficients: list[tuple[float, float]]
     """a and b of each step."""
 
     @classmethod
     def of(cls, network: Network, steps: int) -> Steps:
-        """The sampler of so many steps; gives the network's pipeline a scheduler without history: DDIM or Euler's.
+        """A sampler with this many steps. It gives the network's pipeline a scheduler without history: DDIM or Euler.
 
         Raises:
-            UserError: the pipeline does not draw so.
+            UserError: the pipeline cannot draw in this way.
         """
         pipe = network.pipe
         pipe.scheduler = deterministic(pipe.scheduler)
         from lit_safety.backbones.call import call_options
 
         side = {"height": network.resolution, "width": network.resolution}
-        try:  # the pipeline itself decides on timesteps, by the size of the image too
+        try:  # the pipeline decides the timesteps, which can depend on the image size
             pipe(
                 prompt=[NO_TEXT], num_inference_steps=steps, output_type="latent",
                 generator=[torch.Generator("cpu").manual_seed(0)], **side, **call_options(pipe, 1.0, None, 1),
@@ -131,7 +133,7 @@ class Steps:
         return cls(network, scheduler.timesteps.clone(), pairs[: len(scheduler.timesteps)])
 
     def inverted(self, images: Tensor, passes: int) -> Tensor:
-        """Latents of images (B, C, h, w) -> the noise from which the steps give them.
+        """Latents of images (B, C, h, w) -> the noise from which the sampler's steps give them.
 
         Args:
             images: scaled latents.
@@ -165,7 +167,7 @@ def _deterministic(network: Network) -> Any:
 
 
 def deterministic(scheduler: Any) -> Any:
-    """A scheduler of the same process whose steps are linear and know nothing of earlier ones."""
+    """A scheduler of the same process whose steps are linear and do not depend on earlier steps."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = dict(scheduler.config)
@@ -178,7 +180,7 @@ def deterministic(scheduler: Any) -> Any:
 
 
 def _linear(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """a and b of a step: DDIM's is linear in the sample and in what the network predicts."""
+    """a and b of a step: a DDIM step is linear in the sample and in the network's prediction."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     a = scheduler.step(zero, timestep, one).prev_sample
     b = scheduler.step(one, timestep, zero).prev_sample

@@ -1,4 +1,4 @@
-"""Held-out paraphrases: the harm is meant by phrases that no alignment has seen. Needs nothing but prompts."""
+"""Held-out paraphrases: phrases that mean the harm and were not used in alignment. Needs only prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Paraphrases(Attack):
     """The prompt set's own implicit prompts for the same concept (or category), one after another.
 
     Args:
-        tries: paraphrases tried for each attacked prompt; every try is a point of the curve.
-        held_out: only phrases that stood in no alignment data; false: every implicit prompt.
+        tries: number of paraphrases for each attacked prompt; every try is a point of the curve.
+        held_out: use only phrases that are not in alignment data; false: use every implicit prompt.
     """
 
     budget: ClassVar[str] = "paraphrases tried"
@@ -50,7 +50,7 @@ class Paraphrases(Attack):
 
     def stages(self, target: Target) -> Iterator[Stage]:
         lists = [self._paraphrases(prompt, target.everything) for prompt in target.prompts]
-        # Attacked prompts of one concept begin at different places, so that together they try as many as there are.
+        # Attacked prompts of one concept begin at different phrases, so that together they try as many as possible.
         met: dict[tuple[str, str], int] = {}
         starts = []
         for prompt in target.prompts:
@@ -63,7 +63,7 @@ class Paraphrases(Attack):
 
 
 def _nth(rows: list[Prompt], number: int) -> Prompt:
-    """Row after row; when all were tried, again with other initial noise."""
+    """Row number `number`; after the last row it starts again with other initial noise."""
     again, place = divmod(number, len(rows))
     row = rows[place]
     return replace(row, seed=derive(row.seed, f"again {again}")) if again else row

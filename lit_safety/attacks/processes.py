@@ -1,6 +1,6 @@
-"""Several processes do attacks: each takes the next one that nobody does, and keeps what it finds under done/.
+"""Several processes run attacks: each takes the next free one and stores its result under done/.
 
-What an attack on an arm finds does not depend on the process that does it, so the report is the same.
+The result of an attack on an arm does not depend on the process, so the report is the same.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from lit_safety.core.processes import deaf_to_ctrl_c, end_all, end_with_parent
 from lit_safety.core.progress import Shown, shown
 
 Unit = tuple[str, list[str]]
-"""An attack and the arms that one process does it on."""
+"""An attack, and the arms on which one process runs it."""
 
 
 class Run(Protocol):
-    """What is asked of the run that is sent to every process."""
+    """What is needed from the run, which is sent to every process."""
 
     drawing: Any
-    """How images are drawn, a device among it."""
+    """How images are drawn, including the device."""
     attacks: dict[str, Any]
 
     def cell(self, name: str, attack: Any, arm: str, scheduler: str) -> Any:
-        """Do an attack on an arm and keep what it finds."""
+        """Run an attack on an arm and store the result."""
 
     def images_of(self, unit: Unit) -> int:
-        """How many images an attack on some arms draws at most."""
+        """The largest number of images that an attack on some arms draws."""
 
 
 def do_in_processes(run: Run, units: Sequence[Unit], schedulers: dict[str, str], processes: int) -> None:
-    """Do all units; what they find lies under done/ then.
+    """Run all units; their results are then stored under done/.
 
     Args:
-        run: is sent to every process.
-        units: what is to be done, in the order in which it is begun.
-        schedulers: by arm.
-        processes: how many at a time.
+        run: the run, which is sent to every process.
+        units: the units, in the order in which they are started.
+        schedulers: the scheduler of each arm.
+        processes: number of processes.
 
     Raises:
-        UserError: an attack raised it, or a process was killed; what was finished stays.
+        UserError: an attack raised it, or a process was killed; finished results are kept.
     """
     import torch
 
     count = min(processes, len(units))
-    context = multiprocessing.get_context("spawn")  # a fork of a process that runs torch's threads may hang
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
     threads = max(1, torch.get_num_threads() // max(1, count))
     waiting = list(units)
     pipes: dict[Any, Any] = {}
@@ -61,7 +61,7 @@ def do_in_processes(run: Run, units: Sequence[Unit], schedulers: dict[str, str],
                 process = context.Process(target=_work, args=work, daemon=True, name=f"attack {rank}")
                 with deaf_to_ctrl_c():
                     process.start()
-                theirs.close()  # so that the end of the process is the end of the pipe
+                theirs.close()  # so that the pipe ends when the process ends
                 pipes[ours] = process
                 ours.send(waiting.pop(0))
             _listen(dict(pipes), waiting, bar)
@@ -81,7 +81,8 @@ def _listen(left: dict[Any, Any], waiting: list[Unit], bar: Shown) -> None:
                 if process.exitcode:
                     raise UserError(
                         f"the attacking process {process.name.split()[-1]} ended with status {process.exitcode} "
-                        "(killed, or out of memory?); what was finished stays, run the same command again to go on"
+                        "(killed, or out of memory?); finished results are kept, run the same command again to "
+                        "continue"
                     ) from None
                 continue
             if what == "error":
@@ -91,18 +92,18 @@ def _listen(left: dict[Any, Any], waiting: list[Unit], bar: Shown) -> None:
             elif what == "tell":
                 bar.tell(value)
             else:  # it is idle
-                with suppress(BrokenPipeError):  # its end is heard next
+                with suppress(BrokenPipeError):  # its end is noticed next
                     pipe.send(waiting.pop(0) if waiting else None)
 
 
 def _work(run: Run, schedulers: dict[str, str], rank: int, threads: int, pipe: Any) -> None:
-    """What one process does. It ends with the process that began it, even when that one is killed."""
+    """The work of one process. It ends when its parent process ends, even if that one is killed."""
     import torch
 
     end_with_parent()
     torch.set_num_threads(threads)
     if str(run.drawing.device) == "cuda" and torch.cuda.device_count() > 1:
-        torch.cuda.set_device(rank % torch.cuda.device_count())  # what `cuda` means in this process
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # so that `cuda` means this device here
     told = _Told(pipe)
     vars(run)["show"] = told.shown
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError), signals():
@@ -119,7 +120,7 @@ def _work(run: Run, schedulers: dict[str, str], rank: int, threads: int, pipe: A
 
 
 class _Told:
-    """Progress that is told to the process that shows it."""
+    """Sends progress to the process that shows it."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.done, self.what = pipe, 0, ""

@@ -1,4 +1,4 @@
-"""Re-weighted conditioning: words of the prompt, or layers of the text encoder, count more or less than they did."""
+"""Re-weighted conditioning: words of the prompt, or layers of the text encoder, count more or less than normal."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from lit_safety.drawing.prompts import Prompt
 
 @dataclass(frozen=True)
 class Weighting:
-    """One way of weighing the text.
+    """One way of weighting the text.
 
     Raises:
         UserError: a weight is not a finite number, or both are 1.
     """
 
     tokens: float = 1.0
-    """Factor on what the text encoder gives for tokens of the prompt."""
+    """Factor on the text encoder's outputs for tokens of the prompt."""
     of: Literal["prompt", "concept"] = "prompt"
-    """Which tokens: all of the prompt, or those of its concept, where the prompt names it (else all)."""
+    """Which tokens: all of the prompt, or those of its concept if the prompt names it (else all)."""
     layers: float = 1.0
-    """Factor on what layers of the text encoder add to what goes through them."""
+    """Factor on what layers of the text encoder add to the residual stream."""
     layer: int | None = None
-    """Which layer, counted from 0, or from -1 backwards; null: all of them."""
+    """Which layer, counted from 0, or backwards from -1; null: all layers."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.tokens) and isfinite(self.layers)) or self.tokens == self.layers == 1:
             raise UserError(
-                f"Reweighted: tokens {self.tokens}, layers {self.layers}: finite numbers, one of them not 1, are needed"
+                f"Reweighted: tokens {self.tokens}, layers {self.layers}: must be finite numbers, and one of them not 1"
             )
 
     def label(self) -> str:
@@ -52,16 +52,16 @@ WEIGHTINGS = (
     *(Weighting(layers=weight) for weight in (0.7, 1.3)),
     *(Weighting(layers=weight, layer=layer) for layer in (0, -1) for weight in (0.0, 2.0)),
 )
-"""What is tried where nothing is named."""
+"""The default weightings."""
 
 
 class Reweighted(Attack):
-    """Draw the same prompts and seeds with the text weighed otherwise; any of the ways may succeed.
+    """Draw the same prompts and seeds with different weightings of the text; it succeeds if any of them does.
 
-    Only rows that hold an attacked prompt are weighed: the empty prompt and the arm's negative prompt stay as they are.
+    Only rows with an attacked prompt are weighted. The empty prompt and the arm's negative prompt do not change.
 
     Args:
-        weightings: the ways, in the order in which they are tried; null: `WEIGHTINGS`.
+        weightings: the weightings, in the order in which they are tried; null: `WEIGHTINGS`.
     """
 
     budget: ClassVar[str] = "weightings tried"
@@ -103,15 +103,15 @@ class Reweighted(Attack):
 
 @dataclass
 class Weighed:
-    """A weighting of some prompts, to be put on a network's text encoders."""
+    """A weighting of some prompts, which can be applied to a network's text encoders."""
 
     weighting: Weighting
     prompts: Sequence[Prompt]
     _at: threading.local = field(default_factory=threading.local)
-    """Which rows of the batch are weighed, while an encoder runs in a thread: batches are drawn at the same time."""
+    """Which rows of the batch are weighted. It is kept for each thread, because batches are drawn at the same time."""
 
     def put(self, network: Network) -> Any:
-        """Weigh the text of the network's pipeline, in the place of any earlier weighting; gives the pipeline."""
+        """Weight the text of the network's pipeline, replacing any earlier weighting; returns the pipeline."""
         for tokenizer, encoder in network.encoders():
             for handle in vars(encoder).pop("_weighed", []):
                 handle.remove()
@@ -128,7 +128,7 @@ class Weighed:
 
 
 class _Texts:
-    """Where attacked prompts stand among the tokens that an encoder is given, whatever template is around them."""
+    """Finds attacked prompts among an encoder's input tokens, independent of a template around them."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Prompt], of: str) -> None:
         self.found: dict[tuple[int, ...], list[bool]] = {}
@@ -156,7 +156,7 @@ class _Texts:
 
 
 def _named(tokenizer: Any, ids: tuple[int, ...], concept: str) -> list[bool]:
-    """Which tokens are the concept's; all of them where it is not named."""
+    """Which tokens are the concept's; all tokens if the concept is not named."""
     for text in (concept, f" {concept}") if concept else ():
         word = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         start = _place(list(ids), word, set()) if word else None
@@ -166,14 +166,14 @@ def _named(tokenizer: Any, ids: tuple[int, ...], concept: str) -> list[bool]:
 
 
 def _place(row: list[int], text: tuple[int, ...], special: set[int]) -> int | None:
-    """Where a text begins among a row's tokens; a row that was cut short may hold its beginning alone."""
+    """The position where a text begins in a row's tokens; a truncated row may hold only the text's beginning."""
     for start in range(len(row)):
         if row[start] != text[0]:
             continue
         part = row[start : start + len(text)]
         if tuple(part) == text:
             return start
-        # truncated: all that is left of the row, but for the end token
+        # truncated: the rest of the row, without the end token
         body = part[:-1] if part and part[-1] in special else part
         if len(body) > 1 and start + len(part) == len(row) and tuple(body) == text[: len(body)]:
             return start
@@ -181,7 +181,7 @@ def _place(row: list[int], text: tuple[int, ...], special: set[int]) -> int | No
 
 
 class _Around:
-    """Changes what a layer's `forward` gives. Not a hook: transformers notes hidden states before hooks run."""
+    """Changes the output of a layer's `forward`. A hook would be too late: transformers stores hidden states before."""
 
     def __init__(self, layer: nn.Module, change: Any) -> None:
         self.layer, self.before = layer, vars(layer).get("forward")
@@ -193,7 +193,7 @@ class _Around:
         vars(layer)["forward"] = changed
 
     def remove(self) -> None:
-        """The layer as it was."""
+        """Restore the layer."""
         del vars(self.layer)["forward"]
         if self.before is not None:
             vars(self.layer)["forward"] = self.before

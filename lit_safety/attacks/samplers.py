@@ -1,4 +1,4 @@
-"""Other schedulers, numbers of steps and guidance scales than the model was aligned and is evaluated with."""
+"""Other schedulers, numbers of steps and guidance scales than in alignment and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_safety.core.errors import UserError
 
 @dataclass
 class Sampler:
-    """One way of drawing; what is null stays as the run says."""
+    """One way of drawing; null means the run's own setting."""
 
     scheduler: str | None = None
     """Class name of a diffusers scheduler, such as EulerDiscreteScheduler."""
@@ -28,10 +28,10 @@ class Sampler:
 
 
 class Samplers(Attack):
-    """Draw the same prompts and seeds in other ways.
+    """Draw the same prompts and seeds with other samplers.
 
     Args:
-        samplers: the ways, in the order in which they are tried.
+        samplers: the samplers, in the order in which they are tried.
     """
 
     budget: ClassVar[str] = "samplers tried"
@@ -41,7 +41,9 @@ class Samplers(Attack):
     def __init__(self, samplers: list[Sampler]) -> None:
         for one in samplers:
             if one == Sampler() or (one.steps is not None and one.steps < 1) or not _finite(one.guidance):
-                raise UserError(f"Samplers: {asdict(one)}: give a scheduler, steps from 1 up or a guidance from 0 up")
+                raise UserError(
+                    f"Samplers: {asdict(one)}: give a scheduler, steps of at least 1 or a guidance of at least 0"
+                )
         if not samplers:
             raise UserError("Samplers: samplers is empty; give at least one")
         self.samplers = samplers
@@ -56,22 +58,22 @@ class Samplers(Attack):
         for one in self.samplers:
             if one.scheduler is not None and one.scheduler not in known:
                 raise UserError(
-                    f"attack Samplers: {one.scheduler} cannot take the place of {type(target.pipe.scheduler).__name__};"
-                    f" these can: {', '.join(sorted(known))}"
+                    f"attack Samplers: {one.scheduler} cannot replace {type(target.pipe.scheduler).__name__}; these "
+                    f"can: {', '.join(sorted(known))}"
                 )
         return None
 
     def stages(self, target: Target) -> Iterator[Stage]:
         for number, one in enumerate(self.samplers, 1):
             if one.guidance is not None and one.guidance <= 1 and target.arm.guard is not None:
-                target.notes.append(f"{one.label()}: left out, the guard works with classifier-free guidance only")
+                target.notes.append(f"{one.label()}: left out, the guard works only with classifier-free guidance")
                 continue
             pipe = target.fresh()
             if one.scheduler is not None:
                 pipe.scheduler = _scheduler(one.scheduler, pipe.scheduler.config)
             changes: dict[str, Any] = {k: v for k, v in asdict(one).items() if k != "scheduler" and v is not None}
             prompts = target.prompts
-            if one.guidance is not None:  # a prompt set's own column would come first
+            if one.guidance is not None:  # because a prompt set's own column would override it
                 prompts = [replace(prompt, guidance=None) for prompt in prompts]
             yield target.stage(
                 number, pipe=pipe, prompts=prompts, label=one.label(), drawing=replace(target.drawing, **changes),

@@ -1,4 +1,4 @@
-"""Any of several seeds: the attacker draws the same prompt again and keeps what came out harmful."""
+"""Any of several seeds: the attacker draws the same prompt several times and keeps harmful images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lit_safety.core.errors import UserError
 
 
 class AnySeed(Attack):
-    """Draw each prompt with other seeds; a prompt counts when any of its images is harmful (SSR-N).
+    """Draw each prompt with other seeds; a prompt counts if any of its images is harmful (SSR-N).
 
     Args:
-        seeds: how many more are drawn; the unattacked image counts besides.
+        seeds: number of further images; the unattacked image counts too.
     """
 
     budget: ClassVar[str] = "further seeds drawn"

@@ -1,4 +1,4 @@
-"""What a suffix search maximises: how like a goal the model takes a suffixed prompt to be."""
+"""What a suffix search maximises: the similarity of a suffixed prompt to a goal, as the model sees it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 Likeness = Callable[["Conditioning", Tensor], Tensor]
-"""Text encoders' outputs for N suffixed prompts, and their numbers (N,) -> similarities (N,), with gradients."""
+"""Text encoders' outputs for N suffixed prompts, and the prompts' indices (N,) -> similarities (N,), with gradients."""
 
 
 class Similarity(ABC):
-    """A goal for every attacked prompt, and how near a text comes to it."""
+    """A goal for every attacked prompt, and the similarity of a text to it."""
 
     text_only: ClassVar[bool] = False
-    """Whether it needs the text encoder alone: then what is found is the same for all arms of one pipeline."""
+    """Whether it needs only the text encoder: then the result is the same for all arms of one pipeline."""
     knows: ClassVar[str]
-    """What it takes to compute it."""
+    """What the attacker must have to compute it."""
     settings: dict[str, Any]
 
     def check(self, attacked: Sequence[Prompt]) -> None:  # noqa: B027 (nothing to check)
-        """Complain about what can be seen before anything is loaded.
+        """Refuse what can be seen to be wrong before anything is loaded.
 
         Raises:
             UserError: a file is missing or lacks what is needed.
@@ -43,11 +43,11 @@ class Similarity(ABC):
 
     @abstractmethod
     def likeness(self, target: Target, network: Network, prompts: Sequence[str]) -> Likeness:
-        """How like their goals the suffixed prompts are.
+        """A function that computes the similarity of suffixed prompts to their goals.
 
         Args:
             target: the arm.
-            network: its networks.
+            network: the arm's networks.
             prompts: the attacked prompts' texts, without suffix.
         """
 
@@ -67,18 +67,18 @@ def text_rows(network: Network, prompts: Sequence[str], batch_size: int = 64) ->
 #     goal   = E(prompt) + strength * c
 #     score  = cosine of E(prompt + suffix) and goal, over all tokens' features together
 #
-# E is the pipeline's text encoder alone, which alignment of the denoiser leaves as it was: what is found is tried on
-# every arm without having seen it. (The paper minimises the squared distance with a genetic search.)
+# E uses only the pipeline's text encoder, which the denoiser's alignment does not change. So a suffix is found without
+# the arm and then tried on every arm. (The paper minimises the squared distance with a genetic search.)
 
 
 class ConceptDirection(Similarity):
-    """Nearness to the prompt moved along its concept's direction.
+    """Similarity to the prompt's embedding, moved along its concept's direction.
 
     Args:
-        prompts: CSV of other prompts than the attacked ones: explicit prompts of every attacked concept (or category)
-            and clean ones.
-        strength: how far along.
-        each: prompts a concept, and clean prompts, that the means are over at most.
+        prompts: CSV with other prompts than the attacked ones: explicit prompts of every attacked concept (or
+            category), and clean prompts.
+        strength: how far it is moved.
+        each: the largest number of prompts of a concept, and of clean prompts, for the means.
     """
 
     text_only: ClassVar[bool] = True
@@ -96,15 +96,15 @@ class ConceptDirection(Similarity):
         for prompt in attacked:
             self._naming(prompt, rows)
         if not any(row.kind == "clean" for row in rows):
-            raise UserError(f"{self.file}: holds no clean prompt; ConceptDirection compares with some")
+            raise UserError(f"{self.file}: holds no clean prompt, but ConceptDirection needs some")
 
     def _naming(self, prompt: Prompt, rows: Sequence[Prompt]) -> list[str]:
         explicit = [row for row in rows if row.kind == "explicit" and row.category == prompt.category]
         found = [row.prompt for row in explicit if row.concept == prompt.concept] or [row.prompt for row in explicit]
         if not found:
             raise UserError(
-                f"{self.file}: holds no explicit prompt of {prompt.concept or prompt.category}; ConceptDirection needs "
-                "some of every attacked concept"
+                f"{self.file}: holds no explicit prompt of {prompt.concept or prompt.category}, but ConceptDirection "
+                "needs some of every attacked concept"
             )
         return found[: self.each]
 
@@ -127,7 +127,7 @@ class ConceptDirection(Similarity):
 
 
 def flat(conditioning: Conditioning) -> Tensor:
-    """All outputs of a row side by side, float32 (N, D)."""
+    """All outputs of a row concatenated, float32 (N, D)."""
     return torch.cat([conditioning[name].float().flatten(1) for name in sorted(conditioning)], dim=1)
 
 
@@ -135,19 +135,19 @@ def _mean(conditioning: Conditioning) -> Tensor:
     return flat(conditioning).mean(0)
 
 
-# P4D's goal (Chin et al., arXiv 2309.06135): the aligned denoiser is to predict what the base predicts for the prompt.
+# P4D's goal (Chin et al., arXiv 2309.06135): the aligned denoiser should predict what the base predicts for the prompt.
 #
 #     score = - mean over t of mean (eps_arm(x_t, t, prompt + suffix) - eps_base(x_t, t, prompt))^2
 #
-# x_t are noised images of the concept, the same ones in all candidates.
+# x_t are noised images of the concept, the same ones for all candidates.
 
 
 class PredictionMatch(Similarity):
-    """Nearness of the arm's prediction for the suffixed prompt to the base's for the prompt.
+    """Similarity of the arm's prediction for the suffixed prompt to the base's prediction for the prompt.
 
     Args:
         shards: preference shards; a harmful image of each attacked prompt's concept is noised.
-        times: how noisy, as places in the noise schedule: 0 clean, towards 1 pure noise.
+        times: noise levels as positions in the noise schedule: 0 is clean, near 1 is pure noise.
     """
 
     knows: ClassVar[str] = "the arm's weights and the base's"
@@ -168,7 +168,7 @@ class PredictionMatch(Similarity):
         place = {picture.group: number for number, picture in enumerate(pictures)}
         missing = [group for group in groups if group not in place]
         if missing:
-            raise UserError(f"attack SuffixSearch: {self.shards} hold no harmful picture of {', '.join(missing)}")
+            raise UserError(f"attack SuffixSearch: {self.shards} hold no harmful image of {', '.join(missing)}")
         chosen = [place[p.concept or p.category] for p in target.prompts]
         posterior = encode_pictures(backbone, pictures, network.resolution)[chosen]
         text = text_rows(network, prompts)

@@ -1,4 +1,4 @@
-"""Token embeddings that are trained while tokenizers and text encoders stay as they are."""
+"""Token embeddings that are trained while the text encoders' weights are frozen."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from lit_safety.drawing.threads import threads
 class SoftTokens:
     """New tokens `<soft0>`, `<soft1>`, ... in every tokenizer and text encoder of a network.
 
-    They start as the mean of all embeddings, each a little away from it. `tables` holds what is trained, one (K, d) a
-    text encoder; `write` puts it into the text encoders.
+    They start near the mean of all embeddings, each with a small random change. `tables` holds the trained vectors, one
+    (K, d) for each text encoder; `write` puts them into the text encoders.
 
     Args:
-        network: gets the tokens.
-        count: sets of them.
-        vectors: tokens a set.
-        seed: of where they start.
-        from_words: numbers of sets that start as random words instead, each a little away from it.
+        network: the network that gets the tokens.
+        count: number of sets.
+        vectors: tokens in a set.
+        seed: seed of the initial values.
+        from_words: indices of sets that start near random words instead.
     """
 
     def __init__(self, network: Network, count: int, vectors: int, seed: int, from_words: Collection[int] = ()) -> None:
@@ -63,7 +63,7 @@ class SoftTokens:
         self.write()
 
     def put(self, network: Network) -> Any:
-        """The tokens as they are now, in another network's tokenizers and text encoders; gives its pipeline."""
+        """Put the current tokens into another network's tokenizers and text encoders; returns its pipeline."""
         words = [word for names in self.names for word in names]
         with torch.no_grad():
             for (tokenizer, encoder), table in zip(network.encoders(), self.tables, strict=True):
@@ -72,13 +72,13 @@ class SoftTokens:
         return network.pipe
 
     def write(self) -> None:
-        """The vectors as they are now become the text encoders' own."""
+        """Write the current vectors into the text encoders."""
         with torch.no_grad():
             for (layer, first), table in zip(self._layers, self.tables, strict=True):
                 layer.weight[first : first + len(table)] = table
 
     def trained(self) -> ExitStack:
-        """Within, the text encoders read the tables, so that gradients reach them."""
+        """A context in which the text encoders read the tables, so that gradients reach them."""
         stack = ExitStack()
         for (layer, first), table in zip(self._layers, self.tables, strict=True):
             stack.callback(layer.register_forward_hook(_reading(first, table)).remove)
@@ -86,10 +86,10 @@ class SoftTokens:
 
 
 def _room(tokenizer: Any, encoder: Any, words: list[str]) -> tuple[Any, int]:
-    """A text encoder's embedding with rows for new words at its end, and the first of these rows; made once.
+    """A text encoder's embedding after adding rows for new words at its end, and the index of the first new row.
 
     Raises:
-        UserError: the tokenizer knew such words before.
+        UserError: the tokenizer already knows such words.
     """
     known = tokenizer.get_vocab()
     if words[0] not in known:
@@ -114,23 +114,23 @@ def _reading(first: int, table: Tensor) -> Any:
 
 # Concept recovery by soft prompts: a few token embeddings are trained against the frozen arm.
 #
-# Textual inversion (Gal et al., arXiv 2208.01618) turned against erased models, as in "Circumventing Concept Erasure
-# Methods" (Pham et al., arXiv 2308.01508): the weights stay as they are, and only what is fed into the text encoder is
-# learned. The learned vectors become tokens of their own in tokenizer and text encoder, so that guards which read or
-# encode the prompt meet them too.
+# It is textual inversion (Gal et al., arXiv 2208.01618) applied to erased models, as in "Circumventing Concept Erasure
+# Methods" (Pham et al., arXiv 2308.01508): the weights are frozen, and only the text encoder's input is learned. The
+# learned vectors become new tokens in tokenizer and text encoder, so that guards which read or encode the prompt see
+# them too.
 
 
 class SoftPrompt(Attack):
-    """One set of vectors a concept (or category), trained with the plain denoising loss on harmful images.
+    """One set of vectors for each concept (or category), trained with the plain denoising loss on harmful images.
 
     Args:
-        shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
-            prompts left out.
+        shards: preference shards; the attacker's images are their rejected images of harmful prompts, without those of
+            attacked prompts.
         steps: optimizer steps at each point of the curve.
-        vectors: token embeddings a concept.
-        template: how they are put into a prompt, with {prompt} and {tokens}.
-        pictures: images a concept.
-        batch_size: images a step and concept.
+        vectors: token embeddings for each concept.
+        template: how they are added to a prompt, with {prompt} and {tokens}.
+        pictures: images of each concept.
+        batch_size: images of each concept in a step.
         lr: learning rate of AdamW, in units of the embeddings' own standard deviation.
     """
 
@@ -180,11 +180,11 @@ class SoftPrompt(Attack):
         of = {group: [p for p in found if p.group == group] for group in groups}
         without = [group for group, pictures in of.items() if not pictures]
         if without:
-            raise UserError(f"attack {user}: {self.shards} hold no harmful picture of {', '.join(without)}")
+            raise UserError(f"attack {user}: {self.shards} hold no harmful image of {', '.join(without)}")
         network = target.network()
         tokenizer = network.encoders()[0][0]
         texts = [p.prompt for p in target.prompts] + [p.prompt for pictures in of.values() for p in pictures]
-        if "{prompt}" in self.template:  # before the new words are there, each of them is one token
+        if "{prompt}" in self.template:  # each new word will be one token, but does not exist yet
             around = len(tokenizer(self.template.format(prompt="", tokens=""))["input_ids"]) - 2
             texts, _ = shorten_to_fit(tokenizer, texts, self.vectors + max(around, 0), f"{user}: a soft prompt")
             cut = sum(text != p.prompt for text, p in zip(texts, target.prompts, strict=False))
@@ -236,8 +236,10 @@ class SoftPrompt(Attack):
         seed: int,
         chunk: int,
     ) -> list[int]:
-        """For each concept the number of the restart whose loss on the attacker's images is lowest, all of them at the
-        same noise and timesteps."""
+        """For each concept the index of the restart with the lowest loss on the attacker's images.
+
+        All use the same noise and timesteps.
+        """
         if self.restarts == 1:
             return [0] * len(sizes)
         losses = []
@@ -257,23 +259,23 @@ class SoftPrompt(Attack):
 
 
 DRAWS = 4
-"""Noises and timesteps of each image that restarts are compared by."""
+"""Number of noises and timesteps of each image for comparing restarts."""
 
 
 class ConceptInversion(SoftPrompt):
-    """A soft prompt at a real budget: more vectors, hundreds of steps, and restarts from words.
+    """A soft prompt with a realistic budget: more vectors, hundreds of steps, and restarts from words.
 
-    The first set of a concept starts at the mean of all words, the others at random words. The attacker takes the set
-    with the lowest loss on his own images; he draws none of the others.
+    The first set of a concept starts at the mean of all words, the others at random words. The attacker uses the set
+    with the lowest loss on the attacker's own images, and draws no images with the others.
 
     Args:
         shards: as for `SoftPrompt`.
         steps: optimizer steps at each point of the curve, of each restart.
-        vectors: token embeddings a concept, 1 to 8.
-        restarts: sets of vectors a concept.
+        vectors: token embeddings for each concept, 1 to 8.
+        restarts: sets of vectors for each concept.
         template: as for `SoftPrompt`.
-        pictures: images a concept.
-        batch_size: images a step, concept and restart.
+        pictures: images of each concept.
+        batch_size: images of each concept and restart in a step.
         lr: learning rate of AdamW, in units of the embeddings' own standard deviation.
     """
 
@@ -294,7 +296,7 @@ class ConceptInversion(SoftPrompt):
         super().__init__(shards, steps, vectors, template, pictures, batch_size, lr)
         if not 1 <= vectors <= self.MOST or restarts < 1:
             raise UserError(
-                f"ConceptInversion: vectors {vectors} must be 1 to {self.MOST}, restarts {restarts} from 1 up"
+                f"ConceptInversion: vectors {vectors} must be 1 to {self.MOST}, restarts {restarts} at least 1"
             )
         self.restarts = restarts
         self.settings["restarts"] = restarts
@@ -310,19 +312,19 @@ def train_tokens(
     seed: int,
     chunk: int = 32,
 ) -> Iterator[tuple[int, float]]:
-    """Train the tokens forever; yields (steps done, mean loss of the step).
+    """Train the tokens without end; yields (steps done, mean loss of the step).
 
-    Every concept gets a batch of its own in each step. Their vectors share nothing, so this trains each by itself.
+    Every concept gets its own batch in each step. The concepts share no vectors, so each is trained independently.
 
     Args:
-        network: frozen.
-        tokens: what is trained.
-        examples: images whose prompts hold the tokens, concept after concept.
+        network: the frozen network.
+        tokens: the tokens to train.
+        examples: images whose prompts contain the tokens, sorted by concept.
         sizes: how many images each concept has.
-        batch_size: images a step and concept.
-        lr: of AdamW, in units of the embeddings' standard deviation.
-        seed: of images, noise and timesteps.
-        chunk: images that go through the networks at once; gradients add up over a step.
+        batch_size: images of each concept in a step.
+        lr: learning rate of AdamW, in units of the embeddings' standard deviation.
+        seed: seed of images, noise and timesteps.
+        chunk: images in one pass through the networks; gradients are summed over a step.
 
     Raises:
         UserError: the loss is not finite.
@@ -343,7 +345,7 @@ def train_tokens(
                 conditioning = backbone.encode_text([examples[row].prompt for row in part])
                 keys = [examples[row].key for row in part]
                 loss = denoising_loss(backbone, posterior[part], conditioning, keys, seed, step).sum()
-                # the sum over concepts: each one's gradient is then that of its own mean
+                # a sum over concepts, so that each concept's gradient is that of its own mean
                 (loss / batch_size).backward()
                 total += float(loss.detach())
             optimizer.step()

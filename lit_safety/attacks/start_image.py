@@ -1,4 +1,4 @@
-"""Adversarial start images: image-to-image begins with an image made so that the aligned model goes on to harm."""
+"""Adversarial start images: image-to-image from an image that is optimised so that the aligned model draws harm."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 # After RECALL (ICLR 2026): the image is optimised against the aligned model itself, guided by one harmful reference
-# image of the concept, and handed over together with the plain prompt. It begins as a little of the reference in noise.
-# What is minimised here: at noise levels that image-to-image passes through, the error of the prediction for the noised
-# start image with the prompt, where the reference is the clean image that it should point to:
+# image of the concept, and used together with the plain prompt. At the start it is noise mixed with a little of the
+# reference. At noise levels that image-to-image uses, we minimise the error of the prediction for the noised start
+# image with the prompt, where the clean image that the prediction should give is the reference:
 #
 #     x_t = A z(start) + B n,   n* = (x_t - A z(reference)) / B,   |f(x_t, t, prompt) - target(z(reference), n*, t)|^2
 #
@@ -43,11 +43,11 @@ class StartImage(Attack):
     Args:
         shards: preference shards; their rejected images of harmful prompts are the attacker's images, those of attacked
             prompts left out.
-        steps: steps of the optimisation, at each point of the curve; before them stands the start image as it begins.
+        steps: steps of the optimisation, at each point of the curve; the first point is the initial start image.
         strength: share of the noise schedule that is drawn again; 1 keeps nothing of the start image.
-        reference: share of the harmful image in the start image as it begins; the rest is noise.
+        reference: share of the harmful image in the initial start image; the rest is noise.
         lr: size of a step, where black to white is 2.
-        momentum: share of the earlier gradients.
+        momentum: weight of the earlier gradients.
     """
 
     budget: ClassVar[str] = "steps on the start image"
@@ -66,7 +66,7 @@ class StartImage(Attack):
         self.steps = increasing(steps, "StartImage: steps")
         if not 0 < strength <= 1 or not 0 <= reference <= 1 or lr <= 0 or not 0 <= momentum < 1:
             raise UserError(
-                "StartImage: strength in (0, 1], reference in [0, 1], lr above 0 and momentum in [0, 1) are needed"
+                "StartImage: strength must be in (0, 1], reference in [0, 1], lr above 0 and momentum in [0, 1)"
             )
         self.shards, self.strength, self.reference, self.lr, self.momentum = shards, strength, reference, lr, momentum
         self.settings = {
@@ -90,7 +90,7 @@ class StartImage(Attack):
                 "nothing would be drawn; raise --steps or strength"
             )
         if type(target.pipe).__name__.startswith("Flux2"):
-            return f"{type(target.pipe).__name__} takes reference images and no start image with a strength"
+            return f"{type(target.pipe).__name__} takes reference images, but no start image with a strength"
         try:
             Edit("image_to_image", "", self.strength, "all").pipeline(target.pipe)
         except UserError as error:
@@ -117,7 +117,7 @@ class StartImage(Attack):
                 edit = GivenImages(given, self.strength)
                 yield target.stage(
                     step, pipe=edit.pipeline(network.pipe), drawing=replace(target.exact, edit=edit, resolution=None),
-                    label="" if step else "the start image as it begins", identity={"start_image": step},
+                    label="" if step else "the initial start image", identity={"start_image": step},
                     apply=lambda other, edit=edit: edit.pipeline(other.pipe),
                 )  # fmt: skip
             if step < self.steps[-1]:
@@ -126,7 +126,7 @@ class StartImage(Attack):
 
 
 class _Search:
-    """The start images of all prompts (P, 3, H, W) in [-1, 1], and a step that makes them better."""
+    """The start images of all prompts (P, 3, H, W) in [-1, 1], and the step that improves them."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _Search:
         self.moved = torch.zeros_like(start)
 
     def step(self, number: int) -> float:
-        """One step on every image; the mean loss before it."""
+        """One step on every image; returns the mean loss before it."""
         total = 0.0
         with threads(compute_threads(self.network)), torch.enable_grad():
             for first in range(0, len(self.images), self.chunk):
@@ -164,7 +164,7 @@ class _Search:
         seeds = [derive(seed, f"start image, step {number}") for seed in self.seeds[part]]
         goal, text = self.goal[part], {name: one[part] for name, one in self.text.items()}
         noise = normal(seeds, NOISE, tuple(goal.shape[1:])).to(goal.device)
-        # the upper half of what is drawn again: there it is decided what the image shows
+        # the noisier half of the levels that are drawn again: they decide what the image shows
         places = torch.tensor([self.attack.strength * (0.5 + 0.5 * uniform(s, "timestep")) for s in seeds])
         times = backbone.timesteps(places.double().clamp(max=0.999), (goal.shape[-2], goal.shape[-1])).to(goal.device)
         posterior = backbone.posterior(pixels)
@@ -187,6 +187,6 @@ def _pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def _image(pixels: Tensor) -> Image.Image:
-    """Of 8 bits a channel, as an attacker hands it over."""
+    """An image with 8 bits for each channel, as an attacker would use it."""
     values = (pixels.float().cpu().permute(1, 2, 0).numpy() + 1) * 127.5
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A style LoRA loaded beside: harmless by itself, as anybody may load one from a hub."""
+"""An additional style LoRA: it is harmless by itself, like those that users load from a hub."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lit_safety.drawing.arms import adapter_sha256
 from lit_safety.drawing.prompts import Prompt
 
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], dtype=np.float32)
-"""Red, green and blue of a sepia image from those of the image (W3C Filter Effects)."""
+"""The matrix from an image's red, green and blue to those of its sepia version (W3C Filter Effects)."""
 
 
 class StyleLoRA(Attack):
-    """The arm with another LoRA next to its own, at several weights.
+    """The arm with another LoRA in addition to its own, with several weights.
 
     Args:
-        adapter: a style LoRA for the base; null: one is trained on the base, on harmless images tinted with sepia.
+        adapter: a style LoRA for the base; null: one is trained on the base, with harmless images in sepia.
         shards: preference shards for that training: chosen images of clean prompts.
-        weights: of the style LoRA.
-        tint: how far images are tinted, 0 not at all, 1 sepia.
+        weights: weights of the style LoRA.
+        tint: how much images are tinted, from 0 (not at all) to 1 (sepia).
         steps: optimizer steps of that training.
         pictures: how many images it uses.
         batch_size: images a step.
@@ -41,8 +41,8 @@ class StyleLoRA(Attack):
         rank: rank of the LoRA.
     """
 
-    budget: ClassVar[str] = "weight of a style LoRA beside"
-    knows = "white box: loads a harmless adapter beside, computes nothing on the arm"
+    budget: ClassVar[str] = "weight of an additional style LoRA"
+    knows = "white box: loads an additional harmless adapter, computes nothing on the arm"
     changes_denoiser: ClassVar[bool] = True
 
     def __init__(
@@ -60,7 +60,7 @@ class StyleLoRA(Attack):
         if (adapter is None) == (shards is None):
             raise UserError("StyleLoRA: give either adapter, or shards to train one on")
         if min(steps, pictures, batch_size) < 1 or lr <= 0 or not 0 <= tint <= 1:
-            raise UserError("StyleLoRA: steps, pictures and batch_size from 1, lr above 0, tint in [0, 1]")
+            raise UserError("StyleLoRA: steps, pictures and batch_size must be at least 1, lr above 0, tint in [0, 1]")
         if not weights or not all(isfinite(weight) for weight in weights):
             raise UserError(f"StyleLoRA: weights {list(weights)}: must be finite numbers")
         self.adapter, self.shards, self.weights, self.tint = adapter, shards, sorted(set(weights) - {0.0}), tint
@@ -91,8 +91,8 @@ class StyleLoRA(Attack):
             yield target.stage(weight, pipe=target.fresh(changed), identity=identity)
 
     def _trained(self, target: Target) -> Path:
-        """The folder of the style LoRA, trained on the base unless it was already."""
-        # The weights alone change nothing in it, so that a curve of more points uses the same one.
+        """The folder of the style LoRA; it is trained on the base if it does not exist."""
+        # The weights do not change the LoRA, so that a curve with more points uses the same one.
         how = {key: value for key, value in self.settings.items() if key != "weights"}
         folder = target.work / f"style-{digest([how, target.seed, content_sha256(target.base)])[:12]}"
         if (folder / WEIGHTS_NAME).is_file():

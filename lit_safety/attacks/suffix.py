@@ -1,4 +1,4 @@
-"""The words that a suffix may be made of, and where it stands among a prompt's tokens."""
+"""Suffix search: the words for suffixes, their position in a prompt's tokens, and the search."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Words:
-    """Tokens that a tokenizer writes and reads again as themselves, so that a suffix can be handed over as text."""
+    """Tokens that stay the same when they are written as text and read again, so that a suffix can be given as text."""
 
     ids: Tensor
-    """(V,) of the tokenizer."""
+    """(V,) ids in the tokenizer."""
     texts: list[str]
     """V words."""
 
@@ -35,16 +35,16 @@ class Words:
         return len(self.texts)
 
     def say(self, row: Tensor) -> str:
-        """Numbers among these words (L,) -> the suffix."""
+        """Indices into these words (L,) -> the suffix."""
         return " ".join(self.texts[number] for number in row.tolist())
 
 
 def usable_words(tokenizer: Any, encoders: Sequence[Any] = ()) -> Words:
-    """All tokens of plain letters that come back as the same single token, by their ids.
+    """All tokens of plain letters that are read again as the same single token, sorted by id.
 
     Args:
-        tokenizer: of all the text encoders.
-        encoders: tokens of which one of them knows nothing, rows of zeros in its embedding, are left out.
+        tokenizer: the common tokenizer of all text encoders.
+        encoders: text encoders; tokens with a row of zeros in one of their embeddings are left out.
 
     Raises:
         UserError: there are fewer than two.
@@ -68,10 +68,10 @@ def usable_words(tokenizer: Any, encoders: Sequence[Any] = ()) -> Words:
 def shorten_to_fit(
     tokenizer: Any, prompts: Sequence[str], room: int, user: str = "SuffixSearch: a suffix"
 ) -> tuple[list[str], int]:
-    """Prompts that leave room for so many tokens more, their last words cut off where needed; and how many were cut.
+    """Prompts that leave room for this many further tokens, shortened at the end where needed; and how many were cut.
 
     Raises:
-        UserError: not a single word would be left.
+        UserError: no word of a prompt would be left.
     """
     most, cut, kept = tokenizer.model_max_length - room, 0, []
     for prompt in prompts:
@@ -86,19 +86,19 @@ def shorten_to_fit(
 
 
 def suffix_starts(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Where each prompt's suffix begins among its tokens (P,): in the place of the end token."""
+    """The position where each prompt's suffix begins (P,): that of the end token."""
     return torch.tensor([len(ids) - 1 for ids in tokenizer(list(prompts))["input_ids"]])
 
 
 # Random and greedy search for token suffixes, for many prompts at a time. Scores are to be maximised.
 #
-# Greedy: the gradient of the score with respect to the suffix's one-hot tokens says, to first order, what each exchange
-# of one token would bring (HotFlip, arXiv 1712.06751); single exchanges drawn from the best of them are then scored
-# (GCG, arXiv 2307.15043). The budget counts what was scored for a prompt; a gradient counts as one.
+# Greedy: the gradient of the score with respect to the suffix's one-hot tokens gives, to first order, the effect of
+# replacing one token (HotFlip, arXiv 1712.06751). Single replacements are drawn from the best ones and then scored
+# (GCG, arXiv 2307.15043). The budget counts the scored candidates of a prompt; a gradient counts as one.
 
 
 Score = Callable[[Tensor], Tensor]
-"""Suffixes (P, K, L), numbers among V words -> scores (P, K): K candidates for each of P prompts."""
+"""Suffixes (P, K, L), as indices into V words -> scores (P, K): K candidates for each of P prompts."""
 Gradient = Callable[[Tensor], Tensor]
 """Suffixes (P, L) -> derivative of each prompt's score with respect to its one-hot tokens (P, L, V)."""
 
@@ -111,8 +111,10 @@ class Best:
         self.scores = torch.full((prompts,), -torch.inf)
 
     def offer(self, candidates: Tensor, scores: Tensor) -> None:
-        """Take each prompt's best of K candidates (P, K, L) where it is better than what there was; of equal ones the
-        first stays. A score that is not a number is never better."""
+        """For each prompt keep the best of K candidates (P, K, L), if it is better than the earlier best.
+
+        Of equal ones the first is kept. A score of nan is never better.
+        """
         scores = torch.where(scores.isnan(), -torch.inf, scores.detach().float().cpu())
         top, place = scores.max(dim=1)
         better = top > self.scores
@@ -127,12 +129,12 @@ def random_search(
     """Independent uniform suffixes; yields (candidates tried, best) at each budget.
 
     Args:
-        score: of candidates.
-        words: V.
-        length: L.
+        score: the score of candidates.
+        words: the number of words V.
+        length: the length L of a suffix.
         budgets: rising numbers of candidates.
-        batch: candidates scored at once.
-        generators: one a prompt, so that no prompt's candidates depend on the others.
+        batch: candidates that are scored at once.
+        generators: one for each prompt, so that a prompt's candidates do not depend on the other prompts.
     """
     best, tried = Best(len(generators), length), 0
     for budget in budgets:
@@ -154,23 +156,23 @@ def greedy_search(
     shortlist: int,
     generators: Sequence[torch.Generator],
 ) -> Iterator[tuple[int, Best]]:
-    """Exchanges of one token that the gradient recommends; yields (candidates tried, best) at each budget.
+    """Replacements of one token that the gradient suggests; yields (candidates tried, best) at each budget.
 
     Args:
-        score: of candidates.
-        gradient: of the score.
-        words: V.
-        length: L.
+        score: the score of candidates.
+        gradient: the gradient of the score.
+        words: the number of words V.
+        length: the length L of a suffix.
         budgets: rising numbers of candidates; the first one tried is a random suffix.
-        batch: exchanges scored after each gradient.
-        shortlist: at each place, how many tokens of the highest derivative are drawn from.
-        generators: one a prompt.
+        batch: replacements that are scored after each gradient.
+        shortlist: for each position, the number of tokens with the highest derivative from which to draw.
+        generators: one for each prompt.
     """
     best, tried = Best(len(generators), length), 1
     start = torch.stack([torch.randint(words, (1, length), generator=g) for g in generators])
     best.offer(start, score(start))
     top = torch.empty(0)
-    left = 0  # exchanges that may still be drawn from the gradient at hand
+    left = 0  # replacements that can still be drawn from the current gradient
     for budget in budgets:
         while tried < budget:
             if left == 0:
@@ -188,7 +190,7 @@ def greedy_search(
 
 
 def _exchanges(suffix: Tensor, top: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` copies of a suffix (L,), in each of which one random place holds a random one of its shortlist (L, k)."""
+    """`count` copies of a suffix (L,), each with one random position replaced from that position's shortlist (L, k)."""
     places = torch.randint(len(suffix), (count,), generator=generator)
     picks = torch.randint(top.shape[1], (count,), generator=generator)
     copies = suffix.repeat(count, 1)
@@ -196,26 +198,26 @@ def _exchanges(suffix: Tensor, top: Tensor, count: int, generator: torch.Generat
     return copies
 
 
-# Suffix search: a few words behind the prompt, chosen so that the model takes it for what alignment took away.
+# Suffix search: a few words after the prompt, chosen so that the model draws what alignment removed.
 #
-# What is searched for is text, so guards and negative prompts meet it as they meet any prompt. They are not in the
-# search: the arm's text encoder (and denoiser, where the goal needs it) is searched without them.
+# The result is text, so guards and negative prompts act on it as on any prompt. They are not part of the search, which
+# uses only the arm's text encoder (and the denoiser, if the goal needs it).
 
 
 CHUNK = 64
-"""Suffixed prompts encoded at once, where no denoiser sees them."""
+"""Number of suffixed prompts in one batch of the text encoder, if no denoiser is used."""
 
 
 class SuffixSearch(Attack):
     """Search for a suffix of each prompt; at each point of the curve the best one so far is drawn.
 
     Args:
-        goal: what is maximised: ConceptDirection or PredictionMatch, by class_path and init_args.
-        method: random needs scores alone, greedy also gradients with respect to the tokens.
-        length: words of the suffix.
-        budgets: candidates tried for each prompt, at each point of the curve.
-        batch: candidates scored at once; of the greedy search, after each gradient.
-        shortlist: words of the highest derivative at each place that the greedy search draws from.
+        goal: the function to maximise: ConceptDirection or PredictionMatch, by class_path and init_args.
+        method: random needs only scores, greedy also gradients with respect to the tokens.
+        length: number of words in the suffix.
+        budgets: numbers of candidates for each prompt, one number for each point of the curve.
+        batch: candidates that are scored at once; in greedy search after each gradient.
+        shortlist: for each position, the number of words with the highest derivative from which greedy search draws.
     """
 
     budget: ClassVar[str] = "candidates tried"
@@ -270,7 +272,7 @@ class SuffixSearch(Attack):
             for tried, texts in self._search(target):
                 yield self._stage(target, tried, texts)
             return
-        # Arms of one pipeline have the same text encoder: the same texts would be found again.
+        # Arms of one pipeline have the same text encoder, so the search would find the same texts again.
         key = digest([str(target.folder), target.seed])
         if key not in self._found:
             notes: list[str] = []
@@ -292,7 +294,9 @@ class SuffixSearch(Attack):
         words = usable_words(tokenizer, [encoder for _, encoder in network.encoders()])
         left_out = len(usable_words(tokenizer)) - len(words)
         if left_out:
-            target.notes.append(f"{left_out} words of the tokenizer that the text encoder was not taught are left out")
+            target.notes.append(
+                f"{left_out} words of the tokenizer are left out because the text encoder was not trained on them"
+            )
         with threads(compute_threads(network)):
             likeness = self.goal.likeness(target, network, texts)
         chunk = CHUNK if self.goal.text_only else target.drawing.batch_size
@@ -315,12 +319,12 @@ class SuffixScorer:
     """Scores of suffixes, and their derivative, for all prompts.
 
     Args:
-        network: encodes.
-        likeness: compares with each prompt's goal.
+        network: the network that encodes.
+        likeness: computes the similarity to each prompt's goal.
         prompts: P texts without suffix.
-        words: what suffixes are made of.
-        length: L.
-        chunk: suffixed prompts at once.
+        words: the words of suffixes.
+        length: the length L of a suffix.
+        chunk: suffixed prompts in one pass.
     """
 
     def __init__(
@@ -370,7 +374,7 @@ class SuffixScorer:
         return torch.cat(found)
 
     def _replaced(self, chosen: Tensor, places: Tensor) -> ExitStack:
-        """Within, the suffix tokens' embeddings are `chosen` (n, L, V) times those of the words."""
+        """A context in which the suffix tokens' embeddings are `chosen` (n, L, V) times those of the words."""
         stack = ExitStack()
         rows = torch.arange(len(places))[:, None]
 

@@ -1,4 +1,4 @@
-"""The interface of an attack: a generator of stages, each a budget and what draws one image for each prompt."""
+"""The interface of an attack: a generator of stages, each with a budget and a way to draw one image for each prompt."""
 
 from __future__ import annotations
 
@@ -26,65 +26,71 @@ class Stage:
     """One point of a curve before it is drawn."""
 
     budget: float
-    """What the attacker has spent, in the attack's unit."""
+    """The budget that the attacker has used, in the attack's unit."""
     prompts: list[Prompt]
-    """One for each attacked prompt, in their order."""
+    """One prompt for each attacked prompt, in the same order."""
     pipe: Any
-    """What draws them. The arm's guard and negative prompt stay on."""
+    """The pipeline that draws them. The arm's guard and negative prompt stay on."""
     drawing: DrawingSettings
-    """How they are drawn."""
+    """The settings for drawing."""
     label: str = ""
-    """What the budget stands for, where a number says too little."""
+    """A description of the budget, if a number is not enough."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """JSON-able: what the pixels depend on besides the arm, the prompts and the settings of the drawing."""
+    """JSON-able: what the pixels depend on in addition to the arm, the prompts and the settings for drawing."""
     apply: Callable[[Network], Any] | None = None
-    """Puts what was found, besides prompts and drawing, on another arm's networks, and gives what draws with them;
-    None: there is nothing, any pipeline draws the prompts."""
+    """Applies the result (except prompts and drawing settings) to another arm's networks and returns their pipeline.
+
+    None: there is nothing to apply, and any pipeline can draw the prompts.
+    """
 
 
 class Attack(ABC):
-    """One way of getting harm out of an arm.
+    """One way to make an arm draw harm.
 
-    `settings` holds whatever changes the result; it stands in the report and decides what is done again.
+    `settings` holds everything that changes the result. It is written into the report, and a change of it runs the
+    attack again.
     """
 
     budget: ClassVar[str]
-    """Unit of the budget, as the curve's axis says it."""
+    """Unit of the budget, as the label of the curve's axis."""
     knows: str
-    """What the attacker needs, beginning with `black box` or `white box`."""
+    """What the attacker needs; begins with `black box` or `white box`."""
     cumulative: ClassVar[bool] = False
-    """Whether the attacker keeps what worked earlier: success at a budget is then harm in any image up to it, the
-    unattacked one included. Else each budget stands for itself."""
+    """Whether the attacker keeps earlier successes.
+
+    Then an attack is a success at a budget if any image up to it has harm, including the unattacked one. Else each
+    budget counts separately.
+    """
     origin: ClassVar[float | None] = 0.0
-    """The budget at which the arm is not attacked; None: there is no such point."""
+    """The budget that means no attack; None: there is no such point."""
     strongest: ClassVar[bool] = False
-    """Whether several stages may have one budget, of which the one with most harm counts; each then has a label."""
+    """Whether several stages can have the same budget. Then the one with most harm counts, and each has a label."""
     changes_denoiser: ClassVar[bool] = False
-    """Whether what is found lies in the weights of the denoiser; else another arm can be tried with it."""
+    """Whether the attack changes the denoiser's weights; if not, its result can be tried on another arm."""
     shares_arms: bool = False
-    """Whether what is found for one arm serves the others, so that one process does them all."""
+    """Whether the result for one arm is also used for the others, so that one process runs them all."""
     sources: Sequence[str] = ()
-    """Arms other than the attacked one that are used."""
+    """Other arms that the attack uses."""
 
     settings: dict[str, Any]
 
     def check(self, prompts: Sequence[Prompt], attacked: Sequence[Prompt]) -> None:  # noqa: B027 (nothing to check)
-        """Complain about what can be seen before anything is loaded; called once.
+        """Refuse what can be seen to be wrong before anything is loaded; called once.
 
         Args:
             prompts: the whole prompt set.
-            attacked: those of it that are attacked.
+            attacked: the prompts of the set that are attacked.
 
         Raises:
             UserError: a file is missing, or the prompt set lacks what the attack needs.
         """
 
     def refuses(self, target: Target) -> str | None:
-        """Why the attack does not apply to an arm; None: it does."""
+        """The reason why the attack does not apply to an arm; None: it applies."""
         return None
 
     def take_shards(self, shards: str) -> None:
-        """Take the attacker's images out of these shards, where the attack takes any out of some."""
+        """Take the attacker's images from these shards, if the attack uses images from shards."""
         if getattr(self, "shards", None) is not None:
             vars(self)["shards"] = shards
             self.settings["shards"] = shards
@@ -92,110 +98,110 @@ class Attack(ABC):
     @property
     @abstractmethod
     def points(self) -> int:
-        """How many stages there are at most, for the progress bar."""
+        """The largest number of stages, for the progress bar."""
 
     @abstractmethod
     def stages(self, target: Target) -> Iterator[Stage]:
-        """The stages in the order in which they are reached; each is drawn and judged before the next is asked for."""
+        """The stages in order; each is drawn and judged before the next one is requested."""
 
 
 def increasing(values: Sequence[int], name: str) -> list[int]:
-    """Budgets, checked.
+    """The budgets as a list, after a check.
 
     Raises:
-        UserError: there is none, or they do not rise from 1 up.
+        UserError: there is none, or they do not increase from at least 1.
     """
     if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
-        raise UserError(f"{name} {list(values)}: must be whole numbers from 1 up, each above the one before")
+        raise UserError(f"{name} {list(values)}: must be increasing whole numbers of at least 1")
     return list(values)
 
 
-# An arm under attack: what an attack is given.
+# An arm under attack, as it is given to an attack.
 
 
 @dataclass
 class Target:
-    """One arm, the prompts it is attacked with, and what else an attack may use."""
+    """One arm, the attacked prompts, and what else an attack can use."""
 
     name: str
     arm: Arm
     folder: Path
     """Its pipeline."""
     base: Path
-    """The pipeline of the base, which an attacker of published weights has too."""
+    """The base's pipeline, which an attacker of published weights has too."""
     prompts: list[Prompt]
-    """Those that are attacked."""
+    """The attacked prompts."""
     everything: Sequence[Prompt]
     """The whole prompt set."""
     drawing: DrawingSettings
     seed: int
-    """Of every random choice of an attack."""
+    """Seed of all random choices of an attack."""
     work: Path
-    """Where an attack keeps what it makes, such as an adapter."""
+    """Folder for what an attack makes, such as an adapter."""
     tell: Callable[[str], None] = lambda _: None
-    """Shows what is going on between images."""
+    """Shows a text about the progress between images."""
     notes: list[str] = field(default_factory=list)
-    """What the report must say of this attack on this arm."""
+    """Notes for the report about this attack on this arm."""
     other: Callable[[str], Target] | None = None
-    """Another arm of the run by its name."""
+    """Returns another arm of the run by its name."""
 
     @cached_property
     def pipe(self) -> Any:
-        """The arm's pipeline, loaded once; an attack that changes it takes `fresh`."""
+        """The arm's pipeline, loaded once; an attack that changes it must use `fresh`."""
         return self.fresh()
 
     def release(self) -> None:
-        """Forget the pipeline, so that arms do not fill the memory together."""
+        """Delete the pipeline, so that the arms' pipelines do not fill the memory."""
         self.__dict__.pop("pipe", None)
 
     def fresh(self, arm: Arm | None = None) -> Any:
-        """A pipeline of this arm (or of a changed one) that nobody else uses."""
+        """A new pipeline of this arm (or of a changed one) that nothing else uses."""
         return load_pipeline(self.folder, arm or self.arm, str(self.drawing.device), self.drawing.precision)
 
     def network(self) -> Network:
-        """The arm's networks in fp32, used by nothing else, for attacks that train or differentiate."""
+        """The arm's networks in fp32, which nothing else uses, for attacks that train or need gradients."""
         return open_network(self.folder, self.arm, str(self.drawing.device), self.drawing.resolution)
 
     def public_network(self) -> Network:
-        """The same of the arm's pipeline, a UNet that was published for it included, without its adapters."""
+        """The same for the arm's pipeline without its adapters, but with its published UNet, if it has one."""
         plain = Arm(unet=self.arm.unet, unet_partial=self.arm.unet_partial)
         return open_network(self.folder, plain, str(self.drawing.device), self.drawing.resolution)
 
     def base_network(self) -> Network:
-        """The same of the base."""
+        """The same for the base."""
         return open_network(self.base, Arm(), str(self.drawing.device), self.drawing.resolution)
 
     def stage(self, budget: float, **given: Any) -> Stage:
-        """A stage that draws the attacked prompts with the arm as it is, but for what is given."""
+        """A stage that draws the attacked prompts with the unchanged arm, except for what is given."""
         given.setdefault("pipe", None)
         if given["pipe"] is None:
             given["pipe"] = self.pipe
         return Stage(budget, **{"prompts": self.prompts, "drawing": self.drawing, **given})
 
     def closed(self) -> str | None:
-        """Why attacks with gradients through the denoiser do not apply to this arm; None: they do."""
+        """The reason why attacks with gradients through the denoiser do not apply to this arm; None: they apply."""
         if self.arm.user_adapter() is not None:
-            return "it draws for users, and this attack knows of none"
+            return "it draws for users, which this attack does not support"
         return self.unknown()
 
     def unknown(self) -> str | None:
-        """Why attacks that compute do not apply to this arm's pipeline; None: they do."""
+        """The reason why attacks that compute do not apply to this arm's pipeline; None: they apply."""
         from lit_safety.backbones.load import FAMILIES
         from lit_safety.backbones.pipeline_index import pipeline_class_name
 
         name = pipeline_class_name(str(self.folder))
-        return None if name in FAMILIES else f"no backbone knows pipelines of class {name}"
+        return None if name in FAMILIES else f"no backbone supports pipelines of class {name}"
 
     def text_closed(self) -> str | None:
-        """Why attacks on the tokens of CLIP do not apply to this arm's pipeline; None: they do."""
+        """The reason why attacks on CLIP's tokens do not apply to this arm's pipeline; None: they apply."""
         from lit_safety.backbones.pipeline_index import pipeline_class_name
 
         name = pipeline_class_name(str(self.folder))
         if name.startswith("StableDiffusion"):
             return self.unknown()
-        return f"its text encoder is no CLIP alone ({name}), whose tokens this attack changes"
+        return f"this attack changes CLIP's tokens, but its text encoder is not only CLIP ({name})"
 
     @property
     def exact(self) -> DrawingSettings:
-        """How images are drawn with `network`, which is in fp32 whatever the others are drawn in."""
+        """The settings for drawing with `network`, which is always in fp32."""
         return replace(self.drawing, precision="float32")

@@ -1,4 +1,4 @@
-"""Transfer: what an attack found on one arm is tried on the others, which the attack never saw."""
+"""Transfer: the result of an attack on one arm is tried on the other arms, which the attack did not use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lit_safety.drawing.prompts import Prompt
 
 
 class Transfer(Attack):
-    """Another attack, done against one arm and drawn by every other arm, with the same prompts and seeds.
+    """Runs another attack against one arm, and draws its result with every other arm, with the same prompts and seeds.
 
-    An arm that holds against an attack made for it, and gives way to what was found on another arm, has not become
-    safe: its gradients have become useless (gradient masking).
+    If an arm resists an attack against itself but not the result found on another arm, it has not become safe: only its
+    gradients have become useless (gradient masking).
 
     Args:
-        attack: what is done, by class_path and init_args; one that finds prompts, words, noise or images, not weights.
-        source: the arm that it is done against.
+        attack: the attack, by class_path and init_args; it must find prompts, words, noise or images, not weights.
+        source: the arm that it attacks.
     """
 
     def __init__(self, attack: Attack, source: str) -> None:
@@ -49,16 +49,16 @@ class Transfer(Attack):
 
     def refuses(self, target: Target) -> str | None:
         if target.name == self.source:
-            return "the attack was done against it: the attack itself says how it fares"
+            return "it is the attacked arm itself; the attack's own curve shows its result"
         if self.attack.changes_denoiser:
-            return f"{type(self.attack).__name__} finds weights, which belong to the arm they were found on"
+            return f"{type(self.attack).__name__} finds weights, which cannot be used with another arm"
         if (reason := target.closed()) is not None:
             return reason
         source = self._source(target)
         if (reason := self.attack.refuses(source)) is not None:
             return f"the attack does not apply to {self.source}: {reason}"
         ours, theirs = _kind(target), _kind(source)
-        return None if ours == theirs else f"it draws with a {ours} and {self.source} with a {theirs}"
+        return None if ours == theirs else f"it draws with a {ours}, but {self.source} with a {theirs}"
 
     def stages(self, target: Target) -> Iterator[Stage]:
         source = self._source(target)
@@ -74,7 +74,7 @@ class Transfer(Attack):
         source.release()
 
     def _source(self, target: Target) -> Target:
-        """The arm that the attack is done against, as an attack's own target."""
+        """The arm that the attack is run against, as a target."""
         assert target.other is not None, "a target of a run knows the other arms"
         return replace(target.other(self.source), notes=[], tell=lambda text: target.tell(f"on {self.source}: {text}"))
 

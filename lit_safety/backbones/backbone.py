@@ -1,4 +1,4 @@
-"""What every model family must offer, and prompts on their way into the text encoders."""
+"""The interface of every model family, and helpers for prompts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lit_safety.core.errors import UserError
 
 
 def too_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[bool]:
-    """For each prompt, whether it has more than ``limit`` tokens, its start and end tokens included.
+    """For each prompt, whether it has more than ``limit`` tokens, including its start and end tokens.
 
-    Encoders get the first of them and the end token: transformers' tokenizers keep it when they truncate.
+    Encoders get the first tokens and the end token, which transformers' tokenizers keep when they truncate.
     """
-    # No token is shorter than a byte, so most prompts need not be split to know.
+    # No token is shorter than a byte, so most prompts need no tokenizer for this.
     doubtful = [number for number, prompt in enumerate(prompts) if len(prompt.encode()) > limit - 2]
     found = [False] * len(prompts)
     if doubtful:
@@ -37,57 +37,57 @@ def too_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[bool]:
 def encode_alike(backbone: Backbone, prompts: Sequence[str]) -> Conditioning:
     """``backbone.encode_text`` of B prompts, B rows, always in an even number of rows.
 
-    CPU kernels take rows in pairs and round the one that is left over otherwise, and a cached row must be the one that
-    training without a cache would compute. Images come in pairs anyway.
+    CPU kernels process rows in pairs and round a single last row differently. A cached row must be the same as in
+    training without a cache. Images come in pairs anyway.
     """
     odd = len(prompts) % 2
     rows = {name: one.float() for name, one in backbone.encode_text([*prompts, *[""] * odd]).items()}
     return {name: tensor[: len(prompts)] for name, tensor in rows.items()} if odd else rows
 
 
-# What every model family must offer. A new family is one subclass and one line in `load.py`.
+# The interface of every model family. A new family is one subclass and one line in `load.py`.
 
 
 #: Text encoders' outputs by name (the family's own names); every tensor's first dimension is the batch. Texts of a
-#: family have one length, short ones padded; where the transformer must know, a mask (B, L) is a tensor of its own,
-#: which `predict` takes in any numeric type, since caches give floats.
+#: family have one length; short ones are padded. If the transformer needs it, a mask (B, L) is a separate tensor, which
+#: `predict` accepts in any numeric type, because caches give floats.
 Conditioning = dict[str, Tensor]
 
 
 class Backbone(nn.Module, ABC):
     """A frozen text-to-image model, split into the parts that training needs.
 
-    ``denoiser`` is the network that is aligned, and the only registered module. The text encoders and the image
+    ``denoiser`` is the network that is aligned. It is the only registered module. The text encoders and the image
     encoder are frozen, come from ``parts`` when they are first used, and follow the denoiser's device.
 
     Args:
         parts: the pipeline's components.
-        denoiser: False leaves the denoiser out, for work that needs the encoders only.
-        settings: of the family's kind (`SETTINGS`); None: its defaults.
+        denoiser: False leaves the denoiser out, for work that needs only the encoders.
+        settings: settings of the family's class (`SETTINGS`); None: its defaults.
 
     Raises:
-        UserError: the settings are those of another kind of family.
+        UserError: the settings are of another class.
     """
 
-    #: The stock pipeline that draws with the family.
+    #: The stock pipeline of the family.
     PIPELINE: ClassVar[Any]
     #: The component that is aligned.
     DENOISER: ClassVar[str] = "unet"
-    #: Components whose weights decide what a cache of latents and text holds; the pipeline may ship without some.
+    #: Components whose weights decide the content of a cache of latents and text; a pipeline may lack some of them.
     ENCODERS: ClassVar[tuple[str, ...]] = ()
-    #: (tokenizer, most tokens it gives its encoder; None: as the tokenizer says) of every text encoder.
+    #: For every text encoder: (tokenizer, largest number of tokens; None: as the tokenizer says).
     TOKENIZERS: ClassVar[tuple[tuple[str, int | None], ...]] = ()
-    #: What a run may set of it.
+    #: The class of the family's settings.
     SETTINGS: ClassVar[type[BackboneSettings]] = BackboneSettings
-    #: Endings of the names of the layers that a LoRA adapts where a run names none.
+    #: Endings of the names of the layers that a LoRA adapts by default.
     LORA_TARGETS: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
-    #: Latents' sides are multiples of it.
+    #: The latents' sides are multiples of this number.
     PATCH: ClassVar[int] = 1
 
     denoiser: nn.Module
     settings: BackboneSettings
     pixels_a_latent: int = 1
-    """Pixels of an image that a side of one latent covers."""
+    """How many pixels one latent covers in each direction."""
 
     def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
         super().__init__()
@@ -105,8 +105,10 @@ class Backbone(nn.Module, ABC):
     def from_pretrained(
         cls, source: str, denoiser: bool = True, key: str = KEY, settings: BackboneSettings | None = None
     ) -> Backbone:
-        """From a pipeline folder or a hub id, in fp32 but for what ``settings`` say; of the networks only the denoiser
-        is loaded at once."""
+        """Load from a pipeline folder or a hub id, in fp32 unless ``settings`` say otherwise.
+
+        Only the denoiser is loaded now; other networks are loaded when they are used.
+        """
         return cls(Parts(source, key=key), denoiser, settings)
 
     @classmethod
@@ -114,20 +116,20 @@ class Backbone(nn.Module, ABC):
         if settings is None:
             return cls.SETTINGS()
         if type(settings) is not cls.SETTINGS:
-            if issubclass(cls.SETTINGS, type(settings)):  # it says less, and the rest is the family's default
+            if issubclass(cls.SETTINGS, type(settings)):  # a base class: what it does not set is the family's default
                 return cls.SETTINGS(**vars(settings))
             raise UserError(
-                f"`model.init_args.backbone` is a {type(settings).__name__}, and {cls.__name__} reads a "
+                f"`model.init_args.backbone` is a {type(settings).__name__}, but {cls.__name__} reads a "
                 f"lit_safety.backbones.{cls.SETTINGS.__name__}: name that as its class_path"
             )
         return settings
 
     def lora_targets(self) -> list[str]:
-        """Endings of the names of the layers that a LoRA adapts where a run names none; some may be whole names."""
+        """Endings of the names of the layers that a LoRA adapts by default; some may be whole names."""
         return list(self.LORA_TARGETS)
 
     def left_out(self, targets: Sequence[str]) -> tuple[list[str], int]:
-        """The layers that `lora_targets` has and ``targets``, endings of names too, do not; and how many it has."""
+        """The layers of `lora_targets` that ``targets`` (endings too) leaves out; and how many `lora_targets` has."""
         own, given = (tuple(f".{one}" for one in some) for some in (self.lora_targets(), targets))
         usual = [name for name, _ in self.denoiser.named_modules() if f".{name}".endswith(own)]
         return [name for name in usual if not f".{name}".endswith(given)], len(usual)
@@ -136,28 +138,29 @@ class Backbone(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is, and so the frozen parts when they are used."""
+        """The denoiser's device, to which frozen parts are moved when they are used."""
         return next(self.denoiser.parameters()).device
 
     def part(self, name: str) -> Any:
         """A component of the pipeline on the denoiser's device, loaded when it is first used.
 
         Raises:
-            UserError: if it is not there or does not load.
+            UserError: it is missing or does not load.
         """
         fresh = name not in self.parts.loaded
         part = self.parts.get(name, self.device)
-        # Faster; and whoever asks first, for another memory format rounds otherwise. Convolutions over time have none.
+        # It is faster. It is set here so that the result does not depend on who loads it first: another memory format
+        # rounds differently. 3D convolutions do not support it.
         if fresh and name == "vae" and all(weight.ndim <= 4 for weight in part.parameters()):
             part.to(memory_format=torch.channels_last)
         return part
 
     def encoders(self) -> list[str]:
-        """Those of `ENCODERS` that the pipeline ships."""
+        """Those of `ENCODERS` that the pipeline contains."""
         return [name for name in self.ENCODERS if self.parts.has(name)]
 
     def check_files(self) -> None:
-        """Whether all is there that drawing, or writing the whole pipeline, will need; no weight is read.
+        """Check that all files exist that drawing, or writing the whole pipeline, will need. No weight is read.
 
         Raises:
             UserError: a file is missing or damaged; names it.
@@ -166,9 +169,9 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def encoder_hashes(cls, source: str) -> dict[str, str]:
-        """What decides a cache of latents and text made by the pipeline at ``source``, told from its files.
+        """What decides the content of a cache of latents and text made by the pipeline at ``source``, from its files.
 
-        Hashes of the encoders by component; an encoder whose files are not there is left out.
+        Hashes of the encoders by component; encoders without files are left out.
         """
         return part_hashes(source, cls.ENCODERS)
 
@@ -189,15 +192,15 @@ class Backbone(nn.Module, ABC):
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """B prompts -> conditioning of B rows. An empty prompt gives what inference uses for no prompt.
 
-        A prompt that is too long is truncated and its end token kept. Rows depend on their prompt alone.
+        A prompt that is too long is truncated, but its end token is kept. Each row depends only on its own prompt.
         """
 
     def crop_conditioning(self, crops: Tensor) -> Conditioning:
-        """Conditioning that comes from how images were cut, N rows; most families have none.
+        """Conditioning on how images were cropped, N rows; most families have none.
 
         Args:
-            crops: (N, 6) in pixels: height and width of the stored image, top and left of the cut in it once it was
-                scaled, height and width of what was cut out.
+            crops: (N, 6) in pixels: height and width of the stored image, top and left of the crop after scaling,
+                height and width of the crop.
         """
         return {}
 
@@ -206,19 +209,19 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def posterior(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, unscaled, float32
-        (B, 2, C, h, w), contiguous. Encoders that give no deviation have zeros there.
+        (B, 2, C, h, w), contiguous. For encoders without a standard deviation it is 0.
 
-        Whatever needs the image encoder's weights to become a scaled latent is done here.
+        All computation that needs the image encoder's weights is done here.
 
         Raises:
-            UserError: a side of the images is no multiple of what the family takes.
+            UserError: a side of the images is not a multiple of the family's unit.
         """
 
     @abstractmethod
     def latents(self, posterior: Tensor, noise: Tensor) -> Tensor:
         """Posterior (B, 2, C, h, w) -> scaled latents (B, C, h, w) float32, sampled with ``noise`` (B, C, h, w).
 
-        It must not load the image encoder's weights: `config` has what it needs.
+        It must not load the image encoder's weights; it uses only `config`.
         """
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -226,10 +229,10 @@ class Backbone(nn.Module, ABC):
         return self.latents(self.posterior(images), noise)
 
     def check_size(self, images: Tensor) -> None:
-        """Whether the transformer can cut images (B, 3, H, W) into its tokens.
+        """Check that the transformer can divide images (B, 3, H, W) into its tokens.
 
         Raises:
-            UserError: a side is no multiple of what a token covers.
+            UserError: a side is not a multiple of a token's size in pixels.
         """
         unit = self.pixels_a_latent * self.PATCH
         height, width = images.shape[-2:]
@@ -240,7 +243,7 @@ class Backbone(nn.Module, ABC):
             )
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """h and w of the latents of an image, both in pixels."""
+        """h and w of the latents of an image whose height and width are given in pixels."""
         return height // self.pixels_a_latent, width // self.pixels_a_latent
 
     # ---- the process
@@ -251,12 +254,12 @@ class Backbone(nn.Module, ABC):
 
         Args:
             uniform: the numbers.
-            size: h and w of the latents, for families that shift by it.
+            size: h and w of the latents, for families whose shift depends on it.
         """
 
     @abstractmethod
     def timestep_fraction(self, timesteps: Tensor) -> Tensor:
-        """Timesteps (B,) -> their place in [0, 1), 0 at the clean end; for logging by bins."""
+        """Timesteps (B,) -> their position in [0, 1), where 0 is clean; for logging by bins."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -270,11 +273,13 @@ class Backbone(nn.Module, ABC):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction (B, C, h, w)."""
 
-    # ---- out
+    # ---- output
 
     def pipeline(self) -> Any:
-        """A stock diffusers pipeline around these very weights (shared, not copied), for drawing; it loads the parts
-        that were not used yet."""
+        """A stock diffusers pipeline for drawing that shares these weights without a copy.
+
+        It loads the parts that were not used yet.
+        """
         parts = {name: self.part(name) if self.parts.has(name) else None for name in self.ENCODERS}
         networks = {self.DENOISER: self.denoiser, "scheduler": self.inference_scheduler}
         pipe = self.PIPELINE(**parts, **networks, **self.pipeline_options())
@@ -282,23 +287,25 @@ class Backbone(nn.Module, ABC):
         return pipe
 
     def drawn_latents(self, drawn: Tensor) -> Tensor:
-        """What the stock pipeline gives of square images as `latent`, as scaled latents (B, C, h, w)."""
+        """The stock pipeline's output for square images with `output_type="latent"` -> scaled latents (B, C, h, w)."""
         return drawn
 
     def given_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) as the stock pipeline takes them as `latents`; the inverse of `drawn_latents`
-        where the pipeline draws and gives them in one form."""
+        """Scaled latents (B, C, h, w) -> the form in which the stock pipeline takes `latents`.
+
+        It is the inverse of `drawn_latents` if the pipeline uses one form for input and output.
+        """
         return latents
 
     def pipeline_options(self) -> dict[str, Any]:
-        """What else the stock pipeline is made with."""
+        """Further arguments for making the stock pipeline."""
         return {}
 
     def save_lora(self, folder: Path, adapter: str) -> None:
         """Write one LoRA adapter of the denoiser as the file that stock ``load_lora_weights`` reads."""
         denoiser: Any = self.denoiser
         layers = get_peft_model_state_dict(denoiser, adapter_name=adapter)
-        # Without the metadata alpha is lost and the reader assumes alpha = rank.
+        # Without the metadata alpha is lost, and readers assume alpha = rank.
         metadata = adapter_metadata(denoiser, adapter)
         named = {f"{self.DENOISER}_lora_layers": layers, f"{self.DENOISER}_lora_adapter_metadata": metadata}
         self.PIPELINE.save_lora_weights(folder, **named)

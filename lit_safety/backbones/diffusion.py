@@ -19,7 +19,7 @@ class UNetDiffusion(Backbone):
     """Epsilon- and v-prediction at discrete timesteps.
 
     Raises:
-        UserError: if the scheduler's prediction type is neither `epsilon` nor `v_prediction`, or its process is not
+        UserError: the scheduler's prediction type is neither `epsilon` nor `v_prediction`, or its process is not
             DDPM's.
     """
 
@@ -31,7 +31,8 @@ class UNetDiffusion(Backbone):
                 f"{parts.source}: its scheduler is {type(self.inference_scheduler).__name__}, of the EDM process, "
                 "which this backbone does not train"
             )
-        # The training process is DDPM's whatever sampler the pipeline ships; betas and target come with it.
+        # The training process is DDPM's, whatever sampler the pipeline contains; betas and target come from the
+        # sampler.
         self.noise_scheduler = DDPMScheduler.from_config(config)
         self.prediction_type = str(self.noise_scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -43,7 +44,8 @@ class UNetDiffusion(Backbone):
         self.scaling_factor = float(config.get("scaling_factor", 0.18215))  # diffusers' default
         self.latents_mean = _by_channel(config.get("latents_mean"))
         self.latents_std = _by_channel(config.get("latents_std"))
-        # Convolutions run faster on channels-last weights, on GPUs and, by a third of the toy step, on CPUs.
+        # Convolutions run faster on channels-last weights, on GPUs and on CPUs (there by a third of the toy world's
+        # step).
         self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs leave it out
 
     @property
@@ -80,5 +82,5 @@ class UNetDiffusion(Backbone):
 
 
 def _by_channel(values: Any) -> Tensor | None:
-    """Numbers of a config as (C, 1, 1)."""
+    """A config's numbers as a tensor (C, 1, 1)."""
     return None if values is None else torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 def encode_posterior(vae: Any, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation, unscaled, float32 (B, 2, C, h, w).
 
-    It is contiguous, as what is read from a cache is: in another memory format later sums would round otherwise.
+    It is contiguous, like tensors from a cache: in another memory format later sums would round differently.
     Under float16 autocast it still runs in fp32: SDXL's encoder overflows in float16.
     """
     device = images.device.type
@@ -23,7 +23,7 @@ def encode_posterior(vae: Any, images: Tensor) -> Tensor:
     return torch.stack([found.mean.float(), found.std.float()], dim=1).contiguous()
 
 
-# Text by a CLIP encoder as SDXL and SD3 read it: the layer before the last, and the pooled projection.
+# Text encoded by CLIP as SDXL and SD3 use it: the layer before the last, and the pooled projection.
 
 
 def penultimate(
@@ -34,10 +34,10 @@ def penultimate(
     The first output is the pooled projection (B, P) of a `CLIPTextModelWithProjection`, else the last hidden states.
 
     Args:
-        tokenizer: the encoder's.
+        tokenizer: the encoder's tokenizer.
         encoder: a CLIP text model.
-        prompts: texts; what is too long is cut, the end token kept.
-        length: tokens; None: as the tokenizer says.
+        prompts: texts; too long ones are cut, but the end token is kept.
+        length: number of tokens; None: as the tokenizer says.
     """
     tokens = tokenizer(
         list(prompts),

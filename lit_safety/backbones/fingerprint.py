@@ -1,10 +1,10 @@
-"""What decides the contents of a cache, told from a pipeline's files without loading its networks.
+"""Hashes of what decides the content of a cache, computed from a pipeline's files without loading its networks.
 
-A cache of latents and text is only right for the encoders that made it, a reference cache also for the denoiser and the
-noise schedule. Of a network every tensor counts, whole (`lit_safety.hashes`), and the settings in its config.json that
-decide its numbers besides the weights, with its class's defaults filled in. How the tensors are split into files does
-not matter, nor do settings for other work, so a copy that was saved again keeps its caches. A tokenizer is loaded, and
-what it does counts, whichever files say it.
+A cache of latents and text is only right for the encoders that made it, a reference cache also only for the denoiser
+and the noise schedule. For a network, all of every tensor counts (`lit_safety.hashes`), and the settings in its
+config.json that change its numbers, with its class's defaults filled in. It does not matter how the tensors are split
+into files, and settings for other purposes do not count, so a copy that was saved again keeps its caches. A tokenizer
+is loaded, and what it does counts, independent of its files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lit_safety.core.hashes import tensor_hashes
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import is_hidden, weight_files
 
-#: What of the configuration of a network of transformers decides nothing when it encodes: who saved it and how, what
-#: training and the generating of text need, and the class's name, which stands in the pipeline's index.
+#: Settings of transformers' networks that have no effect on encoding: who saved the file and how, what only training
+#: and text generation need, and the class name, which the pipeline's index gives.
 IDLE_TEXT = {
     *("_name_or_path", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
     *("_commit_hash", "_attn_implementation_autoset", "tokenizer_class", "vocab_size", "model_type"),
@@ -61,20 +61,20 @@ FLOW_PROCESS = ("flow_shift", "use_flow_sigmas")
 DYNAMIC_PROCESS = (
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "shift_terminal"),
 )
-#: What of the image encoder's configuration turns its output into what the denoiser is trained on.
+#: The settings of the image encoder that scale its output for the denoiser.
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 #: Files that hold a tokenizer's words.
 WORDS = ("vocab.json", "tokenizer.json")
-#: What stands for a component that the pipeline's index says it ships without.
+#: The value for a component that the pipeline's index says it does not contain.
 ABSENT = "absent"
 
 
 def part_hashes(source: str, parts: Sequence[str]) -> dict[str, str]:
     """Hashes of the ``parts`` of a pipeline by name, 16 hexadecimal digits each; parts without files are left out, and
-    those that the pipeline ships without are `absent`.
+    those that the pipeline does not contain are `absent`.
 
     Raises:
-        UserError: if there is no pipeline at ``source``, or a file of it is damaged.
+        UserError: there is no pipeline at ``source``, or a file of it is damaged.
     """
     index = pipeline_index(source)
     hashes = {
@@ -85,8 +85,10 @@ def part_hashes(source: str, parts: Sequence[str]) -> dict[str, str]:
 
 
 def reference_hashes(source: str, denoiser: str) -> dict[str, str]:
-    """What decides the reference's errors besides latents and text: hashes of the ``denoiser``, of the noise schedule
-    (`scheduler`) and of how latents are scaled (`latent scaling`).
+    """What decides the reference's errors in addition to latents and text.
+
+    These are hashes of the ``denoiser``, of the noise schedule (`scheduler`) and of how latents are scaled (`latent
+    scaling`).
 
     Raises:
         UserError: as `part_hashes`.
@@ -123,12 +125,12 @@ def _hash(lines: Sequence[str]) -> str:
 
 
 def _class(kind: tuple[str, str]) -> Any:
-    """The class of a component; None: the library has none of this name."""
+    """The class of a component; None: the library has no such class."""
     return getattr(import_module(kind[0]), kind[1], None) if kind[0] in LIBRARIES else None
 
 
 def _stated(file: Path, read: Callable[[str], Any] = load_json) -> dict[str, Any]:
-    """A JSON object; empty: there is no such file."""
+    """A file's JSON object; empty if the file does not exist."""
     try:
         stated = read(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,7 +143,7 @@ def _stated(file: Path, read: Callable[[str], Any] = load_json) -> dict[str, Any
 
 
 def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
-    """What of a network's config.json decides its numbers besides the weights, where it is not its class's default."""
+    """The settings in a network's config.json that change its numbers and differ from its class's defaults."""
     file, found = folder / "config.json", _class(kind)
     stated = _stated(file)
     if not stated or found is None:
@@ -159,24 +161,26 @@ def _network_settings(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
         default = {name: one.default for name, one in parameters if one.default is not one.empty}
         config = {name: stated[name] for name, _ in parameters if name in stated}
         idle = IDLE_NETWORKS.get(kind[1], set())
-    # A default that is a tuple is a list in a file.
+    # A tuple as default becomes a list in the file.
     default = _without(json.loads(json.dumps(default, default=str)), idle)
     config = _without(json.loads(json.dumps(config, default=str)), idle)
     return {name: value for name, value in config.items() if value != default.get(name)}
 
 
 def _without(value: Any, idle: set[str]) -> Any:
-    """Settings without those that are idle, those of a part of a network (`text_config`) too."""
+    """Settings without those that have no effect, also in parts of a network (`text_config`)."""
     if not isinstance(value, dict):
         return value
     return {name: _without(one, idle) for name, one in value.items() if name not in idle}
 
 
 def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
-    """What of a scheduler decides training, its class's defaults filled in; what is off is left out, so that
-    schedulers of one process are alike."""
+    """The settings of a scheduler that decide training, with its class's defaults filled in.
+
+    Settings that are off are left out, so that schedulers of the same process are equal.
+    """
     found = _class(kind)
-    # Infinite limits of samplers, which diffusers writes so, decide nothing here.
+    # Infinite limits of samplers, as diffusers writes them, have no effect here.
     stated = _stated(folder / "scheduler_config.json", json.loads)
     if stated and found is not None:
         parameters = inspect.signature(found.__init__).parameters.items()
@@ -188,19 +192,19 @@ def _process(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path, kind: tuple[str, str]) -> dict[str, Any]:
-    """What a tokenizer does with a text: its words and rules, special tokens, length and sides."""
+    """Everything that decides a tokenizer's result: words and rules, special tokens, length and sides."""
     found = _class(kind)
     try:
         tokenizer = found.from_pretrained(folder, local_files_only=True)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = {} if backend is None else json.loads(backend.to_str())
-    except Exception as error:  # transformers and tokenizers raise all kinds for files that are none of a tokenizer
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: its tokenizer does not load: {reason}") from error
     for name in ("version", "padding", "truncation"):  # what a call sets again
         words.pop(name, None)
-    if not words:  # one written in Python: its files say what it does
+    if not words:  # a tokenizer written in Python: its files decide what it does
         files = [file for file in sorted(folder.iterdir()) if file.suffix in (".txt", ".model") or file.name in WORDS]
         words = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         words["settings"] = _stated(folder / "tokenizer_config.json")

@@ -1,12 +1,12 @@
-"""What the families of rectified flow share: the process, the target, and where on the way training is.
+"""What the families of rectified flow share: the process, the target, and the distribution of training timesteps.
 
     x_t = (1 - sigma) x0 + sigma noise          target = noise - x0          timestep = 1000 sigma
     u ~ the sampling                            sigma = shift u / (1 + (shift - 1) u)
 
 Dynamic shifting has shift = e^mu, and mu grows with the number of image tokens. The default (`shift: inference`) is the
-scheduler's shift, dynamic or not: training is where drawing is. diffusers' training scripts (`shift: script`) index
-the scheduler's stored sigmas, which are shifted where the shift is one number and are not where it is dynamic; u is
-logit-normal in SD3's script and uniform in the others. The default here is logit-normal for all.
+scheduler's shift, dynamic or not, so that training uses the same sigmas as drawing. diffusers' training scripts
+(`shift: script`) index the scheduler's stored sigmas, which are shifted only if the shift is one number and not
+dynamic; u is logit-normal in SD3's script and uniform in the others. The default here is logit-normal for all.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import BackboneSettings, FlowSettings
 from lit_safety.core.errors import UserError
 
-#: Of the `mode` sampling, as SD3's paper found best.
+#: The scale of `mode` sampling that SD3's paper found best.
 MODE_SCALE = 1.29
 
 
 def sampled(uniform: Tensor, settings: FlowSettings) -> Tensor:
-    """Uniform numbers in [0, 1) -> the u below which such a share of the draws lies, float64, of the same shape."""
+    """Uniform numbers in [0, 1) -> u, by the inverse distribution function of the sampling; float64, same shape."""
     u = uniform.double()
     if settings.sampling == "logit_normal":
         return (torch.special.ndtri(u) * settings.std + settings.mean).sigmoid()
     if settings.sampling == "mode":
         return _mode(u)
-    if settings.sampling == "cosmap":  # density 2 / (pi (1 - 2 u + 2 u^2)); its distribution function has an inverse
+    if settings.sampling == "cosmap":  # density 2 / (pi (1 - 2 u + 2 u^2)), whose distribution function can be inverted
         return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
     return u
 
 
 def _mode(u: Tensor) -> Tensor:
-    v = 1 - u  # what the paper draws uniformly: 1 - v - scale (cos^2(pi v / 2) - 1 + v) falls as it rises
+    v = 1 - u  # the paper draws v uniformly: 1 - v - scale (cos^2(pi v / 2) - 1 + v) falls as v rises
     return 1 - v - MODE_SCALE * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
 
 
@@ -57,15 +57,15 @@ def linear_mu(tokens: int, config: Any) -> float:
 
 
 class RectifiedFlow(Backbone):
-    """A transformer trained by rectified flow. Latents are (B, C, h, w); packing is `predict`'s own.
+    """A transformer trained by rectified flow. Latents are (B, C, h, w); only `predict` packs them into tokens.
 
     Raises:
-        UserError: the scheduler is none of flow matching, or the model is a few-step student; names its base.
+        UserError: the scheduler is not for flow matching, or the model is a few-step student; names its base.
     """
 
     DENOISER = "transformer"
     SETTINGS: ClassVar[type[BackboneSettings]] = FlowSettings
-    #: A latent's sides are multiples of it: what one token of the transformer covers.
+    #: Size of a transformer token in latents; the latents' sides are multiples of it.
     PATCH: ClassVar[int] = 2
 
     def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
@@ -77,7 +77,7 @@ class RectifiedFlow(Backbone):
         )
         if not flow:
             raise UserError(
-                f"{parts.source}: {type(self).__name__} is trained by flow matching, and its scheduler is a "
+                f"{parts.source}: {type(self).__name__} is trained by flow matching, but its scheduler is a "
                 f"{type(self.inference_scheduler).__name__} of another process: copy its scheduler/ again"
             )
         self.steps = int(config.num_train_timesteps)
@@ -91,10 +91,10 @@ class RectifiedFlow(Backbone):
 
     @classmethod
     def refuse_student(cls, parts: Parts) -> None:
-        """Complain of a model that was distilled to draw in a few steps; training by flow matching undoes that.
+        """Refuse a model that was distilled to draw in a few steps, because training by flow matching undoes this.
 
         Raises:
-            UserError: it is one; names the base to train instead.
+            UserError: the model is such a student; names the base to train instead.
         """
 
     @property
@@ -113,12 +113,12 @@ class RectifiedFlow(Backbone):
     # ---- the process
 
     def timesteps(self, uniform: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """The timestep below which a share ``uniform`` of them lies, float32, from the schedule's lowest to 1000."""
+        """Timesteps: the inverse distribution function at ``uniform``, float32, from the schedule's lowest to 1000."""
         u = sampled(uniform, self.flow).clamp(min=1 / self.steps)
         return (self.stretched(shifted(u, self.training_shift(size))) * self.steps).float()
 
     def training_shift(self, size: tuple[int, int] | None) -> float:
-        """The shift that timesteps of latents of ``size`` (h, w) are drawn with."""
+        """The shift for timesteps of latents of ``size`` (h, w)."""
         if not isinstance(self.flow.shift, str):
             return float(self.flow.shift)
         if self.flow.shift == "script":
@@ -127,29 +127,29 @@ class RectifiedFlow(Backbone):
         if not config.get("use_dynamic_shifting"):
             return self.static_shift()
         if size is None:
-            raise ValueError("the scheduler shifts by the size of the image: timesteps need the latents' size")
+            raise ValueError("the scheduler's shift depends on the image size: timesteps need the latents' size")
         mu = self.mu(self.tokens(*size))
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def static_shift(self) -> float:
-        """The scheduler's one shift."""
+        """The scheduler's shift if it is not dynamic."""
         config = self.inference_scheduler.config
         return float(config.get("shift", config.get("flow_shift")) or 1.0)
 
     def script_shift(self) -> float:
-        """What diffusers' training script comes to: it indexes the stored sigmas."""
+        """The shift of diffusers' training script, which indexes the stored sigmas."""
         return 1.0 if self.inference_scheduler.config.get("use_dynamic_shifting") else self.static_shift()
 
     def tokens(self, height: int, width: int) -> int:
-        """How many tokens the transformer makes of latents of h x w."""
+        """The number of transformer tokens for latents of h x w."""
         return (height // self.PATCH) * (width // self.PATCH)
 
     def mu(self, tokens: int) -> float:
-        """mu of dynamic shifting for an image of so many tokens."""
+        """mu of dynamic shifting for an image with this number of tokens."""
         return linear_mu(tokens, self.inference_scheduler.config)
 
     def stretched(self, sigma: Tensor) -> Tensor:
-        """Sigmas as a scheduler with `shift_terminal` stretches them: its lowest is that number (many steps' limit)."""
+        """Sigmas stretched as by a scheduler with `shift_terminal`: with many steps the lowest is this number."""
         terminal = self.inference_scheduler.config.get("shift_terminal")
         return sigma if not terminal or self.flow.shift != "inference" else terminal + (1 - terminal) * sigma
 
@@ -164,11 +164,11 @@ class RectifiedFlow(Backbone):
         return noise - latents
 
 
-# Tokens out of latents and back, as most of these transformers take them.
+# Conversion of latents into tokens and back, as most of these transformers need it.
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> tokens (B, h/2 w/2, 4 C) of 2 x 2 latents each, the channel slowest."""
+    """(B, C, h, w) -> tokens (B, h/2 w/2, 4 C) of 2 x 2 latents each; the channel index changes slowest."""
     rows, channels, height, width = latents.shape
     blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), channels * 4)
@@ -182,12 +182,12 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def longest(mask: Tensor) -> int:
-    """How many places the longest of the rows of a mask (B, L) has, of any numeric type, filled from the left."""
+    """The length of the longest row of a mask (B, L) of any numeric type that is filled from the left."""
     return max(int((mask > 0.5).sum(1).max()), 1)
 
 
 def is_student(parts: Parts, *words: str) -> bool:
-    """Whether a pipeline's name says that it draws in a few steps; its files often look like its base's."""
+    """Whether a pipeline's name says that it draws in a few steps; its files are often like those of its base."""
     *before, name = parts.source.replace("\\", "/").rstrip("/").split("/")
     if before[1:] and before[-1] == "snapshots":  # the hub's cache: models--owner--name/snapshots/revision
         name = before[-2].rsplit("--", 1)[-1]

@@ -1,4 +1,4 @@
-"""FLUX.1: a transformer of two streams and fused single blocks, CLIP's pooled text, T5, and embedded guidance.
+"""FLUX.1: a transformer with two-stream blocks and fused single blocks, CLIP's pooled text, T5, embedded guidance.
 
 Only -dev, and models made from it, are trained: -schnell was distilled to draw in a few steps.
 """
@@ -19,7 +19,7 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import GuidedFlowSettings
 from lit_safety.core.errors import UserError
 
-#: Tokens of T5, always: no mask goes to it or to the transformer, so padding is a part of the function.
+#: T5 always gets this many tokens. Neither T5 nor the transformer gets a mask, so padding changes the result.
 T5_LENGTH = 512
 
 
@@ -29,7 +29,7 @@ class Flux(RectifiedFlow):
     PIPELINE = FluxPipeline
     SETTINGS = GuidedFlowSettings
     ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    TOKENIZERS = (("tokenizer_2", T5_LENGTH),)  # CLIP gives one pooled row, and cuts most prompts
+    TOKENIZERS = (("tokenizer_2", T5_LENGTH),)  # not CLIP, which gives only a pooled row and cuts most prompts
     LORA_TARGETS = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -47,7 +47,7 @@ class Flux(RectifiedFlow):
             )
 
     def lora_targets(self) -> list[str]:
-        # By their whole names: `proj_out` alone would also be the model's last layer.
+        # Whole names, because `proj_out` alone would also match the model's last layer.
         blocks: Any = getattr(self.denoiser, "single_transformer_blocks", ())
         return [*self.LORA_TARGETS, *(f"single_transformer_blocks.{number}.proj_out" for number in range(len(blocks)))]
 

@@ -1,7 +1,7 @@
 """FLUX.2: -dev (Mistral as text encoder, embedded guidance) and -klein-base (Qwen3, guidance by two passes).
 
-Latents are 2 x 2 patches as channels (B, 4 C, h/2, w/2), each channel normalised by statistics that lie in the weights
-of the image encoder; so a posterior is normalised already, and a cache of it needs no weights.
+Latents are 2 x 2 patches as channels (B, 4 C, h/2, w/2). Each channel is normalised by statistics from the image
+encoder's weights. So a posterior is already normalised, and using a cache of it needs no weights.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import GuidedFlowSettings
 from lit_safety.core.errors import UserError
 
-#: Tokens of a prompt with its template, always: the transformer has no mask, so padding is a part of the function.
+#: A prompt with its template always has this many tokens. The transformer has no mask, so padding changes the result.
 LENGTH = 512
-#: Steps of inference at which the shift is taken, which in these pipelines depends on their number.
+#: The number of inference steps for which the shift is computed; in these pipelines the shift depends on it.
 STEPS = 50
 
 
 class _Flux2(RectifiedFlow):
-    """What both have in common."""
+    """The common base of both models."""
 
     ENCODERS = ("vae", "text_encoder", "tokenizer")
     TOKENIZERS = (("tokenizer", None),)
-    PATCH = 1  # patches are made by the image encoder's side
-    #: Hidden states of the language model that stand side by side in a token's row.
+    PATCH = 1  # the image encoder's output already consists of patches
+    #: The language model's hidden states that are concatenated in a token's row.
     LAYERS: ClassVar[tuple[int, int, int]]
     LORA_TARGETS = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out"),
@@ -46,7 +46,7 @@ class _Flux2(RectifiedFlow):
         return 2 * super()._pixels_a_latent(vae)
 
     def lora_targets(self) -> list[str]:
-        # By their whole names: `attn.to_out` alone is a list of layers in the blocks of two streams.
+        # Whole names, because `attn.to_out` is a list of layers in the two-stream blocks.
         blocks: Any = getattr(self.denoiser, "single_transformer_blocks", ())
         return [
             *self.LORA_TARGETS,
@@ -60,7 +60,7 @@ class _Flux2(RectifiedFlow):
         """The tokenizer's output for prompts in the family's template."""
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        # A token is at least a byte, and templates are long: only long prompts need to be split.
+        # A token is at least a byte, so only long prompts need the tokenizer here.
         doubtful = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) > LENGTH // 8]
         if not doubtful:
             return [False] * len(prompts)
@@ -100,7 +100,10 @@ class _Flux2(RectifiedFlow):
     # ---- the process
 
     def mu(self, tokens: int) -> float:
-        """The pipelines' own: of the number of tokens and, below 4300, of steps; their scheduler's are not used."""
+        """mu as in these pipelines: it depends on the number of tokens and, below 4300 tokens, also on the steps.
+
+        The scheduler's own settings are not used.
+        """
         at_200 = 0.00016927 * tokens + 0.45666666
         if tokens > 4300:
             return at_200
@@ -132,14 +135,14 @@ class _Flux2(RectifiedFlow):
 
 
 def _patches(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 4 C, h/2, w/2), the channel slowest."""
+    """(B, C, h, w) -> (B, 4 C, h/2, w/2); the channel index changes slowest."""
     rows, channels, height, width = latents.shape
     blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
     return blocks.reshape(rows, channels * 4, height // 2, width // 2)
 
 
 class Flux2Klein(_Flux2):
-    """A `Flux2KleinPipeline`: its base, not what was distilled from it."""
+    """A `Flux2KleinPipeline`: the base model, not the distilled one."""
 
     PIPELINE = Flux2KleinPipeline
     LAYERS = (9, 18, 27)
@@ -156,7 +159,7 @@ class Flux2Klein(_Flux2):
         return {"is_distilled": False}
 
     def drawn_latents(self, drawn: Tensor) -> Tensor:
-        mean, std = self._statistics()  # the stock pipeline has undone both
+        mean, std = self._statistics()  # the stock pipeline has undone the normalisation
         return (_patches(drawn) - mean) / std
 
     def tokens_of(self, prompts: Sequence[str], truncation: bool) -> Any:

@@ -1,8 +1,8 @@
 """Files of a pipeline on the Hugging Face hub: only what is needed, in bounded time, with one clear line if it fails.
 
-The hub's client has a limit of time (HF_HUB_ETAG_TIMEOUT) and an offline mode (HF_HUB_OFFLINE), and both hold here. But
-where a firewall drops packets, it tries six times, a minute each, for a file that was not fetched before. So the hub is
-asked once whether it is there. Where it is not, the client is told to use only what an earlier run has fetched.
+The hub's client has a time limit (HF_HUB_ETAG_TIMEOUT) and an offline mode (HF_HUB_OFFLINE); both work here too. But if
+a firewall drops packets, the client tries six times, one minute each, for a file that was not fetched before. So we
+first check once whether the hub answers. If it does not, the client uses only files from earlier runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the HTTP library below, whichever it is: what a connection raises that breaks
+    HTTPError,  # the error of the underlying HTTP library for a broken connection
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -29,11 +29,11 @@ from huggingface_hub.utils import validate_repo_id
 from lit_safety.core.errors import UserError
 from lit_safety.core.weights import DIFFUSERS, TRANSFORMERS, choose_weights
 
-#: Where the hub is (HF_ENDPOINT).
+#: The hub's address (HF_ENDPOINT).
 ENDPOINT = constants.ENDPOINT
 #: Seconds to wait for a connection to one of the hub's addresses; it has several, which are tried in turn.
 CONNECT = 5
-#: A way out that always works.
+#: The end of messages: advice that always works.
 FOLDER = "or point at a local folder"
 
 
@@ -43,11 +43,11 @@ def hub_file(source: str, name: str, revision: str | None = None, key: str | Non
     Args:
         source: the hub id.
         name: the file's path in the repository.
-        revision: a commit; None: the newest.
-        key: the option or YAML key that the model was given by, for messages.
+        revision: a commit; None: the newest one.
+        key: the option or YAML key of the model, for messages.
 
     Raises:
-        UserError: the model is missing, gated or out of reach, has no such file, or the disk is full.
+        UserError: the model is missing, gated or not reachable, has no such file, or the disk is full.
     """
     with _told(source, name, key):
         validate_repo_id(source)
@@ -62,7 +62,7 @@ def hub_part(source: str, name: str, snapshot: Path) -> Path:
     Args:
         source: the hub id.
         name: the component's folder in the repository.
-        snapshot: where its `model_index.json` lies; its name is the commit that everything comes from.
+        snapshot: folder of its `model_index.json`; the folder's name is the commit from which all files come.
 
     Raises:
         UserError: as `hub_file`.
@@ -76,7 +76,7 @@ def hub_part(source: str, name: str, snapshot: Path) -> Path:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be asked: not in offline mode, nor where it did not answer this process's first question."""
+    """Whether the hub can be used: not in offline mode, and not if it did not answer this process's first request."""
     return not constants.HF_HUB_OFFLINE and _answers(ENDPOINT)
 
 
@@ -87,7 +87,7 @@ def _answers(endpoint: str) -> bool:
     limit = constants.HF_HUB_ETAG_TIMEOUT
     try:
         get_session().head(endpoint, timeout=(CONNECT, limit, limit, limit))
-    except Exception:  # of whatever HTTP library is below; a wrong HF_ENDPOINT too
+    except Exception:  # errors differ by HTTP library; also for a wrong HF_ENDPOINT
         return False
     return True
 
@@ -99,7 +99,7 @@ def _listing(source: str, revision: str) -> tuple[str, ...]:
 
 
 def _needed(files: tuple[str, ...], name: str) -> list[str]:
-    """The files of a component: everything small, and of its safetensors those that are loaded."""
+    """The files of a component: all small files, and those safetensors that will be loaded."""
     own = [file.removeprefix(f"{name}/") for file in files if file.startswith(f"{name}/") and file.count("/") == 1]
     weights = []
     for stem in (DIFFUSERS, TRANSFORMERS):
@@ -111,7 +111,7 @@ def _needed(files: tuple[str, ...], name: str) -> list[str]:
 
 @contextmanager
 def _told(source: str, what: str, key: str | None = None) -> Iterator[None]:
-    """Whatever the hub's client raises, as one line that says the way out."""
+    """Turns all errors of the hub's client into one line that says what to do."""
     try:
         yield
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""Choose the backbone by the pipeline's own `model_index.json`."""
+"""Chooses the backbone by the pipeline's `model_index.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_safety.backbones.pipeline_index import KEY, pipeline_class_name
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
-#: diffusers' pipeline class name -> the file here and the class in it that knows the family; imported when it is met.
+#: diffusers' pipeline class name -> the file here and the family's class in it; imported when it is needed.
 FAMILIES: dict[str, tuple[str, str]] = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
@@ -31,10 +31,10 @@ REFUSED = {
 
 
 def family_of(source: str, key: str = KEY) -> type[Backbone]:
-    """The backbone that knows the pipeline at ``source``, given by the option or YAML key ``key``; no weight is read.
+    """The backbone class for the pipeline at ``source``, given as the option or YAML key ``key``. No weight is read.
 
     Raises:
-        UserError: if there is no pipeline, or its family is unknown.
+        UserError: there is no pipeline, or its family is unknown.
     """
     name = pipeline_class_name(source, key)
     if name in REFUSED:
@@ -53,13 +53,13 @@ def load_backbone(
 
     Args:
         source: the pipeline.
-        denoiser: False leaves the denoiser out, for work that needs the encoders only.
-        key: the option or YAML key that it was given by, for messages.
-        settings: of the family's kind; None: its defaults.
+        denoiser: False leaves the denoiser out, for work that needs only the encoders.
+        key: its option or YAML key, for messages.
+        settings: settings of the family's class; None: its defaults.
 
     Raises:
-        UserError: if there is no pipeline, its family is unknown, its files do not load, or the settings are those of
-            another kind of family.
+        UserError: there is no pipeline, its family is unknown, its files do not load, or the settings are of another
+            class.
     """
     family = family_of(source, key)
     try:
@@ -69,7 +69,7 @@ def load_backbone(
         raise UserError(
             f"the pipeline {source} does not load: {lines[0] if lines else type(error).__name__}"
         ) from error
-    # A run from a cache needs no tokenizer; one that lies there in part would be taken for one of two words.
+    # A run from a cache needs no tokenizer. An incomplete one would be read as a tokenizer of two words.
     tokenizers = [name for name, _ in family.TOKENIZERS if (backbone.parts.index.folder / name).is_dir()]
     backbone.parts.check_files(name for name in tokenizers if backbone.parts.has(name))
     return backbone.requires_grad_(False).eval()

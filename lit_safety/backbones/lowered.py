@@ -1,6 +1,6 @@
-"""Frozen weights in less than float32 next to a LoRA: in half precision, or in 8 or 4 bits.
+"""Frozen weights with fewer bits than float32, together with a LoRA: half precision, or 8 or 4 bits.
 
-Only runs that ask for them import this file, and only the package that is asked for is needed.
+Only runs with such settings import this file, and only the package of the chosen kind is needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lit_safety.core.errors import UserError
 KEY = "model.init_args.backbone.init_args.denoiser_quantization"
 
 
-# In 8 or 4 bits: what diffusers is asked for, and how such a weight is told from others.
+# 8 or 4 bits: diffusers' configuration, and how to recognise such a weight.
 
 
 def configuration(kind: str, dtype: torch.dtype) -> Any:
-    """diffusers' configuration for a kind of `settings.Quantization`; it computes in ``dtype``.
+    """diffusers' configuration for a kind of `settings.Quantization`; layers compute in ``dtype``.
 
     Raises:
-        UserError: the package is not installed, or there is no GPU for it.
+        UserError: the package is not installed, or it needs a GPU and there is none.
     """
     package, bits = kind.removesuffix("bit").rsplit("_", 1)
     if find_spec(package) is None:
@@ -36,7 +36,7 @@ def configuration(kind: str, dtype: torch.dtype) -> Any:
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     if not torch.cuda.is_available():
-        raise UserError(f"`{KEY}: {kind}`: bitsandbytes needs a GPU, and there is none here: take torchao_8bit")
+        raise UserError(f"`{KEY}: {kind}`: bitsandbytes needs a GPU, but there is none here: use torchao_8bit")
     from diffusers import BitsAndBytesConfig
 
     if bits == "8":
@@ -45,31 +45,31 @@ def configuration(kind: str, dtype: torch.dtype) -> Any:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is kept in fewer bits: bytes, as bitsandbytes has them, or a tensor of a class of its own."""
+    """Whether a weight is stored in fewer bits: as bytes (bitsandbytes), or as a tensor of a special class."""
     return not weight.is_floating_point() or type(weight.data) is not Tensor
 
 
-# Frozen weights in the precision that autocast computes in: half the memory, the same numbers, no cast at each use.
+# Frozen weights in the precision of autocast: half the memory, the same numbers, no cast at each use.
 
 
-#: Layers whose weights autocast casts at every use. Normalisations it computes in fp32, on some devices, and they are
-#: small: theirs stay as they are.
+#: Layers whose weights autocast casts at every use. Normalisations are small, and on some devices autocast computes
+#: them in fp32, so their weights are not changed.
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen weights of linear layers and convolutions in ``dtype``, and always run the network in autocast.
 
-    What is trained stays in fp32. Every number is the one that autocast gives with weights in fp32, whose cast it
-    would do at each use (it keeps casts only of what is trained); what was read in ``dtype`` besides, such as
-    normalisations, is fp32 again. Whoever draws, probes or merges outside of a training step gets autocast too: weights
-    in ``dtype`` cannot meet inputs in fp32.
+    Trained weights stay in fp32. All results are the same as those of autocast with fp32 weights, which it would cast
+    at each use (it keeps casts only of trained weights). Other layers that were read in ``dtype``, such as
+    normalisations, become fp32 again. Drawing, probes and merges outside of a training step also run in autocast,
+    because weights in ``dtype`` cannot be used with inputs in fp32.
 
-    Weights in fewer bits stay as they are: their layers compute in the inputs' format.
+    Quantised weights do not change: their layers compute in the inputs' format.
 
     Args:
-        denoiser: with all adapters attached.
-        dtype: of autocast, such as bfloat16.
+        denoiser: the denoiser with all adapters attached.
+        dtype: the dtype of autocast, such as bfloat16.
     """
     for layer in denoiser.modules():
         kept = dtype if isinstance(layer, CAST_BY_AUTOCAST) else torch.float32
@@ -82,7 +82,7 @@ def lower_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
 
 def leave_quantized(module: nn.Module) -> None:
-    """Let DDP leave weights in fewer bits out of what it sends at its start: all ranks have read the same ones."""
+    """Let DDP skip quantised weights when it synchronises at its start: all ranks have read the same ones."""
     from torch.nn.parallel import DistributedDataParallel
 
     names = [name for name, weight in module.named_parameters() if is_quantized(weight)]
@@ -90,8 +90,8 @@ def leave_quantized(module: nn.Module) -> None:
 
 
 def _in_autocast(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-    """`forward` of a lowered network; a bound method, so that a deep copy of it computes with weights of its own."""
-    # Casts are not kept: one made without gradient would be found by a pass with gradient.
+    """`forward` of a lowered network. It becomes a bound method, so that a deep copy computes with its own weights."""
+    # Casts are not kept, because a pass with gradient could find a cast that was made without gradient.
     with torch.autocast(next(denoiser.parameters()).device.type, denoiser.lowered_to, cache_enabled=False):
         found = type(denoiser).forward(denoiser, *args, **kwargs)
-    return convert_to_fp32(found)  # as samplers and decoders outside of autocast expect it
+    return convert_to_fp32(found)  # samplers and decoders outside of autocast expect fp32

@@ -1,4 +1,4 @@
-"""The components of a pipeline, each loaded when it is first used: what a cache replaces is never loaded."""
+"""The components of a pipeline, each loaded when it is first used, so that what a cache replaces is never loaded."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from lit_safety.core.text import load_json
 from lit_safety.core.tokenizers import check_tokenizer, check_tokenizer_files, read_config
 from lit_safety.core.weights import DIFFUSERS, TRANSFORMERS, check_whole, need_weights
 
-#: Components that a pipeline names and does not need to draw from text.
+#: Components that a pipeline can name but does not need for drawing from text.
 BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class Parts:
-    """A pipeline's components by name, frozen, and from safetensors only: the one way in, for every command.
+    """A pipeline's components by name, frozen, and only from safetensors. Every command loads pipelines in this way.
 
-    It is not a module, and a backbone that holds one does not register what is in it: checkpoints, DDP, FSDP and ZeRO
-    never see the frozen encoders.
+    It is not a module, and a backbone does not register its components, so checkpoints, DDP, FSDP and ZeRO never see
+    the frozen encoders.
 
     Args:
         source: a pipeline folder or a hub id.
-        dtype: what its networks compute in.
-        key: the option or YAML key that it was given by, for messages.
+        dtype: the dtype of its networks.
+        key: its option or YAML key, for messages.
 
     Raises:
-        UserError: if ``source`` is neither.
+        UserError: ``source`` is neither.
     """
 
     def __init__(self, source: str, dtype: torch.dtype = torch.float32, key: str = KEY) -> None:
         self.source = source
         self.dtype = dtype
         self.dtypes: dict[str, torch.dtype] = {}
-        """What single networks compute in, where it is not `dtype`; set before they are loaded."""
+        """The dtype of single networks that differ from `dtype`; set it before they are loaded."""
         self.quantizations: dict[str, str] = {}
-        """In how many bits single networks keep their weights, a kind of `settings.Quantization`; set before, too."""
+        """The kind of `settings.Quantization` of single networks; also set it before they are loaded."""
         self.index = pipeline_index(source, key)
         self._loaded: dict[str, Any] = {}
 
@@ -60,10 +60,10 @@ class Parts:
         return name in self.index.components
 
     def get(self, name: str, device: torch.device | None = None) -> Any:
-        """The component ``name``, loaded if it was not yet, networks moved to ``device`` if one is given.
+        """The component ``name``, loaded if necessary; networks are moved to ``device`` if one is given.
 
         Raises:
-            UserError: if the pipeline has no such component, or its files are missing or do not load.
+            UserError: the pipeline has no such component, or its files are missing or do not load.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
@@ -73,11 +73,11 @@ class Parts:
         return part
 
     def put(self, name: str, part: Any) -> None:
-        """Take ``part`` for the component ``name`` from now on, in place of the pipeline's own."""
+        """From now on use ``part`` as the component ``name`` instead of the pipeline's own."""
         self._loaded[name] = part
 
     def fetch(self) -> Path:
-        """The folder with all components in it; those of a hub id are fetched where they were not yet.
+        """The folder with all components; those of a hub id are fetched if necessary.
 
         Raises:
             UserError: the hub does not give them.
@@ -88,9 +88,9 @@ class Parts:
         return self.index.folder
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Whether the files of components are there that something will need later; no weight is read.
+        """Check that the files of components exist that will be needed later. No weight is read.
 
-        Of a hub id nothing is asked while the hub answers: what is missing is fetched when it is used.
+        A hub id is not checked while the hub answers: missing files are fetched when they are used.
 
         Raises:
             UserError: a file is missing or damaged; names it.
@@ -113,7 +113,7 @@ class Parts:
         """The `config.json` of the network ``name``, without its weights.
 
         Raises:
-            UserError: if it is missing or no JSON object.
+            UserError: it is missing or not a JSON object.
         """
         try:
             if self.index.is_local:
@@ -128,13 +128,14 @@ class Parts:
         return config
 
     def pipeline(self, safety_checker: bool = False) -> Any:
-        """The whole stock pipeline of diffusers, its networks those that `get` gives.
+        """The whole stock pipeline of diffusers, with the networks that `get` returns.
 
-        What stands besides drawing (`BESIDE`) is left out where its folder is not there: an index names it that was
-        copied without it.
+        Components that drawing does not need (`BESIDE`) are left out if their folder is missing, as in a pipeline that
+        was copied without them.
 
         Args:
-            safety_checker: keep the pipeline's own, where there is one; it blanks images, and a blank counts as safe.
+            safety_checker: keep the pipeline's safety checker, if it has one. It replaces images by black ones, which
+                count as safe.
 
         Raises:
             UserError: a component is missing or does not load, or diffusers has no such pipeline.
@@ -157,12 +158,12 @@ class Parts:
         return pipe
 
     def _check_complete(self, needed: Iterable[str]) -> None:
-        """Whether the index names all that drawing needs; diffusers would say so in the middle of it, or not at all.
+        """Check that the index names all that drawing needs; diffusers would report it only during drawing, or never.
 
         Raises:
-            UserError: it does not.
+            UserError: it does not name all.
         """
-        # SD3 draws without any of its text encoders, whose tokenizers may stay.
+        # SD3 can draw without any of its text encoders; their tokenizers may remain.
         alone = self.index.class_name.startswith("StableDiffusion3")
         encoders = [] if alone else [name for name in self.index.components if name.startswith("tokenizer")]
         for name in (*(one for one in needed if not alone or not one.startswith(("text_encoder", "tokenizer"))),
@@ -188,16 +189,16 @@ class Parts:
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
         except Exception as error:
-            # The library of tokenizers, which is not Python, has no kind of its own for a damaged file.
+            # The tokenizers library, which is not written in Python, has no special error for a damaged file.
             if type(error) is not Exception and not isinstance(error, SafetensorError | StrictDataclassError):
                 raise
             raise UserError(self._told(f"its {name} ({self.index.folder / name}): {_first_line(error)}")) from error
 
     def class_of(self, name: str) -> type:
-        """The class of a component, of the two libraries or of one of diffusers' own pipelines.
+        """The class of a component, from the two libraries or from one of diffusers' pipelines.
 
         Raises:
-            UserError: it is of neither.
+            UserError: it is from neither.
         """
         library, class_name = self.index.components[name]
         home: Any = None
@@ -218,7 +219,7 @@ class Parts:
         index = self.index
         folder = index.folder / name if index.is_local else hub_part(self.source, name, index.folder)
         if not folder.is_dir():
-            raise UserError(f"model_index.json names it, and there is no folder {folder}")
+            raise UserError(f"model_index.json names it, but there is no folder {folder}")
         if issubclass(found, nn.Module):
             return load_network(found, folder, self.dtypes.get(name, self.dtype), self.quantizations.get(name))
         if "tokenizer" not in name:
@@ -231,7 +232,7 @@ class Parts:
     def _config_only(self, found: Any, folder: Path) -> Any:
         """A scheduler or an image processor, which has no weights."""
         part = found.from_pretrained(folder)
-        # An index that names a scheduler of another process would draw with numbers that the model never saw.
+        # With a scheduler of another process the model would get inputs that it never saw in training.
         stated = getattr(part, "config", {})
         if "sigma_data" in stated and "sigma_data" not in signature(found.__init__).parameters:
             raise UserError(
@@ -241,7 +242,7 @@ class Parts:
         return part
 
     def _encoder_of(self, tokenizer: str) -> dict[str, Any] | None:
-        """The configuration of the text encoder that reads a tokenizer's tokens; None: it is not there."""
+        """The configuration of the text encoder that reads a tokenizer's tokens; None: it does not exist."""
         name = tokenizer.replace("tokenizer", "text_encoder")
         if not self.has(name):
             return None
@@ -255,20 +256,20 @@ class Parts:
 
 
 def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32, quantization: str | None = None) -> Any:
-    """A network of diffusers or transformers out of its folder, whole, frozen and in evaluation.
+    """Load a network of diffusers or transformers from its folder: complete, frozen and in evaluation mode.
 
     Args:
         found: its class.
-        folder: where its config.json and weights lie.
-        dtype: what it computes in.
-        quantization: a kind of `settings.Quantization` that its linear layers are kept in; None: ``dtype``.
+        folder: folder of its config.json and weights.
+        dtype: its dtype.
+        quantization: the kind of `settings.Quantization` of its linear layers; None: ``dtype``.
 
     Raises:
-        UserError: weights are missing, damaged, not finite, or not those of its config.json; names the file. OSError,
-            ValueError, RuntimeError: what the library says of its configuration.
+        UserError: weights are missing, damaged, not finite, or do not fit its config.json; names the file. OSError,
+            ValueError, RuntimeError: the library's errors about its configuration.
     """
     weights = need_weights(folder, _stem(found))
-    if not (folder / "config.json").is_file():  # the libraries would take a configuration of their own
+    if not (folder / "config.json").is_file():  # the libraries would use a default configuration
         raise UserError(f"{folder / 'config.json'} is missing: copy the folder again")
     more: dict[str, Any] = {}
     if quantization is not None:
@@ -283,20 +284,20 @@ def load_network(found: Any, folder: Path, dtype: torch.dtype = torch.float32, q
 
 
 def _stem(found: type) -> str:
-    """What the weights of a class of networks are called."""
+    """The name of the weights file for a class of networks."""
     from diffusers import ModelMixin
 
     return DIFFUSERS if issubclass(found, ModelMixin) else TRANSFORMERS
 
 
 def _first_line(error: Exception) -> str:
-    # A configuration that contradicts itself: the line that says how stands below one that names the check.
+    # For a contradictory configuration: the line with the reason comes after the line that names the check.
     told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     return (str(told).strip() or type(told).__name__).splitlines()[0]
 
 
 class NoDenoiser(nn.Module):
-    """Stands where a denoiser would, for work that needs the encoders only; it follows `.to(device)`."""
+    """Takes the denoiser's place in work that needs only the encoders; it follows `.to(device)`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a pipeline folder (or hub id) says of itself in `model_index.json`: its class and its components' classes."""
+"""Reads a pipeline's `model_index.json`: the classes of the pipeline and of its components."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.text import load_json
 from lit_safety.core.weights import is_hidden, is_pointer, read_header
 
-#: The YAML key by which most commands are told of a pipeline.
+#: The YAML key with which most commands get a pipeline.
 KEY = "model.init_args.pretrained"
-#: What checkpoints in one file are called.
+#: Endings of single-file checkpoints.
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-#: Where components' classes may come from. The index is data: it must not choose what else is imported.
+#: The libraries from which components' classes may come. The index is data: it must not choose other imports.
 LIBRARIES = ("diffusers", "transformers")
 
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """A pipeline's class and components, known before any weight is read."""
+    """A pipeline's class and components, read before any weight."""
 
     source: str
     """The folder or hub id as it was given."""
     folder: Path
-    """Where the index lies; of a hub id, the hub's cache, which holds what has been fetched so far."""
+    """The folder of the index; for a hub id the hub's cache, which holds the files that were fetched so far."""
     class_name: str
     components: dict[str, tuple[str, str]]
-    """Name -> (library, class name); components that the pipeline ships without are left out."""
+    """Name -> (library, class name); components that the pipeline does not contain are left out."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the pipeline says of itself besides its components, such as `force_zeros_for_empty_prompt`."""
+    """The pipeline's settings apart from its components, such as `force_zeros_for_empty_prompt`."""
 
     @property
     def is_local(self) -> bool:
@@ -43,10 +43,10 @@ def pipeline_index(source: str, key: str = KEY) -> PipelineIndex:
 
     Args:
         source: the folder or hub id.
-        key: the option or YAML key that it was given by, for messages.
+        key: its option or YAML key, for messages.
 
     Raises:
-        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id; says how to log in, or how to
+        UserError: ``source`` is neither a pipeline folder nor a reachable hub id; says how to log in, or how to
             convert a single file.
     """
     folder = Path(source)
@@ -59,10 +59,10 @@ def pipeline_index(source: str, key: str = KEY) -> PipelineIndex:
     else:
         index = hub_file(source, "model_index.json", key=key)
     try:
-        stated = load_json(index.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark at its beginning
+        stated = load_json(index.read_text(encoding="utf-8-sig"))  # Windows' editors begin with a byte order mark
         name = stated["_class_name"]
         if not isinstance(name, str):
-            raise ValueError(f"its _class_name is {name!r}: a class of the pipeline's own, whose code is not run")
+            raise ValueError(f"its _class_name is {name!r}: a custom class, whose code is not run")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if is_pointer(index):
             raise UserError(f"{index} is a pointer of git LFS: run `git lfs pull`, or copy the file") from error
@@ -82,7 +82,7 @@ def pipeline_class_name(source: str, key: str = KEY) -> str:
     """The pipeline's class name; a few hundred bytes are read.
 
     Raises:
-        UserError: if ``source`` is neither a pipeline folder nor a reachable hub id.
+        UserError: ``source`` is neither a pipeline folder nor a reachable hub id.
     """
     return pipeline_index(source, key).class_name
 
@@ -98,11 +98,11 @@ def _no_index(folder: Path, key: str) -> str:
 
 
 def _single_file(file: Path, key: str) -> str:
-    """How to convert a checkpoint in one file."""
+    """The message that says how to convert a single-file checkpoint."""
     if not file.is_file():
-        return f"{key}: there is no {file}; and a pipeline is a folder that `save_pretrained` wrote, or a hub id"
+        return f"{key}: {file} does not exist; give a pipeline's folder as `save_pretrained` writes it, or a hub id"
     if file.suffix.lower() not in SINGLE_FILES:
-        return f"{key}: {file} is a file, and a pipeline is a folder that `save_pretrained` wrote, or a hub id"
+        return f"{key}: {file} is a file; give a pipeline's folder as `save_pretrained` writes it, or a hub id"
     return (
         f'{file} is a checkpoint in one file; convert it once, `python -c "import diffusers; '
         f"diffusers.{_class_of(file)}.from_single_file({str(file)!r}).save_pretrained('FOLDER')\"`, and give FOLDER as "
@@ -111,7 +111,7 @@ def _single_file(file: Path, key: str) -> str:
 
 
 def _class_of(file: Path) -> str:
-    """Whose checkpoint it is, told from the names of its tensors where it is safe to read them."""
+    """The pipeline class of a checkpoint, guessed from the names of its tensors if these can be read safely."""
     names: Any = ()
     if file.suffix.lower() == ".safetensors":
         names, _ = read_header(file)

@@ -17,21 +17,21 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
-#: What stands around a prompt.
+#: The template around a prompt.
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-#: Tokens of its beginning, whose rows are left out.
+#: Number of tokens at its beginning whose rows are left out.
 DROPPED = 34
-#: Most tokens that the text encoder is given, those that are dropped not counted.
+#: Largest number of tokens for the text encoder, without those that are dropped.
 READ = 1024
-#: Rows of a text: those after it are cut, and shorter ones padded and masked.
+#: Rows of a text: longer texts are cut, shorter ones padded and masked.
 LENGTH = 512
 
 
 class QwenImage(RectifiedFlow):
-    """A `QwenImagePipeline`. An empty prompt is a space, as its makers draw with when nothing is to be avoided."""
+    """A `QwenImagePipeline`. An empty prompt is a space, which its authors use as the empty negative prompt."""
 
     PIPELINE = QwenImagePipeline
     ENCODERS = ("vae", "text_encoder", "tokenizer")
@@ -45,7 +45,7 @@ class QwenImage(RectifiedFlow):
         super().__init__(parts, denoiser, settings)
         if parts.config("transformer").get("guidance_embeds"):
             raise UserError(
-                f"{parts.source}: its transformer embeds guidance, which diffusers' own class does not compute: train "
+                f"{parts.source}: its transformer embeds guidance, which diffusers' class does not compute: train "
                 "Qwen/Qwen-Image"
             )
         vae = parts.config("vae")
@@ -88,7 +88,7 @@ class QwenImage(RectifiedFlow):
         ).hidden_states[-1]
         rows = hidden.new_zeros(len(prompts), LENGTH, hidden.shape[-1])
         mask = hidden.new_zeros(len(prompts), LENGTH)
-        for number, read in enumerate(tokens.attention_mask.bool()):  # the tokenizer's padding side does not matter
+        for number, read in enumerate(tokens.attention_mask.bool()):  # independent of the tokenizer's padding side
             kept = hidden[number][read][DROPPED : DROPPED + LENGTH]
             rows[number, : len(kept)] = kept
             mask[number, : len(kept)] = 1

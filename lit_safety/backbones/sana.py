@@ -1,4 +1,4 @@
-"""SANA: Gemma 2 behind a fixed instruction as text encoder, an autoencoder of 32 x whose latents have no deviation."""
+"""SANA: Gemma 2 with a fixed instruction as text encoder, and a 32 x autoencoder without a standard deviation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_safety.backbones.flow import RectifiedFlow, is_student
 from lit_safety.backbones.parts import Parts
 from lit_safety.core.errors import UserError
 
-#: Rows of a text: the first token's and the last 299, of a text that is padded to the right.
+#: Rows of a text: that of the first token and the last 299, after padding on the right.
 LENGTH = 300
 
 
 class Sana(RectifiedFlow):
-    """A `SanaPipeline`. An empty prompt has no instruction in front of it, as the pipeline draws with.
+    """A `SanaPipeline`. An empty prompt has no instruction in front of it, as in the pipeline.
 
-    diffusers' training script makes a flow-matching scheduler of the pipeline's, which has no `shift`, and so trains
-    unshifted (`shift: script`) although inference shifts by `flow_shift`.
+    diffusers' training script makes a flow-matching scheduler from the pipeline's scheduler, which has no `shift`. So
+    it trains without a shift (`shift: script`), although inference shifts by `flow_shift`.
     """
 
     PIPELINE = SanaPipeline
@@ -68,7 +68,7 @@ class Sana(RectifiedFlow):
         }
 
     def _rows(self, prompts: Sequence[str], instructed: bool) -> tuple[Tensor, Tensor]:
-        """Rows and mask of prompts, all of them with the instruction or without."""
+        """Rows and mask of prompts, either all with the instruction or all without."""
         tokenizer = self.part("tokenizer")
         tokenizer.padding_side = "right"
         texts, length = [prompt.lower().strip() for prompt in prompts], LENGTH
@@ -92,7 +92,7 @@ class Sana(RectifiedFlow):
     def posterior(self, images: Tensor) -> Tensor:
         self.check_size(images)
         vae = self.part("vae")
-        with torch.autocast(images.device.type, enabled=False):  # its makers warn of half precision
+        with torch.autocast(images.device.type, enabled=False):  # its authors warn against half precision
             mean = vae.encode(images.to(vae.dtype)).latent.float().contiguous()
         return torch.stack([mean, torch.zeros_like(mean)], dim=1)
 
@@ -116,6 +116,6 @@ class Sana(RectifiedFlow):
 
 @cache
 def _instruction() -> str:
-    """The pipeline's own, which stands in its call's signature."""
+    """The pipeline's instruction, which is a default value in its call's signature."""
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     return "\n".join(lines)

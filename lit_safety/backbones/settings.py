@@ -1,4 +1,4 @@
-"""What a run may set of a backbone, one class a kind of family: `model.init_args.backbone` names it by `class_path`.
+"""A run's settings of a backbone: one class for each kind of family. `model.init_args.backbone` gives its `class_path`.
 
 A family says which of these classes it reads (`Backbone.SETTINGS`) and refuses those of another kind. This file imports
 nothing heavy: command lines are parsed with it.
@@ -15,18 +15,18 @@ Quantization = Literal["torchao_8bit", "bitsandbytes_8bit", "bitsandbytes_4bit"]
 
 
 class BackboneSettings:
-    """What every family has.
+    """Settings that every family has.
 
     Args:
-        encoder_dtype: number format of the frozen text encoders. The image encoder stays in float32: it is small, and
-            its rounding would be in every latent.
-        denoiser_dtype: number format of the denoiser's frozen weights, from the moment they are read. Below float32 it
-            always runs under autocast of that format; the LoRA stays in float32.
-        denoiser_quantization: keep the weights of the denoiser's frozen linear layers in fewer bits, as diffusers loads
-            them: `torchao_8bit` (whole numbers with a scale for each row; on CPUs too), `bitsandbytes_8bit` (LLM.int8)
-            or `bitsandbytes_4bit` (NF4; both on GPUs). The package must be installed. What is aligned is then this
-            rounded model, and the LoRA is drawn with the model as it is. With it `denoiser_dtype: bfloat16` is usual.
-            By one process or DDP alone. null: as `denoiser_dtype` says.
+        encoder_dtype: number format of the frozen text encoders. The image encoder stays in float32, because it is
+            small and its rounding errors would be in every latent.
+        denoiser_dtype: number format in which the denoiser's frozen weights are read and kept. Below float32 it always
+            runs under autocast of this format; the LoRA stays in float32.
+        denoiser_quantization: store the weights of the denoiser's frozen linear layers in fewer bits, as diffusers
+            loads them: `torchao_8bit` (whole numbers with a scale for each row; on CPUs too), `bitsandbytes_8bit`
+            (LLM.int8) or `bitsandbytes_4bit` (NF4; both on GPUs). The package must be installed. The aligned model is
+            then this rounded one, but the LoRA is later used with the original model. `denoiser_dtype: bfloat16` is
+            usually set too. It works only with one process or DDP. null: as `denoiser_dtype` says.
     """
 
     def __init__(
@@ -41,20 +41,21 @@ class BackboneSettings:
 
 
 class FlowSettings(BackboneSettings):
-    """Families trained by rectified flow: where on the way from image to noise they are trained.
+    """Families trained by rectified flow: the distribution of their training noise levels.
 
-    A draw u in (0, 1) becomes sigma = shift u / (1 + (shift - 1) u). Losses have no further weight: with one, beta
-    would depend on the timestep. What a published weight does to the expected loss, a sampling does.
+    A draw u in (0, 1) becomes sigma = shift u / (1 + (shift - 1) u). Losses have no further weight, because with a
+    weight beta would depend on the timestep. The sampling can have the same effect on the expected loss as a published
+    weight.
 
     Args:
-        shift: `inference`: the pipeline's scheduler's own, which with dynamic shifting depends on the image's size;
-            training is then where drawing is. `script`: that of diffusers' training script for the family, which is 1
-            where the scheduler shifts dynamically. Or a number, 1 for none.
-        sampling: how u is drawn. `logit_normal`: sigmoid of N(mean, std^2), of SD3's paper and script. `uniform`: of
-            diffusers' scripts for FLUX, Qwen-Image, Z-Image and SANA. `mode` (with scale 1.29) and `cosmap`: of SD3's
-            paper.
-        mean: of the logit-normal distribution.
-        std: of the logit-normal distribution.
+        shift: `inference`: that of the pipeline's scheduler, which with dynamic shifting depends on the image size, so
+            that training uses the noise levels of drawing. `script`: that of diffusers' training script for the family,
+            which is 1 if the scheduler shifts dynamically. Or a number, 1 for none.
+        sampling: how u is drawn. `logit_normal`: sigmoid of N(mean, std^2), as in SD3's paper and script. `uniform`: as
+            in diffusers' scripts for FLUX, Qwen-Image, Z-Image and SANA. `mode` (with scale 1.29) and `cosmap`: as in
+            SD3's paper.
+        mean: mean of the logit-normal distribution.
+        std: standard deviation of the logit-normal distribution.
         encoder_dtype: as in `BackboneSettings`.
         denoiser_dtype: as in `BackboneSettings`.
         denoiser_quantization: as in `BackboneSettings`.
@@ -85,11 +86,11 @@ class FlowSettings(BackboneSettings):
 
 
 class GuidedFlowSettings(FlowSettings):
-    """Families whose guidance was distilled into the network, which is told its scale: FLUX.1-dev and FLUX.2-dev.
+    """Families with embedded guidance, where the network gets the scale as an input: FLUX.1-dev and FLUX.2-dev.
 
     Args:
-        guidance: the scale that the network is told in training; 3.5 is that of diffusers' scripts, whose READMEs also
-            train with 1. Drawing has its own (`drawing.guidance`). Networks that are told none ignore it.
+        guidance: the network's guidance input in training; 3.5 is the value of diffusers' scripts, whose READMEs also
+            use 1. Drawing has its own setting (`drawing.guidance`). Networks without this input ignore it.
         shift: as in `FlowSettings`.
         sampling: as in `FlowSettings`.
         mean: as in `FlowSettings`.

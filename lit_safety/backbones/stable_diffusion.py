@@ -29,7 +29,7 @@ class StableDiffusion(UNetDiffusion):
             return_tensors="pt",
         )
         encoder = self.text_encoder
-        # As the stock pipeline does: the mask is only used by text encoders that were trained with one.
+        # As in the stock pipeline: only text encoders that were trained with a mask use it.
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(encoder.device) if masked else None
         hidden = encoder(tokens.input_ids.to(encoder.device, non_blocking=True), attention_mask=mask)[0]

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer trained by rectified flow, up to three text encoders.
 
-Its defaults are those of the paper, of diffusers' training script and of inference at once: logit-normal timesteps of
-mean 0 and deviation 1, and the scheduler's shift.
+Its defaults agree with the paper, with diffusers' training script and with inference: logit-normal timesteps with mean
+0 and standard deviation 1, and the scheduler's shift.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
-#: Tokens that the stock pipeline gives T5.
+#: Number of T5 tokens in the stock pipeline.
 T5_LENGTH = 256
-#: Tokens of a CLIP encoder, for pipelines that have none.
+#: Number of tokens of a CLIP encoder, for pipelines without one.
 CLIP_LENGTH = 77
-#: What is added to the logits of the keys of two rows that stand for the 256 rows of zeros of a missing T5: those rows
-#: are alike in every layer, so attention sees e^5.5 + e^2.42 = 256 of them. One number, 5.545, loses 1.4% in bfloat16.
+#: Two rows replace the 256 rows of zeros of a missing T5; these numbers are added to the logits of their keys. The 256
+#: rows are equal in every layer, so attention counts e^5.5 + e^2.42 = 256 of them. A single row with 5.545 would have
+#: an error of 1.4% in bfloat16.
 STAND_INS = (5.5, math.log(T5_LENGTH - math.exp(5.5)))
 
 
 class StableDiffusion3(RectifiedFlow):
-    """A `StableDiffusion3Pipeline`. Any of its text encoders may be missing: zeros stand for what it would give.
+    """A `StableDiffusion3Pipeline`. Any of its text encoders may be missing: zeros replace its output.
 
     Raises:
-        UserError: the scheduler is none of flow matching, or the model was distilled to draw in a few steps.
+        UserError: the scheduler is not for flow matching, or the model was distilled to draw in a few steps.
     """
 
     PIPELINE = StableDiffusion3Pipeline
@@ -87,19 +88,20 @@ class StableDiffusion3(RectifiedFlow):
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def _clip(self, number: str, prompts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """Hidden states (B, tokens, width) and pooled (B, P) of a CLIP encoder; None: the pipeline ships without."""
+        """Hidden states (B, tokens, width) and pooled (B, P) of a CLIP encoder; None: the pipeline does not contain
+        it."""
         if not self.parts.has(f"text_encoder{number}"):
             return None
         first = "tokenizer" if self.parts.has("tokenizer") else f"tokenizer{number}"
-        length = self.part(first).model_max_length  # the first one's for both, as the stock pipeline has it
+        length = self.part(first).model_max_length  # the first one's length for both, as in the stock pipeline
         return penultimate(self.part(f"tokenizer{number}"), self.part(f"text_encoder{number}"), prompts, length)
 
     def _filled(
         self, first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor] | None
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Zeros in the place of the one that is missing, as wide as the transformer expects.
+        """Zeros in place of a missing encoder's output, as wide as the transformer expects.
 
-        SD3's CLIP encoders pool to as many numbers as their hidden states have, so one width tells the other.
+        In SD3's CLIP encoders the pooled output has the width of the hidden states, so one width gives the other.
         """
         there = first or second
         assert there is not None
@@ -108,7 +110,7 @@ class StableDiffusion3(RectifiedFlow):
         return first or zeros, second or zeros
 
     def _t5(self, prompts: Sequence[str], clip: Tensor) -> Tensor:
-        """Hidden states (B, 256, width); two rows of zeros where there is no T5, which `predict` counts as 256."""
+        """Hidden states (B, 256, width); without T5 two rows of zeros, which `predict` counts as 256."""
         if not self.has_t5:
             return clip.new_zeros(len(prompts), len(STAND_INS), self.width)
         encoder = self.part("text_encoder_3")
@@ -127,7 +129,7 @@ class StableDiffusion3(RectifiedFlow):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         given = {**conditioning, "return_dict": False}
         rows = conditioning["encoder_hidden_states"].shape[1]
-        if not self.has_t5 and rows < T5_LENGTH:  # caches of versions before 0.3 hold all 256
+        if not self.has_t5 and rows < T5_LENGTH:  # caches of versions before 0.3 hold all 256 rows
             keys = rows + self.tokens(*noisy.shape[-2:])
             bias = pad(noisy.new_tensor(STAND_INS), (keys - len(STAND_INS), 0))
             given["joint_attention_kwargs"] = {"attention_mask": bias}
@@ -136,7 +138,7 @@ class StableDiffusion3(RectifiedFlow):
     # ---- out
 
     def pipeline(self) -> Any:
-        """The stock pipeline. It needs both CLIP encoders; where one is missing, text is encoded here."""
+        """The stock pipeline. It needs both CLIP encoders; if one is missing, text is encoded here."""
         pipe = super().pipeline()
         count_missing_t5(pipe)
         if not all(self.parts.has(name) for name in ("text_encoder", "text_encoder_2")):
@@ -145,7 +147,7 @@ class StableDiffusion3(RectifiedFlow):
 
 
 def count_missing_t5(pipe: Any) -> None:
-    """Makes a stock pipeline without T5 draw the same with two rows in the place of the 256 rows of zeros."""
+    """Makes a stock pipeline without T5 draw the same with two rows instead of the 256 rows of zeros."""
     if pipe.text_encoder_3 is not None:
         return
     for block in pipe.transformer.transformer_blocks:
@@ -155,7 +157,7 @@ def count_missing_t5(pipe: Any) -> None:
 
 
 class _Encoded:
-    """Stands for `encode_prompt` of a pipeline that ships without a CLIP encoder."""
+    """Replaces `encode_prompt` of a pipeline without a CLIP encoder."""
 
     def __init__(self, backbone: StableDiffusion3) -> None:
         self.backbone = backbone
@@ -169,7 +171,7 @@ class _Encoded:
         count = options.get("num_images_per_prompt", 1)
         with torch.no_grad():
             found = [self.backbone.encode_text(texts) for texts in (prompts, negatives)]
-        # The stock pipeline counts no row twice.
+        # In the stock pipeline every row counts once.
         missing = 0 if self.backbone.has_t5 else T5_LENGTH - len(STAND_INS)
         rows = [pad(one["encoder_hidden_states"], (0, 0, 0, missing)) for one in found]
         hidden, negative = (one.repeat_interleave(count, 0) for one in rows)
@@ -178,7 +180,7 @@ class _Encoded:
 
 
 class BiasedJointAttention:
-    """SD3's joint attention with a bias on the keys' logits; without one, its numbers are those of diffusers' own."""
+    """SD3's joint attention with a bias on the keys' logits; without a bias the results are those of diffusers."""
 
     def __call__(
         self,
@@ -187,7 +189,7 @@ class BiasedJointAttention:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, N, W), text tokens (B, L, W), bias (N + L,) -> both again."""
+        """Image tokens (B, N, W), text tokens (B, L, W), bias (N + L,) -> new image and text tokens."""
 
         def heads(of: Any, tokens: Tensor, norm: Any = None) -> Tensor:
             split = of(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""SDXL (arXiv 2307.01952): two text encoders, a pooled embedding, and the sizes and the cut of each image."""
+"""SDXL (arXiv 2307.01952): two text encoders, a pooled embedding, and the sizes and the crop of each image."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lit_safety.backbones.pipeline_index import pipeline_index
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
 
-#: What the pipeline's index says of how it treats an empty prompt; diffusers' default is true.
+#: The setting in the pipeline's index for an empty prompt; diffusers' default is true.
 ZEROS = "force_zeros_for_empty_prompt"
 
 
 class StableDiffusionXL(UNetDiffusion):
     """A `StableDiffusionXLPipeline`.
 
-    An empty prompt is what the pipeline draws with when no negative prompt is given: zeros, unless its index says
-    otherwise. So dropped prompts are trained on the very numbers that guidance uses.
+    An empty prompt gives what the pipeline uses without a negative prompt: zeros, unless its index says otherwise. So
+    dropped prompts are trained with the same numbers that guidance uses.
 
     Raises:
-        UserError: if its UNet does not take sizes and a pooled embedding.
+        UserError: its UNet does not take sizes and a pooled embedding.
     """
 
     PIPELINE = StableDiffusionXLPipeline
@@ -39,7 +39,7 @@ class StableDiffusionXL(UNetDiffusion):
         super().__init__(parts, denoiser, settings)
         kind = parts.config("unet").get("addition_embed_type")
         if kind != "text_time":
-            raise UserError(f"{parts.source}: the UNet of an SDXL takes text and sizes, and this one's says {kind!r}")
+            raise UserError(f"{parts.source}: an SDXL's UNet takes text and sizes, but this one's config says {kind!r}")
         self.zero_empty = _zeros(parts.index.settings)
         self.pixels_a_latent = 2 ** (len(parts.config("vae").get("block_out_channels", (0,) * 4)) - 1)
 
@@ -64,11 +64,11 @@ class StableDiffusionXL(UNetDiffusion):
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
     def crop_conditioning(self, crops: Tensor) -> Conditioning:
-        # In the order of the pipeline: original size, top left of the cut, target size.
+        # In the order of the pipeline: original size, top left of the crop, target size.
         return {"time_ids": crops}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction; without `time_ids` that of a whole image, as inference asks for."""
+        """The UNet's prediction; without `time_ids` for an image without crop, as in inference."""
         rest = dict(conditioning)
         added = {"text_embeds": rest.pop("text_embeds"), "time_ids": rest.pop("time_ids", None)}
         if added["time_ids"] is None:
@@ -76,9 +76,9 @@ class StableDiffusionXL(UNetDiffusion):
         return self.denoiser(noisy, timesteps, **rest, added_cond_kwargs=added, return_dict=False)[0]
 
     def _whole_picture(self, noisy: Tensor) -> Tensor:
-        """Time ids (B, 6) of images that are not cut: height, width, 0, 0, height, width.
+        """Time ids (B, 6) of images without crop: height, width, 0, 0, height, width.
 
-        Filled in on the device: a copy from the host would wait for all that the device was given before.
+        They are filled in on the device, because a copy from the host would wait for all earlier work of the device.
         """
         ids = noisy.new_zeros(len(noisy), 6)
         for column, side in enumerate(noisy.shape[-2:]):

@@ -1,6 +1,6 @@
 """Z-Image: Qwen3 as text encoder; a transformer that takes lists of texts and images of any length.
 
-Its time runs the other way (0 is noise, 1 the image), and it predicts the negative of the target.
+Its time has the opposite direction (0 is noise, 1 is the image), and it predicts the negative of the target.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lit_safety.backbones.flow import RectifiedFlow, is_student
 from lit_safety.backbones.parts import Parts
 from lit_safety.core.errors import UserError
 
-#: Tokens of a prompt with its template: short ones are padded and the padding masked, or left out.
+#: Tokens of a prompt with its template. Short prompts are padded; the padding is masked or left out.
 LENGTH = 512
 
 
@@ -81,7 +81,7 @@ class ZImage(RectifiedFlow):
     # ---- the process
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        # Exact lengths matter: the transformer pads texts itself, with a token that it attends to.
+        # Exact lengths matter: the transformer pads texts itself with a token that takes part in attention.
         lengths = (conditioning["encoder_hidden_states_mask"] > 0.5).sum(1).tolist()
         texts = [row[:length] for row, length in zip(conditioning["encoder_hidden_states"], lengths, strict=True)]
         denoiser: Any = self.denoiser

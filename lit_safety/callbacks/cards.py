@@ -43,13 +43,13 @@ def adapter_card(trainer: Trainer, module: PreferenceModule, export: str) -> Car
 
 
 _ADAPTER = f"""\
-A LoRA that makes {{base}} draw less of what it was trained to refuse. Load it with
+A LoRA that makes {{base}} draw less of the harm that it was trained against. Load it with
 
     pipe.load_lora_weights("THIS_FOLDER")
 
 {WARNING}"""
 _PIPELINE = """\
-{base} with a denoiser trained to draw less of what it should refuse. It is a whole pipeline:
+{base} with a denoiser that was trained to draw less harm. It is a whole pipeline:
 
     pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
 
@@ -88,8 +88,8 @@ bounds of the given user.
 A user is an embedding of {module.table.dimension} numbers, made by the text model of the training users. Without a
 user, or with an unknown one, it draws for the null user, which was trained to prefer the safe image of every pair.
 
-**It cannot be enforced.** A scale of 0 is the base model, a negative one pushes away from the user's bounds, and the
-person who person who chooses the user chooses the bounds."""
+**It cannot be enforced.** A scale of 0 is the base model, a negative scale pushes away from the user's bounds, and the
+person who chooses the user chooses the bounds."""
     return Card(
         "User adapter",
         text,

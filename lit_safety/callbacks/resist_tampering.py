@@ -1,12 +1,12 @@
-"""Training for what comes after release: every few steps the fine-tunings of others are played through, and what harm
-is left after them goes into the update.
+"""Training against fine-tuning after release: the update includes the loss after a simulated fine-tuning.
 
-A fine-tuning moves the weights theta to theta + d. The loss at theta + d is lowered beside the loss at theta, with d
-taken for a constant, as first-order MAML does: the gradient at theta + d is added to that of the step. In ResAlign
-(NeurIPS 2025) the variety of what was played through mattered more than the second-order term.
+A fine-tuning moves the weights theta to theta + d. We lower the loss at theta + d in addition to the loss at theta. d
+is treated as a constant, as in first-order MAML: the gradient at theta + d is added to that of the step. In ResAlign
+(NeurIPS 2025) the variety of fine-tunings mattered more than the second-order term.
 
-What is fine-tuned is what is released: the denoiser with its adapter in it. Moving the frozen base by d under the
-adapter is moving the fused weights by d, and a second LoRA beside the adapter is one on the fused weights.
+The released network is fine-tuned: the denoiser with its adapter. Changing the frozen base by d below the adapter is
+the same as changing the fused weights by d, and a second LoRA in addition to the adapter is the same as one on the
+fused weights.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Tampering:
 
     Args:
         images: harmful: rejected images of harmful prompts; harmless: chosen images of clean ones.
-        weights: lora: a LoRA beside the adapter; full: every weight of the denoiser.
+        weights: lora: a LoRA in addition to the adapter; full: every weight of the denoiser.
         optimizer: sgd or adam.
         rate: its learning rate.
-        steps: how many, each on all pairs of the step that it is played through in.
-        rank: of the LoRA.
+        steps: number of steps, each on all pairs of the current optimizer step.
+        rank: rank of the LoRA.
 
     Raises:
         ValueError: a number is not positive.
@@ -70,7 +70,7 @@ class Tampering:
 
 
 def usual() -> list[Tampering]:
-    """Kinds that differ in all: images, weights, optimizer, rate, length."""
+    """The default kinds, which differ in images, weights, optimizer, rate and length."""
     return [
         Tampering(),
         Tampering(rate=3e-3, steps=5, rank=4),
@@ -85,23 +85,23 @@ def usual() -> list[Tampering]:
 class ResistTampering(Callback):
     """Adds to every n-th update the gradient of the pairs' loss after a fine-tuning.
 
-    The kinds are drawn by chance, a function of the seed and the step, so that ranks play the same one and a resumed
-    run goes on with the same ones. All pairs of an optimizer step, of every rank and micro-batch, take part in every
-    step of a fine-tuning, so how a batch is split does not matter. The loss afterwards is the objective's, on harmful
-    pairs, against the reference as it is.
+    The kind is random, as a function of the seed and the step, so that all ranks use the same one and a resumed run
+    continues with the same ones. Every step of a fine-tuning uses all pairs of the optimizer step, from all ranks and
+    micro-batches, so it does not matter how a batch is split. The loss afterwards is the objective's, on harmful pairs,
+    against the unchanged reference.
 
-    It costs, each time, as many forward and backward passes of one image a pair as the fine-tuning has steps, and one
-    of both images; `full` holds a copy of every weight while it is played through.
+    Each time it costs a forward and a backward pass of one image of each pair for every step of the fine-tuning, and
+    one of both images. `full` needs memory for a copy of every weight during the simulation.
 
     Args:
-        every_n_steps: optimizer steps between two.
-        weight: of what is added.
-        kinds: of fine-tunings; null: seven that differ in images, weights, optimizer, rate and length.
-        warm_up: optimizer steps before the first: there must be something that can be undone.
-        seed: of which kind a step plays through, and of its LoRA.
+        every_n_steps: optimizer steps between two simulations.
+        weight: weight of the added gradient.
+        kinds: kinds of fine-tunings; null: seven that differ in images, weights, optimizer, rate and length.
+        warm_up: optimizer steps before the first simulation, so that there is an alignment to undo.
+        seed: seed for choosing the kind, and for its LoRA.
 
     Raises:
-        ValueError: a number is outside its range, or there is no kind.
+        ValueError: a number is outside its range, or ``kinds`` is empty.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ResistTampering(Callback):
             )
         self.kinds = usual() if kinds is None else kinds
         if not self.kinds:
-            raise ValueError("kinds is empty: name fine-tunings, or leave the callback out")
+            raise ValueError("kinds is empty: give fine-tunings, or leave the callback out")
         self.every_n_steps, self.weight, self.warm_up, self.seed = every_n_steps, weight, warm_up, seed
         self._batches: list[PairBatch] = []
 
@@ -130,18 +130,18 @@ class ResistTampering(Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
             raise UserError(
                 f"`ResistTampering` needs whole weights and gradients, which {type(trainer.strategy).__name__} spreads "
-                "over the ranks: leave it out, or train by DDP"
+                "over the ranks: leave it out, or train with DDP"
             )
         if trainer.precision == "16-mixed":
             raise UserError("`ResistTampering`: 16-mixed scales gradients: set `trainer.precision` to bf16-mixed")
         if module.objective.reads_drift:
             raise UserError(
                 f"`ResistTampering`: the loss of {type(module.objective).__name__} reads the reference's predictions "
-                "of every pair, which are not kept: leave it out"
+                "of every pair, which are not stored: leave it out"
             )
         if module.objective.needs_groups:
             raise UserError(
-                f"`ResistTampering` reads pairs, and {type(module.objective).__name__} groups: leave it out"
+                f"`ResistTampering` reads pairs, but {type(module.objective).__name__} reads groups: leave it out"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,11 +150,11 @@ class ResistTampering(Callback):
         if half and any(kind.weights == "full" for kind in self.kinds):
             raise UserError(
                 f"`ResistTampering`: a fine-tuning of all weights is lost in {half[0].dtype}: set `trainer.precision: "
-                "32-true`, or kinds with `weights: lora` alone"
+                "32-true`, or use only kinds with `weights: lora`"
             )
 
     def due(self, step: int) -> bool:
-        """Whether a fine-tuning is played through in the optimizer step of this number, from 0."""
+        """Whether a fine-tuning is simulated in the optimizer step of this number, counted from 0."""
         return step >= self.warm_up and (step - self.warm_up) % self.every_n_steps == 0
 
     def kind(self, step: int) -> Tampering:
@@ -182,7 +182,7 @@ class ResistTampering(Callback):
 
 
 def _mean_over(trainer: Trainer) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Tensors of this rank -> their means over all ranks, in one message."""
+    """Tensors of this rank -> their means over all ranks, sent as one tensor."""
 
     def mean(values: Sequence[Tensor]) -> list[Tensor]:
         if trainer.world_size == 1:
@@ -197,34 +197,34 @@ def _mean_over(trainer: Trainer) -> Callable[[Sequence[Tensor]], list[Tensor]]:
 
 @dataclass
 class After:
-    """What a fine-tuning has shown."""
+    """The result of a fine-tuning."""
 
     gradient: list[Tensor]
-    """Of the pairs' loss after it, for each trained parameter."""
+    """Gradients of the pairs' loss after it, one for each trained parameter."""
     before: Tensor
     """The fine-tuning's own loss at its first step, ()."""
     after: Tensor
-    """The same at its last, ()."""
+    """The fine-tuning's own loss at its last step, ()."""
 
 
 @dataclass
 class Images:
-    """N images that are fine-tuned on."""
+    """The N images of a fine-tuning."""
 
     seeds: list[int]
     posterior: Tensor
-    """Of their latents (N, 2, C, h, w)."""
+    """Posteriors of their latents (N, 2, C, h, w)."""
     conditioning: dict[str, Tensor]
 
 
 class Fight:
-    """One fine-tuning, played through and undone.
+    """One fine-tuning, which is simulated and undone.
 
     Args:
-        module: what is trained; its weights are the same afterwards, to the bit.
+        module: the trained module; afterwards its weights are exactly the same.
         batches: the micro-batches of the step.
-        kind: of fine-tuning.
-        seed: of its LoRA, noise and timesteps.
+        kind: the kind of fine-tuning.
+        seed: seed of its LoRA, noise and timesteps.
         mean: tensors -> their means over all ranks.
     """
 
@@ -237,13 +237,13 @@ class Fight:
         mean: Callable[[Sequence[Tensor]], list[Tensor]],
     ) -> None:
         self.module, self.kind, self.seed, self.mean = module, kind, seed, mean
-        # Asked before a fine-tuning of all weights makes them trainable too.
+        # Read here, because a fine-tuning of all weights makes more weights trainable.
         self.trained = [parameter for _, parameter in module.trainable_parameters()]
         self.batches = [module.ordered(batch) for batch in batches]
         self._images = [self._of_its_kind(batch) for batch in self.batches]
 
     def play(self) -> After:
-        """The fine-tuning and the loss after it."""
+        """Run the fine-tuning and the loss after it."""
         pairs = [self._against_reference(batch) for batch in self.batches]
         with self._moved() as moved:
             make = torch.optim.AdamW if self.kind.optimizer == "adam" else torch.optim.SGD
@@ -257,7 +257,7 @@ class Fight:
     # ---- the fine-tuning
 
     def _step(self, moved: Sequence[nn.Parameter], optimizer: Optimizer, number: int) -> Tensor:
-        """One step on all pairs of its kind; gives its loss ()."""
+        """One step on all pairs of its kind; returns the loss ()."""
         sums = [torch.zeros_like(p) for p in moved]
         total, count = torch.zeros((), device=self.module.device), 0
         for images in self._images:
@@ -276,7 +276,7 @@ class Fight:
         return total / counted.clamp(min=1e-30)
 
     def _of_its_kind(self, batch: PairBatch) -> Images | None:
-        """What of a batch is fine-tuned on; None: nothing."""
+        """The images of a batch for the fine-tuning; None: no image."""
         harmful = self.kind.images == "harmful"
         rows = [row for row, kind in enumerate(batch.prompt_kinds) if (kind == "harmful") == harmful]
         if not rows:
@@ -288,7 +288,7 @@ class Fight:
             return Images(part.seeds, self.module.posterior(part)[half], conditioning)
 
     def _denoising(self, images: Images, number: int) -> Tensor:
-        """The plain denoising error of each image (N,), with noise and timestep of the step's own."""
+        """The plain denoising error of each image (N,), with the step's own noise and timestep."""
         backbone, device = self.module.backbone, self.module.device
         seeds = [derive(seed, f"tampering-{number}") for seed in images.seeds]
         with torch.no_grad():
@@ -303,7 +303,7 @@ class Fight:
 
     @contextmanager
     def _moved(self) -> Iterator[list[nn.Parameter]]:
-        """Within, the denoiser computes with what the fine-tuning moves; the weights are put back after."""
+        """A context in which a fine-tuning may change the denoiser; it yields the weights to change and restores them."""
         denoiser = self.module.backbone.denoiser
         if self.kind.weights == "lora":
             layers = linear_layers(denoiser, self.module.backbone.lora_targets())
@@ -311,7 +311,7 @@ class Fight:
                 yield found
             return
         trained = {id(p) for p in self.trained}
-        # Below an adapter the frozen base moves; without one, what is trained is all there is.
+        # With an adapter the frozen base is changed; without one, the trained weights are all weights.
         weights = [p for p in denoiser.parameters() if id(p) not in trained] or list(denoiser.parameters())
         held = [(p.detach().clone(), p.requires_grad, p.grad) for p in weights]
         for parameter in weights:
@@ -328,7 +328,7 @@ class Fight:
     # ---- the loss after it
 
     def _against_reference(self, batch: PairBatch) -> PairBatch | None:
-        """The harmful pairs of a batch with the reference's errors, as a cache gives them: it is not tampered with."""
+        """The harmful pairs of a batch with the reference's errors, as from a cache: it is not fine-tuned."""
         rows = [row for row, kind in enumerate(batch.prompt_kinds) if kind == "harmful"]
         if not rows:
             return None
@@ -338,7 +338,7 @@ class Fight:
             noisy, timesteps, target, conditioning = module.noised(part)
             found = module.reference_pass(part, noisy, timesteps, target, conditioning)
         errors = torch.stack([found.chosen, found.rejected], dim=1).unsqueeze(2).expand(-1, -1, 2)
-        # The anchor is about clean pairs: what it reads of these counts nothing.
+        # The anchor acts only on clean pairs, so these values have no effect.
         nothing = torch.zeros(len(part), 2, *noisy.shape[1:], device=noisy.device)
         return replace(part, reference=errors, reference_prediction=nothing)
 
@@ -359,7 +359,7 @@ class Fight:
 
 
 def linear_layers(network: nn.Module, endings: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Names and layers of the linear layers whose names end so, adapters on them or not."""
+    """Names and layers of the linear layers whose names end with one of the endings, with or without adapters."""
     found = [(name, layer) for name, layer in network.named_modules()
              if any(name == one or name.endswith(f".{one}") for one in endings)]  # fmt: skip
     return [(name, layer) for name, layer in found if isinstance(getattr(layer, "base_layer", layer), nn.Linear)]
@@ -369,15 +369,15 @@ def linear_layers(network: nn.Module, endings: Sequence[str]) -> list[tuple[str,
 def beside(
     network: nn.Module, layers: Sequence[tuple[str, nn.Module]], rank: int, seed: int
 ) -> Iterator[list[nn.Parameter]]:
-    """Within, linear layers have a LoRA beside all that they hold; gives its A and B by turns.
+    """A context in which linear layers have an additional LoRA; yields its A and B alternately.
 
     A is drawn from the seed and the layer's name, B is 0: at first nothing changes.
 
     Args:
-        network: whose layers they are.
+        network: the network of the layers.
         layers: names and layers, with `in_features` and `out_features`.
-        rank: of the LoRA, which is not scaled.
-        seed: of A.
+        rank: rank of the LoRA, which is not scaled.
+        seed: seed of A.
     """
     device = next(network.parameters()).device
     found, handles = [], []

@@ -52,7 +52,7 @@ class StopWhenAligned(Callback):
 
     Raises:
         UserError: a number is outside its range; at the start of a fit, if harmful or harmless prompts are missing or
-            the weights are weights are sharded over ranks.
+            the weights are sharded over ranks.
     """
 
     def __init__(

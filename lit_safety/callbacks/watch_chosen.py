@@ -1,4 +1,4 @@
-"""Watches the chosen images' errors: a run that breaks what it was to prefer says so, and can end before it is lost."""
+"""Watches the chosen images' errors: it warns if a run damages the chosen images, and can stop the run."""
 
 from __future__ import annotations
 
@@ -29,44 +29,46 @@ FILE_NAME = "chosen_error.json"
 
 
 def risen(metrics: Mapping[str, Tensor], prefix: str = "") -> Tensor | None:
-    """delta/chosen and error/chosen, (2,) float64, as a step or a validation has logged them; None: it has not."""
+    """delta/chosen and error/chosen, (2,) float64, as logged by a step or a validation; None: not logged."""
     found = [metrics.get(f"{prefix}{name}") for name in ("delta/chosen", "error/chosen")]
     return None if None in found else torch.stack([one.detach().double() for one in found if one is not None])
 
 
 def share_of(numbers: Tensor) -> float:
-    """How far the chosen error is above the reference's, as a share of it: delta / (error - delta)."""
+    """How far the chosen error is above the reference's, as a share of the reference's: delta / (error - delta)."""
     delta, error = numbers.tolist()
     return float(delta / max(error - delta, 1e-12))
 
 
 class WatchChosenError(Callback):
-    """Says once when the chosen images' error has grown beyond a limit, and ends the fit by it if told to.
+    """Warns once if the chosen images' error exceeds a limit, and optionally stops the fit.
 
-    A preference loss sees the difference of two errors alone, so accuracy and margin may be at their best while both
-    errors explode. The number that shows it is the mean error of the chosen images against the reference's, over the
-    training pairs of the last steps and over all validation pairs.
+    A preference loss depends only on the difference of two errors, so accuracy and margin can look best while both
+    errors grow without limit. This is seen in the mean error of the chosen images compared with the reference's, over
+    the training pairs of the last steps and over all validation pairs.
 
-    With ``stop``, the fit ends at the first validation that finds it above the limit, and exports the weights of the
-    validation with the lowest loss among those before; without any before, the weights that it began with. Means are
-    over all ranks, and with the best weights they stand in the checkpoint: a resumed run ends as the uninterrupted one.
+    With ``stop``, the fit ends at the first validation with an error above the limit, and exports the weights of the
+    earlier validation with the lowest loss; if there is none, the initial weights. Means are over all ranks. The
+    checkpoint holds them and the best weights, so that a resumed run ends like an uninterrupted one.
 
-    All that was found lies in `chosen_error.json` in the run's folder: `last` and `highest` share on validation pairs,
-    and `train` and `val`, a step and a share each.
+    `chosen_error.json` in the run's folder holds all measurements: the `last` and the `highest` share on validation
+    pairs, and `train` and `val`, each a list of steps and shares.
 
     Args:
-        limit: share of the reference's error that the chosen error may rise by.
+        limit: by which share of the reference's error the chosen error may rise.
         every_n_steps: optimizer steps over which training pairs are averaged.
-        stop: end the fit at the best weights before; it needs validation pairs.
+        stop: end the fit with the best earlier weights; needs validation pairs.
 
     Raises:
-        UserError: a number is outside its range; at the start of a fit that is to be stopped, if there are no
-            validation pairs or the weights are sharded over ranks.
+        UserError: a number is outside its range; or, at the start of a fit with ``stop``, there are no validation pairs
+            or the weights are sharded over ranks.
     """
 
     def __init__(self, limit: float = 0.05, every_n_steps: int = 25, stop: bool = False) -> None:
         if not 0 <= limit < float("inf") or every_n_steps < 1:
-            raise UserError(f"`WatchChosenError`: limit {limit} must not be negative, every_n_steps be at least 1")
+            raise UserError(
+                f"`WatchChosenError`: limit {limit} must not be negative and every_n_steps must be at least 1"
+            )
         self.limit, self.every_n_steps, self.stop = limit, every_n_steps, stop
         self._sum: Tensor | None = None
         self._count = self._checked_at = 0
@@ -80,12 +82,12 @@ class WatchChosenError(Callback):
             return
         if weights_are_sharded(trainer):
             raise UserError(
-                "`WatchChosenError.stop` puts the best weights back, and here they are sharded over ranks: set it to "
+                "`WatchChosenError.stop` restores the best weights, but here they are sharded over ranks: set it to "
                 "false, or train with `configs/strategies/ddp.yaml`"
             )
         data = datamodule_of(trainer)
         if isinstance(data, WithVal) and data.val is None:
-            raise UserError("`WatchChosenError.stop` decides by validation pairs: give `data.init_args.val`")
+            raise UserError("`WatchChosenError.stop` needs validation pairs: give `data.init_args.val`")
         if not self._best:
             self._keep(pl_module)
 
@@ -96,7 +98,7 @@ class WatchChosenError(Callback):
             self._sum = numbers if self._sum is None else self._sum.to(numbers.device) + numbers
             self._count += 1
         step = trainer.global_step
-        # While gradients are accumulated the step stays the same: once is enough.
+        # While gradients are accumulated the step number does not change: count it only once.
         if step == 0 or step % self.every_n_steps or step == self._checked_at or self._sum is None:
             return
         self._checked_at = step
@@ -132,7 +134,7 @@ class WatchChosenError(Callback):
         self._said = True
         rank_zero_warn(
             f"{where}, the error on chosen images is {share:.1%} above the reference's (limit {self.limit:.1%}): the "
-            f"fit breaks what it is to prefer. Set `{STABILITY}.winner_limit: {self.limit:g}` or "
+            f"fit damages the images that it should prefer. Set `{STABILITY}.winner_limit: {self.limit:g}` or "
             "`model.init_args.objective.init_args.sft_weight`, or lower beta or the learning rate"
         )
 

@@ -1,4 +1,4 @@
-"""The command `patch`: a repair beside an aligned adapter gives back what it lost, without training safety again."""
+"""The command `patch`: a repair for an aligned adapter restores what it lost, without training safety again."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ def patch(
     other_world: bool = False,
     **drawing: Any,
 ) -> None:
-    """Give an aligned adapter back what it lost: harmless things that the base draws and it does not.
+    """Restore what an aligned adapter lost: harmless things that the base draws but the adapter does not.
 
-    Draws validation prompts with base and adapter and has them judged. On the base's own images of the harmless prompts
-    that were lost a repair LoRA is trained; it acts on rows that matter for those, and leaves rows that matter for
-    safety alone. Its strength is chosen on the same prompts. Writes into `out`: pytorch_lora_weights.safetensors, the
-    adapter with its patch as one LoRA; repair/, the patch alone, for an arm beside the adapter; report.json, README.md.
+    Draws validation prompts with base and adapter and judges them. A repair LoRA is trained on the base's own images of
+    the lost harmless prompts. It changes rows that matter for these prompts, but not rows that matter for safety. Its
+    strength is chosen on the same prompts. Writes into `out`: pytorch_lora_weights.safetensors, the adapter with its
+    patch as one LoRA; repair/, only the patch, for use in addition to the adapter; report.json, README.md.
 
     Args:
-        adapter: Folder or file of the aligned LoRA; of any training.
+        adapter: Folder or file of the aligned LoRA, from any training.
         prompts: Validation prompts: explicit and implicit, clean and look-alikes with the things they ask for (column
-            `benign`). Rows marked held_out are not taken, and what a world keeps for reports is refused.
-        judge: What decides what is harmful and what is there; null: only with `lost`, and the patch is then written at
-            the first of the strengths.
-        out: Folder of the patched adapter; an earlier patch there is replaced.
+            `benign`). Rows marked held_out are not used, and things that a world keeps for reports are refused.
+        judge: The judge of harm and of the things in an image; null is only possible with `lost`, and the patch then
+            has the first of the strengths.
+        out: Folder of the patched adapter; an earlier patch in it is replaced.
         pipeline: Folder or hub id of the base model; null takes the one that the adapter's card names.
-        lost: File of harmless prompts that were lost, for models whose things no judge knows; null finds them.
-        repair: How the repair is trained, masked and weighed.
-        explicit: Explicit prompts drawn for each category.
-        implicit: Implicit prompts drawn.
-        lookalike: Look-alike prompts drawn; null draws all.
-        clean: Clean prompts drawn; null draws all.
-        other_world: Take prompts and a judge of an embedded world for a pipeline that is not of this world.
+        lost: File of harmless prompts that were lost, if no judge knows the model's things; null finds them.
+        repair: How the repair is trained, masked and weighted.
+        explicit: Number of explicit prompts for each category.
+        implicit: Number of implicit prompts.
+        lookalike: Number of look-alike prompts; null draws all.
+        clean: Number of clean prompts; null draws all.
+        other_world: Allow prompts and a judge of an embedded world for a pipeline that is not of this world.
         **drawing: How images are drawn, see `DrawingSettings`.
 
     Raises:
-        UserError: an input is missing or is what reports are made with; nothing was lost; the adapter does not fit.
+        UserError: an input is missing or is reserved for reports; nothing was lost; the adapter does not fit.
     """
     from lit_safety.core.progress import quiet_libraries
     from lit_safety.drawing.gallery import DrawingSettings
@@ -81,29 +81,31 @@ def patch(
         if file is not None:
             refuse_reports_own(file, option)
     if judge is None and lost is None:
-        raise UserError("patch: give --judge, which finds what was lost, or --lost, a file of prompts that were")
+        raise UserError("patch: give --judge, which finds what was lost, or --lost, a file of lost prompts")
     how = DrawingSettings(edit=None, **drawing)
     _check_out(Path(out), Path(adapter))
     check_writable(Path(out))
     (aligned,) = read_experts([adapter], pipeline)
     base = pipeline or base_of([aligned])
     if base is None:
-        raise UserError("patch needs the base model, and the adapter's card names none: give --pipeline")
+        raise UserError("patch needs the base model, but the adapter's card names none: give --pipeline")
     folder = local_pipeline(base)
     rows = [row for row in read_prompts(prompts) if not row.held_out]
     given = [row for row in read_prompts(lost) if not row.held_out] if lost is not None else []
     check_world(folder, files, other_world, prompts=rows)
     refuse_unnamed(folder, {"--prompts": rows, "--lost": given})
     if any(row.harmful for row in given):
-        raise UserError(f"--lost {lost}: holds harmful prompts; give clean ones and look-alikes alone")
+        raise UserError(f"--lost {lost}: holds harmful prompts; give only clean ones and look-alikes")
     chosen = choose_prompts(rows, PromptCounts(explicit, implicit, lookalike, clean, 0))
     if not any(row.harmful for row in chosen):
-        raise UserError(f"--prompts {prompts}: holds no harmful prompt, so where safety matters cannot be measured")
+        raise UserError(
+            f"--prompts {prompts}: holds no harmful prompt, but these are needed to measure where safety matters"
+        )
     _Patch(aligned, base, prompts, chosen, [row.prompt for row in given], judge, Path(out), how, repair).run()
 
 
 class _Patch:
-    """One call of `patch`, its inputs checked."""
+    """One call of `patch`, after its inputs were checked."""
 
     def __init__(
         self,
@@ -147,9 +149,8 @@ class _Patch:
             report = self._report(found, repair, rows, strength, tried)
             self._write(joined(safety, repair, rows, 1.0, strength), masked(repair, rows), report)
         print(
-            f"patched   {self.out / WEIGHTS_NAME}\n"
-            f"repair    {self.out / 'repair'}, beside the adapter at {strength:g}\n"
-            f"report    {self.out / REPORT}"
+            f"patched   {self.out / WEIGHTS_NAME}\nrepair    {self.out / 'repair'}, for use with the adapter at "
+            f"{strength:g}\nreport    {self.out / REPORT}"
         )
 
     def _find_lost(self, arms: Mapping[str, Any], work: Path) -> list[str]:
@@ -163,7 +164,7 @@ class _Patch:
         if not any("benign_recall" in one or "benign_recall_lookalike" in one for one in before):
             raise UserError(
                 f"--judge {self.judge}: knows none of the things that {self.file} asks for (column `benign`), so it "
-                "cannot tell what was lost: give --lost, a file of prompts that were"
+                "cannot find what was lost: give --lost, a file of lost prompts"
             )
         found = lost_prompts([self.rows[n].prompt for n in harmless], before, after)
         if not found:
@@ -209,14 +210,14 @@ class _Patch:
         harmful = first_prompts([(row.kind, row.prompt) for row in self.rows if row.harmful], options.harmful)
         unsafe = work.examples(harmful, 1)
         batches = sum(-(-len(some.prompts) // options.batch_size) for some in (examples, unsafe))
-        with counter("looking where it matters", batches) as tick:
+        with counter("measuring which rows matter", batches) as tick:
             harm, lost = work.sizes(unsafe, tick), work.sizes(examples, tick)
         repair = work.updates()
         self.seconds["repair"] = time.monotonic() - begun
         return repair, masks(self.aligned.layers, repair, harm, lost, options)
 
     def _choose(self, arms: Mapping[str, Any], work: Path) -> tuple[float, list[dict[str, Any]]]:
-        """The strength with the fewest wrong images; of equals the smallest."""
+        """The strength with the fewest wrong images; of equal ones the smallest."""
         from dataclasses import asdict
 
         from lit_safety.merging.tune import tried_of
@@ -276,7 +277,7 @@ class _Patch:
 
 
 def held_out_of(pipeline: Path) -> list[HeldOut]:
-    """What the world of a pipeline keeps for reports alone; of a model that is of no embedded world, nothing."""
+    """What the world of a pipeline keeps only for reports; empty for a model that is not of an embedded world."""
     from lit_safety.drawing.worlds import WORLDS, marks, world_of
 
     borne = marks(pipeline)
@@ -297,10 +298,10 @@ def held_out_of(pipeline: Path) -> list[HeldOut]:
 
 
 def refuse_unnamed(pipeline: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
-    """Refuse prompts that name what a world keeps for reports: a repair that had seen it would say nothing about it.
+    """Refuse prompts that name what a world keeps for reports, because a report after a repair on it is meaningless.
 
     Raises:
-        UserError: names the option, the prompt and what it names.
+        UserError: the message names the option, the prompt and what it names.
     """
     for held_out in held_out_of(pipeline):
         for option, rows in prompts.items():
@@ -317,7 +318,7 @@ def _check_out(out: Path, adapter: Path) -> None:
     from lit_safety.core.text import load_json
 
     if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
-        raise UserError(f"--out {out}: the adapter lies there; give another folder")
+        raise UserError(f"--out {out}: contains the adapter; give another folder")
     if not out.exists() or not any(out.iterdir()):
         return
     try:
@@ -325,7 +326,7 @@ def _check_out(out: Path, adapter: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"--out {out}: is not empty and holds no earlier patch; give a new folder")
+        raise UserError(f"--out {out}: is not empty and is not an earlier patch; give a new folder")
 
 
 def _device(asked: str | None) -> str:
@@ -350,7 +351,7 @@ def _card(report: Mapping[str, Any]) -> str:
 
     load = 'pipe.load_lora_weights("THIS_FOLDER")'
     what = (
-        f"A safety LoRA for {code(report['base'])} with a repair that gives back harmless things it had lost. Load it "
+        f"A safety LoRA for {code(report['base'])} with a repair that restores harmless things it had lost. Load it "
         f"with\n\n    {load}\n\n{WARNING}"
     )
     told = {"adapter": report["adapter"].get("path"), "strength of the repair": report["strength"]}

@@ -1,9 +1,9 @@
-"""A rate that a judge of known error found, corrected for that error, with an interval that knows both samples.
+"""A rate from a judge with known error, corrected for the error, with an interval that uses both samples.
 
 A judge of sensitivity Se (share of harmful images that it finds) and specificity Sp (share of safe images that it calls
-safe) calls the share t = P Se + (1 - P)(1 - Sp) of images harmful where P are. Rogan and Gladen ("Estimating prevalence
-from the results of a screening test", 1978) turn it round: P = (t + Sp - 1) / (Se + Sp - 1). Se and Sp are themselves
-shares of labelled images, so the interval must be wider than that of t alone.
+safe) calls the share t = P Se + (1 - P)(1 - Sp) of images harmful if P is the true share. Rogan and Gladen ("Estimating
+prevalence from the results of a screening test", 1978) solve for P: P = (t + Sp - 1) / (Se + Sp - 1). Se and Sp are
+themselves shares of labelled images, so the interval must be wider than that of t alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KnownError:
 
     @property
     def youden(self) -> float | None:
-        """Se + Sp - 1: 1 for a judge without error, 0 for one that tosses a coin; None: there is no image of a kind."""
+        """Se + Sp - 1: 1 for a judge without error, 0 for a random judge; None: harmful or safe images are missing."""
         if not self.harmful or not self.safe:
             return None
         return self.found / self.harmful + self.passed / self.safe - 1
@@ -38,22 +38,22 @@ class KnownError:
 def corrected_rate(
     hits: float, n: float, judge: KnownError, errors: float = 0
 ) -> tuple[float | None, tuple[float, float]]:
-    """Rogan and Gladen's estimate of the true share, cut to [0, 1], and its 95% interval.
+    """Rogan and Gladen's estimate of the true share, limited to [0, 1], and its 95% interval.
 
-    The interval holds every P for which the share found, t, lies within z standard deviations of what P, Se and Sp make
-    expect: (t - e(P))^2 <= z^2 [e(1 - e) / n + P^2 Se(1 - Se) / m + (1 - P)^2 Sp(1 - Sp) / k], e = P Se + (1 - P)(1 -
-    Sp). That is a quadratic inequality in P, so its ends are exact (a score interval, as Wilson's for a judge without
-    error; Fieller's for the quotient). Se and Sp enter with one hit and one miss more than were counted, as Lang and
-    Reiczigel do ("Confidence limits for prevalence of disease adjusted for estimated sensitivity and specificity",
-    2014), else a judge that made no error in its sample would be taken to make none at all.
+    The interval contains every P for which the observed share t is within z standard deviations of its expected value:
+    (t - e(P))^2 <= z^2 [e(1 - e) / n + P^2 Se(1 - Se) / m + (1 - P)^2 Sp(1 - Sp) / k], e = P Se + (1 - P)(1 - Sp). This
+    is a quadratic inequality in P, so its ends are exact (a score interval, like Wilson's for a judge without error,
+    and Fieller's for the quotient). Se and Sp use one hit and one miss more than were counted, as in Lang and Reiczigel
+    ("Confidence limits for prevalence of disease adjusted for estimated sensitivity and specificity", 2014). Otherwise
+    a judge without errors in its sample would count as never wrong.
 
     Args:
         hits: images that the judge called harmful.
         n: images that it judged.
-        judge: its error.
-        errors: images without a verdict: the interval holds whatever they would have been.
+        judge: the judge's counts on labelled images.
+        errors: images without a verdict: the interval includes all possible verdicts for them.
 
-    Returns: None and (0, 1) where the judge is no better than a coin, or nothing was counted.
+    Returns: None and (0, 1) if the judge is not better than random, or nothing was counted.
     """
     youden = judge.youden
     total = n + errors
@@ -68,7 +68,7 @@ def corrected_rate(
 
 
 def _ends(share: float, n: float, judge: KnownError) -> tuple[float, float]:
-    """The smallest and the largest P in [0, 1] that the share does not rule out."""
+    """The smallest and the largest P in [0, 1] that the share does not exclude."""
     m, k = judge.harmful + 2, judge.safe + 2
     sensitivity, specificity = (judge.found + 1) / m, (judge.passed + 1) / k
     slope, start = sensitivity + specificity - 1, 1 - specificity
@@ -78,7 +78,7 @@ def _ends(share: float, n: float, judge: KnownError) -> tuple[float, float]:
     a = slope**2 + z2 * (slope**2 / n - of_sensitivity - of_specificity)
     b = -slope * (share - start) - z2 * (slope * (1 - 2 * start) / (2 * n) - of_specificity)
     c = (share - start) ** 2 - z2 * (start * (1 - start) / n + of_specificity)
-    if a <= 0:  # the judge is too poor, or was looked at too little, to rule anything out
+    if a <= 0:  # the judge is too weak, or has too few labelled images, to exclude anything
         return 0.0, 1.0
     root = b * b - a * c
     middle = -b / a

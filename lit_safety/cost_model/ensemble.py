@@ -1,7 +1,7 @@
-"""A pessimistic cost: mean + k standard deviations over several cost models, as LAMBDA's (arXiv 2201.09802).
+"""A pessimistic cost: mean + k standard deviations over several cost models, as in LAMBDA (arXiv 2201.09802).
 
-Cost models that were fitted with other seeds agree where they have seen images like these, and disagree elsewhere.
-Where they disagree an image counts as more harmful than their mean says, so a constraint holds despite their errors.
+Cost models from fits with different seeds agree on images like their training images and disagree on others. If they
+disagree, the cost is higher than their mean, so that a constraint also holds with their errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def pessimistic(costs: Tensor, pessimism: float) -> Tensor:
 
 
 class CostEnsemble:
-    """Several cost models as one; asked like a `CostScorer`.
+    """Several cost models that are used like one `CostScorer`.
 
     Args:
         scorers: calibrated cost models, such as fits of one recipe with several seeds. Heads on the same CLIP share one
@@ -38,7 +38,7 @@ class CostEnsemble:
 
     def __init__(self, scorers: Sequence[CostScorer], pessimism: float = 1.0) -> None:
         if not scorers:
-            raise ValueError("an ensemble has at least one cost model")
+            raise ValueError("an ensemble needs at least one cost model")
         if not 0 <= pessimism < float("inf"):  # nan compares as false
             raise ValueError(f"pessimism must not be negative, got {pessimism}")
         self.scorers = list(scorers)
@@ -81,10 +81,10 @@ def load_ensemble(folders: Sequence[str], pessimism: float, device: str = "cpu")
     """The cost models in these folders as one.
 
     Raises:
-        UserError: one does not load, or stands there twice.
+        UserError: one does not load, or is given twice.
     """
     from lit_safety.cost_model.files import load_cost_model
 
     if twice := [one for one in folders if list(folders).count(one) > 1]:
-        raise UserError(f"{twice[0]}: stands twice in an ensemble of cost models: it would agree with itself")
+        raise UserError(f"{twice[0]}: is given twice in an ensemble of cost models; give each once")
     return CostEnsemble([load_cost_model(one, device) for one in folders], pessimism)

@@ -1,7 +1,7 @@
 """Questions about an image whose answer the prompt states: how many of a thing, of what colour, and where.
 
-In the manner of TIFA (arXiv 2303.11897): a prompt is turned into questions, and an image is as good as its answers are
-right. They stand in the column `questions` of a prompt file: `count:car=2; colour:car=red; place=park`.
+As in TIFA (arXiv 2303.11897), a prompt is turned into questions, and the image's score is the share of right answers.
+The questions are in the column `questions` of a prompt file: `count:car=2; colour:car=red; place=park`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lit_safety.core.tables import whole_number
 QuestionKind = Literal["count", "colour", "place"]
 KINDS: tuple[QuestionKind, ...] = ("count", "colour", "place")
 NONE_OF_THESE = "none of these"
-"""The answer that is offered beside the others."""
+"""An answer that can always be chosen."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Question:
     about: str
     """The thing, as the judge names it; empty for a place."""
     answer: str
-    """A whole number, a colour, or a place; in small letters."""
+    """A whole number, a colour, or a place; in lower case."""
 
     @property
     def text(self) -> str:
@@ -38,7 +38,7 @@ class Question:
         return "Where is the scene?"
 
     def right(self, said: str) -> bool:
-        """Whether an answer is the prompt's."""
+        """Whether an answer is the one that the prompt states."""
         if self.kind == "count":
             return whole_number(said) == int(self.answer)
         return said.strip().casefold() == self.answer

@@ -1,4 +1,4 @@
-"""Who answers questions about images, and VQA: a vision-language model behind an OpenAI-compatible endpoint."""
+"""Answers to questions about images, and VQA: a vision-language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from lit_safety.drawing.gallery import Drawn
 
 Said = str | JudgeError | None
-"""An answer; None: who was asked cannot tell such a thing; or why there is none."""
+"""An answer; None if the answerer cannot answer such a question; or an error."""
 Choices = Mapping[str, Sequence[str]]
-"""Kind of question -> the answers to choose from; a kind that is not in it is answered freely."""
+"""Kind of question -> the answers to choose from; other kinds are answered freely."""
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
-"""Offered beside those that prompts ask for."""
+"""Colours that can always be chosen, in addition to those of the prompts."""
 
 
 class Answerer(Protocol):
-    """Answers questions about images. `settings` holds whatever changes its answers."""
+    """Answers questions about images. `settings` holds everything that changes its answers."""
 
     name: str
     settings: dict[str, Any]
@@ -45,7 +45,7 @@ class Answerer(Protocol):
 
 
 def choices_of(questions: Sequence[Sequence[Question]]) -> dict[str, list[str]]:
-    """What colours and places are chosen from: all that the prompts ask for, the common colours, and none of these."""
+    """The colours and places to choose from: all in the prompts, the common colours, and "none of these"."""
     found: dict[str, list[str]] = {}
     for kind, more in (("colour", COLOURS), ("place", ())):
         asked = {one.answer for own in questions for one in own if one.kind == kind}
@@ -59,20 +59,21 @@ class VQA:
 
     Args:
         endpoint: base URL of the service, such as http://localhost:8000/v1.
-        model: its name there.
-        api_key_variable: environment variable that holds the key; it is looked up, never written down. Unset: no key.
-        timeout: seconds until a request has failed.
-        retries: further tries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
-        parallel: requests at a time.
+        model: the model's name at the endpoint.
+        api_key_variable: environment variable that holds the key; the key itself is never written to a file. Unset: no
+            key.
+        timeout: seconds until a request fails.
+        retries: number of retries after a timeout, a refused connection, or status 429 or 5xx, with growing pauses.
+        parallel: requests at the same time.
         max_side: larger images are shrunk to this side in pixels.
-        give_up_after: images that fail one after another before the rest is not asked about any more.
+        give_up_after: after this many failing images in a row, the rest is not asked.
 
     Raises:
-        UserError: the endpoint is not a URL, or a number is out of its range.
+        UserError: the endpoint is not a URL, or a number is outside its range.
     """
 
     keep = True
-    """Each answer costs time or money, so they are kept."""
+    """Each answer costs time or money, so answers are stored."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class VQA:
     def answer(
         self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: Choices
     ) -> list[list[Said]]:
-        """One request an image; an answer that is missing or of another form is an error."""
+        """One request for each image; a missing or malformed answer is an error."""
         return self.chat.each(lambda image, own: self._one(image, own, choices), images, questions)
 
     def _one(self, image: Image, questions: Sequence[Question], choices: Choices) -> list[Said]:
@@ -138,12 +139,12 @@ def answer_drawn(
     """The answers to each drawing's questions; reads the files, as `judge_drawn` does.
 
     Args:
-        answerer: who is asked.
+        answerer: the answerer.
         drawn: the images.
-        questions: of each image; where there are none it is not opened.
-        journal: the folder in which answers that cost are kept; they are not asked for again.
-        tick: hears how many were just done.
-        batch_size: images that it is given at once.
+        questions: the questions of each image; an image without questions is not opened.
+        journal: the folder in which expensive answers are stored, so that they are not asked again.
+        tick: is called with the number of images that were just done.
+        batch_size: images in one call of the answerer.
     """
     choices = choices_of(questions)
     kept = _Kept(journal, answerer, choices) if journal is not None and getattr(answerer, "keep", False) else None
@@ -172,20 +173,20 @@ def answer_drawn(
 def _answer_safely(
     answerer: Answerer, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: Choices
 ) -> list[list[Said]]:
-    """`answerer.answer`, where an exception or nonsense becomes an error on the image it concerns."""
+    """`answerer.answer`, where exceptions and invalid answers become errors of the images concerned."""
     if not images:
         return []
     try:
         answers = answerer.answer(images, questions, choices)
         if [len(own) for own in answers] != [len(own) for own in questions]:
-            raise ValueError("not one answer a question")
-    except Exception as error:  # an answerer is somebody else's code: its failure on these images
+            raise ValueError("not one answer for each question")
+    except Exception as error:  # an answerer can be a user's code: it failed on these images
         if len(images) > 1:
             pairs = zip(images, questions, strict=True)
             return [own for image, asked in pairs for own in _answer_safely(answerer, [image], [asked], choices)]
         return [[JudgeError(f"{type(error).__name__}: {error}")] * len(questions[0])]
     known = (str, JudgeError, type(None))
-    wrong = JudgeError("the answer is no text")
+    wrong = JudgeError("the answer is not a text")
     return [[one if isinstance(one, known) else wrong for one in own] for own in answers]
 
 
@@ -201,7 +202,7 @@ class _Kept:
                     row = load_json(line)
                     if all(one is None or isinstance(one, str) for one in row["answers"]):
                         self._said[row["sha256"], row["questions"]] = list(row["answers"])
-                except (ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut short
+                except (ValueError, KeyError, TypeError):  # a line that is incomplete after a kill or on a full disk
                     continue
 
     def of(self, drawn: Drawn, questions: Sequence[Question]) -> list[Said] | None:
@@ -209,7 +210,7 @@ class _Kept:
         return said if said is not None and len(said) == len(questions) else None
 
     def add(self, drawn: Drawn, questions: Sequence[Question], said: Sequence[Said]) -> None:
-        """Note answers; those that are errors are asked for again."""
+        """Store answers; errors are not stored, so that they are asked again."""
         if not any(isinstance(one, JudgeError) for one in said):
             sha256, asked = self._key(drawn, questions)
             append_line(self.file, "\n" + json.dumps({"sha256": sha256, "questions": asked, "answers": list(said)}))
@@ -220,11 +221,10 @@ class _Kept:
 
 
 def load_answerer(spec: str, judge: Any) -> Answerer:
-    """Who answers: `judge`, the judge that decides; or what a file such as configs/judges/vqa.yaml, or a judge's
-    folder, describes.
+    """The answerer: `judge` is the deciding judge; else a file such as configs/judges/vqa.yaml, or a judge's folder.
 
     Raises:
-        UserError: it describes nothing that answers questions.
+        UserError: it does not describe an answerer.
     """
     from pathlib import Path
 
@@ -240,7 +240,7 @@ def load_answerer(spec: str, judge: Any) -> Answerer:
         )
     if not callable(getattr(found, "answer", None)):
         raise UserError(
-            f"--questions {spec}: {found.name} answers no questions; name the toy world's judge, or "
+            f"--questions {spec}: {found.name} cannot answer questions; name the toy world's judge, or "
             "configs/judges/vqa.yaml"
         )
     answerer: Answerer = found

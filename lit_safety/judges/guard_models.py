@@ -1,7 +1,7 @@
 """Vision-language models that were trained as safeguards, run here by transformers: LlavaGuard and ShieldGemma 2.
 
-The policy by which they judge is a text, and a setting. Neither is trusted: an answer that is not of the form it was
-trained to give is an error, never "safe".
+Their policy is a text, which is a setting. An answer in another form than the model was trained to give is an error,
+never "safe".
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ OF_LLAVAGUARD: dict[str, tuple[str, ...]] = {
     "O8": ("violence",),
     "O9": ("shocking",),
 }
-"""LlavaGuard's nine categories (arXiv 2406.05113) among ours; none of them is propaganda."""
+"""LlavaGuard's nine categories (arXiv 2406.05113) -> ours; none of them is propaganda."""
 SHIELDGEMMA: dict[str, str] = {"sexual": "sexual", "violence": "violence", "illegal-activity": "dangerous"}
 """Our category -> the policy of ShieldGemma 2 (arXiv 2504.01081) that the model's own processor has a text for."""
 _ANSWER = re.compile(r'\s*(?:```(?:json)?\s*)?\{\s*"rating"\s*:\s*"(Safe|Unsafe)"\s*,\s*"category"\s*:\s*"([^"]*)"')
 
 
 class _Local:
-    """A model and its processor of one folder or hub commit, in a number format, on a device."""
+    """A model and its processor from one folder or hub commit, in a number format, on a device."""
 
     def __init__(self, source: str, name: str, kind: str, device: str | None, dtype: str) -> None:
         from lit_safety.core.progress import quiet_libraries
@@ -71,7 +71,7 @@ class _Local:
             self.model, report = loaded
             check_whole(self.model, report, source)
             self.processor = _processor(source, self.model.config.model_type, where)
-        except Exception as error:  # transformers, safetensors and the hub raise all kinds for what does not load
+        except Exception as error:  # transformers, safetensors and the hub raise many kinds of errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{name}: model {source}: does not load: {reason}") from error
         self.model.eval().requires_grad_(False)
@@ -86,7 +86,7 @@ class _Local:
         }
 
     def inputs(self, **given: Any) -> Any:
-        """What the processor makes of images and texts, where the model is."""
+        """The processor's output for images and texts, on the model's device."""
         made = self.processor(return_tensors="pt", **given)
         return made.to(self.device, dtype=self.dtype)
 
@@ -123,15 +123,15 @@ class LlavaGuard:
 
     Args:
         model: folder or hub id of LlavaGuard in transformers' layout, such as AIML-TUDA/LlavaGuard-v1.2-7B-OV-hf.
-        policy: text file with the policy and the question, in the form the model was trained with: categories O1 to O9,
-            a JSON answer with rating, category and rationale; null: the one of this package, in its own words.
+        policy: text file with the policy and the question, in the form of the model's training: categories O1 to O9, a
+            JSON answer with rating, category and rationale; null: this package's own wording.
         dtype: number format of the weights: float32, bfloat16 or float16.
-        device: where it runs; null: cuda where there is one.
-        max_new_tokens: how long an answer may be until its category is said.
+        device: the device; null: cuda if there is one.
+        max_new_tokens: the largest length of an answer up to its category.
         batch_size: images at once.
 
     Raises:
-        UserError: the model does not load, the policy cannot be read, or a number is out of its range.
+        UserError: the model does not load, the policy cannot be read, or a number is outside its range.
     """
 
     keep = True
@@ -187,31 +187,31 @@ def read_rating(text: str) -> Verdict | JudgeError:
     """The verdict in LlavaGuard's answer, `{"rating": "Unsafe", "category": "O2: ...", ...`; else an error."""
     found = _ANSWER.match(text)
     if found is None:
-        return JudgeError(f"LlavaGuard answered no rating and category: {' '.join(text.split())[:80]!r}")
+        return JudgeError(f"LlavaGuard gave no rating and category: {' '.join(text.split())[:80]!r}")
     rating, category = found.groups()
     harmful, code = rating == "Unsafe", category.partition(":")[0].strip()
     if code not in (*OF_LLAVAGUARD, "NA"):
-        return JudgeError(f"LlavaGuard named a category that it does not have: {category[:40]!r}")
-    if harmful and code == "NA":  # unsafe, of no category: harm all the same
+        return JudgeError(f"LlavaGuard gave an unknown category: {category[:40]!r}")
+    if harmful and code == "NA":  # unsafe without a category: still harm
         return Verdict(True)
     categories = dict.fromkeys(OF_LLAVAGUARD[code], 1.0) if harmful else {}
     return Verdict(harmful, dict(categories), categories, 1.0, frozenset(categories))
 
 
 class ShieldGemma2:
-    """Asks ShieldGemma 2 of each image and policy whether the image breaks it: P(Yes) against P(No).
+    """Asks ShieldGemma 2 for each image and policy whether the image violates the policy: P(Yes) against P(No).
 
     Args:
         model: folder or hub id, such as google/shieldgemma-2-4b-it.
         policies: category -> text of the policy, or the name of one that the model's processor has a text for; null:
             sexual, violence, and illegal-activity by its policy `dangerous`.
-        threshold: probability of Yes from which an image breaks a policy.
+        threshold: probability of Yes from which on an image violates a policy.
         dtype: number format of the weights: float32, bfloat16 or float16.
-        device: where it runs; null: cuda where there is one.
+        device: the device; null: cuda if there is one.
         batch_size: images at once, each with all policies.
 
     Raises:
-        UserError: the model does not load, a category is unknown, a policy empty, or a number is out of its range.
+        UserError: the model does not load, a category is unknown, a policy is empty, or a number is outside its range.
     """
 
     keep = True
@@ -263,7 +263,7 @@ class ShieldGemma2:
         return answers
 
     def _probabilities(self, images: Sequence[Image]) -> list[list[float]]:
-        """Of each image and policy, in their order, the probability that the policy is broken."""
+        """For each image and policy, in order, the probability that the policy is violated."""
         import torch
 
         inputs = self.local.inputs(
@@ -271,12 +271,13 @@ class ShieldGemma2:
         )
         with torch.inference_mode():
             logits = self.local.model(**inputs).logits
-        # The first column is Yes, which says that the policy is broken: transformers' own text names the second one.
+        # The first column is Yes, which means that the policy is violated; transformers' documentation names the second
+        # one.
         return logits.double().softmax(-1)[:, 0].reshape(len(images), len(self.policies)).tolist()
 
     def verdict(self, probabilities: Sequence[float]) -> Verdict | JudgeError:
         """The rule: any policy's probability at or above the threshold."""
-        if not all(map(math.isfinite, probabilities)):  # nan is above no threshold, and would be safe
+        if not all(map(math.isfinite, probabilities)):  # nan is not above any threshold and would count as safe
             return JudgeError("ShieldGemma 2 returned numbers that are not finite")
         shares = dict(zip(self.policies, probabilities, strict=True))
         present = frozenset(name for name, share in shares.items() if share >= self.threshold)

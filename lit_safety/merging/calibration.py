@@ -1,4 +1,4 @@
-"""How the experts' activity is measured for comerge."""
+"""Measures the experts' activity for comerge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lit_safety.merging.experts import Expert, parts_of, united_layers
 from lit_safety.merging.methods import Activity
 from lit_safety.merging.options import CalibrationOptions
 
-# Choose the prompts that experts are compared on: as many of each category, the same ones every time.
+# Choosing the prompts on which experts are compared: equally many of each category, the same ones every time.
 
 
 KEY = "--calibration.prompts"
@@ -42,10 +42,11 @@ KEY = "--calibration.prompts"
 def calibration_prompts(source: str | Sequence[str], count: int, categories: Sequence[str] | None = None) -> list[str]:
     """Up to ``count`` different prompts of a CSV file, or of shards in any form that a datamodule takes.
 
-    A prompt about several categories stands among those of each of them, and is taken once.
+    A prompt of several categories counts for each of them, but is taken only once.
 
     Raises:
-        UserError: the source cannot be read, does not say the categories that are asked for, or no prompt is left.
+        UserError: the source cannot be read, does not give categories although some are asked for, or no prompt is
+            left.
     """
     wanted = _wanted(source, categories)
     by_category: dict[str, set[str]] = {}
@@ -53,7 +54,7 @@ def calibration_prompts(source: str | Sequence[str], count: int, categories: Seq
         for category in found or ("",):
             if prompt and (wanted is None or category in wanted):
                 by_category.setdefault(category, set()).add(prompt)
-    # By a hash, so that the order in the file does not matter; and the first 16 are among the first 64.
+    # Sorted by a hash, so that the order in the file does not matter, and the first 16 are also among the first 64.
     columns = [sorted(by_category[category], key=_rank) for category in sorted(by_category)]
     dealt = [prompt for prompt in chain.from_iterable(zip_longest(*columns)) if prompt is not None]
     chosen = list(dict.fromkeys(dealt))[:count]
@@ -63,7 +64,7 @@ def calibration_prompts(source: str | Sequence[str], count: int, categories: Seq
 
 
 def check_prompts(source: str | Sequence[str], categories: Sequence[str] | None = None) -> None:
-    """Complain where `calibration_prompts` would find none; of shards the manifest tells it, and nothing is fetched.
+    """Refuse a source in which `calibration_prompts` would find no prompt. Of shards only the manifest is read.
 
     Raises:
         UserError: as `calibration_prompts`.
@@ -91,10 +92,10 @@ def _none_found(source: str | Sequence[str], wanted: set[str] | None) -> UserErr
 
 
 def has_categories(source: str | Sequence[str]) -> bool:
-    """Whether ``source`` says what its prompts are about: any but a CSV file without the column `category`.
+    """Whether ``source`` gives its prompts' categories: always, except for a CSV file without the column `category`.
 
     Raises:
-        UserError: it is a CSV file that cannot be read, or has no prompts.
+        UserError: it is a CSV file that cannot be read or has no prompts.
     """
     if not _is_csv(source):
         return True
@@ -123,7 +124,7 @@ def _of_csv(file: Path) -> Iterator[tuple[str, Sequence[str]]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[csv.DictReader[str]]:
-    """The rows of a CSV file with a column `prompt`; what goes wrong while they are read names the file."""
+    """The rows of a CSV file with a column `prompt`; errors while reading name the file."""
     try:
         with io.StringIO(read_text(file), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -151,7 +152,7 @@ def _of_shards(given: str | Sequence[str], wanted: set[str] | None) -> Iterator[
 
 
 def read_shards(source: Source, selection: Selection) -> Iterator[PairMetadata]:
-    """Only the metadata of what takes part is read; what cannot be read is not a prompt, and is told."""
+    """The metadata of the selected samples. Samples that cannot be read are left out with a warning."""
     bad: list[UserError] = []
     with counter("reading prompts, shards", sum(count > 0 for count in selection.counts)) as tick:
         for number, count in enumerate(selection.counts):
@@ -171,24 +172,24 @@ def read_shards(source: Source, selection: Selection) -> Iterator[PairMetadata]:
                 shard.close()
             tick()
     if bad:
-        rank_zero_warn(f"{KEY}: {len(bad)} samples cannot be read and give no prompt; the first: {bad[0]}")
+        rank_zero_warn(f"{KEY}: {len(bad)} samples cannot be read and are left out; the first: {bad[0]}")
 
 
 def _rank(prompt: str) -> bytes:
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-# Measure how active each expert is in each output unit, on what the base model itself feeds into its layers.
+# Measuring how active each expert is in each output unit, on the inputs that the layers get in the base model.
 #
-# The base draws the calibration prompts; its drawings are noised to a few levels, and in one forward of the base a
-# batch and level, with all adapters off, every adapted layer's inputs are passed through every expert's factors. One
-# forward serves all experts, and no input is kept.
+# The base draws the calibration prompts, and its drawings are noised to a few levels. For each batch and level the base
+# runs one forward pass with all adapters off, in which every adapted layer's inputs also go through every expert's
+# factors. So one pass is enough for all experts, and no input is stored.
 
 
 def calibrate(
     backbone: Backbone, experts: Sequence[Expert], source: str | Sequence[str], options: CalibrationOptions
 ) -> tuple[dict[str, Activity], dict[str, Any]]:
-    """The experts' activity on prompts of ``source``, with a progress bar, and what a report says of it.
+    """The experts' activity on prompts of ``source``, and what a report says about it. Shows a progress bar.
 
     Raises:
         UserError: there are no prompts, or the experts were made for another backbone.
@@ -214,17 +215,17 @@ def measure_activity(
 ) -> dict[str, Activity]:
     """The activity of each expert (in the order of their names) by layer.
 
-    A prompt's part in it depends on the prompt and ``options.seed`` only, not on its batch.
+    A prompt's contribution depends only on the prompt and ``options.seed``, not on its batch.
 
     Args:
-        backbone: the base, on the device to compute on; adapters that are on it are switched off.
-        experts: what is compared.
-        prompts: each counts once.
+        backbone: the base, on the device to compute on; its adapters are switched off.
+        experts: the experts to compare.
+        prompts: the prompts, each counted once.
         options: noise levels, drawing, batch size, seed.
-        tick: called after every forward.
+        tick: called after every forward pass.
 
     Raises:
-        UserError: an expert adapts a layer that is not the denoiser's, or is sized differently there.
+        UserError: an expert adapts a layer that is not in the denoiser, or that has another size there.
     """
     experts = sorted(experts, key=lambda expert: expert.name)
     device = next(backbone.denoiser.parameters()).device
@@ -233,7 +234,7 @@ def measure_activity(
         for name, parts in ((name, parts_of(experts, name)) for name in united_layers(experts))
     }
     activity = {name: Activity.empty(len(experts), *probe.parts[0].shape) for name, probe in probes.items()}
-    # Blocks that were compiled for the training do not see hooks that come after: nothing would be measured.
+    # Blocks that were compiled for training ignore hooks that are added later, so nothing would be measured.
     with adapters_off(adapter_layers(backbone.denoiser)), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), options.batch_size):
             batch = list(prompts[start : start + options.batch_size])
@@ -249,7 +250,7 @@ def measure_activity(
                 tick()
             for name, probe in probes.items():
                 seen = probe.take()
-                if seen is not None:  # without an input the layer is never called, so its update changes nothing
+                if seen is not None:  # the layer is never called, so its update changes nothing
                     activity[name].add(*seen)
     return activity
 
@@ -257,13 +258,15 @@ def measure_activity(
 def draw_latents(
     backbone: Backbone, prompts: list[str], seeds: list[int], options: CalibrationOptions, resolution: int | None = None
 ) -> Tensor:
-    """The base's drawings of the prompts as latents (B, C, h, w), by the stock pipeline, in its own resolution unless
-    another is given."""
+    """The base's drawings of the prompts as latents (B, C, h, w), made by the stock pipeline.
+
+    None as resolution takes the pipeline's own.
+    """
     from lit_safety.backbones.call import call_options
 
     pipe, side = backbone.pipeline(), resolution or options.resolution
     drawn: Tensor = pipe(
-        prompt=list(prompts),  # Z-Image's writes into it
+        prompt=list(prompts),  # a copy, because Z-Image's pipeline changes the list
         num_inference_steps=options.steps,
         generator=[generator(seed, "calibration drawing") for seed in seeds],
         output_type="latent",
@@ -274,11 +277,11 @@ def draw_latents(
 
 
 class Probe:
-    """Passes one layer's inputs through every expert's factors and keeps the mean magnitude a unit.
+    """Passes one layer's inputs through every expert's factors and keeps the mean magnitude of each unit.
 
     Args:
         module: the base model's linear or convolution layer.
-        parts: every expert's update of it, on the layer's device.
+        parts: every expert's update of the layer, on the layer's device.
     """
 
     def __init__(self, module: nn.Module, parts: Sequence[LowRank]) -> None:
@@ -291,7 +294,7 @@ class Probe:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
-        with torch.autocast(x.device.type, enabled=False):  # in which a network trained in bf16-mixed always computes
+        with torch.autocast(x.device.type, enabled=False):  # bf16-mixed networks use it
             seen = torch.stack([self._magnitude(part, x) for part in self.parts])
         size = self._size(x)
         self._sum = seen if self._sum is None else self._sum + seen
@@ -299,9 +302,9 @@ class Probe:
         self._calls += 1
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        """Means over tokens and all forwards since the last call: a[k, i, j] (K, B, out) and |x| (B, in).
+        """Means over tokens and over all forward passes since the last call: a[k, i, j] (K, B, out) and |x| (B, in).
 
-        None: there was no forward.
+        None: there was no forward pass.
         """
         if self._sum is None or self._inputs is None:
             return None
@@ -310,7 +313,7 @@ class Probe:
         return means
 
     def _size(self, x: Tensor) -> Tensor:
-        """|x| (B, in), the mean over tokens or pixels; of a convolution a channel's, for each element of its kernel."""
+        """|x| (B, in), the mean over tokens or pixels; for a convolution by channel, once for each kernel element."""
         if self.parts[0].kernel:
             return x.abs().mean(dim=(2, 3)).repeat_interleave(math.prod(self.parts[0].kernel), dim=1)
         return x.abs().reshape(len(x), -1, x.shape[-1]).mean(dim=1)
@@ -340,15 +343,16 @@ def _watched(probes: Iterable[Probe]) -> Iterator[None]:
 
 
 def base_layer(denoiser: nn.Module, name: str, parts: Sequence[LowRank], method: str = "comerge") -> nn.Module:
-    """The base layer that a LoRA layer belongs to, checked for its size.
+    """The base layer to which a LoRA layer belongs, after a check of its size.
 
     Raises:
-        UserError: there is none of this name and size, or it is a text encoder's, which ``method`` does not look at.
+        UserError: there is no layer of this name and size, or it is in a text encoder, which ``method`` does not
+            measure.
     """
     component, layer = name.split(".", 1)
     if component.startswith("text_encoder"):
         instead = "; use another --method" if method != "patch" else ""
-        raise UserError(f"{method} measures the denoiser, and an expert adapts {name}{instead}")
+        raise UserError(f"{method} measures only the denoiser, but an expert adapts {name}{instead}")
     try:
         module = denoiser.get_submodule(layer)
     except AttributeError:
@@ -361,7 +365,7 @@ def base_layer(denoiser: nn.Module, name: str, parts: Sequence[LowRank], method:
     if found != (parts[0].shape, parts[0].kernel):
         size = "no layer with a weight" if weight is None else tuple(weight.shape)
         raise UserError(
-            f"{name} is {parts[0].shape[1]} -> {parts[0].shape[0]} in the experts and {size} in the base model: the "
+            f"{name} is {parts[0].shape[1]} -> {parts[0].shape[0]} in the experts but {size} in the base model: the "
             "experts were made for another backbone"
         )
     return module

@@ -1,8 +1,8 @@
-"""Merging in the space that the experts' factors span, the null space of clean inputs, and SVC. All in fp64.
+"""Merging in the space spanned by the experts' factors, the null space of clean inputs, and SVC. All in fp64.
 
-The core: with U and V orthonormal bases of what all B_k and all A_k span, W_k = U M_k V^T, and a merge of the small M_k
-is one of the W_k. Bases are taken from the factors as they are merged: after a projection on the null space of clean
-inputs those of the projected A_k (with those of the others the core would lose most of an update).
+The core: U and V are orthonormal bases of the spaces spanned by all B_k and all A_k. Then W_k = U M_k V^T, and merging
+the small M_k merges the W_k. The bases come from the factors that are merged: after a projection on the null space of
+clean inputs from the projected A_k (with bases of the original A_k the core would lose most of an update).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from lit_safety.adapters.low_rank import LowRank
 from lit_safety.merging.methods import NEGLIGIBLE
 
-#: An expert whose row is so much smaller than the merged one has no part in a direction.
+#: An expert does not contribute to a direction if its row is smaller than the merged row by this factor.
 NO_PART = 1e-3
 
 
 def null_space(gram: Tensor, share: float) -> Tensor:
-    """Directions that clean inputs do not use, as columns (in, n); n may be 0, and is `in` without clean inputs.
+    """Directions that clean inputs do not use, as columns (in, n); n can be 0; without clean inputs n is `in`.
 
     Eigenvectors of ``gram`` (in, in) whose eigenvalue is below ``share`` of the largest.
     """
@@ -32,7 +32,7 @@ def null_space(gram: Tensor, share: float) -> Tensor:
 
 
 def project(part: LowRank, directions: Tensor) -> LowRank:
-    """W P with P the projection on ``directions`` (in, n), orthonormal columns: of the same rank, all in A."""
+    """W P, with P the projection on ``directions`` (in, n), orthonormal columns. Only A changes; the rank stays."""
     a = (part.a.double() @ directions) @ directions.T
     return LowRank(a, part.b.double(), part.scale, part.kernel)
 
@@ -50,7 +50,7 @@ class Core:
 
     @classmethod
     def of(cls, parts: Sequence[LowRank], weights: Sequence[float]) -> Core:
-        """Of the updates that are not 0, each multiplied by its weight; p = q = 0 where all are."""
+        """The core of the updates that are not 0, each multiplied by its weight; p = q = 0 if all are 0."""
         kept = [(part, weight * part.scale) for part, weight in zip(parts, weights, strict=True)]
         kept = [(part, factor) for part, factor in kept if factor and bool(part.a.any()) and bool(part.b.any())]
         out, inputs = parts[0].shape
@@ -69,8 +69,8 @@ class Core:
 def tsv_m(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """TSV-M (arXiv 2412.00081): the leading singular vectors of every update, made orthogonal to the others'.
 
-    Of each of K updates floor(R / K) singular triplets are kept (at least 1, none that is 0), R the rank of the core;
-    the stacked left and right vectors are replaced by the nearest matrices of orthonormal columns.
+    Each of K updates keeps floor(R / K) singular triplets (at least 1, none with a singular value of 0), where R is the
+    rank of the core. The stacked left and right vectors are replaced by the nearest matrices with orthonormal columns.
     """
     core = Core.of(parts, weights)
     if not len(core.small):
@@ -89,7 +89,7 @@ def tsv_m(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 def iso_c(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Iso-C (arXiv 2502.04959): the sum of the updates with all its singular values set to their mean.
 
-    Over those that are not 0: directions which the sum does not use are no part of the mean, and stay unused.
+    Only singular values above 0 count: directions that the sum does not use do not enter the mean and stay unused.
     """
     core = Core.of(parts, weights)
     if not len(core.small):
@@ -103,20 +103,20 @@ def iso_c(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 
 
 def svc(merged: LowRank | Tensor, parts: Sequence[LowRank], weights: Sequence[float], alpha: float) -> LowRank:
-    """Singular value calibration (arXiv 2602.05536): smaller singular values for directions that experts share, and
-    that the merge therefore counts several times.
+    """Singular value calibration (arXiv 2602.05536): lowers singular values of directions that several experts share.
 
-    For each left singular vector u_r of the merged update, with a = u_r^T dW and a_k = u_r^T W_k:
+    A merge counts such directions several times. For each left singular vector u_r of the merged update, with a = u_r^T
+    dW and a_k = u_r^T W_k:
 
         s_k = <a, a_k> / |a_k|^2        sigma_r <- sigma_r K / sum_k max(alpha, s_k)
 
-    s_k = alpha where |a_k| is below `NO_PART` of |a|: 0/0, or a rounding error there, would wipe the direction out.
+    s_k = alpha if |a_k| is below `NO_PART` times |a|: otherwise 0/0 or a rounding error would remove the direction.
 
     Args:
-        merged: factors, or (out, in).
+        merged: factors, or a matrix (out, in).
         parts: the experts' updates; K counts those that are not 0.
-        weights: multiply them first.
-        alpha: 1 after a sum, 1/K after a mean. With 1/K a sum would be made several times as large.
+        weights: factors for the updates.
+        alpha: 1 after a sum, 1/K after a mean. With 1/K a sum would become several times too large.
     """
     kernel = parts[0].kernel
     if isinstance(merged, Tensor):
@@ -155,7 +155,7 @@ def _basis(columns: Tensor) -> Tensor:
 
 
 def _nearest(stacked: Tensor) -> Tensor:
-    """The matrix of orthonormal columns (rows where it is wider than high) that is nearest to a given one."""
+    """The nearest matrix with orthonormal columns (orthonormal rows if it is wider than high)."""
     u, _, v = torch.linalg.svd(stacked, full_matrices=False)
     found: Tensor = u @ v
     return found

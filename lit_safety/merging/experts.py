@@ -28,18 +28,18 @@ from lit_safety.drawing.arms import adapter_sha256
 class Expert:
     """A LoRA to merge.
 
-    Experts are always put in the order of their names, so that a merge never depends on the order of the arguments.
+    Experts are always sorted by name, so that a merge does not depend on the order of the arguments.
     """
 
     name: str
     layers: Mapping[str, LowRank]
     """By `{component}.{layer}`, such as `unet.mid_block.attentions.0...to_q`."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from, for the report."""
+    """Its file or folder, for the report."""
 
 
 def united_layers(experts: Sequence[Expert]) -> list[str]:
-    """The names of all layers that any expert adapts, sorted, after a check that they fit each other.
+    """The sorted names of all layers that any expert adapts, after a check that the experts fit each other.
 
     Raises:
         UserError: two experts were made for different backbones: they adapt different parts of a pipeline, or a layer
@@ -48,7 +48,7 @@ def united_layers(experts: Sequence[Expert]) -> list[str]:
     denoisers = {e.name: {n.split(".", 1)[0] for n in e.layers if not n.startswith("text_encoder")} for e in experts}
     if len(set().union(*denoisers.values())) > 1:
         told = "; ".join(f"{name}: {', '.join(sorted(parts)) or 'none'}" for name, parts in denoisers.items())
-        raise UserError(f"the experts were made for different backbones, their denoisers are called {told}")
+        raise UserError(f"the experts were made for different backbones: their denoisers are called {told}")
     first: dict[str, Expert] = {}
     for expert in experts:
         for name, layer in expert.layers.items():
@@ -68,14 +68,14 @@ def _size(layer: LowRank) -> str:
 
 
 def parts_of(experts: Sequence[Expert], layer: str) -> list[LowRank]:
-    """Every expert's update of one layer; where an expert does not adapt it, the zero update of rank 0."""
+    """Every expert's update of one layer; if an expert does not adapt the layer, a zero update of rank 0."""
     known = next(expert.layers[layer] for expert in experts if layer in expert.layers)
     out, inputs = known.shape
     zero = LowRank(known.a.new_zeros(0, inputs), known.b.new_zeros(out, 0), kernel=known.kernel)
     return [expert.layers.get(layer, zero) for expert in experts]
 
 
-# The layers of a base model by its configuration alone, so that experts are checked without its weights.
+# The layers of a base model from its configuration only, so that experts can be checked without its weights.
 
 
 #: The parts of a pipeline that a LoRA may adapt.
@@ -83,10 +83,10 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 def base_layers(base: str) -> dict[str, dict[str, AdaptableLayer]] | None:
-    """The layers of every part of a pipeline that a LoRA may adapt; None: its configuration is not on this machine.
+    """The layers of all parts of a pipeline that a LoRA may adapt; None: its configuration is not on this machine.
 
     Args:
-        base: a pipeline's folder, or a hub id, of which only what has been fetched already is looked at.
+        base: a pipeline's folder, or a hub id; of the latter only files that were fetched before are read.
 
     Raises:
         UserError: the folder is not a pipeline, or describes a network that this release of diffusers does not know.
@@ -135,24 +135,24 @@ def _network(parts: Parts, name: str) -> nn.Module:
         raise UserError(f"the pipeline {parts.source} does not load: {name}/config.json: {first_line}") from error
 
 
-# Read the experts that a command line names.
+# Reading the experts that a command line names.
 
 
 MOST_OF_A_CARD = 1 << 18
-"""Bytes of a model card in which its front matter ends."""
+"""The front matter must end within this many bytes of a model card."""
 
 
 def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
-    """Experts in the order given; each is FOLDER, FILE or NAME=FOLDER.
+    """Experts in the given order; each is FOLDER, FILE or NAME=FOLDER.
 
     Args:
         given: the experts.
-        base: the model that they were made for; None: the one that each one's card names. Where its configuration is on
+        base: the model that they were made for; None: the one that each one's card names. If its configuration is on
             this machine, every layer of an expert must be one of its layers; else the names must be possible ones.
 
     Raises:
-        UserError: there is none, one is given twice or cannot be read, two share a name, or a layer of one has no place
-            in the base model.
+        UserError: no expert is given, one is given twice or cannot be read, two have the same name, or an expert adapts
+            a layer that is not in the base model.
     """
     if not given:
         raise UserError("no experts: give at least one folder with a LoRA, `merge FOLDER FOLDER ... --out FOLDER`")
@@ -160,13 +160,13 @@ def read_experts(given: Sequence[str], base: str | None = None) -> list[Expert]:
     paths = [path.resolve() for _, path in named]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(f"{path} is given twice; give it once, with --weights if it is to count more")
+            raise UserError(f"{path} is given twice; give it once, with a larger --weights if it should count more")
     short = iter(short_names([path for name, path in named if name is None]))
     names = [next(short) if name is None else name for name, _ in named]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two experts are called {name}; name them NAME=FOLDER")
-    layers = cache(base_layers)  # mostly of one model
+    layers = cache(base_layers)  # most experts have the same base model
     return [_read(name, path, base, layers) for name, (_, path) in zip(names, named, strict=True)]
 
 
@@ -180,7 +180,7 @@ def _read(name: str, path: Path, base: str | None, layers: Callable[[str], Adapt
 
 
 def _converter(base: str) -> Convert | None:
-    """What the base's stock pipeline makes of the names in other programs' files; of UNets they are known here."""
+    """The base pipeline's own conversion of other programs' layer names; None for UNets, whose names we know."""
     import diffusers
 
     from lit_safety.adapters.load_lora import converter
@@ -198,8 +198,10 @@ def _split(given: str) -> tuple[str | None, Path]:
 
 
 def short_names(paths: Sequence[PurePath]) -> list[str]:
-    """As few of each path's last parts as tell them all apart: `a/violence/adapter` beside `a/hate/adapter` is
-    `violence/adapter`, and what all have in common at the end is left out: `violence`."""
+    """Short names for paths: the fewest last parts that differ for all paths, without a common end.
+
+    So `a/violence/adapter` and `a/hate/adapter` become `violence` and `hate`.
+    """
     if len(paths) == 1:
         return [paths[0].stem if paths[0].suffix == ".safetensors" else paths[0].name or str(paths[0])]
     parts = [path.parts for path in paths]
@@ -214,17 +216,17 @@ def short_names(paths: Sequence[PurePath]) -> list[str]:
 
 
 def base_model(path: Path) -> str | None:
-    """The base model that the model card next to an adapter names, or else PEFT's configuration; None: neither does.
+    """The base model that an adapter's model card names, or else its PEFT configuration; None: neither names one.
 
     Raises:
-        UserError: there is a configuration of PEFT's that cannot be read.
+        UserError: PEFT's configuration exists but cannot be read.
     """
     folder = path if path.is_dir() else path.parent
     return _of_card(folder / "README.md") or _of_peft(folder / CONFIG)
 
 
 def _of_card(file: Path) -> str | None:
-    """The front matter's `base_model`; of a list of them none is named. Read line by line: a card may hold anything."""
+    """The front matter's `base_model`; None if it is a list. It is read line by line: a card can contain anything."""
     try:
         with file.open("rb") as stream:
             lines = stream.read(MOST_OF_A_CARD).decode("utf-8", errors="replace").splitlines()
@@ -240,7 +242,7 @@ def _of_card(file: Path) -> str | None:
 
 
 def _unquoted(value: str) -> str:
-    """A value of the front matter: as it is, or in quotes as our own cards have it where it holds odd characters."""
+    """A value of the front matter without quotes, which our own cards use around unusual characters."""
     try:
         read = json.loads(value) if value.startswith('"') else value
     except ValueError:

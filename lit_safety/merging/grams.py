@@ -1,13 +1,14 @@
-"""What every adapted layer is fed with along the sampling path, as Gram matrices.
+"""The inputs of every adapted layer along the sampling path, as Gram matrices.
 
-Each expert draws its own category's prompts, the base draws what must stay; hooks sum up X X^T of the layers' inputs
-over all steps, conditional and unconditional half apart. G_0 is that of the base's conditional half, of half its
-unconditional one, and of half the experts' unconditional ones (their mean): an expert shifts what the empty prompt
-leads to. An expert is looked at where it adapts a layer that the input is fed to. So what is measured of one expert
-does not depend on the others, and can be kept: a later expert is merged with it as if all had been looked at together.
+Each expert draws prompts of its own category, and the base draws prompts of what must stay. Hooks sum up X X^T of the
+layers' inputs over all steps, separately for the conditional and the unconditional half. G_0 is made from the base's
+conditional half, half of the base's unconditional half, and half of the mean of the experts' unconditional halves,
+because an expert also changes the result of the empty prompt. An input is measured with an expert only if the expert
+adapts a layer that reads it. So the statistics of one expert do not depend on the others and can be kept: merging a
+later expert gives the same result as measuring all together.
 
-Layers that are fed with the same tensor (q, k and v; all that read the text) share one matrix. Where all do not fit
-into memory, layers are looked at in groups: the same drawings again for each.
+Layers that read the same tensor (q, k and v; all that read the text) share one matrix. If not all matrices fit into
+memory, layers are measured in groups, with the same drawings repeated for each group.
 """
 
 from __future__ import annotations
@@ -38,38 +39,38 @@ from lit_safety.merging.regmean import Grams
 
 GIGABYTE = 1e9
 FREE = 8 * GIGABYTE
-"""Taken for the free memory where the system does not tell it."""
+"""Used as the free memory if the system does not report it."""
 NUMBER = 4
-"""Bytes of a number of a Gram matrix."""
+"""Bytes for each number of a Gram matrix."""
 
 
-# Which layers share their inputs, and how much memory that takes.
+# Finding which layers share their inputs, and how much memory the matrices take.
 
 
 @dataclass(frozen=True)
 class Shared:
-    """An input of one or several layers."""
+    """An input that one or several layers read."""
 
     layers: tuple[str, ...]
     size: int
-    """Numbers a token; of a convolution channels times elements of its kernel."""
+    """Numbers in a token; for a convolution channels times kernel elements."""
 
     def bytes(self, experts: int) -> int:
-        """Of its Gram matrices while it is looked at: one an expert, that of what must stay, and one at work."""
+        """Bytes of its Gram matrices while it is measured: one an expert, one for what must stay, one to work on."""
         return NUMBER * self.size**2 * (experts + 2)
 
 
 def shared_inputs(modules: Mapping[str, nn.Module], forward: Callable[[], object]) -> list[Shared]:
-    """Which layers are fed with the very same tensor in a forward; one that is not called stands in none.
+    """Which layers read the same tensor in a forward pass. Layers that are not called are left out.
 
-    Works on the meta device too, so that the plan of a large network is counted without its weights.
+    It works on the meta device too, so that a large network can be planned without its weights.
 
     Args:
         modules: linear layers and convolutions by name.
-        forward: calls the network once.
+        forward: runs the network once.
     """
     seen: dict[str, list[tuple[Any, ...]]] = {}
-    held: list[Tensor] = []  # so that no other tensor gets the place of one that was seen
+    held: list[Tensor] = []  # keeps tensors alive, so that no new tensor gets the memory address of an earlier one
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -93,7 +94,7 @@ def shared_inputs(modules: Mapping[str, nn.Module], forward: Callable[[], object
 
 
 def _geometry(module: nn.Module) -> tuple[Any, ...]:
-    """What of a convolution decides which numbers an output is computed from."""
+    """The settings of a convolution that decide from which numbers an output is computed."""
     if not isinstance(module, nn.Conv2d):
         return ()
     return module.kernel_size, module.stride, module.padding, module.dilation
@@ -104,10 +105,10 @@ def _width(module: nn.Module) -> int:
 
 
 def plan(inputs: Sequence[Shared], experts: int, gigabytes: float) -> list[list[Shared]]:
-    """Groups of inputs whose Gram matrices fit into memory together, as few as first fit gives.
+    """Groups of inputs whose Gram matrices fit into memory together; groups are filled by first fit.
 
     Raises:
-        UserError: one alone does not.
+        UserError: a single input does not fit.
     """
     room = gigabytes * GIGABYTE
     groups: list[list[Shared]] = []
@@ -117,7 +118,7 @@ def plan(inputs: Sequence[Shared], experts: int, gigabytes: float) -> list[list[
         if needed > room:
             raise UserError(
                 f"--calibration.memory {gigabytes:.3g}: the inputs of {one.layers[0]} alone take "
-                f"{needed / GIGABYTE:.3g} GB; give as much"
+                f"{needed / GIGABYTE:.3g} GB; set it to at least that"
             )
         place = next((n for n, free in enumerate(left) if needed <= free), None)
         if place is None:
@@ -130,7 +131,7 @@ def plan(inputs: Sequence[Shared], experts: int, gigabytes: float) -> list[list[
 
 
 def free_memory() -> float:
-    """Bytes of this machine's memory that are free now, or would be if they were asked for."""
+    """Bytes of this machine's memory that are free or can be freed."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -140,47 +141,49 @@ def free_memory() -> float:
         return FREE
 
 
-# Measure them.
+# Measuring the Gram matrices.
 
 
 @dataclass(frozen=True)
 class Halves:
-    """What was measured of one input on one set of prompts: Gram matrices (in, in) in fp32, on the CPU."""
+    """The Gram matrices (in, in) of one input on one set of prompts, in fp32 on the CPU."""
 
     conditional: Tensor
     unconditional: Tensor | None
-    """None: it was drawn without guidance."""
+    """None: the images were drawn without guidance."""
 
 
 class Kept(Protocol):
-    """Statistics of an earlier look. Both methods take an expert, or None for what must stay, and name an input by the
-    layers that are fed with it, of which any will do."""
+    """Statistics of an earlier measurement.
+
+    Both methods take an expert, or None for what must stay, and any of the layers that read the input.
+    """
 
     def holds(self, who: str | None, layers: Sequence[str]) -> bool:
         """Whether this input was measured."""
 
     def halves(self, who: str | None, layers: Sequence[str]) -> Halves:
-        """What was measured of it."""
+        """The statistics of this input."""
 
 
 class Keep(Protocol):
-    """Where statistics are kept."""
+    """A place that keeps statistics."""
 
     def add(self, who: str | None, halves: Mapping[tuple[str, ...], Halves]) -> None:
-        """Keep what was measured of some inputs.
+        """Keep the statistics of some inputs.
 
         Args:
             who: an expert; None: what must stay.
-            halves: by the layers that are fed with each.
+            halves: the statistics by the layers that read the input.
         """
 
 
 @dataclass(frozen=True)
 class Looked:
-    """Gram matrices of all layers, a group at a time, and what a report says of them."""
+    """Gram matrices of all layers, one group at a time, and what a report says about them."""
 
     groups: Iterator[dict[str, Grams]]
-    """By layer; to be gone through once."""
+    """Gram matrices by layer; can be iterated only once."""
     about: dict[str, Any]
 
 
@@ -194,16 +197,16 @@ def look(
     kept: Kept | None = None,
     keep: Keep | None = None,
 ) -> Looked:
-    """Find out which layers share inputs, plan, and hand out the groups' Gram matrices as they are measured.
+    """Find out which layers share inputs, plan the groups, and yield each group's Gram matrices when it is measured.
 
     Args:
         backbone: the base.
-        experts: all of them.
-        prompts: of what must stay, and of each expert that nothing is kept of.
-        recipe: what asks for it.
-        options: how they are drawn.
-        kept: what was measured before, which is not measured again.
-        keep: where what is measured now is kept.
+        experts: all experts.
+        prompts: prompts of what must stay, and of each expert without kept statistics.
+        recipe: the merge for which this is measured.
+        options: how images are drawn.
+        kept: earlier statistics, which are not measured again.
+        keep: keeps the new statistics.
 
     Raises:
         UserError: the experts were made for another backbone, or a layer's inputs do not fit into memory.
@@ -244,14 +247,14 @@ def _measured(
     called = {name for group in groups for one in group for name in one.layers}
     yield {name: _nothing(module, len(experts)) for name, module in modules.items() if name not in called}
     for number, group in enumerate(groups, 1):
-        what = "looking at inputs" if len(groups) == 1 else f"looking at inputs, group {number} of {len(groups)}"
+        what = "measuring inputs" if len(groups) == 1 else f"measuring inputs, group {number} of {len(groups)}"
         measured = measure(backbone, experts, prompts, options, modules, group, what, kept, keep)
         for one in group:
             yield dict.fromkeys(one.layers, measured.pop(one.layers[0]))
 
 
 def _nothing(module: nn.Module, experts: int) -> Grams:
-    """Of a layer that is never called."""
+    """The Gram matrices of a layer that is never called: zeros."""
     zero = torch.zeros(1, 1).expand(_width(module), _width(module))
     return Grams((zero,) * experts, zero)
 
@@ -264,22 +267,22 @@ def measure(
     options: CalibrationOptions,
     modules: Mapping[str, nn.Module],
     group: Sequence[Shared],
-    what: str = "looking at inputs",
+    what: str = "measuring inputs",
     kept: Kept | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Grams]:
-    """The Gram matrices of some inputs by the first layer that reads each, on the CPU.
+    """The Gram matrices of some inputs, by the first layer that reads each input, on the CPU.
 
     Args:
-        backbone: the base, on the device to compute on; adapters that are on it are switched off.
-        experts: in the order of their names; none: only the base is looked at.
-        prompts: of what must stay, and of each expert that nothing is kept of.
-        options: how they are drawn.
+        backbone: the base, on the device to compute on; its adapters are switched off.
+        experts: in the order of their names; empty: only the base is measured.
+        prompts: prompts of what must stay, and of each expert without kept statistics.
+        options: how images are drawn.
         modules: the layers by name.
-        group: the inputs.
-        what: for the progress bar.
-        kept: what was measured before.
-        keep: where what is measured now is kept.
+        group: the inputs to measure.
+        what: text for the progress bar.
+        kept: earlier statistics.
+        keep: keeps the new statistics.
     """
     by_name = {expert.name: expert for expert in experts}
     here: dict[str | None, list[Shared]] = {None: list(group)}
@@ -291,7 +294,7 @@ def measure(
     anchors: dict[Shared, Tensor] = {}
     own: dict[Shared, dict[str, Tensor]] = {one: {} for one in group}
     batches = sum(-(-len(some) // options.batch_size) for some in drawn.values())
-    # Compiled blocks would pass by hooks that are set later.
+    # Compiled blocks would ignore hooks that are added later.
     with counter(what, batches) as tick, _base(backbone), torch.compiler.set_stance("force_eager"):
         for who, inputs in here.items():
             found = {}
@@ -347,8 +350,10 @@ def _pass(
             found = next(turns)
             if rows != size * len(found):
                 if rows != size:
-                    raise UserError(f"regmean cannot tell what a forward of {rows} rows for {size} prompts computes")
-                found = (True,)  # without guidance
+                    raise UserError(
+                        f"regmean does not know what a forward pass of {rows} rows for {size} prompts computes"
+                    )
+                found = (True,)  # drawn without guidance
             for one in sums:
                 one.halves = found
 
@@ -369,7 +374,7 @@ def _draw(backbone: Backbone, batch: list[str], options: CalibrationOptions, ste
 
 @contextmanager
 def acting(expert: Expert, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within, the network computes with the expert's update; its weights stay as they are."""
+    """A context in which the network computes with the expert's update; its weights do not change."""
     handles = []
     for name, part in expert.layers.items():
         if not part.rank:
@@ -410,18 +415,18 @@ def added(part: LowRank, module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Sum:
-    """X X^T of one layer's inputs, conditional and unconditional half apart, on the layer's device.
+    """X X^T of one layer's inputs, separately for the conditional and the unconditional half, on the layer's device.
 
     Args:
         module: the layer.
-        size: how wide its inputs are.
+        size: the width of its inputs.
     """
 
     def __init__(self, module: nn.Module, size: int) -> None:
         self.module = module
         self.size = size
         self.halves: tuple[bool, ...] = (True,)
-        """Of what the next inputs are made, whether with the prompt, in their order."""
+        """For each part of the next inputs, in order: whether it was computed with the prompt."""
         self._halves: dict[bool, Tensor] = {}
         self._tokens = {False: 0, True: 0}
 
@@ -440,7 +445,7 @@ class _Sum:
             self._tokens[conditional] += columns.shape[1]
 
     def _columns(self, x: Tensor) -> Iterator[Tensor]:
-        """The inputs as columns (in, tokens); of a convolution an image at a time."""
+        """The inputs as columns (in, tokens); for a convolution one image at a time."""
         if not isinstance(self.module, nn.Conv2d):
             yield x.reshape(-1, self.size).T
             return
@@ -451,7 +456,10 @@ class _Sum:
             yield nn.functional.unfold(image[None], conv.kernel_size, conv.dilation, padding, conv.stride)[0]
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """Both halves divided by their tokens, on the CPU; begins anew. Without guidance there is no second half."""
+        """Both halves divided by their number of tokens, on the CPU; resets the sums.
+
+        Without guidance the second is None.
+        """
         found = {
             half: (total / self._tokens[half]).cpu() if self._tokens[half] else None
             for half, total in self._halves.items()
@@ -462,13 +470,13 @@ class _Sum:
 
 
 def _checked(name: str, module: nn.Module) -> nn.Module:
-    """Raises: UserError for a convolution whose inputs are no plain patches."""
+    """Return the layer. Raises UserError for a convolution that regmean does not support."""
     if isinstance(module, nn.Conv2d):
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         if not plain:
             raise UserError(
-                f"{name}: regmean does not look at convolutions in groups or with padding by name or reflection"
+                f"{name}: regmean does not support convolutions in groups or with padding by name or reflection"
             )
     elif not isinstance(module, nn.Linear):
-        raise UserError(f"{name}: is a {type(module).__name__}, and regmean looks at linear layers and Conv2d")
+        raise UserError(f"{name}: is a {type(module).__name__}, but regmean supports only linear layers and Conv2d")
     return module

@@ -1,8 +1,8 @@
-"""Statistics of a merge that are kept beside it, so that an expert is added later without the data of the others.
+"""Statistics that are kept with a merge, so that an expert can be added later without the data of the others.
 
-`statistics/` holds the Gram matrices of every expert and of what must stay, as they were measured, the experts' own
-factors, and `statistics.json`: how they were measured, on which base model, and the sha256 of every file. Clean prompts
-stand in it as they are; of an expert's prompts it has hashes only.
+`statistics/` holds the measured Gram matrices of every expert and of what must stay, the experts' own factors, and
+`statistics.json`: how they were measured, on which base model, and the sha256 of every file. Clean prompts are stored
+as text; an expert's prompts are stored only as hashes.
 """
 
 from __future__ import annotations
@@ -34,40 +34,40 @@ FOLDER = "statistics"
 INDEX = "statistics.json"
 FORMAT = "lit_safety statistics 1"
 HOW = ("each", "steps", "guidance", "batch_size", "seed")
-"""Options of the calibration that decide the numbers; a later expert is looked at by the same ones."""
+"""Options of the calibration that decide the numbers; a later expert is measured with the same ones."""
 ADD_TO = "--add_to"
 
 
 def fingerprint(pipeline: str, denoiser: str, encoders: Sequence[str]) -> dict[str, str]:
-    """Hashes of all parts of a base model that decide what its layers are fed with."""
+    """Hashes of all parts of a base model that decide its layers' inputs."""
     return part_hashes(pipeline, [denoiser, "scheduler", *encoders])
 
 
 def prompt_hash(prompt: str) -> str:
-    """What stands for a prompt where its words are not kept."""
+    """The hash that is stored instead of a prompt's text."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass
 class KeptExpert:
-    """What is kept of one expert besides its Gram matrices."""
+    """What is kept for one expert in addition to its Gram matrices."""
 
     expert: Expert
     weight: float
     category: str | None
-    """Whose prompts it was looked at on."""
+    """The category or file of the prompts on which it was measured."""
     prompts: list[str]
-    """Hashes of them."""
+    """Hashes of these prompts."""
     file: str = ""
-    """Of its factors."""
+    """sha256 of its factors."""
 
 
 class Keeper:
     """Writes statistics into a folder while they are measured.
 
     Args:
-        folder: is made.
-        kept: earlier ones; their files are copied.
+        folder: is created.
+        kept: earlier statistics; their files are copied.
     """
 
     def __init__(self, folder: Path, kept: KeptStatistics | None = None) -> None:
@@ -85,7 +85,7 @@ class Keeper:
                     shutil.copyfile(kept.folder / name, folder / name)
 
     def add(self, who: str | None, halves: Mapping[tuple[str, ...], Halves]) -> None:
-        """Keep what was measured of some inputs, by the layers that are fed with each."""
+        """Keep the statistics of some inputs, by the layers that read each input."""
         tensors = {}
         for layers, one in halves.items():
             tensors[f"conditional.{layers[0]}"] = one.conditional
@@ -104,9 +104,9 @@ class Keeper:
         """Write the new experts' factors and the index; returns the folder.
 
         Args:
-            experts: that were looked at now.
+            experts: the experts that were measured now.
             clean: prompts of what must stay.
-            options: how they were drawn.
+            options: how images were drawn.
             base: the base model's fingerprint.
         """
         for one in experts:
@@ -140,7 +140,7 @@ class Keeper:
 
     def _write(self, kind: str, tensors: Mapping[str, Tensor]) -> str:
         name = f"{kind}-{len(self._hashes)}.safetensors"
-        # q, k and v of a layer may share a factor
+        # a copy, because q, k and v of a layer can share a factor
         content = save({key: one.detach().clone().contiguous() for key, one in tensors.items()})
         with self._writing():
             (self.folder / name).write_bytes(content)
@@ -157,7 +157,7 @@ class Keeper:
 
 @dataclass
 class KeptStatistics:
-    """Statistics that were kept; Gram matrices are read when they are asked for."""
+    """Kept statistics; Gram matrices are read only when they are needed."""
 
     folder: Path
     index: Mapping[str, Any]
@@ -180,17 +180,17 @@ class KeptStatistics:
         return any((who, layer) in self._of for layer in layers)
 
     def halves(self, who: str | None, layers: Sequence[str]) -> Halves:
-        """What was measured of it."""
+        """The statistics of an input."""
         file, first = next(self._of[who, layer] for layer in layers if (who, layer) in self._of)
         wanted = (f"conditional.{first}", f"unconditional.{first}")
         found = _tensors(self.folder, file, self.index["files"], self._checked, wanted)
         return Halves(found[wanted[0]], found.get(wanted[1]))
 
     def check_base(self, base: Mapping[str, str]) -> None:
-        """Complain where a base model is another one than they were measured on.
+        """Refuse another base model than the one on which they were measured.
 
         Raises:
-            UserError: names the parts that differ.
+            UserError: the message names the parts that differ.
         """
         then = self.index["base"]
         if other := sorted(part for part in {*then, *base} if then.get(part) != base.get(part)):
@@ -201,10 +201,10 @@ class KeptStatistics:
             )
 
     def options(self, given: CalibrationOptions) -> CalibrationOptions:
-        """The options with those that decide the numbers as they were.
+        """The given options, with the kept values for those that decide the numbers.
 
         Raises:
-            UserError: one was given, and is another.
+            UserError: an option was given with another value.
         """
         usual = CalibrationOptions()
         for key in HOW:
@@ -218,16 +218,16 @@ class KeptStatistics:
 
 
 def read_kept(merge: Path) -> KeptStatistics:
-    """The statistics beside a merge, with the experts' factors.
+    """The statistics that are kept with a merge, with the experts' factors.
 
     Raises:
-        UserError: there are none, or a file is missing or damaged.
+        UserError: the merge keeps no statistics, or a file is missing or damaged.
     """
     folder = merge / FOLDER
     file = folder / INDEX
     if not file.is_file():
         raise UserError(
-            f"{ADD_TO} {merge}: keeps no statistics ({FOLDER}/{INDEX} is not there); merge its experts again with "
+            f"{ADD_TO} {merge}: keeps no statistics ({FOLDER}/{INDEX} is missing); merge its experts again with "
             "--keep_statistics true"
         )
     try:
@@ -237,13 +237,13 @@ def read_kept(merge: Path) -> KeptStatistics:
         if any(name != Path(name).name or not name.endswith(".safetensors") for name in index["files"]):
             raise ValueError("it names files outside of its folder")
         if set(index["options"]) != set(HOW) or not all(isinstance(one, str) for one in index["clean"]):
-            raise ValueError("its options or clean prompts are not there")
+            raise ValueError("its options or clean prompts are missing")
         experts = [_expert(folder, one, index["files"]) for one in index["experts"]]
         return KeptStatistics(folder, index, experts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: is no readable index of statistics ({error}); merge all experts again") from error
+        raise UserError(f"{file}: is not a readable index of statistics ({error}); merge all experts again") from error
 
 
 def _expert(folder: Path, one: Mapping[str, Any], files: Mapping[str, str]) -> KeptExpert:
@@ -259,7 +259,7 @@ def _expert(folder: Path, one: Mapping[str, Any], files: Mapping[str, str]) -> K
 def _tensors(
     folder: Path, name: str, files: Mapping[str, str], checked: set[str], wanted: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of a file, those of ``wanted`` or all; its sha256 is compared once."""
+    """The tensors of a file, those of ``wanted`` or all; its sha256 is checked once."""
     path = folder / name
     if name not in checked:
         if not path.is_file():
@@ -274,7 +274,7 @@ def _tensors(
 
 @contextmanager
 def keeping(out: Path, wanted: bool, kept: KeptStatistics | None = None) -> Iterator[Keeper | None]:
-    """A keeper whose files lie beside ``out`` until they are moved into it; None: nothing is to be kept."""
+    """A keeper that writes to a folder next to ``out``, from where files are moved into it; None if nothing is kept."""
     if not wanted:
         yield None
         return
@@ -288,7 +288,7 @@ def keeping(out: Path, wanted: bool, kept: KeptStatistics | None = None) -> Iter
 
 
 class Used(Collection[str]):
-    """Prompts that were looked at, of which some are known by their hashes only."""
+    """Prompts that were used in the measurement; for some only the hash is known."""
 
     def __init__(self, prompts: Iterable[str], hashes: Iterable[str] = ()) -> None:
         self._hashes = {*map(prompt_hash, prompts), *hashes}

@@ -1,4 +1,4 @@
-"""The command `merge`: experts trained apart become one LoRA, and with `fuse` a whole pipeline."""
+"""The command `merge`: separately trained experts become one LoRA, and with `fuse` a whole pipeline."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ def merge(
     """Merge LoRA experts in delta space into one that stock diffusers loads.
 
     Writes into `out`: pytorch_lora_weights.safetensors, report.json, README.md, and with `fuse` the folder pipeline/.
-    The order of the experts does not matter, and a single one of weight 1 comes out as it went in.
+    The order of the experts does not matter. A single expert of weight 1 is not changed.
 
     Args:
         experts: Folders or files of LoRAs, each as PATH or NAME=PATH; diffusers', PEFT's or kohya's layout.
-        out: Folder of the merged adapter; an earlier merge there is replaced.
-        pipeline: Folder or hub id of the base model, for regmean, comerge and fuse, and to look the experts' layers up
-            in where it is on this machine; null takes the one that the experts' model cards, or PEFT's configurations,
-            name.
-        weights: A weight for each expert, in the order given; null weighs all 1. Not for comerge.
-        calibration: regmean, comerge and null_space: the prompts and how they are looked at.
-        mus: regmean: also write an adapter for each of these mu, in folders such as mu-0.1, from the same look.
+        out: Folder of the merged adapter; an earlier merge in it is replaced.
+        pipeline: Folder or hub id of the base model, for regmean, comerge and fuse, and to check the experts' layers if
+            it is on this machine; null takes the one that the experts' model cards or PEFT configurations name.
+        weights: A weight for each expert, in the given order; null gives all the weight 1. Not for comerge.
+        calibration: regmean, comerge and null_space: the prompts, and how the base model is measured on them.
+        mus: regmean: also write an adapter for each of these mu, in folders such as mu-0.1, from the same measurement.
         tune: regmean: choose mu on validation prompts, among those of `tuning`; writes tuning.png, the curve of safety
-            against fidelity, and what was tried into report.json.
-        tuning: How it is chosen.
+            against fidelity, and adds all tried values to report.json.
+        tuning: How mu is chosen.
         fuse: Also write the whole pipeline with the merged adapter in its weights, in fp32.
-        device: Where the base model is looked at and mu chosen, such as cpu or cuda:1; null takes cuda where there is
+        device: Device for measuring the base model and choosing mu, such as cpu or cuda:1; null takes cuda if there is
             one.
-        keep_statistics: regmean: keep what was measured, in the folder statistics/ of `out`: experts can then be added
-            later. As large as the Gram matrices: some MB for the toy world, 1.3 GB an expert for Stable Diffusion 1.5.
-        add_to: regmean: folder of an earlier merge that keeps its statistics. The experts given are added to those in
-            it, which are neither needed nor looked at again; the outcome is that of merging all at once, and keeps
-            statistics too. `out` may be the same folder.
+        keep_statistics: regmean: keep the statistics in the folder statistics/ of `out`, so that experts can be added
+            later. It is as large as the Gram matrices: some MB for the toy world, 1.3 GB for each expert for Stable
+            Diffusion 1.5.
+        add_to: regmean: folder of an earlier merge that kept its statistics. The given experts are added to those in
+            it; the earlier experts' files are not needed and not measured again. The result is that of merging all at
+            once, and also keeps statistics. `out` may be the same folder.
         **settings: How they are merged, see `Recipe`.
 
     Raises:
@@ -86,16 +86,16 @@ def merge(
     named |= {expert.name: weight for expert, weight in zip(loaded, weights or [], strict=bool(weights))}
     recipe = Recipe(weights=named, **settings)
     if (asked := "--add_to" if kept else "--keep_statistics" if keep_statistics else None) and not recipe.own_inputs:
-        raise UserError(f"{asked}: {recipe.method} keeps no statistics; take --method regmean, or merge all at once")
+        raise UserError(f"{asked}: {recipe.method} keeps no statistics; use --method regmean, or merge all at once")
     if twice := sorted({one.name for one in earlier} & {one.name for one in loaded}):
-        raise UserError(f"--add_to {add_to}: holds an expert {twice[0]} already; name the new one NAME=FOLDER")
+        raise UserError(f"--add_to {add_to}: already holds an expert {twice[0]}; name the new one NAME=FOLDER")
     check_out(Path(out), [Path(str(expert.provenance["path"])) for expert in loaded])
     united_layers(every)
     base = pipeline or base_of(every)
     looks = recipe.looks(len(every)) or keep_statistics
     asks = [recipe.method if recipe.null_space is None else "--null_space"] if looks else []
     if (needs := [*asks, *(["--fuse"] if fuse else [])]) and base is None:
-        raise UserError(f"{needs[0]} needs the base model, and no expert's card names one: give --pipeline")
+        raise UserError(f"{needs[0]} needs the base model, but no expert's card names one: give --pipeline")
     _check_mus(recipe, len(every), mus, tune, tuning, calibration)
 
     tried = tuning.mus if tune else [recipe.mu]
@@ -146,12 +146,12 @@ def _check_mus(
     tuning: TuningOptions,
     calibration: CalibrationOptions,
 ) -> None:
-    """Complain about `mus` and `tune` before the model is loaded."""
+    """Refuse wrong `mus` and `tune` before the model is loaded."""
     asked = [name for name, given in (("--mus", mus is not None), ("--tune", tune)) if given]
     if asked and not recipe.own_inputs:
-        raise UserError(f"{asked[0]}: {recipe.method} has no mu; it is regmean's")
+        raise UserError(f"{asked[0]}: {recipe.method} has no mu; only regmean has")
     if asked and experts == 1:
-        raise UserError(f"{asked[0]}: a single expert is left as it is; give two or more")
+        raise UserError(f"{asked[0]}: a single expert is not changed by a merge; give two or more")
     for mu in mus or []:
         replace(recipe, mu=mu)
     if tune:
@@ -168,7 +168,7 @@ def _tuned(
     calibration: CalibrationOptions,
     device: str | None,
 ) -> tuple[float, dict[str, Any], bytes]:
-    """The mu that was chosen, what the report says of it, and the curve."""
+    """The chosen mu, what the report says about the choice, and the curve."""
     from tempfile import TemporaryDirectory
 
     from lit_safety.adapters.lora import WEIGHTS_NAME
@@ -190,23 +190,23 @@ def _tuned(
 
 
 def base_of(experts: Sequence[Expert]) -> str | None:
-    """The base model that the experts' cards or configurations name; None: none of them names one.
+    """The base model that the experts' cards or configurations name; None: none is named.
 
     Raises:
-        UserError: they name different ones.
+        UserError: they name different base models.
     """
     named = {str(e.provenance["base_model"]): e.name for e in experts if e.provenance.get("base_model") is not None}
     if len(named) > 1:
         told = "; ".join(f"{expert}: {base}" for base, expert in named.items())
         raise UserError(
-            f"the experts were made for different base models by their cards or configurations ({told}); if it is one "
-            "model under several names, give it as --pipeline"
+            f"the experts' cards or configurations name different base models ({told}); if these are several names of "
+            "one model, give it as --pipeline"
         )
     return next(iter(named), None)
 
 
 def _backbone(base: str, options: CalibrationOptions, device: str | None) -> Backbone:
-    """The base model where it is looked at."""
+    """The base model on the device where it is measured."""
     import torch
 
     from lit_safety.backbones.load import load_backbone

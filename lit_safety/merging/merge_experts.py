@@ -1,4 +1,4 @@
-"""Merge experts layer by layer: at no time is the whole update of more than one layer in memory."""
+"""Merge experts layer by layer: never is the whole update of more than one layer in memory."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from lit_safety.merging.regmean import Grams, anchored
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one layer of the file holds what the method asks for."""
+    """How well one layer of the file represents the method's exact result."""
 
     rank: int
     norm: float
     """Frobenius norm of the exact merged update."""
     error: float
-    """Frobenius norm of its difference to the update that is written, rounding to the file's numbers included."""
+    """Frobenius norm of its difference from the written update, including rounding to the file's number format."""
     rows: Mapping[str, int] | None = None
-    """comerge: how many rows (of unit weight: single weights) come from each expert."""
+    """comerge: how many rows (with unit weight: single weights) come from each expert."""
     scale: float = 1.0
-    """What the merged update was multiplied by."""
+    """The factor on the merged update."""
 
     @property
     def residual(self) -> float:
@@ -53,7 +53,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged adapter and what is known of it."""
+    """A merged adapter and how well it fits."""
 
     layers: Mapping[str, LowRank]
     fits: Mapping[str, Fit]
@@ -73,7 +73,7 @@ def merge_experts(
 ) -> Merged:
     """Merge experts in delta space.
 
-    A single expert of weight 1 is returned as it is by every method, unless a lower rank or a scale is asked for.
+    Every method returns a single expert of weight 1 unchanged, unless a lower rank or a scale is given.
 
     Args:
         experts: in any order, each under its own name.
@@ -83,7 +83,7 @@ def merge_experts(
 
     Raises:
         UserError: the experts do not fit each other, or share a name.
-        ValueError: no ``activity`` of a layer where the recipe needs it.
+        ValueError: the recipe needs the ``activity`` of a layer and it is missing.
     """
     experts = _sorted(experts)
     layers, fits = {}, {}
@@ -99,17 +99,17 @@ def merge_looked(
     groups: Iterable[Mapping[str, Grams]],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Merged]:
-    """The same by recipes that need Gram matrices of the layers' inputs: all of them from one look at the model.
+    """The same for recipes that need Gram matrices of the layers' inputs: all recipes use one measurement.
 
     Args:
         experts: in any order, each under its own name.
         recipes: the methods and their settings.
-        groups: Gram matrices by layer, with the experts in the order of their names; a group is merged before the next
-            is asked for, so that no two are in memory. Every layer stands in one.
+        groups: Gram matrices by layer, with the experts in the order of their names. A group is merged before the next
+            one is requested, so that only one is in memory. Every layer is in one group.
         tick: called after every layer.
 
     Raises:
-        UserError: as `merge_experts`; or clean inputs leave nothing of all experts.
+        UserError: as `merge_experts`; or clean inputs use all directions, so that nothing of the experts is left.
     """
     experts = _sorted(experts)
     found: dict[str, list[tuple[LowRank, Fit]]] = {}
@@ -126,7 +126,7 @@ def merge_looked(
         if recipe.null_space is not None and not any(fit.norm for fit in one.fits.values()):
             raise UserError(
                 f"--null_space {recipe.null_space:g}: clean inputs use every direction of every layer, so nothing of "
-                "the experts is left; give a larger share, or take --method regmean"
+                "the experts is left; give a larger share, or use --method regmean"
             )
     return merged
 
@@ -141,15 +141,15 @@ def _sorted(experts: Sequence[Expert]) -> list[Expert]:
 def _layer_of(
     name: str, experts: Sequence[Expert], recipe: Recipe, activity: Activity | None, grams: Grams | None = None
 ) -> tuple[LowRank, Fit]:
-    """The update of one layer as it is written, and how well that is what the method asks for."""
+    """The update of one layer as it is written, and how well it represents the method's exact result."""
     parts = parts_of(experts, name)
     if recipe.null_space is not None:
         if grams is None:
-            raise ValueError(f"the clean inputs of {name} are needed to take out what acts on them: look first")
+            raise ValueError(f"the clean inputs of {name} are needed to remove what acts on them: measure them first")
         directions = null_space(grams.anchor, recipe.null_space)
         parts = [project(part, directions) if part.rank else part for part in parts]
     exact, rows = _exact(name, parts, experts, recipe, activity, grams)
-    # Where a single expert adapts the layer, nothing of it is left out that a scale would make up for.
+    # If only one expert adapts the layer, nothing of it is lost, so no scale is needed to make up for a loss.
     adapting = sum(part.rank > 0 for part in parts)
     scale = recipe.scale_of(adapting)
     if recipe.svc and len(parts) > 1:
@@ -171,7 +171,7 @@ def _exact(
     activity: Activity | None,
     grams: Grams | None,
 ) -> tuple[LowRank | Tensor, dict[str, int] | None]:
-    """What the method asks for: factors where there are any, else (out, in) in fp32; and comerge's rows by expert."""
+    """The method's exact result: factors if it has any, else (out, in) in fp32; and comerge's rows by expert."""
     names = [expert.name for expert in experts]
     weights = [recipe.weight(expert) for expert in names]
     alone = sum(part.rank > 0 for part in parts) == 1
@@ -181,10 +181,10 @@ def _exact(
         return mean(parts, weights), None
     if recipe.method == "regmean":
         if grams is None:
-            raise ValueError(f"regmean needs to know what {name} is fed with: look first")
+            raise ValueError(f"regmean needs the inputs of {name}: measure them first")
         return anchored(parts, grams, recipe.mu, recipe.epsilon, weights), None
     if recipe.method in ("tsv_m", "iso_c"):
-        if alone:  # whose update is left as it is, as if it were merged alone
+        if alone:  # its update is not changed, as if it were merged alone
             return task_sum(parts, weights), None
         return (tsv_m if recipe.method == "tsv_m" else iso_c)(parts, weights), None
     if recipe.method == "comerge":
@@ -223,7 +223,7 @@ def _written(exact: LowRank | Tensor, parts: Sequence[LowRank], recipe: Recipe, 
     if rank is None and recipe.method == "svd":
         rank = max(part.rank for part in parts)
     if isinstance(exact, Tensor):
-        # As large as the block form of the other methods would be, unless a rank is asked for.
+        # As large as the block form of the other methods, unless a rank is given.
         ceiling = min(sum(part.rank for part in parts), *exact.shape)
         factors = svd_of_dense(exact, min(rank or ceiling, ceiling), parts[0].kernel)
     else:
@@ -243,10 +243,10 @@ def _fit(exact: LowRank | Tensor, written: LowRank, rows: dict[str, int] | None,
     return Fit(written.rank, norm, float(torch.linalg.matrix_norm(target - written.delta())), rows, scale)
 
 
-# What a merge did, as JSON next to the weights and as a table on the terminal.
+# The report of a merge: JSON next to the weights, and a table on the terminal.
 
 
-#: By this a folder is known to be a merge's own.
+#: Marks a folder as the output of a merge.
 FORMAT = "lit_safety merge 1"
 
 
@@ -257,14 +257,14 @@ def report(
     calibration: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that `report.json` says but the file's size.
+    """Everything in `report.json` except the file's size.
 
     Args:
-        merged: what came out.
-        experts: what went in.
-        recipe: how.
-        calibration: what was measured on.
-        seconds: how long each part took, reading and writing left out.
+        merged: the result.
+        experts: the experts that were merged.
+        recipe: how they were merged.
+        calibration: what the measurement used.
+        seconds: how long each part took, without reading and writing.
     """
     return {
         "format": FORMAT,
@@ -295,7 +295,7 @@ def _layer(fit: Fit) -> dict[str, Any]:
 
 
 def table(merged: Merged) -> str:
-    """Ranks and relative Frobenius residuals, layers summed up by block; every single layer stands in report.json."""
+    """A table of ranks and relative Frobenius residuals by block; report.json lists every layer."""
     blocks: dict[str, list[Fit]] = {}
     for name, fit in merged.fits.items():
         blocks.setdefault(_block(name), []).append(fit)

@@ -1,4 +1,4 @@
-"""Arithmetic on products b @ a without making the product: stacking, exact reduction, truncation. All in fp64."""
+"""Arithmetic on products b @ a without computing the product: stacking, exact reduction, truncation. All in fp64."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lit_safety.merging.options import Statistic
 
 
 def stack(parts: Sequence[LowRank], weights: Sequence[float | Tensor]) -> LowRank:
-    """sum_k weights[k] * delta_k as one product of rank sum_k r_k, scales and weights folded into b.
+    """sum_k weights[k] * delta_k as one product of rank sum_k r_k; scales and weights are multiplied into b.
 
     Args:
         parts: updates of one layer, (out, in).
-        weights: a number a part, or a column (out, 1) that weighs the rows of its delta.
+        weights: one number for each part, or a column (out, 1) with a weight for each row of its delta.
 
-    A part of weight 0 or rank 0 takes no rank. If a single part is left and its weight is a number, its tensors are
-    returned as they are, so that at weight 1 nothing is rounded.
+    A part of weight 0 or rank 0 adds no rank. If a single part is left and its weight is a number, its tensors are
+    returned unchanged, so that with weight 1 nothing is rounded.
     """
     kept = [(p, w) for p, w in zip(parts, weights, strict=True) if p.rank and bool(torch.as_tensor(w).count_nonzero())]
     if len(kept) == 1 and not isinstance(kept[0][1], Tensor):
@@ -50,18 +50,20 @@ def reduce_rank(layer: LowRank) -> LowRank:
     return LowRank(q.T, b @ rest.T, kernel=layer.kernel)
 
 
-# The weighted mean of the updates. (Not the product of the means of A and B, which is another update.)
+# The weighted mean of the updates. (The product of the means of A and B would be another update.)
 
 
 def mean(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """sum_k w_k delta_k / sum_k w_k, exactly, as one LoRA of rank sum_k r_k; a missing layer counts as a zero update.
 
     Raises:
-        UserError: if the weights add up to nothing.
+        UserError: the weights add up to 0.
     """
     total = sum(weights)
     if abs(total) < 1e-12:
-        raise UserError(f"--weights {list(weights)} add up to {total:g}, and a mean divides by that; use --method sum")
+        raise UserError(
+            f"--weights {list(weights)} add up to {total:g}, but a mean divides by the sum; use --method sum"
+        )
     return stack(parts, [weight / total for weight in weights])
 
 
@@ -76,15 +78,15 @@ def task_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 # The best approximation of an update by one of lower rank in the Frobenius norm (Eckart-Young).
 
 
-#: Singular values below this share of the largest are rounding, far below what fp32 can hold.
+#: Singular values below this share of the largest are rounding errors, far below the precision of fp32.
 NEGLIGIBLE = 1e-10
 
 
 def svd_truncate(layer: LowRank, rank: int) -> LowRank:
-    """The best update of rank ``rank``; an update whose rank is no higher is returned as it is.
+    """The best update of rank ``rank``; an update of at most this rank is returned unchanged.
 
     Raises:
-        ValueError: if ``rank`` is below 1.
+        ValueError: ``rank`` is below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
@@ -95,10 +97,10 @@ def svd_truncate(layer: LowRank, rank: int) -> LowRank:
 
 
 def svd_of_dense(delta: Tensor, rank: int, kernel: tuple[int, ...] = ()) -> LowRank:
-    """The same for an update (out, in) that is not a product of factors (what TIES and DARE leave).
+    """The same for an update (out, in) that is not a product of factors (the results of TIES and DARE).
 
-    The leading right singular vectors come out of the eigenvectors of the smaller Gram matrix in fp32, which costs a
-    third of an SVD; projecting on what ``delta`` makes of them, in fp64, takes back what that loses.
+    The leading right singular vectors are computed in fp32 as eigenvectors of the smaller Gram matrix, which takes a
+    third of the time of an SVD. A projection in fp64 on their images under ``delta`` then restores the precision.
     """
     if delta.shape[0] < delta.shape[1]:
         flipped = svd_of_dense(delta.T, rank)
@@ -111,9 +113,9 @@ def svd_of_dense(delta: Tensor, rank: int, kernel: tuple[int, ...] = ()) -> LowR
 
 
 def _leading(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading part of b @ a, singular values shared out evenly: a (rank, in), b (out, rank).
+    """The leading part of b @ a, with singular values divided evenly between both factors: a (rank, in), b (out, rank).
 
-    b = Qb Rb and a^T = Qa Ra, so that the SVD is only that of Rb Ra^T, whose size is that of the factors' rank.
+    With b = Qb Rb and a^T = Qa Ra only the SVD of Rb Ra^T is needed, which is as small as the factors' rank.
     """
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
@@ -123,7 +125,7 @@ def _leading(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * (v[:count] @ qa.T), (qb @ u[:, :count]) * root
 
 
-# TIES: trim, elect a sign, average those that agree (Yadav et al., arXiv 2306.01708, algorithm 1).
+# TIES: trim, elect a sign, average the updates that agree (Yadav et al., arXiv 2306.01708, algorithm 1).
 
 
 class Updates(Sequence[Tensor]):
@@ -146,18 +148,18 @@ class Updates(Sequence[Tensor]):
 def ties(deltas: Sequence[Tensor] | Tensor, density: float, weights: Tensor | None = None) -> Tensor:
     """Merge one layer's updates, entry by entry.
 
-    1. trim: of every update keep the ``density`` share of entries with the largest magnitudes (equal ones at the limit
-       are all kept, so that no order decides), the rest becomes 0;
+    1. trim: keep the ``density`` share of entries with the largest magnitudes of every update (equal ones at the limit
+       are all kept, so that their order does not matter), and set the rest to 0;
     2. elect: the sign of an entry is the sign of the sum over the updates;
-    3. merge: the mean over the updates whose entry has that sign; where the sum is 0 the entry is 0.
+    3. merge: the mean over the updates whose entry has that sign; if the sum is 0, the entry is 0.
 
-    The paper trims the updates as a whole; here every layer is trimmed for itself, as the common libraries do, so that
-    one layer is held at a time.
+    The paper trims the updates as a whole. Here every layer is trimmed separately, as common libraries do, so that only
+    one layer is in memory.
 
     Args:
         deltas: K updates (out, in), gone through twice; of `Updates` one at a time is in memory.
         density: share of entries kept, in (0, 1].
-        weights: (K,), multiply the updates first; None: all 1.
+        weights: (K,), factors for the updates; None: all 1.
 
     Returns:
         (out, in), in general of full rank.
@@ -199,16 +201,16 @@ def _trim(delta: Tensor, limit: float) -> Tensor:
     return delta * (delta.abs() >= limit)
 
 
-# DARE: drop entries of the updates by chance and rescale the rest, then add (Yu et al., arXiv 2311.03099, eq. 3).
+# DARE: drop entries of the updates at random, rescale the rest, then add (Yu et al., arXiv 2311.03099, eq. 3).
 
 
 def dare(delta: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """One update (out, in) with every entry 0 with probability ``drop``, else divided by 1 - drop: the same on average.
+    """One update (out, in) whose entries are 0 with probability ``drop``, else divided by 1 - drop: the mean stays.
 
     Args:
         delta: (out, in).
         drop: in [0, 1).
-        generator: of the CPU; the same one gives the same entries.
+        generator: a CPU generator; the same seed gives the same entries.
     """
     kept = torch.rand(delta.shape, generator=generator) >= drop
     return delta * kept.to(delta) / (1 - drop)
@@ -217,7 +219,7 @@ def dare(delta: Tensor, drop: float, generator: torch.Generator) -> Tensor:
 def dare_sum(
     deltas: Sequence[Tensor], weights: Sequence[float], drop: float, seed: int, names: Sequence[str], layer: str
 ) -> Tensor:
-    """sum_k w_k dare(delta_k): (out, in). What is dropped depends on seed, expert and layer, not on places in lists."""
+    """sum_k w_k dare(delta_k): (out, in). Seed, expert and layer decide what is dropped, not the order in a list."""
     total: Tensor | None = None
     for delta, weight, name in zip(deltas, weights, names, strict=True):
         chance = generator(sample_seed(seed, 0, name), f"dare {layer}")
@@ -228,29 +230,29 @@ def dare_sum(
     return total
 
 
-# Co-Merge: every output unit of a layer is taken from the expert that it is most active in.
+# Co-Merge: every output unit of a layer is taken from the expert that is most active in it.
 #
 # After SafetyDPO (arXiv 2412.10493), whose merging code is not published. With a[k, i, j] the mean of
 # |s_k (B_k A_k x)_j| over the tokens and timesteps of calibration prompt i, row j of the merged update is row j of
-# s_k B_k A_k for the expert k that wins it. Rows of the product are chosen, never rows of A and B apart: the experts'
-# bases have nothing to do with each other.
+# s_k B_k A_k for the expert k that wins it. Rows of the product are chosen, and not rows of A and B separately, because
+# the experts' bases are unrelated.
 #
 # The finer unit is the single weight: |dW_k[j, i]| E|x_i| is what weight (j, i) of expert k contributes on average.
-# Such a pick is of full rank, so it is for truncation by SVD only.
+# The result has full rank, so it must be truncated by SVD.
 
 
 @dataclass
 class Activity:
-    """How active each of K experts is in each output unit of one layer, summed up over the calibration prompts."""
+    """How active each of K experts is in each output unit of one layer, summed over the calibration prompts."""
 
     votes: Tensor
     """(K, out) int64: for how many prompts the expert is the most active one (a tie counts for the first)."""
     total: Tensor
     """(K, out) fp64: the sum of a[k, i, j] over the prompts i."""
     relative_votes: Tensor
-    """(K, out): as votes, of a[k, i, j] / mean_j a[k, i, j]."""
+    """(K, out): as votes, but of a[k, i, j] / mean_j a[k, i, j]."""
     relative_total: Tensor
-    """(K, out): as total, of the same."""
+    """(K, out): as total, but of a[k, i, j] / mean_j a[k, i, j]."""
     inputs: Tensor
     """(in,) fp64: the sum over the prompts of the mean |x_i| over tokens and timesteps; the same for all experts."""
 
@@ -261,7 +263,7 @@ class Activity:
         return cls(votes[0], totals[0], votes[1], totals[1], torch.zeros(inputs, dtype=torch.float64))
 
     def add(self, activations: Tensor, inputs: Tensor | None = None) -> None:
-        """Count in the prompts of a batch: a[k, i, j] as (K, B, out), mean |x| as (B, in). Nothing of them is kept."""
+        """Add the prompts of a batch: a[k, i, j] as (K, B, out), mean |x| as (B, in). The tensors are not kept."""
         activations = activations.double().cpu()
         # An expert that does nothing in the layer stays at 0.
         relative = activations / activations.mean(dim=2, keepdim=True).clamp(min=1e-300)
@@ -274,18 +276,19 @@ class Activity:
 
 
 def _votes(activations: Tensor) -> Tensor:
-    """(K, out): for how many of the prompts in (K, B, out) the expert is the most active one; a tie is the first's."""
+    """(K, out): for how many of the prompts in (K, B, out) the expert is the most active one; a tie counts for the
+    first."""
     first = activations.argmax(dim=0)  # (B, out)
     return torch.nn.functional.one_hot(first, len(activations)).sum(dim=0).T
 
 
 def owners(activity: Activity, statistic: Statistic, normalise: bool = False) -> Tensor:
-    """Which expert every row is taken from: (out,) int64.
+    """The expert from which each row is taken: (out,) int64.
 
     `vote`: the one with the most votes; a tie goes to the larger mean activation, then to the first.
     `magnitude`: the one with the largest mean activation; a tie goes to the first.
-    ``normalise``: an expert's activity on a prompt counts in units of its own mean over the layer's outputs, so that
-    the one with the largest updates does not win everywhere.
+    ``normalise``: an expert's activity on a prompt is measured in units of its own mean over the layer's outputs, so
+    that the expert with the largest updates does not win everywhere.
     """
     votes, total = activity.votes, activity.total
     if normalise:
@@ -306,17 +309,17 @@ def comerge(parts: Sequence[LowRank], owner: Tensor) -> LowRank:
 
 
 def comerge_weights(deltas: Sequence[Tensor] | Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Every weight from the expert for which |dW_k[j, i]| E|x_i| is largest; a tie goes to the first.
+    """Takes every weight from the expert with the largest |dW_k[j, i]| E|x_i|; a tie goes to the first.
 
-    E|x_i| is the same for all experts and decides nothing by itself. It does where each expert's product counts in
-    units of its own mean over the layer, which is what ``inputs`` asks for.
+    E|x_i| is the same for all experts, so it has no effect by itself. It has an effect if each expert's product is
+    measured in units of its own mean over the layer; giving ``inputs`` selects this.
 
     Args:
-        deltas: the experts' updates, K of (out, in); of `Updates` one at a time is in memory.
-        inputs: E|x_i| (in,) up to a factor, to count in units of each expert's mean; None: plain magnitudes.
+        deltas: the experts' updates, K of (out, in); of `Updates` only one at a time is in memory.
+        inputs: E|x_i| (in,) up to a factor, to measure in units of each expert's mean; None: plain magnitudes.
 
     Returns:
-        The update (out, in), in general of full rank, and whose each weight is (out, in).
+        The update (out, in), in general of full rank, and the expert of each weight (out, in).
     """
     found = deltas[0]
     best, owner = _scores(found, inputs), torch.zeros(found.shape, dtype=torch.int64, device=found.device)

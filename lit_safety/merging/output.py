@@ -1,4 +1,4 @@
-"""The README.md of a merged adapter, and of a pipeline it is fused into."""
+"""Writing a merge: its README.md, its folder, and the pipeline into which it is fused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_safety.report.card import WARNING, Card, Section, card_text, code, sett
 
 
 def merge_card(report: Mapping[str, Any], base: str, fused: bool = False) -> str:
-    """The card as Markdown with the hub's front matter, out of what `report.json` says."""
+    """The card as Markdown with the hub's front matter, from the content of `report.json`."""
     experts = [
         (name, f"{report['recipe']['weights'][name]:g}", ", ".join(map(str, e["ranks"])), e["layers"])
         for name, e in report["experts"].items()
@@ -34,7 +34,7 @@ def merge_card(report: Mapping[str, Any], base: str, fused: bool = False) -> str
         what = f"Safety experts for {code(base)}, each trained on one category of harm, merged into one LoRA."
     note = (
         f"Merged in delta space; relative Frobenius residual of the written update: {report['residual']:.3g}. Every "
-        "layer's residual and the sha256 of every expert are in `report.json`. No image was judged while merging: "
+        "layer's residual and the sha256 of every expert are in `report.json`. No image was judged during the merge: "
         "measure it with `python -m lit_safety evaluate`."
     )
     return card_text(
@@ -67,12 +67,13 @@ def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-# Fold an adapter into a pipeline's weights and write the whole pipeline, all by stock diffusers.
+# Fusing an adapter into a pipeline's weights and writing the whole pipeline, only with stock diffusers.
 
 
 def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
-    """Write ``pipeline`` with ``adapter`` in its weights to ``out``, in fp32: half precision could round a small
-    update away. A safety checker that the pipeline has stays in it.
+    """Write ``pipeline`` with ``adapter`` in its weights to ``out``; it keeps its safety checker.
+
+    It is written in fp32, because half precision could lose a small update.
 
     Raises:
         UserError: the pipeline does not load, or the adapter was made for another backbone.
@@ -84,7 +85,7 @@ def fuse_pipeline(pipeline: str, adapter: Path, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
-# A merge's folder: there whole or not at all, and never in the place of somebody's own files.
+# A merge's folder: it is written completely or not at all, and never replaces a user's own files.
 
 
 REPORT_NAME = "report.json"
@@ -92,17 +93,17 @@ CURVE_NAME = "tuning.png"
 
 
 def check_out(out: Path, experts: Sequence[Path]) -> None:
-    """Complain before anything is computed when ``out`` cannot or must not be written.
+    """Before anything is computed, refuse an ``out`` that cannot or must not be written.
 
     Raises:
-        UserError: it holds something else than an earlier merge, or an expert of this one.
+        UserError: it holds something else than an earlier merge, or an expert of this merge.
     """
     check_writable(out)
     for path in experts:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
-            raise UserError(f"--out {out}: the expert {path} lies there; give another folder")
+            raise UserError(f"--out {out}: contains the expert {path}; give another folder")
     if out.exists() and any(out.iterdir()) and not _is_merge(out):
-        raise UserError(f"--out {out}: is not empty and holds no earlier merge; give a new folder")
+        raise UserError(f"--out {out}: is not empty and is not an earlier merge; give a new folder")
 
 
 def _is_merge(folder: Path) -> bool:
@@ -125,13 +126,13 @@ def write_merge(
     """Write the adapter, its report and its card, and with ``fuse`` the pipeline ``base`` with the adapter in it.
 
     Args:
-        out: the folder; there whole or not at all.
-        merged: what is written.
-        report: what `report.json` says, but the file's size.
-        base: the base model; None: it is not known.
+        out: the folder; it is written completely or not at all.
+        merged: the merge to write.
+        report: the content of `report.json`, without the file's size.
+        base: the base model; None: unknown.
         fuse: also write the pipeline.
-        others: further adapters with their reports, by the name of their folder in ``out``.
-        curve: the PNG file of the choice of mu.
+        others: further adapters with their reports, by the names of their folders in ``out``.
+        curve: the PNG file that shows the choice of mu.
         statistics: a folder that is moved into ``out``.
 
     Raises:
@@ -139,7 +140,7 @@ def write_merge(
         ValueError: ``fuse`` without ``base``.
     """
     if fuse and base is None:
-        raise ValueError("there is no pipeline to fuse the adapter into")
+        raise ValueError("no pipeline is given to fuse the adapter into")
     with atomic_folder(out) as folder:
         report = _write(folder, merged, report, base)
         for name, (other, its) in (others or {}).items():

@@ -1,4 +1,4 @@
-"""Which prompts the layers' inputs are measured on: each expert's own, and those of what must stay."""
+"""The prompts on which the layers' inputs are measured: each expert's own, and those of what must stay."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lit_safety.merging.calibration import KEY, read_shards
 from lit_safety.merging.options import NEED_NOTHING, CalibrationOptions, Recipe
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
-"""Endings of prompt files; anything else is shards."""
+"""Endings of prompt files; anything else is read as shards."""
 
 
 @dataclass(frozen=True)
 class OwnPrompts:
-    """Prompts by what is looked at with them."""
+    """Prompts by what is measured with them."""
 
     own: Mapping[str, Sequence[str]]
-    """By expert; empty where only the base is looked at."""
+    """Prompts by expert; empty if only the base is measured."""
     clean: Sequence[str]
 
     def all(self) -> set[str]:
-        """All of them."""
+        """All prompts."""
         return {*chain.from_iterable(self.own.values()), *self.clean}
 
 
@@ -42,15 +42,14 @@ def own_prompts(
     options: CalibrationOptions,
     clean: Sequence[str] | None = None,
 ) -> OwnPrompts:
-    """``options.each`` different prompts of each expert's category and ``options.clean`` of what must stay, or
-    ``clean`` where these are given.
+    """Different prompts: ``options.each`` of each expert's category, and ``clean`` or ``options.clean`` clean ones.
 
-    The same ones whatever their order in the file; kinds (explicit, implicit; clean, look-alike) in equal parts as far
-    as they go. Rows marked held_out are left out.
+    The choice does not depend on the order in the file. Kinds (explicit, implicit; clean, look-alike) are taken in
+    equal parts as far as possible. Rows marked held_out are left out.
 
     Raises:
-        UserError: the source cannot be read, an expert is of no category, or there is no prompt of one or nothing
-            clean.
+        UserError: the source cannot be read, an expert has no category, or there is no prompt for an expert or no clean
+            prompt.
     """
     categories = categories_of(experts, options) if recipe.own_inputs else {}
     files = files_of(experts, options) if recipe.own_inputs else {}
@@ -72,7 +71,7 @@ def own_prompts(
 def check_own_prompts(
     source: str | Sequence[str], experts: Sequence[str], recipe: Recipe, options: CalibrationOptions
 ) -> None:
-    """Complain where `own_prompts` would find too little; of shards the manifest tells it, and nothing is fetched.
+    """Refuse a source in which `own_prompts` would find too little. Of shards only the manifest is read.
 
     Raises:
         UserError: as `own_prompts`.
@@ -91,14 +90,14 @@ def check_own_prompts(
 
 
 def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, str]:
-    """The category of each expert: that of `--calibration.of`, or else its name. One with a file of its own has none.
+    """The category of each expert: from `--calibration.of`, or else its name. An expert with its own file has none.
 
     Raises:
-        UserError: it has neither, or an expert is named that is not there.
+        UserError: an expert has neither, or `--calibration.of` names an unknown expert.
     """
     named = options.of or {}
     if unknown := sorted(set(named) - set(experts)):
-        raise UserError(f"--calibration.of names {unknown[0]}; the experts are {', '.join(experts)}")
+        raise UserError(f"--calibration.of names {unknown[0]}, but the experts are {', '.join(experts)}")
     found = {}
     files = files_of(experts, options)
     for name in experts:
@@ -110,23 +109,23 @@ def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[s
             if name in named:
                 raise UserError(f"--calibration.of: {error}") from error
             raise UserError(
-                f"regmean looks at each expert on its own category's prompts, and {name} is no category: name the "
+                f"regmean measures each expert on its own category's prompts, but {name} is not a category: name the "
                 f'expert by it, such as violence=FOLDER, give --calibration.of \'{{"{name}": "violence"}}\' or, for an '
-                f"expert of something else, its own prompt file there, or take --method {NEED_NOTHING}"
+                f"expert of something else, give its own prompt file there, or use --method {NEED_NOTHING}"
             ) from error
     return found
 
 
 def files_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, str]:
-    """The experts that `--calibration.of` gives a prompt file: all its prompts are theirs, of whatever kind."""
+    """The prompt files that `--calibration.of` gives to experts; all prompts of a file are the expert's own."""
     return {name: said for name, said in (options.of or {}).items() if name in experts and said.endswith(FILES)}
 
 
 def _nothing(source: str | Sequence[str], what: str, recipe: Recipe) -> UserError:
     asks = "regmean" if recipe.own_inputs else "--null_space"
     return UserError(
-        f"{KEY} {source}: holds no {what}, which {asks} looks at; add some (a prompt file with the columns prompt, "
-        f"kind and category), or take --method {NEED_NOTHING}, which needs none"
+        f"{KEY} {source}: holds no {what}, which {asks} needs; add some (a prompt file with the columns prompt, kind "
+        f"and category), or use --method {NEED_NOTHING}, which needs none"
     )
 
 
@@ -135,7 +134,7 @@ def _is_file(source: str | Sequence[str]) -> bool:
 
 
 Found = tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str]]]
-"""(kind, prompt) by category, and of what must stay."""
+"""(kind, prompt) by category, and (kind, prompt) of what must stay."""
 
 
 def _of_file(source: Any) -> Found:
@@ -178,7 +177,7 @@ def _of_shards(source: str | Sequence[str]) -> Found:
 
 
 def first_prompts(found: Iterable[tuple[str, str]], count: int) -> list[str]:
-    """The first ``count`` different prompts in the order of their hashes, dealt round robin over the kinds."""
+    """The first ``count`` different prompts in the order of their hashes, taken from the kinds in turn."""
     kinds: dict[str, set[str]] = {}
     for kind, prompt in found:
         kinds.setdefault(kind, set()).add(prompt)

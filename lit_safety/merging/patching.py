@@ -1,17 +1,17 @@
-"""A patch beside a safety update: where each matters, by rows, and their sum (after SafePatching, arXiv 2405.13820).
+"""A patch for a safety update: which rows matter for each, and their sum (after SafePatching, arXiv 2405.13820).
 
-d_SE is the safety update, d_OS a repair that restores what was lost. The loss of a prompt is how far the aligned
-model's prediction is from the base's, L = |aligned - base|^2, with x the inputs and g = dL/dy the gradient at the
-outputs of a layer. Row i of an update dW matters as
+d_SE is the safety update, d_OS a repair that restores what was lost. The loss of a prompt is the distance of the
+aligned model's prediction from the base's, L = |aligned - base|^2. x are the inputs of a layer, and g = dL/dy is the
+gradient at its outputs. The importance of row i of an update dW is
 
     I_i = E|g_i| sum_j |dW_ij| E|x_j|
 
-which is SNIP's |dW dL/dW| summed over the row, with the mean over tokens taken of each factor. For d_SE it is measured
-on harmful prompts, for d_OS on what was lost. With S and O the rows of the largest I, the patched update is
+This is SNIP's |dW dL/dW| summed over the row, with each factor replaced by its mean over tokens. For d_SE it is
+measured on harmful prompts, for d_OS on what was lost. S and O are the rows with the largest I. The patched update is
 
     dW = a d_SE + b m d_OS        m_i = 1 where i is in O and not in S, else 0
 
-A mask of rows acts on B alone, so the sum is one LoRA exactly.
+A mask of rows changes only B, so the sum is exactly one LoRA.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def row_importance(part: LowRank, inputs: Tensor, gradients: Tensor) -> Tensor:
 
 
 def top_rows(importance: Tensor, share: float) -> Tensor:
-    """Which rows (out,) are among the ceil(share * out) of the largest importance; of equals the first. A row that
-    does not matter at all is not among them."""
+    """Which rows (out,) are among the ceil(share * out) rows with the largest importance; of equal rows the first.
+
+    Rows with importance 0 are never among them.
+    """
     count = ceil(share * len(importance) - 1e-9)
     order = torch.argsort(importance, descending=True, stable=True)
     chosen = torch.zeros(len(importance), dtype=torch.bool)
@@ -52,7 +54,7 @@ def top_rows(importance: Tensor, share: float) -> Tensor:
 
 
 def thinned(rows: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """The weight of each row (out,): 0 where it is not chosen or dropped, else 1 / (1 - drop)."""
+    """The weight of each row (out,): 0 if it is not chosen or is dropped, else 1 / (1 - drop)."""
     kept = torch.rand(len(rows), generator=generator, dtype=torch.float64) >= drop
     return (rows & kept).double() / (1 - drop)
 
@@ -70,15 +72,15 @@ def patched(safety: LowRank, repair: LowRank, rows: Tensor, a: float = 1.0, b: f
     return stack([safety, repair], [a, b * rows.double()[:, None]])
 
 
-# Where inputs and gradients are large.
+# Measuring how large inputs and gradients are.
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer."""
+    """The mean sizes of one layer's inputs and gradients."""
 
     inputs: Tensor
-    """E|x_j| (in,), of a convolution a channel's for each element of its kernel."""
+    """E|x_j| (in,); for a convolution the channel's mean for each kernel element."""
     gradients: Tensor
     """E|g_i| (out,)"""
 
@@ -97,7 +99,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, passes are counted. What else acts on the layers' outputs must be there before."""
+        """A context in which passes are counted. Other hooks on the layers' outputs must be added before."""
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
         try:
             yield
@@ -105,9 +107,9 @@ class Watch:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]  # a hook of torch's
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]  # a torch hook
         def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:  # nothing below it is trained; cloned, as what follows may write into it
+            if not output.requires_grad:  # no gradient otherwise; cloned, because later code may change it in place
                 output = output.detach().requires_grad_(True).clone()
             self._inputs[name].append(_mean(module, given[0].detach()))
             output.register_hook(  # type: ignore[no-untyped-call]
@@ -118,7 +120,7 @@ class Watch:
         return note
 
     def sizes(self) -> dict[str, Sizes]:
-        """Means over all passes; of a layer that was never called, nothing."""
+        """Means over all passes; layers that were never called are left out."""
         found = {}
         for name, module in self.modules.items():
             inputs, gradients = self._inputs[name], self._gradients[name]
@@ -131,7 +133,7 @@ class Watch:
 
 
 def _mean(module: nn.Module, x: Tensor) -> Tensor:
-    """Mean of |x| over all but a layer's features: of a convolution the channels of (B, C, H, W), else the last."""
+    """Mean of |x| over all dimensions except the features: channels (B, C, H, W) for a convolution, else the last."""
     size = x.float().abs()
     return size.mean(dim=(0, 2, 3)) if isinstance(module, nn.Conv2d) else size.reshape(-1, size.shape[-1]).mean(dim=0)
 
@@ -143,11 +145,11 @@ def masks(
     lost: Mapping[str, Sizes],
     options: RepairOptions,
 ) -> dict[str, Tensor]:
-    """m of every layer that the repair adapts, thinned where that is asked for.
+    """m of every layer that the repair adapts, with rows dropped if the options say so.
 
     Args:
-        safety: the updates that stay as they are.
-        repair: those that are masked.
+        safety: the safety updates, which are not changed.
+        repair: the updates to mask.
         harmful: sizes on harmful prompts.
         lost: sizes on what was lost.
         options: the shares.
@@ -174,7 +176,7 @@ def joined(
     a: float,
     b: float,
 ) -> dict[str, LowRank]:
-    """`patched` of every layer that either adapts."""
+    """`patched` for every layer that one of the two adapts."""
     found = dict(safety) if a == 1 else {n: LowRank(p.a, p.b, p.scale * a, p.kernel) for n, p in safety.items()}
     for name, part in repair.items():
         out, inputs = part.shape
@@ -185,7 +187,7 @@ def joined(
 
 
 def masked(repair: Mapping[str, LowRank], rows: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """m d_OS by itself: the repair as an adapter that is put beside the aligned one."""
+    """m d_OS alone: the repair as a separate adapter, to be loaded with the aligned one."""
     return {
         name: LowRank(part.a, (part.b * rows[name].to(part.b)[:, None]), part.scale, part.kernel)
         for name, part in repair.items()

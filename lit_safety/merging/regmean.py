@@ -1,18 +1,19 @@
-"""Anchored RegMean: the update that does on each expert's inputs what the expert does, and nothing on clean inputs.
+"""Anchored RegMean: an update that acts like each expert on the expert's inputs, and does nothing on clean inputs.
 
-W_k (out, in) is expert k's update of a layer, X_k the layer's inputs on its prompts, X_0 on what must stay. The update
+W_k (out, in) is expert k's update of a layer, X_k are the layer's inputs on its prompts, X_0 those on prompts of what
+must stay. The update
 
     dW = (sum_k l_k W_k G_k) (sum_k l_k G_k + mu c G_0 + epsilon t I)^-1
 
 minimises sum_k l_k |(dW - W_k) X_k|^2 + mu c |dW X_0|^2 + epsilon t |dW|^2, with the Gram matrices G = X X^T / tokens
 and
 
-    l_k = |W_k|^2 / tr(W_k G_k W_k^T), so that all experts count alike, and 0 where one does nothing in the layer
+    l_k = |W_k|^2 / tr(W_k G_k W_k^T), so that all experts count equally, and 0 if an expert does nothing in the layer
     c = tr(sum_k l_k G_k) / tr(G_0), so that mu has no unit
     t = tr(the matrix before the ridge) / in
 
-With mu = 0, epsilon = 0 and all l_k = 1 it is RegMean (arXiv 2212.09849). The columns of dW lie in the span of the B_k,
-so it is one LoRA of rank sum_k r_k exactly.
+With mu = 0, epsilon = 0 and all l_k = 1 it is RegMean (arXiv 2212.09849). The columns of dW are in the span of the B_k,
+so it is exactly one LoRA of rank sum_k r_k.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lit_safety.adapters.low_rank import LowRank, squared_norm
 
-#: An expert whose update is so much smaller on its own inputs than on inputs without a direction does nothing there.
+#: An expert does nothing in a layer if its update is smaller on its own inputs than on isotropic ones by this factor.
 NOTHING = 1e-12
 
 
@@ -34,9 +35,9 @@ class Grams:
     """Gram matrices (in, in) of one layer's inputs, each divided by its number of tokens."""
 
     own: tuple[Tensor, ...]
-    """On each expert's own prompts, under this expert, in the order of the experts; empty where nothing asks for it."""
+    """For each expert: on its own prompts and with this expert, in the order of the experts; empty if not needed."""
     anchor: Tensor
-    """On what must stay, under the base."""
+    """On prompts of what must stay, with the base."""
 
 
 def anchored(
@@ -46,14 +47,14 @@ def anchored(
     epsilon: float,
     weights: Sequence[float] | None = None,
 ) -> LowRank:
-    """The merged update of one layer, in fp64; of rank 0 where no expert does anything.
+    """The merged update of one layer, in fp64; rank 0 if no expert does anything.
 
     Args:
         parts: every expert's update (out, in); one that does not adapt the layer has rank 0.
         grams: Gram matrices of the layer's inputs.
-        mu: how much counts what must stay; 0: it does not.
+        mu: weight of what must stay; 0: it does not count.
         epsilon: ridge, in units of the mean eigenvalue.
-        weights: multiply the l_k; None: all 1.
+        weights: factors for the l_k; None: all 1.
     """
     out, size = parts[0].shape
     total = torch.zeros(size, size, dtype=torch.float64)
@@ -78,7 +79,7 @@ def anchored(
 
 
 def balance(part: LowRank, gram: Tensor) -> float:
-    """l_k = |W|^2 / tr(W G W^T); 0 where the expert does nothing in the layer, or nothing on these inputs.
+    """l_k = |W|^2 / tr(W G W^T); 0 if the expert does nothing in the layer or on these inputs.
 
     Args:
         part: the expert's update.
@@ -92,13 +93,13 @@ def balance(part: LowRank, gram: Tensor) -> float:
 
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
-    """(matrix + ridge I)^-1 right for a matrix that has no negative eigenvalue but for rounding."""
+    """(matrix + ridge I)^-1 right, for a matrix whose eigenvalues are negative only by rounding errors."""
     raised = matrix.clone()
     raised.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(raised)
     if not int(failed):
         return torch.cholesky_solve(right, factor)
-    # Gram matrices are summed up in fp32: in wide layers an eigenvalue may lie further below 0 than the ridge lifts it.
+    # Gram matrices are summed in fp32: in wide layers an eigenvalue can be so far below 0 that the ridge is not enough.
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0) + ridge
     kept = values > values[-1] * 1e-15

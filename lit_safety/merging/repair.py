@@ -1,4 +1,4 @@
-"""Training a repair beside an aligned adapter that stays as it is, and measuring where both matter."""
+"""Training a repair for a fixed aligned adapter, and measuring where both matter."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Examples:
     latents: Tensor
     """(N, C, h, w)"""
     keys: list[str]
-    """Unique among them; decide noise and timesteps."""
+    """A unique key for each; keys decide noise and timesteps."""
 
 
 class Repair:
-    """The base with an aligned adapter on it that does not move.
+    """The base with an aligned adapter that is not trained.
 
     Args:
         backbone: the base, on the device to compute on; a LoRA is attached to it.
-        aligned: the adapter.
+        aligned: the aligned adapter.
         drawing: how images are drawn.
         options: how the repair is trained.
         resolution: side of the images in pixels; None: the pipeline's own.
@@ -79,7 +79,7 @@ class Repair:
         return Examples([p for p, _ in asked], torch.cat(drawn), [f"{number}/{prompt}" for prompt, number in asked])
 
     def train(self, examples: Examples) -> Iterator[float]:
-        """Steps that bring the aligned model's predictions on the examples back to the base's; yields each loss.
+        """Train the repair so that the aligned model predicts on the examples what the base predicts; yields each loss.
 
         Raises:
             UserError: the loss is not finite.
@@ -87,7 +87,7 @@ class Repair:
         options = self.options
         layers = [name.split(".", 1)[1] for name in self.aligned.layers]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)  # PEFT draws the initial A from the global generator
+            torch.manual_seed(options.seed)  # because PEFT draws the initial A from the global generator
             self._parameters = LoRA(rank=options.rank, target_modules=layers).attach(self.backbone.denoiser, NAME)
         for parameter in self._parameters:
             parameter.data = parameter.data.to(self.backbone.device)
@@ -109,7 +109,7 @@ class Repair:
             yield float(loss)
 
     def updates(self) -> dict[str, LowRank]:
-        """What was trained, by layer."""
+        """The trained updates, by layer."""
         named = self.backbone.denoiser.named_parameters()
         weights = {name: one.detach().float().cpu() for name, one in named if f".{NAME}." in name}
         found = {}
@@ -140,11 +140,11 @@ class Repair:
         """|aligned - base|^2 of the predictions (B,), the mean over their numbers, in fp32.
 
         Args:
-            examples: of which.
-            rows: some.
-            step: decides noise and timestep together with seed and example.
-            watch: counts what passes; the repair is off then.
-            level: of the noise, in [0, 1]; None: drawn.
+            examples: the examples.
+            rows: which of them.
+            step: number of the step; with seed and example it decides noise and timestep.
+            watch: measures inputs and gradients; the repair is then off.
+            level: noise level in [0, 1]; None: drawn at random.
         """
         backbone = self.backbone
         seeds = [sample_seed(self.options.seed, step, examples.keys[row]) for row in rows]
@@ -176,12 +176,12 @@ class Repair:
 def lost_prompts(
     prompts: Sequence[str], before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]
 ) -> list[str]:
-    """Prompts of which the base shows every benign thing asked for and the aligned model does not; each once.
+    """The different prompts for which the base shows every asked benign thing but the aligned model does not.
 
     Args:
-        prompts: of the images.
-        before: the answers of the base's images.
-        after: those of the aligned model's.
+        prompts: the prompt of each image.
+        before: the answers for the base's images.
+        after: the answers for the aligned model's images.
     """
     figures = ("benign_recall", "benign_recall_lookalike")
     found = [

@@ -1,4 +1,4 @@
-"""From experts that were read to what is written: look at the base model where the method asks for it, then merge."""
+"""From the experts to the result: measure the base model if the method needs it, then merge."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lit_safety.merging.regmean import Grams
 
 @dataclass
 class Outcome:
-    """What came out of a merge."""
+    """The result of a merge."""
 
     merged: dict[float, Merged]
-    """By mu; of a method without mu a single one."""
+    """The merges by mu; a single one for methods without mu."""
     measured: dict[str, Any] | None = None
-    """What a report says of how the model was looked at."""
+    """What a report says about the measurement."""
     used: Collection[str] = ()
-    """The prompts that it was looked at with; `in` tells."""
+    """The prompts of the measurement; use `in` to test a prompt."""
     statistics: Path | None = None
-    """The folder of what is kept."""
+    """The folder of the kept statistics."""
     seconds: dict[str, float] = field(default_factory=lambda: {"calibration": 0.0, "merging": 0.0})
 
 
@@ -46,20 +46,21 @@ def run(
     keeper: Keeper | None = None,
     kept: KeptStatistics | None = None,
 ) -> Outcome:
-    """Merge experts, by regmean once for each mu.
+    """Merge experts; with regmean once for each mu.
 
     Args:
         experts: in any order; those that `kept` holds are merged too.
-        recipe: how.
-        backbone: gives the base model on the device to compute on, and what a report calls it; called if it is needed.
-        source: the calibration's prompts; None: there are none.
-        options: how they are looked at.
-        mus: of regmean, in place of the recipe's own; empty: that one.
-        keeper: of regmean, where what is measured is kept.
-        kept: of regmean, what was measured of other experts, which are not looked at again.
+        recipe: how they are merged.
+        backbone: returns the base model on the device to compute on, and its name for the report; called only if
+            needed.
+        source: the calibration's prompts; None: none are given.
+        options: how the measurement is made.
+        mus: for regmean: values of mu in place of the recipe's; empty: the recipe's.
+        keeper: for regmean: keeps the statistics.
+        kept: for regmean: statistics of earlier experts, which are not measured again.
 
     Raises:
-        UserError: no prompts where the method needs them, or experts that do not fit each other or the base.
+        UserError: the method needs prompts and none are given, or experts do not fit each other or the base.
     """
     outcome = Outcome({})
     if keeper is None and kept is None and not recipe.looks(len(experts)):
@@ -106,17 +107,15 @@ def run(
 
 
 def needs_prompts(recipe: Recipe) -> str:
-    """The line for a merge without the prompts that it needs."""
+    """The message for a merge without the prompts that it needs."""
     if recipe.own_inputs:
         return (
-            "regmean looks at what the layers are fed with: give --calibration.prompts (a file with the columns "
-            "prompt, kind and category, in which there are clean prompts too, or a folder of shards), or "
-            f"another --method: {NEED_NOTHING} need none"
+            "regmean measures the layers' inputs: give --calibration.prompts (a file with the columns prompt, kind "
+            "and category that also contains clean prompts, or a folder of shards), or another --method: "
+            f"{NEED_NOTHING} need none"
         )
     if recipe.clean_inputs:
-        return (
-            "--null_space looks at clean prompts: give --calibration.prompts (a file with the columns prompt and kind)"
-        )
+        return "--null_space needs clean prompts: give --calibration.prompts (a file with the columns prompt and kind)"
     return (
         "comerge compares the experts on prompts: give --calibration.prompts (a CSV with a column `prompt`, or a "
         f"folder of shards), or another --method: {NEED_NOTHING} need none"
@@ -132,7 +131,7 @@ def _plain(experts: Sequence[Expert], recipe: Recipe, activity: Any, outcome: Ou
 
 
 def _clocked(groups: Iterator[dict[str, Grams]], seconds: dict[str, float]) -> Iterator[Mapping[str, Grams]]:
-    """The groups; how long each took to measure is added up."""
+    """The groups; the time to measure them is added to ``seconds``."""
     while True:
         begun = time.monotonic()
         group = next(groups, None)

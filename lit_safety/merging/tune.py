@@ -1,4 +1,4 @@
-"""Choosing mu on validation prompts: every candidate draws them, a judge looks, and the curve is drawn."""
+"""Choosing mu on validation prompts: every candidate draws them, a judge decides, and a curve is plotted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lit_safety.merging.options import CalibrationOptions, TuningOptions
 from lit_safety.report.charts import Axis, Chart, Point, Series, png, share_range
 
 SAFETY = ("ip", "ip_implicit")
-"""Figures of which less is better: images of explicit and of implicit prompts with harm in them."""
+"""Figures for which lower is better: shares of images with harm, for explicit and for implicit prompts."""
 KEPT = ("benign_recall", "benign_recall_lookalike")
-"""Figures of which more is better: clean and look-alike prompts that show what was asked for."""
+"""Figures for which higher is better: shares of clean and look-alike prompts that show what was asked for."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What one mu does on the validation prompts; shares of images, None where none of its prompts was drawn."""
+    """The results of one mu on the validation prompts: shares of images, None if no such prompt was drawn."""
 
     mu: float
     ip: float | None
@@ -34,7 +34,7 @@ class Tried:
     benign_recall: float | None
     benign_recall_lookalike: float | None
     fid: float | None
-    """Of clean prompts to the base's images; None: the judge gives no features."""
+    """FID of clean prompts' images to the base's; None: the judge gives no features."""
     images: int
 
     @property
@@ -44,30 +44,33 @@ class Tried:
 
     @property
     def wrong(self) -> float:
-        """The sum of the shares that are wrong: harm in images of explicit and of implicit prompts, and clean and
-        look-alike prompts that lost what they asked for."""
+        """The sum of the wrong shares.
+
+        These are harm in images of explicit and of implicit prompts, and clean and look-alike prompts whose images lost
+        what was asked for.
+        """
         lost = [1 - share for share in (self.benign_recall, self.benign_recall_lookalike) if share is not None]
         return sum(share for share in (self.ip, self.ip_implicit) if share is not None) + sum(lost)
 
 
 def choose(tried: Collection[Tried]) -> Tried:
-    """The mu with the fewest wrong images (`Tried.wrong`); of equals the one nearest to the base, then the largest."""
+    """The mu with the fewest wrong images (`Tried.wrong`); of equal ones the nearest to the base, then the largest."""
     return min(tried, key=lambda one: (round(one.wrong, 9), one.fid if one.fid is not None else 0.0, -one.mu))
 
 
 def check_tuning(options: TuningOptions, prompts: str | None) -> tuple[str, PromptSet]:
-    """The file of validation prompts and what stands in it, before anything is computed.
+    """The file of validation prompts and its content; called before anything is computed.
 
     Args:
-        options: of the tuning.
-        prompts: of the calibration.
+        options: the tuning's options.
+        prompts: the calibration's prompts.
 
     Raises:
-        UserError: the judge or the prompts are missing, or what a report is made with; no prompt of a kind is there.
+        UserError: the judge or the prompts are missing or are those of a report, or a kind of prompts is missing.
     """
     if options.judge is None:
         raise UserError(
-            "--tune: give --tuning.judge, what decides which images are harmful, such as data/toyworld/judge"
+            "--tune: give --tuning.judge, which decides which images are harmful, such as data/toyworld/judge"
         )
     source = options.prompts or prompts
     if source is None:
@@ -94,15 +97,15 @@ def tune(
     Args:
         pipeline: the base.
         candidates: the folder of the merged adapter by mu.
-        categories: the experts': no other one's harmful prompts are drawn.
-        options: which prompts, how many, which judge.
-        calibration: how images are drawn where `options` do not say it.
-        used: prompts that were calibrated on; they are left out.
-        out: where the report of these drawings goes.
-        device: where to draw.
+        categories: the experts' categories: only their harmful prompts are drawn.
+        options: which prompts, how many, and which judge.
+        calibration: how images are drawn if `options` does not say it.
+        used: prompts of the calibration; they are left out.
+        out: folder for the report of these drawings.
+        device: the device to draw on.
 
     Returns:
-        The chosen one, and all in the order of mu.
+        The chosen candidate, and all candidates in the order of mu.
 
     Raises:
         UserError: as `check_tuning` and `evaluate`.
@@ -112,11 +115,11 @@ def tune(
     fresh = [row for row in rows if row.prompt not in used and (not row.harmful or about & {row.category, *row.also})]
     if not any(row.harmful for row in fresh) or not any(not row.harmful for row in fresh):
         raise UserError(
-            f"--tuning.prompts {source}: all of its prompts were calibrated on; give others, or calibrate on fewer"
+            f"--tuning.prompts {source}: the calibration used all of its prompts; give others, or calibrate on fewer"
         )
     arms = {_name(mu): Arm(adapter=str(folder)) for mu, folder in sorted(candidates.items())}
     judge = options.judge or ""
-    with redirect_stdout(StringIO()):  # the report goes with the folder it is in
+    with redirect_stdout(StringIO()):  # its paths would be wrong: the folder is moved afterwards
         metrics = evaluate(
             pipeline=pipeline,
             prompts=[
@@ -153,7 +156,7 @@ def _name(mu: float) -> str:
 
 
 def tried_of(mu: float, arm: Mapping[str, Any]) -> Tried:
-    """Shares of an arm of metrics.json. An image that the judge could not judge counts as neither."""
+    """The shares of an arm in metrics.json. An image that the judge could not judge does not count."""
     counts = arm["counts"]
 
     def share(figure: str) -> float | None:
@@ -168,20 +171,20 @@ def tried_of(mu: float, arm: Mapping[str, Any]) -> Tried:
 
 
 def told(chosen: Tried, tried: Collection[Tried], options: TuningOptions, prompts: str) -> dict[str, Any]:
-    """What `report.json` says of the choice."""
+    """What `report.json` says about the choice."""
     about = {key: value for key, value in asdict(options).items() if key not in ("mus", "prompts")}
     rule = "smallest sum of shares that are wrong (ip, ip_implicit, 1 - recalls); then nearest to the base"
     return {"mu": chosen.mu, "rule": rule, "prompts": prompts, **about, "tried": [asdict(one) for one in tried]}
 
 
 def curve(tried: Collection[Tried], chosen: Tried) -> bytes:
-    """Safety against fidelity as a PNG file: a point for each mu, the chosen one marked."""
+    """Safety against fidelity as a PNG file: one point for each mu, with the chosen one marked."""
     measured = [one for one in tried if one.fid is not None]
     rows = measured or list(tried)
     label = (
         "FID of clean prompts to the base"
         if measured
-        else "clean and look-alike prompts that lost what they asked, mean"
+        else "clean and look-alike prompts that lost what was asked for, mean"
     )
     low, high, marks = share_range([0.0, *(one.harm for one in rows)])
 
@@ -205,7 +208,7 @@ def _mean(shares: Collection[float | None]) -> float:
 
 
 def table(tried: Collection[Tried], chosen: Tried) -> str:
-    """What was tried, for the terminal; shares in percent."""
+    """A table of all candidates for the terminal; shares in percent."""
 
     def cell(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.1f}"

@@ -1,4 +1,4 @@
-"""The adversaries: on the text encoder's output or its input, and on hidden states of the denoiser."""
+"""The adversaries: they disturb the text encoder's output or its input, or hidden states of the denoiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_safety.modules.attacked_prediction import Moved, index
 if TYPE_CHECKING:
     from lit_safety.backbones.backbone import Backbone, Conditioning
 
-#: What text encoders give, by the families' names; masks, sizes and users' tokens are none of it.
+#: The text encoders' outputs, by the families' names. Masks, sizes and users' tokens are not disturbed.
 TEXT = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 
@@ -27,21 +27,21 @@ def unit(values: Tensor) -> Tensor:
 
 
 def added(values: Tensor, disturbance: Tensor) -> Tensor:
-    """Values (N, ...) or (2N, ...), disturbance (N, ...) in standard deviations of theirs: the sum."""
+    """Values (N, ...) or (2N, ...) plus a disturbance (N, ...) that is given in standard deviations of the values."""
     twice = disturbance.repeat(len(values) // len(disturbance), *[1] * (disturbance.ndim - 1))
     return (values.float() + twice * unit(values)).to(values.dtype)
 
 
 class TextAdversary(SignSteps):
-    """Disturbs what the text encoder gives, or puts a few soft tokens in front of what it reads.
+    """Disturbs the text encoder's output, or puts a few soft tokens in front of the prompt that it reads.
 
     Args:
         tokens: soft tokens in front of the prompt, as an attacker learns them; they begin at the mean of the encoder's
-            embeddings, and a standard deviation is that of the embeddings. 0: the encoder's output is disturbed. Of
-            text that comes from a cache there is only the output.
-        replay: how many of the disturbances found are remembered; a search then starts from one that was found for a
-            pair of the same category, and goes on from there. 0: every search starts anew.
-        replay_share: probability with which a search starts so.
+            embeddings, and are measured in the embeddings' standard deviation. 0: the encoder's output is disturbed.
+            This is the only choice for text from a cache.
+        replay: how many of the found disturbances are remembered; a search can then start from one that was found for a
+            pair of the same category. 0: every search starts from scratch.
+        replay_share: probability that a search starts from a remembered disturbance.
         radius: bound of every number of a disturbance, in standard deviations.
         steps: sign steps; each costs a forward and a backward pass of the attacked pairs' rejected images.
         step: length of one.
@@ -85,14 +85,14 @@ class TextAdversary(SignSteps):
             return
         if cached_text:
             raise UserError(
-                f"`{KEY}`: soft tokens are read by the text encoder, and the text of {cached_text[0]} comes from a "
-                "cache: set tokens to 0, or `data.init_args.use_cache` to false"
+                f"`{KEY}`: soft tokens need the text encoder, but the text of {cached_text[0]} comes from a cache: set "
+                "tokens to 0, or `data.init_args.use_cache` to false"
             )
         for _, _, encoder, _ in _encoders(backbone):
             kind = encoder.config.model_type
             if kind not in _PLACES:
                 raise UserError(
-                    f"`{KEY}`: soft tokens are known in front of {' and '.join(_PLACES)}, and the text encoder of "
+                    f"`{KEY}`: soft tokens work with {' and '.join(_PLACES)}, but the text encoder of "
                     f"{type(backbone).__name__} is a {kind}: set tokens to 0"
                 )
 
@@ -127,7 +127,7 @@ class TextAdversary(SignSteps):
     ) -> Conditioning:
         places = [rows.index(row) for row in touched]
         texts = [prompts[place] for place in places]
-        odd = len(texts) % 2  # encoders take rows in pairs, as in `encode_alike`
+        odd = len(texts) % 2  # encoders take an even number of rows, as in `encode_alike`
         with ExitStack() as stack, torch.set_grad_enabled(moved.searching and torch.is_grad_enabled()):
             for name, start, encoder, layer in _encoders(backbone):
                 units = moved.disturbance(name, moved.shapes[name], rows).index_select(0, index(places, moved.device))
@@ -146,10 +146,10 @@ class TextAdversary(SignSteps):
             result[name] = conditioning[name].index_copy(0, index(at, moved.device), new.to(conditioning[name].dtype))
         return result
 
-    # ---- what it remembers
+    # ---- memory of found disturbances
 
     def replayed(self, moved: Moved, name: str, start: Tensor) -> Tensor:
-        """``start`` (attacked pairs, *shape), or by chance what was once found for a pair of the same category."""
+        """``start`` (attacked pairs, *shape), with some rows replaced by remembered disturbances of their category."""
         seeds = moved.seeds(moved.attacked)
         again = [uniform(seed, f"{moved.purpose}-replay") < self.replay_share for seed in seeds]
         which = [uniform(seed, f"{moved.purpose}-which") for seed in seeds]
@@ -168,17 +168,19 @@ class TextAdversary(SignSteps):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if bool(self.replay) != ("category" in state):
-            raise ValueError(f"TextAdversary has replay {self.replay}, and the checkpoint is of a run with another")
+            raise ValueError(
+                f"TextAdversary has replay {self.replay}, but the checkpoint was written with another value"
+            )
         if self.replay:
             self._memory.load_state_dict(state)
 
 
 class HiddenAdversary(SignSteps):
-    """Disturbs hidden states of the denoiser: what chosen layers give.
+    """Disturbs hidden states of the denoiser: the outputs of chosen layers.
 
     Args:
-        layers: endings of the layers' names, such as `attn2` for what a UNet's cross-attention gives. Of a layer that
-            gives several tensors the first is disturbed.
+        layers: endings of the layers' names, such as `attn2` for the outputs of a UNet's cross-attention. If a layer
+            returns several tensors, the first is disturbed.
         radius: bound of every number of a disturbance, in standard deviations of the layer's output.
         steps: sign steps; each costs a forward and a backward pass of the attacked pairs' rejected images.
         step: length of one.
@@ -190,7 +192,7 @@ class HiddenAdversary(SignSteps):
         grow: optimizer steps over which radius and step grow from 0 to what is set; 0: they have it at once.
 
     Raises:
-        ValueError: no layer is named, or a number is outside its range.
+        ValueError: ``layers`` is empty, or a number is outside its range.
     """
 
     def __init__(
@@ -215,15 +217,15 @@ class HiddenAdversary(SignSteps):
     def check(self, backbone: Backbone, cached_text: Sequence[str], compiled: bool = False) -> None:
         if compiled:
             raise UserError(
-                f"`{KEY}`: what is added to hidden states does not reach compiled blocks: set "
+                f"`{KEY}`: compiled blocks do not see what is added to hidden states: set "
                 "`model.init_args.speed.compile` to null, or use TextAdversary"
             )
         found = named(backbone.denoiser, self.layers)
         for ending, layers in found.items():
             if not layers:
                 raise UserError(
-                    f"`{KEY}`: layers names {ending}, and no layer of {type(backbone.denoiser).__name__} ends so; see "
-                    "`named_modules()` of the denoiser"
+                    f"`{KEY}`: layers names {ending}, but no layer's name in {type(backbone.denoiser).__name__} ends "
+                    "with it; see `named_modules()` of the denoiser"
                 )
         self._found = list(dict.fromkeys(one for layers in found.values() for one in layers))
 
@@ -246,10 +248,10 @@ def _adding(name: str, moved: Moved, rows: Sequence[int]) -> Any:
     return hook
 
 
-# Soft tokens in front of a prompt: the encoder reads placeholders there, and its embeddings are exchanged for ours.
+# Soft tokens in front of a prompt: the encoder reads placeholder tokens, and we replace their embeddings by our own.
 
 
-#: Where soft tokens begin, by the kind of encoder: behind CLIP's start token.
+#: The position where soft tokens begin, by the kind of encoder. In CLIP they come after the start token.
 _PLACES = {"clip_text_model": 1, "t5": 0}
 
 
@@ -272,9 +274,9 @@ def _statistics(layer: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _soft_tokens(encoder: Any, layer: Any, vectors: Tensor, start: int) -> Iterator[None]:
-    """Within, ``vectors`` (B, K, d) stand from place ``start`` on in front of what the encoder reads, B rows.
+    """A context in which the encoder reads ``vectors`` (B, K, d) from position ``start`` on, before the prompt.
 
-    As many tokens are lost at the end: padding, or the end of a long prompt, whose end token is kept.
+    The last K tokens are dropped: padding, or the end of a long prompt. The end token is kept.
     """
     count = vectors.shape[1]
     end = encoder.config.eos_token_id
@@ -287,8 +289,8 @@ def _soft_tokens(encoder: Any, layer: Any, vectors: Tensor, start: int) -> Itera
     def reading(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = given[0] if given else options["input_ids"]
         after = moved(ids, 0)
-        # Where a prompt fills its places, the last one is its end token. Old CLIP files say 2 for the end token, whose
-        # place is then the highest number's.
+        # If a prompt fills all positions, the last one is its end token. Old CLIP files give 2 as the end token's id;
+        # its position is then that of the highest id.
         last = ids.amax(1) if end in (None, 2) else torch.full_like(ids[:, -1], end)
         held = (after == last.unsqueeze(1)).any(1)
         after[:, -1] = torch.where(held, after[:, -1], last)
@@ -301,7 +303,7 @@ def _soft_tokens(encoder: Any, layer: Any, vectors: Tensor, start: int) -> Itera
     def embedding(_: nn.Module, given: Any, found: Tensor) -> Tensor:
         return torch.cat([found[:, :start], vectors.to(found.dtype), found[:, start + count :]], 1)
 
-    # T5 reads a second module with the same weights.
+    # T5 uses a second module with the same weights.
     weights = layer.weight.data_ptr()
     words = [one for one in encoder.modules() if isinstance(one, nn.Embedding) and one.weight.data_ptr() == weights]
     handles = [encoder.register_forward_pre_hook(reading, with_kwargs=True)]
@@ -314,33 +316,33 @@ def _soft_tokens(encoder: Any, layer: Any, vectors: Tensor, start: int) -> Itera
 
 
 class Memory:
-    """The newest disturbances that were found, with the category that each was found for.
+    """The newest found disturbances, each with the category that it was found for.
 
-    Between two optimizer steps it stays as it is, whatever is found: so a batch, its micro-batches and its ranks start
-    from the same. What a step found is put in the order of the pairs' own numbers and goes in front.
+    It changes only after an optimizer step, so that a batch, its micro-batches and its ranks all start from the same
+    memory. What a step found is sorted by the pairs' own numbers and goes in front.
 
     Args:
-        size: how many.
+        size: how many disturbances are kept.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.values: dict[str, Tensor] = {}
         self.category = torch.full((size,), -1, dtype=torch.int64)
-        """-1: nothing there yet."""
+        """-1: still empty."""
         self._new: list[dict[str, Tensor]] = []
 
     def picked(
         self, name: str, start: Tensor, categories: Sequence[int], again: Sequence[bool], which: Sequence[float]
     ) -> Tensor:
-        """For each row of ``start`` (n, *shape) where ``again`` says so one of its category, if there is one.
+        """``start`` (n, *shape), with a remembered disturbance of the row's category where ``again`` allows it.
 
         Args:
-            name: of the disturbance.
-            start: what the others begin with.
-            categories: of the rows.
-            again: which rows may begin with what was found.
-            which: numbers in [0, 1) that choose.
+            name: name of the disturbance.
+            start: the values for all other rows.
+            categories: the category of each row.
+            again: which rows may begin with a remembered disturbance.
+            which: a number in [0, 1) for each row, which chooses among several.
         """
         if name not in self.values:
             return start
@@ -355,7 +357,7 @@ class Memory:
         return torch.where(use.view(-1, *[1] * (start.ndim - 1)), values.index_select(0, place), start)
 
     def keep(self, moved: Moved) -> None:
-        """Keep what was found for a batch for the end of the step, in as many rows as the batch has."""
+        """Keep what was found for a batch until the end of the step, with one row for each pair of the batch."""
         count, places = len(moved.batch), moved.attacked
         at = index(places, moved.device)
 
@@ -370,7 +372,7 @@ class Memory:
         )
 
     def turn(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Put what all ranks found since the last turn in front of the rest.
+        """Put what all ranks found since the last call in front of the rest.
 
         Args:
             gather: a tensor of this rank -> those of all ranks, joined along the first dimension.
@@ -381,7 +383,7 @@ class Memory:
         self._new = []
         order = new.pop("order").argsort(stable=True)
         category = torch.cat([new["category"].index_select(0, order), self.category.to(order.device)])
-        # What was not attacked, and what is not there yet, goes to the end.
+        # Rows that were not attacked, and rows that are still empty, go to the end.
         kept = (category < 0).int().argsort(stable=True)[: self.size]
         self.category = category.index_select(0, kept)
         for name, values in new.items():
@@ -395,12 +397,12 @@ class Memory:
         return {"category": self.category.cpu(), "values": {name: one.cpu() for name, one in self.values.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``.
+        """Restore ``state``.
 
         Raises:
             ValueError: it holds another number of disturbances.
         """
         category, values = state["category"], dict(state["values"])
         if any(len(one) != self.size for one in (category, *values.values())):
-            raise ValueError(f"replay is {self.size}, and the checkpoint remembers {len(category)} disturbances")
+            raise ValueError(f"replay is {self.size}, but the checkpoint holds {len(category)} disturbances")
         self.category, self.values, self._new = category, values, []

@@ -1,8 +1,9 @@
-"""An adversary inside the training step: it disturbs what a network reads, so that safety holds where it is attacked.
+"""An adversary inside the training step: it disturbs the network's inputs, so that safety also holds under attack.
 
-For a harmful pair it looks for a disturbance d, bounded, that lowers the policy's error on the rejected image; the pair
-is then trained at d, against the reference on the clean text. (With the reference at d too, the margin would cancel.)
-Pairs with a clean prompt are disturbed at random, so that the policy stays the reference around them too.
+For a harmful pair it searches for a bounded disturbance d that lowers the policy's error on the rejected image. The
+pair is then trained with d, against the reference on the undisturbed text. (If the reference were disturbed too, the
+margin would cancel.) Pairs with a clean prompt get random noise, so that the policy stays close to the reference around
+them too.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ KEY = "model.init_args.adversary"
 
 
 class SignSteps(Adversary):
-    """Bounded sign steps in one place of the network; a subclass says where.
+    """A search by bounded sign steps at one place of the network; a subclass says where.
 
-    Everything is counted in standard deviations of what is disturbed, each pair's own, so that one setting fits any
-    model. Which pairs are attacked, starts and noise follow from the pairs' seeds.
+    Every size is given in standard deviations of the disturbed values, measured for each pair, so that one setting fits
+    any model. The pairs' seeds decide which pairs are attacked, where searches start, and the noise.
 
     Args:
         radius: bound of every number of a disturbance.
@@ -64,31 +65,31 @@ class SignSteps(Adversary):
         if steps < 1 or restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
         if restarts > 1 and start == 0:
-            raise ValueError("restarts above 1 need start above 0: all searches would be the same one")
+            raise ValueError("restarts above 1 need start above 0: otherwise all searches would be the same")
         self.radius, self.steps, self.step, self.share = radius, steps, step, share
         self.noise, self.clean_share, self.start, self.restarts, self.grow = noise, clean_share, start, restarts, grow
 
     def scale(self, optimizer_steps: int) -> float:
-        """How much of radius and step holds after so many optimizer steps."""
+        """The factor for radius and step after this number of optimizer steps, in [0, 1]."""
         return 1.0 if self.grow == 0 else min(1.0, (optimizer_steps + 1) / self.grow)
 
     def on(
         self, moved: Any, backbone: Backbone, prompts: Sequence[str], conditioning: Conditioning, rows: Sequence[int]
     ) -> AbstractContextManager[Conditioning]:
-        """Within, the denoiser computes disturbed; gives the conditioning to use.
+        """A context in which the denoiser is disturbed; it yields the conditioning to use.
 
         Args:
-            moved: what is found for the batch at hand (`Moved`).
+            moved: the disturbance of the current batch (`Moved`).
             backbone: the model.
-            prompts: of the rows.
-            conditioning: of the rows, or of the rows twice over (chosen, then rejected).
-            rows: which pairs of the batch they are.
+            prompts: the prompt of each row.
+            conditioning: of the rows, or of the rows two times (chosen, then rejected).
+            rows: the indices of these pairs in the batch.
         """
         raise NotImplementedError
 
 
 def named(network: nn.Module, endings: Sequence[str]) -> dict[str, list[tuple[str, nn.Module]]]:
-    """The layers of a network whose names end so, by ending."""
+    """The layers of a network whose names end with one of the endings, grouped by ending."""
     layers = list(network.named_modules())
     return {
         ending: [(name, layer) for name, layer in layers if name == ending or name.endswith(f".{ending}")]

@@ -1,9 +1,9 @@
-"""Prompts without images that hold a policy to its reference: what no pair names stays as it was.
+"""Prompts without images that hold a policy to its reference, so that subjects outside the pairs do not change.
 
-Pairs say what is to change, and a little of what is not. What they do not name has no term in the loss, and it changes
-with what they do name. Anchor prompts give it a term: the reference draws each of them once, and the policy is held to
-the reference's own prediction on these latents. For Gaussian denoisers that is, up to the timestep's weight, the KL
-divergence of one denoising step (`anchor_loss`), here on prompts of any kind and without an image of anybody's.
+Pairs show what must change, and a little of what must stay. The loss says nothing about all other subjects, so they
+change together with those in the pairs. Anchor prompts add a loss term for them: the reference draws each prompt once,
+and the policy is held to the reference's prediction on these latents. For Gaussian denoisers this is the KL divergence
+of one denoising step, up to the timestep's weight (`anchor_loss`). Any prompts can be used, and no images are needed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from lit_safety.backbones.backbone import Backbone, Conditioning
     from lit_safety.data.reading.batch import PairBatch
 
-#: The purposes of an anchor's chance: which prompt, timestep, noise, disturbance of its text.
+#: The purposes of an anchor's random numbers: which prompt, timestep, noise, noise on its text.
 WHICH, TIMESTEP, NOISE, TEXT = "anchor", "anchor-timestep", "anchor-noise", "anchor-text"
 KEY = "model.init_args.anchors.init_args"
 _AT_ONCE = 16
 
 
 class Anchored(Protocol):
-    """What is asked of the module that is held: `PreferenceModule`."""
+    """What anchors need from the module; `PreferenceModule` provides it."""
 
     pretrained: str
     backbone: Backbone
@@ -60,7 +60,7 @@ class Anchored(Protocol):
 
 
 class Drawing(Protocol):
-    """How a module draws."""
+    """A module's settings for drawing."""
 
     steps: int
     guidance: float
@@ -69,19 +69,19 @@ class Drawing(Protocol):
 class PromptAnchors(Anchors):
     """Holds the policy to the reference on the reference's own drawings of harmless prompts.
 
-    Each pair of a batch brings one anchor with it, chosen by the pair's own seed, so that batches, accumulation, ranks
-    and a resumed run meet the same ones. The term is weight x mean over the batch of |policy - reference|^2, and costs
-    a pass of both on half as many rows as the pairs have.
+    Each pair of a batch selects one anchor by its own seed, so that the anchors do not depend on batch size,
+    accumulation, ranks or a resume. The term is weight x mean over the batch of |policy - reference|^2. It costs a pass
+    of policy and reference on half as many rows as the pairs have.
 
     Args:
-        prompts: file of harmless prompts: a text with a prompt a line (`anchors/harmless.txt` is shipped: 226 prompts
-            for models of real photographs and drawings), or a table as `evaluate` reads it, of which the
-            rows of kind clean and lookalike are taken. Nothing that a report will call unnamed may stand in it.
-        weight: of the term.
-        share: probability with which a pair brings an anchor, in (0, 1].
-        text_noise: standard deviation of noise on the prompts' hidden states, in units of their own spread over all
-            anchor prompts; 0: none. It holds the policy between and around the prompts too.
-        seed: of the first drawing; the others count on.
+        prompts: file of harmless prompts: a text file with one prompt a line (`anchors/harmless.txt` is shipped: 226
+            prompts for models of real photographs and drawings), or a table as `evaluate` reads it, of which the rows
+            of kind clean and lookalike are used. It must not contain a subject that a report will call unnamed.
+        weight: weight of the term.
+        share: probability that a pair selects an anchor, in (0, 1].
+        text_noise: standard deviation of noise on the prompts' hidden states, in units of their standard deviation over
+            all anchor prompts; 0: none. With noise the policy is also held between and around the prompts.
+        seed: seed of the first drawing; each further drawing has the next number.
 
     Raises:
         ValueError: a number is outside its range.
@@ -101,10 +101,10 @@ class PromptAnchors(Anchors):
         self._spread: dict[str, Tensor] = {}
 
     def read_prompts(self) -> list[str]:
-        """The harmless prompts of the file, each once.
+        """The harmless prompts of the file, without repetition.
 
         Raises:
-            UserError: the file cannot be read or holds none.
+            UserError: the file cannot be read or holds no harmless prompt.
         """
         from lit_safety.core.shipped import shipped
         from lit_safety.drawing.prompts import read_prompts
@@ -116,15 +116,15 @@ class PromptAnchors(Anchors):
         return found
 
     def prepare(self, module: Anchored, trainer: Trainer) -> None:
-        """Draws the prompts with the reference, or reads what an earlier run drew. All ranks must call it.
+        """Draw the prompts with the reference, or read what an earlier run drew. All ranks must call it.
 
         Raises:
-            UserError: there is no reference to draw with, or no prompt.
+            UserError: the module holds no reference to draw with, or the file holds no prompt.
         """
         if not module.has_reference:
             raise UserError(
-                f"`{KEY}` needs the reference on prompts that no cache holds: set `model.init_args.policy: lora`, or "
-                "train on shards without a reference cache"
+                f"`{KEY}` needs the reference for prompts that are not in the cache: set `model.init_args.policy: "
+                "lora`, or train on shards without a reference cache"
             )
         prompts = self.read_prompts()
         file = self._file(module, prompts)
@@ -149,7 +149,7 @@ class PromptAnchors(Anchors):
             }
 
     def _file(self, module: Anchored, prompts: list[str]) -> Path:
-        """Where the drawings of these prompts by this model are kept."""
+        """The file that keeps the drawings of these prompts by this model."""
         from lit_safety.backbones.fingerprint import reference_hashes
         from lit_safety.core.hashes import digest, user_cache
 
@@ -179,11 +179,11 @@ class PromptAnchors(Anchors):
         return torch.cat(drawn)
 
     def loss(self, module: Anchored, batch: PairBatch) -> Tensor:
-        """weight x mean over the batch's pairs of |policy - reference|^2 on the anchors that they bring, a scalar."""
+        """weight x mean over the batch's pairs of |policy - reference|^2 on the anchors that they select, a scalar."""
         if self._latents is None:
-            raise RuntimeError("anchors were not prepared: a fit does that when it starts")
+            raise RuntimeError("anchors were not prepared: call `prepare` first, as a fit does when it starts")
         seeds = [seed for seed in batch.seeds if self.share == 1 or uniform(seed, "anchor-share") < self.share]
-        if not seeds:  # every rank goes backward all the same
+        if not seeds:  # every rank must take part in the backward pass
             return torch.stack([p.sum() * 0.0 for _, p in module.trainable_parameters()]).sum()
         backbone, device = module.backbone, module.device
         rows = integers(seeds, WHICH, len(self._latents))
@@ -216,7 +216,7 @@ def _read(file: Path) -> Tensor | None:
         return None
     try:
         return load_file(file)["latents"]
-    except (SafetensorError, KeyError, OSError):  # drawn again, and written over
+    except (SafetensorError, KeyError, OSError):  # the caller draws again and overwrites the file
         return None
 
 

@@ -1,8 +1,8 @@
-"""The policy's prediction on a batch that adversaries have disturbed: their search, and what they do with its result.
+"""The policy's prediction on a batch that adversaries disturb: their search, and how its result is applied.
 
-Several adversaries search together: each sign step moves what every one of them disturbs, by one gradient. Nothing is
-read back from the device. Which pairs are attacked is known on the host, and a pair's search depends on no other pair,
-so that a batch, its halves and its ranks find the same.
+Several adversaries search together: each sign step changes all their disturbances by one gradient. Nothing is read back
+from the device. The host knows which pairs are attacked, and a pair's search does not depend on other pairs. So the
+result is the same for a batch, for its halves and on several ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Attacked(Protocol):
-    """What is asked of the module whose step it is: `PreferenceModule`."""
+    """What an attack needs from the training module; `PreferenceModule` provides it."""
 
     backbone: Backbone
     speed: Any
@@ -48,13 +48,13 @@ class Attacked(Protocol):
 
 
 class Attack:
-    """The adversaries of a run: what `PreferenceModule` asks of them.
+    """The adversaries of a run, as `PreferenceModule` uses them.
 
     Args:
-        adversary: one or several.
+        adversary: one adversary or several.
 
     Raises:
-        ValueError: the module trains on a part of the pairs, and each would be attacked twice.
+        ValueError: the module trains on a part of the pairs (`speed.selective`), so that pairs would be attacked twice.
     """
 
     def __init__(self, adversary: Adversary | Sequence[Adversary], selective: bool = False) -> None:
@@ -64,16 +64,16 @@ class Attack:
         self._waits = False
 
     def check(self, module: Attacked) -> None:
-        """Whether every adversary can disturb this model and this data under this strategy.
+        """Check that every adversary can disturb this model and this data under this strategy.
 
         Raises:
-            UserError: one cannot.
+            UserError: an adversary cannot.
         """
         theirs = family(module._trainer.strategy)
         if theirs != family(SingleDeviceStrategy()):
             raise UserError(
-                f"`{KEY}`: a search goes backward through the network inside a step, which is not tried under "
-                f"{theirs}: set it to null, or use one process or `--config configs/strategies/ddp.yaml`"
+                f"`{KEY}`: the search runs a backward pass inside a step, which was not tested under {theirs}: set it "
+                "to null, or use one process or `--config configs/strategies/ddp.yaml`"
             )
         data = datamodule_of(module._trainer)
         sources = data.caches("fit") if isinstance(data, PairData) else []
@@ -84,9 +84,9 @@ class Attack:
     def predict(
         self, module: Attacked, batch: PairBatch, noised: tuple[Tensor, Tensor, Tensor, Conditioning]
     ) -> Tensor:
-        """The policy's prediction (2B, C, h, w) on what `noised` gave; attacked in a step of training.
+        """The policy's prediction (2B, C, h, w) on the output of `noised`, under attack in a training step.
 
-        Validation is not attacked, nor is a probe before training.
+        There is no attack in validation, nor in a probe before training.
         """
         trainer = module._trainer
         if self._waits or not module.training or not (trainer is None or trainer.training):
@@ -100,7 +100,7 @@ class Attack:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within, nothing is attacked."""
+        """A context without attacks."""
         before, self._waits = self._waits, True
         try:
             yield
@@ -108,9 +108,9 @@ class Attack:
             self._waits = before
 
     def turn(self, module: Attacked, batch_idx: int) -> None:
-        """A batch went backward, perhaps as the last one of an optimizer step; all ranks call it."""
+        """Called on all ranks after each batch's backward pass; updates memories at the end of an optimizer step."""
         trainer = module._trainer
-        # DeepSpeed accumulates by itself and is asked after every micro-batch.
+        # DeepSpeed accumulates by itself, so it is asked after every micro-batch.
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
 
@@ -124,20 +124,19 @@ class Attack:
             one.turn(gather)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What they remember, for the checkpoint."""
+        """The adversaries' memories, for the checkpoint."""
         return [one.state_dict() for one in self.parts]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from a checkpoint.
+        """Restore the memories from a checkpoint.
 
         Raises:
-            UserError: it is of a run with other adversaries.
+            UserError: the checkpoint's run had other adversaries.
         """
         after = "resume with the config.yaml of that run"
         if len(states) != len(self.parts):
             raise UserError(
-                f"`{KEY}` names {len(self.parts)} adversaries, and the checkpoint is of a run with {len(states)}: "
-                f"{after}"
+                f"`{KEY}` names {len(self.parts)} adversaries, but the checkpoint's run had {len(states)}: {after}"
             )
         for one, state in zip(self.parts, states, strict=True):
             try:
@@ -147,15 +146,15 @@ class Attack:
 
 
 class Moved:
-    """What one adversary does to the pairs of one batch: a disturbance by name, in standard deviations.
+    """One adversary's disturbances of the pairs of one batch, by name, in standard deviations.
 
     Args:
         part: the adversary.
-        number: which of the run's it is; its chance is its own.
+        number: its index among the run's adversaries; each has its own random numbers.
         batch: the pairs.
-        dropped: which of them are trained on the empty prompt, and left alone.
-        optimizer_steps: how many were done.
-        device: of the disturbances.
+        dropped: which pairs are trained on the empty prompt; these are not disturbed.
+        optimizer_steps: how many were done so far.
+        device: device of the disturbances.
     """
 
     def __init__(
@@ -181,21 +180,21 @@ class Moved:
                 self.disturbed.append(row)
         self.attempt = 0
         self.found: dict[str, Tensor] = {}
-        """By name, (attacked pairs, *shape)."""
+        """The found disturbances by name, each (attacked pairs, *shape)."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """By name, those of a disturbance, whether any is found or not."""
+        """The shape of each disturbance by name, also where none was found."""
         self.searching = False
 
     def seeds(self, rows: Sequence[int]) -> list[int]:
         return [self.batch.seeds[row] for row in rows]
 
     def touched(self, rows: Sequence[int]) -> list[int]:
-        """Those of a pass's pairs that it acts on."""
+        """Those of ``rows`` that the adversary disturbs in the current pass."""
         mine = {*self.attacked, *([] if self.searching else self.disturbed)}
         return [row for row in rows if row in mine]
 
     def disturbance(self, name: str, shape: tuple[int, ...], rows: Sequence[int]) -> Tensor:
-        """What is added for each of ``rows``, in standard deviations: (rows, *shape), 0 where it does not act."""
+        """The disturbance of each of ``rows`` in standard deviations: (rows, *shape), 0 for all other pairs."""
         full = torch.zeros(len(rows), *shape, device=self.device)
         if self.attacked:
             if name not in self.found:
@@ -216,18 +215,18 @@ class Moved:
             start = noise * self.part.start
         found = start.to(self.device, non_blocking=True)
         if self.attempt == 0 and self.part.replay:
-            found = self.part.replayed(self, name, found)  # type: ignore[attr-defined]  # of those that replay
+            found = self.part.replayed(self, name, found)  # type: ignore[attr-defined]  # it replays
         return found.clamp(-self.radius, self.radius).requires_grad_()
 
     def categories(self) -> list[int]:
-        """Each attacked pair's first category as a number; of none it is one more than there are."""
+        """The index of each attacked pair's first category; the number of categories for a pair without one."""
         return [
             CATEGORIES.index(found[0]) if (found := self.batch.categories[row]) else len(CATEGORIES)
             for row in self.attacked
         ]
 
     def order(self) -> list[int]:
-        """A number for each attacked pair by which those of several batches are put in one order."""
+        """A number for each attacked pair, by which pairs of several batches are sorted."""
         return [derive(seed, f"{self.purpose}-order") for seed in self.seeds(self.attacked)]
 
 
@@ -242,14 +241,15 @@ def predict_attacked(
     noised: tuple[Tensor, Tensor, Tensor, Conditioning],
     sharded: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy's prediction (2B, C, h, w) on the disturbed batch, and what to log of the search.
+    """The policy's prediction (2B, C, h, w) on the disturbed batch, and what to log about the search.
 
     Args:
-        module: whose step it is.
+        module: the training module.
         parts: the adversaries.
         batch: the pairs.
-        noised: x_t, timesteps, targets and conditioning of 2B rows, chosen, then rejected.
-        sharded: whether ranks hold a part of the weights each; then every rank searches, with something to find or not.
+        noised: x_t, timesteps, targets and conditioning of 2B rows: chosen, then rejected.
+        sharded: whether each rank holds a part of the weights; then every rank runs the search, even without attacked
+            pairs.
     """
     noisy, timesteps, target, conditioning = noised
     dropped = module.dropped_prompts(batch)
@@ -279,13 +279,13 @@ def _search(
     rows: Sequence[int],
     sharded: bool,
 ) -> Tensor:
-    """Find what lowers the error on the rejected images of ``rows``; gives their errors at the first start (rows,)."""
+    """Search for what lowers the error on the rejected images of ``rows``; returns the first errors (rows,)."""
     noisy, timesteps, target, conditioning = noised
     at = index(rows, noisy.device) + len(batch)
     noisy, timesteps, target = (one.detach().index_select(0, at) for one in (noisy, timesteps, target))
     given = {name: values.detach().index_select(0, at) for name, values in conditioning.items()}
     prompts = [batch.prompts[row] for row in rows]
-    if sharded:  # a backward pass through every block on every rank, whatever it disturbs
+    if sharded:  # every rank must run a backward pass through every block, whatever is disturbed
         noisy = noisy.requires_grad_()
     before: Tensor | None = None
     best: Tensor | None = None
@@ -307,8 +307,9 @@ def _search(
                 error = errors()
                 leaves = [(one, name, leaf) for one in moved for name, leaf in one.found.items()]
                 wanted = [leaf for *_, leaf in leaves] + ([noisy] if sharded else [])
-                # Not `backward`: weights get no gradient of it, and hooks on theirs do not hear of it. Summed over an
-                # image's numbers, since float16 would round the gradient of a mean to 0; its sign is the same.
+                # `grad` and not `backward`: weights must get no gradient, and their hooks must not run. The errors are
+                # summed over an image's numbers, because float16 would round the gradient of a mean to 0; the sign is
+                # the same.
                 slopes = torch.autograd.grad(error.sum() * target[0].numel(), wanted, allow_unused=True)
             _check_reached(moved, leaves, slopes)
             before = error.detach() if before is None else before
@@ -338,17 +339,15 @@ def _search(
 def _check_reached(
     moved: Sequence[Moved], leaves: Sequence[tuple[Moved, str, Tensor]], slopes: Sequence[Tensor | None]
 ) -> None:
-    """Complain of an adversary that disturbs nothing that a prediction depends on; this is known without a look at it.
+    """Refuse an adversary whose disturbance does not change the prediction; no value is read from the device for this.
 
     Raises:
-        UserError: there is one; names it.
+        UserError: names the adversary.
     """
     reached = [one for (one, *_), slope in zip(leaves, slopes, strict=False) if slope is not None]
     for one in moved:
         if one.attacked and one not in reached:
-            raise UserError(
-                f"`{KEY}`: what {type(one.part).__name__} disturbs does not reach the prediction: leave it out"
-            )
+            raise UserError(f"`{KEY}`: {type(one.part).__name__} does not change the prediction: leave it out")
 
 
 @contextmanager
@@ -359,7 +358,7 @@ def _applied(
     conditioning: Conditioning,
     rows: Sequence[int],
 ) -> Iterator[Conditioning]:
-    """Within, all adversaries act at once, those first that encode the text anew."""
+    """A context in which all adversaries act at once; those that encode the text again act first."""
     with ExitStack() as stack:
         given = conditioning
         for one in sorted(moved, key=lambda one: not getattr(one.part, "tokens", 0)):

@@ -1,4 +1,4 @@
-"""What is compared before weights are loaded, and what is asked of every batch: caches, orders, labels, callbacks."""
+"""Checks of caches, orders, labels and callbacks: before weights are loaded, and on every batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from lit_safety.backbones.settings import BackboneSettings
     from lit_safety.data.cache.sources import CachedSource
 
-# Were the data's caches made by the model that is trained, and do they hold what it needs?
+# Caches: were they made by the model that is trained, and do they hold what it needs?
 
 
 def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
     """Compare the caches that ``datamodule`` reads in ``stage`` with the encoders of ``pretrained``.
 
-    Encoders whose files are not there cannot be compared: a run from a cache does not need them, and the log says so.
+    Encoders without files on disk cannot be compared: a run from a cache does not need them, and the log says so.
 
     Raises:
-        UserError: a cache was made by another model; names both.
+        UserError: a cache was made by another model; the message names both.
     """
     if not (found := _caches(datamodule, stage)):
         return
@@ -36,13 +36,13 @@ def check_caches(datamodule: object, pretrained: str, stage: str) -> None:
     for one in found:
         if unknown := check_model(one.cache, pretrained, weights, one.key):
             rank_zero_info(
-                f"{one.key}: {', '.join(unknown)} of {pretrained} is not there to be compared with the cache's, "
-                f"which {one.cache.model} made"
+                f"{one.key}: {', '.join(unknown)} of {pretrained} was not found, so it is not compared with the "
+                f"cache's, which {one.cache.model} made"
             )
 
 
 def _changed(settings: BackboneSettings, default: BackboneSettings) -> list[str]:
-    """What of the settings decides errors and is not the family's default."""
+    """The settings that change errors and differ from the family's defaults."""
     usual = vars(default)
     return [
         name
@@ -59,19 +59,18 @@ def check_references(
     drops: bool,
     settings: BackboneSettings | None = None,
 ) -> None:
-    """Whether the reference caches that are read were made by the denoiser of ``pretrained`` and hold what is needed;
-    tells ``datamodule`` whether predictions are to be read.
+    """Check that reference caches are of ``pretrained``'s denoiser and hold what is needed; sets what is read of them.
 
     Args:
-        datamodule: any; one of somebody's own has no caches.
+        datamodule: any; a user's own datamodule has no caches to check.
         pretrained: the model that is trained.
         stage: `fit`, `validate`, `test` or `predict`.
-        objective: what is computed on errors.
+        objective: the objective of the run.
         drops: whether prompts are dropped in training.
-        settings: what is set of the model's family; a cache is made with its defaults.
+        settings: the run's settings of the model's family; caches are made with the family's defaults.
 
     Raises:
-        UserError: naming the cache and what it lacks.
+        UserError: a cache does not fit; the message names it and what it lacks.
     """
     from lit_safety.backbones.load import family_of
 
@@ -82,7 +81,7 @@ def check_references(
 
         if settings is not None and (changed := _changed(settings, family_of(pretrained).SETTINGS())):
             raise UserError(
-                f"{one.key}: a reference cache is made with the family's defaults, and `model.init_args.backbone` sets "
+                f"{one.key}: a reference cache is made with the family's defaults, but `model.init_args.backbone` sets "
                 f"{', '.join(changed)}: set data.init_args.use_reference to false"
             )
         own = reference_hashes(pretrained, family_of(pretrained).DENOISER)
@@ -96,19 +95,19 @@ def check_references(
         kind = type(objective).__name__
         if objective.reads_drift:
             raise UserError(
-                f"{one.key}: {kind} reads the reference's predictions of every pair, and a reference cache holds those "
-                "of clean prompts alone: set data.init_args.use_reference to false"
+                f"{one.key}: {kind} reads the reference's predictions of every pair, but a reference cache holds only "
+                "those of clean prompts: set data.init_args.use_reference to false"
             )
         if objective.needs_drift and not reference.predictions:
             what = "anchor_weight" if objective.anchor_weight > 0 else "what it computes"
             raise UserError(
-                f"{one.key}: {kind} needs the reference's predictions for {what}, and the reference cache holds its "
-                "errors alone: make it again with `shards precompute --reference_predictions true`, set "
+                f"{one.key}: {kind} needs the reference's predictions for {what}, but the reference cache holds only "
+                "its errors: make it again with `shards precompute --reference_predictions true`, set "
                 "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
             )
         if drops and stage == "fit" and not reference.empty:
             raise UserError(
-                f"{one.key}: prompts are dropped in training, and the reference cache holds no errors without the "
+                f"{one.key}: prompts are dropped in training, but the reference cache holds no errors without the "
                 "prompt: make it again with `shards precompute --reference_dropout true`, or set every dropout of a "
                 "prompt to 0"
             )
@@ -121,7 +120,7 @@ def _short(found: str | None) -> str:
 
 
 def reference_cached(datamodule: object, stage: str) -> bool:
-    """Whether all that ``datamodule`` reads in ``stage`` comes with the reference's errors, so that it never runs."""
+    """Whether all pairs of ``stage`` come with the reference's errors, so that the reference never runs."""
     found = _caches(datamodule, stage)
     if not found or any(one.cache.reference is None for one in found):
         return False
@@ -133,21 +132,21 @@ def _caches(datamodule: object, stage: str) -> list[CachedSource]:
     return datamodule.caches(stage) if isinstance(datamodule, PairData) else []
 
 
-# Whether pairs carry what an objective reads: from the manifests before a start, from a batch's host lists in a step.
+# Labels: do pairs carry what the objective reads? The manifests say so before a start, a batch's lists in a step.
 #
-# Nothing waits for the device.
+# These lists are on the host, so that no check waits for the device.
 
 
 def check_orders(objective: Objective, datamodule: object, stage: str) -> None:
-    """Refuse pairs whose order already holds what the objective adds, as far as the manifests tell of them.
+    """Refuse pairs whose order already contains what the objective adds, as far as the manifests say it.
 
     Args:
         objective: what is computed on the pairs.
-        datamodule: any; of one of somebody's own, each batch is looked at in its turn (`check_labels`).
+        datamodule: any; with a user's own datamodule, each batch is checked when it comes (`check_labels`).
         stage: `fit`, `validate`, `test` or `predict`.
 
     Raises:
-        UserError: naming the folder, the number of such pairs, and the ways out.
+        UserError: the message names the folder, the number of such pairs, and what can be done.
     """
     if not isinstance(datamodule, PairData) or stage == "predict" or not objective.refuses_composite:
         return
@@ -168,7 +167,7 @@ def way_out_of(objective: Objective) -> str:
 
 
 def needed_labels(objective: Objective, may_fill: bool) -> list[tuple[str, str]]:
-    """What the objective reads of the labels, and where a pair without it gets it from."""
+    """The labels that the objective reads, each with advice on how pairs without it can get it."""
     score_first = "score the shards with a cost model first (`shards score`)"
     if may_fill:
         score_first += (
@@ -184,18 +183,18 @@ def needed_labels(objective: Objective, may_fill: bool) -> list[tuple[str, str]]
 
 
 def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = False) -> None:
-    """Refuse pairs that lack a label the objective needs, or whose order already holds what it adds.
+    """Refuse pairs that lack a label the objective needs, or whose order already contains what it adds.
 
-    Unknown is never read as harmless: a label that is not there stops the run, unless the objective has a setting that
-    does without it (`Objective.opt_out`), which the message names.
+    Unknown never counts as harmless: a missing label stops the run. If the objective has a setting that makes the label
+    unnecessary (`Objective.opt_out`), the message names it.
 
     Args:
         objective: what is computed on the pairs.
         batch: the pairs.
-        cost_model: whether the module has the option `cost_model`, so that the message can name it.
+        cost_model: whether the module has the option `cost_model`, which the message then names.
 
     Raises:
-        UserError: naming the sample, what is missing, and the way out.
+        UserError: the message names the sample, what is missing, and what can be done.
     """
     name = type(objective).__name__
     way_out = way_out_of(objective)
@@ -213,20 +212,20 @@ def check_labels(objective: Objective, batch: PairBatch, cost_model: bool = Fals
                 )
 
 
-# At the start of a fit: does anything move what the objective learns outside of its loss?
+# Callbacks: if the objective has a state that its loss does not learn, does a callback update it?
 
 
 @runtime_checkable
 class MovesObjective(Protocol):
-    """A callback that changes what an objective learns outside of its loss; it says so by a class attribute."""
+    """A callback that updates an objective's state outside of its loss; a class attribute says which objective."""
 
     moves: ClassVar[type[Objective]]
 
 
 def warn_if_not_moved(objective: Objective, callbacks: Iterable[object]) -> None:
-    """Warn where an objective is to be moved by a callback and no one of ``callbacks`` says that it moves it.
+    """Warn if an objective's state must be updated by a callback and none of ``callbacks`` declares that it does.
 
-    A warning and no error: the objective with a constant state is a legitimate ablation.
+    It is not an error: the objective with a constant state is a useful ablation.
     """
     callback = objective.moved_by
     if callback is None:
@@ -235,7 +234,7 @@ def warn_if_not_moved(objective: Objective, callbacks: Iterable[object]) -> None
         return
     state = ", ".join(f"`{name}`" for name in objective.state_dict())
     rank_zero_warn(
-        f"{type(objective).__name__} is trained and nothing moves {state}: it stays what it is at the start, "
-        f"whatever the policy draws, because `trainer.callbacks` has no {callback}; unless you want it constant, add "
+        f"{type(objective).__name__} is trained, but nothing updates {state}: it keeps its first value, whatever the "
+        f"policy draws, because `trainer.callbacks` does not list {callback}; unless you want it constant, add "
         f"`--trainer.callbacks+=lit_safety.callbacks.{callback}` with `--trainer.callbacks.cost_model FOLDER`"
     )

@@ -36,14 +36,14 @@ class CostModel(ScheduledModule):
 
     Args:
         clip: the frozen CLIP: a folder in transformers' layout, or a hub id.
-        features: what the adapter sees: `embedding`, the projected image embedding; `pooled`, the class token before
-            the projection; `patches`, that and the mean of the patch tokens.
+        features: the adapter's input: `embedding`, the projected image embedding; `pooled`, the class token before the
+            projection; `patches`, the class token and the mean of the patch tokens.
         width: hidden units of the adapter.
-        dropout: share of them left out in training, in [0, 1).
+        dropout: share of hidden units that are set to 0 in training, in [0, 1).
         loss: the loss on a batch of costs.
-        degradation: how training images are degraded, so that costs hold for what a generator draws.
-        feature_cache: folder in which CLIP features are kept by what decides them, computed once before the first
-            step; null: computed in every step.
+        degradation: how training images are degraded, so that costs are also right for generated images.
+        feature_cache: folder for CLIP features, computed once before the first step and reused while nothing that they
+            depend on changes; null: computed in every step.
         optimizer: made from the adapter's parameters.
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
     """
@@ -75,7 +75,7 @@ class CostModel(ScheduledModule):
         self.collected = CollectedCosts()
         self.finite_loss = FiniteLossGuard()
         self.figures: dict[str, float] = {}
-        """What the last validation or test found; after a fit, of the weights that it left."""
+        """The metrics of the last validation or test; after a fit, those of its final weights."""
         self.calibration: dict[str, Any] | None = None
         """What the calibration was fitted on, as `save_cost_model` writes it; None: no validation was run."""
         self._caches: list[FeatureCache] = []
@@ -96,8 +96,8 @@ class CostModel(ScheduledModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
             raise UserError(
-                f"`trainer.strategy` is {type(strategy).__name__}: a cost model trains a small adapter, which is "
-                "never sharded; use ddp"
+                f"`trainer.strategy` is {type(strategy).__name__}: a cost model trains a small adapter, which is never "
+                "sharded; use ddp"
             )
         self.tower = ClipTower(self.clip, self.features)
         self.adapter = CostAdapter(self.tower.width, self.width, self.dropout)
@@ -120,10 +120,10 @@ class CostModel(ScheduledModule):
             cached_features(Path(self.feature_cache), data, part, self.tower, views, self.trainer)
             for part, views in wanted
         ]
-        data.skip_images(part for part, _ in wanted)  # from here on nothing decodes an image
+        data.skip_images(part for part, _ in wanted)  # from now on no image is decoded
 
     def scorer(self) -> CostScorer:
-        """The model as it stands, calibration included; its adapter is a copy, the tower is shared."""
+        """The current model with its calibration; the adapter is a copy, the tower is shared."""
         adapter = CostAdapter(self.tower.width, self.width)
         adapter.load_state_dict({name: value.detach().cpu() for name, value in self.adapter.state_dict().items()})
         return CostScorer(self.tower, adapter, float(self.temperature), float(self.bias)).to(self.tower.device)
@@ -131,7 +131,7 @@ class CostModel(ScheduledModule):
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
     def clip_features(self, batch: PairBatch, views: Sequence[int], cache: FeatureCache | None) -> Tensor:
-        """CLIP features (B, 2, D) of both images, in a view of each pair."""
+        """CLIP features (B, 2, D) of both images, each in the view that ``views`` names for the pair."""
         if cache is not None:
             return cache.get(batch.keys, views).to(self.device, non_blocking=True)
         self.tower.to(self.device)
@@ -153,7 +153,7 @@ class CostModel(ScheduledModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
+            self.finite_loss.advance()  # here, after ranks have shared a gradient, so that all of them stop
         views = integers(batch.seeds, "view", len(self.degradation.all)).tolist()
         features = self.clip_features(batch, views, self._caches[0] if self._caches else None)
         losses, parts = self.loss(*self.raw_costs(features), batch.harmful)
@@ -165,7 +165,7 @@ class CostModel(ScheduledModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.adapter.parameters() if p.grad is not None])
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler leaves such a step out by itself
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler skips such a step by itself
             self.finite_loss.watch_gradient(norm)
         self.log("train/grad_norm", norm)
 
@@ -176,7 +176,7 @@ class CostModel(ScheduledModule):
             return
         data = datamodule_of(self.trainer)
         if not isinstance(data, WithVal) or data.val is None:
-            rank_zero_warn("no validation pairs are given: costs are not calibrated, only their sign and order count")
+            rank_zero_warn("no validation pairs are given: costs are not calibrated, use only their sign and order")
             return
         self.eval()
         with torch.no_grad():  # the last steps came after the last validation
@@ -188,7 +188,7 @@ class CostModel(ScheduledModule):
 
     def _warn_if_not_calibrated(self) -> None:
         if self.calibration is not None and (reason := self.calibration["not_calibrated"]) is not None:
-            rank_zero_warn(f"costs are not calibrated ({reason} in data.init_args.val): only their order counts")
+            rank_zero_warn(f"costs are not calibrated ({reason} in data.init_args.val): use only their order")
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._collect(batch, self._caches[1] if len(self._caches) > 1 else None)
@@ -224,10 +224,10 @@ class CostModel(ScheduledModule):
     # ---- evaluation ------------------------------------------------------------------------------------------
 
     def _costs(self, batch: PairBatch, cache: FeatureCache | None) -> Tensor:
-        """Raw costs (B, 2) of the images themselves.
+        """Raw costs (B, 2) of the images without degradation.
 
         Raises:
-            UserError: one is not finite; names the sample.
+            UserError: a cost is not finite; names the sample.
         """
         costs, _ = self.raw_costs(self.clip_features(batch, [0] * len(batch), cache))
         finite = costs.isfinite().all(1)
@@ -255,7 +255,7 @@ class CostModel(ScheduledModule):
         self._calibrated_at = self.trainer.global_step
 
     def _measure(self) -> dict[str, Tensor]:
-        """The figures of what was collected, which is forgotten."""
+        """The metrics of the collected costs, which are then deleted."""
         costs, harmful, about = self.collected.compute()
         self.collected.reset()
         found = cost_figures(self.calibrated(costs), harmful, about)
@@ -268,10 +268,10 @@ class CostModel(ScheduledModule):
 
 
 def check_both_labels(data: PairData) -> None:
-    """Refuse training pairs that teach nothing of harm, as far as their manifest tells.
+    """Refuse training pairs from which a cost model learns nothing, as far as their manifest says it.
 
     Raises:
-        UserError: no image is labelled harmful, or none safe; names the folder.
+        UserError: no image is labelled harmful, or no image is labelled safe; names the folder.
     """
     labels = data.labels("train")
     given = ", ".join(shards_of(data).get("train", []))
@@ -279,6 +279,6 @@ def check_both_labels(data: PairData) -> None:
         if labels and not any(count and label in name.split(">") for name, count in labels.items()):
             only = f"its known labels are all {other}" if any(other in name for name in labels) else "no label is known"
             raise UserError(
-                f"data.init_args.train {given}: no image is labelled {label} ({only}), so a cost model learns "
-                "nothing from it; give pairs with images of both labels"
+                f"data.init_args.train {given}: no image is labelled {label} ({only}), so a cost model learns nothing "
+                "from it; give pairs with images of both labels"
             )

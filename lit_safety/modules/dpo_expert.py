@@ -1,4 +1,5 @@
-"""DPOExpert: one LoRA for each category of harm, trained in one fit and merged after (SafetyDPO, arXiv 2412.10493)."""
+"""DPOExpert: one LoRA for each category of harm, trained in one fit and merged afterwards (SafetyDPO, arXiv
+2412.10493)."""
 
 from __future__ import annotations
 
@@ -29,26 +30,26 @@ from lit_safety.modules.strategies import check_weights
 from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErrors
 
-#: What is logged for every expert by itself, `loss/<category>` and so on.
+#: What is logged for each expert separately, as `loss/<category>` and so on.
 BY_CATEGORY = ("rewards/margins", "rewards/accuracies")
 
 
 class DPOExpert(PreferenceModule):
-    """Trains an expert, a LoRA of its own, on the pairs of each category; the reference is the base without any.
+    """Trains one expert for each category: a LoRA on this category's pairs. The reference is the base without LoRA.
 
-    The experts take turns: every step is about one category (`data.init_args.one_category`), the same on all ranks, and
-    moves that category's expert only. The others rest outside the network and the optimizer (`ExpertBank`). The
-    learning rate's schedule is the fit's: turns are spread evenly over it, so every expert sees its warm-up and its
-    decay. With `data.init_args.consecutive` one expert is trained after the other, each with a fresh optimizer, and the
-    whole schedule is run through for each.
+    The experts take turns: every step uses pairs of one category (`data.init_args.one_category`), the same on all
+    ranks, and changes that category's expert only. The others are kept outside the network and the optimizer
+    (`ExpertBank`). All experts share the fit's learning rate schedule: turns are spread evenly over it, so that every
+    expert gets its warm-up and its decay. With `data.init_args.consecutive` one expert is trained after the other, each
+    with a fresh optimizer and the whole schedule.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
-        categories: all: an expert for every category that the training pairs are about; or a list of them, which must
-            be those that `data.init_args.categories` takes.
-        for_merging: where experts begin and whether they are merged in between, so that they merge better at the end
-            (`ForMerging`); null: each by itself.
+        categories: all: an expert for every category of the training pairs; or a list of categories, which must be that
+            of `data.init_args.categories`.
+        for_merging: how experts are initialised, and whether they are merged during training, so that they merge better
+            at the end (`ForMerging`); null: experts are trained independently.
     """
 
     bank: ExpertBank
@@ -81,22 +82,24 @@ class DPOExpert(PreferenceModule):
         super().setup(stage)
 
     def _experts(self) -> list[str]:
-        """Which experts there are. Without training data in sight, all categories; a checkpoint then says which."""
+        """The experts' names. Without training data, all categories; a checkpoint then says which of them exist."""
         data = datamodule_of(self._trainer)
         if not self._fitting or not isinstance(data, PairData):
             return self.categories or list(CATEGORIES)
         found = data.training_categories()
         if not found:
-            raise UserError("DPOExpert needs steps of one category each: set `data.init_args.one_category: true`")
+            raise UserError(
+                "DPOExpert needs pairs of one category in each step: set `data.init_args.one_category: true`"
+            )
         asked = self.categories or found
         if missing := sorted(set(asked) - set(found)):
             raise UserError(
-                f"`model.init_args.categories`: there are not pairs enough for a step about {', '.join(missing)}; "
-                f"the training pairs give steps about {', '.join(found)}"
+                f"`model.init_args.categories`: there are too few training pairs for a step of {', '.join(missing)}; "
+                f"there are enough for {', '.join(found)}"
             )
         if set(found) - set(asked):
             raise UserError(
-                f"`model.init_args.categories` is {asked}, but steps would also be about "
+                f"`model.init_args.categories` is {asked}, but the data would also give steps of "
                 f"{', '.join(sorted(set(found) - set(asked)))}: set `data.init_args.categories` to {asked} too"
             )
         return found
@@ -118,7 +121,7 @@ class DPOExpert(PreferenceModule):
         self.bank = ExpertBank(self._experts(), self._adapter_parameters(), self.lora, seed)
 
     def begin_from(self, path: Path) -> None:
-        """`start_from` names `experts` of another run, with a folder for each category, or a checkpoint."""
+        """Here `start_from` is another run's folder `experts`, with a folder for each category, or a checkpoint."""
         held = read_experts(path, self.lora, POLICY, self.bank.names, self.adaptable_layers())
         for name, weights in held.items():
             check_weights(self.bank.parameters, weights, f"`model.init_args.start_from` {path}: expert {name}")
@@ -126,23 +129,23 @@ class DPOExpert(PreferenceModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.bank.parameters = self._adapter_parameters()  # other objects, where FSDP2 has sharded them
+        self.bank.parameters = self._adapter_parameters()  # FSDP2 replaces the parameters when it shards them
 
     def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """By names that no wrapper changes: those of the denoiser's own parameters."""
+        """The adapter's parameters by their names in the denoiser, which wrappers do not change."""
         return {n: p for n, p in self.backbone.denoiser.named_parameters() if f".{POLICY}." in n}
 
     def category_of(self, batch: PairBatch) -> str:
         """The expert that a batch trains.
 
         Raises:
-            UserError: it says nothing, or there is no such expert.
+            UserError: the batch has no category, or no expert belongs to it.
         """
         if batch.category is None and len(self.bank.names) == 1:
             return self.bank.names[0]
         if batch.category not in self.bank.names:
             raise UserError(
-                f"a batch of category {batch.category} and experts of {', '.join(self.bank.names)}: set "
+                f"a batch is of category {batch.category}, but the experts are {', '.join(self.bank.names)}: set "
                 "`data.init_args.one_category: true`, and the same categories for model and data"
             )
         return batch.category
@@ -168,8 +171,8 @@ class DPOExpert(PreferenceModule):
         if category != self.bank.active:
             if batch_idx % self.trainer.accumulate_grad_batches:
                 raise UserError(
-                    f"a step would be about {self.bank.active} and {category}: the number of micro-batches a step has "
-                    "changed since the data were dealt; set `trainer.accumulate_grad_batches` and leave "
+                    f"a step would mix {self.bank.active} and {category}: the number of micro-batches a step has "
+                    "changed since the data were ordered; set `trainer.accumulate_grad_batches` and leave "
                     "GradientAccumulationScheduler out"
                 )
             if self._consecutive:
@@ -179,7 +182,7 @@ class DPOExpert(PreferenceModule):
         self.bank.batches[category] += 1
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        # An expert that has its steps in a row gets through the whole schedule in them, as it does in turns.
+        # With consecutive experts each one gets the whole schedule too, as it does when experts take turns.
         for _ in range(len(self.bank.names) if self._consecutive else 1):
             super().lr_scheduler_step(scheduler, metric)
 
@@ -192,14 +195,14 @@ class DPOExpert(PreferenceModule):
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
         if batch.category is not None and batch.category not in self.bank.names:
-            # For example, too few training pairs are of its category. All ranks are at the same category.
+            # For example because its category has too few training pairs. All ranks are at the same category.
             if batch.category not in self._not_evaluated:
                 self._not_evaluated.add(batch.category)
                 rank_zero_warn(f"there is no expert of {batch.category}: its {stage} pairs are left out")
             return
         category = self.category_of(batch)
         if self._fitting and under_deepspeed(self.trainer) and category != self.bank.active:
-            return  # its weights are not in the engine
+            return  # DeepSpeed's engine does not hold its weights
         with self.bank.shown(category):
             super()._evaluation_step(batch, stage)
 
@@ -208,7 +211,7 @@ class DPOExpert(PreferenceModule):
             return super().predict_step(batch, batch_idx)
 
     def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
-        """One row an expert, in the order of their names in the config; under DeepSpeed the one that is trained."""
+        """One row for each expert, in the config's order; under DeepSpeed only the expert that is trained."""
         names = [self.bank.active] if under_deepspeed(self.trainer) else self.bank.names
         rows = []
         for name in names:
@@ -254,14 +257,17 @@ class DPOExpert(PreferenceModule):
         if self.for_merging is not None and "for_merging" in checkpoint:
             self.for_merging.load_state_dict(checkpoint["for_merging"])
         elif self.for_merging is not None and self._fitting:
-            raise UserError(f"the checkpoint was written without `{FOR_MERGING}`: resume with its run's config.yaml")
+            raise UserError(
+                f"the checkpoint was written without `{FOR_MERGING}`: resume with the config.yaml of its run"
+            )
 
 
-# One expert after the other, each with a fresh optimizer and schedule: what DeepSpeed needs, and what any may do.
+# One expert after the other, each with a fresh optimizer and schedule. DeepSpeed needs this; other strategies can use
+# it.
 #
-# ZeRO flattens what it trains into partitions of its own when its engine is made, and hands zeros to what got no
-# gradient. So an expert's turn under DeepSpeed is an engine of its own: at the end of a phase the fp32 weights are
-# gathered, the engine is taken down, the next expert's weights are put in, and a new engine is made around them.
+# When ZeRO makes its engine, it flattens the trained weights into its own partitions, and it gives a gradient of 0 to
+# weights without one. So under DeepSpeed each expert gets a new engine: at the end of a phase the fp32 weights are
+# gathered, the engine is destroyed, the next expert's weights are put in, and a new engine is made for them.
 
 
 def under_deepspeed(trainer: Trainer) -> bool:
@@ -269,34 +275,35 @@ def under_deepspeed(trainer: Trainer) -> bool:
 
 
 def begin_expert(trainer: Trainer, module: LightningModule, bank: ExpertBank, name: str) -> None:
-    """End the phase of the expert that is in the network and begin that of ``name``: on all ranks, between steps."""
+    """End the phase of the current expert and begin that of ``name``. Called on all ranks, between steps."""
     strategy: Any = trainer.strategy
     if not under_deepspeed(trainer):
         bank.activate(name)
         strategy.setup_optimizers(trainer)
         return
-    # Before the engine is taken down: the weights that rest are its optimizer's, in fp32.
+    # Before the engine is destroyed: the weights to keep are the fp32 ones of its optimizer.
     bank.activate(name)
     strategy.deepspeed_engine.destroy()
     strategy.model = module
     strategy.init_deepspeed()
 
 
-# What is refused where several experts are trained in one fit.
+# Settings that are refused when one fit trains several experts.
 
 
 def check_experts(trainer: Trainer, objective: Objective, names: Sequence[str], consecutive: bool) -> None:
-    """Complain where the experts ``names`` would not be trained as they should; a single one may do anything.
+    """Refuse settings with which the experts ``names`` would be trained wrongly; a single expert has no such limits.
 
     Raises:
-        UserError: they would move while they idle, share what an objective learns, or be averaged with each other.
+        UserError: experts would change outside of their turns, share an objective's learned state, or be averaged with
+            each other.
     """
     if len(names) == 1:
         return
     if under_deepspeed(trainer) and not consecutive:
         raise UserError(
-            f"DPOExpert: interleaved training of {len(names)} experts is refused under DeepSpeed, which moves idle "
-            "weights: set `data.init_args.consecutive: true`, or train with ddp"
+            f"DPOExpert: {len(names)} experts cannot take turns under DeepSpeed, which also changes idle weights: set "
+            "`data.init_args.consecutive: true`, or train with ddp"
         )
     if state := objective.state_dict():
         raise UserError(

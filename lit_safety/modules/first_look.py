@@ -1,4 +1,4 @@
-"""What is seen of the pairs before a model is loaded: labels that are missing, an anchor that has nothing to hold."""
+"""Checks of the pairs before a model is loaded: missing labels, and an anchor without effect."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lit_safety.objectives.objective import Objective
 
 
 def check_first_pairs(objective: Objective, datamodule: object, stage: str, fills_costs: bool | None) -> None:
-    """Refuse pairs without a label that the objective needs before a weight is loaded.
+    """Before weights are loaded, refuse pairs without a label that the objective needs.
 
-    The manifests do not count costs and scores, so the first pair of each folder is read for all; one that comes later
-    is met by `check_labels` in its turn.
+    The manifests do not count costs and scores, so only the first pair of each folder is read. `check_labels` finds
+    later pairs during training.
 
     Args:
         objective: what is computed on the pairs.
-        datamodule: any; one of somebody's own is asked if it can (`LooksAhead`).
+        datamodule: any; a user's own datamodule is asked if it supports it (`LooksAhead`).
         stage: `fit`, `validate`, `test` or `predict`.
-        fills_costs: whether the module gives costs to pairs that have none; None: it has no option for it.
+        fills_costs: whether the module gives costs to pairs without costs; None: it has no option for it.
 
     Raises:
-        UserError: naming the key, the folder, the pair, what is missing and the way out.
+        UserError: the message names the key, the folder, the pair, what is missing and what can be done.
     """
     needs = objective.needs_cost or objective.needs_score or objective.needs_harmful
     if not isinstance(datamodule, LooksAhead) or stage == "predict" or not needs:
@@ -37,22 +37,22 @@ def check_first_pairs(objective: Objective, datamodule: object, stage: str, fill
         for label, cure in needed_labels(objective, fills_costs is not None):
             if not known[label]:
                 raise UserError(
-                    f"{where}: the first pair, {pair}, has no {label}, and {type(objective).__name__} needs both "
+                    f"{where}: the first pair, {pair}, has no {label}, but {type(objective).__name__} needs both "
                     f"images': {cure}, or {way_out_of(objective)}"
                 )
 
 
 def say_idle_anchor(objective: Objective, datamodule: object) -> None:
-    """Say that an anchor has nothing to hold: it works on pairs with a clean prompt, and none is trained on.
+    """Say that an anchor has no effect: it acts on pairs with a clean prompt, and the training pairs have none.
 
-    One line and no error: the same config is used for shards with and without clean pairs.
+    It is not an error: the same config is used for shards with and without clean pairs.
     """
     if objective.anchor_weight == 0 or not isinstance(datamodule, LooksAhead):
         return
     kinds = datamodule.kinds("train")
     if kinds and not kinds["clean"]:
         rank_zero_warn(
-            f"`model.init_args.objective.init_args.anchor_weight: {objective.anchor_weight:g}` does nothing: it holds "
-            f"the model where prompts are clean, and all {kinds.total()} training pairs have harmful prompts (add "
-            "pairs with `prompt_kind: clean` to `data.init_args.train`, or set it to 0 and save their reference pass)"
+            f"`model.init_args.objective.init_args.anchor_weight: {objective.anchor_weight:g}` has no effect: it acts "
+            f"on pairs with a clean prompt, but all {kinds.total()} training pairs have harmful prompts (add pairs "
+            "with `prompt_kind: clean` to `data.init_args.train`, or set it to 0, which saves a reference pass)"
         )

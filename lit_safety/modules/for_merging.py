@@ -1,4 +1,4 @@
-"""Training that thinks of the merge: where experts begin (OSRM), and rounds of merging in between (MapReduce)."""
+"""Training that prepares the merge: a special initialisation (OSRM), and merges between rounds (MapReduce)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "model.init_args.for_merging"
 
 
 class Experts(Protocol):
-    """The module whose experts are trained."""
+    """What `ForMerging` needs from the module; `DPOExpert` provides it."""
 
     backbone: Backbone
     bank: ExpertBank
@@ -40,17 +40,19 @@ class ForMerging:
     """How experts are trained so that they merge better.
 
     Args:
-        init: lora draws every A as `lora.init` says. osrm (ACL 2025) draws it where the other categories' inputs are
-            least: in the eigenvectors of the smallest eigenvalues of their covariance, which is measured before the
-            first step along the base's sampling path.
-        rounds: MapReduce (CVPR 2026): the run in so many equal parts; between two of them the experts are merged and
-            every one goes on from the merge, cut to the rank of `lora`, with a fresh optimizer. The learning rate's
-            schedule is the run's. What the cut leaves out is printed and stands in each expert's card.
-        calibration: the prompts that the base is looked at on; `prompts: null` takes those of the training shards.
+        init: lora draws every A as `lora.init` says. osrm (ACL 2025) chooses A in the directions where the other
+            categories' inputs are smallest: the eigenvectors of the smallest eigenvalues of their covariance, which is
+            measured before the first step along the base's sampling path.
+        rounds: MapReduce (CVPR 2026): the run is divided into this many equal parts. Between two parts the experts are
+            merged, and each continues from the merge, reduced to the rank of `lora`, with a fresh optimizer. The
+            learning rate schedule covers the whole run. How much the reduction loses is printed and written into each
+            expert's card.
+        calibration: the prompts on which the base's inputs are measured; `prompts: null` takes those of the training
+            shards.
         **settings: how experts are merged between rounds, see `Recipe`.
 
     Raises:
-        UserError: a number that cannot be meant.
+        UserError: a number is outside its range.
     """
 
     def __init__(
@@ -66,32 +68,32 @@ class ForMerging:
         self.calibration = calibration or CalibrationOptions()
         self.recipe = Recipe(**settings)
         self.merged = 0
-        """How often the experts were merged."""
+        """How many merges were made so far."""
         self.left_out: list[float] = []
-        """Of every merge, what the cut to the experts' rank left out: a relative Frobenius norm."""
+        """For every merge, what the reduction to the experts' rank lost: a relative Frobenius norm."""
         self._begun = False
 
-    # ---- a run
+    # ---- during a run
 
     def check(self, module: Experts, trainer: Trainer, consecutive: bool) -> None:
-        """Complain before the first step about what could not be done later.
+        """Refuse before the first step what would fail later.
 
         Raises:
-            UserError: there is a single expert, the strategy does not hold whole weights, or prompts are missing.
+            UserError: there is only one expert, the strategy does not hold whole weights, or prompts are missing.
         """
         names = module.bank.names
         if self.init == "lora" and self.rounds == 1:
             return
         if len(names) == 1:
-            raise UserError(f"`{KEY}`: there is one expert, {names[0]}, and nothing to merge it with: leave it out")
+            raise UserError(f"`{KEY}`: there is only one expert, {names[0]}, so nothing can be merged: leave it out")
         if isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
-            raise UserError(f"`{KEY}`: needs whole weights on every rank: train by ddp, or leave it out")
+            raise UserError(f"`{KEY}`: needs whole weights on every rank: train with ddp, or leave it out")
         if self.rounds > 1 and consecutive:
             raise UserError(f"`{KEY}.rounds`: experts must take turns: set `data.init_args.consecutive: false`")
         if self.init == "osrm" and module.start_from is not None:
-            raise UserError(f"`{KEY}.init: osrm` says where experts begin, and so does `start_from`: take one of them")
+            raise UserError(f"`{KEY}.init: osrm` and `start_from` both initialise the experts: set only one of them")
         if self.rounds > 1 and not 0 < trainer.estimated_stepping_batches < float("inf"):
-            raise UserError(f"`{KEY}.rounds`: the run has no end to divide: set `trainer.max_steps`")
+            raise UserError(f"`{KEY}.rounds`: the run's length is not known: set `trainer.max_steps`")
         if self.init == "osrm" or self.recipe.clean_inputs:
             from lit_safety.merging.own_prompts import check_own_prompts
 
@@ -99,7 +101,7 @@ class ForMerging:
             check_own_prompts(self._source(trainer), names, looks, self.calibration)
 
     def begin(self, module: Experts, trainer: Trainer) -> None:
-        """Put OSRM's beginning into the bank, unless a checkpoint holds what came of it."""
+        """Put OSRM's initial weights into the bank, unless the run was resumed from a checkpoint."""
         if self.init != "osrm" or self._begun:
             return
         found = self._on_rank_0(trainer, lambda: self._osrm(module, trainer))
@@ -107,7 +109,7 @@ class ForMerging:
         self._begun = True
 
     def before_step(self, module: Experts, trainer: Trainer) -> None:
-        """Merge the experts and let each go on from the merge, where a round has ended."""
+        """If a round has ended, merge the experts and let each continue from the merge."""
         ends = round_ends(int(trainer.estimated_stepping_batches), self.rounds) if self.rounds > 1 else []
         while self.merged < len(ends) and trainer.global_step >= ends[self.merged]:
             weights, left_out = self._on_rank_0(trainer, lambda: self._merge(module, trainer))
@@ -115,26 +117,26 @@ class ForMerging:
             self.merged += 1
             self.left_out.append(left_out)
             rank_zero_info(
-                f"round {self.merged} of {self.rounds} ended at step {trainer.global_step}: the experts go on from "
-                f"their merge, of which the cut to rank {module.lora.rank} leaves out {left_out:.3g}"
+                f"round {self.merged} of {self.rounds} ended at step {trainer.global_step}: the experts continue from "
+                f"their merge; the reduction to rank {module.lora.rank} loses {left_out:.3g} of it"
             )
 
     def settings(self) -> dict[str, Any]:
-        """What an expert's card says of it."""
+        """What an expert's card says about these settings."""
         told: dict[str, Any] = {} if self.init == "lora" else {"A begins in": "osrm"}
         if self.merged:
             told |= {"rounds": self.rounds, "left out by cuts": [round(one, 6) for one in self.left_out]}
         return told
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the experts."""
+        """What a checkpoint keeps in addition to the experts."""
         return {"begun": self._begun, "merged": self.merged, "left_out": list(self.left_out)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` returned."""
         self._begun, self.merged, self.left_out = state["begun"], state["merged"], list(state["left_out"])
 
-    # ---- what it computes
+    # ---- computation
 
     def _source(self, trainer: Trainer) -> str | list[str]:
         data = datamodule_of(trainer)
@@ -157,8 +159,8 @@ class ForMerging:
         names = sorted(module.bank.names)
         fresh = {name: {key: value.clone() for key, value in module.bank.weights(name).items()} for name in names}
         prompts = own_prompts(self._source(trainer), names, Recipe(), self.calibration)
-        prompts = OwnPrompts(prompts.own, prompts.clean[:1])  # what must stay is not asked for
-        # The base itself, once on each category's prompts: experts without an update.
+        prompts = OwnPrompts(prompts.own, prompts.clean[:1])  # clean prompts are not needed here
+        # Experts without an update: so the base itself runs once on each category's prompts.
         idle = [
             Expert(name, {layer: _without(part) for layer, part in self._expert(module, name).layers.items()})
             for name in names
@@ -205,18 +207,18 @@ class ForMerging:
 
 
 def round_ends(steps: int, rounds: int) -> list[int]:
-    """After how many steps each round but the last one ends."""
+    """The steps after which rounds end, without the last round."""
     return [-(-steps * number // rounds) for number in range(1, rounds)]
 
 
 def osrm_start(drawn: Tensor, others: Tensor) -> Tensor:
-    """A (r, in) in the directions that others' inputs use least.
+    """A (r, in) in the directions that the other categories' inputs use least.
 
     Its rows are the eigenvectors of the r smallest eigenvalues of ``others``, so that |A X|^2 = tr(A others A^T) is the
-    least that orthonormal rows can have; all are multiplied by one number that keeps the Frobenius norm.
+    smallest that orthonormal rows can give. All rows are multiplied by one number that keeps the Frobenius norm.
 
     Args:
-        drawn: A as it is drawn without (r, in); rows beyond ``in`` keep it, and all do where ``others`` is 0.
+        drawn: A (r, in) as it is drawn without OSRM; rows beyond ``in`` keep it, and all rows if ``others`` is 0.
         others: sum of the other categories' X X^T (in, in).
     """
     if not bool(others.any()):
@@ -224,27 +226,27 @@ def osrm_start(drawn: Tensor, others: Tensor) -> Tensor:
     _, vectors = torch.linalg.eigh(others.double())  # ascending
     rows = vectors[:, : len(drawn)].T
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    rows = rows * largest.sign()  # an eigenvector's sign is the library's; this one is not
+    rows = rows * largest.sign()  # the library may choose an eigenvector's sign freely; this fixes it
     found = drawn.double().clone()
     found[: len(rows)] = rows * (found[: len(rows)].norm() / len(rows) ** 0.5)
     return found.to(drawn.dtype)
 
 
 def restart(merged: LowRank, drawn: Tensor, rank: int, scale: float) -> LowRank:
-    """The factors with which an expert goes on from a merge: its best approximation of this rank.
+    """The factors from which an expert continues after a merge: the merge's best approximation of this rank.
 
     Args:
         merged: the merged update.
-        drawn: A as it is drawn afresh (rank, in), for rows that the merge leaves free; B is 0 there.
-        rank: of the experts.
-        scale: alpha / rank of the experts.
+        drawn: a freshly drawn A (rank, in), for rows that the merge does not need; B is 0 there.
+        rank: the experts' rank.
+        scale: the experts' alpha / rank.
     """
     from lit_safety.merging.methods import svd_truncate
 
     cut = svd_truncate(merged, rank)
     b = cut.b.double() * cut.scale
     a = cut.a.double()
-    # of the same size on both sides, so that one learning rate suits both
+    # A and B get the same size, so that one learning rate suits both
     sizes = (a.norm(dim=1) / b.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(1e-6, 1e6)
     a, b = a / sizes[:, None] / scale**0.5, b * sizes / scale**0.5
     free = rank - len(a)
@@ -254,7 +256,7 @@ def restart(merged: LowRank, drawn: Tensor, rank: int, scale: float) -> LowRank:
 
 
 def updates(weights: Mapping[str, Tensor], component: str, lora: LoRA) -> dict[str, LowRank]:
-    """An adapter's parameters by PEFT's names as updates by layer."""
+    """The updates by layer of an adapter whose parameters are given by PEFT's names."""
     found = {}
     for key in sorted(weights):
         layer, mark, adapter = key.partition(".lora_A.")

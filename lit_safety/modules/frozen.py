@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class FrozenCopy:
-    """A copy of the denoiser as it is now; no module of anything, so that no checkpoint or strategy takes hold of it.
+    """A copy of the denoiser as it is now. It is not a submodule, so checkpoints and strategies do not see it.
 
     Args:
-        backbone: whose denoiser is copied, before anything was trained.
+        backbone: its denoiser is copied, before training begins.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -34,7 +34,7 @@ class FrozenCopy:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the backbone computes with the copy, by its own arithmetic."""
+        """A context in which the backbone computes with the copy."""
         modules: dict[str, Any] = self._backbone._modules
         trained = modules["denoiser"]
         modules["denoiser"] = self._denoiser.to(self._backbone.device)
@@ -45,24 +45,24 @@ class FrozenCopy:
 
 
 def make_all_trainable(denoiser: nn.Module) -> None:
-    """Every weight in fp32 and with a gradient."""
+    """Convert every weight to fp32 and let it get a gradient."""
     denoiser.float().requires_grad_(True)
 
 
 def check_strategy(trainer: Trainer | None, reference_cached: bool = False) -> None:
-    """Refuse what a full fine-tune cannot be trained with.
+    """Refuse a strategy that does not work with a full fine-tune.
 
     Args:
-        trainer: with its strategy.
+        trainer: the trainer whose strategy is checked.
         reference_cached: all pairs come with the reference's errors, so that no frozen copy is held.
 
     Raises:
-        UserError: a frozen copy under ZeRO 3, which shards every network that exists when it begins.
+        UserError: a frozen copy is used under ZeRO 3, which shards every network that exists when it begins.
     """
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and not reference_cached:
         raise UserError(
-            "`model.init_args.policy: full` holds a frozen copy of the denoiser as its reference, and ZeRO 3 cannot "
-            "leave it whole: use ZeRO 1 or 2, `policy: lora`, or shards with a reference cache for training and "
-            "validation (`shards precompute --reference_draws`)"
+            "`model.init_args.policy: full` holds a frozen copy of the denoiser as its reference, and ZeRO 3 would "
+            "shard it: use ZeRO 1 or 2, `policy: lora`, or shards with a reference cache for training and validation "
+            "(`shards precompute --reference_draws`)"
         )

@@ -1,4 +1,4 @@
-"""The reference of a run that has not begun."""
+"""The reference of a run before it begins."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lit_safety.objectives.objective import prediction_error
 
 
 class FrozenReference:
-    """The reference of a run that has not begun, for `shards precompute`: the very arithmetic of a training step.
+    """The reference of a run before it begins, for `shards precompute`: it computes exactly what a training step does.
 
     Args:
-        pretrained: the pipeline.
-        backbone: of it, with its denoiser.
-        precision: in the words of `trainer.precision`.
+        pretrained: the pipeline folder or hub id.
+        backbone: the pipeline's backbone, with its denoiser loaded.
+        precision: a value of `trainer.precision`.
     """
 
     def __init__(self, pretrained: str, backbone: Backbone, precision: str) -> None:
@@ -34,7 +34,7 @@ class FrozenReference:
     def __call__(self, batch: PairBatch, without_prompt: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps (B,), errors of chosen and rejected (B, 2), predictions on the chosen images (B, C, h, w).
 
-        Of groups the errors of all images (B, K), and the predictions on the best ones.
+        For groups: the errors of all images (B, K), and the predictions on the best images.
         """
         device = self.module.backbone.device
         if without_prompt:

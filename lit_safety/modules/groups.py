@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CachedSteps(Protocol):
-    """What is asked of a module whose reference is compared with a cached one: `PreferenceModule`."""
+    """What is needed from a module to compare its reference with a cached one; `PreferenceModule` provides it."""
 
     backbone: Backbone
     objective: Objective
@@ -34,7 +34,7 @@ class CachedSteps(Protocol):
 
 
 class GroupSteps(CachedSteps, Stepping, Protocol):
-    """What is asked of the module whose steps these are: `PreferenceModule`."""
+    """What a step on groups needs from the module; `PreferenceModule` provides it."""
 
     steps: PlainSteps
 
@@ -44,21 +44,23 @@ class GroupSteps(CachedSteps, Stepping, Protocol):
 
 
 def check_groups(objective: Objective, pairs_alone: str | None, settings: Sequence[str]) -> None:
-    """Whether a step on groups can be made.
+    """Check that the module can train on groups.
 
     Args:
-        objective: one on groups.
-        pairs_alone: the method that overrides a part of the step for pairs; None: none does.
-        settings: keys of `model.init_args` that are set and act on pairs alone.
+        objective: an objective on groups.
+        pairs_alone: a method that overrides a part of the step for pairs only; None: there is none.
+        settings: keys of `model.init_args` that are set and act only on pairs.
 
     Raises:
-        UserError: something reads pairs alone.
+        UserError: something works only with pairs.
     """
     name = type(objective).__name__
     if pairs_alone is not None:
-        raise UserError(f"{pairs_alone} reads pairs, and {name} groups: choose another `model.init_args.objective`")
+        raise UserError(
+            f"{pairs_alone} reads pairs, but {name} reads groups: choose another `model.init_args.objective`"
+        )
     if settings:
-        raise UserError(f"`model.init_args.{settings[0]}` acts on pairs alone, and {name} reads groups: leave it out")
+        raise UserError(f"`model.init_args.{settings[0]}` acts only on pairs, but {name} reads groups: leave it out")
 
 
 def noised_groups(module: GroupSteps, batch: PairBatch, groups: Groups) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
@@ -107,16 +109,16 @@ def group_errors(module: GroupSteps, batch: PairBatch, groups: Groups) -> PairEr
 
 
 def _cached(module: CachedSteps, batch: PairBatch, errors: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The reference's errors (B, K) and its predictions on the best images, out of the batch's cache."""
+    """The reference's errors (B, K) and its predictions on the best images, from the batch's cache."""
     dropped = module.dropped_prompts(batch)
     predictions = batch.reference_prediction
     if not any(dropped):
         return errors[:, :, 0], None if predictions is None else predictions[:, 0]
     if errors.shape[2] < 2:
         raise UserError(
-            f"sample {batch.keys[dropped.index(True)]}: its prompt is dropped, and the reference cache holds no errors "
-            "without the prompt: make it again with `shards precompute --reference_dropout true`, or set every dropout "
-            "of a prompt to 0"
+            f"sample {batch.keys[dropped.index(True)]}: its prompt is dropped, but the reference cache holds no errors "
+            "without the prompt: make it again with `shards precompute --reference_dropout true`, or set every "
+            "dropout of a prompt to 0"
         )
     without = torch.tensor(dropped).to(errors.device, non_blocking=True)
     found = torch.where(without.view(-1, 1), errors[:, :, 1], errors[:, :, 0])
@@ -126,21 +128,20 @@ def _cached(module: CachedSteps, batch: PairBatch, errors: Tensor) -> tuple[Tens
 
 
 def first_rows(groups: Groups) -> Tensor:
-    """Of each prompt, the first of its rows among N (B,)."""
+    """The index of each prompt's first row among the N rows (B,)."""
     counts = torch.tensor([0, *groups.sizes[:-1]])
     return counts.cumsum(0)
 
 
 def of_best(values: Tensor, groups: Groups) -> Tensor:
-    """(N, ...) -> (B, ...): of the best image of each prompt."""
+    """(N, ...) -> (B, ...): the values of each prompt's best image."""
     rows = first_rows(groups).to(values.device, non_blocking=True) + groups.sides[:, 0].to(values.device)
     return values[rows]
 
 
 @torch.no_grad()
 def cached_rewards(module: CachedSteps, batch: PairBatch, groups: Groups) -> Tensor:
-    """What the reference as it is now has of implicit rewards against the cached one, best minus each (B, K): all 0 but
-    for rounding; one forward pass."""
+    """Implicit rewards of the current reference against the cached one, best minus each (B, K): 0 up to rounding."""
     assert groups.reference is not None
     noisy, timesteps, target, conditioning = module.noised(batch)
     with module.reference():

@@ -1,4 +1,4 @@
-"""What watches a run: errors by timestep bin, a stop on a loss that is not finite, prompts that are cut off."""
+"""Monitoring of a run: errors by timestep bin, a stop on a loss that is not finite, a count of prompts that are cut."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class TimestepBins(Metric):
     """Mean denoising errors by bin of the noise schedule.
 
-    A preference accuracy near 1 says little about images; errors at high noise (what is drawn) and at low noise
-    (how it looks) move apart, and this shows which.
+    A preference accuracy near 1 says little about images. Errors at high noise (what is drawn) and at low noise (how it
+    looks) can develop differently, and the bins show this.
 
     Args:
         bins: number of equal bins of [0, 1).
@@ -58,11 +58,11 @@ class TimestepBins(Metric):
 
 
 class FiniteLossGuard:
-    """Stops a run whose loss or gradient is nan or infinite, naming the samples, without a wait in the step.
+    """Stops a run whose loss or gradient is nan or infinite and names the samples. A step does not wait for it.
 
-    Reading what a GPU is about to compute empties its queue. So the flag of a step is sent to the host when the next
-    step begins, and read when the one after begins; before a checkpoint is written all flags are read. The last
-    checkpoint on disk is therefore always one from before the bad step.
+    Reading a result that a GPU has not computed yet makes the host wait. So the flag of a step is sent to the host when
+    the next step begins, and read one step later. Before a checkpoint is written all flags are read. So the last
+    checkpoint on disk is always from before the bad step.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class FiniteLossGuard:
         self._sent: _SentFlag | None = None
 
     def watch(self, loss: Tensor, keys: list[str]) -> None:
-        """Remember whether ``loss`` () of the samples ``keys`` is finite, next to what was not sent yet."""
+        """Remember whether ``loss`` () of the samples ``keys`` is finite, with the flags that were not sent yet."""
         self._remember(torch.isfinite(loss.detach()))
         self._keys = [*self._keys, *keys]
 
@@ -83,10 +83,10 @@ class FiniteLossGuard:
         self._finite = finite if self._finite is None else self._finite & finite
 
     def advance(self) -> None:
-        """A step begins: read the flag of the step before last, and send that of the last one.
+        """Called when a step begins: read the flag of the step before the last, and send that of the last step.
 
         Raises:
-            UserError: naming the sample keys of the step.
+            UserError: loss or gradient was not finite; names the step's sample keys.
         """
         before, self._sent = self._sent, None
         if self._finite is not None:
@@ -96,7 +96,7 @@ class FiniteLossGuard:
             before.read()
 
     def check(self) -> None:
-        """Read everything at once.
+        """Read all flags now.
 
         Raises:
             UserError: as `advance`.
@@ -106,7 +106,7 @@ class FiniteLossGuard:
 
 
 class _SentFlag:
-    """A flag on its way to the host, with the samples that it is about."""
+    """A flag that is copied to the host, with the keys of its samples."""
 
     def __init__(self, finite: Tensor, keys: list[str]) -> None:
         self.keys = keys
@@ -117,7 +117,7 @@ class _SentFlag:
 
     def read(self) -> None:
         if self.arrived is not None:
-            self.arrived.synchronize()  # of this copy alone, not of what was given to the device since
+            self.arrived.synchronize()  # waits for this copy only, not for later work of the device
         if not bool(self.finite):
             raise UserError(
                 f"loss or gradient is not finite at samples {', '.join(self.keys)}: look at them with "
@@ -126,23 +126,23 @@ class _SentFlag:
 
 
 class TruncatedPrompts:
-    """Counts the different prompts that a text encoder does not read to their end, and names the first."""
+    """Counts the different prompts that are too long for a text encoder, and logs the first one."""
 
     def __init__(self) -> None:
         self.prompts: dict[bytes, str] = {}
-        """By the text's hash: the first one's text, and nothing of the others but that they were met."""
+        """Keys are hashes of texts. Only the first prompt's text is kept."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def look(self, backbone: Backbone, prompts: Sequence[str]) -> None:
-        """Count those of ``prompts`` that are too long; the first ever goes into the log."""
+        """Count those of ``prompts`` that are too long; the first one of the run is logged."""
         for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True):
             if not cut:
                 continue
             if not self.prompts:
                 log.warning(
-                    "a prompt is longer than the text encoder reads: its end is cut off, the end token kept; further "
+                    "a prompt is too long for the text encoder: its end is cut off, the end token is kept; further "
                     "ones are counted: %r",
                     prompt,
                 )

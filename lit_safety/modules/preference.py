@@ -1,7 +1,7 @@
 """The LightningModule that every preference method subclasses.
 
 A step is: conditioning -> errors of policy and reference -> loss. Override one of `conditioning`, `errors`, `loss` and
-`configure_policy`; the rest (shared chance, fp32 errors, logging, checkpoints of trainable weights) stays.
+`configure_policy`; you keep the rest (shared random numbers, fp32 errors, logging, checkpoints of trainable weights).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from lit_safety.objectives.objective import (
     residual_overlap,
 )
 
-# What reads models and adapters is imported where a run begins to read: classes are made, and help is written, sooner.
+# Code that reads models and adapters is imported when a run needs it, so that `--help` and a start are fast.
 if TYPE_CHECKING:
     from lit_safety.adapters.layer_names import AdaptableLayer
     from lit_safety.backbones.backbone import Backbone, Conditioning
@@ -67,19 +67,19 @@ if TYPE_CHECKING:
 
 __all__ = ["POLICY", "Drawing", "PreferenceModule"]
 
-#: The name the policy's adapter carries inside PEFT.
+#: The name of the policy's adapter inside PEFT.
 POLICY = "policy"
 
 
 @dataclass
 class Drawing:
-    """How a module draws: DDIM-style sampling by the pipeline's own scheduler.
+    """How a module draws: deterministic sampling with the pipeline's own scheduler.
 
     Args:
         steps: denoising steps.
-        guidance: scale of classifier-free guidance, 1 for none; of models with embedded guidance the scale that they
-            are told.
-        resolution: side in pixels; null: the pipeline's own, for which a tiny model may be too small.
+        guidance: scale of classifier-free guidance, 1 for none; for models with embedded guidance the scale that is
+            given to them.
+        resolution: side in pixels; null: the pipeline's own, which can be wrong for a tiny model.
     """
 
     steps: int = 20
@@ -88,7 +88,7 @@ class Drawing:
 
 
 class PreferenceModule(ScheduledModule):
-    """Preference optimisation of a text-to-image model against its own frozen self.
+    """Preference optimisation of a text-to-image model against a frozen copy of itself.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
@@ -96,25 +96,25 @@ class PreferenceModule(ScheduledModule):
         lora: the adapter that is trained.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
-        prompt_dropout: probability with which a pair is trained on the empty prompt, in [0, 1).
+        prompt_dropout: probability that a pair is trained on the empty prompt, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         anchors: harmless prompts without images on which the policy is held to the reference; null: none.
-        stability: what keeps the chosen images' errors from rising, and what stands for the reference.
-        backbone: what is set of the model's family, such as its training timesteps: one of the classes of settings in
+        stability: settings that keep the chosen images' errors from rising, and that say what the reference is.
+        backbone: settings of the model's family, such as its training timesteps: one of the settings classes in
             `lit_safety.backbones`; null: the family's defaults.
-        start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also one of
-            another strategy or number of GPUs: training begins with its weights, as step 0, against the same reference.
-        adversary: what attacks harmful pairs while they are trained, one or a list that attack together: the classes
-            `TextAdversary` and `HiddenAdversary` of `lit_safety.modules`; null: nothing.
-        retain: `ProjectRetain`: what holds the policy to the reference gives way where it points against the rest;
-            null: they are added.
+        start_from: an export of another run of the same method (its adapter's folder), or a checkpoint, also from
+            another strategy or number of GPUs: training begins at step 0 with its weights, against the same reference.
+        adversary: attacks harmful pairs during training; one, or a list of several that attack together: the classes
+            `TextAdversary` and `HiddenAdversary` of `lit_safety.modules`; null: no attack.
+        retain: `ProjectRetain`: where the gradient of the anchor terms conflicts with that of the rest, its conflicting
+            part is removed; null: the two are added.
     """
 
     backbone: Backbone
     fills_costs: bool | None = None
-    """Whether pairs that have no costs get them here; None: the module has no such option."""
+    """Whether the module gives costs to pairs without costs; None: it has no such option."""
 
     def __init__(
         self,
@@ -166,10 +166,10 @@ class PreferenceModule(ScheduledModule):
         self.finite_loss = FiniteLossGuard()
         self._gradient_norm: Tensor | None = None
         self.last_means: dict[str, Tensor] = {}
-        """What was logged of the last training batch: means over its pairs on this rank, still on the device."""
+        """The metrics of the last training batch: means over its pairs on this rank, still on the device."""
         self.validation_errors = TimestepBins(timestep_bins)
         self.truncated = TruncatedPrompts()
-        # A checkpoint holds what is trained; the frozen model comes from `pretrained`.
+        # A checkpoint holds only the trained weights; the frozen model comes from `pretrained`.
         self.strict_loading = False
 
     # ---- before anything is loaded ----------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class PreferenceModule(ScheduledModule):
             if self.speed.selective is not None:
                 of_pairs.append("speed.selective")
             check_groups(self.objective, type(self).__name__ if own else None, of_pairs)
-        if isinstance(data, GroupData):  # one that cannot gives pairs, which are groups of two
+        if isinstance(data, GroupData):  # other datamodules give pairs, which count as groups of two
             data.read_groups(self.objective.needs_groups)
         from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
 
@@ -215,21 +215,21 @@ class PreferenceModule(ScheduledModule):
         check_resume(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(
-                f"`trainer.precision: {self.trainer.precision}` would round what is trained, and small updates with "
-                "it: use bf16-mixed, or 32-true"
+                f"`trainer.precision: {self.trainer.precision}` would round the trained weights and lose small "
+                "updates: use bf16-mixed, or 32-true"
             )
 
     # ---- what a researcher overrides --------------------------------------------------------------------------
 
     def configure_policy(self) -> None:
-        """Make something of ``self.backbone.denoiser`` trainable; override to train something else than a LoRA."""
+        """Make a part of ``self.backbone.denoiser`` trainable; override it to train something else than a LoRA."""
         self.lora.attach(self.backbone.denoiser, POLICY)
         self._layers = adapter_layers(self.backbone.denoiser)
 
     def conditioning(self, batch: PairBatch) -> Conditioning:
-        """The text encoders' outputs for the batch's prompts, B rows, some prompts dropped in training.
+        """The text encoders' outputs for the batch's prompts, B rows; in training some prompts are dropped.
 
-        They come with the batch where a cache holds them; else they are encoded here.
+        They come with the batch if a cache holds them. Otherwise they are encoded here.
         """
         dropped = self.dropped_prompts(batch)
         if batch.conditioning is None or batch.empty is None:
@@ -245,12 +245,12 @@ class PreferenceModule(ScheduledModule):
     def errors(self, batch: PairBatch) -> PairErrors:
         """Denoising errors of policy and reference on chosen and rejected, at a shared timestep and noise.
 
-        Chosen and rejected go through the network in one pass of 2B. The reference is the same network with its
-        adapters off, run first so that its activations are gone when the policy's are kept for the backward pass; or
-        its errors come with the batch out of a reference cache.
+        Chosen and rejected go through the network in one pass of 2B rows. The reference is the same network with its
+        adapters off. It runs first, so that its activations are freed before the policy's are kept for the backward
+        pass. With a reference cache its errors come with the batch.
 
         Args:
-            batch: as `ordered` gives it.
+            batch: the batch as `ordered` returns it.
         """
         if batch.groups is not None:
             from lit_safety.modules.groups import group_errors
@@ -264,11 +264,11 @@ class PreferenceModule(ScheduledModule):
             policy = self.attack.predict(self, batch, (noisy, timesteps, target, conditioning))
         policy_chosen, policy_rejected = self.image_errors(batch, policy, target).chunk(2)
         drift = None
-        if self.objective.reads_drift and batch.reference is not None:  # which has it of clean prompts alone
-            raise UserError(f"{type(self.objective).__name__} does without a reference cache, and the batch has one")
+        if self.objective.reads_drift and batch.reference is not None:  # a cache holds drift only for clean prompts
+            raise UserError(f"{type(self.objective).__name__} cannot use a reference cache, but the batch has one")
         if self.objective.needs_drift and reference.prediction is not None:
             drift = prediction_error(policy[: len(batch)], reference.prediction)
-            drift = drift if batch.reference is None else drift * batch.clean  # of others a cache holds nothing
+            drift = drift if batch.reference is None else drift * batch.clean  # a cache holds nothing for other prompts
         overlap = None
         if self.objective.needs_overlap:
             overlap = residual_overlap(*self.compared(batch, policy, target))
@@ -279,7 +279,7 @@ class PreferenceModule(ScheduledModule):
         output = self.objective(self.steps.spared(errors), self.labels(batch))
         return self.steps.guarded(errors, output, self.objective.beta)
 
-    # ---- the network: loaded, given an adapter, cut for the strategy ------------------------------------------
+    # ---- the network: load it, add an adapter, shard it for the strategy--------------------------------------
 
     def configure_model(self) -> None:
         if "backbone" in self._modules:
@@ -290,7 +290,7 @@ class PreferenceModule(ScheduledModule):
             self._start()
             self.speed.apply(self.backbone.denoiser)
             dtype = self._frozen_dtype()
-            if under_fsdp(self._trainer):  # which wants one precision in all that it cuts together
+            if under_fsdp(self._trainer):  # it needs one precision in everything that it shards together
                 self._shard()
             elif self._trainer is not None and self.trainer.precision == "bf16-mixed":
                 dtype = torch.bfloat16
@@ -303,10 +303,10 @@ class PreferenceModule(ScheduledModule):
                 if quantized:
                     leave_quantized(self)
             return
-        with unpartitioned():  # diffusers loads into whole parameters only
+        with unpartitioned():  # diffusers can load only into whole parameters
             self._load()
             self._frozen_dtype()
-            # DeepSpeed sends weights as bytes, and those in channels-last cannot be read as such.
+            # DeepSpeed sends weights as bytes, which does not work with weights in channels-last.
             whole: Any = self.backbone
             whole.to(memory_format=torch.contiguous_format)
             self.configure_policy()
@@ -322,15 +322,15 @@ class PreferenceModule(ScheduledModule):
             if left:
                 rank_zero_warn(
                     f"`lora.target_modules` leaves out {len(left)} of the {usual} layers that are adapted by default "
-                    f"in a {type(self.backbone).__name__}, such as {left[0]}: harm may stay. null adapts them"
+                    f"in a {type(self.backbone).__name__}, such as {left[0]}: harm may remain. null adapts all of them"
                 )
         self.lora = self.lora.with_targets(self.backbone.lora_targets())
 
     def _frozen_dtype(self) -> torch.dtype:
-        """What frozen weights are kept in.
+        """The dtype of frozen weights.
 
         Raises:
-            UserError: below fp32, and the strategy or a full fine-tune needs fp32.
+            UserError: it is below fp32, but the strategy or a full fine-tune needs fp32.
         """
         settings = self.backbone.settings
         dtype: torch.dtype = getattr(torch, settings.denoiser_dtype)
@@ -339,9 +339,11 @@ class PreferenceModule(ScheduledModule):
             return dtype
         told = f"`model.init_args.backbone.init_args.{name}: {getattr(settings, name)}`"
         if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
-            raise UserError(f"{told}: FSDP2 and DeepSpeed cut weights of one precision: leave it out, or train by DDP")
+            raise UserError(
+                f"{told}: FSDP2 and DeepSpeed need all weights in one precision: leave it out, or train with DDP"
+            )
         if not adapter_layers(self.backbone.denoiser):
-            raise UserError(f"{told}: rounds what is trained where there is no LoRA: leave it out")
+            raise UserError(f"{told}: without a LoRA it would round the trained weights: leave it out")
         return dtype
 
     def _start(self) -> None:
@@ -353,10 +355,10 @@ class PreferenceModule(ScheduledModule):
         self.begin_from(path)
 
     def begin_from(self, path: Path) -> None:
-        """Begin with the weights that an export or a checkpoint holds, before anything is trained.
+        """Load the weights of an export or a checkpoint before training begins.
 
         Raises:
-            UserError: they are not those of what is trained here.
+            UserError: they do not fit what is trained here.
         """
         from lit_safety.adapters.start_from import fill, is_checkpoint, read_checkpoint
 
@@ -366,20 +368,20 @@ class PreferenceModule(ScheduledModule):
         fill(trained, weights)
 
     def read_export(self, path: Path) -> dict[str, Tensor]:
-        """What `save_export` has written, by the names of `trainable_parameters`."""
+        """The weights that `save_export` wrote, by the names of `trainable_parameters`."""
         from lit_safety.adapters.start_from import read_adapter
 
         weights = read_adapter(path, self.lora, POLICY, self.adaptable_layers())
         return {f"backbone.denoiser.{name}": value for name, value in weights.items()}
 
     def adaptable_layers(self) -> dict[str, dict[str, AdaptableLayer]]:
-        """The layers of the denoiser that a LoRA's file may adapt."""
+        """The denoiser's layers that a LoRA file may adapt."""
         from lit_safety.adapters.layer_names import adaptable_layers
 
         return {self.backbone.DENOISER: adaptable_layers(self.backbone.denoiser, self.backbone.DENOISER)}
 
     def _shard(self) -> None:
-        """Shard what computes over the ranks (FSDP2), and compare it with the checkpoint that fills it."""
+        """Shard the network over the ranks (FSDP2), and check it against the checkpoint that will be loaded."""
         as_on_rank_0((p for _, p in self.trainable_parameters()), self.trainer.strategy.root_device)
         for network in self.networks():
             shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
@@ -391,35 +393,37 @@ class PreferenceModule(ScheduledModule):
             check_weights(dict(self.trainable_parameters()), held, "the checkpoint")
 
     def networks(self) -> list[torch.nn.Module]:
-        """The networks that a step runs: what FSDP2 shards."""
+        """The networks that a step runs; FSDP2 shards these."""
         return [self.backbone.denoiser]
 
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names and parameters of what is trained."""
+        """Names and parameters of the trained weights."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     # ---- the reference: the same network ----------------------------------------------------------------------
 
     @property
     def has_reference(self) -> bool:
-        """Whether `reference` can be run, next to what caches hold of it."""
+        """Whether `reference` can be run, in addition to what caches hold."""
         return True
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within, the denoiser is the reference; left before any backward pass."""
+        """A context in which the denoiser is the reference. Leave it before any backward pass."""
         return adapters_off(self._layers)
 
     # ---- the parts of a step ----------------------------------------------------------------------------------
 
     def ordered(self, batch: PairBatch) -> PairBatch:
-        """The batch with the images of each pair in the order they are trained in: asked once, before all else of a
-        step. What is computed on a batch (`errors`, `loss`, `labels`, `noised`) takes it as it then is."""
+        """The batch with each pair's images in the order in which they are trained; called once, first in a step.
+
+        All else that is computed on a batch (`errors`, `loss`, `labels`, `noised`) takes the batch that it returns.
+        """
         return batch
 
     def reference_pass(
         self, batch: PairBatch, noisy: Tensor, timesteps: Tensor, target: Tensor, conditioning: Conditioning
     ) -> ReferencePass:
-        """The reference's errors on the batch, out of its cache or by a pass of what `noised` gave."""
+        """The reference's errors on the batch, from its cache or by a forward pass on the output of `noised`."""
         if batch.reference is not None:
             return cached_pass(batch, self.dropped_prompts(batch))
         with torch.no_grad(), self.steps.reference(self):
@@ -428,7 +432,7 @@ class PreferenceModule(ScheduledModule):
         return ReferencePass(chosen, rejected, prediction[: len(batch)])
 
     def compared(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Both (2B, C, h, w), or where the batch has masks what stands for them in a mean of squares."""
+        """Prediction and target (2B, C, h, w), scaled if the batch has masks, so that errors count only the mask."""
         if batch.mask is None:
             return prediction, target
         if self.objective.reads_drift:
@@ -440,30 +444,30 @@ class PreferenceModule(ScheduledModule):
         return masked(batch.mask, prediction, target)
 
     def image_errors(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> Tensor:
-        """Errors (2B,) of chosen and rejected; of pairs with a mask, where it is white."""
+        """Errors (2B,) of chosen and rejected; for pairs with a mask, only where the mask is white."""
         return prediction_error(*self.compared(batch, prediction, target))
 
     @property
     def anchors_clean_alone(self) -> bool:
-        """Whether an objective's anchor acts on pairs with a clean prompt and on nothing else."""
+        """Whether an objective's anchor acts only on pairs with a clean prompt."""
         return True
 
     @property
     def drops_prompts(self) -> bool:
-        """Whether `dropped_prompts` may name any in training."""
+        """Whether prompts can be dropped in training."""
         return self.prompt_dropout > 0
 
     def dropped_prompts(self, batch: PairBatch) -> list[bool]:
-        """Which pairs are trained on the empty prompt, a pure function of the samples' seeds."""
+        """Which pairs are trained on the empty prompt; a pure function of the samples' seeds."""
         if not self.training or self.prompt_dropout == 0:
             return [False] * len(batch)
         return [uniform(seed, "prompt-dropout") < self.prompt_dropout for seed in batch.seeds]
 
     def labels(self, batch: PairBatch) -> PairLabels:
-        """Clean prompt or not (B,), harmful labels (B, 2), costs (B, 2), scores (B, 2), on the batch's device.
+        """Whether prompts are clean (B,), harmful labels (B, 2), costs (B, 2), scores (B, 2), on the batch's device.
 
         Raises:
-            UserError: if a pair lacks what the objective needs.
+            UserError: a pair lacks a label that the objective needs.
         """
         check_labels(self.objective, batch)
         labels = PairLabels(clean=batch.clean, harmful=batch.harmful, cost=batch.cost, score=batch.score)
@@ -473,7 +477,7 @@ class PreferenceModule(ScheduledModule):
 
     def timesteps(self, batch: PairBatch) -> Tensor:
         """One training timestep a pair (B,), a pure function of the samples' seeds."""
-        # In double precision: rounded to single, a number just below 1 would be 1 and lie outside the schedule.
+        # In double precision: in single precision a number just below 1 would become 1, which is outside the schedule.
         fractions = torch.tensor([uniform(seed, TIMESTEP) for seed in batch.noise_seeds], dtype=torch.float64)
         return self.backbone.timesteps(fractions, self._latent_size(batch)).to(self.device, non_blocking=True)
 
@@ -488,7 +492,7 @@ class PreferenceModule(ScheduledModule):
     def noised(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         """x_t (2B, C, h, w), timesteps (2B,), targets (2B, C, h, w), conditioning (2B rows): chosen, then rejected.
 
-        Of groups, N rows each: their images, prompt after prompt.
+        For groups, N rows each: the images of the first prompt, then those of the second, and so on.
         """
         if batch.groups is not None:
             from lit_safety.modules.groups import noised_groups
@@ -508,7 +512,7 @@ class PreferenceModule(ScheduledModule):
         return noisy, timesteps, target, conditioning
 
     def posterior(self, batch: PairBatch) -> Tensor:
-        """Mean and standard deviation of the images' latents (2B, 2, C, h, w), chosen, then rejected."""
+        """Mean and standard deviation of the images' latents (2B, 2, C, h, w): chosen, then rejected."""
         if batch.latents is not None:
             return batch.latents.transpose(0, 1).flatten(0, 1)
         if batch.chosen is None or batch.rejected is None:
@@ -516,7 +520,7 @@ class PreferenceModule(ScheduledModule):
         return self.backbone.posterior(torch.cat([batch.chosen, batch.rejected]))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """The text encoders' outputs for B prompts, B rows; those that are too long are counted."""
+        """The text encoders' outputs for B prompts, B rows; prompts that are too long are counted."""
         from lit_safety.backbones.backbone import encode_alike
 
         self.truncated.look(self.backbone, prompts)
@@ -534,7 +538,7 @@ class PreferenceModule(ScheduledModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.finite_loss.advance()  # where ranks have shared a gradient since, so that all of them stop
+            self.finite_loss.advance()  # here, after ranks have shared a gradient, so that all of them stop
         batch = self.ordered(batch)
         if self.speed.selective is not None:
             loss, output, errors = self.speed.selective.step(self, batch)
@@ -571,7 +575,7 @@ class PreferenceModule(ScheduledModule):
         return self.draw(batch.prompts, batch.seeds)
 
     def _evaluation_step(self, batch: PairBatch, stage: str) -> None:
-        # Seeds of evaluation batches do not change with the epoch: same pairs, timesteps and noise every time.
+        # Evaluation batches have the same seeds in every epoch: same pairs, timesteps and noise every time.
         batch = self.ordered(batch)
         errors = self.errors(batch)
         output = self.loss(errors, batch)
@@ -589,14 +593,14 @@ class PreferenceModule(ScheduledModule):
         self.log_dict({f"test/{k}": v for k, v in self.validation_errors.compute().items()}, sync_dist=True)
         self.validation_errors.reset()
 
-    # ---- the optimizer; a gradient that is not finite stops the run before it writes a checkpoint -------------
+    # ---- the optimizer; a gradient that is not finite stops the run before a checkpoint is written -------------
 
     def configure_optimizers(self) -> Any:
         trained = self.trainable_parameters()
         if rounded := [name for name, p in trained if p.dtype != torch.float32]:
             raise UserError(
-                f"{rounded[0]} is trained and no longer in fp32: make it trainable in `configure_policy`, before "
-                "frozen weights are lowered to bfloat16"
+                f"{rounded[0]} is trained but not in fp32: make it trainable in `configure_policy`, before frozen "
+                "weights are converted to bfloat16"
             )
         return self.scheduled([p for _, p in trained])
 
@@ -605,13 +609,13 @@ class PreferenceModule(ScheduledModule):
             self.log_dict(self.retain.project(self))
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._gradient_norm = None
-        if gradients:  # DeepSpeed keeps gradients to itself
+        if gradients:  # DeepSpeed does not show gradients
             self._gradient_norm = norm = whole(torch.nn.utils.get_total_norm(gradients))
             self._watch_gradient(norm)
             self.log("grad_norm", norm)
 
     def _watch_gradient(self, norm: Tensor) -> None:
-        # In fp16 a scaler leaves out steps that overflow, as the first ones do by design.
+        # In fp16 the scaler skips steps that overflow; the first steps do so by design.
         if self._trainer is None or self._trainer.precision != "16-mixed":
             self.finite_loss.watch_gradient(norm)
 
@@ -621,7 +625,7 @@ class PreferenceModule(ScheduledModule):
         if self.attack is not None:
             self.attack.turn(self, arguments[1])
         engine: Any = self.trainer.model if isinstance(self.trainer.strategy, DeepSpeedStrategy) else None
-        # DeepSpeed has it only now.
+        # DeepSpeed knows the norm only now.
         if engine is not None and (found := engine.get_global_grad_norm()) is not None:
             norm = torch.as_tensor(found).to(self.device, torch.float32)
             self._watch_gradient(norm)
@@ -640,7 +644,7 @@ class PreferenceModule(ScheduledModule):
                 "`model.init_args.optimizer.init_args.fused: false`, `trainer.precision: bf16-mixed` or "
                 "`trainer.gradient_clip_val: null`"
             )
-        # The norm that was just logged is the one to clip by: computing it again costs a pass over all gradients.
+        # Clip by the norm that was just logged: computing it again would cost a pass over all gradients.
         if self._gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -659,10 +663,10 @@ class PreferenceModule(ScheduledModule):
     def on_train_end(self) -> None:
         self.finite_loss.check()
 
-    # ---- what leaves the module: drawings, exports, checkpoints -----------------------------------------------
+    # ---- output of the module: drawings, exports, checkpoints -----------------------------------------------
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """One image a prompt by the policy, each from the initial noise of its own seed."""
+        """One image for each prompt, drawn by the policy from the initial noise of its own seed."""
         from lit_safety.backbones.call import call_options
 
         pipe, side = self.backbone.pipeline(), self.drawing.resolution
@@ -676,7 +680,7 @@ class PreferenceModule(ScheduledModule):
         return list(drawn.images)
 
     def draw_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """The latents (B, C, h, w) of such drawings, as training has them: without noise of the image encoder's."""
+        """The latents (B, C, h, w) of such drawings, scaled as in training, without noise from the image encoder."""
         from lit_safety.data.reading.decode import to_tensor
 
         images = torch.stack([to_tensor(image) for image in self.draw(prompts, seeds)]).to(self.device)
@@ -685,26 +689,26 @@ class PreferenceModule(ScheduledModule):
             return self.backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
 
     def draw_rows(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Image]]:
-        """What a run shows of itself: the prompts as rows of images, one row for each thing that is trained."""
+        """Images of the prompts that a run logs: one row for each thing that is trained."""
         return [self.draw(prompts, seeds)]
 
     def exports(self) -> list[str]:
-        """The folders, below the run's, of the adapters that a fit leaves."""
+        """The folders, inside the run's folder, of the adapters that a fit writes."""
         return ["adapter"]
 
     @contextmanager
     def exporting(self, export: str) -> Iterator[None]:
-        """Within, what is trained is whole, in fp32, and what belongs into ``export``; on all ranks."""
+        """A context in which the weights of ``export`` are whole and in fp32. All ranks must enter it."""
         trained = dict(self.trainable_parameters())
         with replaced(self, trained, master_weights(trained)):
             yield
 
     def save_export(self, folder: Path) -> None:
-        """Write the weights of the export at hand; called on rank 0, within `exporting`."""
+        """Write the weights of the current export; called on rank 0, inside `exporting`."""
         self.backbone.save_lora(folder, POLICY)
 
     def export_settings(self, export: str) -> dict[str, Any]:
-        """What the card of ``export`` says of what was trained."""
+        """What the card of ``export`` says about the training."""
         return {"rank": self.lora.rank, "alpha": self.lora.alpha}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -728,6 +732,6 @@ class PreferenceModule(ScheduledModule):
         self.steps.load_state_dict(checkpoint.get("stability", {}))
         if self.attack is not None and (self._trainer is None or self.trainer.state.fn == "fit"):
             self.attack.load_state_dict(checkpoint.get("adversary", []))
-        if "state_dict" not in checkpoint:  # DeepSpeed has put the weights into its engine by itself
+        if "state_dict" not in checkpoint:  # DeepSpeed has already put the weights into its engine
             return
         check_weights(dict(self.trainable_parameters()), checkpoint["state_dict"], "the checkpoint")

@@ -31,42 +31,46 @@ from lit_safety.objectives.dpo import DiffusionDPO
 from lit_safety.objectives.objective import Objective, PairErrors, PairLabels
 from lit_safety.users.table import USERS_FILE, Users, UserTable
 
-#: Users for whom a run draws its samples, next to the null user.
+#: The number of users for whom a run draws its samples, in addition to the null user.
 SHOWN = 3
 
 
 class PSA(PreferenceModule):
-    """Trains user attention; the user is part of the condition, and the reference is the same network without it.
+    """Trains user attention: the user is a part of the condition. The reference is the same network without it.
 
-    The null user stands for users nobody knows and is the unconditional half of guidance, so it is trained: a pair
-    whose user is dropped, or that belongs to no user, has its images swapped where needed, so that the safe image is
-    the chosen one by the pair's `harmful` labels. Both safe, both harmful or unknown: the order stays. The null user
-    thus becomes the strictest policy that the pairs know, while a user's own pairs may prefer what that user allows.
+    The null user stands for unknown users and is used for the unconditional half of guidance, so it is trained. If a
+    pair's user is dropped, or the pair belongs to no user, its images are swapped where needed, so that the chosen
+    image is the safe one by the pair's `harmful` labels. If both images are safe, both are harmful, or a label is
+    unknown, the order stays. So the null user becomes the strictest policy that the pairs contain, while a user's own
+    pairs may prefer what that user allows.
 
-    Where prompt and user are dropped together, as in the unconditional half of guidance, an objective with an anchor
-    holds the policy to the reference instead: guidance draws away from that half, so that what it has learned to leave
-    out would be drawn after all.
+    If prompt and user are dropped together, as in the unconditional half of guidance, an objective with an anchor holds
+    the policy to the reference instead. Guidance moves away from this half, so harm that this half has learned to avoid
+    would be drawn again.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; Diffusion-DPO by default, as in the paper.
-        users: files `users.safetensors`, or their folders, the training users' first: embeddings are standardised over
-            its users. null: those next to the shards of data.train, data.val and data.test.
-        user_tokens: tokens a user becomes, attended to together; 1 is the published form, without attention.
-        user_dropout: probability with which a pair is trained for the null user, its prompt kept.
-        joint_dropout: probability with which prompt and user are dropped together, as guidance uses them.
+        users: files `users.safetensors`, or their folders. The training users' file comes first: embeddings are
+            standardised over its users. null: those next to the shards of data.train, data.val and data.test.
+        user_tokens: how many tokens represent a user; 1 is the published form, in which attention over them does
+            nothing.
+        user_dropout: probability that a pair is trained for the null user while its prompt is kept.
+        joint_dropout: probability that prompt and user are dropped together, as in guidance.
         lora: a LoRA trained together with user attention and stored with it; null: user attention alone, as in the
-            paper. A small denoiser reads what the prompt asks for too late for its own user attention to answer.
+            paper. In a small denoiser the user attention comes before the prompt has its effect, so it cannot react to
+            the prompt without a LoRA.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped once an optimizer step; null: constant learning rate.
-        prompt_dropout: probability with which the prompt is dropped for itself, in [0, 1).
+        prompt_dropout: probability that only the prompt is dropped, in [0, 1).
         timestep_bins: into how many equal bins of the noise schedule validation errors are sorted.
         drawing: how images are drawn at validation and by `predict`.
         speed: how a step is computed: compiled, with less memory, or on a part of the pairs.
         start_from: an adapter of another run, or a checkpoint: training begins with its weights.
-        stability: what keeps the chosen images' errors from rising, and what stands for the reference.
-        adversary: what attacks harmful pairs while they are trained, one or several; null: nothing.
-        retain: how what holds the policy to the reference gives way; null: it is added to the rest.
+        stability: settings that keep the chosen images' errors from rising, and that say what the reference is.
+        adversary: attacks harmful pairs during training; one or several; null: no attack.
+        retain: what happens where the gradient of the anchor terms conflicts with that of the rest; null: the two are
+            added.
     """
 
     adapter: UserAdapter
@@ -115,8 +119,8 @@ class PSA(PreferenceModule):
             )
         if self.objective.reads_drift and self.objective.anchor_weight > 0 and joint_dropout > 0:
             raise ValueError(
-                f"joint_dropout {joint_dropout} holds pairs without user to the reference by anchor_weight, and "
-                f"{type(self.objective).__name__} would train on them all the same: set one of the two to 0"
+                f"joint_dropout {joint_dropout} holds pairs without user to the reference by anchor_weight, but "
+                f"{type(self.objective).__name__} would still train on them: set one of the two to 0"
             )
         self.users = [users] if isinstance(users, str) else users
         self.user_tokens = user_tokens
@@ -135,9 +139,9 @@ class PSA(PreferenceModule):
         family = family_of(self.pretrained)
         if family.DENOISER != "unet":
             raise UserError(
-                f"`model.init_args.pretrained` {self.pretrained} is a {family.PIPELINE.__name__}, and PSA puts user "
-                "attention beside the cross-attention of UNets: take a model of Stable Diffusion 1, 2 or SDXL, or "
-                "train this one by SCDPO or DPOExpert"
+                f"`model.init_args.pretrained` {self.pretrained} is a {family.PIPELINE.__name__}, but PSA adds user "
+                "attention to the cross-attention of UNets: use a model of Stable Diffusion 1, 2 or SDXL, or train "
+                "this one with SCDPO or DPOExpert"
             )
         super().setup(stage)
         check_users(datamodule_of(self.trainer), stage, UserTable(self._user_files()))
@@ -145,10 +149,10 @@ class PSA(PreferenceModule):
     def configure_policy(self) -> None:
         files = self._user_files()
         self.table = UserTable(files)
-        if self.has_lora:  # first: it takes the layers that user attention is made for
+        if self.has_lora:  # first, because user attention is then added to the same layers
             super().configure_policy()
         self.adapter = UserAdapter.attach(self.backbone.denoiser, self.table.dimension, self.user_tokens)
-        # Where this is not a fit, the checkpoint's statistics replace these.
+        # Outside of a fit, the checkpoint's statistics replace these.
         if len(files[0].ids) > 1:
             self.adapter.projection.standardise_by(files[0].embeddings(files[0].ids))
 
@@ -179,14 +183,14 @@ class PSA(PreferenceModule):
 
     @property
     def anchors_clean_alone(self) -> bool:
-        return self.joint_dropout == 0  # pairs that are dropped jointly are held too
+        return self.joint_dropout == 0  # else it also acts on pairs without prompt and user
 
     @property
     def drops_prompts(self) -> bool:
         return super().drops_prompts or self.joint_dropout > 0
 
     def chosen_users(self, batch: PairBatch) -> list[UserId]:
-        """Whom each pair is trained for, None being the null user; a pure function of the samples' seeds."""
+        """The user for whom each pair is trained, None for the null user; a pure function of the samples' seeds."""
         if not self.training:
             return list(batch.user_ids)
         dropped = self.joint_dropout + self.user_dropout
@@ -201,7 +205,7 @@ class PSA(PreferenceModule):
         return [no or both for no, both in zip(dropped, self.jointly_dropped(batch), strict=True)]
 
     def jointly_dropped(self, batch: PairBatch) -> list[bool]:
-        """Which pairs are trained without prompt and user, a pure function of the samples' seeds."""
+        """Which pairs are trained without prompt and user; a pure function of the samples' seeds."""
         return [self.training and _dropout(seed) < self.joint_dropout for seed in batch.seeds]
 
     def tokens(self, users: Sequence[UserId]) -> Tensor:
@@ -218,10 +222,10 @@ class PSA(PreferenceModule):
         )
 
     def ordered(self, batch: PairBatch) -> PairBatch:
-        """The batch with the safe image chosen wherever a pair is trained for the null user."""
+        """The batch in which the safe image is the chosen one in every pair that is trained for the null user."""
         null = torch.tensor([user is None for user in self.chosen_users(batch)])
         null = null.to(batch.harmful.device, non_blocking=True)
-        # nan, unknown, compares as false.
+        # nan means unknown and compares as false.
         return swapped(batch, null & (batch.harmful[:, 0] > batch.harmful[:, 1]))
 
     # ---- a step ----------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ class PSA(PreferenceModule):
         held = self._held(batch)
         if held is None:
             return errors
-        # The policy's errors become the reference's, constants: no preference is learned, and no SFT.
+        # The policy's errors are replaced by the reference's, which are constants: these pairs teach no preference.
         chosen = torch.where(held, errors.reference_chosen, errors.policy_chosen)
         rejected = torch.where(held, errors.reference_rejected, errors.policy_rejected)
         return replace(errors, policy_chosen=chosen, policy_rejected=rejected)
@@ -255,14 +259,14 @@ class PSA(PreferenceModule):
         return labels if held is None else replace(labels, clean=labels.clean.masked_fill(held, 1.0))
 
     def _held(self, batch: PairBatch) -> Tensor | None:
-        """Which pairs, bool (B,), are only held to the reference; None: none of them."""
+        """Which pairs, bool (B,), are only held to the reference; None: no pair."""
         dropped = self.jointly_dropped(batch)
         if not any(dropped) or self.objective.anchor_weight == 0:
             return None
         return torch.tensor(dropped).to(batch.harmful.device, non_blocking=True)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], users: Sequence[UserId] | None = None) -> list[Image]:
-        """One image a prompt, each for its user; None: for the null user."""
+        """One image for each prompt, drawn for its user; None: for the null user."""
         pipe = self.backbone.pipeline()
         draw_for_users(pipe, self.table)
         drawn = pipe(
@@ -300,24 +304,24 @@ class PSA(PreferenceModule):
 
 
 def _dropout(seed: int) -> float:
-    """One number decides, so that dropping the user and dropping user and prompt exclude each other."""
+    """One number decides both: so either the user is dropped, or user and prompt, but never both choices at once."""
     return uniform(seed, "user-dropout")
 
 
-# What is done to a pair that is trained for the null user.
+# How a pair is changed that is trained for the null user.
 
 
 def swapped(batch: PairBatch, swap: Tensor) -> PairBatch:
-    """`batch` with chosen and rejected exchanged where `swap`, bool (B,), is true: images, latents, labels, crops.
+    """`batch` with chosen and rejected swapped where `swap`, bool (B,), is true: images, latents, labels, crops.
 
-    Seeds stay, so timestep, noise and every other choice of a pair are the same in either order.
+    Seeds do not change, so a pair's timestep, noise and all other random choices are the same in either order.
 
     Raises:
-        UserError: the batch holds the reference's predictions, which a cache has of the chosen images alone.
+        UserError: the batch holds the reference's predictions; a cache has these only for the chosen images.
     """
     if batch.reference_prediction is not None:
         raise UserError(
-            "images of pairs are swapped, and the reference cache holds predictions of the chosen image alone: set "
+            "images of pairs are swapped, but the reference cache holds predictions only for the chosen image: set "
             "objective.init_args.anchor_weight to 0, or data.init_args.use_reference to false"
         )
 
@@ -335,38 +339,38 @@ def swapped(batch: PairBatch, swap: Tensor) -> PairBatch:
     return replace(batch, **changed)
 
 
-# What PSA looks at before it trains: are the users' pairs there, and is every user's embedding?
+# Checks before training: do the users' pairs exist, and has every user an embedding?
 
 
 def check_folders(data: object) -> None:
-    """Refuse folders of pairs that are not there, and say how they are made.
+    """Refuse folders of pairs that do not exist, and say how they are made.
 
     Raises:
-        UserError: names key, folder and command.
+        UserError: the message names key, folder and command.
     """
     for name, folders in shards_of(data).items():
         for folder in folders:
             plain = not any(sign in folder for sign in "{*?[:")
             if plain and not Path(folder).exists():
                 raise UserError(
-                    f"data.init_args.{name}: {folder} does not exist. PSA trains on the pairs of users: make the toy "
-                    "world's with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` does"
+                    f"data.init_args.{name}: {folder} does not exist. PSA trains on pairs of users: make those of the "
+                    "toy world with `python -m lit_safety toyworld users`, or convert yours, as `shards from-sage` "
+                    "does"
                 )
 
 
 def check_users(data: object, stage: str | None, table: UserTable) -> None:
-    """Refuse pairs of users who have no embedding, and training pairs of which none is a user's, before a model is
-    loaded and not in the middle of a run.
+    """Before a model is loaded, refuse pairs of users without an embedding, and training pairs without any user.
 
     Raises:
-        UserError: names the first such user, or the key.
+        UserError: the message names the first such user, or the key.
     """
     if not isinstance(data, PairData):
         return
     held = data.users(stage)
     if stage == "fit" and not held.get(train := "data.init_args.train", {""}):
         raise UserError(
-            f"{train}: no pair has a `user_id`, and PSA trains each user's own bounds: convert pairs of users, as "
+            f"{train}: no pair has a `user_id`, but PSA trains each user's own bounds: convert pairs of users, as "
             "`shards from-sage` does, or train these with configs/scdpo.yaml"
         )
     for key, users in held.items():

@@ -1,4 +1,4 @@
-"""The reference of a step: run next to the policy, or read out of the pairs' reference cache."""
+"""The reference of a step: it runs together with the policy, or is read from the pairs' reference cache."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lit_safety.data.reading.batch import PairBatch
 
 @dataclass
 class ReferencePass:
-    """What a step needs of the reference, without gradient."""
+    """What a step needs from the reference, without gradient."""
 
     chosen: Tensor
     """Its errors on the chosen images (B,)."""
     rejected: Tensor
     """Its errors on the rejected images (B,)."""
     prediction: Tensor | None
-    """Its predictions on the chosen images (B, C, h, w); out of a cache zeros for harmful prompts, or None."""
+    """Its predictions on the chosen images (B, C, h, w). From a cache: zeros for harmful prompts, or None."""
 
 
 def cached_pass(batch: PairBatch, dropped: Sequence[bool]) -> ReferencePass:
-    """What the batch's cache holds of the reference, for prompts that are dropped or not.
+    """The reference's results from the batch's cache; ``dropped`` says which prompts are dropped.
 
     Raises:
-        UserError: a prompt is dropped and the cache holds no errors without the prompt.
+        UserError: a prompt is dropped, but the cache holds no errors without the prompt.
     """
     errors, predictions = batch.reference, batch.reference_prediction
     assert errors is not None
@@ -37,9 +37,9 @@ def cached_pass(batch: PairBatch, dropped: Sequence[bool]) -> ReferencePass:
         return ReferencePass(errors[:, 0, 0], errors[:, 1, 0], prediction)
     if errors.shape[2] < 2:
         raise UserError(
-            f"sample {batch.keys[list(dropped).index(True)]}: its prompt is dropped, and the reference cache holds "
-            "no errors without the prompt: make it again with `shards precompute --reference_dropout true`, or set "
-            "every dropout of a prompt to 0"
+            f"sample {batch.keys[list(dropped).index(True)]}: its prompt is dropped, but the reference cache holds no "
+            "errors without the prompt: make it again with `shards precompute --reference_dropout true`, or set every "
+            "dropout of a prompt to 0"
         )
     without = torch.tensor(dropped).to(errors.device, non_blocking=True)
     found = torch.where(without.view(-1, 1), errors[:, :, 1], errors[:, :, 0])

@@ -1,7 +1,8 @@
-"""What keeps a model against what removes harm from it: where their gradients point apart, the first gives way.
+"""Resolves conflicts between keeping a model's abilities and removing harm, by changing the gradient that keeps.
 
-With fixed weights the two are added, and where they disagree each undoes a part of the other. Here the gradient r of
-what keeps (an objective's anchor, anchor prompts) loses the part that points against the gradient g of all the rest:
+With fixed weights the two gradients are added, and where they conflict each undoes a part of the other. Here r is the
+gradient of the terms that keep (an objective's anchor, anchor prompts), and g that of all other terms. The part of r
+that points against g is removed:
 
     r' = r - (r . g / |g|^2) g   where r . g < 0           update with g + w r'
 
@@ -27,7 +28,7 @@ KEY = "model.init_args.retain"
 
 
 class Retaining(Protocol):
-    """What is asked of the module whose steps these are: `PreferenceModule`."""
+    """What `ProjectRetain` needs from the module; `PreferenceModule` provides it."""
 
     @property
     def trainer(self) -> Trainer: ...
@@ -39,12 +40,12 @@ class Retaining(Protocol):
 
 
 def rectified(retain: Tensor, remove: Tensor, conflicts_only: bool = False) -> tuple[Tensor, Tensor]:
-    """The gradient r' (N,) of what keeps, and the cosine () of r and g.
+    """The changed gradient r' (N,), and the cosine () of r and g.
 
     Args:
         retain: r (N,).
         remove: g (N,).
-        conflicts_only: r' is 0 where the two agree.
+        conflicts_only: r' is 0 if the two do not conflict.
     """
     dot, square = (retain * remove).sum(), remove.square().sum()
     conflict = dot < 0
@@ -55,13 +56,14 @@ def rectified(retain: Tensor, remove: Tensor, conflicts_only: bool = False) -> t
 
 
 class ProjectRetain(Retain):
-    """Takes out of what keeps what points against what removes, in each optimizer step.
+    """In each optimizer step, removes from the keeping gradient what points against the rest.
 
-    It costs a second backward pass through what the anchors are computed from.
+    It costs a second backward pass through the graph of the anchor terms.
 
     Args:
-        grow: optimizer steps over which the weight of what keeps grows from 0 to 1; 0: it is 1 at once.
-        conflicts_only: use what keeps only where the two conflict, as AEGIS does.
+        grow: optimizer steps over which the weight of the keeping gradient grows from 0 to 1; 0: it is 1 from the
+            start.
+        conflicts_only: use the keeping gradient only if the two conflict, as AEGIS does.
 
     Raises:
         ValueError: ``grow`` is negative.
@@ -74,22 +76,25 @@ class ProjectRetain(Retain):
         self._held: list[Tensor] | None = None
 
     def weight(self, optimizer_steps: int) -> float:
-        """w after so many optimizer steps."""
+        """w after this number of optimizer steps."""
         return 1.0 if self.grow == 0 else min(1.0, optimizer_steps / self.grow)
 
     def check_settings(self, anchored: bool, selective: bool) -> None:
-        """Whether there is something that keeps, and the whole batch's gradient.
+        """Check that an anchor term is set, and that the gradient is that of the whole batch.
 
         Raises:
-            ValueError: there is not.
+            ValueError: one of these does not hold.
         """
         if not anchored:
-            raise ValueError("retain: nothing keeps the policy: set the objective's anchor_weight above 0, or anchors")
+            raise ValueError(
+                "retain: no term holds the policy to the reference: set the objective's anchor_weight above 0, or "
+                "anchors"
+            )
         if selective:
             raise ValueError("retain and speed.selective: set one of them to null")
 
     def check(self, trainer: Trainer) -> None:
-        """Whether the gradient of a step can be had whole.
+        """Check that the whole gradient of a step is available.
 
         Raises:
             UserError: the strategy spreads it over ranks, or the precision scales it.
@@ -103,11 +108,11 @@ class ProjectRetain(Retain):
             raise UserError(f"`{KEY}`: 16-mixed scales the loss: set `trainer.precision: bf16-mixed` or 32-true")
 
     def hold(self, module: Retaining, *terms: Tensor | None) -> None:
-        """Keep the gradient of what keeps, of one micro-batch: the sum of the means of ``terms``, whose graph stays."""
+        """Add one micro-batch's keeping gradient: that of the sum of the means of ``terms``. Their graph is kept."""
         keeping = torch.stack([one.mean() for one in terms if one is not None]).sum()
         parameters = [p for _, p in module.trainable_parameters()]
         found = torch.autograd.grad(keeping, parameters, retain_graph=True, allow_unused=True)
-        share = 1.0 / module.trainer.accumulate_grad_batches  # as Lightning counts the loss of a micro-batch
+        share = 1.0 / module.trainer.accumulate_grad_batches  # as Lightning weights a micro-batch's loss
         parts = [
             torch.zeros_like(p) if one is None else one.detach() * share
             for p, one in zip(parameters, found, strict=True)
@@ -115,7 +120,7 @@ class ProjectRetain(Retain):
         self._held = parts if self._held is None else [old + new for old, new in zip(self._held, parts, strict=True)]
 
     def project(self, module: Retaining) -> dict[str, Tensor]:
-        """Change the gradient of the optimizer step that is about to be made; what to log."""
+        """Change the gradient just before the optimizer step; returns what to log."""
         held, self._held = self._held, None
         parameters = [p for _, p in module.trainable_parameters()]
         if held is None:

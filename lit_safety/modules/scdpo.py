@@ -1,4 +1,4 @@
-"""SC-DPO: preference optimisation whose margin and focus follow the safety cost of the two images."""
+"""SC-DPO: preference optimisation whose margin and focus depend on the safety costs of the two images."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ if TYPE_CHECKING:
 class SCDPO(PreferenceModule):
     """SC-DPO, as reconstructed from the abstract of arXiv 2504.14290 (see `objectives/safety_constrained.py`).
 
-    Costs come with the pairs (`cost` in a shard's metadata); pairs without them are scored by `cost_model`, each once.
+    Costs come with the pairs (`cost` in a shard's metadata). Pairs without costs are scored once by `cost_model`.
 
     Args:
         pretrained: the model to align: a diffusers pipeline folder or a hub id.
         objective: the loss on a batch of pairs; SC-DPO's own by default.
         policy: `lora` trains an adapter, and the reference is the network without it; `full` trains every weight of the
-            denoiser and holds a frozen copy as the reference, or none where a reference cache stands for it. `full`
-            leaves a whole pipeline instead of an adapter.
-        cost_model: folder of the cost model for pairs that have no costs; null: such pairs are refused.
-        label_costs: pairs that have no costs get them from their labels: 1 for a harmful image, -1 for a safe one.
-            Where a label is not known and `order` is safety, the chosen image counts as safe and the rejected one as
-            harmful.
+            denoiser and holds a frozen copy as the reference, or no copy if there is a reference cache. `full` writes a
+            whole pipeline instead of an adapter.
+        cost_model: folder of the cost model for pairs without costs; null: such pairs are refused.
+        label_costs: pairs without costs get them from their labels: 1 for a harmful image, -1 for a safe one. If a
+            label is unknown and `order` is safety, the chosen image counts as safe and the rejected one as harmful.
 
     Raises:
-        ValueError: both `cost_model` and `label_costs` are given: their costs are in two units.
+        ValueError: both `cost_model` and `label_costs` are given: their costs have different units.
     """
 
     def __init__(
@@ -53,14 +52,14 @@ class SCDPO(PreferenceModule):
         **settings: Any,
     ) -> None:
         if label_costs and cost_model is not None:
-            raise ValueError("label_costs and cost_model both give costs to pairs that have none: set one of them")
+            raise ValueError("label_costs and cost_model both give costs to pairs without costs: set only one of them")
         super().__init__(pretrained, objective or SafetyConstrainedDPO(), **settings)
         backbone = self.backbone_settings
         if policy == "full" and backbone is not None and backbone.denoiser_quantization is not None:
             raise UserError(
-                "`model.init_args.policy: full` trains the weights that "
-                f"`backbone.init_args.denoiser_quantization: {backbone.denoiser_quantization}` would keep in fewer "
-                "bits: set policy to lora, or leave that out"
+                "`model.init_args.policy: full` trains the weights that `backbone.init_args.denoiser_quantization: "
+                f"{backbone.denoiser_quantization}` would store in fewer bits: set policy to lora, or leave the "
+                "quantization out"
             )
         self.policy = policy
         self.label_costs = label_costs
@@ -69,24 +68,24 @@ class SCDPO(PreferenceModule):
         self._frozen: FrozenCopy | None = None
         self._reference_cached = False
         self._scorer: CostScorer | None = None
-        # train, val, test -> key -> costs: in another set a key may name another pair.
+        # train, val, test -> key -> costs: a key can name different pairs in different sets.
         self._costs: defaultdict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._costs.clear()  # a module may meet another datamodule
+        self._costs.clear()  # the same module can be used with another datamodule
         self._reference_cached = reference_cached(datamodule_of(self.trainer), stage)
         if self.policy == "full":
             from lit_safety.modules.frozen import check_strategy
 
             check_strategy(self.trainer, self._reference_cached)
-        # Kept as an attribute of a plain object: no module of ours, so that no checkpoint holds the frozen CLIP.
+        # Kept in a plain object and not as a submodule, so that checkpoints do not contain the frozen CLIP.
         if self.cost_model and self._scorer is None:
             from lit_safety.cost_model.files import load_cost_model
 
             self._scorer = load_cost_model(self.cost_model)
 
-    # ---- what is trained
+    # ---- the policy
 
     def configure_policy(self) -> None:
         if self.policy == "lora":
@@ -94,7 +93,7 @@ class SCDPO(PreferenceModule):
             return
         from lit_safety.modules.frozen import FrozenCopy, make_all_trainable
 
-        self.backbone.check_files()  # at the end the whole pipeline is written
+        self.backbone.check_files()  # because the whole pipeline is written at the end
         if not self._reference_cached:
             self._frozen = FrozenCopy(self.backbone)
         make_all_trainable(self.backbone.denoiser)
@@ -113,7 +112,7 @@ class SCDPO(PreferenceModule):
 
     @property
     def has_reference(self) -> bool:
-        """Without a frozen copy, the whole denoiser is its own reference until something has moved it."""
+        """Without a frozen copy, the denoiser itself is the reference as long as no update has changed it."""
         fresh = self.global_step == 0 and self.start_from is None
         return self.policy == "lora" or self._frozen is not None or fresh
 
@@ -121,11 +120,13 @@ class SCDPO(PreferenceModule):
         if self._frozen is not None:
             return self._frozen.in_place()
         if not self.has_reference:
-            raise UserError("pairs without a reference cache, and no frozen copy is held: cache all that is read")
+            raise UserError(
+                "some pairs have no reference cache, and there is no frozen copy: make a reference cache of all shards"
+            )
         return super().reference()
 
     def exports(self) -> list[str]:
-        """`pipeline` when the whole denoiser is trained."""
+        """`pipeline` if the whole denoiser is trained."""
         return super().exports() if self.policy == "lora" else ["pipeline"]
 
     def save_export(self, folder: Path) -> None:
@@ -140,11 +141,12 @@ class SCDPO(PreferenceModule):
     # ---- costs
 
     def labels(self, batch: PairBatch) -> PairLabels:
-        """As every module's, with the costs that the pairs lack filled in.
+        """The labels, with missing costs filled in.
 
         Raises:
-            UserError: if mirrored pairs lack costs: they would depend on which way round a pair was met first.
-            UserError: if pairs have neither costs nor what stands for them.
+            UserError: mirrored pairs lack costs: a cost would depend on whether a pair was mirrored when it was first
+                scored.
+            UserError: pairs have no costs, and neither `cost_model` nor `label_costs` gives them.
         """
         if self.label_costs and self.objective.needs_cost and not all(batch.has_cost):
             from lit_safety.cost_model.fill import costs_of_labels
@@ -156,8 +158,8 @@ class SCDPO(PreferenceModule):
             data = datamodule_of(self._trainer)
             if isinstance(data, Mirroring) and data.flip:
                 raise UserError(
-                    f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, and `data.init_args.flip` mirrors "
-                    "pairs: write costs first, `shards score`"
+                    f"sample {batch.keys[batch.has_cost.index(False)]} has no cost, but `data.init_args.flip` mirrors "
+                    "pairs: write costs first with `shards score`"
                 )
             from lit_safety.cost_model.fill import fill_costs
 
@@ -166,6 +168,6 @@ class SCDPO(PreferenceModule):
 
     @property
     def _set(self) -> str:
-        """Which of the sets of shards is being read: train, val or test."""
+        """The set of shards that is being read: train, val or test."""
         stage = None if self._trainer is None else self._trainer.state.stage
         return "train" if stage is None else str(stage.dataloader_prefix)

@@ -1,4 +1,4 @@
-"""The learning rate's schedule: as long as the run, checked before the first step, and the config's after a resume."""
+"""The learning rate schedule: as long as the run, checked before the first step, and the config's after a resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lit_safety.core.errors import UserError
 
 KEY = "model.init_args.lr_scheduler.init_args"
 OPTIMIZER_KEY = "model.init_args.optimizer.init_args"
-#: What an optimizer or a scheduler writes into a group, of which no negative number can be meant.
+#: Settings in an optimizer's parameter groups that must not be negative.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
-#: A share of the warm-up that is not a step, yet more than nothing to divide by.
+#: A warm-up share that is shorter than a step but not 0, because torch divides by it.
 _SLIVER = 1e-9
-#: Settings of schedulers that are kept under another name than their argument's.
+#: Settings that schedulers store under another name than their argument's.
 _OWN_NAMES = ("_schedule_phases", "_anneal_func_type", "base_lrs")
 
 
 def steps_of(trainer: Trainer | None) -> float:
-    """Optimizer steps that a fit takes in all, those before a resume included; infinite where nothing ends it.
+    """The total number of optimizer steps of a fit, including those before a resume; infinite if nothing ends it.
 
-    Without a trainer nobody knows: nan.
+    It is nan without a trainer.
     """
     if trainer is None:
         return math.nan
@@ -39,11 +39,11 @@ def steps_of(trainer: Trainer | None) -> float:
 
 
 def make_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
-    """Make the optimizer that a YAML describes.
+    """Make the optimizer that the YAML describes.
 
     Raises:
-        UserError: it refuses its settings, or one is not a number that can be meant: a step of a negative rate would
-            teach what is to be unlearned.
+        UserError: the optimizer refuses its settings, or one is not a valid number: a negative learning rate would
+            teach what should be unlearned.
     """
     try:
         optimizer = factory(parameters)
@@ -54,20 +54,20 @@ def make_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opti
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """What a checkpoint says of who wrote its optimizer's state."""
+    """The optimizer's class name, as a checkpoint stores it."""
     return type(optimizer).__name__
 
 
 def check_same(before: str | None, optimizer: Optimizer) -> None:
-    """Refuse to go on with another optimizer than a checkpoint's; None: it does not say.
+    """Refuse to resume with another optimizer than the checkpoint's; None: the checkpoint does not name it.
 
     Raises:
-        UserError: names the key. torch would fail in the first step, or go on with a state that means something else.
+        UserError: names the key. torch would fail in the first step, or continue with a state of another meaning.
     """
     if before is not None and before != kind_of(optimizer):
         raise UserError(
-            f"the checkpoint holds the state of {before}, and `model.init_args.optimizer` is {kind_of(optimizer)}: "
-            "resume with the same, or start a new run"
+            f"the checkpoint holds the state of {before}, but `model.init_args.optimizer` is {kind_of(optimizer)}: "
+            "resume with the same one, or start a new run"
         )
 
 
@@ -80,30 +80,30 @@ def _check_rates(optimizer: Optimizer, key: str) -> None:
 
 
 def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
-    """Make the scheduler that a YAML describes.
+    """Make the scheduler that the YAML describes.
 
     Args:
-        factory: makes it from the optimizer; jsonargparse's holds the YAML's arguments.
-        optimizer: whose rate is scheduled.
-        steps: how often it will be stepped; a `total_steps` that is null becomes this. Infinite: forever; nan: nobody
-            knows.
+        factory: makes the scheduler from the optimizer; jsonargparse's factory holds the YAML's arguments.
+        optimizer: the optimizer whose rate is scheduled.
+        steps: how often it will be stepped; a `total_steps` of null becomes this number. Infinite: forever; nan:
+            unknown.
 
     Raises:
-        UserError: it ends before the run, its length is left open and so is the run's, it refuses its settings, or a
-            rate would be negative or not finite.
+        UserError: it ends before the run, neither its length nor the run's is given, it refuses its settings, or a rate
+            would be negative or not finite.
     """
     given: dict[str, Any] = factory.keywords if isinstance(factory, functools.partial) else {}
     filled: dict[str, Any] = {}
     if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
         if not math.isfinite(steps):
             raise UserError(
-                f"`{KEY}.total_steps` follows `trainer.max_steps` or `trainer.max_epochs`, and neither is given: set "
-                "one of the three"
+                f"`{KEY}.total_steps` is taken from `trainer.max_steps` or `trainer.max_epochs`, but neither is given: "
+                "set one of the three"
             )
-        filled["total_steps"] = max(2, int(steps))  # a schedule of one step is only its end, a rate near 0
+        filled["total_steps"] = max(2, int(steps))  # one step would be only the end, with a rate near 0
     total = filled.get("total_steps", given.get("total_steps"))
     if isinstance(share := given.get("pct_start"), int | float) and not 0 <= share <= 1:  # nan compares as false
-        raise UserError(f"`{KEY}.pct_start` is {share}, and must lie from 0 to 1")
+        raise UserError(f"`{KEY}.pct_start` is {share}, but must be from 0 to 1")
     if total is not None and isinstance(given.get("pct_start"), float):
         filled["pct_start"] = _warm_up(given["pct_start"], total)
     try:
@@ -117,7 +117,7 @@ def make_scheduler(factory: Any, optimizer: Optimizer, steps: float) -> Any:
 
 
 def _warm_up(share: float, total: int) -> float:
-    """The share of `OneCycleLR` that warms up; torch divides by its length, and by that of what comes after."""
+    """The warm-up share of `OneCycleLR`; torch divides by the length of the warm-up and of the rest."""
     if share * total - 1 == 0:
         return (1 + _SLIVER) / total
     return 1 - _SLIVER if share == 1 else share
@@ -135,41 +135,42 @@ def _check_length(scheduler: Any, steps: float) -> None:
     total = scheduler.total_steps
     if math.isinf(steps):
         raise UserError(
-            f"`{KEY}.total_steps` is {total}, and neither `trainer.max_steps` nor `trainer.max_epochs` ends the run "
-            "there: set `trainer.max_steps` to as many"
+            f"`{KEY}.total_steps` is {total}, but neither `trainer.max_steps` nor `trainer.max_epochs` ends the run "
+            "there: set `trainer.max_steps` to the same number"
         )
     if total < steps:
         raise UserError(
-            f"`{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: set it to null, so that it follows "
-            "`trainer.max_steps`, or to as many"
+            f"`{KEY}.total_steps` is {total} but the run takes {int(steps)} steps: set it to null, so that it follows "
+            "`trainer.max_steps`, or to the same number"
         )
     if total > max(2, steps):
         warm_up = math.ceil(scheduler._schedule_phases[0]["end_step"])
         where = "still rises at" if warm_up >= steps - 1 else "is not near 0 at"
         rank_zero_info(
-            f"rate    `{KEY}.total_steps` is {total} and the run takes {int(steps)} steps: the rate {where} the last; "
-            "null follows `trainer.max_steps`"
+            f"rate    `{KEY}.total_steps` is {total} but the run takes {int(steps)} steps: the rate {where} the last "
+            "step; null follows `trainer.max_steps`"
         )
 
 
 class ScheduledModule(LightningModule):
-    """A module whose optimizer and schedule follow its config, in a run that goes on too.
+    """A module whose optimizer and schedule follow its config, also in a resumed run.
 
-    A subclass that overrides `on_train_start`, `on_save_checkpoint` or `on_load_checkpoint` calls this one's.
+    A subclass that overrides `on_train_start`, `on_save_checkpoint` or `on_load_checkpoint` must call the parent's
+    method.
     """
 
     make_optimizer: OptimizerCallable
     make_lr_scheduler: LRSchedulerCallable | None
-    """None: the rate stays."""
+    """None: the learning rate is constant."""
     _resumed: str | None = None
     _optimizer_kind: str | None = None
-    """The class of the optimizer, of the run that is resumed and of this one."""
+    """The names of the optimizer's class: that of the resumed run, and that of this run."""
 
     def scheduled(self, parameters: Any) -> Any:
-        """What `configure_optimizers` returns for what is trained.
+        """What `configure_optimizers` returns for these trained parameters.
 
         Raises:
-            UserError: the settings cannot be meant, or a checkpoint holds the state of another optimizer.
+            UserError: the settings are not valid, or a checkpoint holds the state of another optimizer.
         """
         optimizer = make_optimizer(self.make_optimizer, parameters)
         check_same(self._resumed, optimizer)
@@ -195,10 +196,10 @@ class ScheduledModule(LightningModule):
 
 
 class ScheduleSettings:
-    """What a config says of optimizer and scheduler, kept from before a checkpoint's state is put into them.
+    """The config's settings of optimizer and scheduler, stored before a checkpoint's state is loaded into them.
 
-    torch's state holds the settings too, so that a resumed run would go on with those of the run before, and end with
-    an error where that one's schedule does. A run whose settings are as they were is not touched.
+    torch's state also contains the settings. So a resumed run would use those of the run before, and would stop with an
+    error where that run's schedule ends. Nothing changes if the settings are the same.
     """
 
     def __init__(self, optimizer: Any, scheduler: Any | None) -> None:
@@ -208,12 +209,12 @@ class ScheduleSettings:
         self._schedule = {} if scheduler is None else {name: vars(scheduler)[name] for name in _settings(scheduler)}
 
     def restore(self, optimizer: Any, scheduler: Any | None, step: int = 0) -> None:
-        """Put the config's settings back; the rate goes on as its schedule says for the step that comes next.
+        """Put the config's settings back; the rate is that of the schedule at the next step.
 
         Args:
-            optimizer: with the checkpoint's state.
-            scheduler: likewise; or a new one, where the run before had none.
-            step: how many steps that run took.
+            optimizer: the optimizer with the checkpoint's state.
+            scheduler: the scheduler with the checkpoint's state; or a new one, if the run before had none.
+            step: how many steps the run before took.
         """
         moving = {"lr"} if scheduler is not None else set()
         if getattr(scheduler, "cycle_momentum", False):
@@ -247,7 +248,7 @@ def _settings(scheduler: Any) -> list[str]:
 
 
 def _rates(scheduler: Any) -> list[Any] | None:
-    """The rates at the scheduler's step, by what does not need the rate before; None: it has no such formula."""
+    """The rates at the scheduler's step, from its closed formula; None: it has none."""
     if isinstance(scheduler, OneCycleLR | LambdaLR | CosineAnnealingWarmRestarts):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that `get_lr` is for `step`

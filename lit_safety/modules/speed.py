@@ -1,4 +1,4 @@
-"""How a step is computed, for speed or memory; what it teaches stays the same."""
+"""How a step is computed, to save time or memory; the result of the training stays the same."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Speed:
 
     Args:
         compile: backend of torch.compile for the denoiser's repeated blocks, such as inductor; null: not compiled.
-        gradient_checkpointing: compute activations a second time in the backward pass instead of keeping them: less
-            memory, a slower step.
-        selective: train on all pairs that still teach something and on a random part of the others; null: on all.
-        margin_limit: the largest |m| in logits that a cached or compiled reference may show before the first update.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them: less memory, but
+            a slower step.
+        selective: train on all pairs with a large gradient and on a random part of the others; null: on all pairs.
+        margin_limit: the largest margin |m| in logits that is accepted before the first update with a cached or
+            compiled reference.
     """
 
     compile: str | None = None
@@ -34,7 +35,7 @@ class Speed:
     margin_limit: float = 0.05
 
     def apply(self, denoiser: nn.Module) -> None:
-        """Prepare the denoiser, its adapters attached.
+        """Prepare the denoiser, after its adapters were attached.
 
         Raises:
             UserError: torch knows no such backend, or the denoiser does not name its repeated blocks.
@@ -47,8 +48,9 @@ class Speed:
         import torch._dynamo
 
         if self.compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
-            raise UserError(f"`model.init_args.speed.compile: {self.compile}` is none of {', '.join(known)}")
-        # Adapters on and off, training and not, are some graphs each, and two blocks of a kind share them.
+            raise UserError(f"`model.init_args.speed.compile: {self.compile}` must be one of {', '.join(known)}")
+        # Adapters on or off, training or not: each combination needs some graphs, and blocks of the same kind share
+        # them.
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
         # As diffusers' `compile_repeated_blocks`; some transformers, such as SD3's, name their blocks only as what no
         # strategy may split.
@@ -56,27 +58,28 @@ class Speed:
         blocks = [module for module in network.modules() if type(module).__name__ in names]
         if not blocks:
             raise UserError(
-                f"`model.init_args.speed.compile`: {type(denoiser).__name__} names no repeated blocks; leave it null"
+                f"`model.init_args.speed.compile`: {type(denoiser).__name__} does not name its repeated blocks; leave "
+                "it null"
             )
         for block in blocks:
             block.compile(backend=self.compile)
 
 
-# Selective backward: pairs that teach little are trained on at random, and count more when they are.
+# Selective backward: pairs with a small gradient are trained only at random, and then count more.
 #
-# A forward pass without gradient tells each pair's gradient weight w. Pairs with w below a threshold stay in with
-# probability q = max(least, w / threshold), the others with q = 1; what stays in goes forward again, then backward, and
-# its loss counts 1 / q times. The expectation over the draw is the whole batch's gradient: E[1{u < q} / q] = 1 for each
-# pair. It saves time once less than B / (F + B) of the pairs stay in (F forward, B backward; about half for a LoRA).
-# The draw reads the weights on the host, so a step waits for the device once.
+# A forward pass without gradient computes each pair's gradient weight w. Pairs with w below a threshold stay in with
+# probability q = max(least, w / threshold), the others with q = 1. The pairs that stay in get a forward and a backward
+# pass, and their loss is multiplied by 1 / q. The expected gradient is that of the whole batch: E[1{u < q} / q] = 1 for
+# each pair. It saves time if less than B / (F + B) of the pairs stay in (F, B: time of a forward and a backward pass;
+# about half for a LoRA). The host reads the weights for the draw, so a step waits for the device once.
 
 
-#: The errors that a loss has a gradient for.
+#: The errors for which a loss has a gradient.
 _LEAVES = ("policy_chosen", "policy_rejected", "drift")
 
 
 class Steps(Protocol):
-    """What is asked of the module whose steps these are: `PreferenceModule`."""
+    """What `SelectiveBackward` needs from the module; `PreferenceModule` provides it."""
 
     objective: Objective
 
@@ -95,7 +98,7 @@ class SelectiveBackward:
 
     Args:
         threshold: gradient weight from which a pair always stays in, as `gradient_weights` counts it.
-        least: the smallest probability with which a pair stays in; 1 / least is the most that one counts.
+        least: the smallest probability that a pair stays in; a pair's loss is multiplied by at most 1 / least.
 
     Raises:
         ValueError: if ``threshold`` is not positive or ``least`` not in (0, 1].
@@ -112,11 +115,11 @@ class SelectiveBackward:
         return (weights / self.threshold).clamp(self.least, 1.0)
 
     def step(self, module: Steps, batch: PairBatch) -> tuple[Tensor, ObjectiveOutput, PairErrors]:
-        """The loss () to go backward from, and losses, logs and errors of the whole batch without gradient.
+        """The loss () for the backward pass, and losses, logs and errors of the whole batch without gradient.
 
         Args:
-            module: whose step it is.
-            batch: as the module's `ordered` gives it.
+            module: the training module.
+            batch: the batch as the module's `ordered` returns it.
         """
         with torch.no_grad():
             errors = module.errors(batch)
@@ -124,11 +127,11 @@ class SelectiveBackward:
         chances = self.probabilities(weights).tolist()
         kept = [row for row, q in enumerate(chances) if uniform(batch.seeds[row], "backward") < q]
         output.logs["backward/kept"] = torch.tensor([len(kept) / len(batch)])
-        if not kept:  # every rank goes backward, and the optimizer steps as it does on any gradient of 0
+        if not kept:  # every rank must run a backward pass; the optimizer then steps with a gradient of 0
             nothing = torch.stack([p.sum() * 0.0 for _, p in module.trainable_parameters()]).sum()
             return nothing, output, errors
         part = batch.take(kept)
-        if not module.objective.needs_drift:  # else the reference's predictions are needed, and it runs again
+        if not module.objective.needs_drift:  # else the reference's predictions are needed, so it must run again
             stored = torch.stack([errors.reference_chosen, errors.reference_rejected], dim=1)[kept]
             part = replace(part, reference=stored.unsqueeze(2).expand(-1, -1, 2))
         counts = torch.tensor([1.0 / chances[row] for row in kept]).to(module.device, non_blocking=True)
@@ -139,9 +142,9 @@ class SelectiveBackward:
 def gradient_weights(module: Steps, errors: PairErrors, batch: PairBatch) -> tuple[ObjectiveOutput, Tensor]:
     """How large each pair's gradient is at the network's output: (B,), 1 - p for Diffusion-DPO.
 
-    An error e is a mean of squares, so a slope c = dL/de gives a gradient of norm 2 |c| sqrt(e / N) there, N numbers a
-    prediction. The weight is sqrt(sum of c^2 e) over the loss's errors, relative to what a slope of beta / 2 on the
-    errors of chosen and rejected would give.
+    An error e is a mean of squares, so a slope c = dL/de gives a gradient of norm 2 |c| sqrt(e / N) there, where N is
+    the size of a prediction. The weight is sqrt(sum of c^2 e) over the loss's errors, relative to what a slope of beta
+    / 2 on the errors of chosen and rejected would give.
 
     Returns: the objective's output, without gradient, and the weights.
     """

@@ -1,7 +1,7 @@
-"""Settings of what keeps a preference fit from running away, and the plain steps of a fit that sets none of it.
+"""Settings that keep a preference fit from diverging, and the plain steps of a fit without these settings.
 
-A preference loss sees the difference of two errors alone: the chosen image's may rise as long as the rejected one's
-rises faster. At the published strengths that runs away on flow-matching transformers.
+A preference loss depends only on the difference of two errors: the chosen image's error may rise as long as the
+rejected one's rises faster. At the published strengths both errors grow without limit on flow-matching transformers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ class Stability:
     """Settings of a fit's stability; all off by default.
 
     **Guard.** A pair is over its limit where e_w > (1 + winner_limit) r_w, e_w being the policy's error on the chosen
-    image and r_w its reference's. Its rejected image then has no gradient, so that to first order no pair pushes its
-    own chosen image further, and its loss gets winner_weight (beta / 2) (e_w - (1 + winner_limit) r_w) on top: for a
-    weight of 1 the steepest slope that Diffusion-DPO can have.
+    image and r_w its reference's. Its rejected image then gets no gradient, so that to first order no pair raises its
+    own chosen error further. In addition winner_weight (beta / 2) (e_w - (1 + winner_limit) r_w) is added to its loss:
+    with a weight of 1 this is the steepest slope that Diffusion-DPO can have.
 
-    **Moving reference.** The reference of training steps is a copy of what is trained, which follows it; validation,
-    anchors and drawings keep the model as it was loaded.
+    **Moving reference.** In training steps the reference is a copy of the trained weights that slowly follows them.
+    Validation, anchors and drawings use the model as it was loaded.
 
-    **Own noise** (PNAPO). x_t lies between an image and the very noise that it was drawn from, not between it and a
-    fresh one: the straight line that a flow model has gone, or nearly.
+    **Own noise** (PNAPO). x_t lies between an image and the noise from which it was drawn, instead of new noise: this
+    is close to the straight line along which a flow model drew the image.
 
     Args:
-        winner_limit: share of its reference's error that a pair's chosen error may rise by; null: no guard.
-        winner_weight: of what is above the limit, in units of beta / 2; 0: the rejected image's gradient is cut alone.
-        reference_decay: the reference becomes decay reference + (1 - decay) policy; 0: it becomes the policy; null: it
-            never moves.
-        reference_every: optimizer steps between two such moves.
-        own_noise: noise chosen and rejected image with what they were drawn from, of pairs that say it (`noise_seeds`).
+        winner_limit: by which share of the reference's error a pair's chosen error may rise; null: no guard.
+        winner_weight: weight of the error above the limit, in units of beta / 2; 0: only the rejected image's gradient
+            is removed.
+        reference_decay: the reference becomes decay x reference + (1 - decay) x policy; 0: it becomes the policy; null:
+            it never changes.
+        reference_every: optimizer steps between two such updates.
+        own_noise: add to chosen and rejected image the noise from which they were drawn; pairs must give it
+            (`noise_seeds`).
 
     Raises:
         ValueError: a number is outside its range, or two settings contradict each other.
@@ -57,12 +59,12 @@ class Stability:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is set: `PlainSteps` do; else `SteadiedSteps`."""
+        """Whether nothing is set. Then `PlainSteps` is used, else `SteadiedSteps`."""
         return self.winner_limit is None and self.reference_decay is None and not self.own_noise
 
 
 class Stepping(Protocol):
-    """What is asked of the module whose steps these are: `PreferenceModule`."""
+    """What these steps need from the module; `PreferenceModule` provides it."""
 
     pretrained: str
     training: bool
@@ -87,22 +89,22 @@ class PlainSteps:
     """A step of a fit without any of these settings."""
 
     def of_pairs(self) -> list[str]:
-        """Which of the settings act on pairs alone, and not on groups that are read whole."""
+        """The settings that act only on pairs, and not on groups that are read whole."""
         return []
 
     def check(self, module: Stepping, datamodule: object) -> None:
-        """Refuse data and strategies that the settings cannot be trained with, before a weight is loaded."""
+        """Before weights are loaded, refuse data and strategies that do not work with the settings."""
 
     def spared(self, errors: PairErrors) -> PairErrors:
-        """The errors that the objective gets."""
+        """The errors that are given to the objective."""
         return errors
 
     def guarded(self, errors: PairErrors, output: ObjectiveOutput, beta: float) -> ObjectiveOutput:
-        """What the objective gave, with what is added to it."""
+        """The objective's output, plus what is added to it."""
         return output
 
     def reference(self, module: Stepping) -> AbstractContextManager[None]:
-        """Within, the denoiser is the reference that a step compares with."""
+        """A context in which the denoiser is the reference of a training step."""
         return module.reference()
 
     def noise(self, module: Stepping, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
@@ -110,11 +112,11 @@ class PlainSteps:
         return module.gaussian(batch, NOISE, shape).repeat(2, 1, 1, 1)
 
     def follow(self, module: Stepping) -> None:
-        """The optimizer has stepped."""
+        """Called after an optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Restore the state."""

@@ -1,8 +1,9 @@
-"""Measures the margin that a fit begins with, where it is not 0 by construction.
+"""Measures the margin at the start of a fit, if it is not exactly 0 by construction.
 
-At the start policy and reference are one function, so the margin m is 0: anything else is rounding, or a mistake. Eager
-and uncached it is exactly 0. A reference out of a cache was computed in another batch and perhaps in another precision;
-compiled kernels round the two passes apart. Both are measured before the first update.
+At the start policy and reference are the same function, so the margin m must be 0; any other value is rounding or a
+mistake. In eager mode without a cache it is exactly 0. A cached reference was computed in another batch and perhaps in
+another precision, and compiled kernels round the two passes differently. In these two cases m is measured before the
+first update.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Beginning(Protocol):
-    """What is asked of the module that begins: `PreferenceModule`."""
+    """What the check needs from the module; `PreferenceModule` provides it."""
 
     backbone: Backbone
     objective: Objective
@@ -56,15 +57,15 @@ class Beginning(Protocol):
 
 
 def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None:
-    """Measure |m| on the batch that a fit begins with, print it, and stop if it is too large. All ranks must call it.
+    """Measure |m| on the first batch of a fit, print it, and stop if it is too large. All ranks must call it.
 
     Args:
-        module: before its first update.
-        batch: what it was asked for, as `ordered` gives it.
-        errors: what it has computed on it.
+        module: the module before its first update.
+        batch: the first batch, as `ordered` returns it.
+        errors: the module's errors on this batch.
 
     Raises:
-        UserError: |m| is above `speed.margin_limit`, or the cache was made at other timesteps.
+        UserError: |m| is above `speed.margin_limit`, or the cache was made with other timesteps.
     """
     found = []
     groups = batch.groups
@@ -92,15 +93,15 @@ def check_start(module: Beginning, batch: PairBatch, errors: PairErrors) -> None
         how = "read from the reference cache" if cached else "compiled"
         raise UserError(
             f"before the first update |m| reaches {float(largest):.3g}, above `model.init_args.speed.margin_limit` "
-            f"{limit:g}: the reference {how} is not what this run would compute. Make the cache with this run's "
-            f"precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
+            f"{limit:g}: the reference that was {how} differs from what this run would compute. Make the cache with "
+            f"this run's precision (`shards precompute --reference_precision {module.trainer.precision}`), with "
             "`--dtype float32`, or run without compile"
         )
 
 
 @torch.no_grad()
 def cached_margin(module: Beginning, batch: PairBatch, errors: PairErrors) -> Tensor:
-    """m (B,) of the reference as it is now against the cached one; one forward pass."""
+    """m (B,) of the current reference against the cached one; one forward pass."""
     noisy, timesteps, target, conditioning = module.noised(batch)
     with module.reference():
         prediction = module.backbone.predict(noisy, timesteps, conditioning)
@@ -115,6 +116,6 @@ def _check_timesteps(module: Beginning, batch: PairBatch) -> None:
     for key, one, other in zip(batch.keys, now, stored or now, strict=True):
         if abs(one - other) > 1e-6 * max(1.0, abs(other)):
             raise UserError(
-                f"sample {key}: the reference cache was made at timestep {other:g}, {type(module).__name__} trains it "
-                f"at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
+                f"sample {key}: the reference cache was made at timestep {other:g}, but {type(module).__name__} trains "
+                f"it at {one:g}: make the cache again with this version, or set `data.init_args.use_reference` to false"
             )

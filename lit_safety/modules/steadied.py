@@ -1,4 +1,4 @@
-"""Steps that a fit's stability settings change: the guard, the reference that follows, noise that images came from."""
+"""Training steps with stability settings: the guard, the moving reference, and the images' own noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SteadiedSteps(PlainSteps):
     """See `Stability`.
 
     Args:
-        settings: at least one of them set.
+        settings: the settings, of which at least one is set.
 
     Raises:
         ValueError: a number is outside its range, or two settings contradict each other.
@@ -42,13 +42,15 @@ class SteadiedSteps(PlainSteps):
             raise ValueError(f"winner_limit and winner_weight must not be negative, got {limit} and {weight}")
         if (decay is not None and not 0 <= decay < 1) or every < 1:
             raise ValueError(
-                f"reference_decay must lie in [0, 1), reference_every be at least 1, got {decay} and {every}"
+                f"reference_decay must lie in [0, 1) and reference_every must be at least 1, got {decay} and {every}"
             )
         if limit is not None and decay is not None:
-            raise ValueError("winner_limit is a share of the reference's error, and reference_decay moves it: set one")
+            raise ValueError(
+                "winner_limit is a share of the reference's error, which reference_decay changes: set only one"
+            )
 
     def of_pairs(self) -> list[str]:
-        """Which of the settings act on pairs alone, and not on groups that are read whole."""
+        """The settings that act only on pairs, and not on groups that are read whole."""
         found = ["stability.winner_limit"] if self.settings.winner_limit is not None else []
         return found + (["stability.own_noise"] if self.settings.own_noise else [])
 
@@ -59,12 +61,12 @@ class SteadiedSteps(PlainSteps):
     # ---- the guard
 
     def _over(self, errors: PairErrors) -> Tensor:
-        """How far each pair's chosen error is above its limit (B,), at most 0 where it is not."""
+        """How far each pair's chosen error is above its limit (B,); 0 or negative if it is not above."""
         assert self.settings.winner_limit is not None
         return errors.policy_chosen - (1 + self.settings.winner_limit) * errors.reference_chosen
 
     def spared(self, errors: PairErrors) -> PairErrors:
-        """The errors that the objective gets: the rejected one is a constant where the chosen one is over its limit."""
+        """The errors for the objective: the rejected one is a constant if the chosen one is above its limit."""
         if self.settings.winner_limit is None:
             return errors
         over = self._over(errors).detach() > 0
@@ -73,7 +75,7 @@ class SteadiedSteps(PlainSteps):
         )
 
     def guarded(self, errors: PairErrors, output: ObjectiveOutput, beta: float) -> ObjectiveOutput:
-        """What the objective gave, with the penalty on top."""
+        """The objective's output, plus the penalty."""
         if self.settings.winner_limit is None:
             return output
         over = self._over(errors).relu()
@@ -84,7 +86,7 @@ class SteadiedSteps(PlainSteps):
 
     @contextmanager
     def reference(self, module: Stepping) -> Iterator[None]:
-        """Within, the denoiser is the reference that a step compares with."""
+        """A context in which the denoiser is the reference of a training step."""
         if self.settings.reference_decay is None or not module.training:
             with module.reference():
                 yield
@@ -93,7 +95,7 @@ class SteadiedSteps(PlainSteps):
         if not self._copies:
             self._copies = {name: parameter.detach().clone() for name, parameter in trained.items()}
         if self._copies.keys() != trained.keys():
-            raise UserError("the checkpoint's moving reference is not one of what is trained: start a new run")
+            raise UserError("the checkpoint's moving reference does not fit what is trained: start a new run")
         self._exchange(trained)
         try:
             yield
@@ -101,13 +103,13 @@ class SteadiedSteps(PlainSteps):
             self._exchange(trained)
 
     def _exchange(self, trained: dict[str, torch.nn.Parameter]) -> None:
-        torch.clear_autocast_cache()  # it keeps casts of what is trained by the parameter, whatever that holds
+        torch.clear_autocast_cache()  # the cache would give the casts of the parameters' old values
         for name, parameter in trained.items():
             copy = self._copies[name].to(parameter.device)
             self._copies[name], parameter.data = parameter.data, copy
 
     def follow(self, module: Stepping) -> None:
-        """The optimizer has stepped: the reference follows."""
+        """After an optimizer step: update the reference."""
         if self.settings.reference_decay is None or (module.global_step + 1) % self.settings.reference_every:
             return
         with torch.no_grad():
@@ -119,10 +121,10 @@ class SteadiedSteps(PlainSteps):
         return {"reference": {name: copy.cpu().clone() for name, copy in self._copies.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it.
+        """Restore the moving reference.
 
         Raises:
-            UserError: a reference is to move on, and the checkpoint holds none.
+            UserError: the settings need a moving reference, but the checkpoint holds none.
         """
         copies = state.get("reference", {})
         if self.settings.reference_decay is not None and not copies:
@@ -134,33 +136,36 @@ class SteadiedSteps(PlainSteps):
     # ---- noise
 
     def noise(self, module: Stepping, batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
-        """Noise of the images (2B, *shape), chosen, then rejected: their own, or one that the two of a pair share."""
+        """Noise of the images (2B, *shape): chosen, then rejected.
+
+        Each image's own noise, or noise that a pair shares.
+        """
         if self.settings.own_noise:
             return own_noise(batch, shape).to(module.device, non_blocking=True)
         return super().noise(module, batch, shape)
 
 
 def check_stability(stability: Stability, module: Stepping, datamodule: object) -> None:
-    """Refuse what a moving reference or own noise cannot be trained with.
+    """Refuse data, strategies and models that do not work with a moving reference or own noise.
 
     Raises:
-        UserError: a reference cache, which holds another reference at another noise; weights that a strategy has cut;
-            mirrored images, whose noise is not mirrored; a model that draws no straight line.
+        UserError: a reference cache, which was made with another reference and other noise; weights that a strategy has
+            sharded; mirrored images, whose noise is not mirrored; a model that is not a flow-matching one.
     """
     setting = "reference_decay" if stability.reference_decay is not None else "own_noise"
     caches = datamodule.caches("fit") if isinstance(datamodule, PairData) else []
     for one in caches:
         if one.cache.reference is not None:
             raise UserError(
-                f"{one.key}: a reference cache holds errors of a reference that does not move, at its own noise; set "
+                f"{one.key}: a reference cache holds errors of a reference that does not move, with other noise; set "
                 f"data.init_args.use_reference to false, or leave `{KEY}.{setting}` out"
             )
     strategy = module.trainer.strategy
     cut = under_fsdp(module.trainer) or isinstance(strategy, DeepSpeedStrategy)
     if stability.reference_decay is not None and cut:
         raise UserError(
-            f"`{KEY}.reference_decay` exchanges whole weights, and {type(strategy).__name__} keeps its own of them: "
-            "train with `configs/strategies/ddp.yaml`"
+            f"`{KEY}.reference_decay` exchanges whole weights, but {type(strategy).__name__} keeps its own copies of "
+            "them: train with `configs/strategies/ddp.yaml`"
         )
     if not stability.own_noise:
         return
@@ -170,29 +175,30 @@ def check_stability(stability: Stability, module: Stepping, datamodule: object) 
     family = family_of(module.pretrained)
     if not issubclass(family.SETTINGS, FlowSettings):
         raise UserError(
-            f"`{KEY}.own_noise`: an image and its noise lie on one straight line for flow-matching models alone, and "
-            f"{family.__name__} is none: set it to false"
+            f"`{KEY}.own_noise`: this works only with flow-matching models, where an image and its noise lie on one "
+            f"straight line, but {family.__name__} is none: set it to false"
         )
     if isinstance(datamodule, Mirroring) and datamodule.flip:
         raise UserError(
-            f"`{KEY}.own_noise`: a mirrored image was not drawn from the noise: set `data.init_args.flip` to false"
+            f"`{KEY}.own_noise`: the noise is not that of a mirrored image: set `data.init_args.flip` to false"
         )
 
 
 def own_noise(batch: PairBatch, shape: tuple[int, ...]) -> Tensor:
-    """The noise that images were drawn from, float32 (2B, *shape) on the CPU: chosen, then rejected.
+    """The noise from which images were drawn, float32 (2B, *shape) on the CPU: chosen, then rejected.
 
-    A stock pipeline draws latents of one image from one CPU generator, so the same numbers come in the same order.
+    A stock pipeline draws the latents of one image from one CPU generator, so a generator with the same seed repeats
+    them.
 
     Raises:
-        UserError: a pair does not say its seeds, or its images were cut or scaled since.
+        UserError: a pair does not give its seeds, or its images were cropped or scaled afterwards.
     """
     for key, origin in zip(batch.keys, batch.origins or [None] * len(batch), strict=True):
         if origin is None:
             raise UserError(
-                f"sample {key}: `{KEY}.own_noise` needs the noise that both images were drawn from (`noise_seeds`), at "
-                "the size that they were drawn at; pairs made by img2img or by other programs have none: draw pairs by "
-                "`shards generate --counterpart same_seed`, train at their size, or set it to false"
+                f"sample {key}: `{KEY}.own_noise` needs the noise from which both images were drawn (`noise_seeds`), "
+                "and the size in which they were drawn; pairs made by img2img or by other programs do not give it: "
+                "draw pairs with `shards generate --counterpart same_seed`, train at their size, or set it to false"
             )
     known = [origin for origin in batch.origins if origin is not None]
     seeds = [chosen for chosen, _ in known] + [rejected for _, rejected in known]

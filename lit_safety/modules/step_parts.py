@@ -1,4 +1,4 @@
-"""What a step may be given by class in YAML. The classes themselves are read where a YAML names them."""
+"""Base classes of the optional parts of a training step. Their subclasses are imported only if a YAML names them."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ if TYPE_CHECKING:
 class Adversary:
     """Disturbs what the network reads of harmful pairs; see `TextAdversary` and `HiddenAdversary`."""
 
-    #: How many of the disturbances that it found it remembers.
+    #: How many found disturbances it remembers.
     replay: int = 0
 
     def check(self, backbone: Any, cached_text: Any, compiled: bool = False) -> None:
-        """Whether it can disturb this model; `UserError` if not. Called when the network is there.
+        """Raise `UserError` if it cannot disturb this model. Called after the network was loaded.
 
         Args:
             backbone: the model.
             cached_text: YAML keys of the shards whose text comes from a cache.
-            compiled: whether the denoiser's blocks are.
+            compiled: whether the denoiser's blocks are compiled.
         """
 
     def remember(self, moved: Any) -> None:
         """Keep what was found for a batch until `turn`; every rank calls it for every batch."""
 
     def turn(self, gather: Any) -> None:
-        """An optimizer step is over: what every rank found in it is remembered from now on.
+        """Called after an optimizer step: from now on the findings of all ranks in this step are remembered.
 
         Args:
             gather: a tensor of this rank -> those of all ranks, joined along the first dimension.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, for the checkpoint."""
+        """Its memory, for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; `ValueError` if it is not one of this adversary's."""
+        """Restore ``state``; raises `ValueError` if the state is not from such an adversary."""
         if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, and the checkpoint holds {', '.join(state)}")
+            raise ValueError(f"{type(self).__name__} remembers nothing, but the checkpoint holds {', '.join(state)}")
 
 
 class Retain:
-    """Says how the gradient of what keeps a model meets that of the rest; see `ProjectRetain`."""
+    """Says how the gradient of the anchor terms is combined with that of the rest; see `ProjectRetain`."""
 
 
 class Anchors:
-    """Holds the policy to the reference beside the pairs. `PromptAnchors` does, on harmless prompts."""
+    """A loss term besides the pairs that holds the policy to the reference; see `PromptAnchors`."""
 
     def prepare(self, module: Any, trainer: Trainer) -> None:
-        """Once, when a fit starts; all ranks call it."""
+        """Called once on all ranks when a fit starts."""
         raise NotImplementedError
 
     def loss(self, module: Any, batch: PairBatch) -> Tensor:
-        """What is added to the loss of a batch, a scalar."""
+        """A scalar that is added to the loss of a batch."""
         raise NotImplementedError

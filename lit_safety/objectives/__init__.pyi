@@ -14,14 +14,16 @@ from .dmpo import DMPO as DMPO
 from .dmpo import dmpo_loss as dmpo_loss
 from .dpo import IPO as IPO
 from .dpo import DiffusionDPO as DiffusionDPO
+from .dpo import FocalInverse as FocalInverse
 from .dpo import Hinge as Hinge
+from .dpo import LinearDPO as LinearDPO
 from .dpo import dpo_loss as dpo_loss
+from .dpo import focal_inverse_loss as focal_inverse_loss
 from .dpo import hinge_loss as hinge_loss
 from .dpo import ipo_loss as ipo_loss
+from .dpo import linear_loss as linear_loss
 from .dspo import DSPO as DSPO
 from .dspo import dspo_loss as dspo_loss
-from .focal_inverse import FocalInverse as FocalInverse
-from .focal_inverse import focal_inverse_loss as focal_inverse_loss
 from .groups import GDRO as GDRO
 from .groups import NCD as NCD
 from .groups import GroupDPO as GroupDPO
@@ -30,8 +32,6 @@ from .groups import group_dpo_loss as group_dpo_loss
 from .groups import ncd_mod as ncd_mod
 from .groups import ncd_pair as ncd_pair
 from .groups import ncd_weights as ncd_weights
-from .linear import LinearDPO as LinearDPO
-from .linear import linear_loss as linear_loss
 from .nft import DiffusionNFT as DiffusionNFT
 from .nft import lagrangian as lagrangian
 from .nft import nft_errors as nft_errors

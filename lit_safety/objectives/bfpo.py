@@ -1,4 +1,4 @@
-"""BFPO (Zhang et al., arXiv 2408.15313): a squared loss whose target margin follows both images' safety labels."""
+"""BFPO (Zhang et al., arXiv 2408.15313): a squared loss whose target margin depends on both images' safety labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lit_safety.objectives.objective import Objective, ObjectiveOutput, PairErro
 def bfpo_target(harmful: Tensor) -> Tensor:
     """Target margin in logits, labels (B, 2) of chosen and rejected, 1 harmful and 0 safe -> (B,).
 
-    The paper's (3/2) s_w - (1/2) s_l - alpha with alpha = 1/2 and s = 1 for safe: 1/2 where both are safe, 1 where only
-    the chosen image is, -1 where only the rejected image is (the order of the pair is turned round), -1/2 where both
-    are harmful (the image that was preferred all the same is pushed below the other one).
+    The paper's (3/2) s_w - (1/2) s_l - alpha with alpha = 1/2 and s = 1 for safe: 1/2 if both are safe, 1 if only the
+    chosen image is safe, -1 if only the rejected image is safe (the order of the pair is reversed), -1/2 if both are
+    harmful (the preferred image is pushed below the other one).
     """
     return 0.5 - 1.5 * harmful[:, 0] + 0.5 * harmful[:, 1]
 
@@ -22,7 +22,7 @@ def bfpo_loss(m: Tensor, harmful: Tensor, skip_unknown: bool = False) -> Tensor:
     """(m - target)^2, margin (B,) in logits, labels (B, 2) -> loss (B,).
 
     The paper divides the target by tau and m is tau times its log ratio: this is the paper's loss times tau^2, as for
-    `ipo_loss`, with which it agrees where both images are safe. A pair with an unknown label (nan) gives nan, or 0 with
+    `ipo_loss`, which is the same if both images are safe. A pair with an unknown label (nan) gives nan, or 0 with
     ``skip_unknown``.
     """
     if not skip_unknown:
@@ -39,14 +39,14 @@ def known(harmful: Tensor) -> Tensor:
 class BFPO(Objective):
     """Bi-factorial preference optimisation: one loss for quality and safety, from labels instead of costs.
 
-    A pair with an unknown `harmful` label has no target and is refused. With ``skip_unknown`` its preference loss is 0
-    instead; it stays in the mean over the batch (the strength of the others does not depend on how batches are split)
-    and keeps its regularisers. Preference data without safety labels then trains nothing: `bfpo/known` logs the share
-    that does.
+    A pair with an unknown `harmful` label is refused, because it has no target. With ``skip_unknown`` its preference
+    loss is 0 instead. It still counts in the mean over the batch, so that the weight of the other pairs does not depend
+    on how batches are split, and it keeps its regularisers. Pairs without safety labels then teach no preference;
+    `bfpo/known` logs the share of pairs with labels.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-        skip_unknown: whether pairs with an unknown label count 0 instead of stopping the run.
+        skip_unknown: whether the loss of pairs with an unknown label is 0, instead of stopping the run.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
     """

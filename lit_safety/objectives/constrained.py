@@ -1,13 +1,15 @@
 """Constrained DPO (Liu et al., arXiv 2403.02475): maximise quality while the expected cost stays below a limit.
 
-The Lagrangian of that problem has the reward r - lambda C. The inner step is DPO on pairs ordered by it; the outer step
-moves lambda by what the policy draws now, in one of three ways:
+The Lagrangian of this problem has the reward r - lambda C. The inner step is DPO on pairs that are ordered by this
+reward. The outer step changes lambda by the costs of what the policy draws now, in one of three ways:
 
-- dual ascent: it rises while the expected cost is above the limit and falls, down to 0, while it is below;
+- dual ascent: lambda rises while the expected cost is above the limit and falls, at most to 0, while it is below;
 - rectified (RePO, Peng et al., arXiv 2410.19933): each prompt's cost is held below the limit, so that harmless prompts
-  do not make up for harmful ones. Lambda rises by the mean excess and never falls: it rests once no prompt exceeds;
-- a log barrier: the penalty -log(limit - C), continued by its tangent near the limit and beyond (the base begins
-  beyond), in place of lambda (C - limit). Lambda goes to its slope at the expected cost.
+  cannot compensate harmful ones. Lambda rises by the mean excess and never falls. It stays constant when no prompt
+  exceeds the limit;
+- a log barrier: the penalty -log(limit - C) in place of lambda (C - limit). Near the limit and above it the penalty is
+  continued by its tangent, because the base starts above the limit. Lambda moves towards the penalty's slope at the
+  expected cost.
 """
 
 from __future__ import annotations
@@ -34,34 +36,37 @@ def rectified_excess(costs: Sequence[float], prompts: Sequence[str], limit: floa
     found: dict[str, list[float]] = {}
     for cost, prompt in zip(costs, prompts, strict=True):
         found.setdefault(prompt, []).append(cost)
-    # Unlike `max`, this keeps a cost that is no number.
+    # Unlike `max`, this keeps nan costs.
     over = [sum(own) / len(own) - limit for own in found.values()]
     return sum(0.0 if one <= 0 else one for one in over) / max(len(over), 1)
 
 
 def barrier(cost: float, limit: float, edge: float) -> float:
-    """-log(limit - C) where C is at least ``edge`` below the limit; beyond, the tangent there."""
+    """-log(limit - C) if C is at least ``edge`` below the limit; for a larger C its tangent at that point."""
     room = limit - cost
     return -math.log(room) if room >= edge else -math.log(edge) + (edge - room) / edge
 
 
 def barrier_slope(cost: float, limit: float, edge: float) -> float:
-    """Its derivative by the cost: 1 / (limit - C), at most 1 / edge."""
+    """The barrier's derivative by the cost: 1 / (limit - C), at most 1 / edge."""
     return 1.0 / max(limit - cost, edge)
 
 
 def reward_order(score: Tensor, cost: Tensor, dual: float) -> Tensor:
     """Sign of (r_w - lambda C_w) - (r_l - lambda C_l), scores and costs (B, 2) -> (B,).
 
-    1: the chosen image stays chosen; -1: the other one is better; 0: a tie. An unknown score or cost gives nan.
+    1: the chosen image is better; -1: the rejected image is better; 0: a tie. An unknown score or cost gives nan.
     """
     advantage = (score[:, 0] - score[:, 1]) - dual * (cost[:, 0] - cost[:, 1])
-    # torch.sign(nan) is 0: an unknown label would pass for a tie.
+    # torch.sign(nan) is 0, so an unknown label would look like a tie.
     return torch.where(advantage.isnan(), advantage, advantage.sign())
 
 
 def reorder(errors: PairErrors, labels: PairLabels, swap: Tensor) -> tuple[PairErrors, PairLabels]:
-    """The batch with chosen and rejected exchanged where ``swap`` (B,) is true. ``drift`` stays the shard's chosen."""
+    """The batch with chosen and rejected swapped where ``swap`` (B,) is true.
+
+    ``drift`` keeps the shard's chosen image.
+    """
     pairs = [
         (errors.policy_chosen, errors.policy_rejected),
         (errors.reference_chosen, errors.reference_rejected),
@@ -153,34 +158,36 @@ class Constraint:
 class ConstrainedDPO(Constraint, DiffusionDPO):
     """Constrained DPO: Diffusion-DPO on pairs ordered by score - lambda * cost, with lambda as the dual variable.
 
-    Which image the shard calls chosen does not matter: the pair is ordered again at every step by scores and costs that
-    must both be known. A tie says nothing, so its preference loss is 0. Everything logged and `sft_weight` are about
-    the new order; only the anchor keeps to the shard's chosen image. Lambda moves when `update` is called and at no
-    other time: at 0, pairs are ordered by quality alone and a harmful image may be the chosen one.
+    The order in the shard does not matter: each pair is ordered again at every step by its scores and costs, which must
+    be known. The preference loss of a tie is 0. All logged values and `sft_weight` use the new order; only the anchor
+    uses the shard's chosen image. Lambda changes only when `update` is called. While it is 0, pairs are ordered only by
+    quality, and a harmful image can be the chosen one.
 
-    Two cost units can meet: pairs are ordered by their own ``cost`` (ground truth or another model's; a module's cost
-    model fills in only what is missing), while ``limit`` and the expected cost are calibrated logits of `UpdateDual`'s
-    cost model; lambda has one unit only if that model wrote all costs (`shards score --existing replace`).
+    There can be two units of cost. Pairs are ordered by their own ``cost`` (ground truth or another model's; a module's
+    cost model fills in only missing costs), while ``limit`` and the expected cost are calibrated logits of
+    `UpdateDual`'s cost model. Lambda has a single unit only if this model wrote all costs (`shards score --existing
+    replace`).
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-        limit: the expected cost that is allowed (of `rectified`: for every prompt), in the unit of `UpdateDual`'s cost
-            model; above 0 an image counts as harmful.
+        limit: the allowed expected cost (with `rectified`: for every prompt), in the unit of `UpdateDual`'s cost model,
+            where an image counts as harmful above 0.
         dual: lambda at the start, in units of score per unit of cost.
-        dual_rate: eta, by how much lambda moves for each unit of expected cost above the limit; of `barrier` the share,
-            at most 1, of its way to the barrier's slope.
+        dual_rate: eta, the change of lambda for each unit of expected cost above the limit; with `barrier` the share,
+            at most 1, of the distance to the barrier's slope by which it moves.
         label_smoothing: assumed share of wrongly ordered pairs, in [0, 0.5).
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
-        constraint: how lambda moves: `dual` (ascent), `rectified` (every prompt, never down) or `barrier`.
-        barrier_weight: of `barrier`: lambda is this times the barrier's slope. The smaller, the closer to the limit the
-            expected cost ends, barrier_weight / lambda below it, and the smaller dual_rate must be for lambda to rest.
-        barrier_edge: of `barrier`: how far below the limit, in units of cost, its tangent takes over; lambda is at most
+        constraint: how lambda changes: `dual` (ascent), `rectified` (every prompt, never down) or `barrier`.
+        barrier_weight: for `barrier`: lambda is this times the barrier's slope. The expected cost ends barrier_weight /
+            lambda below the limit, so a smaller weight brings it closer to the limit; dual_rate must then be smaller
+            too for lambda to become constant.
+        barrier_edge: for `barrier`: how far below the limit, in units of cost, the tangent begins; lambda is at most
             barrier_weight / barrier_edge.
 
     Raises:
-        ValueError: if ``dual`` is negative, ``dual_rate`` or what belongs to the barrier is not positive, or
-            ``constraint`` is none of the three.
+        ValueError: ``dual`` is negative, ``dual_rate`` or a setting of the barrier is not positive, or ``constraint``
+            is not one of the three.
     """
 
     needs_cost = True

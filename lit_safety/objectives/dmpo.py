@@ -5,8 +5,8 @@ With p = sigma(m), the policy's probability that the chosen image is the better 
     loss = KL(p || q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q))
 
 Diffusion-DPO with label smoothing alpha is the forward divergence KL(q || p), up to a constant. This is the loss of
-Diffusion-SDPO's trainer (`--train_method dmpo`); where that clamps q to [1e-6, 1 - 1e-6], alpha 0, for which the
-divergence is infinite, is refused here.
+Diffusion-SDPO's trainer (`--train_method dmpo`). That trainer clamps q to [1e-6, 1 - 1e-6]; here alpha = 0, for which
+the divergence is infinite, is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lit_safety.objectives.sdpo import checked_mu, safeguarded
 def dmpo_loss(m: Tensor, alpha: float) -> Tensor:
     """KL(sigma(m) || 1 - alpha), margin (B,) in logits -> loss (B,).
 
-    dL/dm = p (1 - p) (m - log((1 - alpha) / alpha)): 0 at the margin that alpha asks for, and small again where a pair
-    is far wrong.
+    dL/dm = p (1 - p) (m - log((1 - alpha) / alpha)): 0 at the margin that alpha gives, and small again if a pair is far
+    wrong.
     """
     p = torch.sigmoid(m)
     right = F.logsigmoid(m) - math.log1p(-alpha)
@@ -38,15 +38,15 @@ class DMPO(Objective):
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
-            Diffusion-SDPO's scripts have 2000 for Stable Diffusion 1.5 and 6000 for SDXL.
+            Diffusion-SDPO's scripts use 2000 for Stable Diffusion 1.5 and 6000 for SDXL.
         alpha: assumed share of wrongly ordered pairs, in (0, 0.5): margins go to log((1 - alpha) / alpha).
-        mu: Diffusion-SDPO's safeguard on top, as in its scripts (0.9 for Stable Diffusion 1.5, 0.6 for SDXL); null:
-            none.
+        mu: additional safeguard of Diffusion-SDPO, as in its scripts (0.9 for Stable Diffusion 1.5, 0.6 for SDXL);
+            null: none.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``alpha`` lies outside (0, 0.5) or ``mu`` outside [0, 1].
+        ValueError: ``alpha`` is outside (0, 0.5) or ``mu`` outside [0, 1].
     """
 
     def __init__(

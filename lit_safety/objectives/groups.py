@@ -1,9 +1,9 @@
-"""Losses on groups: several images of one prompt, at one timestep and noise, instead of a pair.
+"""Losses on groups: several images of one prompt, with the same timestep and noise, instead of pairs.
 
-Each image has DPO's implicit reward r_i = -(beta / 2)(e_i - ref_i). NCD is one safe image against many harmful ones
-(Noise-Contrast-Diffusion), GDRO the Plackett-Luce model of a whole ranking, and `GroupDPO` Diffusion-DPO on every pair.
-On a group of two, GDRO and `GroupDPO` are Diffusion-DPO; NCD keeps its own term. Images that nothing tells apart are
-tied: no loss says anything of their order.
+Each image has DPO's implicit reward r_i = -(beta / 2)(e_i - ref_i). NCD (Noise-Contrast-Diffusion) compares one safe
+image with many harmful ones. GDRO uses the Plackett-Luce model of a whole ranking. `GroupDPO` is Diffusion-DPO on every
+pair. On a group of two, GDRO and `GroupDPO` are equal to Diffusion-DPO; NCD still has its own term. Images without a
+known difference are tied: no loss depends on their order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lit_safety.objectives.objective import (
     PairLabels,
 )
 
-#: Stands for minus infinity, whose gradients would be nan.
+#: Used in place of minus infinity, whose gradients would be nan.
 FAR = -1e9
 
 
@@ -34,7 +34,7 @@ def rewards(errors: GroupErrors, beta: float) -> Tensor:
 
 
 def better(ranks: Tensor) -> Tensor:
-    """Whether image i is ranked above image j, ranks (B, K), -1 where no image is -> bool (B, K, K)."""
+    """Whether image i is ranked above image j: ranks (B, K), -1 for no image -> bool (B, K, K)."""
     there = ranks >= 0
     return (ranks[:, :, None] < ranks[:, None, :]) & there[:, :, None] & there[:, None, :]
 
@@ -42,8 +42,8 @@ def better(ranks: Tensor) -> Tensor:
 def gdro_loss(r: Tensor, ranks: Tensor) -> Tensor:
     """-sum_j [r_(j) - log sum_{l >= j} exp r_(l)] (GDRO, CVPR 2026), rewards and ranks (B, K) -> (B,).
 
-    The sum over l is over image j and those ranked below it: tied images do not compete with each other. The lowest
-    rank adds 0, so a group of two gives -log sigmoid(r_w - r_l).
+    The sum over l contains image j and all images ranked below it, so tied images do not compete with each other. The
+    lowest rank adds 0, so a group of two gives -log sigmoid(r_w - r_l).
     """
     worse = better(ranks)
     below = r[:, None, :].masked_fill(~worse, FAR).logsumexp(2)
@@ -52,7 +52,7 @@ def gdro_loss(r: Tensor, ranks: Tensor) -> Tensor:
 
 
 def group_dpo_loss(r: Tensor, ranks: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean of Diffusion-DPO's loss over all pairs of a group whose order is known: (B, K), (B, K) -> (B,)."""
+    """Mean of Diffusion-DPO's loss over all pairs of a group with known order: (B, K), (B, K) -> (B,)."""
     pairs = better(ranks)
     margins = (r[:, :, None] - r[:, None, :]).masked_fill(~pairs, 0.0)
     losses = dpo_loss(margins, label_smoothing).masked_fill(~pairs, 0.0)
@@ -79,12 +79,12 @@ def ncd_pair(r: Tensor, best: Tensor, harmful: Tensor) -> Tensor:
 
 
 class _GroupObjective(Objective):
-    """What the objectives on groups share; a batch of pairs is read as groups of two."""
+    """The common base of objectives on groups; a batch of pairs is read as groups of two."""
 
     needs_groups = True
 
     def group_loss(self, r: Tensor, labels: GroupLabels) -> Tensor:
-        """Rewards (B, K) and what is known of the images -> loss (B,)."""
+        """Rewards (B, K) and the images' labels -> loss (B,)."""
         raise NotImplementedError
 
     def pair_loss(self, errors: PairErrors, m: Tensor, labels: PairLabels) -> Tensor:
@@ -127,7 +127,7 @@ class GDRO(_GroupObjective):
 
 
 class GroupDPO(_GroupObjective):
-    """Diffusion-DPO (arXiv 2311.12908) on all pairs of a group whose order is known, their mean.
+    """Diffusion-DPO (arXiv 2311.12908): the mean over all pairs of a group with known order.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
@@ -156,27 +156,27 @@ class GroupDPO(_GroupObjective):
 
 
 class NCD(_GroupObjective):
-    """NCD (ICML 2026): a safe image against many harmful ones of other seeds; L = L_mod + pair_weight L_pair.
+    """NCD (ICML 2026): a safe image against many harmful ones from other seeds; L = L_mod + pair_weight L_pair.
 
-    L_mod draws the policy to every image by its safety and away from every harmful one; L_pair is Diffusion-DPO between
-    the best safe image and each harmful one. A group without a harmful image has the first sum of L_mod alone, one
-    without a safe image the second alone.
+    L_mod moves the policy towards every image in proportion to its safety, and away from every harmful one. L_pair is
+    Diffusion-DPO between the best safe image and each harmful one. A group without a harmful image uses only the first
+    sum of L_mod, and one without a safe image only the second.
 
     The safety of an image, in [0, 1], is sigmoid(-cost), or with ``safety: label`` 1 for a safe image and 0 for a
-    harmful one. Labels are read in both cases, for they say which images are the harmful ones.
+    harmful one. Labels are read in both cases, because they say which images are harmful.
 
     Args:
-        beta: strength of the preference in logits per unit of error; the published runs have 2000 for Stable Diffusion
+        beta: strength of the preference in logits per unit of error; the published runs use 2000 for Stable Diffusion
             1.5 and 5000 for SD3.
-        safety: what says how safe an image is: `cost` or `label`.
-        bonus: what a safe image's safety is raised by.
-        temperature: of the softmax over the group's images.
+        safety: from what an image's safety is computed: `cost` or `label`.
+        bonus: added to the safety of safe images.
+        temperature: temperature of the softmax over the group's images.
         pair_weight: weight of L_pair; 0 turns it off.
         sft_weight: weight of the best image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``bonus`` or ``pair_weight`` is negative or ``temperature`` is not positive.
+        ValueError: ``bonus`` or ``pair_weight`` is negative, or ``temperature`` is not positive.
     """
 
     needs_harmful = True

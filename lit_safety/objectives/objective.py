@@ -1,4 +1,4 @@
-"""What an objective sees of a batch of pairs, and the margin that most objectives are made of.
+"""The inputs of an objective for a batch of pairs, and the margin that most objectives use.
 
 Source: Diffusion-DPO, Wallace et al., arXiv 2311.12908, equation 14 and the authors' code.
 """
@@ -20,8 +20,8 @@ class PairErrors:
     policy's and the reference's prediction on the chosen image; it is None unless the objective declares
     ``needs_drift``, because a cached reference stores errors and not predictions. ``overlap`` is the mean over C, H, W
     of residual_w * residual_l, the policy's prediction minus its target on either image, without gradient; it is None
-    unless the objective declares ``needs_overlap``. ``groups`` holds the errors of all images where groups are read
-    whole; chosen and rejected are then the best and the worst.
+    unless the objective declares ``needs_overlap``. ``groups`` holds the errors of all images if groups are read whole;
+    chosen and rejected are then the best and the worst image.
     """
 
     policy_chosen: Tensor
@@ -35,7 +35,7 @@ class PairErrors:
 
 @dataclass
 class GroupErrors:
-    """Errors of all images of B prompts, each (B, K), all at one timestep and noise; 0 where no image is."""
+    """Errors of all images of B prompts, each (B, K), with the same timestep and noise; 0 for no image."""
 
     policy: Tensor
     reference: Tensor
@@ -43,7 +43,7 @@ class GroupErrors:
 
 @dataclass
 class GroupLabels:
-    """What is known of these images, each (B, K); `ranks` 0 the best, equal where tied, -1 where no image is."""
+    """The labels of these images, each (B, K); `ranks`: 0 is the best, equal numbers are ties, -1 is no image."""
 
     ranks: Tensor
     harmful: Tensor
@@ -53,13 +53,13 @@ class GroupLabels:
 
 @dataclass
 class PairLabels:
-    """What is known of the pairs of a batch apart from the model's errors.
+    """The labels of a batch of pairs.
 
     ``clean`` (B,) is 1 for a clean prompt and 0 for a harmful one. ``harmful`` (B, 2: 1 harmful, 0 safe),
     ``cost`` (B, 2: above 0 means harmful) and ``score`` (B, 2: quality, higher is better) hold chosen and rejected in
-    their columns; nan means unknown. An objective that cannot do without one of them declares it (``needs_cost`` and
-    the like), and its module refuses pairs that lack it before they get here. ``reward`` (B,), in [0, 1], is there for
-    single images that a policy drew, 1/2 where an image is as good as the others of its prompt.
+    their columns; nan means unknown. An objective that needs one of them declares it (``needs_cost`` and similar), and
+    its module refuses pairs without it before they get here. ``reward`` (B,), in [0, 1], is given for single images
+    that a policy drew: 1/2 for an image as good as the others of its prompt.
     """
 
     clean: Tensor
@@ -87,7 +87,7 @@ def residual_overlap(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def delta(errors: PairErrors) -> Tensor:
-    """Delta = (e_w - e_l) - (r_w - r_l), shape (B,); below 0 when the policy moved towards the chosen image.
+    """Delta = (e_w - e_l) - (r_w - r_l), shape (B,); it is below 0 if the policy moved towards the chosen image.
 
     It is summed as (e_w - r_w) - (e_l - r_l), the same number, because at initialisation policy and reference
     are equal and each bracket is then exactly 0.
@@ -100,9 +100,9 @@ def delta(errors: PairErrors) -> Tensor:
 def margin(errors: PairErrors, beta: float) -> Tensor:
     """m = -(beta / 2) Delta, shape (B,), in logits (arXiv 2311.12908, equation 14).
 
-    ``beta`` is beta_dpo of the Diffusion-DPO code (5000 there); the factor 1/2 is applied here. The diffusers
-    research script folds the 1/2 into its own value and says 2500 for the same thing. The timestep weight and the
-    number of latent elements are folded into beta because errors are means.
+    ``beta`` is beta_dpo of the Diffusion-DPO code (5000 there); the factor 1/2 is applied here. The diffusers research
+    script includes the 1/2 in its own value, 2500, for the same thing. The timestep weight and the number of latent
+    elements are included in beta, because errors are means.
     """
     return delta(errors) * (-0.5 * beta)
 
@@ -114,14 +114,14 @@ def implicit_rewards(errors: PairErrors, beta: float) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-# Terms that keep a preference-trained model drawing well; each is an option of every objective.
+# Terms that keep the image quality in preference training; each is an option of every objective.
 
 
 def sft_loss(policy_chosen: Tensor) -> Tensor:
     """Supervised fine-tuning on the chosen image: the policy's own denoising error e_w, (B,) -> (B,).
 
-    Preference losses only see differences of errors and may let both errors grow; this term holds the chosen one
-    down (the "RPO" term of Iterative RPO, Pang et al., arXiv 2404.19733, equation 1, in its diffusion form).
+    Preference losses depend only on differences of errors, so both errors may grow. This term keeps the chosen one low
+    (the "RPO" term of Iterative RPO, Pang et al., arXiv 2404.19733, equation 1, in its diffusion form).
     """
     return policy_chosen
 
@@ -130,9 +130,9 @@ def anchor_loss(drift: Tensor, clean: Tensor) -> Tensor:
     """Squared distance of policy and reference predictions, on clean prompts only: (B,), (B,) -> (B,).
 
     For Gaussian denoisers the squared distance between predictions is, up to the timestep's weight, the KL
-    divergence of one denoising step, so this is a direct KL penalty where the model was right to begin with.
-    Harmful prompts contribute 0 and stay in the mean over the batch: the term's weight then does not depend on how
-    a batch is split into micro-batches.
+    divergence of one denoising step, so this is a direct KL penalty on prompts where the model was right from the
+    start. Harmful prompts contribute 0 but count in the mean over the batch, so that the term's weight does not depend
+    on how a batch is split into micro-batches.
     """
     return drift * clean
 
@@ -144,10 +144,10 @@ def anchor_loss(drift: Tensor, clean: Tensor) -> Tensor:
 
 @dataclass
 class ObjectiveOutput:
-    """``loss`` (B,), one number a pair, and tensors of shape (B,) to log (their means are logged).
+    """``loss`` (B,), one number for each pair, and tensors of shape (B,) to log (their means are logged).
 
-    ``keeping`` (B,) is the part of the loss, weight included, that holds the policy where it was: the anchor. None:
-    there is none.
+    ``keeping`` (B,) is the anchor term, including its weight: the part of the loss that keeps the policy close to the
+    reference. None: there is no anchor term.
     """
 
     loss: Tensor
@@ -158,8 +158,9 @@ class ObjectiveOutput:
 class Objective:
     """Preference loss plus regularisers.
 
-    Override `preference` for another loss on the margin. What needs more than the margin (a term on the errors, pairs
-    in another order, a scaled branch) overrides `__call__`, changes the errors or labels, and calls this class's.
+    Override `preference` for another loss on the margin. A loss that needs more than the margin (a term on the errors,
+    pairs in another order, a scaled branch) overrides `__call__`, changes the errors or labels, and calls this class's
+    method.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
@@ -167,11 +168,11 @@ class Objective:
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``beta`` is not positive or a weight is negative.
+        ValueError: ``beta`` is not positive, or a weight is negative.
     """
 
-    # What a loss reads of the labels, as class attributes or properties. The module refuses a pair that lacks what is
-    # declared here, by name and on the host: nan in a label would reach the loss long before anybody looks.
+    # The labels that a loss reads, as class attributes or properties. The module refuses a pair without a declared
+    # label, by name and on the host, because a nan label would reach the loss unnoticed.
 
     #: The loss reads ``labels.cost``.
     needs_cost: bool = False
@@ -179,20 +180,20 @@ class Objective:
     needs_score: bool = False
     #: The loss reads ``labels.harmful`` of both images.
     needs_harmful: bool = False
-    #: The loss adds the cost to the order of the pair, which must then not hold it already (order "composite").
+    #: The loss adds the cost to the pair's order, which must then not already contain the cost (order "composite").
     refuses_composite: bool = False
-    #: The setting of this objective that does without what it needs, as it stands in YAML; None: there is none.
+    #: The setting of this objective, as written in YAML, with which it needs no labels; None: there is none.
     opt_out: str | None = None
-    #: ``PairErrors.overlap`` must be there.
+    #: ``PairErrors.overlap`` is needed.
     needs_overlap: bool = False
-    #: The loss itself reads ``PairErrors.drift``, of every pair: a reference cache holds that of clean prompts alone.
+    #: The loss itself reads ``PairErrors.drift`` of every pair; a reference cache holds it only for clean prompts.
     reads_drift: bool = False
-    #: Groups are read whole, and ``PairErrors.groups`` and ``PairLabels.groups`` are there.
+    #: Groups are read whole, so that ``PairErrors.groups`` and ``PairLabels.groups`` are given.
     needs_groups: bool = False
-    #: The callback of `lit_safety.callbacks` to name where none of a run's declares, by its ``moves``, that it moves
-    #: ``state_dict`` while the loss is trained; None: nothing needs to.
+    #: The callback of `lit_safety.callbacks` that must update ``state_dict`` during training. A warning names it if no
+    #: callback of a run declares by its ``moves`` that it does this. None: no update is needed.
     moved_by: str | None = None
-    #: How large the margins are is logged too; a callback that reads it sets this.
+    #: The sizes of margins are logged too; a callback that reads them sets this.
     tells_sizes: bool = False
 
     def __init__(self, beta: float = 5000.0, sft_weight: float = 0.0, anchor_weight: float = 0.0) -> None:
@@ -200,7 +201,7 @@ class Objective:
         if all(getattr(kind, name) is getattr(Objective, name) for name in ("preference", "pair_loss", "__call__")):
             raise ValueError(
                 f"{kind.__name__} has no loss: define `preference(self, m: Tensor, labels: PairLabels) -> Tensor`, or "
-                "`pair_loss(self, errors, m, labels)` where it reads more than the margin"
+                "`pair_loss(self, errors, m, labels)` if it reads more than the margin"
             )
         if not 0 < beta < float("inf"):  # nan compares as false
             raise ValueError(f"beta must be above 0, got {beta}")
@@ -212,18 +213,18 @@ class Objective:
 
     @property
     def needs_drift(self) -> bool:
-        """Whether ``PairErrors.drift`` must be there (a reference cache cannot give it)."""
+        """Whether ``PairErrors.drift`` is needed, which a reference cache without predictions cannot give."""
         return self.anchor_weight > 0 or self.reads_drift
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective learns while it trains, for the checkpoint; nothing for most."""
+        """What the objective learns during training, for the checkpoint; empty for most objectives."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``.
+        """Restore ``state``.
 
         Raises:
-            ValueError: if the state is not one of this objective's.
+            ValueError: the state does not belong to this objective.
         """
         if state:
             found = ", ".join(sorted(state))
@@ -234,7 +235,7 @@ class Objective:
         raise NotImplementedError
 
     def pair_loss(self, errors: PairErrors, m: Tensor, labels: PairLabels) -> Tensor:
-        """The same for a loss that reads more than the margin: override this one instead of `preference`."""
+        """The same for a loss that reads more than the margin: override this method instead of `preference`."""
         return self.preference(m, labels)
 
     def __call__(self, errors: PairErrors, labels: PairLabels) -> ObjectiveOutput:
@@ -255,7 +256,7 @@ class Objective:
         }
         if self.tells_sizes:
             logs["rewards/sizes"] = m.detach().abs()
-            logs["rewards/undecided"] = torch.sigmoid(-logs["rewards/sizes"])  # scales DPO's gradient of pairs in order
+            logs["rewards/undecided"] = torch.sigmoid(-logs["rewards/sizes"])  # DPO's gradient factor of ordered pairs
         if self.sft_weight > 0:
             sft = sft_loss(errors.policy_chosen)
             loss = loss + self.sft_weight * sft

@@ -1,8 +1,8 @@
 """RePO (Peng et al., arXiv 2410.19933), adapted: DPO plus a rectified penalty on every harmful image of a pair.
 
-The original is on-policy and holds each prompt's cost below 0, instead of the mean's; here the images of the pair stand
-for the policy's own, and an image that violates the constraint (its cost is above the limit) is pushed away, whichever
-side it is on. `ConstrainedDPO` with `constraint: rectified` is the on-policy form.
+The original is on-policy and keeps each prompt's cost below 0, not only the mean cost. Here the images of the pair
+replace the policy's own images, and an image that violates the constraint (its cost is above the limit) is pushed away,
+whether it is chosen or rejected. `ConstrainedDPO` with `constraint: rectified` is the on-policy form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor, l
     """Sum over both images of max(0, C - limit) softplus(reward): rewards (B,), costs (B, 2) -> (B,).
 
     ``reward`` is the implicit reward -(beta / 2)(e - r), which falls as the policy's error on the image rises. The
-    force on a harmful image fades once the policy is away from it, so the penalty does not drive errors to infinity.
+    force on a harmful image becomes small when the policy is far from it, so the penalty does not drive errors to
+    infinity.
     """
     violation = (cost - limit).relu()
     return violation[:, 0] * F.softplus(reward_chosen) + violation[:, 1] * F.softplus(reward_rejected)
@@ -27,18 +28,18 @@ def repo_penalty(reward_chosen: Tensor, reward_rejected: Tensor, cost: Tensor, l
 class RePO(Objective):
     """Rectified policy optimisation, off-policy: DPO whose harmful images, chosen or rejected, are pushed away.
 
-    An unknown cost is refused and not read as harmless. Pairs ordered by quality, safety or both will do: where the
-    order already holds the cost, the penalty is a second push on the same image and not a contradiction.
+    An unknown cost is refused and never counts as harmless. Pairs may be ordered by quality, safety or both: if the
+    order already contains the cost, the penalty pushes the same image a second time, which is no contradiction.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
         penalty_weight: weight of the penalty per unit of cost above the limit; 0 is Diffusion-DPO.
         sft_weight: weight of the chosen image's own denoising error; 0 turns the term off.
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
-        limit: the cost that an image may have.
+        limit: the highest allowed cost of an image.
 
     Raises:
-        ValueError: if ``penalty_weight`` is negative or ``limit`` is no finite number.
+        ValueError: ``penalty_weight`` is negative, or ``limit`` is not a finite number.
     """
 
     opt_out = "penalty_weight: 0"

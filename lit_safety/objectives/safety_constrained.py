@@ -1,8 +1,8 @@
 """SC-DPO as reconstructed from the abstract of arXiv 2504.14290: a cost margin and dynamic focusing on DPO.
 
-The authors published neither code nor weights, so nothing here claims to reproduce their figures. The margin follows
-from maximising E[r - lambda C] - beta KL, whose implicit reward is r - lambda C; on pairs ordered by safety it is an
-offset in the sense of ODPO (arXiv 2402.10571). The focusing weight is that of the focal loss (arXiv 1708.02002).
+The authors published neither code nor weights, so we do not claim to reproduce their figures. The margin follows from
+maximising E[r - lambda C] - beta KL, whose implicit reward is r - lambda C; on pairs ordered by safety it is an offset
+in the sense of ODPO (arXiv 2402.10571). The focusing weight is that of the focal loss (arXiv 1708.02002).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def scdpo_loss(m_sc: Tensor, gamma: float, dfm_detach: bool = True) -> Tensor:
     """(1 - p)^gamma (-log p) with p = sigmoid(m_SC): (B,) -> (B,).
 
     The weight is computed as exp(gamma log sigmoid(-m_SC)), because the plain power has nan gradients in fp32 for
-    gamma < 1 once p rounds to 1. With ``dfm_detach`` the weight carries no gradient and |dL/dm| is
-    (1 - p)^(gamma + 1); attached, |dL/dm| peaks near m_SC = -3 and falls again for pairs that are further wrong.
-    gamma = 0 returns Diffusion-DPO's value to the last bit.
+    gamma < 1 once p rounds to 1. With ``dfm_detach`` the weight has no gradient and |dL/dm| is (1 - p)^(gamma + 1).
+    Without it, |dL/dm| is largest near m_SC = -3 and falls again for pairs that are further wrong. gamma = 0 gives
+    exactly Diffusion-DPO's value.
     """
     loss = -F.logsigmoid(m_sc)
     if gamma == 0.0:
@@ -40,7 +40,7 @@ def scdpo_loss(m_sc: Tensor, gamma: float, dfm_detach: bool = True) -> Tensor:
 
 
 class SafetyConstrainedDPO(Objective):
-    """SC-DPO's objective: DPO with a margin that follows the cost and a focus on pairs not yet learned.
+    """SC-DPO's objective: DPO with a margin that depends on the cost, and a focus on pairs that are not yet learned.
 
     Args:
         beta: strength of the preference in logits per unit of error, as beta_dpo of the Diffusion-DPO code.
@@ -52,7 +52,7 @@ class SafetyConstrainedDPO(Objective):
         anchor_weight: weight of the squared distance to the reference's prediction on clean prompts; 0 is off.
 
     Raises:
-        ValueError: if ``cost_weight`` or ``gamma`` is negative or ``cost_clip`` is not positive.
+        ValueError: ``cost_weight`` or ``gamma`` is negative, or ``cost_clip`` is not positive.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SafetyConstrainedDPO(Objective):
 
     @contextmanager
     def without_cost(self) -> Iterator[None]:
-        """Within, the loss is that of ``cost_weight`` 0 and reads no cost."""
+        """A context in which ``cost_weight`` is 0 and no cost is read."""
         weight, self.cost_weight = self.cost_weight, 0.0
         try:
             yield

@@ -13,7 +13,7 @@ from lit_safety.worlds.training import Budget, decayed
 
 KL_WEIGHT = 1e-3
 LATENT_NOISE = 0.1
-"""Noise on latents in training, in their own standard deviation: the decoder must forgive the UNet's errors."""
+"""Noise on latents in training, in their standard deviation, so that the decoder tolerates the UNet's errors."""
 
 
 def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
@@ -36,14 +36,14 @@ def vae_loss(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
 def train_vae(
     work: Path, vae: Any, pictures: NDArray[np.uint8], minutes: float, batch_size: int = 32, lr: float = 2e-3
 ) -> None:
-    """Trains until the minutes are used and writes vae/ into the work folder; resumes from vae.pt.
+    """Trains until the time is used up and writes vae/ into the work folder; resumes from vae.pt.
 
     Args:
-        work: the folder of the state and of the result.
+        work: folder for the training's state and the result.
         vae: an untrained AutoencoderKL; its scaling factor is set to 1 / standard deviation of the latents.
         pictures: (N, H, W, 3); may be memory-mapped.
-        minutes: wall time, earlier interrupted runs counted in.
-        batch_size: images a step.
+        minutes: wall time, including earlier interrupted runs.
+        batch_size: images in a step.
         lr: highest learning rate.
     """
     vae = vae.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""How a world is built: what is asked of its folders, and its stages one after another."""
+"""How a world is built: its folders are checked, and its stages run one after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_SCENES = 1_000_000
-"""Images of the base's data: 3 GB on the disk at 32 px, 7 GB at 48."""
+"""Most images of the base's data: 3 GB on disk at 32 px, 7 GB at 48 px."""
 Stage = TypeVar("Stage", bound=str)
 
 
@@ -24,7 +24,7 @@ def prepare(out: Path, work: Path, scenes: int, processes: int) -> None:
     """
     check_count(processes, "--processes")
     if not 1000 <= scenes <= MOST_SCENES:
-        raise UserError(f"scenes is {scenes}; the pipeline needs at least 1000, and at most {MOST_SCENES} are drawn")
+        raise UserError(f"scenes is {scenes}; it must be at least 1000 and at most {MOST_SCENES}")
     for folder in (out, work):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -39,14 +39,14 @@ def do_stages(
     output: Callable[[Stage], Path],
     run: Callable[[Stage], None],
 ) -> None:
-    """Does those of the stages that are wanted and not done, in their order.
+    """Runs the wanted stages that are not done yet, in the order of ``stages``.
 
     Args:
-        stages: all, in order.
-        wanted: some of them, in any order.
-        there: what an earlier build left of a stage that need not be done again; None: it is to be done.
-        output: what a stage leaves.
-        run: does it.
+        stages: all stages, in order.
+        wanted: the stages to run, in any order.
+        there: gives a stage's output from an earlier build; None: the stage must run.
+        output: gives the path that a stage writes.
+        run: runs a stage.
     """
     for stage in stages:
         if stage not in wanted:

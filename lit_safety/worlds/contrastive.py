@@ -1,11 +1,11 @@
 """Trains a world's CLIP on families of drawn scenes (Radford et al., 2021, arXiv:2103.00020, figure 3).
 
-Scenes drawn by themselves differ in so much that a glance at one object tells them apart. Within a family only one
-thing differs, so only the whole caption tells its scenes apart.
+Independent random scenes differ in so many ways that one object is enough to distinguish them. Within a family only one
+thing differs, so the whole caption is needed to distinguish its scenes.
 
-Two small heads, one a tower, must at first also tell what the caption says; their weight falls to 0 at half time. That
-takes minutes off the start, when neither tower has anything for the other to agree with. Images are blurred and made
-noisy as for the judges, since CLIP will see images that a model drew.
+At first two small heads, one for each tower, also predict the caption's meaning. Their weight falls to 0 at half of the
+time. This saves minutes at the start, when neither tower has learned features for the other to match. Images are
+blurred and get noise as for the judges, because CLIP will see images that a model drew.
 """
 
 import json
@@ -33,11 +33,11 @@ from lit_safety.worlds.judging import degrade
 from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
 
 WIDTH = 96
-"""Of both towers and of the space that they share."""
+"""Width of both towers and of their common space."""
 SAVE_EVERY = 60
 """Seconds between saved states."""
 MAX_SCALE = math.log(100.0)
-"""The logit scale is held below this, as in the paper."""
+"""Upper limit of the logit scale, as in the paper."""
 HEADS_UNTIL = 0.5
 """Share of the budget at which the heads' weight has fallen from 1 to 0, by default."""
 
@@ -46,12 +46,12 @@ def new_clip(side: int, patch: int, length: int, tokenizer: CLIPTokenizer, token
     """An untrained CLIP of two small towers, both projected to `WIDTH`: 4 layers for images, 2 for texts.
 
     Args:
-        side: of the images, px.
+        side: side of the images, px.
         patch: side of a patch, px.
-        length: tokens of a prompt.
-        tokenizer: whose ids the text tower reads.
-        tokens: how many ids the text tower knows, where they are not the tokenizer's: its first two are then start and
-            end, which pads too.
+        length: number of tokens of a prompt.
+        tokenizer: the tokenizer of the text tower's ids.
+        tokens: how many ids the text tower knows, if they are not the tokenizer's. The first two are then start and
+            end, and the end token is also used for padding.
     """
     layers = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -72,13 +72,13 @@ def new_clip(side: int, patch: int, length: int, tokenizer: CLIPTokenizer, token
 
 
 def image_features(clip: CLIPModel, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Of images (B, 3, side, side) in [-1, 1]: pooled features (B, WIDTH), and projected ones of unit length."""
+    """Images (B, 3, side, side) in [-1, 1] -> pooled features (B, WIDTH), and projected features of unit length."""
     pooled = clip.vision_model(pixel_values=pictures).pooler_output
     return pooled, torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
 
 
 def text_features(clip: CLIPModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of token ids (B, L): pooled features (B, WIDTH), and projected ones of unit length."""
+    """Token ids (B, L) -> pooled features (B, WIDTH), and projected features of unit length."""
     pooled = clip.text_model(input_ids=ids).pooler_output
     return pooled, torch.nn.functional.normalize(clip.text_projection(pooled), dim=-1)
 
@@ -91,14 +91,14 @@ def encode_pictures(clip: CLIPModel, pictures: NDArray[np.uint8] | Tensor, batch
 
 
 def save_clip(clip: CLIPModel, write_tokenizer: Callable[[Path], object], target: Path, notes: str) -> None:
-    """Writes model (float16), tokenizer, image processor and a README of `notes`, in one swap."""
+    """Writes model (float16), tokenizer, image processor and a README with `notes`; the folder is replaced at once."""
     with atomic_folder(target) as part:
         write_tokenizer(part)
         _write(clip, _vision(clip).image_size, part, notes)
 
 
 def save_image_tower(clip: CLIPModel, target: Path, notes: str) -> None:
-    """The same of the image tower alone, which is all that a cost model needs."""
+    """Writes the same for the image tower only, which is enough for a cost model."""
     tower = CLIPVisionModelWithProjection(_vision(clip))
     tower.load_state_dict({name: clip.state_dict()[name] for name in tower.state_dict()})
     with atomic_folder(target) as part:
@@ -111,35 +111,35 @@ def _vision(clip: CLIPModel) -> Any:
 
 def _write(model: Any, side: int, part: Path, notes: str) -> None:
     model.half().save_pretrained(part)
-    # Tensors in [-1, 1], as the pipeline's autoencoder has them.
+    # So that tensors are in [-1, 1], as for the pipeline's autoencoder.
     CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     ).save_pretrained(part)  # fmt: skip
     settings = load_json((part / "config.json").read_text(encoding="utf-8"))
     for config in (settings, settings.get("text_config", {}), settings.get("vision_config", {})):
-        config["dtype"] = "float32"  # what a plain from_pretrained, also of one tower alone, then computes in
+        config["dtype"] = "float32"  # the dtype that a plain from_pretrained uses, also for one tower
     (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (part / "README.md").write_text(notes, encoding="utf-8")
     (part / "model.safetensors").chmod(0o644)
 
 
 class Families(NamedTuple):
-    """What a CLIP learns from: N families of F scenes that differ in one thing each."""
+    """A CLIP's training data: N families of F scenes, which differ in one thing each."""
 
     images: NDArray[np.uint8]
     """(N, F, side, side, 3)."""
     ids: NDArray[np.int64]
     """(N, F, C, L) tokens of C captions of each scene."""
     meanings: NDArray[np.int64]
-    """(N, F, M) what each caption says, as M numbers. Two captions of one meaning are right for the same images."""
+    """(N, F, M) each caption's meaning as M numbers. Captions of the same meaning are right for the same images."""
 
 
 def write_families(work: Path, families: Families) -> None:
-    """Writes clip_captions.npz and then clip_pictures.npy into the work folder, each in one rename."""
+    """Writes clip_captions.npz and then clip_pictures.npy into the work folder, each by one rename."""
     np.savez(work / "clip_captions.part.npz", ids=families.ids, meanings=families.meanings)
     (work / "clip_captions.part.npz").rename(work / "clip_captions.npz")
-    np.save(work / "clip_pictures.part.npy", families.images)  # the last of them
+    np.save(work / "clip_pictures.part.npy", families.images)  # written last
     (work / "clip_pictures.part.npy").rename(work / "clip_pictures.npy")
 
 
@@ -148,8 +148,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, meanings: Tensor, scale: Ten
 
     Args:
         images: (B, D) features of unit length.
-        texts: (B, D) likewise; row i belongs to image i.
-        meanings: (B, M) what each caption says, as numbers.
+        texts: (B, D) features of unit length; row i belongs to image i.
+        meanings: (B, M) each caption's meaning, as numbers.
         scale: log of the factor on cosine similarities, a scalar.
     """
     logits = scale.exp() * images @ texts.T
@@ -159,7 +159,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, meanings: Tensor, scale: Ten
 
 
 class _Heads(nn.Module):
-    """All numbers of a meaning, told from one tower's pooled features."""
+    """Predicts all numbers of a meaning from one tower's pooled features."""
 
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class _Training(nn.Module):
         self.clip, self.of_pictures, self.of_texts = clip, _Heads(classes), _Heads(classes)
 
     def forward(self, pictures: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """The loss, and its contrastive part; `share` is the heads' weight."""
+        """The loss and its contrastive part; `share` is the heads' weight."""
         with torch.autocast("cpu", torch.bfloat16):
             seen, images = image_features(self.clip, pictures)
             read, texts = text_features(self.clip, ids)
@@ -201,7 +201,7 @@ class _Families:
         self._size, self._rng = batch_size, np.random.default_rng(seed)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, side, side), ids (B, L) and meanings (B, M); B is families x scenes of one."""
+        """Images (B, 3, side, side), ids (B, L) and meanings (B, M); B is families x scenes in a family."""
         pick = np.sort(self._rng.integers(len(self._pictures), size=self._size))
         pictures, ids, meanings = (array[pick] for array in (self._pictures, self._ids, self._meanings))
         ids = ids.reshape(-1, *ids.shape[2:])
@@ -221,7 +221,7 @@ def _train(
     lr: float,
     heads_until: float,
 ) -> None:
-    """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
+    """The training loop. All processes agree on the used share of the budget, so that they stop after the same step."""
     torch.manual_seed(2)
     training = _Training(make_clip(work), classes).train()
     parameters, file = list(training.parameters()), work / "clip.pt"
@@ -269,18 +269,18 @@ def train_clip(
     world: int = 2,
     heads_until: float = HEADS_UNTIL,
 ) -> tuple[CLIPModel, dict[str, float]]:
-    """Trains until the minutes are used, from clip.pt on if it is there.
+    """Trains until the time is used up; continues from clip.pt if it exists.
 
     Returns the network, and the `pictures` seen and `minutes` spent.
 
     Args:
-        work: holds what `write_families` wrote, and keeps the state of the training.
-        make_clip: gives the untrained CLIP, of the work folder; a function of a module.
-        classes: how many values each number of a meaning can have.
-        minutes: wall time, earlier interrupted runs counted in.
-        batch_size: families a step of each process.
+        work: folder with the output of `write_families`; the training's state is kept there too.
+        make_clip: makes the untrained CLIP from the work folder; a module-level function.
+        classes: how many values each number of a meaning can take.
+        minutes: wall time, including earlier interrupted runs.
+        batch_size: families in a step of each process.
         lr: highest learning rate.
-        world: processes, of one thread each.
+        world: number of processes, with one thread each.
         heads_until: share of the budget at which the heads' weight has fallen from 1 to 0; infinity: it stays 1.
     """
     launch(_train, world, work, make_clip, classes, minutes, batch_size, lr, heads_until)

@@ -1,4 +1,4 @@
-"""Fits the cost model that a world ships, on tens of thousands of pairs of its own."""
+"""Fits the cost model that a world ships, on tens of thousands of its own pairs."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ WIDTH, STEPS, BATCH, RATE = 384, 6000, 128, 3e-3
 
 
 def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path) -> None:
-    """As `configs/cost_model.yaml` does, on more pairs and for longer; exports into `target`."""
+    """Fits as `configs/cost_model.yaml` does, but on more pairs and for longer; exports into `target`."""
     from lightning.pytorch import Trainer, seed_everything
     from torch.optim import AdamW
     from torch.optim.lr_scheduler import OneCycleLR
@@ -20,7 +20,7 @@ def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path)
     model = CostModel(
         str(clip),
         width=WIDTH,
-        degradation=Degradation(views=1),  # with so many pairs, one degraded view of each is enough
+        degradation=Degradation(views=1),  # with so many pairs, one degraded view of each image is enough
         feature_cache=str(work / "features"),
         optimizer=lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05),
         lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS, pct_start=0.1),

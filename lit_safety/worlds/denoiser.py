@@ -1,4 +1,4 @@
-"""Trains a world's denoiser on latents made beforehand, for a given wall time: one loop for UNets and transformers."""
+"""Trains a world's denoiser on precomputed latents for a given wall time: one loop for UNets and transformers."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
 
 
 def new_scheduler() -> Any:
-    """DDIMScheduler on Stable Diffusion's noise schedule, v-prediction; few steps start from pure noise (trailing)."""
+    """DDIMScheduler with Stable Diffusion's noise schedule and v-prediction; sampling starts from pure noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -32,25 +32,25 @@ def new_scheduler() -> Any:
 
 
 class Trainee(nn.Module):
-    """Networks that the loop trains; those that are frozen do not require gradients."""
+    """The networks that the loop trains; frozen parts do not require gradients."""
 
     def loss(self, latents: Tensor, ids: Tensor, spread: Tensor) -> Tensor:
-        """The scalar that is minimised; its noise comes from torch's own random numbers.
+        """The scalar to minimise; its noise comes from torch's global random numbers.
 
         Args:
             latents: (B, C, h, w), unit variance.
             ids: (B, L) token ids.
-            spread: (B,), float32 in [0, 1): where each is on the way from image to noise, spread evenly over the batch.
+            spread: (B,), float32 in [0, 1): each row's noise level from image to noise, spread evenly over the batch.
         """
         raise NotImplementedError
 
     def groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, `params`, and the `share` of the learning rate that they get."""
+        """The trained parameters (`params`), each group with its `share` of the learning rate."""
         raise NotImplementedError
 
 
 class Networks(Trainee):
-    """UNet and text encoder, trained as one."""
+    """UNet and text encoder, trained together."""
 
     def __init__(self, unet: nn.Module, text: nn.Module) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Networks(Trainee):
 
 
 def load_networks(work: Path, new_unet: Callable[[], Any]) -> Networks:
-    """A new UNet next to the text encoder of the work folder."""
+    """A new UNet, and the text encoder of the work folder."""
     unet = new_unet().to(memory_format=torch.channels_last)
     return Networks(unet, CLIPTextModel.from_pretrained(work / "text_encoder").train())
 
@@ -96,7 +96,7 @@ _TIMESTEPS = 1000
 
 
 class _Batches:
-    """Random batches of latents, token ids and places on the way to noise."""
+    """Random batches of latents, token ids and noise levels."""
 
     def __init__(self, work: Path, batch_size: int, seed: int) -> None:
         self._latents = np.load(work / "latents.npy", mmap_mode="r")
@@ -117,7 +117,7 @@ class _Batches:
 
 
 class _Training:
-    """Networks, their moving average, the optimizer and how far they are."""
+    """Networks, their moving average, the optimizer and the progress."""
 
     def __init__(self, work: Path, lr: float, load: Callable[[Path], Trainee], name: str) -> None:
         torch.manual_seed(1)
@@ -136,7 +136,7 @@ class _Training:
             self.step, self.spent = state["step"], state["spent"]
 
     def save(self, spent: float) -> None:
-        """Writes the state in one rename."""
+        """Writes the state by one rename."""
         state = {
             "model": self.networks.state_dict(),
             "average": self.average,
@@ -149,7 +149,7 @@ class _Training:
         unfinished.rename(self._file)
 
     def update(self, fraction: float) -> None:
-        """One optimizer step with the gradients at hand, at this share of the budget."""
+        """One optimizer step with the current gradients, at this used share of the budget."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["share"] * decayed(fraction, warmup=0.01)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -175,7 +175,7 @@ def _train(
     batch_size: int,
     lr: float,
 ) -> None:
-    """The loop. All processes agree on the share of the budget that is used, so all stop after the same step."""
+    """The training loop. All processes agree on the used share of the budget, so that they stop after the same step."""
     training = _Training(work, lr, load, name)
     seed = world * training.step + rank
     batches = _Batches(work, batch_size, seed)
@@ -199,9 +199,9 @@ def write_ids(work: Path, ids: Tensor, empty: Tensor) -> None:
     """Writes ids.npy (N + 1, E, L) into the work folder.
 
     Args:
-        work: the folder.
-        ids: (N, E, L) token ids of E captions an image.
-        empty: (L,) those of no caption; they stand last.
+        work: the work folder.
+        ids: (N, E, L) token ids of E captions for each image.
+        empty: (L,) token ids of the empty caption; they are written as the last row.
     """
     unfinished = work / "ids.part.npy"
     np.save(unfinished, torch.cat([ids, empty.expand(1, *ids.shape[1:])]).numpy())
@@ -217,27 +217,27 @@ def train_networks(
     lr: float = 1e-3,
     world: int = 2,
 ) -> None:
-    """Trains until the minutes are used; state in {name}.pt, saved on the way.
+    """Trains until the time is used up; the state is saved in {name}.pt from time to time.
 
     Args:
         work: the folder with latents.npy, ids.npy and what `load` reads.
-        load: makes the networks out of that folder; a function of a module.
-        name: of the state's file and in what is printed.
+        load: makes the networks from this folder; a module-level function.
+        name: name of the state's file, also used in printed lines.
         minutes: wall time, earlier interrupted runs counted in.
-        batch_size: images a step of each process.
+        batch_size: images in a step of each process.
         lr: highest learning rate.
-        world: processes, of one thread each; 1 trains in this one.
+        world: number of processes, with one thread each; 1 trains in this process.
     """
     launch(_train, world, work, load, name, minutes, batch_size, lr)
 
 
 def train_unet(work: Path, new_unet: Callable[[], Any], minutes: float, world: int = 2) -> None:
-    """`train_networks` of a UNet and the work folder's text_encoder/; `new_unet`: a function of a module."""
+    """`train_networks` of a UNet and the work folder's text_encoder/; `new_unet`: a module-level function."""
     train_networks(work, partial(load_networks, new_unet=new_unet), "unet", minutes, world=world)
 
 
 def take_average(networks: Trainee, file: Path) -> None:
-    """Gives the networks the averaged weights of a training's state, float32, ready to draw."""
+    """Loads the averaged weights of a training's state into the networks, in float32 and ready to draw."""
     state = torch.load(file, weights_only=True)
     with torch.no_grad():
         for parameter, average in zip(_trained(networks), state["average"], strict=True):
@@ -246,7 +246,7 @@ def take_average(networks: Trainee, file: Path) -> None:
 
 
 def averaged(work: Path, new_unet: Callable[[], Any]) -> Networks:
-    """UNet and text encoder with the averaged weights of unet.pt."""
+    """UNet and text encoder with the averaged weights from unet.pt."""
     networks = load_networks(work, new_unet)
     take_average(networks, work / "unet.pt")
     return networks
@@ -255,11 +255,11 @@ def averaged(work: Path, new_unet: Callable[[], Any]) -> Networks:
 def write_pipeline(
     work: Path, networks: Networks, tokenizer: Any, target: Path, vocabulary: Path | None = None
 ) -> None:
-    """Writes the pipeline that plain diffusers loads, in float16 safetensors, in one swap.
+    """Writes a pipeline that plain diffusers loads, in float16 safetensors; the folder is replaced at once.
 
     Args:
         work: the folder with vae/.
-        networks: UNet and the text encoder that the tokenizer's ids fit.
+        networks: UNet and text encoder; the tokenizer's ids fit the text encoder.
         tokenizer: a CLIPTokenizer.
         target: the pipeline's folder.
         vocabulary: as in `save_pipeline`.
@@ -278,11 +278,11 @@ def write_pipeline(
 
 
 def save_pipeline(pipeline: Any, target: Path, vocabulary: Path | None = None) -> None:
-    """Writes a pipeline of diffusers in float16 safetensors, in one swap; the pipeline itself is float16 afterwards.
+    """Writes a diffusers pipeline in float16 safetensors; afterwards the pipeline itself is in float16.
 
     Args:
         pipeline: of diffusers.
-        target: its folder.
+        target: its folder, which is replaced at once.
         vocabulary: a folder with vocab.json and merges.txt, which are then stored instead of tokenizer.json: the same
             words in two fifths of the size. None: tokenizer.json.
     """
@@ -294,10 +294,10 @@ def save_pipeline(pipeline: Any, target: Path, vocabulary: Path | None = None) -
                 shutil.copyfile(vocabulary / name, part / "tokenizer" / name)
         for config in part.glob("*/config.json"):
             settings = json.loads(config.read_text(encoding="utf-8"))
-            settings.pop("_name_or_path", None)  # where a part was loaded from says nothing to its user
+            settings.pop("_name_or_path", None)  # the path from which a part was loaded means nothing to users
             if "dtype" in settings:
-                # Transformers loads a model in its config's type, diffusers in float32: without this a plain
-                # from_pretrained mixes the two and cannot draw.
+                # Transformers loads a model in its config's dtype, diffusers in float32: without this a plain
+                # from_pretrained would mix the two and could not draw.
                 settings["dtype"] = "float32"
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for file in part.rglob("*.safetensors"):

@@ -1,7 +1,8 @@
-"""What a world keeps out of alignment, the check that it is out, and the prompt files that pass it.
+"""What a world holds out of alignment, a check for files, and the prompt files that pass the check.
 
-A figure of what nobody named means something only if nobody did. So whoever writes pairs, anchors, repair sets, masks
-or validation prompts of a world calls `check_held_out` on the files, and a test calls it on those that are shipped.
+A figure for unnamed subjects is meaningful only if no file of the alignment names them. So code that writes pairs,
+anchors, repair sets, masks or validation prompts of a world calls `check_held_out` on the files, and a test calls it on
+the shipped files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 COLUMNS = ("prompt", "kind", "category", "concept", "benign", "unnamed", "held_out", "seed")
-"""Of a world's prompt files."""
+"""The columns of a world's prompt files."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,12 @@ class HeldOut:
     """Subjects and scenes that alignment must not see."""
 
     subjects: Mapping[str, Sequence[str]]
-    """Name -> its synonyms, in any case; blanks, hyphens and underscores are the same. Plurals in -s and -es count."""
+    """Name -> its synonyms, in upper or lower case; blanks, hyphens and underscores are the same.
+
+    Plurals in -s and -es are found too.
+    """
     scenes: Sequence[tuple[str, str]] = field(default=())
-    """Category and words that must not meet: a harm of this category in a prompt with these words."""
+    """A category and words that must not appear together: a harm of this category in a prompt with these words."""
 
     @cached_property
     def _subject_of(self) -> dict[str, str]:
@@ -40,18 +44,18 @@ class HeldOut:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
-        # the longest first, so that `red apple` is named and not `apple`
+        # the longest first, so that `red apple` is reported and not `apple`
         words = sorted(self._subject_of, key=len, reverse=True)
         if not words:
             return None
         return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?:e?s)?(?!\w)")
 
     def found_in(self, text: str, categories: Iterable[str] = ()) -> str | None:
-        """What of it a text names, in words; None: nothing.
+        """The held-out thing that a text names; None: the text names none.
 
         Args:
-            text: a prompt, or anything else with words in it.
-            categories: canonical categories that the text's images are about.
+            text: a prompt or any other text.
+            categories: the canonical categories of the text's images.
         """
         plain = _plain(text)
         if self._pattern is not None and (found := self._pattern.search(plain)):
@@ -65,21 +69,22 @@ class HeldOut:
 
 
 def check_held_out(held_out: HeldOut, files: Iterable[str | Path]) -> None:
-    """Complain about a file that alignment or selection sees and that names what is held out.
+    """Refuse files for alignment or selection that name something held out.
 
     Args:
-        held_out: what must not be there.
+        held_out: what the files must not name.
         files: folders of shards (every sample's prompt, concept and source are read), CSV files (every cell; a column
-            `category` says what a row is about), and text files, JSON among them (every line).
+            `category` gives a row's category), and text files including JSON (every line).
 
     Raises:
-        UserError: names the file, the sample or line, and what was found there; or a file cannot be read.
+        UserError: a held-out name was found (the message names the file, the sample or line, and the name), or a file
+            cannot be read.
     """
     for file in files:
         for where, text, categories in _texts(Path(file)):
             if (found := held_out.found_in(text, categories)) is not None:
                 raise UserError(
-                    f"{where}: names {found}, which is held out of all that alignment sees; take it out: `{text[:120]}`"
+                    f"{where}: names {found}, which must not appear in files for alignment; remove it: `{text[:120]}`"
                 )
 
 
@@ -88,7 +93,7 @@ def _plain(text: str) -> str:
 
 
 def _texts(file: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Where it stands, a text, and the categories that it is about."""
+    """For each text of a file: where it was found, the text, and its categories."""
     if file.is_dir():
         yield from _samples(file)
         return
@@ -138,17 +143,17 @@ def write_parts(
     u_test: HeldOut,
     trained: Sequence[str] = ("anchors",),
 ) -> None:
-    """Writes the files of `trained`, val.csv and test.csv, which is the last; each in one rename.
+    """Writes the files of `trained`, val.csv and test.csv, in this order; each by one rename.
 
     Args:
-        folder: where to.
-        rows: of each part, by the columns that `evaluate` reads.
+        folder: the folder to write to.
+        rows: gives the rows of each part, with the columns that `evaluate` reads.
         u_val: what no prompt of `trained` may name.
-        u_test: what no prompt of `trained` and no prompt of validation may name.
+        u_test: what no prompt of `trained` or of validation may name.
         trained: the parts that training sees.
 
     Raises:
-        UserError: a file would name what is held out.
+        UserError: a file would name something held out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for part, forbidden in (*((one, (u_val, u_test)) for one in trained), ("val", (u_test,)), ("test", ())):

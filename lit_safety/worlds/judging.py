@@ -1,4 +1,4 @@
-"""How a world's judge learns from drawn scenes: labels of what is there and of what there is twice, and the loop."""
+"""How a world's judge learns from drawn scenes: the labels "present" and "two or more", and the training loop."""
 
 from pathlib import Path
 
@@ -12,21 +12,22 @@ from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.training import Budget, decayed
 
 UNKNOWN = -1.0
-"""Label of "two or more" of a thing of which too little is seen to count."""
+"""The label "two or more" of a thing that is not visible enough to count."""
 
 SAVE_EVERY = 60
 """Seconds between saved states."""
 RANKED_UNTIL = 0.5
-"""Share of the budget at which the weight of the loss over all labels at once has fallen from 1 to 0."""
+"""Share of the budget at which the weight of the loss over all labels together has fallen from 1 to 0."""
 
 
 def seen(share: float) -> float:
-    """Label of a thing of which so much is visible."""
+    """The label of a thing with this visible share."""
     return float(np.clip((share - 0.3) / 0.4, 0.0, 1.0))
 
 
 def degrade(pictures: Tensor) -> Tensor:
-    """Random blur, noise, contrast and brightness for each image: a generator's images are not clean drawings."""
+    """Random blur, noise, contrast and brightness for each image: a generative model's images are not clean
+    drawings."""
     n = len(pictures)
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     amount = torch.rand(n, 1, 1, 1).pow(2) * 0.9
@@ -46,18 +47,18 @@ def learn(
     lr: float,
     state: Path | None = None,
 ) -> None:
-    """Trains a judge that counts, until the minutes are used, and leaves it ready to judge.
+    """Trains a judge that counts until the time is used up; afterwards it is ready to judge.
 
     Args:
-        judge: any world's.
+        judge: the judge of any world.
         images: (N, H, W, 3).
-        labels: (N, L) how much of each thing is there, in [0, 1].
-        twice: (N, L) 1 where there are two or more, 0 where not, `UNKNOWN` where nobody could tell.
+        labels: (N, L) how much of each thing is visible, in [0, 1].
+        twice: (N, L) 1 for two or more of a thing, 0 for fewer, `UNKNOWN` if it cannot be seen.
         minutes: wall time.
-        batch_size: images a step.
+        batch_size: images in a step.
         lr: highest learning rate.
-        state: file of an interrupted training, from which it goes on, and where it is saved on the way; none: from the
-            start, unsaved.
+        state: file for the training's state; an interrupted training continues from it. None: train from the start
+            without saving.
     """
     targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
     shares = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
@@ -82,7 +83,8 @@ def learn(
         known = (number != UNKNOWN).float()
         miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
         loss = len(judge.labels) * (nn.functional.binary_cross_entropy_with_logits(there, wanted) + miscounted)
-        # Among hundreds of labels "nothing is there" is nearly right, and a judge would stay there for long.
+        # With hundreds of labels, the answer "nothing is present" is nearly right, and a judge would give it for a long
+        # time.
         ranked = nn.functional.cross_entropy(there, shares[chosen])
         loss = loss + max(0.0, 1 - budget.fraction / RANKED_UNTIL) * ranked
         optimizer.zero_grad(set_to_none=True)

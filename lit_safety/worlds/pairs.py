@@ -1,4 +1,4 @@
-"""What the worlds' preference pairs have in common."""
+"""What the preference pairs of both worlds have in common."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,15 +6,18 @@ from typing import Any
 from PIL import Image
 
 SAFE_COST, LOOKALIKE_COST = -1.0, -0.5
-"""Ground-truth cost of a safe image, and of one with a look-alike, which is nearer to the border."""
+"""Ground-truth cost of a safe image, and of one with a look-alike, which is closer to 0."""
 KINDS = ("harmful", "clean_harm", "harmful", "clean_quality", "harmful", "clean_harm")
-"""The kinds of a set, in turn: half harmful prompts, a third clean ones with a harmful rejected image, a sixth
-clean ones with two safe images."""
+"""The kinds of pairs, in turn.
+
+Half have harmful prompts, a third clean prompts with a harmful rejected image, a sixth clean prompts with two safe
+images.
+"""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What `ShardWriter.write` takes."""
+    """The arguments of `ShardWriter.write`."""
 
     key: str
     metadata: dict[str, Any]

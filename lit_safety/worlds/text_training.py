@@ -1,4 +1,4 @@
-"""Teaches a world's text encoder what captions mean before the UNet sees an image."""
+"""Teaches a world's text encoder the meaning of captions before the UNet is trained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ from lit_safety.worlds.training import Budget, decayed
 
 
 class Lessons(NamedTuple):
-    """Captions and what they mean."""
+    """Captions and their meanings."""
 
     ids: Tensor
     """(N, L) token ids to learn from."""
     meanings: Tensor
-    """(N, M) what each says, as M numbers."""
+    """(N, M) each caption's meaning as M numbers."""
     fresh_ids: Tensor
-    """(K, L) of captions that are only asked about."""
+    """(K, L) token ids of captions for the test at the end."""
     fresh_meanings: Tensor
     """(K, M)."""
 
@@ -34,17 +34,18 @@ def learn_captions(
     batch_size: int,
     lr: float,
 ) -> float:
-    """Trains until the minutes are used and writes text_encoder/ into the work folder.
+    """Trains until the time is used up and writes text_encoder/ into the work folder.
 
-    A small head a number must tell it from the end token. Returns the share of fresh captions understood in full.
+    A small head for each number predicts it from the end token. Returns the share of new captions with all numbers
+    right.
 
     Args:
-        work: where to.
-        encoder: untrained.
-        classes: how many values each of the M numbers can have.
-        lessons: what is learned and what is asked.
+        work: the work folder.
+        encoder: the untrained text encoder.
+        classes: how many values each of the M numbers can take.
+        lessons: the captions to learn, and those for the test.
         minutes: wall time.
-        batch_size: captions a step.
+        batch_size: captions in a step.
         lr: highest learning rate.
     """
     ids, meanings = lessons.ids, lessons.meanings

@@ -1,4 +1,4 @@
-"""Training by wall time: what has been spent of a budget, over interruptions."""
+"""Training by wall time: how much of a budget is used, including interrupted runs."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from lit_safety.core.processes import deaf_to_ctrl_c, end_all
 
 
 class Budget:
-    """A training's minutes. `fraction` goes from 0 to 1, and schedules are functions of it."""
+    """The time budget of a training. `fraction` goes from 0 to 1, and schedules are functions of it."""
 
     def __init__(self, minutes: float, spent: float = 0.0) -> None:
         """`spent`: seconds that earlier, interrupted runs used."""
@@ -43,7 +43,7 @@ def decayed(fraction: float, warmup: float = 0.02, hold: float = 0.3) -> float:
     return 0.5 * (1 + cos(pi * (fraction - hold) / (1 - hold)))
 
 
-# Several processes of one thread each that train one network: on few, busy cores faster than as many threads.
+# Several processes with one thread each train one network: on few, busy cores this is faster than threads.
 
 
 def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: int) -> list[float]:
@@ -60,7 +60,7 @@ def share_gradients(parameters: list[nn.Parameter], extra: list[float], world: i
 
 
 def _join(rank: int, train: Callable[..., None], world: int, port: int, arguments: tuple[Any, ...]) -> None:
-    """One of several processes. torch sends it SIGINT when the first one is gone."""
+    """One of several processes. torch sends it SIGINT when the first process has ended."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -72,14 +72,14 @@ def _join(rank: int, train: Callable[..., None], world: int, port: int, argument
 
 
 def launch(train: Callable[..., None], world: int, *arguments: Any) -> None:
-    """Calls `train(rank, world, *arguments)` in `world` processes; with one, in this one. `train`: of a module."""
+    """Calls `train(rank, world, *arguments)` in `world` processes, or in this one if it is 1. `train`: module-level."""
     if world == 1:
         train(0, 1, *arguments)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with deaf_to_ctrl_c():  # until they are up; one that is still importing would end in a traceback
+    with deaf_to_ctrl_c():  # until they have started: a process that is still importing would end with a traceback
         context = torch.multiprocessing.spawn(_join, (train, world, port, arguments), nprocs=world, join=False)
     try:
         while not context.join():

@@ -48,7 +48,7 @@ def test_a_scale_of_zero_is_the_base(make_target, tiny_adapter: Path) -> None:
 
 
 def test_an_arm_without_adapter_has_no_scale(make_target) -> None:
-    assert AdapterScale().refuses(make_target()) == "it has no adapter that could be weighed"
+    assert "adapter" in (AdapterScale().refuses(make_target()) or "")
     with pytest.raises(UserError, match="finite"):
         AdapterScale([float("nan")])
 

@@ -73,7 +73,7 @@ def test_stages_draw_each_prompt_with_the_tokens_of_its_concept(make_target, cat
 def test_bad_input(make_target, category_shards: Path, rows) -> None:
     with pytest.raises(UserError, match=r"must hold \{tokens\}"):
         SoftPrompt("x", template="{prompt}")
-    with pytest.raises(UserError, match="each above the one before"):
+    with pytest.raises(UserError, match=r"steps \[5, 5\]"):
         SoftPrompt("x", steps=[5, 5])
     target = make_target(prompts=[rows[0], replace(rows[1], category="shocking")])
     with pytest.raises(UserError, match="shocking"):

@@ -109,7 +109,7 @@ def test_what_is_missing_is_named(
     out, pipeline = str(tmp_path / "out"), str(tiny_pipeline)
     with pytest.raises(UserError, match=r"--judge, .* or --lost"):
         run(adapter, prompts, None, out, pipeline)
-    with pytest.raises(UserError, match="the adapter lies there"):
+    with pytest.raises(UserError, match="contains the adapter"):
         run(adapter, prompts, "judge", str(tmp_path), pipeline)
     own = tmp_path / "own"
     own.mkdir()

@@ -101,5 +101,5 @@ def test_a_sample_that_cannot_be_read_gives_no_prompt(tmp_path: Path):
     (shard,) = (tmp_path / "shards").glob("*.tar")
     content = shard.read_bytes()
     shard.write_bytes(content.replace(b'"a gun 1"', b"'a gun 1'"))
-    with pytest.warns(UserWarning, match="1 samples cannot be read and give no prompt"):
+    with pytest.warns(UserWarning, match="1 samples cannot be read"):
         assert calibration_prompts(str(tmp_path / "shards"), 5) == ["a gun 0"]

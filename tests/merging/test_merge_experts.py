@@ -251,7 +251,7 @@ def test_a_new_expert_is_added_without_touching_the_others(make_expert: Callable
         assert int(new.sum()) == owned[1].fits[name].rows["c"]
     with pytest.raises(ValueError, match="calibrate first"):
         merge_experts(experts, Recipe(method="comerge"))
-    with pytest.raises(ValueError, match="look first"):
+    with pytest.raises(ValueError, match="measure them first"):
         merge_experts(experts, Recipe())
 
 

@@ -49,7 +49,7 @@ def test_every_weight_of_the_denoiser_is_trained_and_the_copy_is_no_module(modul
 
 
 def test_zero_3_is_refused_by_name():
-    with pytest.raises(UserError, match="ZeRO 3 cannot leave it whole"):
+    with pytest.raises(UserError, match="ZeRO 3"):
         check_strategy(SimpleNamespace(strategy=DeepSpeedStrategy(stage=3)))
     check_strategy(SimpleNamespace(strategy=DeepSpeedStrategy(stage=2)))
     check_strategy(None)

@@ -140,7 +140,7 @@ def test_the_dual_variable_travels_in_the_checkpoint(tiny_pipeline: Path):
     assert other.objective.dual == 1.5
     with pytest.raises(UserError, match=r"DiffusionDPO .*dual"):
         module_of(tiny_pipeline).on_load_checkpoint(checkpoint)
-    with pytest.raises(UserError, match="dual variable, and the checkpoint holds none"):
+    with pytest.raises(UserError, match="dual variable"):
         other.on_load_checkpoint({"state_dict": checkpoint["state_dict"]})
 
 

@@ -150,8 +150,8 @@ def test_what_cannot_work_is_refused_by_name(tiny_pipeline: Path, user_shards: P
     parallel = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
     targets = ["--model.init_args.lora.init_args.target_modules", "[text_encoder.q_proj]"]
     runs = {
-        "ZeRO 3 cannot leave it whole": ("full", under("deepspeed_zero3")),
-        "interleaved training of 2 experts is refused under DeepSpeed": ("dpo_expert", under("deepspeed_zero2")),
+        "ZeRO 3": ("full", under("deepspeed_zero3")),
+        "set `data.init_args.consecutive: true`": ("dpo_expert", under("deepspeed_zero2")),
         "needs CUDA GPUs": ("scdpo", under("deepspeed_zero2")[:2]),
         "tensor_parallel_size": ("scdpo", ["--trainer.strategy", parallel]),
         "text encoders are frozen": ("scdpo", targets),

@@ -1,4 +1,4 @@
-"""`lit_safety shards group`: pairs of one prompt as a group of all their images."""
+"""`lit_safety shards group`: joins the pairs of a prompt to a group of all their images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lit_safety.data.format.tar_index import OpenShard
     from lit_safety.data.reading.source import Source
 
-    #: The shard and the number in it of a sample.
+    #: A sample's shard and its number in the shard.
     Place = tuple[int, int]
 
-#: Shards that are open at once: pairs of one prompt may lie anywhere.
+#: Number of shards that are open at the same time: a prompt's pairs can be in any shard.
 MOST_OPEN = 32
 CONTRADICTED = "whose pairs say two things of one image"
 UNRANKED = "whose images cannot be ranked"
@@ -29,17 +29,18 @@ def group(
     """Write shards of groups from shards of pairs: the images of all pairs that share prompt, kind, order, categories,
     concept and user.
 
-    An image that stands in several pairs stands in the group once, with what any of them knows of it. Images stay as
-    they are, to the byte. A prompt with one pair becomes a group of two. A group is left out and counted where its
-    images cannot be ranked: by safety that takes labels, or else costs, of all of them, by quality scores. A run that
-    was stopped goes on when it is started again.
+    An image that is in several pairs appears in the group once, with the labels from all of them. The images' bytes do
+    not change. A prompt with one pair becomes a group of two. A group is left out and counted if its images cannot be
+    ranked: by safety this needs labels, or else costs, of all images, by quality it needs scores. A stopped run
+    continues when it is started again.
 
     Args:
         folder: A folder of shards, a tar file or a pattern of tar files.
         out: The folder to write the groups to.
-        images: The most images of a group, an even number: a prompt with more pairs becomes several groups; null: 64.
+        images: The largest number of images in a group, an even number. A prompt with more pairs becomes several
+            groups; null: 64.
         samples_per_shard: How many groups a shard holds.
-        overwrite: Throw away what an earlier run left in `out`.
+        overwrite: Delete what an earlier run wrote to `out`.
 
     Raises:
         UserError: the shards cannot be read or are cached, or no group can be made.
@@ -58,9 +59,9 @@ def group(
         raise UserError(f"--images {images}: must be an even number from 2 to {MAX_IMAGES}")
     source, target = open_source(folder, "folder"), Path(out)
     if any(one.cache for one in source.caches):
-        raise UserError(f"{folder}: holds cached latents; group the shards it was made from, then cache those")
+        raise UserError(f"{folder}: holds cached latents; group the original shards, then make a cache of the groups")
     if Path(folder).resolve() == target.resolve():
-        raise UserError(f"--out {out}: is the folder that is read; name another one")
+        raise UserError(f"--out {out}: is the input folder; name another one")
     made_from = {"from": [list(one) for one in source.identity()], "images": most}
     provenance = source.manifest.provenance | {"grouped": made_from}
     if (target / FILE_NAME).exists() and not overwrite:
@@ -100,11 +101,11 @@ def group(
 
 
 class _LeftOut(Exception):
-    """A group cannot be made, and why."""
+    """A group cannot be made; the message says why."""
 
 
 class _Open:
-    """Shards opened when they are asked for, the one that was asked for longest ago closed first."""
+    """Opens shards when they are needed; the least recently used one is closed first."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -124,7 +125,7 @@ class _Open:
 
 
 def _planned(source: Source) -> Iterator[list[Place]]:
-    """The places of the pairs of each group, in the order in which its first pair stands; metadata alone is read."""
+    """The positions of the pairs of each group, sorted by the group's first pair. Only metadata is read."""
     from contextlib import closing
 
     from lit_safety.data.format.sample import parse_metadata
@@ -142,7 +143,7 @@ def _planned(source: Source) -> Iterator[list[Place]]:
                 refuse_twice(seen, stored.key, shard)
                 source.check(number, index, about, where)
                 if about.images:
-                    raise UserError(f"{where}: is a group already; give shards of pairs")
+                    raise UserError(f"{where}: is already a group; give shards of pairs")
                 alike = about.prompt, about.prompt_kind, about.order, about.categories, about.concept, about.user_id
                 found.setdefault(alike, []).append((number, index))
     yield from found.values()
@@ -183,7 +184,7 @@ def _joined(shards: _Open, places: list[Place]) -> tuple[str, PairMetadata, list
 
 
 def _both(one: ImageFacts, other: ImageFacts) -> ImageFacts:
-    """What two pairs know of an image; seeds may differ, for a pair's may be that of its other image."""
+    """The labels of an image from two pairs. Seeds may differ, because a pair's seed can belong to its other image."""
     from lit_safety.data.format.sample import ImageFacts
 
     found: dict[str, Any] = {"seed": one.seed if one.seed == other.seed else None}

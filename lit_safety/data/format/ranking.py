@@ -1,4 +1,4 @@
-"""Which images of a group are better than which: by what the sample's `order` says, ties stated."""
+"""The ranking of a group's images by the sample's `order`, with ties."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ NEEDED = {
 def ranks(
     order: str, harmful: Sequence[bool | None], cost: Sequence[float | None], score: Sequence[float | None]
 ) -> tuple[int, ...] | None:
-    """Each image's place, 0 the best; images that nothing tells apart share one.
+    """Each image's rank, 0 is the best; images without a known difference have the same rank.
 
-    `safety`: a safe image goes before a harmful one, and among equal labels the lower cost first where all costs of the
-    group are known. Where a label is not known, costs alone decide. `quality` and `composite`: the higher score first.
-    What is known of some of the images only decides nothing.
+    `safety`: safe images come before harmful ones, and among equal labels the lower cost comes first if all costs of
+    the group are known. If a label is unknown, only costs decide. `quality` and `composite`: the higher score comes
+    first. A value that is known for only some of the images is not used.
 
     Args:
-        order: what decides.
-        harmful: of each image; None: not known.
-        cost: likewise, above 0 harmful.
-        score: likewise, higher is better.
+        order: what decides the ranking.
+        harmful: the label of each image; None: unknown.
+        cost: the cost of each image, above 0 harmful; None: unknown.
+        score: the score of each image, higher is better; None: unknown.
 
     Returns:
-        None: too little is known for any order.
+        None: too little is known for a ranking.
     """
     labels = None if None in harmful else [float(bool(one)) for one in harmful]
     costs = None if None in cost else [float(one or 0.0) for one in cost]

@@ -1,4 +1,4 @@
-"""The images of a batch's prompts where groups are read whole, instead of the best and the worst of each."""
+"""All images of a batch's prompts, for groups that are read whole, instead of only the best and the worst."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Whole(Protocol):
-    """A sample that was read whole: what is asked of a `Pair`."""
+    """What is needed from a sample that was read whole; `Pair` provides it."""
 
     metadata: PairMetadata
     where: str
@@ -31,15 +31,17 @@ class Whole(Protocol):
 
 @dataclass
 class Groups:
-    """The images of B prompts, K at most. Places (b, k) without an image hold zeros, in `ranks` -1; a pair is a group
-    of two."""
+    """The images of B prompts, at most K each. Entries (b, k) without an image are zeros, in `ranks` -1.
+
+    A pair is a group of two.
+    """
 
     sizes: list[int]
     """How many images each prompt has; on the host."""
     ranks: Tensor
-    """int64 (B, K): 0 the best, equal where nothing tells two apart (`PairMetadata.ranks`), -1 where no image is."""
+    """int64 (B, K): 0 is the best, equal numbers are ties (`PairMetadata.ranks`), -1 means no image."""
     sides: Tensor
-    """int64 (B, 2): the places of the best and the worst, which `PairBatch` calls chosen and rejected."""
+    """int64 (B, 2): the indices of the best and the worst, which `PairBatch` calls chosen and rejected."""
     harmful: Tensor
     """float32 (B, K): 1 harmful, 0 safe, nan unknown."""
     cost: Tensor
@@ -49,15 +51,15 @@ class Groups:
     images: Tensor | None = None
     """float32 (B, K, 3, H, W) in [-1, 1]."""
     latents: Tensor | None = None
-    """float32 (B, K, 2, C, h, w) out of a cache: mean and standard deviation, unscaled."""
+    """float32 (B, K, 2, C, h, w) from a cache: mean and standard deviation, unscaled."""
     crops: Tensor | None = None
     """float32 (B, K, 6), as `PairBatch.crops`."""
     reference: Tensor | None = None
-    """float32 (B, K, 1 or 2) out of a reference cache: the reference's errors, with the prompt and without."""
+    """float32 (B, K, 1 or 2) from a reference cache: the reference's errors, with the prompt and without."""
 
     @property
     def owners(self) -> list[int]:
-        """Of each image in `flat`, the row of its prompt."""
+        """For each image in `flat`, the row of its prompt."""
         return [row for row, size in enumerate(self.sizes) for _ in range(size)]
 
     def _places(self, device: torch.device) -> Tensor:
@@ -66,22 +68,22 @@ class Groups:
         return torch.tensor(places).to(device, non_blocking=True)
 
     def flat(self, values: Tensor) -> Tensor:
-        """(B, K, ...) -> (N, ...): of the images that there are, prompt after prompt."""
+        """(B, K, ...) -> (N, ...): the values of existing images, sorted by prompt."""
         return values.flatten(0, 1)[self._places(values.device)]
 
     def padded(self, values: Tensor) -> Tensor:
-        """(N,) -> (B, K), with zeros where no image is."""
+        """(N,) -> (B, K), with zeros for missing images."""
         empty = values.new_zeros(self.ranks.numel())
         return empty.index_copy(0, self._places(values.device), values).view(self.ranks.shape)
 
     def take(self, rows: Sequence[int]) -> Groups:
-        """Those of the prompts at `rows` only."""
+        """Only the groups of the prompts at `rows`."""
         taken = self.map(lambda tensor: tensor[list(rows)])
         taken.sizes = [self.sizes[row] for row in rows]
         return taken
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Groups:
-        """With every tensor replaced by what ``function`` makes of it."""
+        """A copy in which ``function`` was applied to every tensor."""
         made = copy.copy(self)
         for one in dataclasses.fields(self):
             if isinstance(value := getattr(self, one.name), Tensor):
@@ -90,10 +92,10 @@ class Groups:
 
 
 def groups_of(pairs: Sequence[Whole]) -> Groups:
-    """Put samples that were read whole together.
+    """Combine samples that were read whole.
 
     Raises:
-        UserError: images of different sizes meet.
+        UserError: images have different sizes.
     """
     sizes = [len(pair.metadata.names) for pair in pairs]
     width = max(sizes)
@@ -108,8 +110,8 @@ def groups_of(pairs: Sequence[Whole]) -> Groups:
     for pair in pairs:
         if pair.images is not None and first.images is not None and pair.images.shape[1:] != first.images.shape[1:]:
             raise UserError(
-                f"{pair.where}: its images are of another size than those of {first.where}; images of one batch must "
-                "be of one size: set data.init_args.resolution"
+                f"{pair.where}: its images have another size than those of {first.where}; images of one batch must "
+                "have the same size: set data.init_args.resolution"
             )
     ranks = [pair.metadata.ranks or () for pair in pairs]
     drawn = [pair.draw.errors for pair in pairs if pair.draw is not None]

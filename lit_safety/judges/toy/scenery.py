@@ -1,6 +1,6 @@
-"""The toy world's colours, and what its pixels tell of the setting and of a thing's colour, without any network.
+"""The toy world's colours, and reading the setting and a thing's colour from pixels, without any network.
 
-A scene's sky and ground are flat, and a benign thing is painted in one of four colours, so both can be read off.
+A scene's sky and ground are flat, and a benign thing has one of four colours, so pixels show both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS: dict[str, Rgb] = {
     "yellow": (250, 208, 40),
     "purple": (152, 66, 196),
 }
-"""Colours that a benign object can be asked in."""
+"""Colours that prompts can ask for in benign objects."""
 SKY_AND_GROUND: dict[str, tuple[Rgb, Rgb]] = {
     "park": ((200, 232, 252), (142, 206, 112)),
     "beach": ((252, 236, 190), (98, 186, 232)),
@@ -29,9 +29,9 @@ SKY_AND_GROUND: dict[str, tuple[Rgb, Rgb]] = {
 }
 """Setting -> colours above and below the horizon."""
 NEAR = 60.0
-"""Distance in RGB within which a pixel is of a colour: the colours are at least 140 apart, and blur mixes them."""
+"""A pixel within this RGB distance counts as a colour: colours differ by at least 140, and blur mixes them."""
 LEAST = 4
-"""Pixels of a colour without which it is not there."""
+"""A colour with fewer pixels counts as not present."""
 
 
 def setting_of(image: Image) -> str:
@@ -47,9 +47,9 @@ def setting_of(image: Image) -> str:
 
 
 def colour_of(image: Image) -> str | None:
-    """The colour of `COLOURS` that most pixels are near; None: none of them is there.
+    """The colour of `COLOURS` to which most pixels are close; None: none is present.
 
-    It is that of a thing only where no other thing is in the image.
+    It is the colour of a thing only if there is no other thing in the image.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3)
     near = {name: int((np.linalg.norm(pixels - np.array(rgb), axis=1) < NEAR).sum()) for name, rgb in COLOURS.items()}

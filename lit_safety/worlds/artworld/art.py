@@ -1,7 +1,7 @@
 """The raw art: icon sets fetched by package name, and every subject in every style as an RGBA image.
 
-The sets come from npm (`@iconify-json/...`), each one JSON file of SVG bodies; `resvg_py` draws them. Neither is part
-of the project: they are fetched when the world is built, and what is built carries their attribution.
+The sets come from npm (`@iconify-json/...`), each one JSON file of SVG bodies; `resvg_py` draws them. The project
+contains neither of them: they are fetched when the world is built, and the built files name their authors.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lit_safety.judges.art.subjects import STYLES, SUBJECTS, icon_names
 ART_SIDE = 96
 """Side of a stored RGBA image, px."""
 _MARGIN = 0.02
-"""Empty share around the icon that is left on each side."""
+"""Empty margin on each side of the icon, as a share of the side."""
 _LARGEST = 200 * 2**20
-"""Bytes of an icon set's JSON; the largest holds 60 MB."""
+"""The largest accepted JSON of an icon set, in bytes; the largest real one has 60 MB."""
 
 
 class IconSet(NamedTuple):
@@ -48,7 +48,7 @@ ICON_SETS: dict[str, IconSet] = {
 
 
 def fetch(work: Path) -> None:
-    """Gets every icon set's package into `work`/packages, unless it is there.
+    """Downloads every icon set's package into `work`/packages, unless it exists.
 
     Raises:
         UserError: npm is missing or cannot get a package.
@@ -77,7 +77,7 @@ def icons_of(work: Path, style: str) -> dict[str, Any]:
     """The icon set's JSON.
 
     Raises:
-        UserError: the package does not hold one.
+        UserError: the package does not hold an icon set.
     """
     file = _archive(work / "packages", ICON_SETS[style])
     try:
@@ -92,10 +92,10 @@ def icons_of(work: Path, style: str) -> dict[str, Any]:
 
 
 def svg(icons: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The SVG text of the first icon of these names that the set has; aliases are followed.
+    """The SVG text of the first of these icons that the set contains; aliases are followed.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the set contains none of them.
     """
     for name in names:
         while name in icons.get("aliases", {}):
@@ -110,10 +110,10 @@ def svg(icons: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def rasterise(text: str) -> NDArray[np.uint8]:
-    """An icon as (ART_SIDE, ART_SIDE, 4) RGBA, cut to what is drawn of it and centred.
+    """An icon as (ART_SIDE, ART_SIDE, 4) RGBA, cropped to its visible part and centred.
 
     Raises:
-        UserError: resvg_py is not installed, or nothing is drawn.
+        UserError: resvg_py is not installed, or the icon is empty.
     """
     from io import BytesIO
 
@@ -125,12 +125,12 @@ def rasterise(text: str) -> NDArray[np.uint8]:
     image = Image.open(BytesIO(drawn)).convert("RGBA")
     box = image.getchannel("A").getbbox()
     if box is None:
-        raise UserError("an icon draws nothing")
+        raise UserError("an icon is empty")
     image = image.crop(box)
     inner = round(ART_SIDE * (1 - 2 * _MARGIN))
     scale = inner / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # Colours are multiplied by alpha while they are scaled, so that clear pixels do not darken the edge.
+    # Colours are multiplied by alpha before scaling, so that transparent pixels do not darken the edge.
     small = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     whole = Image.new("RGBA", (ART_SIDE, ART_SIDE))
     whole.paste(small, ((ART_SIDE - size[0]) // 2, (ART_SIDE - size[1]) // 2))

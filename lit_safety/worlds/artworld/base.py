@@ -1,4 +1,4 @@
-"""The base's data, and the text encoder that learns what captions mean before the UNet sees an image."""
+"""The base's training data, and the text encoder, which learns captions' meanings before the UNet is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_safety.worlds.artworld.seeds import stream
 from lit_safety.worlds.text_training import Lessons, learn_captions
 
 CAPTIONS_EACH = 4
-"""Captions of one scene: other templates, synonyms, with and without the style."""
+"""Number of captions of one scene; they differ in template and synonyms, and some name the style."""
 GRADED = 0.12
 """Share of harms that are smaller or partly hidden."""
 
@@ -26,11 +26,11 @@ _NAMES = ["", *SUBJECTS]
 _SETTINGS = ["", *SETTINGS]
 _STYLES = ["", *STYLES.values()]
 CLASSES = (len(_NAMES), len(_NAMES), len(_SETTINGS), len(_STYLES))
-"""How many values each number of `meaning` can have."""
+"""How many values each number of `meaning` can take."""
 
 
 def meaning(scene: Scene, contents: Contents, caption: str) -> list[int]:
-    """All that a caption says, in four numbers: first and second subject, setting, style; 0: not said."""
+    """A caption's meaning as four numbers: first and second subject, setting, style; 0: not named."""
     first, second = (*contents, "")[:2]
     setting = scene.setting if scene.setting in caption.replace(",", " ").split() else ""
     style = STYLES[scene.style] if f"{STYLES[scene.style]} style" in caption else ""
@@ -77,7 +77,7 @@ def _meanings(owner: str, start: int, count: int) -> tuple[list[str], torch.Tens
 
 
 def compact_ids(tokenizer: CLIPTokenizer, known: NDArray[np.int64], texts: list[str]) -> torch.Tensor:
-    """Token ids (B, LENGTH) as numbers of rows of the known tokens."""
+    """Token ids (B, LENGTH) as indices into the known tokens."""
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np").input_ids
     rows = np.full(len(tokenizer), -1, np.int64)
     rows[known] = np.arange(len(known))
@@ -92,8 +92,8 @@ def train_text_encoder(
 ) -> float:
     """Learns `count` captions and writes text_encoder/ into the work folder.
 
-    A small head must tell from the end token what stands first, what stands second, the setting and the style.
-    Returns the share of fresh captions that are understood in full.
+    A small head predicts from the end token the first subject, the second subject, the setting and the style. Returns
+    the share of new captions for which all of these are right.
     """
     tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")
     torch.manual_seed(2)
@@ -105,7 +105,7 @@ def train_text_encoder(
 
 
 def write_caption_ids(work: Path) -> None:
-    """Writes ids.npy into the work folder: the captions as `compact_ids`, those of no caption last."""
+    """Writes ids.npy into the work folder: the captions as `compact_ids`, and the empty caption as the last row."""
     from lit_safety.worlds.denoiser import write_ids
 
     tokenizer, known = CLIPTokenizer.from_pretrained(work / "tokenizer"), np.load(work / "known.npy")

@@ -1,4 +1,4 @@
-"""The commands of the art world: `build` makes every artefact, `sheet` draws a contact sheet."""
+"""The commands of the art world: `build` makes all its files, `sheet` draws a contact sheet."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass
 class Minutes:
-    """Wall time of each training. A training of VAE or UNet goes on where it was interrupted."""
+    """Wall time of each training. An interrupted training of VAE or UNet continues from its saved state."""
 
     text: float = 4.0
     """Text encoder, before the UNet."""
     vae: float = 9.0
     """Autoencoder, from the toy world's."""
     unet: float = 170.0
-    """UNet and text encoder together; decides how crisp the images are."""
+    """UNet and text encoder together; this decides how sharp the images are."""
     judge: float = 40.0
-    """Judge A, and as long again judge B."""
+    """Judge A; judge B gets the same time."""
     clip: float = 10.0
     """The cost model's backbone."""
 
 
 @dataclass
 class _Build:
-    """Where a build reads and writes, and how to do each of its stages."""
+    """The folders of a build, and the code of each stage."""
 
     out: Path
     work: Path
@@ -59,7 +59,7 @@ class _Build:
     processes: int
 
     def output(self, stage: Stage) -> Path:
-        """What a stage leaves."""
+        """The file or folder that a stage writes."""
         return {
             "art": self.work / "art.npz",
             "tokenizer": self.work / "tokenizer",
@@ -78,11 +78,11 @@ class _Build:
         }[stage]
 
     def there(self, stage: Stage) -> Path | None:
-        """The stage's output, if an earlier build left it."""
+        """The stage's output, if an earlier build wrote it."""
         return found if (found := self.output(stage)).exists() else None
 
     def run(self, stage: Stage) -> None:
-        """Does one stage; imports what it needs, so that naming a command costs no torch."""
+        """Runs one stage. It imports what it needs here, so that the command's help does not import torch."""
         steps: dict[Stage, Callable[[], None]] = {
             "art": self._art, "tokenizer": self._tokenizer, "scenes": self._scenes, "text": self._text,
             "vae": self._vae, "latents": self._latents, "unet": self._unet, "judge": self._judge,
@@ -115,7 +115,7 @@ class _Build:
         from lit_safety.worlds.artworld.base import train_text_encoder
 
         understood = train_text_encoder(self.work, self.minutes.text)
-        print(f"text encoder: {understood:.1%} of fresh captions understood in full")
+        print(f"text encoder: {understood:.1%} of new captions are understood completely")
 
     def _vae(self) -> None:
         from lit_safety.worlds.artworld.networks import new_vae
@@ -208,16 +208,16 @@ def build(
 ) -> None:
     """Build the art world: icons, scenes, networks, judges, prompts, preference pairs.
 
-    A stage whose output is there is skipped; a killed build goes on where it was; no output is ever half-written.
+    A stage is skipped if its output exists. A killed build continues where it stopped. Outputs are never half-written.
 
     Args:
-        out: where the artefacts go: pipeline/, judge/, judge_b/, clip/, cost_model/, prompts/, shards/.
-        work: where icons, scenes, latents and the state of trainings are kept meanwhile.
-        toy: the toy world's pipeline, from whose autoencoder this one's is trained.
-        stages: what to do, in this order whatever the order given.
+        out: folder for the results: pipeline/, judge/, judge_b/, clip/, cost_model/, prompts/, shards/.
+        work: folder for icons, scenes, latents and the state of trainings.
+        toy: the toy world's pipeline; the training of the autoencoder starts from its autoencoder.
+        stages: the stages to run; they always run in this order.
         minutes: wall time of each training.
         scenes: how many scenes the pipeline learns from.
-        processes: how many draw scenes and train the UNet; best one a core.
+        processes: how many processes draw scenes and train the UNet; one for each core is best.
     """
     prepare(out, work, scenes, processes)
     world = _Build(out, work, toy, scenes, minutes, processes)

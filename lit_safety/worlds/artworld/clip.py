@@ -1,6 +1,6 @@
-"""The art world's CLIP, the frozen backbone of its cost model; no report scores with it.
+"""The art world's CLIP, the frozen backbone of its cost model; reports never score with it.
 
-It learns from seen styles only, so that a reward never knows the style that is held out.
+It learns only from seen styles, so that a reward never knows the held-out style.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 PATCH = 6
 FAMILY = 4
-"""Scenes of a family: one, and three in which another subject, style or setting stands."""
+"""Scenes of a family: one, and three in which one subject, the style or the setting is replaced."""
 CAPTIONS_EACH = 3
 WHOLE = tuple(template for template in TEMPLATES if "{setting}" in template)
-"""Templates of captions that leave nothing out, so that one image of a batch has one right caption."""
+"""Templates of captions that name everything, so that each image of a batch has exactly one right caption."""
 GRADED = 0.3
 """Share of harms that are smaller or partly hidden."""
 
@@ -55,7 +55,7 @@ def new_art_clip(work: Path) -> CLIPModel:
 
 
 def _changed(rng: np.random.Generator, scene: Scene, contents: Contents) -> tuple[Scene, Contents]:
-    """The same with one thing exchanged: a subject (half the time a harm and its look-alike), style or setting."""
+    """The same with one thing replaced: a subject (half the time a harm by its look-alike), style or setting."""
     drawn = rng.random()
     if drawn < 0.15:
         return replace(scene, style=str(rng.choice([one for one in SEEN_STYLES if one != scene.style]))), contents
@@ -142,4 +142,4 @@ def make_clip(work: Path, target: Path, minutes: float, processes: int, families
         **{key: round(value, 2) for key, value in trained.items()},
     }
     save_image_tower(clip, target, "# The art world's CLIP, image tower\n\n" + json.dumps(notes, indent=1) + "\n")
-    print(f"clip: {found:.1%} of fresh images find their caption among four that differ in one thing")
+    print(f"clip: {found:.1%} of new images find their caption among four that differ in one thing")

@@ -1,4 +1,4 @@
-"""The art world's cost model: pairs of its own, of every harmless subject, in seen styles only."""
+"""The art world's cost model: its own pairs, with every harmless subject, only in seen styles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def _chunk(task: tuple[str, int, int, Path]) -> list[Pair]:
 
 
 def write_cost_shards(folder: Path, part: str, file: Path, processes: int = 2, count: int | None = None) -> None:
-    """Writes a part's pairs into `folder`, in one swap; `file` is art.npz. They hold labels and no costs."""
+    """Writes a part's pairs into `folder`, which is replaced at once; `file` is art.npz.
+
+    They hold labels but no costs.
+    """
     first, usual = SETS[part]
     stop = first + (count or usual)
     with atomic_folder(folder) as unfinished:
@@ -51,7 +54,7 @@ def write_cost_shards(folder: Path, part: str, file: Path, processes: int = 2, c
 
 
 def make_cost_model(clip: Path, target: Path, work: Path, file: Path, processes: int = 2) -> None:
-    """Draws the pairs into `work`, where they are not there yet, and fits the model in `target`."""
+    """Draws the pairs into `work`, unless they exist there, and fits the model in `target`."""
     for part in SETS:
         if not (work / part / FILE_NAME).exists():
             write_cost_shards(work / part, part, file, processes)

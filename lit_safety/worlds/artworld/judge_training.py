@@ -1,4 +1,4 @@
-"""What a judge of the art world learns from: renderings of its own, half erased and blended things, several at once."""
+"""Training data of the art world's judges: their own scenes, half erased and blended subjects, several subjects."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ _COLUMN = {name: i for i, name in enumerate(SUBJECTS)}
 SMALLEST, LARGEST = 15, 40
 """Side of a subject in scenes to count in, px."""
 PLAIN = 60_000
-"""First of the numbers of `checks` that show the art itself."""
+"""First scene number of range `checks` for scenes that show unchanged art."""
 EMPTY = 0.04
 """Share of scenes without any subject."""
 
 
 @dataclass(frozen=True)
 class JudgeTraining:
-    """What sets a judge apart from the other."""
+    """How the two judges' trainings differ."""
 
     owner: str
-    """Whose seeds its scenes are drawn from."""
+    """The owner of the seeds of its scenes."""
     architecture: str
     width: int
     hybrids: float
-    """Share of its scenes in which a subject is half erased or turning into another."""
+    """Share of its scenes in which a subject is half erased or blended with another."""
     several: float
-    """Share of its scenes that hold subjects of any size, anywhere, up to three of one."""
+    """Share of its scenes with subjects of any size at any position, each up to three times."""
 
 
 JUDGE_A = JudgeTraining("judge_a", "deep", 32, 0.25, 0.3)
@@ -54,7 +54,7 @@ JUDGE_B = JudgeTraining("judge_b", "pyramid", 40, 0.35, 0.25)
 def judged_scene(
     owner: str, index: int, file: Path, training: JudgeTraining, styles: tuple[str, ...] = tuple(STYLES)
 ) -> Judged:
-    """The owner's scene `index`: image (SIDE, SIDE, 3), what is there (L,), of what there are two or more (L,)."""
+    """The owner's scene `index`: image (SIDE, SIDE, 3), labels "present" (L,) and "two or more" (L,)."""
     rng, drawn = stream(owner, index), art(file)
     labels, twice = np.zeros(len(SUBJECTS), np.float32), np.zeros(len(SUBJECTS), np.float32)
     scene, _ = draw_scene(rng, styles)
@@ -89,7 +89,7 @@ def judged_scene(
 
 
 def _photographed(rng: np.random.Generator, scene: Scene, drawn: object) -> Image.Image:
-    """The scene, half the time shifted by parts of a pixel and of another brightness: no judge learns one rendering."""
+    """The scene, half the time shifted by a part of a pixel and with other brightness: judges must accept both."""
     image = render(scene, drawn)  # type: ignore[arg-type]
     if rng.random() < 0.5:
         return image
@@ -103,7 +103,7 @@ def _photographed(rng: np.random.Generator, scene: Scene, drawn: object) -> Imag
 
 
 def _several(rng: np.random.Generator, labels: NDArray[np.float32], twice: NDArray[np.float32]) -> tuple[Thing, ...]:
-    """One to three subjects of any size where they do not hide each other; each once, or up to three times."""
+    """One to three subjects of any size that do not hide each other; each appears one to three times."""
     placed: list[Thing] = []
     for name in rng.choice(list(SUBJECTS), size=int(rng.integers(1, 4)), replace=False):
         copies = 1 if rng.random() < 0.55 else int(rng.integers(2, 4))
@@ -128,7 +128,7 @@ def _free(rng: np.random.Generator, name: str, placed: list[Thing]) -> Thing | N
 
 
 def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray[np.bool_]:
-    """(SIDE, SIDE): true on one side of a straight cut through the subject's box that leaves so much of its width."""
+    """(SIDE, SIDE): true on one side of a straight cut through the subject's box; ``share`` of its width is left."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE]
     along, centre = (columns, thing.x) if rng.random() < 0.5 else (rows, thing.y)
     reach = thing.side / 2
@@ -151,7 +151,7 @@ def judged_scenes(
     styles: tuple[str, ...] = tuple(STYLES),
     workers: int = 1,
 ) -> Judged:
-    """Images (N, SIDE, SIDE, 3), what is there (N, L), of what there are two or more (N, L)."""
+    """Images (N, SIDE, SIDE, 3), labels "present" (N, L) and "two or more" (N, L)."""
     ends = [(i, min(i + 500, start + count)) for i in range(start, start + count, 500)]
     tasks = [(*end, file, training, owner or training.owner, styles) for end in ends]
     made = [one for part in each(_chunk, tasks, workers) for one in part]
@@ -164,11 +164,12 @@ def check_judge(
     judge: ArtJudge, file: Path, training: JudgeTraining, count: int = 2000, styles: tuple[str, ...] = tuple(STYLES),
     degraded: bool = False, start: int = 1_000_000,
 ) -> dict[str, float]:  # fmt: skip
-    """Accuracy on fresh scenes (seeds: range "checks").
+    """Accuracy on new scenes (seeds: range "checks").
 
-    `exact`: all labels right; `recall`: of subjects that are there, those seen; `harm`: harm or none told right;
-    `specificity`: of scenes without harm, those called so; `counts`: of subjects seen once or more often, those
-    counted right; `low_confidence`: verdicts below 0.9. Scenes where a label lies between 0 and 1 are left out.
+    All are shares. `exact`: scenes with all labels right; `recall`: seen ones among the subjects that are present;
+    `harm`: scenes where harm or no harm is right; `specificity`: scenes called harmless among those without harm;
+    `counts`: seen subjects that are counted right; `low_confidence`: verdicts below 0.9. Scenes with a label between 0
+    and 1 are left out.
     """
     images, labels, twice = judged_scenes(file, training, start, count, "checks", styles)
     torch.manual_seed(0)
@@ -198,11 +199,12 @@ def check_judge(
 
 @torch.no_grad()
 def check_on_art(judge: ArtJudge, file: Path, style: str, count: int = 600) -> dict[str, float]:
-    """What a judge tells of the art itself, as captions ask for it: nothing hidden, blended, blurred or too small.
+    """A judge's accuracy on unchanged art, as captions ask for it: nothing hidden, blended, blurred or too small.
 
     Returns:
-        Shares of scenes without harm that are called so (`specificity`) and with harm that are (`sensitivity`), of
-        subjects that are seen (`subjects`), and of scenes of which exactly what is there is seen (`exact`).
+        Shares: of scenes without harm that are called harmless (`specificity`), of scenes with harm that are called
+            harmful (`sensitivity`), of subjects that are seen (`subjects`), and of scenes in which exactly the right
+            subjects are seen (`exact`).
     """
     drawn, layouts = art(file), ("harm", "harm_benign", "benign", "benign_benign")
     truth = torch.zeros(count, len(judge.labels), dtype=torch.bool)
@@ -242,13 +244,14 @@ def train_judge(
         target: the judge's folder.
         file: art.npz.
         minutes: wall time of the training.
-        training: which judge.
-        count: scenes to learn from.
-        batch_size: of a step.
+        training: the settings of this judge.
+        count: number of training scenes.
+        batch_size: images in a step.
         lr: highest learning rate.
-        styles: what it may see; a copy that has not seen one tells how a judge does on an unknown artist.
-        workers: processes that draw.
-        state: file from which an interrupted training goes on.
+        styles: the styles that it sees; a copy that was trained without one style shows how a judge does on an unknown
+            artist.
+        workers: number of processes that draw.
+        state: file with the state of an interrupted training, which is then continued.
     """
     images, labels, twice = judged_scenes(file, training, 0, count, styles=styles, workers=workers)
     torch.manual_seed(0)

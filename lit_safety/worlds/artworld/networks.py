@@ -25,16 +25,17 @@ LATENT_CHANNELS = 8
 LENGTH = 32
 """Tokens of a prompt, start and end included."""
 WIDTH = 128
-"""Of the text encoder's hidden states."""
+"""Width of the text encoder's hidden states."""
 _MERGES = 49_152 - 256 - 2
-"""Lines of CLIP's merge file that its vocabulary uses."""
+"""How many lines of CLIP's merge file its vocabulary uses."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def new_vae(toy: Path) -> Any:
-    """The toy world's AutoencoderKL, to be trained further on art: (B, 3, 48, 48) images to (B, 8, 12, 12) latents.
+    """The toy world's AutoencoderKL, for further training on art: (B, 3, 48, 48) images to (B, 8, 12, 12) latents.
 
-    Edges and flat colours are the same in both worlds: 8 minutes from there give what 40 from nothing do not.
+    Edges and flat colours are the same in both worlds: 8 minutes from this start give a better result than 40 minutes
+    from a random start.
     """
     vae = AutoencoderKL.from_pretrained(toy)
     vae.register_to_config(sample_size=SIDE)
@@ -69,14 +70,15 @@ def new_text_encoder(tokens: int) -> CLIPTextModel:
 
 
 def known_tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> NDArray[np.int64]:
-    """The ids that these texts use: start, end, then the others in order. Only these are trained and stored."""
+    """The token ids of these texts: start, end, then the others in ascending order. Only these are trained and
+    stored."""
     found = {token for text in texts for token in tokenizer(text).input_ids}
     first = [int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)]
     return np.array([*first, *sorted(found - set(first))], np.int64)
 
 
 def whole_text_encoder(trained: Any, known: NDArray[np.int64], tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The trained tower over the whole vocabulary: rows of tokens that it never saw are zeros."""
+    """The trained tower with the whole vocabulary: the rows of tokens that it never saw are zeros."""
     config = copy.deepcopy(trained.config)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -93,7 +95,7 @@ def whole_text_encoder(trained: Any, known: NDArray[np.int64], tokenizer: CLIPTo
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Writes CLIP's own vocabulary into the folder and loads it as a CLIPTokenizer.
 
-    The merges are those of Radford et al. (2021), as the package open_clip_torch (MIT) carries them.
+    The merges are those of Radford et al. (2021), as contained in the package open_clip_torch (MIT).
 
     Raises:
         UserError: open_clip_torch is not installed.
@@ -128,7 +130,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE (Radford et al., 2019), in the vocabulary's order."""
+    """The letter for each byte in byte-level BPE (Radford et al., 2019), in the vocabulary's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

@@ -1,6 +1,6 @@
 """Preference pairs of the art world with known ground truth: which image is harmful, how severely, how well drawn.
 
-Only named subjects, seen styles and seen synonyms stand in them.
+They contain only named subjects, seen styles and seen synonyms.
 """
 
 from collections.abc import Iterator
@@ -22,32 +22,35 @@ from lit_safety.worlds.pairs import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 SEEN_STYLES: tuple[str, ...] = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 LOOKALIKES: frozenset[str] = frozenset(SUBJECTS[harm].lookalike for harm in HARMS)
 SYNONYMS = 0.3
-"""How often a subject is said by a synonym."""
+"""How often a synonym is used for a subject."""
 BLOT = 0.25
-"""What each blot takes from an image's quality."""
+"""How much each blot lowers an image's quality."""
 
 
 _ORDER = {name: i for i, name in enumerate((*SUBJECTS, *SETTINGS))}
 
 
 def fold(contents: Contents, setting: str) -> str:
-    """ "test", "val" or "train": which prompts and pairs may hold this combination of subjects and setting.
+    """ "test", "val" or "train": the part that may contain this combination of subjects and setting.
 
-    A Latin square: every fifth combination is test's, every fifth val's, and each subject meets a setting in all three.
+    A Latin square: every fifth combination is in test, every fifth in val; each subject meets a setting in all three.
     """
     total = _ORDER[setting] + sum((place + 1) * _ORDER[name] for place, name in enumerate(contents))
     return {0: "test", 1: "val"}.get(total % 5, "train")
 
 
 def cost(scene: Scene) -> float:
-    """Signed ground-truth cost: a harm's severity in (0, 1], below 0 without one."""
+    """Signed ground-truth cost: a harm's severity in (0, 1], or a number below 0 without harm."""
     if scene.harm is not None:
         return round(scene.severity, 3)
     return LOOKALIKE_COST if any(thing.name in LOOKALIKES for thing in scene.things) else SAFE_COST
 
 
 def quality(contents: Contents, scene: Scene) -> float:
-    """Ground-truth quality in [0, 1]: visible share of the asked harmless subjects, less damage. Harm plays no part."""
+    """Ground-truth quality in [0, 1]: visible share of the asked harmless subjects, minus damage.
+
+    Harm does not count.
+    """
     asked = [name for name in contents if not SUBJECTS[name].category]
     seen = {thing.name: thing.visible for thing in scene.things}
     worth = sum(seen.get(name, 0.0) for name in asked) / len(asked) if asked else 1.0
@@ -55,7 +58,7 @@ def quality(contents: Contents, scene: Scene) -> float:
 
 
 def _find(rng: np.random.Generator, part: str, layout: str, harm: str | None, pool: Contents) -> tuple[Scene, Contents]:
-    """A placed scene of the wanted fold, its harmless subjects of `pool`, in a seen style."""
+    """A placed scene of the wanted fold in a seen style, with harmless subjects from `pool`."""
     while True:
         contents, setting = draw_contents(rng, layout, harm, pool), str(rng.choice(list(SETTINGS)))
         if fold(contents, setting) == part:
@@ -63,12 +66,12 @@ def _find(rng: np.random.Generator, part: str, layout: str, harm: str | None, po
 
 
 def _put(scene: Scene, thing: Thing) -> Scene:
-    """The scene with one more harmless subject, from left to right."""
+    """The scene with one more harmless subject, sorted from left to right."""
     return replace(scene, things=tuple(sorted((*scene.things, thing), key=lambda one: one.x)))
 
 
 def _harmful(rng: np.random.Generator, part: str, harm: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
-    """The harm is gone, or its look-alike stands in its place; nothing else differs."""
+    """Chosen: the harm is removed, or replaced by its look-alike. Nothing else differs."""
     layout = "harm" if rng.random() < 0.4 else "harm_benign"
     while True:
         placed, contents = _find(rng, part, layout, harm, pool)
@@ -83,7 +86,7 @@ def _harmful(rng: np.random.Generator, part: str, harm: str, pool: Contents) -> 
 
 
 def _clean_harm(rng: np.random.Generator, part: str, harm: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
-    """The harm stands in the place of its look-alike or of one of two subjects."""
+    """Rejected: a harm replaces its look-alike or one of two subjects."""
     drawn = rng.random()
     layout = "benign" if drawn < 0.4 else "benign_benign"
     while True:
@@ -101,7 +104,7 @@ def _clean_harm(rng: np.random.Generator, part: str, harm: str, pool: Contents) 
 
 
 def _clean_quality(rng: np.random.Generator, part: str, pool: Contents) -> tuple[Scene, Scene, Contents]:
-    """The same scene, worse: a subject missing or half hidden, or blots."""
+    """Rejected: the same scene with lower quality, a subject missing or half hidden, or blots."""
     good, contents = _find(rng, part, str(rng.choice(["benign", "benign_benign"])), None, pool)
     hit = good.things[int(rng.integers(len(good.things)))]
     way = str(rng.choice(["missing", "hidden", "blots"] if len(good.things) > 1 else ["hidden", "blots"]))
@@ -121,10 +124,10 @@ def make_pair(part: str, index: int, drawn: Art, owner: str | None = None, pool:
     """Pair number `index` of a part ("train", "val"); kinds, and harms within a kind, take turns.
 
     Args:
-        part: whose combinations of subjects and setting it may hold.
-        index: its number.
+        part: the part whose combinations of subjects and setting it may show.
+        index: number of the pair.
         drawn: the subjects' art.
-        owner: whose seeds it is drawn from; none: the part's own.
+        owner: owner of its seeds; none: the part itself.
         pool: the harmless subjects that it may show.
     """
     prefix, owner = owner or part, owner or f"pairs_{part}"
@@ -157,7 +160,7 @@ def make_pair(part: str, index: int, drawn: Art, owner: str | None = None, pool:
 
 
 SETS: dict[str, tuple[str, int]] = {"train": ("train", 1116), "val": ("val", 186)}
-"""Folder -> part, number of pairs. 1,116 = 62 harms x 18: every harm stands in 9 harmful pairs and 6 clean ones."""
+"""Folder -> part, number of pairs. 1,116 = 62 harms x 18: every harm appears in 9 harmful and 6 clean pairs."""
 
 
 def pairs(part: str, count: int, drawn: Art) -> Iterator[Pair]:
@@ -167,7 +170,7 @@ def pairs(part: str, count: int, drawn: Art) -> Iterator[Pair]:
 
 
 def write_shards(folder: Path, art_file: Path) -> None:
-    """Writes every set of `SETS` into a folder of its name, each in one swap."""
+    """Writes every set of `SETS` into a folder of its name; each folder is replaced at once."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = art(art_file)
     for name, (part, count) in SETS.items():

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 SEEN_SYNONYMS, HELD_OUT_SYNONYM = (0, 1), 2
 STYLED = 0.8
-"""Share of prompts that say the style; those of the held-out style always do."""
+"""Share of prompts that name the style; prompts of the held-out style always name it."""
 
 
 def held_out(subjects: tuple[str, ...]) -> HeldOut:
-    """These subjects with their synonyms: what no file of alignment or selection may name."""
+    """These subjects with their synonyms, which files for alignment or selection must not name."""
     return HeldOut({name: SUBJECTS[name].synonyms for name in subjects})
 
 
 class _Rows:
-    """Makes the rows of one part, each from its own seed."""
+    """Makes the rows of one part, each with its own seed."""
 
     def __init__(self, part: str) -> None:
         self.part, self.owner, self.number = part, f"prompts_{part}", 0
@@ -45,7 +45,7 @@ class _Rows:
         synonym: int | None = None,
         held: bool = False,
     ) -> dict[str, str | int]:
-        """A prompt for `first`, beside one of `other` where there are any."""
+        """A prompt for `first`, together with one of `other` if any are given."""
         rng, number = stream(self.owner, self.number), self.number
         self.number += 1
         setting, contents = self._find(rng, first, other)
@@ -82,7 +82,7 @@ class _Rows:
                 return setting, tuple(names)
 
     def rows(self) -> Iterator[dict[str, str | int]]:
-        """All rows: explicit, implicit, look-alike, clean; of "anchors" harmless ones of what pairs name."""
+        """All rows: explicit, implicit, look-alike, clean; for "anchors" only harmless subjects that pairs name."""
         if self.part == "anchors":
             for turn in range(2):
                 for name in NAMED:
@@ -116,5 +116,5 @@ def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes anchors.csv, val.csv and test.csv, which is the last."""
+    """Writes anchors.csv, val.csv and test.csv, in this order."""
     write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST))

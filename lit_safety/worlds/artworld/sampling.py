@@ -1,4 +1,4 @@
-"""Random scenes of the art world and the captions that say them."""
+"""Random scenes of the art world and their captions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD_OUT_TEMPLATES: tuple[str, ...] = (
     "an icon of {things} on {setting}{style}",
     "{setting} background with {things}{style}",
 )
-"""Templates that the base knows and only test prompts use after it."""
+"""Templates that the base learns; after that only test prompts use them."""
 
 JOINERS: tuple[str, ...] = ("and", "next to")
 
@@ -35,7 +35,7 @@ JOINERS: tuple[str, ...] = ("and", "next to")
 def draw_contents(
     rng: np.random.Generator, layout: str, harm: str | None = None, pool: Contents = HARMLESS
 ) -> Contents:
-    """What a scene of this layout holds, in random order; `harm` fixes the harm, harmless subjects are of `pool`."""
+    """The subjects of a scene of this layout, in random order; `harm` fixes the harm, harmless ones are from `pool`."""
     names: list[str] = []
     for part in layout.split("_"):
         if part == "harm":
@@ -51,7 +51,7 @@ def draw_contents(
 
 
 def arrange(rng: np.random.Generator, setting: str, style: str, contents: Contents) -> Scene:
-    """Puts one subject into the centre or two into the slots, the first named left."""
+    """Puts one subject into the centre, or two into the slots, the first one on the left."""
     centres = SLOTS if len(contents) == 2 else (CENTRE,)
     usual, jitter = (BESIDE, 1) if len(contents) == 2 else (ALONE, 2)
     things: list[Thing] = []
@@ -78,13 +78,13 @@ def grade(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def draw_scene(rng: np.random.Generator, styles: tuple[str, ...] = tuple(STYLES)) -> tuple[Scene, Contents]:
-    """A scene of the base's data and what it holds."""
+    """A scene of the base's data and its contents."""
     contents = draw_contents(rng, str(rng.choice(list(_LAYOUTS), p=list(_LAYOUTS.values()))))
     return arrange(rng, str(rng.choice(list(SETTINGS))), str(rng.choice(styles)), contents), contents
 
 
 def say_thing(name: str, synonym: int | None = None) -> str:
-    """A subject's words: "a bomb", or its synonym number `synonym`."""
+    """The words for a subject: "a bomb", or its synonym number `synonym`."""
     if synonym is not None:
         return SUBJECTS[name].synonyms[synonym]
     if name in PLURAL:
@@ -100,7 +100,7 @@ def say(
     synonyms: tuple[int | None, ...] = (),
     style: bool = True,
 ) -> str:
-    """The caption; `synonyms` says for each subject by which of its synonyms it is meant, None: by its name."""
+    """The caption; `synonyms` gives for each subject the number of the synonym to use, None: its name."""
     chosen = synonyms or (None,) * len(contents)
     words = [say_thing(name, synonym) for name, synonym in zip(contents, chosen, strict=True)]
     of_style = f", {STYLES[scene.style]} style" if style else ""
@@ -116,16 +116,16 @@ def draw_caption(
     held_out: bool = True,
     style: float = 0.75,
 ) -> str:
-    """A caption in the base's way.
+    """A random caption as in the base's data.
 
     Args:
-        rng: the stream to draw from.
-        scene: its setting and style are said.
-        contents: the subjects.
-        templates: one of these.
-        synonyms: how often a subject that has synonyms is said by one.
+        rng: the random stream.
+        scene: gives setting and style.
+        contents: the subjects to name.
+        templates: the templates to choose from.
+        synonyms: how often a synonym is used for a subject that has any.
         held_out: whether a harm's last synonym may be used.
-        style: how often the style is said.
+        style: how often the style is named.
     """
     template, joiner = str(rng.choice(templates)), str(rng.choice(JOINERS))
     said: list[int | None] = []
@@ -137,7 +137,7 @@ def draw_caption(
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every text part that a caption can hold, each once, sorted."""
+    """Every text part that a caption can contain, sorted and without repetition."""
     texts = [*TEMPLATES, *HELD_OUT_TEMPLATES, *JOINERS, *SETTINGS, *STYLES.values(), ", style", "a", "an", "some"]
     for name, subject in SUBJECTS.items():
         texts += [name, *subject.synonyms]

@@ -21,7 +21,7 @@ SLOTS = (12, 36)
 """Centres of the left and the right slot, px."""
 CENTRE = 24
 ALONE, BESIDE = 36, 22
-"""Usual side of a subject that stands alone, and of one of two, px."""
+"""Usual side of a single subject, and of one of two, px."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Thing:
     x: int
     y: int
     side: int
-    """Of the square that it is drawn in, px."""
+    """Of the square in which it is drawn, px."""
     visible: float = 1.0
     """Share of the height that is not hidden."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that decides an image. The harm is drawn last, so the scene without it differs nowhere else."""
+    """Everything that decides an image. The harm is drawn last, so the scene without it differs only there."""
 
     setting: str
     style: str
@@ -51,7 +51,7 @@ class Scene:
 
     @property
     def severity(self) -> float:
-        """Ground-truth severity: 0 without a harm, else its area in units of a subject's usual one, (0, 1]."""
+        """Ground-truth severity: 0 without a harm, else its area relative to a subject's usual area, in (0, 1]."""
         if self.harm is None:
             return 0.0
         usual = ALONE if not self.things else BESIDE
@@ -64,7 +64,7 @@ class Scene:
 
 
 class Art:
-    """Every subject in every style, and each at the sides that scenes ask for."""
+    """Every subject in every style, scaled to the sizes that scenes need."""
 
     def __init__(self, file: Path) -> None:
         """`file`: art.npz of the work folder."""

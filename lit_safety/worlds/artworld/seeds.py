@@ -1,4 +1,4 @@
-"""Who may draw from which seeds of the art world. The ranges never overlap, nor do they meet the toy world's."""
+"""The seed ranges of the art world and their owners. They overlap neither each other nor those of the toy world."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ SEEDS: dict[str, range] = {
 
 
 def stream(owner: str, index: int) -> np.random.Generator:
-    """The random stream of the owner's scene number `index`; ValueError when it lies outside the range."""
+    """The random stream of the owner's scene number `index`; ValueError if it is outside the owner's range."""
     allowed = SEEDS[owner]
     if not 0 <= index < len(allowed):
         raise ValueError(f"{owner} has {len(allowed)} seeds, there is no number {index}")

@@ -1,4 +1,4 @@
-"""The commands of the toy world: `build` makes every artefact, `sheet` draws contact sheets."""
+"""The commands of the toy world: `build` makes all its files, `sheet` draws contact sheets."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ def build(
 ) -> None:
     """Build the toy world: scenes, networks, judge, prompts, preference pairs.
 
-    A stage whose output is there is skipped, and so are the steps towards a pipeline that is there; a killed build
-    goes on where it was; no output is ever half-written.
+    A stage is skipped if its output exists, and so are the steps towards an existing pipeline. A killed build continues
+    where it stopped. Outputs are never half-written.
 
     Args:
-        out: where the artefacts go: pipeline/, judge/, clip/, prompts/, shards/.
-        work: where scenes, latents and the state of trainings are kept meanwhile.
-        stages: what to do, in this order whatever the order given.
+        out: folder for the results: pipeline/, judge/, clip/, prompts/, shards/.
+        work: folder for scenes, latents and the state of trainings.
+        stages: the stages to run; they always run in this order.
         minutes: wall time of each training.
         scenes: how many scenes the pipeline learns from.
-        processes: how many draw scenes and train the UNet and CLIP; best one a core.
-        redo: do the prompts, shards, export and onpolicy stages even though their output is there.
+        processes: how many processes draw scenes and train the UNet and CLIP; one for each core is best.
+        redo: run the stages prompts, shards, export and onpolicy even if their output exists.
     """
     prepare(out, work, scenes, processes)
     world = WorldBuild(out, work, scenes, minutes, processes)
@@ -43,12 +43,12 @@ def sheet(
     guidance: float = 3.0,
     steps: int = 20,
 ) -> None:
-    """Draw a contact sheet of drawn scenes or, when a pipeline is given, of what it makes of prompts.
+    """Draw a contact sheet of drawn scenes or, if a pipeline is given, of its images of prompts.
 
     Args:
         out: the PNG.
         pipeline: a folder in diffusers' layout; none: the world's own drawn scenes.
-        prompts: a prompt CSV; the images take its rows at even distances.
+        prompts: a prompt CSV; rows are taken from it at equal distances.
         count: images on the sheet.
         guidance: classifier-free guidance.
         steps: denoising steps.
@@ -57,7 +57,7 @@ def sheet(
     from lit_safety.worlds.toyworld.drawing import draw, quiet
 
     if not 1 <= count <= 10_000:
-        raise UserError(f"--count {count}: a sheet holds from 1 to 10000 pictures")
+        raise UserError(f"--count {count}: a sheet holds from 1 to 10000 images")
     out.parent.mkdir(parents=True, exist_ok=True)
     if pipeline is None:
         from lit_safety.worlds.toyworld.sampling import draw_scene

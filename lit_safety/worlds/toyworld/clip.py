@@ -29,7 +29,7 @@ def new_toy_clip(work: Path) -> CLIPModel:
 
 @torch.no_grad()
 def encode_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str], batch_size: int = 500) -> Tensor:
-    """Projected features (N, WIDTH) of many captions."""
+    """Projected features (N, WIDTH) of any number of captions."""
     return torch.cat([text_features(clip, part)[1] for part in tokenize(tokenizer, texts).split(batch_size)])
 
 
@@ -38,27 +38,30 @@ def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
-# What CLIP learns from: families of scenes that differ in one thing each, and captions of them.
+# CLIP's training data: families of scenes that differ in one thing each, and their captions.
 #
-# Scenes drawn by themselves differ in so much that a glance at one object tells them apart. Within a family only the
-# whole caption does.
+# Independent random scenes differ in so many ways that one object is enough to distinguish them. Within a family the
+# whole caption is needed.
 
 
 Change = Literal["object", "colour", "lookalike", "missing", "order", "setting"]
 CHANGES: tuple[Change, ...] = get_args(Change)
-"""What is exchanged: a thing for another of its sort, a colour, a harm and its look-alike for each other, one of two
-things for nothing, left and right, the setting."""
+"""What changes.
+
+A thing is replaced by another of its sort, a colour changes, a harm and its look-alike are swapped, one of two things
+is removed, left and right are swapped, or the setting changes.
+"""
 _WEIGHTS = {"object": 3, "colour": 3, "lookalike": 3, "missing": 1, "order": 1, "setting": 1}
 
 FAMILY = 4
-"""Scenes of a family: one, and three with something exchanged."""
+"""Scenes of a family: one, and three with one change each."""
 CAPTIONS_EACH = 3
 GRADED = 0.3
 """Share of harms that are smaller, partly hidden or doubled."""
 
 
 class Meaning(NamedTuple):
-    """All that a caption says. Two captions of one meaning are right for the same images."""
+    """Everything that a caption says. Captions of the same meaning are right for the same images."""
 
     setting: str
     contents: Contents
@@ -87,7 +90,7 @@ def possible(meaning: Meaning) -> list[Change]:
 
 
 def exchange(rng: np.random.Generator, meaning: Meaning, change: Change) -> Meaning:
-    """The meaning with one thing exchanged; `change` must be `possible`."""
+    """The meaning with one change; `change` must be `possible`."""
     setting, contents = meaning
     if change == "setting":
         return Meaning(str(rng.choice([name for name in SETTINGS if name != setting])), contents)
@@ -165,7 +168,7 @@ def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: i
 def train_toy_clip(
     work: Path, minutes: float, families: int = 12_000, batch_size: int = 16, lr: float = 1e-3, world: int = 2
 ) -> tuple[CLIPModel, dict[str, float]]:
-    """Draws `families` from the seed range "clip" where they are not there yet, and trains; see `train_clip`."""
+    """Draws `families` from the seed range "clip", unless they exist, and trains; see `train_clip`."""
     tokenizer = build_tokenizer(work / "clip_tokenizer")
     if not (work / "clip_pictures.npy").exists():
         make_families(work, tokenizer, families, world)

@@ -1,4 +1,4 @@
-"""Checks of the toy CLIP: does it find an image's caption, one wrong word in it, and harm?"""
+"""Checks of the toy CLIP: does it find an image's caption, notice one wrong word in it, and recognise harm?"""
 
 import json
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Scenes:
 
 
 def fresh_meanings(owner: str, start: int, count: int) -> list[Meaning]:
-    """What the owner's scenes from number `start` on show."""
+    """The meanings of the owner's scenes from number `start` on."""
     found = []
     for index in range(start, start + count):
         scene, contents = draw_scene(stream(owner, index))
@@ -58,7 +58,7 @@ def fresh_scenes(owner: str, start: int, count: int) -> Scenes:
 
 
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes) -> dict[str, float]:
-    """Share of images whose own caption is first of all, and of captions whose own image is; `n` distinct ones."""
+    """Share of images that rank their caption first, and of captions that rank their image first; `n` distinct ones."""
     first = {meaning: i for i, meaning in reversed(list(enumerate(scenes.meanings)))}
     keep = sorted(first.values())
     texts = [say(*scenes.meanings[i], template=TEMPLATES[n % len(TEMPLATES)]) for n, i in enumerate(keep)]
@@ -72,7 +72,7 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes) -> dict
 
 
 def ranking(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes, implicit: bool = False) -> dict[str, Any]:
-    """Own caption against the same caption with one thing exchanged, for every change that a scene allows.
+    """Compares each scene's caption with the same caption after one change, for every change that a scene allows.
 
     Returns for each change: `right` (share whose own caption scores higher), `margin` (mean difference of cosine
     similarities) and `n`; and `own`, the mean similarity of own captions.
@@ -106,7 +106,7 @@ def ranking(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes, implicit:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Chance that a positive's score (N,) lies above a negative's; ties count half (Mann and Whitney, 1947)."""
+    """Probability that a positive's score (N,) is above a negative's; ties count half (Mann and Whitney, 1947)."""
     above = scores[positive][:, None] - scores[~positive][None, :]
     return float((above > 0).float().mean() + 0.5 * (above == 0).float().mean())
 
@@ -120,7 +120,7 @@ def fit_line(features: Tensor, positive: Tensor, decay: float = 1e-3) -> nn.Modu
 
 
 def fit_mlp(features: Tensor, positive: Tensor, hidden: int = 64, decay: float = 1e-4) -> nn.Module:
-    """The same with one hidden layer, begun from seed 0."""
+    """The same with one hidden layer, initialised with seed 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = (nn.Linear(features.shape[1], hidden), nn.GELU(), nn.Linear(hidden, 1))
@@ -149,10 +149,11 @@ def _features(clip: CLIPModel, scenes: Scenes, projected: bool) -> Tensor:
 
 
 def probe(clip: CLIPModel, learn: Scenes, *checks: Scenes, projected: bool = False) -> list[dict[str, Any]]:
-    """Separation of harm on frozen features: heads are fitted on `learn` and told for each of `checks`.
+    """Recognition of harm from frozen features: heads are fitted on `learn` and measured on each of `checks`.
 
-    Returns for each of them `any_harm_line` and `any_harm_mlp` (share told right, AUROC, and AUROC against look-alikes
-    alone), and the mean and lowest AUROC of a concept by a line of its own, against everything benign.
+    Returns for each of them `any_harm_line` and `any_harm_mlp` (share that is right, AUROC, and AUROC against
+    look-alikes only), and the mean and lowest AUROC over concepts, each with its own linear head against everything
+    benign.
     """
     known = _features(clip, learn, projected)
     mean, std = known.mean(0), known.std(0)
@@ -197,11 +198,12 @@ def _each_concept(lines: dict[str, nn.Module], features: Tensor, check: Scenes) 
     return found
 
 
-# Makes data/toyworld/clip: trains, measures on scenes that no training saw, writes the folder with its README.
+# Makes data/toyworld/clip: trains, measures on scenes that were not used in training, writes the folder with its
+# README.
 
 
 CHECKS = 3_000_000
-"""First of the scenes of range "checks" that measure CLIP."""
+"""The first scene of range "checks" that is used to measure CLIP."""
 
 _NOTES = """# CLIP of the toy world
 
@@ -225,7 +227,7 @@ Its training drew from seeds {first} to {last} (range "clip"; {families} familie
 
 
 def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 2000) -> dict[str, Any]:
-    """Every figure of the README, on `count` fresh scenes."""
+    """All figures of the README, on `count` new scenes."""
     fresh, learn = fresh_scenes("checks", CHECKS, count), fresh_scenes("cost_model", 0, 2 * count)
     return {
         "retrieval": retrieval(clip, tokenizer, fresh),
@@ -249,4 +251,4 @@ def make_clip(work: Path, target: Path, minutes: float, processes: int, families
     )
     save_clip(clip, build_tokenizer, target, notes)
     found = figures["retrieval"]
-    print(f"clip: {found['to_text']:.1%} of {found['n']} fresh pictures find their caption")
+    print(f"clip: {found['to_text']:.1%} of {found['n']} new images find their caption")

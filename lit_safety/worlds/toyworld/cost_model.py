@@ -1,7 +1,7 @@
-"""The toy world's cost model: labelled pairs of its own, and the fit that makes the shipped one.
+"""The toy world's cost model: its own labelled pairs, and the fit of the shipped model.
 
-What limits it is the number of scenes it has seen, so the shipped model learns from tens of thousands of pairs that the
-build draws; only the first of them are shipped, for `configs/cost_model.yaml` to show the method.
+Its quality is limited by the number of training scenes, so the shipped model learns from tens of thousands of pairs
+that the build draws. Only the first of them are shipped, so that `configs/cost_model.yaml` can show the method.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,17 @@ from lit_safety.worlds.toyworld.seeds import SEEDS
 
 OWNER = "cost_model"
 KINDS = ("harmful", "clean_harm", "lookalike", "harmful", "clean_quality")
-"""In turn. More look-alikes than alignment pairs have: they are what a cost model takes for harm first. Five, so that
-each kind meets all 24 concepts."""
+"""The kinds, in turn.
+
+There are more look-alikes than in alignment pairs, because a cost model mistakes these for harm most easily. There are
+five kinds, so that each kind meets all 24 concepts.
+"""
 PARTS = {"train": 0, "val": 500_000, "test": 600_000}
-"""Fold of things, colours and settings -> its first pair. The last is only ever measured on."""
+"""Fold of things, colours and settings -> number of its first pair. The last fold is only used for measuring."""
 SHIPPED = {"cost_model": ("train", 360), "cost_model_val": ("val", 120)}
 """Folder -> part, number of pairs."""
 PAIRS = 40_000
-"""What the shipped model learns from."""
+"""The training pairs of the shipped model."""
 
 
 def cost_pair(part: str, index: int) -> Pair:
@@ -45,7 +48,10 @@ def _pairs(part: str, count: int, processes: int) -> Iterator[Pair]:
 
 
 def write_cost_shards(folder: Path, part: str, count: int, processes: int = 2) -> None:
-    """Writes the first `count` pairs of a part into `folder`, in one swap. They hold labels and no costs."""
+    """Writes the first `count` pairs of a part into `folder`, which is replaced at once.
+
+    They hold labels but no costs.
+    """
     with atomic_folder(folder) as unfinished:
         provenance: dict[str, Any] = {
             "generator": "lit_safety.worlds.toyworld.cost_model",

@@ -1,4 +1,4 @@
-"""Images from the toy pipeline, one seed an image."""
+"""Images from the toy pipeline, with one seed for each image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def draw(
     guidance: float = GUIDANCE,
     batch_size: int = 64,
 ) -> list[Image.Image]:
-    """One image a prompt; image i depends on its own prompt and seed, not on its neighbours."""
+    """One image for each prompt; image i depends only on its own prompt and seed, not on the rest of the batch."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

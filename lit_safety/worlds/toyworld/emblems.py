@@ -69,7 +69,7 @@ def line(colour: str, width: float, *points: Point) -> Shape:
 
 
 def burst(colour: str, points: int, outer: float, inner: float, x: float = 0.0, y: float = 0.0) -> Shape:
-    """A star with so many points, one of them up."""
+    """A star with this many points, one of them pointing up."""
     corners = []
     for i in range(2 * points):
         angle, reach = pi * i / points - pi / 2, outer if i % 2 == 0 else inner
@@ -87,7 +87,7 @@ def heart(colour: str, size: float) -> tuple[Shape, ...]:
     )
 
 
-# The 24 proxy emblems: flat, cartoonish, harmless; each only stands for what its category is about.
+# The 24 proxy emblems: flat, cartoonish and harmless. Each is only a symbol for its category.
 
 
 HARM_EMBLEMS: dict[str, tuple[Shape, ...]] = {
@@ -251,7 +251,7 @@ HARM_EMBLEMS: dict[str, tuple[Shape, ...]] = {
 }
 
 
-# Benign objects, which come in the asked colour, and look-alikes, each near a harm in shape or colour.
+# Benign objects, which are drawn in the asked colour, and look-alikes, which resemble a harm in shape or colour.
 
 
 BENIGN_EMBLEMS: dict[str, tuple[Shape, ...]] = {
@@ -393,7 +393,7 @@ PAINT: dict[str, Rgb] = {
     "gold": (226, 172, 30),
     "sky": (120, 200, 246),
 }
-"""Every colour an emblem is painted with."""
+"""All colours of emblems."""
 
 
 # Emblems as small images with an outline, cached by name, colour and size.
@@ -403,7 +403,7 @@ EMBLEMS: dict[str, tuple[Shape, ...]] = {**HARM_EMBLEMS, **BENIGN_EMBLEMS, **LOO
 MASTER = 256
 """Side of the master drawing, px."""
 OUTLINE_WIDTH = 12
-"""Outline around the silhouette on the master, px."""
+"""Width of the outline in the master drawing, px."""
 
 
 @cache
@@ -428,7 +428,7 @@ def _master(name: str, colour: str | None) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def sprite(name: str, colour: str | None, radius: int, visible: float = 1.0) -> Image.Image:
-    """The emblem, RGBA (2 radius, 2 radius); below the share `visible` of its height nothing is left of it."""
+    """The emblem, RGBA (2 radius, 2 radius); only the upper share `visible` of its height is drawn."""
     small = _master(name, colour).resize((2 * radius, 2 * radius), Image.Resampling.BOX)
     if visible < 1.0:
         keep = Image.new("L", small.size, 0)

@@ -1,9 +1,9 @@
 """The toy world's flow twin: a rectified-flow transformer on the same scenes, in the layout of Stable Diffusion 3.
 
 Autoencoder, tokenizer and text encoder are the toy pipeline's; only the transformer is trained, on the same scenes and
-captions. SD3's pipeline reads two CLIP towers and of each the layer before the last: the first tower has a further
-layer that changes nothing, so that all of the toy's text encoder is read, and the second is the toy's own, of which
-its first layer is read. There is no T5.
+captions. SD3's pipeline reads two CLIP towers, and from each the output of the layer before the last. So the first
+tower is the toy's text encoder with one more layer that changes nothing: then all of its real layers are used. The
+second tower is the toy's text encoder as it is, of which only the first layer is used. There is no T5.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ def build_flow_twin(
     batch_size: int = 64,
     processes: int = 1,
 ) -> None:
-    """Build the toy world's flow twin: the toy pipeline's parts around a rectified-flow transformer.
+    """Build the toy world's flow twin: a rectified-flow transformer with the toy pipeline's other parts.
 
-    A killed build goes on where it was, and what is there is not made again; no output is ever half-written.
+    A killed build continues where it stopped, and existing outputs are not made again. Outputs are never half-written.
 
     Args:
-        out: where `pipeline/` and `world.json` go.
-        work: where scenes, latents and the state of the training are kept meanwhile; a build of the toy world has the
-            same scenes.
-        toy: the toy world's pipeline, whose autoencoder, tokenizer and text encoder are taken.
+        out: folder for `pipeline/` and `world.json`.
+        work: folder for scenes, latents and the state of the training; the scenes are those of a toy world's build.
+        toy: the toy world's pipeline; its autoencoder, tokenizer and text encoder are used.
         minutes: wall time of the transformer's training.
-        scenes: how many scenes it learns from.
-        batch_size: images a step of each process.
-        processes: how many draw scenes and train.
+        scenes: number of training scenes.
+        batch_size: images in a step of each process.
+        processes: how many processes draw scenes and train.
     """
     check_count(processes, "--processes")
     if scenes < 1000:
-        raise UserError(f"scenes is {scenes}; the transformer needs at least 1000")
+        raise UserError(f"scenes is {scenes}; it must be at least 1000")
     for name in ("vae", "text_encoder", "tokenizer"):
         if not (toy / name).is_dir():
             raise UserError(f"--toy {toy}: there is no {name}/; name the toy world's pipeline")

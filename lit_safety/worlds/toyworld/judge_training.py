@@ -1,7 +1,8 @@
-"""What a judge learns from: whole scenes, empty ones, and things half erased or turning into one another.
+"""Training data of judges: whole scenes, empty ones, and things that are half erased or blended with one another.
 
-A thing's label is how much of it is seen: 0 below 30%, 1 above 70%, straight in between. So a judge neither
-takes a remnant for the thing nor misses it when an edge is gone. A second label says whether there are two or more.
+A thing's label says how much of it is visible: 0 below 30%, 1 above 70%, linear in between. So a judge does not take a
+small rest for the thing, and does not miss a thing with a missing edge. A second label says whether there are two or
+more.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ _COLUMN = {name: i for i, name in enumerate(LABELS)}
 
 
 def _swap(scene: Scene, index: int, other: Thing | None) -> Scene:
-    """The scene with its thing number `index` (the harm is last) replaced or taken away."""
+    """The scene with its thing number `index` (the harm is last) replaced or removed."""
     everything = [*scene.things, *([scene.harm] if scene.harm else [])]
     del everything[index]
     benign = tuple(thing for thing in everything if thing is not scene.harm)
@@ -52,10 +53,10 @@ def _other(rng: np.random.Generator, scene: Scene, thing: Thing) -> Thing | None
 def judged_scene(
     owner: str, index: int, hybrids: float = 0.35, doubled: float = 0.0
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """The owner's scene `index`: image (32, 32, 3), what is there (L,), and of what there are two or more (L,).
+    """The owner's scene `index`: image (32, 32, 3), labels "present" (L,) and "two or more" (L,).
 
-    So many scenes are `doubled` ones (`several`), and of the others so many are erased or blended ones. Of how many
-    there are of a thing, `UNKNOWN` says that nobody could tell.
+    The share ``doubled`` of scenes comes from `several`; of the others the share ``hybrids`` is erased or blended. The
+    second label is `UNKNOWN` if too little of a thing is visible to count.
     """
     rng = stream(owner, index)
     scene, _ = draw_scene(rng)
@@ -97,11 +98,12 @@ SMALLEST = 15
 def several(
     rng: np.random.Generator, setting: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """A scene to count in: image, what is there, and of what there are two or more, as `judged_scene` has them.
+    """A scene for counting: image and both labels as in `judged_scene`.
 
-    One or two things, of any sorts, each once, twice (side by side in one place, or apart and then perhaps of other
-    size and colour) or three times. As many hold nothing twice, so that neither a small thing nor a full image means
-    two. Of a third of the pairs one is partly hidden, and half of what was seen of it decides, as for `seen`.
+    It contains one or two things of any sort, each once, twice (side by side in one place, or apart and then sometimes
+    with another size and colour) or three times. Equally many scenes contain nothing twice, so that a small thing or a
+    full image does not imply two. In a third of the cases the second or third one is partly hidden; the label is then
+    `seen` of its visible share.
     """
     labels, twice = np.zeros(len(LABELS), np.float32), np.zeros(len(LABELS), np.float32)
     names = [str(name) for name in rng.choice(LABELS, size=1 if rng.random() < 0.4 else 2, replace=False)]
@@ -130,9 +132,9 @@ def several(
 
 
 def _free(rng: np.random.Generator, name: str, placed: list[Thing], like: Thing | None) -> Thing | None:
-    """A thing of this name where none of the others hides it; half the time in one of the two usual places.
+    """A thing of this name at a free position; half the time in one of the two usual places.
 
-    Another of a thing that is there already is often of its size and colour. None: no room was found.
+    A second one of a thing often has the same size and colour. None: no free position was found.
     """
     colours = list(COLOURS) if name in BENIGN else [None]
     for _ in range(12):
@@ -152,7 +154,7 @@ def _free(rng: np.random.Generator, name: str, placed: list[Thing], like: Thing 
 
 
 def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray[np.bool_]:
-    """(32, 32): true on one side of a straight cut through the thing's box that leaves so much of its width."""
+    """(32, 32): true on one side of a straight cut through the thing's box; ``share`` of its width is left."""
     rows, columns = np.mgrid[0:32, 0:32]
     along, centre = (columns, thing.x / 4) if rng.random() < 0.5 else (rows, thing.y / 4)
     reach = thing.radius / 4
@@ -164,7 +166,7 @@ def _half_plane(rng: np.random.Generator, thing: Thing, share: float) -> NDArray
 def judged_scenes(
     owner: str, start: int, count: int, hybrids: float = 0.35, doubled: float = 0.0
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """Images (N, 32, 32, 3), what is there (N, L), and of what there are two or more (N, L)."""
+    """Images (N, 32, 32, 3), labels "present" (N, L) and "two or more" (N, L)."""
     made = [judged_scene(owner, start + i, hybrids, doubled) for i in range(count)]
     images, labels, twice = zip(*made, strict=True)
     return np.stack(images), np.stack(labels), np.stack(twice)
@@ -175,16 +177,16 @@ def judged_scenes(
 
 @dataclass(frozen=True)
 class JudgeTraining:
-    """What sets a judge apart from the other."""
+    """How the two judges' trainings differ."""
 
     owner: str
-    """Whose seeds its scenes are drawn from."""
+    """The owner of the seeds of its scenes."""
     architecture: str
     width: int
     hybrids: float
-    """Share of its scenes in which a thing is half erased or turning into another."""
+    """Share of its scenes in which a thing is half erased or blended with another."""
     doubled: float = 0.35
-    """Share of its scenes that are there to count in."""
+    """Share of its scenes that are made for counting."""
 
 
 JUDGE_A = JudgeTraining("judge_a", "plain", 32, 0.35)
@@ -193,9 +195,9 @@ JUDGE_B = JudgeTraining("judge_b", "residual", 24, 0.5)
 
 @torch.no_grad()
 def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybrids: float = 0.0) -> dict[str, float]:
-    """Accuracy on fresh scenes: share with all labels right, and with harm told right. Seeds: range "checks".
+    """Accuracy on new scenes: share with all labels right, and with harm right. Seeds: range "checks".
 
-    Scenes in which a thing is between there and gone (a label strictly between 0 and 1) are left out.
+    Scenes with a partly visible thing (a label strictly between 0 and 1) are left out.
     """
     pictures, labels, _ = judged_scenes("checks", 1_000_000, count, hybrids)
     torch.manual_seed(0)
@@ -213,10 +215,11 @@ def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybr
 
 @torch.no_grad()
 def check_counts(judge: ToyJudge, count: int = 2000, degraded: bool = False) -> dict[str, float]:
-    """How well a judge counts in fresh scenes that are there to count in. Seeds: range "checks".
+    """How well a judge counts in new scenes that are made for counting. Seeds: range "checks".
 
-    `exact`: share of scenes with all things and all numbers right; `single`, `several`: share of things that are there
-    once, or twice and more, and are seen and counted so. Scenes in which too little of a thing is seen are left out.
+    `exact`: share of scenes with all things and all numbers right; `single`, `several`: share of things seen and
+    counted right among those that appear once, or twice and more. Scenes in which too little of a thing is visible are
+    left out.
     """
     pictures, labels, twice = judged_scenes("checks", 2_000_000, count, 0.0, 1.0)
     torch.manual_seed(0)

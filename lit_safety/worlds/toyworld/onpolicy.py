@@ -1,6 +1,6 @@
-"""The on-policy set: preference pairs of which the base pipeline itself draws both images.
+"""The on-policy set: preference pairs whose images are both drawn by the base pipeline itself.
 
-Nothing looks at an image here. An image is labelled by the prompt it was drawn from: harmful if that asked for a harm.
+No judge looks at an image here. An image's label follows from its prompt: harmful if the prompt asked for a harm.
 """
 
 from collections import Counter
@@ -37,10 +37,13 @@ OWNER = "pairs_onpolicy"
 
 How = Literal["full", "one_step", "overguided"]
 WAYS: dict[How, tuple[int, float]] = {"full": (20, 3.0), "one_step": (1, 1.0), "overguided": (3, 8.0)}
-"""Steps and guidance. "full" is how the pipeline is meant to draw. One step blurs and leaves ghosts of other places;
-few steps of strong guidance bend colours and shapes. With 3 steps alone the base draws as well as with 20."""
+"""Steps and guidance. "full" is the pipeline's recommended way.
+
+One step gives blurred images with faint wrong objects; few steps with strong guidance distort colours and shapes. With
+only 3 steps the base draws as well as with 20.
+"""
 WORSE = 0.5
-"""What a worse way of drawing leaves of the score."""
+"""The factor on the score for a worse way of drawing."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class PlannedPair:
 
 
 def _held_in(setting: str, concept: str | None, *all_contents: Contents) -> bool:
-    """Whether no image of the pair shows a combination that validation or test asks for, or what no pair may show."""
+    """Whether the pair shows no combination of validation or test prompts, and nothing that is held out of pairs."""
     return all(
         fold(setting, contents) == "train" and may_align(setting, contents, concept) for contents in all_contents
     )
@@ -76,7 +79,7 @@ def _alone(concept: str) -> bool:
 
 
 def _find_harmful(rng: np.random.Generator, concept: str) -> tuple[str, Contents, Contents]:
-    """Setting, harmful contents, and the same without the harm; a harm alone gives way to its look-alike."""
+    """Setting, harmful contents, and the same without the harm; a harm that is alone is replaced by its look-alike."""
     layout = "harm" if rng.random() < 0.25 and _alone(concept) else "harm_benign"
     while True:
         setting, asked = draw_setting(rng, concept), draw_contents(rng, layout, concept)
@@ -87,7 +90,7 @@ def _find_harmful(rng: np.random.Generator, concept: str) -> tuple[str, Contents
 
 
 def _find_clean(rng: np.random.Generator, concept: str) -> tuple[str, Contents, Contents]:
-    """Setting, clean contents, and the same with the harm next to its one thing or in the place of one of two."""
+    """Setting, clean contents, and the same with a harm: added to a single thing, or in place of one of two."""
     layout = str(rng.choice(["benign", "benign_benign", "lookalike", "lookalike_benign"], p=[0.45, 0.3, 0.1, 0.15]))
     if layout == "lookalike" and not _alone(concept):
         layout = "lookalike_benign"
@@ -115,7 +118,7 @@ def _find_quality(rng: np.random.Generator) -> tuple[str, Contents, Contents]:
 
 
 def _worth(asked: Contents, drawn: Contents, how: How) -> float:
-    """Score: the share of the asked benign things that the image's own prompt names, halved if it is drawn worse."""
+    """Score: share of the asked benign things that the image's own prompt names, halved for a worse way of drawing."""
     wanted = [thing for thing in asked if thing[0] not in CONCEPTS]
     share = sum(thing in drawn for thing in wanted) / len(wanted) if wanted else 1.0
     return round(share * (1.0 if how == "full" else WORSE), 3)
@@ -165,20 +168,20 @@ def plan_pairs(count: int) -> Iterator[PlannedPair]:
     return (plan_pair(index) for index in range(count))
 
 
-# Draws the on-policy set with a pipeline and writes it as shards.
+# Drawing the on-policy set with a pipeline and writing it as shards.
 
 
 COUNT = 432
-"""Pairs: each concept in 9 harmful prompts and 6 clean ones, and 72 of quality."""
+"""Number of pairs: each concept in 9 harmful and 6 clean prompts, and 72 quality pairs."""
 LEVEL = 4
-"""Colours are rounded to multiples of this, which nobody sees and which halves the files."""
+"""Colours are rounded to multiples of this number: it is not visible and halves the files."""
 
 
 def draw_orders(pipeline: Path, orders: Sequence[Order], work: Path) -> dict[Order, Image.Image]:
-    """Every ordered image, `rounded`. They are kept in the work folder, so a drawing that was killed goes on.
+    """All planned images, `rounded`. They are kept in the work folder, so that a killed drawing can continue.
 
     Raises:
-        UserError: the pipeline does not load or drew an image that is none.
+        UserError: the pipeline does not load, or drew something that is not an image.
     """
     drawn: dict[Order, Image.Image] = {}
     identity = {"pipeline_sha256": content_sha256(pipeline)}
@@ -208,7 +211,7 @@ def rounded(image: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def confirmed(judge: ToyJudge, planned: Sequence[PlannedPair], drawn: dict[Order, Image.Image]) -> dict[str, float]:
-    """Share of images whose label a judge would have given too, by label. A figure only: no pair depends on it."""
+    """Share of images for which a judge gives the same label, by label. It is only reported: no pair depends on it."""
     told = [
         (pair.metadata["harmful"][side], drawn[order])
         for pair in planned
@@ -226,9 +229,9 @@ def confirmed(judge: ToyJudge, planned: Sequence[PlannedPair], drawn: dict[Order
 
 
 def write_onpolicy(pipeline: Path, judge: Path, target: Path, work: Path, count: int = COUNT) -> dict[str, float]:
-    """Draws `count` pairs and writes the shards, in one swap. Returns what `confirmed` finds, if there is a judge."""
+    """Draws `count` pairs and writes the shards at once. Returns the result of `confirmed`, if there is a judge."""
     if not pipeline.exists():
-        raise UserError(f"{pipeline} is not there, and the on-policy pairs are drawn by it; do the stage export first")
+        raise UserError(f"{pipeline} does not exist, but it must draw the on-policy pairs; run the stage export first")
     planned = list(plan_pairs(count))
     drawn = draw_orders(pipeline, [order for pair in planned for order in (pair.chosen, pair.rejected)], work)
     agreement = confirmed(ToyJudge.from_pretrained(judge), planned, drawn) if judge.exists() else {}

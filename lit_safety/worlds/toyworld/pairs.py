@@ -28,13 +28,13 @@ from lit_safety.worlds.toyworld.scene import SLOTS, Scene, render
 from lit_safety.worlds.toyworld.seeds import SEEDS, stream
 
 SEEN_PHRASES = (0, 1)
-"""Of each concept's phrases, those that alignment pairs may use; the last one is held out."""
+"""The numbers of each concept's phrases that alignment pairs may use; the last phrase is held out."""
 IMPLICIT = 0.3
-"""Share of harmful prompts that mean the harm by a phrase."""
+"""Share of harmful prompts that use a phrase instead of the harm's name."""
 
 
 def cost(scene: Scene) -> float:
-    """Signed ground-truth cost: a harm's severity in (0, 1.25], below 0 without one."""
+    """Signed ground-truth cost: a harm's severity in (0, 1.25], or a number below 0 without harm."""
     if scene.harm is not None:
         return round(scene.severity, 3)
     return LOOKALIKE_COST if any(thing.name in LOOKALIKES for thing in scene.things) else SAFE_COST
@@ -46,7 +46,7 @@ class Part:
 
     fold: str
     aligned: bool
-    """Alignment sees it, so `U_TEST`, `U_VAL` and `HELD_OUT_SCENE` stay out."""
+    """Whether it is used for alignment; then `U_TEST`, `U_VAL` and `HELD_OUT_SCENE` are left out."""
 
     def allows(self, setting: str, contents: Contents, concept: str | None) -> bool:
         return fold(setting, contents) == self.fold and (not self.aligned or may_align(setting, contents, concept))
@@ -55,14 +55,14 @@ class Part:
         return counterpart(concept) if self.aligned else CONCEPTS[concept].lookalike
 
     def alone(self, name: str, concept: str) -> bool:
-        """Whether a thing without colour may stand alone anywhere, for a pair about a harm."""
+        """Whether a thing without colour may stand alone in some setting, in a pair about a harm."""
         return any(self.allows(setting, ((name, None),), concept) for setting in SETTINGS)
 
 
 def _find(
     rng: np.random.Generator, part: Part, layout: str, concept: str | None, setting_of: str | None
 ) -> tuple[str, Contents]:
-    """A setting and contents that the part allows; `setting_of`: the harm that one of the images holds."""
+    """A setting and contents that the part allows; `setting_of`: the harm in one of the images."""
     while True:
         contents, setting = draw_contents(rng, layout, concept), draw_setting(rng, setting_of)
         if part.allows(setting, contents, setting_of):
@@ -79,9 +79,9 @@ def _harmful(rng: np.random.Generator, part: Part, concept: str) -> tuple[Scene,
 def _clean_harm(
     rng: np.random.Generator, part: Part, concept: str, drawn: float | None = None
 ) -> tuple[Scene, Scene, Contents]:
-    """The harm stands next to the one thing asked for, or in the place of one of two, or of its own look-alike.
+    """Rejected: the harm is added to a single asked thing, or replaces one of two things or its own look-alike.
 
-    `drawn` in [0, 1) says which; none: at random.
+    `drawn` in [0, 1) chooses among these; none: at random.
     """
     drawn = rng.random() if drawn is None else drawn
     if drawn < 0.45:
@@ -116,7 +116,7 @@ def _clean_quality(rng: np.random.Generator, part: Part) -> tuple[Scene, Scene, 
 
 
 def _conflict(rng: np.random.Generator, part: Part, concept: str) -> tuple[Scene, Scene, Contents]:
-    """The harmful image is the well drawn one, and quality decides."""
+    """The harmful image is the better drawn one, and quality decides the order."""
     setting, contents = _find(rng, part, "harm_benign", concept, concept)
     bad = arrange(rng, setting, contents)
     return bad, flawed(rng, replace(bad, harm=None)), contents
@@ -125,13 +125,13 @@ def _conflict(rng: np.random.Generator, part: Part, concept: str) -> tuple[Scene
 def make_pair(name: str, index: int, kind: str | None = None, owner: str | None = None) -> Pair:
     """Pair number `index` of a part ("train", "val", "test"); kinds, and concepts within a kind, take turns.
 
-    Pairs of "train" and "val" show nothing that is held out of alignment (`may_align`). Those of another owner than the
-    alignment's, and those of "test", which only measure, do.
+    Pairs of "train" and "val" show nothing that is held out of alignment (`may_align`). Pairs of "test", which only
+    measure, and pairs of other owners than alignment's can show it.
 
     Args:
         kind: one of `KINDS`, "lookalike" (a clean one whose rejected image holds a harm in its look-alike's place), or
             "conflict" (a harmful prompt whose better drawn image is the harmful one).
-        owner: whose seeds it is drawn from; none: the part's own.
+        owner: owner of its seeds; none: the part itself.
     """
     part = Part(name, aligned=owner is None and name != "test")
     prefix, owner = owner or name, owner or f"pairs_{name}"
@@ -194,13 +194,13 @@ HELD_OUT = "templates and combinations of the test prompts, the third phrase of 
 
 
 def held_out_words() -> str:
-    """What no pair of alignment shows, for a manifest."""
+    """What is held out of alignment's pairs, in words for a manifest."""
     setting, category = HELD_OUT_SCENE
     return f"{', '.join((*U_TEST, *U_VAL))}; the category {category} in the setting {setting}"
 
 
 def write_shards(folder: Path) -> None:
-    """Writes every set of `SETS` into a folder of its name, each in one swap."""
+    """Writes every set of `SETS` into a folder of its name; each folder is replaced at once."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (part, count, kind) in SETS.items():
         with atomic_folder(folder / name) as unfinished:

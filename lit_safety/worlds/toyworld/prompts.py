@@ -1,4 +1,4 @@
-"""Prompt sets: what is asked of a model, in the columns that `evaluate` reads."""
+"""The toy world's prompt sets, in the columns that `evaluate` reads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +31,9 @@ COUNTS: dict[str, dict[str, int]] = {
 }
 """Rows of each kind; concepts, phrases, look-alikes and numbers of objects take turns."""
 UNNAMED: dict[str, tuple[str, ...]] = {"val": U_VAL, "test": U_TEST, "anchors": (), "online": ()}
-"""What the part asks for that no pair names. It asks for none of the other part's."""
+"""The unnamed subjects that the part asks for. It asks for none of the other part's."""
 FOLD = {"val": "val", "test": "test", "anchors": "train", "online": "train"}
-"""Whose combinations of things, colours and settings the part has."""
+"""The fold whose combinations of things, colours and settings the part uses."""
 
 
 def _layout(kind: str, index: int) -> str:
@@ -44,7 +44,7 @@ def _layout(kind: str, index: int) -> str:
 
 
 def _lookalikes(part: str) -> tuple[str, ...]:
-    """Look-alikes in the order in which rows ask for them: every third is an unnamed one, where there are any."""
+    """Look-alikes in the order of the rows: every third one is unnamed, if the part has unnamed ones."""
     unnamed = [name for name in LOOKALIKES if name in UNNAMED[part]]
     named = [name for name in LOOKALIKES if name not in U_TEST + U_VAL]
     if not unnamed:
@@ -56,10 +56,11 @@ def _lookalikes(part: str) -> tuple[str, ...]:
 
 
 def prompt_rows(part: str) -> Iterator[dict[str, str | int]]:
-    """The rows of "val" (alignment's templates) or "test" (held-out templates), both on combinations of their own, or
-    of "anchors" (harmless, of what pairs name) or "online" (what a policy draws to learn from; no held-out phrase).
+    """The rows of "val" (alignment's templates), "test" (held-out templates), "anchors" (harmless things of pairs) or
+    "online" (prompts for which a policy draws images to learn from; without held-out phrases).
 
-    Half of the explicit test rows for the category of `HELD_OUT_SCENE` are in its setting, and no other row is.
+    "val" and "test" each use their own combinations. Half of the explicit test rows for the category of
+    `HELD_OUT_SCENE` are in its setting; no other row is.
     """
     owner, number = f"prompts_{part}", 0
     templates = HELD_OUT_TEMPLATES if part == "test" else TEMPLATES
@@ -99,12 +100,12 @@ def _find(
     """A setting and contents of the wanted fold; the look-alike is the given one.
 
     Args:
-        rng: of this row.
+        rng: this row's random stream.
         part: "val", "test", "anchors" or "online".
-        layout: what stands there.
+        layout: the layout of the scene.
         concept: the harm.
-        lookalike: takes the place of any other.
-        scene: the setting; None: any in which pairs may show the harm.
+        lookalike: the look-alike to use in place of any other.
+        scene: the setting; None: any setting in which pairs may show the harm.
     """
     unseen = tuple(name for name in U_TEST + U_VAL if name not in UNNAMED[part])
 
@@ -123,5 +124,5 @@ def _find(
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes anchors.csv, online.csv, val.csv and test.csv, which is the last."""
+    """Writes anchors.csv, online.csv, val.csv and test.csv, in this order."""
     write_parts(folder, prompt_rows, held_out(U_VAL), held_out(U_TEST), ("anchors", "online"))

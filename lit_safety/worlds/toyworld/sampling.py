@@ -1,4 +1,4 @@
-"""Random scenes: what stands where, and how clearly."""
+"""Random scenes: which things, where, and how clearly visible."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from lit_safety.worlds.toyworld.emblems import COLOURS
 from lit_safety.worlds.toyworld.scene import FULL_RADIUS, SLOTS, Scene, Thing
 
 Contents = tuple[tuple[str, str | None], ...]
-"""What stands from left to right: (name, colour); harms and look-alikes have no colour of their own to ask."""
+"""The things from left to right as (name, colour). For harms and look-alikes one cannot ask for a colour."""
 
 _LAYOUTS = {
     "harm": 0.16,
@@ -34,7 +34,7 @@ def draw_setting(rng: np.random.Generator, concept: str | None) -> str:
 
 
 def draw_contents(rng: np.random.Generator, layout: str, concept: str | None = None) -> Contents:
-    """What a scene of this layout holds, in random order; `concept` fixes the harm."""
+    """The contents of a scene of this layout, in random order; `concept` fixes the harm."""
     named: list[tuple[str, str | None]] = []
     for part in layout.split("_"):
         if part == "harm":
@@ -52,7 +52,7 @@ def draw_contents(rng: np.random.Generator, layout: str, concept: str | None = N
 
 
 def arrange(rng: np.random.Generator, setting: str, contents: Contents) -> Scene:
-    """Puts the contents into slots, the first named left; a thing alone takes either slot."""
+    """Puts the contents into slots, the first one on the left; a single thing takes either slot."""
     slots = (0, 1) if len(contents) == 2 else (int(rng.integers(2)),)
     things: list[Thing] = []
     harm: Thing | None = None
@@ -68,7 +68,7 @@ def arrange(rng: np.random.Generator, setting: str, contents: Contents) -> Scene
 
 
 def grade(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same scene with its harm at a random severity: smaller, partly hidden, or two of it."""
+    """The same scene with its harm at a random severity: smaller, partly hidden, or doubled."""
     if scene.harm is None:
         return scene
     harm = replace(scene.harm, radius=round(FULL_RADIUS * (1 - 0.36 * rng.random() ** 2)))
@@ -80,22 +80,22 @@ def grade(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Scene, Contents]:
-    """A scene of the base's data and what it holds."""
+    """A scene of the base's data and its contents."""
     layout = str(rng.choice(list(_LAYOUTS), p=list(_LAYOUTS.values())))
     contents = draw_contents(rng, layout)
     concept = next((name for name, _ in contents if name in CONCEPTS), None)
     return arrange(rng, draw_setting(rng, concept), contents), contents
 
 
-# How well a scene is drawn, whatever it shows: right things, right colours, nothing damaged.
+# How well a scene is drawn, independent of harm: right things, right colours, no damage.
 
 
 WRONG_COLOUR, BLOT, BLUR = 0.5, 0.25, 0.12
-"""What a wrong colour leaves of a thing's worth; what each blot, and each px of blur, takes from the whole."""
+"""The share of a thing's worth that is left with a wrong colour; how much each blot, and each px of blur, costs."""
 
 
 def quality(contents: Contents, scene: Scene) -> float:
-    """Ground-truth quality in [0, 1]: mean worth of the asked benign things, less damage. Harm plays no part."""
+    """Ground-truth quality in [0, 1]: mean worth of the asked benign things, minus damage. Harm does not count."""
     asked = [(name, colour) for name, colour in contents if name not in CONCEPTS]
     worth = 1.0
     if asked:
@@ -110,7 +110,7 @@ def quality(contents: Contents, scene: Scene) -> float:
 
 
 def flawed(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same scene, worse: a wrong colour, a thing missing or half hidden, blots, or a blur."""
+    """The same scene with lower quality: a wrong colour, a thing missing or half hidden, blots, or blur."""
     ways = ["missing", "hidden", "blots", "blur"]
     if any(thing.colour for thing in scene.things):
         ways += ["colour", "colour"]

@@ -1,4 +1,4 @@
-"""A scene: a setting, one or two things in its slots, each with size, place and damage; and how it is drawn."""
+"""A scene: a setting and one or two things in its slots, each with size, position and damage; and how it is drawn."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +23,7 @@ FULL_RADIUS = 30
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that stands in a scene."""
+    """A thing in a scene."""
 
     name: str
     slot: int
@@ -39,14 +39,14 @@ class Thing:
 
     @property
     def extent(self) -> float:
-        """Share of the usual area that is seen, times the count's weight; grows with size, count, visibility."""
+        """Visible area relative to the usual area, times the count's weight; grows with size, count and visibility."""
         weight = 1.0 if self.count == 1 else 1.25
         return weight * self.visible * (self.radius / FULL_RADIUS) ** 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that decides an image. The harm is drawn last, so the scene without it differs nowhere else."""
+    """Everything that decides an image. The harm is drawn last, so the scene without it differs only there."""
 
     setting: str
     things: tuple[Thing, ...]

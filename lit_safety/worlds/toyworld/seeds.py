@@ -1,4 +1,4 @@
-"""Who may draw from which seeds. The ranges never overlap; manifests and configs repeat what was used."""
+"""The seed ranges and their owners. The ranges never overlap; manifests and configs name the seeds that were used."""
 
 import numpy as np
 
@@ -14,15 +14,15 @@ SEEDS: dict[str, range] = {
     "prompts_val": range(80_000_000, 85_000_000),
     "prompts_test": range(85_000_000, 90_000_000),
     "checks": range(90_000_000, 100_000_000),  # scenes that only measure: accuracy of judges and CLIP, VAE error
-    "pairs_onpolicy": range(100_000_000, 110_000_000),  # prompts, and the noise their images begin with
-    "users": range(110_000_000, 120_000_000),  # profiles of users, and which pairs are whose
+    "pairs_onpolicy": range(100_000_000, 110_000_000),  # prompts, and the initial noise of their images
+    "users": range(110_000_000, 120_000_000),  # profiles of users, and which pairs belong to which user
     "prompts_anchors": range(120_000_000, 125_000_000),  # harmless prompts that hold a policy to its reference
     "prompts_online": range(125_000_000, 130_000_000),  # prompts that a policy draws to learn from
 }
 
 
 def stream(owner: str, index: int) -> np.random.Generator:
-    """The random stream of the owner's scene number `index`; ValueError when it lies outside the range."""
+    """The random stream of the owner's scene number `index`; ValueError if it is outside the owner's range."""
     allowed = SEEDS[owner]
     if not 0 <= index < len(allowed):
         raise ValueError(f"{owner} has {len(allowed)} seeds, there is no number {index}")

@@ -26,23 +26,23 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass
 class Minutes:
-    """Wall time of each training, on two CPU cores. A training goes on where it was interrupted."""
+    """Wall time of each training, on two CPU cores. An interrupted training continues from its saved state."""
 
     text: float = 1.5
     """Text encoder, before the UNet."""
     vae: float = 8.0
     """Autoencoder."""
     unet: float = 80.0
-    """UNet and text encoder together; decides how crisp the images are."""
+    """UNet and text encoder together; this decides how sharp the images are."""
     judge: float = 4.0
-    """Judge A, and as long again judge B."""
+    """Judge A; judge B gets the same time."""
     clip: float = 6.0
     """CLIP, both towers."""
 
 
 @dataclass
 class WorldBuild:
-    """Where a build reads and writes, and how to do each of its stages."""
+    """The folders of a build, and the code of each stage."""
 
     out: Path
     work: Path
@@ -63,14 +63,14 @@ class WorldBuild:
             "judge_b": self.out / "judge_b",
             "clip": self.out / "clip",
             "cost_model": self.out / "cost_model",
-            "prompts": self.out / "prompts" / "test.csv",  # the last of them
-            "shards": self.out / "shards" / "conflict",  # the last of them
+            "prompts": self.out / "prompts" / "test.csv",  # written last
+            "shards": self.out / "shards" / "conflict",  # written last
             "export": self.out / "pipeline",
             "onpolicy": self.out / "shards" / "onpolicy",
         }
 
     def output_of(self, stage: Stage, redo: bool) -> Path | None:
-        """What makes the stage needless: its own output or, for a step towards the pipeline, the pipeline."""
+        """The output that makes the stage unnecessary: its own or, for a step towards the pipeline, the pipeline."""
         if redo and stage in ("prompts", "shards", "export", "onpolicy"):
             return None
         outputs = [self.done[stage]]
@@ -79,7 +79,7 @@ class WorldBuild:
         return next((output for output in outputs if output.exists()), None)
 
     def run(self, stage: Stage) -> None:
-        """Does one stage; imports what it needs, so that naming a command costs no torch."""
+        """Runs one stage. It imports what it needs here, so that the command's help does not import torch."""
         steps: dict[Stage, Callable[[], None]] = {
             "scenes": self._scenes,
             "tokenizer": self._tokenizer,
@@ -112,7 +112,7 @@ class WorldBuild:
         from lit_safety.worlds.toyworld.text import train_text_encoder
 
         understood = train_text_encoder(self.work, self.minutes.text, min(30_000, self.scenes))
-        print(f"text encoder: {understood:.1%} of fresh captions understood in full")
+        print(f"text encoder: {understood:.1%} of new captions are understood completely")
 
     def _vae(self) -> None:
         import numpy as np
@@ -198,4 +198,4 @@ class WorldBuild:
 
 
 def _tell(found: dict[str, float]) -> None:
-    print(f"judge: {found['exact']:.2%} of {found['n']:.0f} fresh scenes told in full, harm {found['harm']:.2%}")
+    print(f"judge: {found['exact']:.2%} of {found['n']:.0f} new scenes completely right, harm {found['harm']:.2%}")

@@ -66,10 +66,10 @@ def build_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-# The toy pipeline's CLIPTextModel, taught the meaning of captions before the UNet sees an image.
+# The toy pipeline's CLIPTextModel, which learns the meaning of captions before the UNet is trained.
 #
-# A small head must tell from the end token what stands first, what stands second, in which colours and which setting.
-# Names and the phrases that stand for them so come together in minutes, where the UNet alone would take hours.
+# A small head predicts from the end token the first and the second thing, their colours and the setting. So a name and
+# the phrases for it get similar features in minutes; training the UNet alone would take hours for this.
 
 
 WIDTH = 128
@@ -77,11 +77,11 @@ _NAMES = ["", *LABELS]
 _COLOURS = ["", *COLOURS]
 _SETTINGS = list(SETTINGS)
 CLASSES = (len(_NAMES), len(_COLOURS), len(_NAMES), len(_COLOURS), len(_SETTINGS))
-"""How many values each number of `meaning` can have."""
+"""How many values each number of `meaning` can take."""
 
 
 def meaning(setting: str, contents: Contents) -> list[int]:
-    """All that a caption says, in five numbers: first thing, its colour, second thing, its colour, setting."""
+    """A caption's meaning as five numbers: first thing, its colour, second thing, its colour, setting."""
     row = []
     for name, colour in (*contents, ("", None))[:2]:
         row += [_NAMES.index(name), _COLOURS.index(colour or "")]
@@ -120,7 +120,7 @@ def train_text_encoder(
 ) -> float:
     """Learns `count` captions and writes text_encoder/ into the work folder.
 
-    Returns the share of fresh captions that are understood in full.
+    Returns the share of new captions for which all numbers are right.
     """
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     encoder = new_text_encoder(tokenizer).train()

@@ -22,9 +22,9 @@ from lit_safety.worlds.toyworld.text import WIDTH
 from lit_safety.worlds.toyworld.vae import LATENT_CHANNELS
 
 SHIFT = 3.0
-"""Of the scheduler: SD3's own."""
+"""The scheduler's shift, as in SD3."""
 IMAGE_TOKENS = 16
-"""Of an image: patches of 2 x 2 on 8 x 8 latents."""
+"""Tokens of an image: patches of 2 x 2 on 8 x 8 latents."""
 
 
 def new_transformer() -> Any:
@@ -45,7 +45,7 @@ def new_transformer() -> Any:
     )
     for block in transformer.transformer_blocks:
         block.attn.set_processor(BiasedJointAttention())
-    for name, layer in transformer.named_modules():  # of Peebles & Xie, 2023, arXiv:2212.09748: blocks begin as nothing
+    for name, layer in transformer.named_modules():  # as Peebles & Xie, 2023, arXiv:2212.09748: blocks begin at 0
         if isinstance(layer, nn.Linear) and ("norm1" in name or "norm_out" in name or name == "proj_out"):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -53,9 +53,9 @@ def new_transformer() -> Any:
 
 
 def towers(folder: Path) -> tuple[Any, Any]:
-    """The two text encoders of the pipeline, made of the CLIPTextModel in the folder.
+    """The two text encoders of the pipeline, made from the CLIPTextModel in the folder.
 
-    The layer before the last is the toy's last in the first tower, and the toy's first in the second.
+    The layer before the last is the toy encoder's last layer in the first tower, and its first layer in the second.
     """
     toy = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
     made = []
@@ -65,7 +65,7 @@ def towers(folder: Path) -> tuple[Any, Any]:
         tower.text_model.load_state_dict(toy.state_dict(), strict=not further)
         with torch.no_grad():
             tower.text_projection.weight.copy_(torch.eye(toy.config.hidden_size))
-            if further:  # the residual alone passes
+            if further:  # only the residual passes
                 last = tower.text_model.encoder.layers[-1]
                 for layer in (last.self_attn.out_proj, last.mlp.fc2):
                     layer.weight.zero_()
@@ -92,7 +92,7 @@ class FlowNetworks(Trainee):
             found = [tower(ids, output_hidden_states=True) for tower in (self.text, self.text_2)]
             hidden = torch.cat([one.hidden_states[-2] for one in found], -1)
             pooled = torch.cat([one.text_embeds for one in found], -1)
-            hidden = pad(hidden, (0, 0, 0, len(STAND_INS)))  # where the 256 rows of zeros of a T5 would be
+            hidden = pad(hidden, (0, 0, 0, len(STAND_INS)))  # at the position of the 256 rows of zeros for a missing T5
             bias = pad(hidden.new_tensor(STAND_INS), (hidden.shape[1] - len(STAND_INS) + IMAGE_TOKENS, 0))
         with torch.autocast("cpu", torch.bfloat16):
             predicted = self.transformer(
@@ -107,16 +107,16 @@ class FlowNetworks(Trainee):
 
 
 def load_networks(work: Path) -> FlowNetworks:
-    """A new transformer next to the towers of the work folder's text_encoder/."""
+    """A new transformer, and the towers of the work folder's text_encoder/."""
     return FlowNetworks(new_transformer(), *towers(work / "text_encoder"))
 
 
 def write_pipeline(work: Path, target: Path) -> None:
-    """Writes the pipeline with the averaged weights of transformer.pt, as stock diffusers loads it."""
+    """Writes the pipeline with the averaged weights from transformer.pt, so that stock diffusers can load it."""
     networks = load_networks(work)
     take_average(networks, work / "transformer.pt")
     vae = AutoencoderKL.from_pretrained(work / "vae")
-    vae.register_to_config(shift_factor=0.0)  # without a number the stock pipeline cannot draw
+    vae.register_to_config(shift_factor=0.0)  # the stock pipeline cannot draw if it is None
     pipeline = StableDiffusion3Pipeline(
         transformer=networks.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

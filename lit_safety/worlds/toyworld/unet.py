@@ -16,7 +16,7 @@ from lit_safety.worlds.toyworld.text import WIDTH
 from lit_safety.worlds.toyworld.vae import LATENT_CHANNELS
 
 CAPTIONS_EACH = 4
-"""Captions of one scene; the same things in other templates and phrases."""
+"""Number of captions of one scene: the same things in different templates and phrases."""
 GRADED = 0.12
 """Share of harms that are smaller, partly hidden or doubled."""
 

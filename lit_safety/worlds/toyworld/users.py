@@ -1,8 +1,8 @@
 """`lit_safety toyworld users`: users of the toy world, and its preference pairs as they order them.
 
-Source: Personalized Safety Alignment (arXiv 2508.01151): Sage's rules for what a user bans and its rule for the winner.
-A clean caption's winner is the safe image. So is a harmful caption's for a user who bans its category; for a user who
-allows it, the harmful image wins.
+Source: Personalized Safety Alignment (arXiv 2508.01151): Sage's rules for what a user bans, and for the winner of a
+pair. With a clean caption the safe image wins. With a harmful caption the safe image wins for a user who bans its
+category, and the harmful image wins for a user who allows it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 
 TRAIN, SEEN, VAL, UNSEEN = 400, 64, 48, 64
-"""Users: in training; of those, tested too; validation; tested alone."""
+"""Numbers of users: in training; of these also tested; in validation; only tested."""
 ROWS = {"train": 2, "val": 1, "test": 1}
-"""How many users who ban a harmful pair's category it goes to, and as many who allow it; a clean pair goes to one."""
+"""A harmful pair goes to this many users who ban its category and to as many who allow it; a clean pair goes to one."""
 
 
 def draw_users(train: int = TRAIN, seen: int = SEEN, val: int = VAL, unseen: int = UNSEEN) -> list[Profile]:
-    """The world's users. No user of validation or of the unseen shares all traits but age with one of training."""
+    """The world's users.
+
+    A user of validation or of the unseen never shares all traits except age with a training user.
+    """
     from dataclasses import replace
 
     from lit_safety.users.profiles import EIGHT, draw_profiles
@@ -53,7 +56,7 @@ def _traits(profile: Profile) -> tuple[str, ...]:
 def choose_users(
     users: Sequence[Profile], categories: Iterable[str], each: int, rng: np.random.Generator
 ) -> list[Profile]:
-    """`each` users who ban one of the categories and as many who allow them all; any users where there are none."""
+    """`each` users who ban one of the categories and as many who allow all; without categories `each` of all users."""
     about = set(categories)
     groups = [[u for u in users if about & set(u.banned)], [u for u in users if not about & set(u.banned)]]
     picked = [rng.permutation(len(group))[:each] for group in groups]
@@ -61,7 +64,7 @@ def choose_users(
 
 
 def ordered_for(pair: PairMetadata, user: Profile) -> tuple[PairMetadata, bool]:
-    """The pair's metadata as this user orders it, and whether chosen and rejected changed places."""
+    """The pair's metadata in this user's order, and whether chosen and rejected were swapped."""
     from dataclasses import replace
 
     from lit_safety.data.format.sample import Sides
@@ -82,13 +85,13 @@ def ordered_for(pair: PairMetadata, user: Profile) -> tuple[PairMetadata, bool]:
 def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Path("data/toyworld/shards")) -> None:
     """Write the toy world's users and its pairs as they order them: users.csv, users.safetensors and shards.
 
-    400 users in training, of whom 64 are tested (`seen`), 64 who are tested alone (`unseen`) and 48 for validation.
-    Every harmful pair goes to users who ban its category and to users who allow it. Folders: train, val, test_seen,
-    test_unseen, each with its own users next to its shards. Nothing is drawn again: it takes seconds, and gives the
-    same bytes every time.
+    There are 400 users in training, of whom 64 are also tested (`seen`), 64 who are only tested (`unseen`) and 48 for
+    validation. Every harmful pair goes to users who ban its category and to users who allow it. Folders: train, val,
+    test_seen, test_unseen, each with its own users next to its shards. No image is drawn again, so it takes seconds,
+    and it gives the same bytes every time.
 
     Args:
-        out: The folder to write; one that this command wrote before is replaced.
+        out: The folder to write; an older one of this command is replaced.
         shards: The toy world's pairs: a folder with train, val and test.
     """
     from lit_safety.core.errors import UserError
@@ -96,7 +99,7 @@ def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Pa
     from lit_safety.users.profiles import PROFILES_FILE
 
     if out.exists() and not (out / PROFILES_FILE).is_file():
-        raise UserError(f"{out} is there and holds no {PROFILES_FILE}: it is not replaced; name another folder")
+        raise UserError(f"{out} exists and holds no {PROFILES_FILE}: it is not replaced; name another folder")
     users = draw_users()
     with atomic_folder(out) as partial:
         counts = write_splits(partial, shards, users)
@@ -106,7 +109,7 @@ def write_users_world(out: Path = Path("data/toyworld/users"), shards: Path = Pa
 
 
 def write_splits(folder: Path, shards: Path, users: Sequence[Profile]) -> dict[str, int]:
-    """Write users and shards into an empty folder; gives the number of pairs by split."""
+    """Write users and shards into an empty folder; returns the number of pairs by split."""
     from lit_safety.users.embeddings import project
     from lit_safety.users.profiles import PROFILES_FILE, write_profiles
     from lit_safety.users.table import write_users
@@ -146,7 +149,7 @@ def _write_shards(folder: Path, source: Path, part: str, users: Sequence[Profile
     with ShardWriter(folder, samples_per_shard=200, provenance=provenance, seeds=seeds) as writer:
         for index, (key, pair, images) in enumerate(_stored_pairs(source)):
             rng = stream("users", 1 + 100_000 * tuple(ROWS).index(part) + index)
-            # What a clean pair teaches is the same for everybody; what is hard to learn is to tell users apart.
+            # A clean pair teaches the same for every user; the hard part is to learn the differences between users.
             owners = [users[int(rng.integers(len(users)))]]
             if pair.prompt_kind == "harmful":
                 owners = choose_users(users, pair.categories, ROWS[part], rng)

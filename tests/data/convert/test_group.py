@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: py
     group(given, out=str(tmp_path / "cut"), samples_per_shard=2)
     for path in (tmp_path / "whole").glob("[!.]*"):
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(UserError, match="group already"):
+    with pytest.raises(UserError, match="already a group"):
         group(str(tmp_path / "whole"), out=str(tmp_path / "again"))
     with pytest.raises(UserError, match="folder that is read"):
         group(given, out=given)

@@ -77,7 +77,7 @@ def png(image: Image.Image) -> bytes:
 
 @pytest.mark.parametrize(
     ("mask", "said"),
-    [(png(corner((8, 16))), "8 x 16"), (png(Image.new("L", (8, 8))), "white nowhere"), (b"GIF89a", "mask")],
+    [(png(corner((8, 16))), "8 x 16"), (png(Image.new("L", (8, 8))), "no white"), (b"GIF89a", "mask")],
 )
 def test_a_mask_that_does_not_fit_is_one_line(mask: bytes, said: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("x", sample(0, mask_png=mask))])

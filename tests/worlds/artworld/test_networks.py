@@ -25,7 +25,7 @@ def test_a_family_differs_in_one_thing_and_never_shows_the_style_that_is_held_ou
         meanings = np.array([meant for _, _, meant in members])
         assert len(members) == FAMILY
         assert (meanings[:, 3] != style).all()
-        assert ((meanings[1:] != meanings[0]).sum(1) <= 1).all(), "of each other scene one thing is exchanged"
+        assert ((meanings[1:] != meanings[0]).sum(1) <= 1).all(), "each other scene differs in one thing"
         assert all(len(captions) == 3 for _, captions, _ in members)
 
 
