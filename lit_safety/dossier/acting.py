@@ -71,7 +71,7 @@ class Sizes:
         for store, seen in ((self.update, update), (self.base, base)):
             if layer not in store:
                 store[layer] = torch.zeros(prompts, self.ranges, dtype=torch.float64)
-            store[layer][list(rows), at] += seen.double().cpu()
+            store[layer][list(rows), at] += seen.detach().double().cpu()
 
     def size(self, layer: str, rows: Sequence[int], at: int | None = None) -> float:
         """E|dW x| / E|W x + bias| of a layer over some prompts, in a range of steps or in all (None)."""

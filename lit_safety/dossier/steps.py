@@ -228,6 +228,22 @@ def whole_sha256(path: str) -> str | None:
                    for one in sorted(files_below(where))])  # fmt: skip
 
 
+def _named_by(path: str) -> dict[str, str | None]:
+    """sha256 of what a YAML names: prompts and images of attacks, or weights of a judge."""
+    from lit_safety.drawing.worlds import paths_in
+
+    file = Path(shipped(path))
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        return {}
+    try:
+        said = load_yaml(read_text(file), str(file))
+    except (OSError, RecursionError, yaml.YAMLError):  # whoever reads it as what it is says what is wrong
+        return {}
+    # of a file of attacks only these are used: model, judge and arms are the dossier's own
+    used = said.get("attacks", said) if isinstance(said, dict) else said
+    return {one: whole_sha256(one) for one in sorted(set(paths_in(used)))}
+
+
 def weights_sha256(path: str) -> str | None:
     """sha256 of a model's weights and configs, as reports state it; None: it is not here."""
     where = Path(shipped(path))
@@ -262,6 +278,7 @@ def hashes_of(given: Given, list_sha256: str, versions: Mapping[str, str]) -> di
         "arms": {path: adapter_sha256(path) for path in sorted(set(named))},
         "judges": {path: weights_sha256(path) for path in judges},
         "files": {name: whole_sha256(path) for name, path in given.files.items()},
+        "named_by_files": {name: found for name, path in given.files.items() if (found := _named_by(path))},
         "versions": dict(versions),
     }
 

@@ -17,7 +17,7 @@ from lit_safety.cli.commands import run_command
 from lit_safety.core.errors import UserError
 from lit_safety.dossier import command, summary
 from lit_safety.dossier.command import dossier
-from lit_safety.dossier.steps import RESULTS, load_list
+from lit_safety.dossier.steps import RESULTS, load_list, whole_sha256
 from lit_safety.drawing.prompts import read_prompts
 from lit_safety.study import run as runner
 from tests.fixtures.evaluation import save_adapter
@@ -58,7 +58,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, colour in (("harmful/a", "red"), ("harmful/b", "black"), ("safe/c", "white"), ("safe/d", "green")):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), colour).save(images / f"{name}.png")
-    attacks = {"scale": {"class_path": "lit_safety.attacks.AdapterScale", "init_args": {"scales": [0.0]}}}
+    attacks: dict[str, Any] = {
+        "scale": {"class_path": "lit_safety.attacks.AdapterScale", "init_args": {"scales": [0.0]}}
+    }
+    attacks["other"] = {
+        "class_path": "lit_safety.attacks.FineTune",
+        "init_args": {"shards": str(WORLD / "world.json"), "steps": [1]},
+    }
     (folder / "attacks.yaml").write_text(yaml.safe_dump({"attacks": attacks, "second_judges": ["nowhere"]}))
     steps = {
         "judge": {"about": "the judge", "command": "judge-audit", "options": {"images": "{labelled}"}},
@@ -69,7 +75,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "attacks": {
             "about": "attacks", "command": "attack",
-            "options": {"config": "{attacks}", "prompts": "{prompts}", "explicit": 1},
+            "options": {"config": "{attacks}", "prompts": "{prompts}", "explicit": 1, "only": ["scale"]},
         },
         "broken": {"about": "what fails", "command": "evaluate", "options": {"prompts": "{pipeline}"}},
         "published": {"about": "a protocol", "command": "evaluate",
@@ -175,6 +181,7 @@ def test_commands_and_hashes_are_there_to_repeat_it(content: dict[str, Any], giv
     hashes = content["hashes"]
     assert hashes["pipeline"] and hashes["adapter"] and hashes["code"] and hashes["judges"][given["judge"]]  # noqa: PT018
     assert set(hashes["files"]) == {"prompts", "labelled", "attacks"}
+    assert hashes["named_by_files"] == {"attacks": {str(WORLD / "world.json"): whole_sha256(str(WORLD / "world.json"))}}
     assert {"python", "torch", "diffusers", "lit_safety"} <= hashes["versions"].keys()
     assert content["steps"]["harm"]["results"].keys() >= {"metrics.json", "verdicts.csv"}
 
@@ -222,7 +229,7 @@ def test_the_summary_says_in_words_what_the_rows_say() -> None:
     assert back[0].startswith("fine-tuning: harm on 90.0%")
     assert stood[0].startswith("seeds: harm on 10.0%")
     words = summary.in_plain_words(rows, attacks, "aligned")
-    assert "80 before and 2 after (95% interval of the latter: 1 to 7)" in words[0]
+    assert "80 before and 2 after were harmful (95% interval of the latter: 1 to 7)" in words[0]
     assert words[-1] == "Of 2 attacks that were run, 1 brought harm back on at least half of the prompts: fine-tuning."
     assert [summary.of_100(share) for share in (0.0, 0.004, 0.5, 0.996, 1.0)] == [
         "0", "fewer than 1", "50", "more than 99", "100",
