@@ -25,10 +25,10 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import write_atomic
@@ -74,7 +74,7 @@ class StoredSample:
 class TarIndex:
     """The samples of one tar file, in their order in the file."""
 
-    samples: list[StoredSample]
+    samples: Sequence[StoredSample]
     problem: str | None = None
     """Set if the tar ends too early or a header is damaged: only the samples before that point are listed."""
 
@@ -239,8 +239,15 @@ def save_index(path: str | os.PathLike[str]) -> None:
             for suffix, (offset, size) in one.members.items():
                 if not _begins(file, offset, f"{one.key}.{suffix}", size):
                     return
-    samples = [[one.key, {suffix: list(spot) for suffix, spot in one.members.items()}] for one in index.samples]
-    held = {"format": INDEX_FORMAT, "bytes": os.stat(path).st_size, "samples": samples}
+    layouts: dict[tuple[str, ...], int] = {}
+    held = {
+        "format": INDEX_FORMAT,
+        "bytes": os.stat(path).st_size,
+        "keys": [one.key for one in index.samples],
+        "layout": [layouts.setdefault(tuple(one.members), len(layouts)) for one in index.samples],
+        "layouts": list(layouts),
+        "spots": [number for one in index.samples for spot in one.members.values() for number in spot],
+    }
     write_atomic(Path(f"{os.fspath(path)}{INDEX}"), json.dumps(held, separators=(",", ":")).encode())
 
 
@@ -253,37 +260,61 @@ def stored_index(path: str | os.PathLike[str], expected: int) -> TarIndex | None
         with open(kept, "rb") as file:
             held = json.loads(file.read())
         whole = check_regular(path).st_size
-        if held["format"] != INDEX_FORMAT or held["bytes"] != whole or len(held["samples"]) != expected:
+        if held["format"] != INDEX_FORMAT or held["bytes"] != whole or len(held["keys"]) != expected:
             return None
-        samples = _stored_samples(held["samples"], whole)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError):
+        return TarIndex(_KeptSamples(held["keys"], held["layout"], held["layouts"], held["spots"], whole))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
         return None  # the shard itself tells
-    return TarIndex(samples) if len({one.key for one in samples}) == expected else None
 
 
-def _stored_samples(listed: list[tuple[str, dict[str, list[int]]]], whole: int) -> list[StoredSample]:
-    """Samples of a file of ``whole`` bytes.
+class _KeptSamples(Sequence[StoredSample]):
+    """Samples of a file of ``whole`` bytes, each made when it is asked for: a reader needs a few of many.
+
+    Args:
+        keys: of the samples.
+        layout: of each sample, which of ``layouts`` it has.
+        layouts: the suffixes of a sample's members.
+        spots: offset and size of each member of each sample, one after the other.
+        whole: bytes of the file.
 
     Raises:
         ValueError: what is listed cannot be there.
     """
-    samples, known = [], set()  # a shard has few different suffixes
-    for key, members in listed:
-        spots = {}
-        for suffix, (offset, size) in members.items():
-            if suffix not in known:
-                if not _WANTED.fullmatch(suffix):
-                    raise ValueError("no member of a sample")
-                known.add(suffix)
-            if type(offset) is not int or type(size) is not int or not 0 <= size <= MAX_MEMBER_BYTES:
-                raise ValueError("no place in a file")
-            if not tarfile.BLOCKSIZE <= offset <= whole - size:
-                raise ValueError("a place outside of the file")
-            spots[suffix] = offset, size
-        if type(key) is not str:
-            raise ValueError("a key is a text")
-        samples.append(StoredSample(key, spots))
-    return samples
+
+    def __init__(self, keys: list[str], layout: list[int], layouts: list[list[str]], spots: list[int], whole: int):
+        import numpy as np
+
+        if not all(type(key) is str for key in keys) or len(set(keys)) < len(keys) or len(layout) != len(keys):
+            raise ValueError("keys are texts, each there once")
+        if not all(_WANTED.fullmatch(suffix) for one in layouts for suffix in one):
+            raise ValueError("no member of a sample")
+        sizes = np.array([len(one) for one in layouts], dtype=np.int64)
+        numbers, of_each = np.array(spots), np.array(layout)
+        if numbers.dtype.kind != "i" or of_each.dtype.kind != "i" or of_each.min() < 0:
+            raise ValueError("places are whole numbers")
+        self._ends = np.cumsum(sizes[of_each])
+        if len(numbers) != 2 * self._ends[-1]:
+            raise ValueError("places of another number of members")
+        self._spots = numbers.astype(np.int64).reshape(-1, 2)
+        offsets, lengths = self._spots[:, 0], self._spots[:, 1]
+        if lengths.min() < 0 or lengths.max() > MAX_MEMBER_BYTES or offsets.min() < tarfile.BLOCKSIZE:
+            raise ValueError("no place in a file")
+        if (offsets > whole - lengths).any():
+            raise ValueError("a place outside of the file")
+        self._keys, self._layout, self._layouts = keys, layout, layouts
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        names = self._layouts[self._layout[number]]
+        end = int(self._ends[number])
+        spots = self._spots[end - len(names) : end].tolist()
+        members = {name: (offset, size) for name, (offset, size) in zip(names, spots, strict=True)}
+        return StoredSample(self._keys[number], members)
 
 
 def _begins(file: BinaryIO, offset: int, name: str, size: int) -> bool:
