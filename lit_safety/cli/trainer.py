@@ -206,6 +206,7 @@ class LitSafetyCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
+        quiet_loading()
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
@@ -350,11 +351,6 @@ def write_into(config: Namespace, folder: Path) -> None:
 
 def quiet() -> None:
     """Hide messages that libraries print at every start and that do not help the user."""
-    import diffusers
-    from transformers.utils import logging as transformers_logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     # Frozen networks are in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
@@ -364,6 +360,15 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(words in record.getMessage() for words in ("litlogger", "Detected KeyboardInterrupt"))
     )
+
+
+def quiet_loading() -> None:
+    """Hide the bars of what loads models. Importing them takes time that a command that only reads settings saves."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def run_trainer(arguments: Sequence[str]) -> None:

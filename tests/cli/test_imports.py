@@ -26,6 +26,16 @@ def made(self, subcommand):
 trainer.LitSafetyCLI._run_subcommand = made
 trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--run.root", sys.argv[1]])
 """
+PRINT = """
+import sys
+from lit_safety.cli import trainer
+
+try:
+    trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--print_config"])
+except SystemExit:
+    pass
+print("FOUND " + " ".join(sorted({"diffusers", "peft", "accelerate"} & set(sys.modules))))
+"""
 HELP = """
 import sys
 from lit_safety.__main__ import main
@@ -52,6 +62,10 @@ def test_a_fit_of_scdpo_imports_what_its_config_names(tmp_path: Path) -> None:
     floors = {name.split(".")[1] for name in lines if "." in name}
     assert not floors & {"merging", "attacks", "users", "evaluation", "judges", "cost_model", "worlds", "generation"}
     assert sum(lines.values()) <= BUDGET, sorted(lines.items(), key=lambda one: -one[1])[:20]
+
+
+def test_settings_are_printed_without_what_loads_models() -> None:
+    assert output(PRINT).rstrip().endswith("FOUND")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,10 @@ member, and then a sample costs one read of exactly its bytes. So a worker reads
 is one batch, and what a resumed run skips is neither read nor decoded. Keys and suffixes are webdataset's: the
 key is the part before the first dot of the file name.
 
+The pass over the headers is done once, when a shard is written: what it finds is kept next to the shard
+(`shard-000000.tar.index.json`), so that no reader does it again. It is a shortcut and no authority. The header in front
+of each member that is read must say the same; where it does not, the shard's own headers are gone through.
+
 Every member is read, is ignored by one of these rules, or makes an unusable sample whose error names it:
 
 - Folders and the files that macOS adds (`._*`, `.DS_Store`, `__MACOSX/`) are ignored.
@@ -16,16 +20,22 @@ Every member is read, is ignored by one of these rules, or makes an unusable sam
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 from lit_safety.core.errors import UserError
+from lit_safety.core.files import write_atomic
 from lit_safety.core.hashes import check_regular
 from lit_safety.core.images import FORMATS, OTHER_FORMATS
+
+Read = TypeVar("Read")
 
 MAX_MEMBER_BYTES = 128 << 20
 MAX_PADDING = 1 << 20
@@ -64,7 +74,7 @@ class StoredSample:
 class TarIndex:
     """The samples of one tar file, in their order in the file."""
 
-    samples: list[StoredSample]
+    samples: Sequence[StoredSample]
     problem: str | None = None
     """Set if the tar ends too early or a header is damaged: only the samples before that point are listed."""
 
@@ -210,6 +220,122 @@ def _group(members: Iterator[_Member]) -> list[StoredSample]:
     return samples
 
 
+# What `index_tar` found, kept next to the shard.
+
+
+#: Behind the shard's own file name.
+INDEX = ".index.json"
+INDEX_FORMAT = "lit_safety shard index 1"
+MAX_INDEX_BYTES = 256 << 20
+
+
+def save_index(path: str | os.PathLike[str]) -> None:
+    """Keep where the members of a shard lie, if each has a plain header of its own in front of it."""
+    index = index_tar(path)
+    if index.problem is not None or any(one.problem is not None for one in index.samples):
+        return
+    with open(path, "rb") as file:
+        for one in index.samples:
+            for suffix, (offset, size) in one.members.items():
+                if not _begins(file, offset, f"{one.key}.{suffix}", size):
+                    return
+    layouts: dict[tuple[str, ...], int] = {}
+    held = {
+        "format": INDEX_FORMAT,
+        "bytes": os.stat(path).st_size,
+        "keys": [one.key for one in index.samples],
+        "layout": [layouts.setdefault(tuple(one.members), len(layouts)) for one in index.samples],
+        "layouts": list(layouts),
+        "spots": [number for one in index.samples for spot in one.members.values() for number in spot],
+    }
+    write_atomic(Path(f"{os.fspath(path)}{INDEX}"), json.dumps(held, separators=(",", ":")).encode())
+
+
+def stored_index(path: str | os.PathLike[str], expected: int) -> TarIndex | None:
+    """What was kept of a shard of ``expected`` samples; None: nothing that fits the file."""
+    kept = f"{os.fspath(path)}{INDEX}"
+    try:
+        if check_regular(kept).st_size > MAX_INDEX_BYTES:
+            return None
+        with open(kept, "rb") as file:
+            held = json.loads(file.read())
+        whole = check_regular(path).st_size
+        if held["format"] != INDEX_FORMAT or held["bytes"] != whole or len(held["keys"]) != expected:
+            return None
+        return TarIndex(_KeptSamples(held["keys"], held["layout"], held["layouts"], held["spots"], whole))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
+        return None  # the shard itself tells
+
+
+class _KeptSamples(Sequence[StoredSample]):
+    """Samples of a file of ``whole`` bytes, each made when it is asked for: a reader needs a few of many.
+
+    Args:
+        keys: of the samples.
+        layout: of each sample, which of ``layouts`` it has.
+        layouts: the suffixes of a sample's members.
+        spots: offset and size of each member of each sample, one after the other.
+        whole: bytes of the file.
+
+    Raises:
+        ValueError: what is listed cannot be there.
+    """
+
+    def __init__(self, keys: list[str], layout: list[int], layouts: list[list[str]], spots: list[int], whole: int):
+        import numpy as np
+
+        if not all(type(key) is str for key in keys) or len(set(keys)) < len(keys) or len(layout) != len(keys):
+            raise ValueError("keys are texts, each there once")
+        if not all(_WANTED.fullmatch(suffix) for one in layouts for suffix in one):
+            raise ValueError("no member of a sample")
+        sizes = np.array([len(one) for one in layouts], dtype=np.int64)
+        numbers, of_each = np.array(spots), np.array(layout)
+        if numbers.dtype.kind != "i" or of_each.dtype.kind != "i" or of_each.min() < 0:
+            raise ValueError("places are whole numbers")
+        self._ends = np.cumsum(sizes[of_each])
+        if len(numbers) != 2 * self._ends[-1]:
+            raise ValueError("places of another number of members")
+        self._spots = numbers.astype(np.int64).reshape(-1, 2)
+        offsets, lengths = self._spots[:, 0], self._spots[:, 1]
+        if lengths.min() < 0 or lengths.max() > MAX_MEMBER_BYTES or offsets.min() < tarfile.BLOCKSIZE:
+            raise ValueError("no place in a file")
+        if (offsets > whole - lengths).any():
+            raise ValueError("a place outside of the file")
+        self._keys, self._layout, self._layouts = keys, layout, layouts
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        names = self._layouts[self._layout[number]]
+        end = int(self._ends[number])
+        spots = self._spots[end - len(names) : end].tolist()
+        members = {name: (offset, size) for name, (offset, size) in zip(names, spots, strict=True)}
+        return StoredSample(self._keys[number], members)
+
+
+def _begins(file: BinaryIO, offset: int, name: str, size: int) -> bool:
+    """Whether the header in front of ``offset`` is that of a plain member; the file is then at ``offset``."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    header = file.read(tarfile.BLOCKSIZE)
+    # Name, size in octal digits, and type, as POSIX has them; tarfile reads the rest too, in ten times the time.
+    stated = header[124:136].rstrip(b"\0 ")
+    return (
+        header[:100].rstrip(b"\0") == name.encode()
+        and stated.isdigit()
+        and stated == b"%011o" % size
+        and header[156:157] == tarfile.REGTYPE
+        and not any(header[345:500])
+    )
+
+
+class _Stale(Exception):
+    """What was kept next to a shard is not what the shard holds."""
+
+
 class OpenShard:
     """A tar file whose samples can be read by number.
 
@@ -220,14 +346,20 @@ class OpenShard:
 
     def __init__(self, path: str, expected: int | None = None) -> None:
         self.path = path
-        self.index = index_tar(path)
-        found = len(self.index.samples)
-        self.problem = self.index.problem
+        self._expected = expected
+        kept = None if expected is None else stored_index(path, expected)
+        self._kept = kept is not None
+        self._use(kept or index_tar(path))
+        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+
+    def _use(self, index: TarIndex) -> None:
+        self.index = index
+        found, expected = len(index.samples), self._expected
+        self.problem = index.problem
         self._usable = found
         if self.problem is None and expected is not None and found != expected:
             self.problem = f"holds {found} samples but the manifest says {expected}"
             self._usable = 0  # it is not the shard that was listed; a shard that is cut short can be used up to its end
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
         self._file.close()
@@ -247,9 +379,12 @@ class OpenShard:
         Raises:
             BadSample: the shard ends before it, its key is used twice, or it cannot be read.
         """
+        return self._as_it_is(lambda: self._read(number, wanted))
+
+    def _read(self, number: int, wanted: Callable[[str], bool] | None) -> tuple[str, dict[str, bytes]]:
         sample = self._sample(number)
-        spots = [(name, spot) for name, spot in sample.members.items() if wanted is None or wanted(name)]
-        return sample.key, {name: self._bytes(number, *spot) for name, spot in spots}
+        names = [name for name in sample.members if wanted is None or wanted(name)]
+        return sample.key, {name: self._bytes(number, name) for name in names}
 
     def read_member(self, number: int, suffix: str) -> bytes:
         """One member of a sample.
@@ -257,10 +392,21 @@ class OpenShard:
         Raises:
             BadSample: as `read`, or the sample does not have this member.
         """
-        sample = self._sample(number)
-        if suffix not in sample.members:
+        return self._as_it_is(lambda: self._read_member(number, suffix))
+
+    def _read_member(self, number: int, suffix: str) -> bytes:
+        if suffix not in self._sample(number).members:
             raise BadSample(f"{self.where(number)}: has no {suffix}")
-        return self._bytes(number, *sample.members[suffix])
+        return self._bytes(number, suffix)
+
+    def _as_it_is(self, read: Callable[[], Read]) -> Read:
+        """What ``read`` gives; by the shard's own headers if those that were kept are not the shard's."""
+        try:
+            return read()
+        except _Stale:
+            self._kept = False
+            self._use(index_tar(self.path))
+            return read()
 
     def _sample(self, number: int) -> StoredSample:
         samples = self.index.samples
@@ -270,9 +416,14 @@ class OpenShard:
             raise BadSample(f"{self.where(number)}: {samples[number].problem}")
         return samples[number]
 
-    def _bytes(self, number: int, offset: int, size: int) -> bytes:
+    def _bytes(self, number: int, suffix: str) -> bytes:
+        sample = self.index.samples[number]
+        offset, size = sample.members[suffix]
         try:
-            self._file.seek(offset)
+            if not self._kept:
+                self._file.seek(offset)
+            elif not _begins(self._file, offset, f"{sample.key}.{suffix}", size):
+                raise _Stale
             data = self._file.read(size)
         except OSError as error:
             raise BadSample(f"{self.where(number)}: cannot be read ({error.strerror or error})") from error

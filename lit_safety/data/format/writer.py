@@ -36,7 +36,7 @@ from lit_safety.data.format.manifest import (
     save_manifest,
 )
 from lit_safety.data.format.sample import PairMetadata, parse_metadata
-from lit_safety.data.format.tar_index import index_tar
+from lit_safety.data.format.tar_index import INDEX, index_tar, save_index
 
 if TYPE_CHECKING:
     import webdataset as wds
@@ -263,6 +263,7 @@ class ShardWriter:
 
     def _clear(self, overwrite: bool) -> None:
         old = [self.folder / FILE_NAME, self.folder / JOURNAL, *self.folder.glob(f"{self.name}-??????.tar")]
+        old += self.folder.glob(f"{self.name}-??????.tar{INDEX}")
         old = [path for path in old if path.exists()]
         if old and not overwrite:
             raise UserError(f"{self.folder}: already holds {old[0].name}; name another folder or ask to overwrite")
@@ -290,6 +291,7 @@ class ShardWriter:
         path = self._shard_path()
         self._open.close()
         self._open = self._tar = None
+        save_index(path)
         shard = Shard(path.name, len(self._in_shard), path.stat().st_size, file_sha256(path), tuple(self._in_shard))
         self._shards.append(shard)
         self._in_shard = []

@@ -61,7 +61,11 @@ def test_a_run_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError, match="killed"):
         die()
-    assert sorted(os.listdir(tmp_path)) == [".manifest.partial.json", "shard-000000.tar"]
+    assert sorted(os.listdir(tmp_path)) == [
+        ".manifest.partial.json",
+        "shard-000000.tar",
+        "shard-000000.tar.index.json",
+    ]
     for given in (tmp_path, tmp_path / "*.tar"):
         with pytest.raises(UserError, match="not complete"):
             open_source(str(given), "train")
@@ -73,7 +77,7 @@ def test_an_earlier_run_is_not_overwritten_by_chance(tmp_path: Path) -> None:
         ShardWriter(tmp_path)
     with ShardWriter(tmp_path, overwrite=True) as writer:
         writer.write("k", metadata(1), picture(1), picture(2))
-    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-000000.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-000000.tar", "shard-000000.tar.index.json"]
 
 
 def test_wrong_samples_are_named(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_a_run_killed_before_its_first_shard_was_noted_begins_anew(tmp_path: Pat
     (tmp_path / "shard-000000.tar").write_bytes(b"renamed, but not noted yet")
     with ShardWriter(tmp_path, provenance={"another": "setting"}, resume=True) as writer:
         writer.write("k", metadata(1), picture(1), picture(2))
-    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-000000.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-000000.tar", "shard-000000.tar.index.json"]
     assert file_sha256(tmp_path / "shard-000000.tar") == load_manifest(tmp_path).shardlist[0].sha256
 
 
