@@ -191,7 +191,7 @@ def test_the_toy_world_in_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rounds[0]["harmful_share"] >= 0.75
     explored = [way for name, way in rounds[0]["ways"].items() if name != "own"]
     assert sum(way["safe"] for way in explored) >= sum(way["images"] for way in explored) / 2
-    assert rounds[1]["lambda"] > rounds[0]["lambda"] > 1.0  # the cost is above the limit
+    assert [one["lambda"] for one in rounds] == [1.0, 1.0]  # the barrier's slope beyond the limit
     assert (latest / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
