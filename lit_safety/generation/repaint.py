@@ -323,7 +323,7 @@ class Repainter:
                 one.mask = small.resize(one.image.size, Image.Resampling.NEAREST)
 
     def _attention(self, items: Sequence[Item], latents: Tensor) -> Tensor:
-        """Attention (B, h, w) to the words of the harm, the mean over layers and amounts of noise, each at most 1."""
+        """Attention (B, h, w) to the words of the harm, summed over the finest layers and amounts of noise."""
         import torch
 
         from lit_safety.core.chance import normal, sample_seed
@@ -341,9 +341,12 @@ class Repainter:
             noisy = self.backbone.add_noise(latents, noise, timesteps)
             with recorded(self.backbone.denoiser) as maps:
                 self.backbone.predict(noisy, timesteps, conditioning)
+            # Coarse layers say which half of an image it is; the finest ones where.
+            finest = max(layer.shape[1] for layer in maps)
             for layer in maps:
-                found += to_words(layer, tokens, size)
-        return found
+                if layer.shape[1] == finest:
+                    found += to_words(layer, tokens, size)
+        return (found - found.amin((1, 2), keepdim=True)).square()  # attention falls off slowly around a thing
 
     def _tokens(self, prompt: str) -> list[int]:
         """Places of the tokens of the words that no harmless prompt has."""
