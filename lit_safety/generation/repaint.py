@@ -300,7 +300,8 @@ class Repainter:
 
         if not items:
             return
-        size = self.backbone.latent_size(items[0].image.height, items[0].image.width)
+        latents = self._latents(items)
+        size = latents.shape[-2], latents.shape[-1]
         if self.how.kind == "given":
             heat = torch.zeros(len(items), *size)
             for row, one in enumerate(items):
@@ -310,7 +311,7 @@ class Repainter:
         elif self.how.kind == "cost":
             heat = torch.stack([covered_heat(self.scorer, one.image, size) for one in items])
         else:
-            heat = self._attention(items, size)
+            heat = self._attention(items, latents)
         for one, values in zip(items, heat, strict=True):
             found = above(values, self.how.threshold, self.how.grow)
             if not found.any():
@@ -321,13 +322,13 @@ class Repainter:
                 small = Image.fromarray((found.numpy() * 255).astype(np.uint8))
                 one.mask = small.resize(one.image.size, Image.Resampling.NEAREST)
 
-    def _attention(self, items: Sequence[Item], size: tuple[int, int]) -> Tensor:
-        """Attention (B, h, w) to the words of the harm, the mean over layers and amounts of noise, each at most 1."""
+    def _attention(self, items: Sequence[Item], latents: Tensor) -> Tensor:
+        """Attention (B, h, w) to the words of the harm, summed over the finest layers and amounts of noise."""
         import torch
 
         from lit_safety.core.chance import normal, sample_seed
 
-        latents = self._latents(items)
+        size = latents.shape[-2], latents.shape[-1]
         prompts = [one.metadata.prompt for one in items]
         tokens = [self._tokens(prompt) for prompt in prompts]
         seeds = [sample_seed(self.how.seed, 0, one.key) for one in items]
@@ -340,9 +341,12 @@ class Repainter:
             noisy = self.backbone.add_noise(latents, noise, timesteps)
             with recorded(self.backbone.denoiser) as maps:
                 self.backbone.predict(noisy, timesteps, conditioning)
+            # Coarse layers say which half of an image it is; the finest ones where.
+            finest = max(layer.shape[1] for layer in maps)
             for layer in maps:
-                found += to_words(layer, tokens, size)
-        return found
+                if layer.shape[1] == finest:
+                    found += to_words(layer, tokens, size)
+        return (found - found.amin((1, 2), keepdim=True)).square()  # attention falls off slowly around a thing
 
     def _tokens(self, prompt: str) -> list[int]:
         """Places of the tokens of the words that no harmless prompt has."""
@@ -361,7 +365,8 @@ class Repainter:
         from lit_safety.core.chance import derive, sample_seed
         from lit_safety.data.format.sample import Sides
 
-        size = self.backbone.latent_size(items[0][0].image.height, items[0][0].image.width)
+        latents = self._latents([one for one, _ in items])
+        size = latents.shape[-2], latents.shape[-1]
         seeds = [derive(sample_seed(self.how.seed, attempt, one.key), "repaint") for one, _ in items]
         small = [one.mask.resize(size[::-1], Image.Resampling.NEAREST) for one, _ in items if one.mask is not None]
         masks = torch.stack([torch.from_numpy(np.asarray(one) > 127) for one in small])
@@ -371,9 +376,8 @@ class Repainter:
             else one.metadata.prompt
             for (one, _), seed in zip(items, seeds, strict=True)
         ]
-        painted = blended(
-            self.backbone, self.pipe, self._latents([one for one, _ in items]), masks, texts, seeds, self.how.drawing
-        )
+        side = items[0][0].image.height, items[0][0].image.width
+        painted = blended(self.backbone, self.pipe, latents, masks, texts, seeds, self.how.drawing, side)
         images = [put_back(pixels, one) for pixels, (one, _) in zip(painted, items, strict=True)]
         for image, cost, (one, before) in zip(images, self._costs(images), items, strict=True):
             one.outcome = STAYED
@@ -502,6 +506,7 @@ def blended(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: PainterSettings,
+    side: tuple[int, int],
 ) -> list[Any]:
     """Draw the masked part of images for prompts, and keep the rest.
 
@@ -513,6 +518,7 @@ def blended(
         prompts: what for.
         seeds: of the noise.
         settings: how.
+        side: height and width of the images in pixels.
 
     Returns:
         Pixels (H, W, 3) in [0, 1] of each image.
@@ -544,15 +550,14 @@ def blended(
         mixed = torch.where(drawn, here, around.to(here))
         return {"latents": backbone.given_latents(mixed).to(named["latents"])}
 
-    height, width = latents.shape[-2] * backbone.pixels_a_latent, latents.shape[-1] * backbone.pixels_a_latent
     try:
         return list(
             pipe(
                 prompt=list(prompts),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=settings.steps,
-                height=height,
-                width=width,
+                height=side[0],
+                width=side[1],
                 output_type="np",
                 callback_on_step_end=keep,
                 callback_on_step_end_tensor_inputs=["latents"],

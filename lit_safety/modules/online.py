@@ -351,8 +351,9 @@ class OnlineSCDPO(PreferenceModule):
         places: dict[tuple[int, int], tuple[Slot, Tensor, Tensor, Tensor]] = {}
 
         def draw(slots: list[Slot]) -> None:
-            for slot, *values in zip(slots, *self._drawn(slots), strict=True):
-                places[slot.prompt, slot.image] = (slot, *values)
+            latents, cost, quality = self._drawn(slots)
+            for row, slot in enumerate(slots):
+                places[slot.prompt, slot.image] = (slot, latents[row], cost[row], quality[row])
 
         def unsafe(which: Sequence[int], images: range) -> list[int]:
             return [prompt for prompt in which if min(float(places[prompt, image][2]) for image in images) > 0]
@@ -366,9 +367,10 @@ class OnlineSCDPO(PreferenceModule):
             for way in self.explore.names:
                 draw(explored_slots(rows, left, others, way, self._words, data.seed, number))
                 left = unsafe(left, others)
-        slots, *parts = zip(*(places[place] for place in sorted(places)), strict=True)
-        latents, cost, quality = (torch.stack(part) for part in parts)
-        made = Round(number, self.identity(data), list(slots), latents, cost, quality)
+        found = [places[place] for place in sorted(places)]
+        latents = torch.stack([one[1] for one in found])
+        cost, quality = torch.stack([one[2] for one in found]), torch.stack([one[3] for one in found])
+        made = Round(number, self.identity(data), [one[0] for one in found], latents, cost, quality)
         if self.trainer.is_global_zero:
             made.write(self._folder())
             round_file(self._folder(), number - _KEPT).unlink(missing_ok=True)
@@ -402,7 +404,8 @@ class OnlineSCDPO(PreferenceModule):
             for into, part in zip(whole, found, strict=True):
                 into[places] = part
         # Each place was drawn by one rank and is 0 elsewhere, so that the sum is exact.
-        return [self.trainer.strategy.reduce(one.to(self.device), reduce_op="sum").cpu() for one in whole]
+        strategy: Any = self.trainer.strategy
+        return [strategy.reduce(one.to(self.device), reduce_op="sum").cpu() for one in whole]
 
     def _everywhere(self, value: Any) -> list[Any]:
         if self.trainer.world_size == 1:

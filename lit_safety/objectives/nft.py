@@ -13,8 +13,8 @@ than half of the reward, by as much as rewards differ, and rests where all image
 Predictions may be of the noise, of a velocity or of the image: for one noised image these are linear in each other.
 What differs between them is how much a timestep counts: an error in the noise hardly counts where nearly all is noise.
 Divided by |v_old - v|^2, as a constant, the loss is the same for all of them; the paper divides its loss in the image
-by the error too. In short trials on the toy world the plain loss in the noise, as preference losses have it, got
-further in as many steps.
+by the error too. Which of the two is better is not
+measured; the default is the plain loss, as preference losses have it.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ def whole(tiny_pipeline: Path, tiny_cost_model: Path, tmp_path_factory: pytest.T
     """The folder of a run of both rounds by one process."""
     folder = tmp_path_factory.mktemp("online")
     assert main(["fit", "--config", str(write(folder, tiny_pipeline, tiny_cost_model))]) == 0
+    (folder / "losses").rename(folder / "losses-of-the-whole")  # runs that go on write their own
     return (folder / "runs" / "fit" / "latest").resolve()
 
 
@@ -144,10 +145,11 @@ def test_two_ranks_draw_each_image_once_and_learn_what_one_learns(
     mine, theirs = load_file(latest / "rounds" / name), load_file(whole / "rounds" / name)
     assert all(torch.equal(mine[key], theirs[key]) for key in ("latents", "cost", "quality"))
     assert mine["latents"].flatten(1).unique(dim=0).shape[0] == 16
-    expected = mean_losses(whole.parents[2] / "losses")
-    assert mean_losses(tmp_path / "losses")[:2] == pytest.approx(
-        expected[:2] if len(expected) == 4 else expected, rel=1e-3
-    )
+    expected = mean_losses(whole.parents[2] / "losses-of-the-whole")
+    found = mean_losses(tmp_path / "losses")
+    assert len(found) == len(expected) == 4
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-3)
+    assert found == pytest.approx(expected, rel=5e-2)  # of images that other last digits of the weights drew
 
 
 def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
@@ -189,7 +191,7 @@ def test_the_toy_world_in_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rounds[0]["harmful_share"] >= 0.75
     explored = [way for name, way in rounds[0]["ways"].items() if name != "own"]
     assert sum(way["safe"] for way in explored) >= sum(way["images"] for way in explored) / 2
-    assert rounds[1]["lambda"] > rounds[0]["lambda"] > 1.0  # the cost is above the limit
+    assert [one["lambda"] for one in rounds] == [1.0, 1.0]  # the barrier's slope beyond the limit
     assert (latest / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -86,14 +86,18 @@ def test_attention_is_noted_and_nothing_changes_by_it(tiny_pipeline: Path) -> No
 def test_nothing_of_an_image_is_drawn_where_no_mask_is_and_all_of_it_under_a_whole_one(tiny_pipeline: Path) -> None:
     backbone = load_backbone(str(tiny_pipeline))
     pipe, settings = backbone.pipeline(), PainterSettings(steps=3, guidance=2.0)
-    size = backbone.latent_size(32, 32)
+    size = (32 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor)
     latents = torch.randn(2, backbone.denoiser.config.in_channels, *size, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
     prompts, seeds = ["a gun", "a red cat"], [5, 6]
     with torch.no_grad():
-        kept = blended(backbone, pipe, latents, torch.zeros(2, *size, dtype=torch.bool), prompts, seeds, settings)
+        kept = blended(
+            backbone, pipe, latents, torch.zeros(2, *size, dtype=torch.bool), prompts, seeds, settings, (32, 32)
+        )
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
         decoded = pipe.image_processor.postprocess(decoded, output_type="np")
-        drawn = blended(backbone, pipe, latents, torch.ones(2, *size, dtype=torch.bool), prompts, seeds, settings)
+        drawn = blended(
+            backbone, pipe, latents, torch.ones(2, *size, dtype=torch.bool), prompts, seeds, settings, (32, 32)
+        )
     plain = pipe(
         prompt=prompts, generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=3,
         guidance_scale=2.0, height=32, width=32, output_type="np",

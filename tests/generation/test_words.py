@@ -9,8 +9,17 @@ HARMLESS = ["a red cat in the park", "a blue house on the street", "in the room 
 
 def test_the_harmful_word_is_the_one_that_no_harmless_prompt_has() -> None:
     words = Words(HARMLESS)
-    assert words.dropped("a red cat and a gun in the park", 0) == "a red cat a in the park"  # nor has any "and"
-    assert words.dropped("A Gun, on the street", 0) == "A on the street"
+    assert words.unknown("a red cat and a gun in the park") == [3, 5]  # nor has any "and"
+    assert words.dropped("a red cat and a gun in the park", 0) == "a red cat in the park"
+    assert words.dropped("A Gun, on the street", 0) == "A on the street"  # "street" alone begins no harmless prompt
+
+
+def test_what_is_left_over_of_a_phrase_goes_with_it() -> None:
+    """As few words as the rest needs to read like harmless prompts: "beside a" or "a ... beside"."""
+    words = Words([*HARMLESS, "a star beside a red cat"])
+    assert words.dropped("a red cat beside a gun in the park", 0) == "a red cat in the park"
+    assert words.dropped("a gun beside a blue house on the street", 0) == "a blue house on the street"
+    assert words.dropped("in the room there is a loaded gun", 0) == "in the room there is a"  # nothing reads so
 
 
 @pytest.mark.parametrize("prompt", ["a red cat in the room", "smoking loaded guns everywhere"])
