@@ -145,7 +145,7 @@ class _Texts:
         factors, rows = torch.ones(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
         for number, row in enumerate(ids.tolist()):
             for text in self.longest:
-                start = _place(row, text, self.special)
+                start = _text_start(row, text, self.special)
                 if start is not None:
                     rows[number] = True
                     for offset, named in enumerate(self.found[text][: len(row) - start]):
@@ -159,13 +159,13 @@ def _named(tokenizer: Any, ids: tuple[int, ...], concept: str) -> list[bool]:
     """Which tokens are the concept's; all tokens if the concept is not named."""
     for text in (concept, f" {concept}") if concept else ():
         word = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        start = _place(list(ids), word, set()) if word else None
+        start = _text_start(list(ids), word, set()) if word else None
         if start is not None:
             return [start <= place < start + len(word) for place in range(len(ids))]
     return [True] * len(ids)
 
 
-def _place(row: list[int], text: tuple[int, ...], special: set[int]) -> int | None:
+def _text_start(row: list[int], text: tuple[int, ...], special: set[int]) -> int | None:
     """The position where a text begins in a row's tokens; a truncated row may hold only the text's beginning."""
     for start in range(len(row)):
         if row[start] != text[0]:

@@ -79,7 +79,7 @@ class Flux(RectifiedFlow):
             pooled_projections=conditioning["pooled_projections"],
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=_places(height // 2, width // 2, noisy),
+            img_ids=_token_positions(height // 2, width // 2, noisy),
             return_dict=False,
         )[0]
         return unpack(found, height, width)
@@ -92,7 +92,7 @@ class Flux(RectifiedFlow):
         return pack(latents)
 
 
-def _places(height: int, width: int, like: Tensor) -> Tensor:
+def _token_positions(height: int, width: int, like: Tensor) -> Tensor:
     """(0, row, column) of each token (height * width, 3)."""
     ids = like.new_zeros(height, width, 3, dtype=torch.float32)
     ids[..., 1] = torch.arange(height, device=like.device)[:, None]

@@ -49,7 +49,7 @@ def hub_file(source: str, name: str, revision: str | None = None, key: str | Non
     Raises:
         UserError: the model is missing, gated or not reachable, has no such file, or the disk is full.
     """
-    with _told(source, name, key):
+    with _as_user_error(source, name, key):
         validate_repo_id(source)
         return Path(
             hf_hub_download(source, name, revision=revision, endpoint=ENDPOINT, local_files_only=not hub_answers())
@@ -94,7 +94,7 @@ def _answers(endpoint: str) -> bool:
 
 @functools.cache
 def _listing(source: str, revision: str) -> tuple[str, ...]:
-    with _told(source, "its list of files"):
+    with _as_user_error(source, "its list of files"):
         return tuple(HfApi(endpoint=ENDPOINT).list_repo_files(source, revision=revision))
 
 
@@ -110,7 +110,7 @@ def _needed(files: tuple[str, ...], name: str) -> list[str]:
 
 
 @contextmanager
-def _told(source: str, what: str, key: str | None = None) -> Iterator[None]:
+def _as_user_error(source: str, what: str, key: str | None = None) -> Iterator[None]:
     """Turns all errors of the hub's client into one line that says what to do."""
     try:
         yield

@@ -303,7 +303,7 @@ class Fight:
 
     @contextmanager
     def _moved(self) -> Iterator[list[nn.Parameter]]:
-        """A fine-tuning may change the denoiser inside it; yields the weights to change, and restores them."""
+        """A context in which a fine-tuning may change weights; it yields these and restores them."""
         denoiser = self.module.backbone.denoiser
         if self.kind.weights == "lora":
             layers = linear_layers(denoiser, self.module.backbone.lora_targets())

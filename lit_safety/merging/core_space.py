@@ -74,7 +74,7 @@ def tsv_m(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """
     core = Core.of(parts, weights)
     if not len(core.small):
-        return _zero(parts[0])
+        return _zero_update(parts[0])
     count = max(1, min(core.small.shape[1:]) // len(core.small))
     us, values, vs = [], [], []
     for update in core.small:
@@ -93,12 +93,12 @@ def iso_c(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """
     core = Core.of(parts, weights)
     if not len(core.small):
-        return _zero(parts[0])
+        return _zero_update(parts[0])
     total = core.small.sum(dim=0)
     u, sizes, v = torch.linalg.svd(total, full_matrices=False)
     kept = int((sizes > NEGLIGIBLE * torch.linalg.matrix_norm(core.small).max()).sum())
     if not kept:  # the updates cancel
-        return _zero(parts[0])
+        return _zero_update(parts[0])
     return core.whole(u[:, :kept], sizes[:kept].mean().expand(kept), v[:kept].T, parts[0].kernel)
 
 
@@ -161,7 +161,7 @@ def _nearest(stacked: Tensor) -> Tensor:
     return found
 
 
-def _zero(part: LowRank) -> LowRank:
+def _zero_update(part: LowRank) -> LowRank:
     out, inputs = part.shape
     empty = torch.zeros(0, 0, dtype=torch.float64)
     return LowRank(empty.new_zeros(0, inputs), empty.new_zeros(out, 0), kernel=part.kernel)

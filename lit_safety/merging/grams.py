@@ -245,7 +245,7 @@ def _measured(
     keep: Keep | None,
 ) -> Iterator[dict[str, Grams]]:
     called = {name for group in groups for one in group for name in one.layers}
-    yield {name: _nothing(module, len(experts)) for name, module in modules.items() if name not in called}
+    yield {name: _unused_input(module, len(experts)) for name, module in modules.items() if name not in called}
     for number, group in enumerate(groups, 1):
         what = "measuring inputs" if len(groups) == 1 else f"measuring inputs, group {number} of {len(groups)}"
         measured = measure(backbone, experts, prompts, options, modules, group, what, kept, keep)
@@ -253,7 +253,7 @@ def _measured(
             yield dict.fromkeys(one.layers, measured.pop(one.layers[0]))
 
 
-def _nothing(module: nn.Module, experts: int) -> Grams:
+def _unused_input(module: nn.Module, experts: int) -> Grams:
     """The Gram matrices of a layer that is never called: zeros."""
     zero = torch.zeros(1, 1).expand(_width(module), _width(module))
     return Grams((zero,) * experts, zero)

@@ -62,9 +62,11 @@ def own_prompts(
         if not prompts and name in files:
             raise UserError(f"--calibration.of: {files[name]} holds no prompt for the expert {name}")
         if not prompts:
-            raise _nothing(source, f"harmful prompt of {categories[name]}, the category of the expert {name}", recipe)
+            raise _missing_prompts(
+                source, f"harmful prompt of {categories[name]}, the category of the expert {name}", recipe
+            )
     if not kept:
-        raise _nothing(source, "clean or look-alike prompt", recipe)
+        raise _missing_prompts(source, "clean or look-alike prompt", recipe)
     return OwnPrompts(own, kept)
 
 
@@ -84,9 +86,9 @@ def check_own_prompts(
     shards = open_source(source, KEY)
     for name, category in categories.items():
         if not take(shards, Filter(categories=(category,), kinds=("harmful",))).total:
-            raise _nothing(source, f"harmful prompt of {category}, the category of the expert {name}", recipe)
+            raise _missing_prompts(source, f"harmful prompt of {category}, the category of the expert {name}", recipe)
     if not take(shards, Filter(kinds=("clean",))).total:
-        raise _nothing(source, "clean prompt", recipe)
+        raise _missing_prompts(source, "clean prompt", recipe)
 
 
 def categories_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, str]:
@@ -121,7 +123,7 @@ def files_of(experts: Sequence[str], options: CalibrationOptions) -> dict[str, s
     return {name: said for name, said in (options.of or {}).items() if name in experts and said.endswith(FILES)}
 
 
-def _nothing(source: str | Sequence[str], what: str, recipe: Recipe) -> UserError:
+def _missing_prompts(source: str | Sequence[str], what: str, recipe: Recipe) -> UserError:
     asks = "regmean" if recipe.own_inputs else "--null_space"
     return UserError(
         f"{KEY} {source}: holds no {what}, which {asks} needs; add some (a prompt file with the columns prompt, kind "

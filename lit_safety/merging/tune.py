@@ -188,13 +188,13 @@ def curve(tried: Collection[Tried], chosen: Tried) -> bytes:
     )
     low, high, marks = share_range([0.0, *(one.harm for one in rows)])
 
-    def place(one: Tried) -> Point:
+    def point_of(one: Tried) -> Point:
         lost = 1 - _mean([one.benign_recall, one.benign_recall_lookalike])
         return Point(lost if one.fid is None else one.fid, one.harm)
 
-    along = Series("mu", [place(one) for one in rows], colour=0, line=True)
+    along = Series("mu", [point_of(one) for one in rows], colour=0, line=True)
     names = {one.mu: f"{one.mu:g}, chosen" if one == chosen else f"{one.mu:g}" for one in rows}
-    points = [Series(f"mu {names[one.mu]}", [place(one)], n, mark=names[one.mu]) for n, one in enumerate(rows, 1)]
+    points = [Series(f"mu {names[one.mu]}", [point_of(one)], n, mark=names[one.mu]) for n, one in enumerate(rows, 1)]
     title = "Safety against fidelity, on validation prompts"
     chart = Chart(
         title, Axis(label), Axis("images with harm, explicit and implicit", (low, high), marks), [along, *points]

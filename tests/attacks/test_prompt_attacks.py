@@ -67,12 +67,12 @@ def test_a_guard_is_not_drawn_without_guidance(make_target) -> None:
     target = make_target(Arm(guard=SAFREE()))
     stages = list(Samplers([Sampler(guidance=1.0), Sampler(steps=2)]).stages(target))
     assert [stage.budget for stage in stages] == [2]
-    assert target.notes == ["guidance 1: left out, the guard works with classifier-free guidance only"]
+    assert [note.partition(":")[0] for note in target.notes] == ["guidance 1"]
 
 
 def test_bad_samplers_are_refused(make_target) -> None:
     for given in ([], [Sampler()], [Sampler(steps=0)], [Sampler(guidance=-1.0)]):
         with pytest.raises(UserError, match="Samplers"):
             Samplers(given)
-    with pytest.raises(UserError, match="NoSuchScheduler cannot take the place of DDIMScheduler"):
+    with pytest.raises(UserError, match=r"NoSuchScheduler .*DDIMScheduler"):
         Samplers([Sampler("NoSuchScheduler")]).refuses(make_target())

@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(
     own = tmp_path / "own"
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="no earlier patch"):
+    with pytest.raises(UserError, match=r"--out .*own: is not empty"):
         run(adapter, prompts, "judge", str(own), pipeline)
     clean = tmp_path / "clean.csv"
     clean.write_text("prompt,kind,benign\na cat,clean,cat\n")

@@ -55,7 +55,7 @@ def test_one_cost_model_is_itself() -> None:
 
 
 def test_what_is_no_ensemble_is_refused() -> None:
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="twice"):
         load_ensemble([str(TOY), str(TOY)], 1.0)
     with pytest.raises(ValueError, match="pessimism"):
         CostEnsemble([scorer(Tower(), 0)], -1.0)

@@ -128,7 +128,7 @@ def test_experts_of_another_backbone_are_refused(backbone: Backbone, wide_pipeli
     wide = Expert("wide", read_lora(save_expert(tmp_path, 0, pipeline=wide_pipeline)))
     with pytest.raises(UserError, match=r"to_.* another backbone"):
         measure_activity(backbone, [wide], PROMPTS, OPTIONS)
-    for name, named in (("unet.nowhere", "unet.nowhere is not a layer"), ("text_encoder.x", "measures the denoiser")):
+    for name, named in (("unet.nowhere", "unet.nowhere is not a layer"), ("text_encoder.x", "adapts text_encoder.x")):
         with pytest.raises(UserError, match=named):
             measure_activity(
                 backbone, [Expert("x", {name: LowRank(torch.ones(1, 1), torch.ones(1, 1))})], PROMPTS, OPTIONS

@@ -223,7 +223,7 @@ def test_experts_do_not_change_within_a_step(tiny_pipeline: Path, category_shard
     [
         ({"categories": ["nothing"]}, {}, "model.init_args.categories.: unknown category 'nothing'"),
         ({"categories": ["hate", "Hate"]}, {}, "name every category once"),
-        ({"categories": ["hate"]}, {}, r"also be about violence: set .data.init_args.categories. to \['hate'\]"),
+        ({"categories": ["hate"]}, {}, r"violence: set .data.init_args.categories. to \['hate'\]"),
         ({"categories": ["hate", "violence", "sexual"]}, {}, "model.init_args.categories.: .*sexual;"),
         ({}, {"one_category": False}, "data.init_args.one_category: true"),
         ({}, {"consecutive": True}, "multiple of 2, not 3"),
@@ -292,7 +292,7 @@ def test_a_batch_of_no_category_is_refused(tiny_pipeline: Path, category_shards:
     module = module_of(tiny_pipeline, categories=["hate", "violence"])
     module.configure_model()
     batch = next(iter(data_of(category_shards, one_category=False).train_dataloader()))
-    with pytest.raises(UserError, match="a batch of category None and experts of hate, violence"):
+    with pytest.raises(UserError, match=r"category None, .*hate, violence"):
         module.category_of(batch)
 
 

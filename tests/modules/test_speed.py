@@ -53,7 +53,7 @@ def test_compiled_blocks_compute_the_same(tiny_pipeline: Path):
 
 
 def test_an_unknown_backend_is_refused(tiny_pipeline: Path):
-    with pytest.raises(UserError, match=r"speed\.compile: fast` is none of .*inductor"):
+    with pytest.raises(UserError, match=r"speed\.compile: fast` .*inductor"):
         module_of(tiny_pipeline, compile="fast")
 
 

@@ -117,5 +117,5 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: py
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match="already a group"):
         group(str(tmp_path / "whole"), out=str(tmp_path / "again"))
-    with pytest.raises(UserError, match="folder that is read"):
+    with pytest.raises(UserError, match="--out"):
         group(given, out=given)
