@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: An image of the prompt as it is, drawn by the sampling policy.
 OWN = "own"
 KEY = "model.init_args.explore.init_args"
-_CHANGES = ("drop", "nearest")
+_CHANGES: tuple[Literal["drop", "nearest"], ...] = ("drop", "nearest")
 
 
 class Explore:
