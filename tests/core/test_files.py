@@ -67,7 +67,8 @@ def test_one_process_writes_a_folder_and_a_killed_one_keeps_nobody_out(
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         assert main(command) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "shard-000000.tar"]
+    shard = "shard-000000.tar"
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", shard, f"{shard}.index.json"]
 
 
 def test_a_second_writer_in_the_same_process_is_refused_too(tmp_path: Path) -> None:
