@@ -94,5 +94,5 @@ def test_a_recipe_that_cannot_train_is_refused() -> None:
         Recipe(optimizer="LBFGS")
     with pytest.raises(UserError, match="optimizer"):
         Recipe(optimizer="Nonsense")
-    with pytest.raises(UserError, match="another one"):
+    with pytest.raises(UserError, match="recipes"):
         StrongestFineTune("x", [Recipe(), Recipe()])
