@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from lit_safety.data.format.sample import PairMetadata
     from lit_safety.data.format.writer import ShardWriter
     from lit_safety.data.reading.source import Source
-
-
-if TYPE_CHECKING:  # the command line needs this module's signature and must not wait for torch
-    #: Key, position, metadata, the bytes of its images, and its mask if it has one.
-    Stored = tuple[str, str, PairMetadata, list[bytes], dict[str, bytes]]
+    from lit_safety.data.reading.stored import Stored
 
 
 def score(
@@ -101,35 +97,11 @@ def _identity(source: Source) -> list[Any]:
     return [list(one) for one in source.identity()]
 
 
-def _stored(source: Source) -> Iterator[Stored]:
-    """Every pair in the stored order, without decoding its images."""
-    from lit_safety.data.format.sample import parse_metadata
-    from lit_safety.data.format.tar_index import refuse_twice
-    from lit_safety.data.reading.decode import MASK, image_bytes
-
-    seen: dict[str, str] = {}
-    for number in range(len(source.paths)):
-        shard = source.open_shard(number)
-        try:
-            if shard.problem is not None:
-                raise UserError(f"{shard.path}: {shard.problem}; restore the shard")
-            for index in range(len(shard.index.samples)):
-                key, members = shard.read(index)
-                where = shard.where(index)
-                refuse_twice(seen, key, shard)
-                if "json" not in members:
-                    raise UserError(f"{where}: lacks its json")
-                metadata = parse_metadata(members["json"], where)
-                images = image_bytes(members, metadata, where)
-                source.check(number, index, metadata, where)
-                yield key, where, metadata, images, {MASK: members[MASK]} if MASK in members else {}
-        finally:
-            shard.close()
-
-
 def _batches(source: Source, size: int) -> Iterator[list[Stored]]:
+    from lit_safety.data.reading.stored import stored_pairs
+
     batch: list[Stored] = []
-    for one in _stored(source):
+    for one in stored_pairs(source):
         batch.append(one)
         if len(batch) == size:
             yield batch

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lit_safety.backbones.backbone import Backbone
     from lit_safety.cost_model.network import CostScorer
     from lit_safety.data.format.sample import PairMetadata
+    from lit_safety.data.reading.source import Source
     from lit_safety.generation.words import Words
 
 Mask = Literal["attention", "cost", "given"]
@@ -195,36 +196,23 @@ class Item:
     mask: Image | None = None
 
 
-def _batches(source: Any, size: int) -> Iterator[list[Item]]:
+def _batches(source: Source, size: int) -> Iterator[list[Item]]:
     from lit_safety.core.images import decode_image, rgb
-    from lit_safety.data.format.sample import parse_metadata
-    from lit_safety.data.reading.decode import MASK, image_bytes
+    from lit_safety.data.reading.decode import MASK
+    from lit_safety.data.reading.stored import stored_pairs
 
     batch: list[Item] = []
-    for number in range(len(source.paths)):
-        shard = source.open_shard(number)
-        try:
-            if shard.problem is not None:
-                raise UserError(f"{shard.path}: {shard.problem}; restore the shard")
-            for index in range(len(shard.index.samples)):
-                key, members = shard.read(index)
-                where = shard.where(index)
-                if "json" not in members:
-                    raise UserError(f"{where}: lacks its json")
-                metadata = parse_metadata(members["json"], where)
-                worst = metadata.sides[1]
-                data = image_bytes(members, metadata, where)[worst]
-                image = rgb(decode_image(data, f"{where}: {metadata.names[worst]}"))
-                given = decode_image(members[MASK], f"{where}: {MASK}").convert("L") if MASK in members else None
-                if batch and batch[0].image.size != image.size:  # images of one batch have one size
-                    yield batch
-                    batch = []
-                batch.append(Item(key, metadata, image, given))
-                if len(batch) == size:
-                    yield batch
-                    batch = []
-        finally:
-            shard.close()
+    for one in stored_pairs(source):
+        worst = one.metadata.sides[1]
+        image = rgb(decode_image(one.images[worst], f"{one.where}: {one.metadata.names[worst]}"))
+        given = decode_image(one.mask[MASK], f"{one.where}: {MASK}").convert("L") if one.mask else None
+        if batch and batch[0].image.size != image.size:  # images of one batch have one size
+            yield batch
+            batch = []
+        batch.append(Item(one.key, one.metadata, image, given))
+        if len(batch) == size:
+            yield batch
+            batch = []
     if batch:
         yield batch
 

@@ -38,6 +38,7 @@ from lit_safety.modules.rounds import (
     sorted_prompts,
     weights_digest,
 )
+from lit_safety.modules.stability import PlainSteps
 from lit_safety.modules.strategies import weights_are_sharded
 from lit_safety.objectives.constrained import rectified_excess
 from lit_safety.objectives.nft import DiffusionNFT, nft_errors
@@ -142,7 +143,7 @@ class OnlineSCDPO(PreferenceModule):
         for name, given in (
             ("adversary", self.attack),
             ("speed.selective", self.speed.selective),
-            ("stability", None if type(self.steps).__name__ == "PlainSteps" else self.steps),
+            ("stability", None if isinstance(self.steps, PlainSteps) else self.steps),
             ("prompt_dropout", self.prompt_dropout or None),
         ):
             if given is not None:
@@ -193,8 +194,10 @@ class OnlineSCDPO(PreferenceModule):
                 "OnlineSCDPO exchanges whole weights, and here they are sharded over ranks: train with "
                 "`configs/strategies/ddp.yaml`"
             )
-        self._halves = self.rollout.guidance > 1 and not kind.startswith("Flux")
-        if self._halves and passes_of(kind, self.rollout.guidance) != [(False, True)]:
+        passes = passes_of(kind, self.rollout.guidance)
+        # One pass with the prompt: the scale is an input of the network, and its prediction is the policy.
+        self._halves = self.rollout.guidance > 1 and passes != [(True,)]
+        if self._halves and passes != [(False, True)]:
             raise UserError(
                 f"`model.init_args.rollout.guidance` is {self.rollout.guidance:g}, and {kind} guides in a way of its "
                 "own: set it to 1"
