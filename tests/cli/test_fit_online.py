@@ -16,6 +16,7 @@ from lit_safety.__main__ import main
 from lit_safety.modules import OnlineSCDPO
 from lit_safety.modules.rounds import Round
 from tests.helpers.documents import CONFIGS, TOYWORLD
+from tests.helpers.flow_pipelines import save_flow
 from tests.helpers.losses import mean_losses
 from tests.helpers.methods import exported
 from tests.helpers.ranks import run
@@ -224,3 +225,15 @@ def test_what_reports_measure_with_and_what_cannot_be_meant_is_refused(
     file = write(tmp_path, tiny_pipeline, tiny_cost_model, json.loads(text))
     assert main(["fit", "--config", str(file)]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["klein", "qwen_image"])
+def test_guidance_in_passes_of_its_own_is_refused(
+    family: str, tiny_cost_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a pipeline draws with guidance by calls that training would not make: the policy would be another one."""
+    pipeline = save_flow(family, tmp_path / family)
+    rollout = {"steps": 1, "guidance": 2.0, "batch_size": 8}
+    file = write(tmp_path, pipeline, tiny_cost_model, {"rollout": rollout})
+    assert main(["fit", "--config", str(file)]) != 0
+    assert "model.init_args.rollout.guidance" in capsys.readouterr().err
