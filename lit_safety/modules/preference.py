@@ -279,7 +279,7 @@ class PreferenceModule(ScheduledModule):
         output = self.objective(self.steps.spared(errors), self.labels(batch))
         return self.steps.guarded(errors, output, self.objective.beta)
 
-    # ---- the network: load it, add an adapter, shard it for the strategy--------------------------------------
+    # ---- the network: load it, add an adapter, shard it for the strategy --------------------------------------
 
     def configure_model(self) -> None:
         if "backbone" in self._modules:
