@@ -143,7 +143,7 @@ class OnlineSCDPO(PreferenceModule):
         for name, given in (
             ("adversary", self.attack),
             ("speed.selective", self.speed.selective),
-            ("stability", None if isinstance(self.steps, PlainSteps) else self.steps),
+            ("stability", None if type(self.steps) is PlainSteps else self.steps),
             ("prompt_dropout", self.prompt_dropout or None),
         ):
             if given is not None:
