@@ -30,7 +30,7 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.text import load_json
 from lit_safety.worlds.autoencoder import to_tensor
 from lit_safety.worlds.judging import degrade
-from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
+from lit_safety.worlds.training import Budget, decayed, fast_numbers, launch, share_gradients
 
 WIDTH = 96
 """Width of both towers and of their common space."""
@@ -182,7 +182,7 @@ class _Training(nn.Module):
 
     def forward(self, pictures: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The loss and its contrastive part; `share` is the heads' weight."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_numbers():
             seen, images = image_features(self.clip, pictures)
             read, texts = text_features(self.clip, ids)
         seen, images, read, texts = (one.float() for one in (seen, images, read, texts))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from lit_safety.core.files import atomic_folder
-from lit_safety.worlds.training import Budget, decayed, launch, share_gradients
+from lit_safety.worlds.training import Budget, decayed, fast_numbers, launch, share_gradients
 
 
 def new_scheduler() -> Any:
@@ -69,7 +69,7 @@ class Networks(Trainee):
         noise = torch.randn_like(latents)
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):  # 1.45 times as fast as float32 on a CPU with AVX-512 BF16
+        with fast_numbers():
             hidden = self.text(ids).last_hidden_state
             predicted = self.unet(noisy, timesteps, hidden).sample
         return nn.functional.mse_loss(predicted.float(), target)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_safety.judges.toy.judge import ToyJudge
 from lit_safety.worlds.autoencoder import to_tensor
-from lit_safety.worlds.training import Budget, decayed
+from lit_safety.worlds.training import Budget, decayed, fast_numbers
 
 UNKNOWN = -1.0
 """The label "two or more" of a thing that is not visible enough to count."""
@@ -75,7 +75,7 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction)
         pick = rng.integers(len(images), size=batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_numbers():
             there, two = judge.told(degrade(to_tensor(images[pick])))
         assert two is not None
         there, two, chosen = there.float(), two.float(), torch.from_numpy(pick)

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def decayed(fraction: float, warmup: float = 0.02, hold: float = 0.3) -> float:
     if fraction < hold:
         return 1.0
     return 0.5 * (1 + cos(pi * (fraction - hold) / (1 - hold)))
+
+
+def fast_numbers() -> AbstractContextManager[Any]:
+    """bfloat16 for matrix products on CPUs with AVX-512 BF16, where it is 1.45 times as fast as float32; else float32.
+
+    A CPU without these instructions computes bfloat16 many times more slowly: 12 times for a UNet on Zen 3.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 # Several processes with one thread each train one network: on few, busy cores this is faster than threads.

@@ -20,6 +20,7 @@ from lit_safety.backbones.stable_diffusion_3 import STAND_INS, BiasedJointAttent
 from lit_safety.worlds.denoiser import Trainee, save_pipeline, take_average
 from lit_safety.worlds.toyworld.text import WIDTH
 from lit_safety.worlds.toyworld.vae import LATENT_CHANNELS
+from lit_safety.worlds.training import fast_numbers
 
 SHIFT = 3.0
 """The scheduler's shift, as in SD3."""
@@ -94,7 +95,7 @@ class FlowNetworks(Trainee):
             pooled = torch.cat([one.text_embeds for one in found], -1)
             hidden = pad(hidden, (0, 0, 0, len(STAND_INS)))  # at the position of the 256 rows of zeros for a missing T5
             bias = pad(hidden.new_tensor(STAND_INS), (hidden.shape[1] - len(STAND_INS) + IMAGE_TOKENS, 0))
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_numbers():
             predicted = self.transformer(
                 hidden_states=noisy,
                 timestep=1000 * spread,
