@@ -16,9 +16,9 @@ LATENT_NOISE = 0.1
 """Noise on latents in training, in their standard deviation, so that the decoder tolerates the UNet's errors."""
 
 
-def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], channels last."""
-    tensor = torch.from_numpy(pictures).float().permute(0, 3, 1, 2) / 127.5 - 1
+def to_tensor(pictures: NDArray[np.uint8], device: str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1] on this device, channels last."""
+    tensor = torch.from_numpy(pictures).to(device).float().permute(0, 3, 1, 2) / 127.5 - 1
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
@@ -34,7 +34,13 @@ def vae_loss(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(
-    work: Path, vae: Any, pictures: NDArray[np.uint8], minutes: float, batch_size: int = 32, lr: float = 2e-3
+    work: Path,
+    vae: Any,
+    pictures: NDArray[np.uint8],
+    minutes: float,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    device: str = "cpu",
 ) -> None:
     """Trains until the time is used up and writes vae/ into the work folder; resumes from vae.pt.
 
@@ -45,12 +51,13 @@ def train_vae(
         minutes: wall time, including earlier interrupted runs.
         batch_size: images in a step.
         lr: highest learning rate.
+        device: where it trains.
     """
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = vae.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     state_file, step, spent = work / "vae.pt", 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=device)
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
@@ -58,7 +65,8 @@ def train_vae(
     while budget.fraction < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction, hold=0.2)
-        loss, mse = vae_loss(vae, to_tensor(np.asarray(pictures[rng.integers(len(pictures), size=batch_size)])))
+        pick = rng.integers(len(pictures), size=batch_size)
+        loss, mse = vae_loss(vae, to_tensor(np.asarray(pictures[pick]), device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -71,7 +79,7 @@ def train_vae(
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": saved}
             torch.save(state, work / "vae.pt.part")
             (work / "vae.pt.part").rename(state_file)
-    finish_vae(work, vae.eval(), np.asarray(pictures[:2000]))
+    finish_vae(work, vae.cpu().eval(), np.asarray(pictures[:2000]))
 
 
 @torch.no_grad()
@@ -84,12 +92,12 @@ def finish_vae(work: Path, vae: Any, pictures: NDArray[np.uint8]) -> None:
 
 
 @torch.no_grad()
-def encode_all(work: Path, pictures: NDArray[np.uint8], batch_size: int = 200) -> None:
+def encode_all(work: Path, pictures: NDArray[np.uint8], batch_size: int = 200, device: str = "cpu") -> None:
     """Writes latents.npy (N, C, h, w) float16 into the work folder: scaled posterior means of all images."""
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(device, memory_format=torch.channels_last)
     parts = []
     for start in range(0, len(pictures), batch_size):
-        mean = vae.encode(to_tensor(np.asarray(pictures[start : start + batch_size]))).latent_dist.mean
-        parts.append((mean * vae.config.scaling_factor).half().numpy())
+        mean = vae.encode(to_tensor(np.asarray(pictures[start : start + batch_size]), device)).latent_dist.mean
+        parts.append((mean * vae.config.scaling_factor).half().cpu().numpy())
     np.save(work / "latents.part.npy", np.concatenate(parts))
     (work / "latents.part.npy").rename(work / "latents.npy")

@@ -182,7 +182,7 @@ class _Training(nn.Module):
 
     def forward(self, pictures: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The loss and its contrastive part; `share` is the heads' weight."""
-        with fast_numbers():
+        with fast_numbers(pictures.device):
             seen, images = image_features(self.clip, pictures)
             read, texts = text_features(self.clip, ids)
         seen, images, read, texts = (one.float() for one in (seen, images, read, texts))
@@ -194,11 +194,11 @@ class _Training(nn.Module):
 class _Families:
     """Random batches of whole families."""
 
-    def __init__(self, work: Path, batch_size: int, seed: int) -> None:
+    def __init__(self, work: Path, batch_size: int, seed: int, device: str) -> None:
         with np.load(work / "clip_captions.npz") as data:
             self._ids, self._meanings = data["ids"], data["meanings"]
         self._pictures = np.load(work / "clip_pictures.npy", mmap_mode="r")
-        self._size, self._rng = batch_size, np.random.default_rng(seed)
+        self._size, self._rng, self._device = batch_size, np.random.default_rng(seed), device
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, side, side), ids (B, L) and meanings (B, M); B is families x scenes in a family."""
@@ -206,8 +206,9 @@ class _Families:
         pictures, ids, meanings = (array[pick] for array in (self._pictures, self._ids, self._meanings))
         ids = ids.reshape(-1, *ids.shape[2:])
         ids = ids[np.arange(len(ids)), self._rng.integers(ids.shape[1], size=len(ids))]
-        inputs = degrade(to_tensor(pictures.reshape(-1, *pictures.shape[2:])))
-        return inputs, torch.from_numpy(ids), torch.from_numpy(meanings).flatten(0, 1)
+        inputs = degrade(to_tensor(pictures.reshape(-1, *pictures.shape[2:]), self._device))
+        meant = torch.from_numpy(meanings).flatten(0, 1)
+        return inputs, torch.from_numpy(ids).to(self._device), meant.to(self._device)
 
 
 def _train(
@@ -220,21 +221,22 @@ def _train(
     families: int,
     lr: float,
     heads_until: float,
+    device: str,
 ) -> None:
     """The training loop. All processes agree on the used share of the budget, so that they stop after the same step."""
     torch.manual_seed(2)
-    training = _Training(make_clip(work), classes).train()
+    training = _Training(make_clip(work), classes).to(device).train()
     parameters, file = list(training.parameters()), work / "clip.pt"
     step, seen, spent = 0, 0, 0.0
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location=device)
         training.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seen, spent = state["step"], state["pictures"], state["spent"]
     torch.manual_seed(world * step + rank)
-    batches = _Families(work, families, world * step + rank)
-    budget, saved, shown = Budget(minutes, spent), spent, float("nan")
+    batches = _Families(work, families, world * step + rank, device)
+    budget, saved, shown = Budget(minutes, spent), spent, None
     fraction = budget.fraction
     while fraction < 1:
         for group in optimizer.param_groups:
@@ -242,16 +244,16 @@ def _train(
         batch = batches.next()
         loss, contrastive = training(*batch, max(0.0, 1 - fraction / heads_until))
         loss.backward()
-        fraction, mean = share_gradients(parameters, [budget.fraction, float(contrastive)], world)
+        fraction, mean = share_gradients(parameters, budget.fraction, contrastive, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             training.clip.logit_scale.clamp_(max=MAX_SCALE)
         step, seen = step + 1, seen + world * len(batch[0])
-        shown = mean if shown != shown else 0.95 * shown + 0.05 * mean
+        shown = mean if shown is None else 0.95 * shown + 0.05 * mean
         if rank == 0 and step % 50 == 0:
-            print(f"clip {budget.spent:5.0f} s, step {step}, contrastive loss {shown:.3f}", flush=True)
+            print(f"clip {budget.spent:5.0f} s, step {step}, contrastive loss {float(shown):.3f}", flush=True)
         if rank == 0 and (budget.spent - saved > SAVE_EVERY or fraction >= 1):
             saved = budget.spent
             state = {"model": training.state_dict(), "optimizer": optimizer.state_dict()}
@@ -268,6 +270,7 @@ def train_clip(
     lr: float = 1e-3,
     world: int = 2,
     heads_until: float = HEADS_UNTIL,
+    device: str = "cpu",
 ) -> tuple[CLIPModel, dict[str, float]]:
     """Trains until the time is used up; continues from clip.pt if it exists.
 
@@ -282,8 +285,10 @@ def train_clip(
         lr: highest learning rate.
         world: number of processes, with one thread each.
         heads_until: share of the budget at which the heads' weight has fallen from 1 to 0; infinity: it stays 1.
+        device: where it trains; a GPU is for one process.
     """
-    launch(_train, world, work, make_clip, classes, minutes, batch_size, lr, heads_until)
-    training, state = _Training(make_clip(work), classes), torch.load(work / "clip.pt", weights_only=True)
+    launch(_train, world, work, make_clip, classes, minutes, batch_size, lr, heads_until, device)
+    state = torch.load(work / "clip.pt", weights_only=True, map_location="cpu")
+    training = _Training(make_clip(work), classes)
     training.load_state_dict(state["model"])
     return training.clip.eval(), {"pictures": state["pictures"], "minutes": state["spent"] / 60}

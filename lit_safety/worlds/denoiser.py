@@ -69,7 +69,7 @@ class Networks(Trainee):
         noise = torch.randn_like(latents)
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
-        with fast_numbers():
+        with fast_numbers(latents.device):
             hidden = self.text(ids).last_hidden_state
             predicted = self.unet(noisy, timesteps, hidden).sample
         return nn.functional.mse_loss(predicted.float(), target)
@@ -98,11 +98,11 @@ _TIMESTEPS = 1000
 class _Batches:
     """Random batches of latents, token ids and noise levels."""
 
-    def __init__(self, work: Path, batch_size: int, seed: int) -> None:
+    def __init__(self, work: Path, batch_size: int, seed: int, device: str) -> None:
         self._latents = np.load(work / "latents.npy", mmap_mode="r")
         ids = torch.from_numpy(np.load(work / "ids.npy"))
         self._ids, self._empty = ids[:-1], ids[-1, 0]
-        self._size = batch_size
+        self._size, self._device = batch_size, device
         self._random = torch.Generator().manual_seed(seed)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,15 +113,16 @@ class _Batches:
         dropped = torch.rand(self._size, generator=self._random) < CAPTION_DROPOUT
         ids = torch.where(dropped[:, None], self._empty, self._ids[pick, which])
         spread = (torch.arange(self._size) + torch.rand(self._size, generator=self._random)) / self._size
-        return latents.contiguous(memory_format=torch.channels_last), ids, spread
+        latents = latents.to(self._device).contiguous(memory_format=torch.channels_last)
+        return latents, ids.to(self._device), spread.to(self._device)
 
 
 class _Training:
     """Networks, their moving average, the optimizer and the progress."""
 
-    def __init__(self, work: Path, lr: float, load: Callable[[Path], Trainee], name: str) -> None:
+    def __init__(self, work: Path, lr: float, load: Callable[[Path], Trainee], name: str, device: str) -> None:
         torch.manual_seed(1)
-        self.networks = load(work)
+        self.networks = load(work).to(device)
         self.parameters = _trained(self.networks)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.lr = lr
@@ -129,7 +130,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
         self.step, self.spent, self._file = 0, 0.0, work / f"{name}.pt"
         if self._file.exists():
-            state = torch.load(self._file, weights_only=True)
+            state = torch.load(self._file, weights_only=True, map_location=device)
             self.networks.load_state_dict(state["model"])
             self.average = [tensor.clone() for tensor in state["average"]]
             self.optimizer.load_state_dict(state["optimizer"])
@@ -174,22 +175,23 @@ def _train(
     minutes: float,
     batch_size: int,
     lr: float,
+    device: str,
 ) -> None:
     """The training loop. All processes agree on the used share of the budget, so that they stop after the same step."""
-    training = _Training(work, lr, load, name)
+    training = _Training(work, lr, load, name, device)
     seed = world * training.step + rank
-    batches = _Batches(work, batch_size, seed)
+    batches = _Batches(work, batch_size, seed, device)
     torch.manual_seed(seed)
     budget = Budget(minutes, training.spent)
-    saved, fraction, shown = budget.spent, budget.fraction, float("nan")
+    saved, fraction, shown = budget.spent, budget.fraction, None
     while fraction < 1:
         loss = training.networks.loss(*batches.next())
         loss.backward()
-        fraction, mean_loss = share_gradients(training.parameters, [budget.fraction, float(loss.detach())], world)
+        fraction, mean_loss = share_gradients(training.parameters, budget.fraction, loss.detach(), world)
         training.update(fraction)
-        shown = mean_loss if shown != shown else 0.98 * shown + 0.02 * mean_loss
+        shown = mean_loss if shown is None else 0.98 * shown + 0.02 * mean_loss
         if rank == 0 and training.step % 100 == 0:
-            print(f"{name} {budget.spent:5.0f} s, step {training.step}, loss {shown:.4f}", flush=True)
+            print(f"{name} {budget.spent:5.0f} s, step {training.step}, loss {float(shown):.4f}", flush=True)
         if rank == 0 and (budget.spent - saved > SAVE_EVERY or fraction >= 1):
             saved = budget.spent
             training.save(saved)
@@ -216,6 +218,7 @@ def train_networks(
     batch_size: int = 32,
     lr: float = 1e-3,
     world: int = 2,
+    device: str = "cpu",
 ) -> None:
     """Trains until the time is used up; the state is saved in {name}.pt from time to time.
 
@@ -227,18 +230,27 @@ def train_networks(
         batch_size: images in a step of each process.
         lr: highest learning rate.
         world: number of processes, with one thread each; 1 trains in this process.
+        device: where it trains; a GPU is for one process.
     """
-    launch(_train, world, work, load, name, minutes, batch_size, lr)
+    launch(_train, world, work, load, name, minutes, batch_size, lr, device)
 
 
-def train_unet(work: Path, new_unet: Callable[[], Any], minutes: float, world: int = 2) -> None:
+def train_unet(
+    work: Path,
+    new_unet: Callable[[], Any],
+    minutes: float,
+    world: int = 2,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> None:
     """`train_networks` of a UNet and the work folder's text_encoder/; `new_unet`: a module-level function."""
-    train_networks(work, partial(load_networks, new_unet=new_unet), "unet", minutes, world=world)
+    load = partial(load_networks, new_unet=new_unet)
+    train_networks(work, load, "unet", minutes, batch_size, world=world, device=device)
 
 
 def take_average(networks: Trainee, file: Path) -> None:
     """Loads the averaged weights of a training's state into the networks, in float32 and ready to draw."""
-    state = torch.load(file, weights_only=True)
+    state = torch.load(file, weights_only=True, map_location="cpu")
     with torch.no_grad():
         for parameter, average in zip(_trained(networks), state["average"], strict=True):
             parameter.copy_(average)

@@ -30,10 +30,11 @@ def degrade(pictures: Tensor) -> Tensor:
     drawings."""
     n = len(pictures)
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    amount = torch.rand(n, 1, 1, 1).pow(2) * 0.9
+    device = pictures.device
+    amount = torch.rand(n, 1, 1, 1, device=device).pow(2) * 0.9
     out = torch.lerp(pictures, blurred, amount)
-    out = out * (0.85 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.1 * torch.randn(n, 1, 1, 1)
-    out = out + torch.rand(n, 1, 1, 1).pow(2) * 0.25 * torch.randn_like(out)
+    out = out * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, device=device)) + 0.1 * torch.randn(n, 1, 1, 1, device=device)
+    out = out + torch.rand(n, 1, 1, 1, device=device).pow(2) * 0.25 * torch.randn_like(out)
     return out.clamp(-1, 1)
 
 
@@ -46,6 +47,7 @@ def learn(
     batch_size: int,
     lr: float,
     state: Path | None = None,
+    device: str = "cpu",
 ) -> None:
     """Trains a judge that counts until the time is used up; afterwards it is ready to judge.
 
@@ -59,14 +61,15 @@ def learn(
         lr: highest learning rate.
         state: file for the training's state; an interrupted training continues from it. None: train from the start
             without saving.
+        device: where it trains; afterwards the judge is on the CPU.
     """
-    targets, numbers = torch.from_numpy(labels), torch.from_numpy(twice)
+    targets, numbers = torch.from_numpy(labels).to(device), torch.from_numpy(twice).to(device)
     shares = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
-    judge.train()
+    judge.to(device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
     step, spent = 0, 0.0
     if state is not None and state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location=device)
         judge.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, spent = saved["step"], saved["spent"]
@@ -75,10 +78,10 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = lr * decayed(budget.fraction)
         pick = rng.integers(len(images), size=batch_size)
-        with fast_numbers():
-            there, two = judge.told(degrade(to_tensor(images[pick])))
+        with fast_numbers(targets.device):
+            there, two = judge.told(degrade(to_tensor(images[pick], device)))
         assert two is not None
-        there, two, chosen = there.float(), two.float(), torch.from_numpy(pick)
+        there, two, chosen = there.float(), two.float(), torch.from_numpy(pick).to(device)
         wanted, number = targets[chosen], numbers[chosen]
         known = (number != UNKNOWN).float()
         miscounted = nn.functional.binary_cross_entropy_with_logits(two, number.clamp(min=0), known)
@@ -98,4 +101,4 @@ def learn(
             held = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
             torch.save(held, state.with_suffix(".part"))
             state.with_suffix(".part").rename(state)
-    judge.eval()
+    judge.cpu().eval()

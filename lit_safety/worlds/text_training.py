@@ -33,6 +33,7 @@ def learn_captions(
     minutes: float,
     batch_size: int,
     lr: float,
+    device: str = "cpu",
 ) -> float:
     """Trains until the time is used up and writes text_encoder/ into the work folder.
 
@@ -47,9 +48,11 @@ def learn_captions(
         minutes: wall time.
         batch_size: captions in a step.
         lr: highest learning rate.
+        device: where it trains.
     """
-    ids, meanings = lessons.ids, lessons.meanings
-    heads = nn.ModuleList(nn.Linear(encoder.config.hidden_size, count) for count in classes)
+    ids, meanings = lessons.ids.to(device), lessons.meanings.to(device)
+    nn.Module.to(encoder, device)
+    heads = nn.ModuleList(nn.Linear(encoder.config.hidden_size, count) for count in classes).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     budget, step, rng = Budget(minutes), 0, np.random.default_rng(0)
@@ -60,7 +63,7 @@ def learn_captions(
         last = encoder(ids[pick]).last_hidden_state[:, -1]
         loss = sum(
             (nn.functional.cross_entropy(head(last), meanings[pick, i]) for i, head in enumerate(heads)),
-            start=torch.zeros(()),
+            start=torch.zeros((), device=device),
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -69,6 +72,8 @@ def learn_captions(
         step += 1
         if step % 100 == 0:
             print(f"text {budget.spent:5.0f} s, step {step}, loss {loss.item():.4f}", flush=True)
+    nn.Module.to(encoder, "cpu")
+    heads.cpu()
     with torch.no_grad():
         last = encoder.eval()(lessons.fresh_ids).last_hidden_state[:, -1]
         told = torch.stack([head(last).argmax(1) for head in heads], 1)

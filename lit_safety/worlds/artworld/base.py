@@ -88,7 +88,12 @@ def compact_ids(tokenizer: CLIPTokenizer, known: NDArray[np.int64], texts: list[
 
 
 def train_text_encoder(
-    work: Path, minutes: float, count: int = 60_000, batch_size: int = 256, lr: float = 2e-3
+    work: Path,
+    minutes: float,
+    count: int = 60_000,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    device: str = "cpu",
 ) -> float:
     """Learns `count` captions and writes text_encoder/ into the work folder.
 
@@ -101,7 +106,8 @@ def train_text_encoder(
     captions, meanings = _meanings("base", 1_000_000, count)
     fresh, meant = _meanings("checks", 0, 2000)
     ids, fresh_ids = (compact_ids(tokenizer, known, texts) for texts in (captions, fresh))
-    return learn_captions(work, encoder, CLASSES, Lessons(ids, meanings, fresh_ids, meant), minutes, batch_size, lr)
+    lessons = Lessons(ids, meanings, fresh_ids, meant)
+    return learn_captions(work, encoder, CLASSES, lessons, minutes, batch_size, lr, device)
 
 
 def write_caption_ids(work: Path) -> None:

@@ -126,12 +126,18 @@ def retrieval(clip: CLIPModel, families: Families) -> float:
     return float((meant == families.meanings).all(2).mean())
 
 
-def make_clip(work: Path, target: Path, minutes: float, processes: int, families: int = 24_000) -> None:
-    """Draws families, trains, measures and writes the image tower into `target`."""
+def make_clip(
+    work: Path, target: Path, minutes: float, processes: int, families: int = 24_000, device: str = "cpu"
+) -> None:
+    """Draws families, trains, measures and writes the image tower into `target`; a GPU trains four times as many in a
+    step."""
     if not (work / "clip_pictures.npy").exists():
         write_families(work, _families(work, "clip", 0, families, processes))
     # The heads stay on: the cost model needs to know all 217 subjects, and few captions of a batch differ in only one.
-    clip, trained = train_clip(work, new_art_clip, CLASSES, minutes, world=processes, heads_until=math.inf)
+    world, size = (processes, 16) if device == "cpu" else (1, 64)
+    clip, trained = train_clip(
+        work, new_art_clip, CLASSES, minutes, size, world=world, heads_until=math.inf, device=device
+    )
     found = retrieval(clip, _families(work, "checks", 20_000, 500, 1))
     notes = {
         "made by": "python -m lit_safety artworld build --stages '[clip]'",

@@ -237,6 +237,7 @@ def train_judge(
     styles: tuple[str, ...] = tuple(STYLES),
     workers: int = 1,
     state: Path | None = None,
+    device: str = "cpu",
 ) -> ArtJudge:
     """Draws the judge's own scenes, trains, and writes the folder `target`.
 
@@ -252,13 +253,14 @@ def train_judge(
             artist.
         workers: number of processes that draw.
         state: file with the state of an interrupted training, which is then continued.
+        device: where it trains.
     """
     images, labels, twice = judged_scenes(file, training, 0, count, styles=styles, workers=workers)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1], "styles": list(styles)}
     judge = ArtJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    learn(judge, images, labels, twice, minutes, batch_size, lr, state)
+    learn(judge, images, labels, twice, minutes, batch_size, lr, state, device)
     judge.notes.update(
         accuracy=check_judge(judge, file, training, styles=styles),
         accuracy_blurred_noisy=check_judge(judge, file, training, styles=styles, degraded=True),

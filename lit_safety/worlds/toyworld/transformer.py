@@ -95,7 +95,7 @@ class FlowNetworks(Trainee):
             pooled = torch.cat([one.text_embeds for one in found], -1)
             hidden = pad(hidden, (0, 0, 0, len(STAND_INS)))  # at the position of the 256 rows of zeros for a missing T5
             bias = pad(hidden.new_tensor(STAND_INS), (hidden.shape[1] - len(STAND_INS) + IMAGE_TOKENS, 0))
-        with fast_numbers():
+        with fast_numbers(noisy.device):
             predicted = self.transformer(
                 hidden_states=noisy,
                 timestep=1000 * spread,
