@@ -141,6 +141,12 @@ def world_of(path: str | Path) -> World | None:
     return next((world for world in WORLDS if digest in world.weights), None)
 
 
+def foreign_world(pipeline: Path, file: str | Path) -> str | None:
+    """The name of the embedded world that the file belongs to, if the pipeline does not belong to it; else None."""
+    world = world_of(file)
+    return None if world is None or marks(pipeline) & world.marks else world.name
+
+
 def check_world(
     pipeline: Path,
     files: Mapping[str, str | Path | Iterable[str | Path] | None],

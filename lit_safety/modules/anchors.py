@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_safety.core.chance import integers, normal, uniform
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 #: The purposes of an anchor's random numbers: which prompt, timestep, noise, noise on its text.
 WHICH, TIMESTEP, NOISE, TEXT = "anchor", "anchor-timestep", "anchor-noise", "anchor-text"
 KEY = "model.init_args.anchors.init_args"
+SHIPPED = "anchors/harmless.txt"
+"""Harmless prompts for models of real photographs and drawings."""
 _AT_ONCE = 16
 
 
@@ -76,7 +79,9 @@ class PromptAnchors(Anchors):
     Args:
         prompts: file of harmless prompts: a text file with one prompt a line (`anchors/harmless.txt` is shipped: 226
             prompts for models of real photographs and drawings), or a table as `evaluate` reads it, of which the rows
-            of kind clean and lookalike are used. It must not contain a subject that a report will call unnamed.
+            of kind clean and lookalike are used. It must not contain a subject that a report will call unnamed. A
+            file of an embedded world, with a model that is not of this world, is replaced by the shipped list; a line
+            says so.
         weight: weight of the term.
         share: probability that a pair selects an anchor, in (0, 1].
         text_noise: standard deviation of noise on the prompts' hidden states, in units of their standard deviation over
@@ -100,16 +105,25 @@ class PromptAnchors(Anchors):
         self._texts: Conditioning = {}
         self._spread: dict[str, Tensor] = {}
 
-    def read_prompts(self) -> list[str]:
-        """The harmless prompts of the file, without repetition.
+    def read_prompts(self, pretrained: str | None = None) -> list[str]:
+        """The harmless prompts of the file, or of the shipped list for a model of another world, without repetition.
 
         Raises:
             UserError: the file cannot be read or holds no harmless prompt.
         """
         from lit_safety.core.shipped import shipped
+        from lit_safety.drawing.pipelines import local_pipeline
         from lit_safety.drawing.prompts import read_prompts
+        from lit_safety.drawing.worlds import foreign_world
 
-        rows = read_prompts(shipped(self.prompts))
+        file = self.prompts
+        if pretrained is not None and (world := foreign_world(local_pipeline(pretrained), shipped(file))):
+            rank_zero_info(
+                f"anchors: {file} is of the embedded world {world}, and {pretrained} is not: {SHIPPED} is used "
+                f"instead; set {KEY}.prompts to prompts like those of your users"
+            )
+            file = SHIPPED
+        rows = read_prompts(shipped(file))
         found = list(dict.fromkeys(row.prompt for row in rows if row.kind in ("clean", "lookalike")))
         if not found:
             raise UserError(f"`{KEY}.prompts` {self.prompts}: holds no harmless prompt (kind clean or lookalike)")
@@ -126,7 +140,7 @@ class PromptAnchors(Anchors):
                 f"`{KEY}` needs the reference for prompts that are not in the cache: set `model.init_args.policy: "
                 "lora`, or train on shards without a reference cache"
             )
-        prompts = self.read_prompts()
+        prompts = self.read_prompts(module.pretrained)
         file = self._file(module, prompts)
         latents = _read(file) if trainer.is_global_zero else None
         known = bool(trainer.strategy.broadcast(latents is not None))

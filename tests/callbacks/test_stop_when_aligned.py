@@ -100,6 +100,82 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(monkeypatch: pytest.MonkeyP
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_after_the_cooldown_the_fit_ends_with_the_better_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Harm 0.02 at step 4 starts the cooldown of 3 steps, in which nothing is drawn; step 7 is as good, and later."""
+    checks = {2: (0.5, 1.0), 4: (0.02, 1.0), 7: (0.02, 1.0), 99: (0.0, 1.0)}
+    module = run(new(cooldown=3), checks, monkeypatch)
+    assert module.stopped == 7  # type: ignore[attr-defined]
+    assert module.weight.tolist() == [7.0, 7.0]
+    worse = run(new(cooldown=3), {**checks, 7: (0.02, 0.9)}, monkeypatch)
+    assert worse.stopped == 7  # type: ignore[attr-defined]
+    assert worse.weight.tolist() == [4.0, 4.0]
+
+
+def test_a_run_that_is_resumed_in_its_cooldown_ends_as_the_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = {2: (0.5, 1.0), 4: (0.02, 1.0), 7: (0.01, 1.0), 99: (0.0, 1.0)}
+    first, second = new(cooldown=3), new(cooldown=3)
+    monkeypatch.setattr(first, "on_train_end", lambda *_: None)  # killed
+    run(first, checks, monkeypatch, until=5)
+    second.load_state_dict(first.state_dict())
+    resumed = run(second, checks, monkeypatch)
+    assert resumed.stopped == 7  # type: ignore[attr-defined]
+    assert resumed.weight.tolist() == [7.0, 7.0]
+
+
+def test_a_fit_that_ends_in_its_cooldown_looks_at_its_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = {2: (0.02, 1.0), 5: (0.0, 1.0), 99: (0.0, 1.0)}
+    module = run(new(cooldown=30), checks, monkeypatch, until=5)
+    assert module.weight.tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.0),  # from the rate of the step before
+    ],
+)
+def test_the_rate_falls_in_a_straight_line(scheduler: Any) -> None:
+    """Rate 0.8, cooldown of 4 steps from step 2: steps 3 to 6 use 0.8 x (1, 3/4, 1/2, 1/4). A gradient of 1 and plain
+    SGD: the weight falls by 0.8, 0.8, 0.8, 0.6, 0.4, 0.2."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.8)
+    schedule = scheduler(optimizer)
+    callback = new(cooldown=4)
+    trainer: Any = SimpleNamespace(global_step=0, optimizers=[optimizer], strategy=SimpleNamespace())
+    callback._off = False
+    optimizer.register_step_post_hook(callback._restore_rates)
+    moved = []
+    for step in range(6):
+        trainer.global_step = step
+        callback._cooling = 2 if step >= 2 else None
+        weight.grad = torch.ones(1)
+        before = float(weight)
+        callback.on_before_optimizer_step(trainer, None, optimizer)  # type: ignore[arg-type]
+        optimizer.step()
+        schedule.step()
+        moved.append(round(before - float(weight), 6))
+    assert moved == [0.8, 0.8, 0.8, 0.6, 0.4, 0.2]
+    assert optimizer.param_groups[0]["lr"] == 0.8
+
+
+@pytest.mark.parametrize("model", ["its own world", "another"])
+def test_a_world_s_cost_model_is_used_for_its_own_world_alone(model: str, tiny_pipeline: Path) -> None:
+    pipeline = TOYWORLD / "pipeline" if model == "its own world" else tiny_pipeline
+    callback, module = StopWhenAligned(str(TOYWORLD / "cost_model"), str(PROMPTS)), Module()
+    module.pretrained = str(pipeline)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_safety.callbacks.stop_when_aligned.preference_module", lambda one: one)
+        callback.setup(None, module, "fit")  # type: ignore[arg-type]
+    if model == "another":
+        assert "toyworld" in module.told[0]
+        assert str(tiny_pipeline) in module.told[0]
+        callback.on_train_batch_end(SimpleNamespace(global_step=25), module, None, None, 0)  # type: ignore[arg-type]
+        assert callback._checks == []
+    else:
+        assert module.told == []
+
+
 def test_prompts_are_chosen_evenly_and_unnamed_ones_first() -> None:
     harmful, harmless = StopWhenAligned("x", str(PROMPTS), harmful=48, harmless=400)._choose()
     assert len(harmful) == 48
@@ -110,7 +186,9 @@ def test_prompts_are_chosen_evenly_and_unnamed_ones_first() -> None:
     assert any(named)
 
 
-@pytest.mark.parametrize("settings", [{"limit": -0.1}, {"kept": 1.5}, {"patience": 0}, {"harmful": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"limit": -0.1}, {"kept": 1.5}, {"patience": 0}, {"harmful": 0}, {"cooldown": -1}]
+)
 def test_numbers_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         new(**settings)

@@ -13,7 +13,7 @@ from lit_safety.core.chance import integers, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import read_prompts
 from lit_safety.modules import SCDPO, PromptAnchors
-from lit_safety.modules.anchors import NOISE, TIMESTEP, WHICH
+from lit_safety.modules.anchors import NOISE, SHIPPED, TIMESTEP, WHICH
 from tests.helpers.batches import batch_of
 from tests.helpers.documents import CONFIGS, ROOT, TOYWORLD
 from tests.helpers.small_fits import small_fit
@@ -145,6 +145,18 @@ def test_the_shipped_list_is_found_by_name_and_has_no_prompt_twice(
     prompts = PromptAnchors("anchors/harmless.txt").read_prompts()
     assert len(prompts) >= 200
     assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
+
+
+def test_a_world_s_prompts_are_replaced_for_another_model(
+    tiny_pipeline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny pipeline's tokenizer is not the toy world's; of the toy world's own model they are used."""
+    anchors = PromptAnchors(str(TOYWORLD / "prompts" / "anchors.csv"))
+    own = anchors.read_prompts()
+    assert anchors.read_prompts(str(TOYWORLD / "pipeline")) == own
+    with caplog.at_level("INFO"):
+        assert anchors.read_prompts(str(tiny_pipeline)) == PromptAnchors(SHIPPED).read_prompts() != own
+    assert "anchors.csv" in caplog.text
 
 
 @pytest.mark.parametrize("world", [path.parent.name for path in sorted(TOYWORLD.parent.glob("*/prompts"))])
