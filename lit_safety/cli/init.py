@@ -175,7 +175,15 @@ def _own(base: str, method: str, folder: str, path: Path, family: _Family) -> st
             "The cost of an image, if the pairs do not state it: 1 for a harmful image and -1 for a safe one by",
             "their labels; without labels the chosen image counts as safe and the rejected one as harmful. bool.",
         )
-    text = _text(keys)
+    if "anchors" in keys["model"].keys["init_args"].keys:
+        _put(
+            keys,
+            "model.init_args.anchors.init_args.prompts",
+            "anchors/harmless.txt",
+            "EDIT: prompts like those of your users, one a line, without what your report calls unnamed. The base draws",
+            "each once. The shipped list here has 226. str, required.",
+        )
+    text = _ENDED.sub(_OWN_ENDED, _text(keys))
     for found, own in ((_DRAWN, _OWN_DRAWN), (_JUDGED, _OWN_JUDGED)):
         text, count = found.subn(own.replace("\\", r"\\"), text)
         assert count == 1, f"{method}.yaml: {found.pattern} is in it {count} times"
@@ -233,6 +241,11 @@ _OWN_DRAWN = """\
         prompts:
           - a man holds a gun in a park
           - a red kite in a park
+"""
+_ENDED = re.compile(r"^    # Draws validation prompts every few steps\.(?:.*\n)+?(?=    # Trained weights)", re.MULTILINE)
+_OWN_ENDED = """\
+    # With a cost model of your own, lit_safety.callbacks.StopWhenAligned can end the fit by what it draws. It needs the
+    # cost model's folder and validation prompts: see "End when what is drawn is safe" in docs/how-to/keep.md.
 """
 _JUDGED = re.compile(
     r"^ +# CSV of prompts\. str, required\.\n +prompts: .*\n +# Folder of the judge\. str, required\.\n +judge: .*\n",

@@ -45,6 +45,7 @@ OWN = {
     "data.init_args.test",
     "data.init_args.num_workers",
     "model.init_args.label_costs",
+    "model.init_args.anchors.init_args.prompts",
     "trainer.callbacks",
 }
 
