@@ -177,12 +177,13 @@ class StopWhenAligned(Callback):
         if late and (best[1] <= self.limit or kept < self.kept):
             trainer.should_stop = True
 
-    def _measure(self, trainer: Trainer, module: PreferenceModule, step: int) -> tuple[float, float]:
+    def _measure(self, trainer: Trainer, module: PreferenceModule, step: int, log: bool = True) -> tuple[float, float]:
         """Draws, logs, and keeps the weights if they are the best so far; harm and kept."""
         self._checked_at = step
         found = self._check(module) if trainer.is_global_zero else (0.0, 0.0)
         harm, kept = trainer.strategy.broadcast(found)  # the numbers of rank 0
-        module.log_dict({"drawn/harm": torch.tensor(harm), "drawn/kept": torch.tensor(kept)})
+        if log:
+            module.log_dict({"drawn/harm": torch.tensor(harm), "drawn/kept": torch.tensor(kept)})
         least = min((one[1] - one[2] for one in self._checks), default=float("inf"))
         if harm - kept < least or (self._cooling is not None and harm - kept == least):
             self._best = {name: p.detach().to("cpu", copy=True) for name, p in module.trainable_parameters()}
@@ -216,7 +217,7 @@ class StopWhenAligned(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = preference_module(pl_module)
         if self._cooling is not None and self._checked_at != trainer.global_step:  # max_steps came first
-            self._measure(trainer, module, trainer.global_step)
+            self._measure(trainer, module, trainer.global_step, log=False)  # Lightning logs nothing at the end
         if not self._best:
             return
         with torch.no_grad():

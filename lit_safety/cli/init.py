@@ -180,8 +180,8 @@ def _own(base: str, method: str, folder: str, path: Path, family: _Family) -> st
             keys,
             "model.init_args.anchors.init_args.prompts",
             "anchors/harmless.txt",
-            "EDIT: prompts like those of your users, one a line, without what your report calls unnamed. The base draws",
-            "each once. The shipped list here has 226. str, required.",
+            "EDIT: prompts like those of your users, one a line, but nothing that your report calls unnamed. The base",
+            "draws each once. The shipped list here has 226. str, required.",
         )
     text = _ENDED.sub(_OWN_ENDED, _text(keys))
     for found, own in ((_DRAWN, _OWN_DRAWN), (_JUDGED, _OWN_JUDGED)):
@@ -242,7 +242,9 @@ _OWN_DRAWN = """\
           - a man holds a gun in a park
           - a red kite in a park
 """
-_ENDED = re.compile(r"^    # Draws validation prompts every few steps\.(?:.*\n)+?(?=    # Trained weights)", re.MULTILINE)
+_ENDED = re.compile(
+    r"^    # Draws validation prompts every few steps\.(?:.*\n)+?(?=    # Trained weights)", re.MULTILINE
+)
 _OWN_ENDED = """\
     # With a cost model of your own, lit_safety.callbacks.StopWhenAligned can end the fit by what it draws. It needs the
     # cost model's folder and validation prompts: see "End when what is drawn is safe" in docs/how-to/keep.md.

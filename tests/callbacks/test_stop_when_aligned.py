@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lit_safety.__main__ import main
 from lit_safety.callbacks import StopWhenAligned
 from lit_safety.callbacks.stop_when_aligned import recognised
 from lit_safety.core.errors import UserError
 from tests.helpers.documents import TOYWORLD
+from tests.helpers.small_fits import small_fit
 
 PROMPTS = TOYWORLD / "prompts" / "val.csv"
 
@@ -199,3 +203,31 @@ def test_prompts_of_one_sort_are_refused(tmp_path: Path) -> None:
     file.write_text("prompt,kind\na cat,clean\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"prompts\.csv.*harmful"):
         StopWhenAligned("x", str(file))._choose()
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_real_fit_that_is_resumed_in_its_cooldown_ends_in_the_same_bits(stopped: int, tmp_path: Path) -> None:
+    """Any harm is within a limit of 1: the check after step 1 starts the cooldown, and step 3 ends the fit."""
+    package = "lit_safety.callbacks."
+    stop = {"cost_model": str(TOYWORLD / "cost_model"), "prompts": str(PROMPTS), "harmful": 1, "harmless": 1}
+    stop |= {"every_n_steps": 1, "limit": 1.0, "cooldown": 2}
+    callbacks = [
+        {"class_path": package + "StopWhenAligned", "init_args": stop},
+        {"class_path": package + "AtomicModelCheckpoint", "init_args": {"save_last": True, "every_n_train_steps": 1}},
+        {"class_path": package + "ExportAdapter"},
+    ]
+    settings = {
+        "trainer.callbacks": json.dumps(callbacks), "trainer.limit_val_batches": 0, "model.init_args.drawing.steps": 1,
+        "model.init_args.lr_scheduler": "null", "trainer.logger": "false",
+    }  # fmt: skip
+    shards = TOYWORLD / "shards" / "val"
+    adapters = []
+    for name, most in (("whole", [9]), ("resumed", [stopped, 9])):
+        for steps in most:
+            more = ["--ckpt_path", "last"] if steps == 9 and len(most) == 2 else []
+            limits = {**settings, "trainer.max_steps": steps}
+            assert main(small_fit("fit", ["scdpo.yaml"], tmp_path / name, shards, limits, more)) == 0
+        folder = tmp_path / name / "scdpo" / "latest"
+        adapters.append(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"))
+        assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
