@@ -39,6 +39,15 @@ def check_precision(precision: str, device: str, key: str) -> None:
         )
 
 
+def device_of_rank(device: str, rank: int, processes: int) -> str:
+    """The device of one of several processes: on `cuda`, process i takes GPU i, round robin."""
+    if device != "cuda" or processes < 2:
+        return device
+    import torch
+
+    return f"cuda:{rank % max(1, torch.cuda.device_count())}"
+
+
 def check_trainer(trainer: Any) -> None:
     """`check_precision` for the trainer's settings, before anything is loaded.
 

@@ -308,13 +308,10 @@ class Load:
         Raises:
             UserError: it does not load, or does not support what is asked for.
         """
+        from lit_safety.core.hardware import device_of_rank
         from lit_safety.drawing.pipelines import load_pipeline
 
-        device = str(self.drawing.device)
-        if device == "cuda" and processes > 1:
-            import torch
-
-            device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+        device = device_of_rank(str(self.drawing.device), rank, processes)
         pipe = load_pipeline(self.folder, self.arm, device, self.drawing.precision)
         return self.drawing.edit.pipeline(pipe) if self.drawing.edit is not None else pipe
 

@@ -18,6 +18,7 @@ from lit_safety.judges.clip import BATCH, clip_scores, mean_interval
 from lit_safety.judges.fid import extract, feature_network, fid, jackknife, left_out
 from lit_safety.judges.judge import JudgeError
 from lit_safety.judges.judging import open_drawn
+from lit_safety.judges.placing import Place, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,8 @@ class Quality:
         clip: the CLIP of CLIPScore; None: no CLIPScore.
         reference: images that FID compares with next to the base's, see `reference.Reference`.
         scorers: preference scorers.
+        where: where the networks of FID and CLIPScore compute; None: on the CPU in float32. Judge and scorers are
+            placed already.
 
     Raises:
         UserError: there are too few clean prompts, or something named does not load.
@@ -70,7 +73,9 @@ class Quality:
         clip: str | None = None,
         reference: str | None = None,
         scorers: Sequence[PreferenceScorer] = (),
+        where: Place | None = None,
     ) -> None:
+        self.where = where or Place()
         self.prompts = [p.prompt for p in prompts if p.kind == "clean"]
         self.scorers = list(scorers)
         self._reason = "no finite number"
@@ -92,18 +97,21 @@ class Quality:
         self.reference: Tensor | None = None
         if fid_features is not None:
             self.network, about = feature_network(fid_features, judge)
+            self.network.to(self.where.device)
+            about["precision"] = self.where.precision
             self.settings["fid"] = about | {"prompts": "clean", "implementation": "torchmetrics, float64"}
         if reference is not None and self.network is not None:
             from lit_safety.drawing.reference_images import Reference
 
             source = Reference(reference)
-            self.reference = extract(self.network, source)
+            self.reference = extract(self.network, source, self.where)
             self.settings["fid"]["reference"] = {"path": reference, "n": source.count, "sha256": source.sha256}
         self.clip: Clip | None = None
         if clip is not None:
             from lit_safety.judges.clip import Clip
 
             self.clip = Clip(clip, "--clip")
+            place(self.clip, self.where)
             self.settings["clip_score"] = self.clip.settings | {"prompts": "clean", "scale": "100 cos"}
             self._texts = self.clip.texts([prompts[i].prompt for i in self.clean])
 
@@ -119,7 +127,7 @@ class Quality:
             there = {row: image for row, image in opened.items() if not isinstance(image, JudgeError)}
             if there and self.network is not None:
                 named = [(str(drawn[self.clean[row]].path), image) for row, image in there.items()]
-                features.append(extract(self.network, named))
+                features.append(extract(self.network, named, self.where))
             if there and self.clip is not None:
                 texts = self._texts[list(there)]
                 for row, score in zip(there, clip_scores(self.clip, list(there.values()), texts), strict=True):

@@ -41,6 +41,7 @@ from lit_safety.judges.judge import (
     in_order,
     unseen,
     where_seen,
+    without_precision,
 )
 from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
@@ -145,7 +146,7 @@ class Results:
             return {}
         found = {}
         for figure, entry in self.quality[0][name].items():
-            how = self.settings["quality"]["fid" if figure.startswith("fid_") else figure]
+            how = without_precision(self.settings["quality"]["fid" if figure.startswith("fid_") else figure])
             other = None
             if figure == "fid_base":  # it compares with the base, whatever else there is to compare with
                 how = {key: value for key, value in how.items() if key != "reference"}
