@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -27,11 +28,12 @@ from lit_safety.core.endings import signals
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count, deaf_to_ctrl_c, end_all, end_with_parent
-from lit_safety.drawing.pipelines import PainterSettings
-from lit_safety.drawing.threads import each_batch
+from lit_safety.drawing.pipelines import PainterSettings, Pipelines
+from lit_safety.drawing.threads import Writers, each_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     import numpy as np
@@ -130,6 +132,8 @@ class Gallery:
         self.identity = {**identity, **settings.pixels(), "prompts_sha256": digest(rows)}
         self.sha256 = digest(self.identity)
         self.folder = parent / f"{name}-{self.sha256[:12]}"
+        self._whole: set[int] = set()
+        """Rows whose image was written, or decoded, by this command: it is not decoded again to be listed."""
 
     def drawn(self, row: int) -> Drawn | None:
         """The image of a row, whole and readable, or the error instead of it; None: it must still be drawn."""
@@ -137,11 +141,14 @@ class Gallery:
         note = path.with_suffix(".error")
         if note.is_file():
             return Drawn(path, error=note.read_text(encoding="utf-8"))
+        if row in self._whole and path.is_file():
+            return Drawn(path)
         try:
             with Image.open(path) as image:
                 image.load()
         except UNREADABLE:  # missing, or cut short by a crash of the machine
             return None
+        self._whole.add(row)
         return Drawn(path)
 
     def missing(self) -> list[range]:
@@ -170,15 +177,24 @@ class Gallery:
             batches = self.missing()
             tick(len(self.prompts) - sum(map(len, batches)))
 
-        def draw(pipe: Any, batch: range) -> int:
-            prompts = [self.prompts[row] for row in batch]
-            pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
-            for row, picture in zip(batch, pixels, strict=True):
-                self._keep(row, picture)
-            return len(batch)
+        with Writers(2 * self.settings.batch_size) as writers:
 
-        for count in each_batch(pipe, batches, draw, self.settings.workers):
-            tick(count)
+            def draw(pipe: Any, batch: range) -> list[Future[None]]:
+                prompts = [self.prompts[row] for row in batch]
+                pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
+                return [writers.write(self._keep, row, one) for row, one in zip(batch, pixels, strict=True)]
+
+            written: deque[list[Future[None]]] = deque()
+            for futures in each_batch(pipe, batches, draw, self.settings.workers):
+                written.append(futures)
+                while written and all(one.done() for one in written[0]):
+                    tick(_count(written.popleft()))
+            while written:
+                tick(_count(written.popleft()))
+
+    def were_written(self, batches: Sequence[range]) -> None:
+        """Note that other processes have written these rows."""
+        self._whole.update(row for batch in batches for row in batch)
 
     def forget_partial(self) -> None:
         """Remove half-written files of a process that has ended."""
@@ -210,6 +226,7 @@ class Gallery:
         content = io.BytesIO()
         Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=about)
         _write(path, content.getvalue())
+        self._whole.add(row)
 
 
 def size_of(drawn: Sequence[Drawn]) -> str | None:
@@ -271,6 +288,13 @@ def draw_batch(
         raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
 
 
+def _count(written: Sequence[Future[None]]) -> int:
+    """How many images these are; raises what went wrong when one was written."""
+    for one in written:
+        one.result()
+    return len(written)
+
+
 def _row(prompt: Prompt) -> tuple[Any, ...]:
     """What the pixels of a row depend on."""
     guidance = () if prompt.guidance is None else (prompt.guidance,)
@@ -301,6 +325,11 @@ class Load:
     folder: Path
     arm: Arm
     drawing: DrawingSettings
+    pipelines: Pipelines | None = None
+    """Keeps what is loaded for the next arm; None, and in another process: nothing is kept."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Load, (self.folder, self.arm, self.drawing)
 
     def __call__(self, rank: int = 0, processes: int = 1) -> Any:
         """The pipeline, ready to draw: on `cuda` process i takes GPU i, round robin.
@@ -312,7 +341,8 @@ class Load:
         from lit_safety.drawing.pipelines import load_pipeline
 
         device = device_of_rank(str(self.drawing.device), rank, processes)
-        pipe = load_pipeline(self.folder, self.arm, device, self.drawing.precision)
+        load = load_pipeline if self.pipelines is None else self.pipelines.load
+        pipe = load(self.folder, self.arm, device, self.drawing.precision)
         return self.drawing.edit.pipeline(pipe) if self.drawing.edit is not None else pipe
 
 
@@ -332,6 +362,8 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
         if batches:
             gallery.draw(load(), load.arm.negative_prompt, tick, load.arm.guard, batches)
         return
+    if load.pipelines is not None:  # the processes need the memory
+        load.pipelines.release()
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs torch's threads may hang
     threads = _threads() // count
     readers: dict[Any, Any] = {}
@@ -345,6 +377,7 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
             writer.close()  # so that the end of the process is the end of the pipe
             readers[reader] = process
         _listen(readers, tick)
+        gallery.were_written(batches)
     finally:
         end_all(readers.values())
 

@@ -18,6 +18,7 @@ from lit_safety.core.progress import quiet_libraries
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
     from lit_safety.drawing.arms import Arm
 
@@ -61,6 +62,14 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     Raises:
         UserError: the pipeline does not load, or the adapter is missing or made for another backbone.
     """
+    pipe = _plain(folder, arm, device, precision)
+    _adapt(pipe, arm, precision)
+    _check(pipe, arm)
+    return pipe
+
+
+def _plain(folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
+    """The arm's pipeline without its adapters."""
     quiet_libraries()
     import torch
     from diffusers import DDIMScheduler
@@ -84,6 +93,13 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         pipe.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's errors for a device that is missing or too small
         raise UserError(f"--device {device}: the pipeline cannot be moved there: {_first_line(error)}") from error
+    return pipe
+
+
+def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Tensor, Tensor]]:
+    """Put an arm's adapters into its pipeline; returns the weights that fusing changed, each with a copy of before."""
+    import torch
+
     loras = arm.loras()
     if loras:
         from lit_safety.adapters.load_lora import load_lora
@@ -97,21 +113,83 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         from lit_safety.adapters.user_pipeline import load_psa
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
+    before: list[tuple[Tensor, Tensor]] = []
     if precision == "float32" and (loras or for_users is not None):
-        from lit_safety.adapters.load_lora import fuse_loras
+        from lit_safety.adapters.load_lora import adapted_weights, fuse_loras
 
+        before = [(weight, weight.detach().clone()) for weight in adapted_weights(pipe)] if for_users is None else []
         fuse_loras(pipe)  # exact enough, and as fast as without an adapter
     for name in ("unet", "vae"):
         network = getattr(pipe, name, None)
         if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not for video networks
             network.to(memory_format=torch.channels_last)
+    return before
+
+
+def _check(pipe: Any, arm: Arm) -> None:
     if arm.guard is not None:
         arm.guard.check(pipe)
     elif hasattr(pipe, "text_encoder_3") and pipe.text_encoder_3 is None:
         from lit_safety.backbones.stable_diffusion_3 import count_missing_t5
 
         count_missing_t5(pipe)
-    return pipe
+
+
+class Pipelines:
+    """Loads the pipelines of arms, and keeps the last one for the next arm, which often differs in its LoRA alone.
+
+    A LoRA is taken out again, and the weights that it changed are put back from copies, so that the next arm draws the
+    same pixels as with a pipeline of its own. A user adapter is not taken out: the pipeline is loaded again.
+    """
+
+    def __init__(self) -> None:
+        self._pipe: Any = None
+        self._plain: Any = None
+        """What decides the pipeline without adapters."""
+        self._worn: Any = None
+        """The adapters that are in it."""
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self.loaded = 0
+        """How often a pipeline was read from its files."""
+
+    def load(self, folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
+        """As `load_pipeline`. The pipeline may be used until the next call."""
+        plain = (folder, arm.unet, arm.unet_partial, device, precision)
+        worn = (arm.loras(), arm.user_adapter(), arm.users if arm.user_adapter() is not None else None)
+        if self._pipe is not None and (self._plain != plain or (self._worn != worn and not self._take_out())):
+            self.release()
+        if self._pipe is None:
+            self._pipe, self._plain = _plain(folder, arm, device, precision), plain
+            self._worn = None
+            self.loaded += 1
+        if self._worn != worn:
+            pipe, self._pipe = self._pipe, None  # if an adapter does not load, the pipeline is not used again
+            self._before = _adapt(pipe, arm, precision)
+            self._pipe, self._worn = pipe, worn
+        _check(self._pipe, arm)
+        return self._pipe
+
+    def release(self) -> None:
+        """Forget what is loaded, so that its memory is free."""
+        self._pipe = self._plain = self._worn = None
+        self._before = []
+
+    def _take_out(self) -> bool:
+        """Take the adapters out; False: that cannot be done exactly."""
+        if self._worn is None:
+            return True
+        loras, for_users, _ = self._worn
+        if for_users is not None:
+            return False
+        if loras:
+            import torch
+
+            with torch.no_grad():
+                for weight, copied in self._before:
+                    weight.copy_(copied)
+            self._pipe.unload_lora_weights()
+        self._before, self._worn = [], None
+        return True
 
 
 def _first_line(error: Exception) -> str:
