@@ -67,11 +67,11 @@ def on_the_way(tensors: Mapping[Key, Tensor]) -> Callable[[], dict[Key, Tensor]]
     """Start to copy tensors to the CPU. The function that this returns waits for the copies and returns them."""
     import torch
 
-    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-    events = []
+    # Only CUDA orders such a copy so that an event can be waited for.
+    copies = {name: one.to("cpu", non_blocking=one.device.type == "cuda") for name, one in tensors.items()}
+    events: list[Any] = []
     for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
-        events.append(torch.cuda.Event())
-        events[-1].record(torch.cuda.current_stream(device))
+        events.append(torch.cuda.current_stream(device).record_event())
 
     def wait() -> dict[Key, Tensor]:
         for event in events:

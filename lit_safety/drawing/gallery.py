@@ -28,7 +28,7 @@ from lit_safety.core.endings import signals
 from lit_safety.core.errors import UserError
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count, deaf_to_ctrl_c, end_all, end_with_parent
-from lit_safety.drawing.pipelines import PainterSettings, Pipelines
+from lit_safety.drawing.pipelines import PainterSettings, Pipelines, slice_decoding
 from lit_safety.drawing.threads import Writers, each_batch
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class Gallery:
             batches = self.missing()
             tick(len(self.prompts) - sum(map(len, batches)))
 
+        if batches:
+            slice_decoding(pipe, max(map(len, batches)), self.settings.resolution)
         with Writers(2 * self.settings.batch_size) as writers:
 
             def draw(pipe: Any, batch: range) -> list[Future[None]]:

@@ -192,6 +192,52 @@ class Pipelines:
         return True
 
 
+def free_memory(device: Any) -> int | None:
+    """Bytes that new tensors can use on a GPU, those that torch holds and does not use included; None: no GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + idle
+
+
+def decoding_bytes(images: int, pixels: int, channels: int, itemsize: int) -> int:
+    """About how much memory decoding needs: eight maps of the decoder's first width at the images' size.
+
+    The last block of Stable Diffusion's decoder holds maps of twice that width: its input, the normalised input, and
+    the output of a convolution. It is an estimate from the layers' shapes; 4 KiB a pixel in float32 for a width of 128.
+
+    Args:
+        images: decoded at once.
+        pixels: of one image.
+        channels: the decoder's first width.
+        itemsize: bytes of a number.
+    """
+    return 8 * channels * itemsize * images * pixels
+
+
+def slice_decoding(pipe: Any, images: int, side: int | None) -> bool:
+    """Let the image decoder take one image after the other where all at once may not fit; returns whether it does.
+
+    On a GPU that is when decoding would take more than half of the free memory. Elsewhere nothing is changed.
+
+    Args:
+        pipe: the pipeline, on its device.
+        images: drawn at once.
+        side: of the images, in pixels; None: the pipeline's own.
+    """
+    vae = getattr(pipe, "vae", None)
+    weight = next(vae.parameters(), None) if vae is not None else None
+    if weight is None or not hasattr(vae, "enable_slicing") or (free := free_memory(weight.device)) is None:
+        return False
+    side = side or getattr(pipe, "default_sample_size", 128) * getattr(pipe, "vae_scale_factor", 8)
+    widths = getattr(vae.config, "block_out_channels", (128,))
+    slices = images > 1 and 2 * decoding_bytes(images, side * side, widths[0], weight.element_size()) > free
+    (vae.enable_slicing if slices else vae.disable_slicing)()
+    return bool(slices)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -38,7 +38,7 @@ def test_two_judges_fid_and_clip_share_one_look(
     pipeline: Path, adapter: Path, clip_folder: Path, judges: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Three arms of one pipeline. In a second run, whose images are there, each is also read to see that it is whole."""
+    """Three arms of one pipeline. A second run, whose images are there, also checks that each is whole."""
     rows = [f"{'k ' * (i % 3 + 1)},clean,,,car,0,{i}" for i in range(3)] + ["knife,explicit,violence,knife,,0,9"]
     (tmp_path / "p.csv").write_text("\n".join(["prompt,kind,category,concept,benign,held_out,seed", *rows]) + "\n")
     read: Counter[str] = Counter()

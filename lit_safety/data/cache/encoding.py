@@ -192,8 +192,9 @@ class Encoder:
         counts = [len(pair.metadata.names) for pair in pairs]
         images = torch.cat([self._sides(pair) for pair in pairs])
         if self.backbone.device.type == "cuda":
-            images = images.pin_memory()
-        images = images.to(self.backbone.device, non_blocking=True)
+            images = images.pin_memory().to(self.backbone.device, non_blocking=True)
+        else:
+            images = images.to(self.backbone.device)
         mirrors = (False, True) if self.how.flip else (False,)
         latents = {mirror: self._posterior(images.flip(-1) if mirror else images) for mirror in mirrors}
         waits = {

@@ -51,9 +51,9 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
     (first, cache), *others = found
     for other, its in others:
         if its.text != cache.text:
-            with_text, without = (first, other) if cache.text else (other, first)
+            whole, bare = (first, other) if cache.text else (other, first)
             raise UserError(
-                f"{source.key}: the cache {with_text.given} holds text and {without.given} holds latents alone; make "
+                f"{source.key}: the cache {whole.given} holds text and {bare.given} holds latents alone; make "
                 "one of them again, with the same `shards precompute --text`"
             )
         if (its.weights, its.size, its.latent) != (cache.weights, cache.size, cache.latent):
