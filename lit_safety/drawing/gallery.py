@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from lit_safety.core.endings import signals
 from lit_safety.core.errors import UserError
+from lit_safety.core.hardware import device_of_rank, products
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count, deaf_to_ctrl_c, end_all, end_with_parent
 from lit_safety.drawing.pipelines import PainterSettings, Pipelines, slice_decoding
@@ -59,7 +60,8 @@ class DrawingSettings(PainterSettings):
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
         device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
-        precision: Number format of the weights while drawing. Training and gradients use float32.
+        precision: Number format of the weights while drawing; tf32: float32 whose matrices a GPU multiplies in TF32.
+            Training and gradients use float32.
         workers: Batches that a process draws at the same time; null: one for each core for a small network on a CPU,
             else 1.
         edit: Redraw images instead of drawing from text alone; null: from text alone.
@@ -179,7 +181,7 @@ class Gallery:
 
         if batches:
             slice_decoding(pipe, max(map(len, batches)), self.settings.resolution)
-        with Writers(2 * self.settings.batch_size) as writers:
+        with products(self.settings.precision), Writers(2 * self.settings.batch_size) as writers:
 
             def draw(pipe: Any, batch: range) -> list[Future[None]]:
                 prompts = [self.prompts[row] for row in batch]
@@ -339,7 +341,6 @@ class Load:
         Raises:
             UserError: it does not load, or does not support what is asked for.
         """
-        from lit_safety.core.hardware import device_of_rank
         from lit_safety.drawing.pipelines import load_pipeline
 
         device = device_of_rank(str(self.drawing.device), rank, processes)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lit_safety.drawing.arms import Arm
 
 
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 
 
 def local_pipeline(source: str, key: str = "--pipeline") -> Path:
@@ -71,14 +71,13 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
 def _plain(folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
     """The arm's pipeline without its adapters."""
     quiet_libraries()
-    import torch
     from diffusers import DDIMScheduler
 
     from lit_safety.backbones.parts import Parts
-    from lit_safety.core.hardware import check_precision
+    from lit_safety.core.hardware import check_precision, weights_of
 
     check_precision(precision, device, "--precision")
-    parts = Parts(str(folder), getattr(torch, precision))
+    parts = Parts(str(folder), weights_of(precision))
     if arm.unet is not None:
         from lit_safety.drawing.unets import put_unet
 
@@ -114,7 +113,7 @@ def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Tensor, Tens
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
     before: list[tuple[Tensor, Tensor]] = []
-    if precision == "float32" and (loras or for_users is not None):
+    if precision in ("float32", "tf32") and (loras or for_users is not None):
         from lit_safety.adapters.load_lora import adapted_weights, fuse_loras
 
         before = [(weight, weight.detach().clone()) for weight in adapted_weights(pipe)] if for_users is None else []
@@ -265,7 +264,7 @@ class PainterSettings:
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
         device: The device, such as cpu or cuda:1; null: this process's GPU if there is one.
-        precision: Number format of the weights while drawing.
+        precision: Number format of the weights while drawing. tf32: float32 whose matrices a GPU multiplies in TF32.
 
     Raises:
         UserError: a number with which no pipeline can draw.
@@ -339,15 +338,17 @@ class Painter:
         import torch
 
         from lit_safety.backbones.call import call_options
+        from lit_safety.core.hardware import products
 
         try:
-            pixels = pipe(
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=self.settings.steps,
-                output_type="np",
-                **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
-                **inputs,
-            ).images
+            with products(self.settings.precision):
+                pixels = pipe(
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    num_inference_steps=self.settings.steps,
+                    output_type="np",
+                    **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
+                    **inputs,
+                ).images
         except ValueError as error:  # a size or a number of steps that this family does not accept
             raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
         return [_image(one) for one in pixels]

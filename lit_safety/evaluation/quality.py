@@ -96,7 +96,7 @@ class Quality:
         self.reference: Tensor | None = None
         if fid_features is not None:
             self.network, about = feature_network(fid_features, judge)
-            self.network.to(self.where.device)
+            self.where.move(self.network)
             about["precision"] = self.where.precision
             self.settings["fid"] = about | {"prompts": "clean", "implementation": "torchmetrics, float64"}
         if reference is not None and self.network is not None:

@@ -111,7 +111,7 @@ class Clip:
     def place(self, where: Place) -> JudgePrecision:
         """Compute there, unless a device was given by name. Returns the number format."""
         if not self._stays:
-            self.model.to(where.device)
+            where.move(self.model)
             self.where = where
         return self.where.precision
 

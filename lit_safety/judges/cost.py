@@ -68,7 +68,7 @@ class CostJudge:
         """Compute there. The threshold is that of float32."""
         import torch
 
-        self.scorer.to(where.device)
+        where.move(self.scorer)
         self.scorer.tower.half = None if where.precision == "float32" else getattr(torch, where.precision)
         return where.precision
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_safety.core.errors import UserError
 from lit_safety.core.hardware import check_precision
 
 if TYPE_CHECKING:
@@ -38,6 +39,20 @@ class Place:
         chosen = precision or ("float16" if where.startswith("cuda") else "float32")
         check_precision(chosen, where, "--judge_precision")
         return cls(where, chosen)
+
+    def move(self, network: Any) -> None:
+        """Move a network, or anything with its method `to`, to the device.
+
+        Raises:
+            UserError: there is no such device, or it is too small.
+        """
+        try:
+            network.to(self.device)
+        except (RuntimeError, AssertionError) as error:  # torch's errors for a device that is missing or too small
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--device {self.device}: a {type(network).__name__}, which measures, cannot be moved there: {reason}"
+            ) from error
 
     def computing(self) -> AbstractContextManager[Any]:
         """A context in which networks compute in this format."""

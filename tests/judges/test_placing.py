@@ -92,6 +92,14 @@ def test_inputs_follow_the_network(toy: ToyWorldJudge) -> None:
     assert all(isinstance(answer, JudgeError) for answer in answers)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(device: str, toy: ToyWorldJudge) -> None:
+    with pytest.raises(UserError, match=rf"--device {device}: a ToyJudge, which measures, cannot be moved there"):
+        place(toy, Place.of(device))
+    assert toy.where == Place()
+
+
 def test_members_are_placed_and_a_device_that_was_given_stays(
     toy: ToyWorldJudge, clip_folder: Path, tmp_path: Path
 ) -> None:

@@ -336,7 +336,7 @@ class ToyWorldJudge:
 
     def place(self, where: Place) -> JudgePrecision:
         """Compute there, the features for FID too."""
-        self.network.to(where.device)
+        where.move(self.network)
         self.where = where
         return where.precision
 
