@@ -143,8 +143,6 @@ class Gallery:
         note = path.with_suffix(".error")
         if note.is_file():
             return Drawn(path, error=note.read_text(encoding="utf-8"))
-        if row in self._whole and path.is_file():
-            return Drawn(path)
         try:
             with Image.open(path) as image:
                 image.load()
@@ -208,8 +206,13 @@ class Gallery:
                 partial.unlink(missing_ok=True)
 
     def all(self) -> list[Drawn]:
-        """Every row's image or error, in order."""
-        return [self.drawn(row) or Drawn(self._path(row), "the image is missing") for row in range(len(self.prompts))]
+        """Every row's image or error, in order. Images that this command wrote, or found whole, are not decoded again."""
+        found = []
+        for row in range(len(self.prompts)):
+            path = self._path(row)
+            seen = Drawn(path) if row in self._whole and path.is_file() else self.drawn(row)
+            found.append(seen or Drawn(path, "the image is missing"))
+        return found
 
     def _path(self, row: int) -> Path:
         return self.folder / f"{row:05d}.png"

@@ -226,7 +226,7 @@ def slice_decoding(pipe: Any, images: int, side: int | None) -> bool:
         images: drawn at once.
         side: of the images, in pixels; None: the pipeline's own.
     """
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     weight = next(vae.parameters(), None) if vae is not None else None
     if weight is None or not hasattr(vae, "enable_slicing") or (free := free_memory(weight.device)) is None:
         return False
