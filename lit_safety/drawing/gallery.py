@@ -206,7 +206,7 @@ class Gallery:
                 partial.unlink(missing_ok=True)
 
     def all(self) -> list[Drawn]:
-        """Every row's image or error, in order. Images that this command wrote, or found whole, are not decoded again."""
+        """Every row's image or error, in order. What this command wrote, or found whole, is not decoded again."""
         found = []
         for row in range(len(self.prompts)):
             path = self._path(row)
