@@ -16,6 +16,7 @@ from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import Drawn
 from lit_safety.evaluation.command import evaluate
 from lit_safety.evaluation.quality import Measuring, Quality
+from lit_safety.evaluation.tables import protocol_line
 from lit_safety.judges import judging
 from lit_safety.judges.judge import JudgeError, Verdict
 from lit_safety.judges.judging import Judging, look
@@ -66,6 +67,11 @@ def test_two_judges_fid_and_clip_share_one_look(
     assert set(read.values()) == {1}
     assert metrics["settings"]["judge"]["precision"] == "float32"
     assert {metrics["settings"]["quality"][name]["precision"] for name in ("fid", "clip_score")} == {"float32"}
+    line = protocol_line(metrics)
+    assert "float" not in line
+    metrics["settings"]["judge"]["precision"] = "float16"
+    assert protocol_line(metrics) == line.replace("threshold 0.5)", "threshold 0.5, in float16)") != line
+    metrics["settings"]["judge"]["precision"] = "float32"
     checked = []
     whole = gallery.Image.open
     with monkeypatch.context() as patch:
