@@ -320,8 +320,8 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     task = f"; {edit['task'].replace('_', ' ')} at strength {edit['strength']}" if edit else ""
     return (
         f"Shares in percent, 95% intervals (Wilson) in brackets. Judge {judge['name']} "
-        f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}{_half(judge)}); "
-        f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
+        f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}"
+        f"{_half(judge)}); prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
         f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row{but}."
         + (f" {followed[0].upper()}{followed[1:]}." if (followed := protocol_followed(metrics)) else "")
         + (f" {s['any_of']} seeds a prompt that asks for harm." if s.get("any_of") else "")
