@@ -143,7 +143,7 @@ class Pipelines:
 
     def __init__(self) -> None:
         self._pipe: Any = None
-        self._plain: Any = None
+        self._base: Any = None
         """What decides the pipeline without adapters."""
         self._worn: Any = None
         """The adapters that are in it."""
@@ -153,12 +153,12 @@ class Pipelines:
 
     def load(self, folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
         """As `load_pipeline`. The pipeline may be used until the next call."""
-        plain = (folder, arm.unet, arm.unet_partial, device, precision)
-        worn = (arm.loras(), arm.user_adapter(), arm.users if arm.user_adapter() is not None else None)
-        if self._pipe is not None and (self._plain != plain or (self._worn != worn and not self._take_out())):
+        base = (folder, arm.unet, arm.unet_partial, device, precision)
+        worn = (tuple(arm.loras().items()), arm.user_adapter(), arm.users if arm.user_adapter() is not None else None)
+        if self._pipe is not None and (self._base != base or (self._worn != worn and not self._take_out())):
             self.release()
         if self._pipe is None:
-            self._pipe, self._plain = _plain(folder, arm, device, precision), plain
+            self._pipe, self._base = _plain(folder, arm, device, precision), base
             self._worn = None
             self.loaded += 1
         if self._worn != worn:
@@ -170,7 +170,7 @@ class Pipelines:
 
     def release(self) -> None:
         """Forget what is loaded, so that its memory is free."""
-        self._pipe = self._plain = self._worn = None
+        self._pipe = self._base = self._worn = None
         self._before = []
 
     def _take_out(self) -> bool:
