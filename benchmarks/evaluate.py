@@ -63,8 +63,7 @@ def main() -> None:
         )  # fmt: skip
         with (
             timed(run_module, "draw_missing", "load the arms, draw, write"),
-            timed(run_module, "judge_drawn", "judge, two judges"),
-            timed(Quality, "measure", "features, CLIPScore"),
+            timed(run_module, "look", "read; judge, two judges; features, CLIPScore"),
             timed(Quality, "report", "FID"),
             part("all but the loading above and Python's own start"),
         ):

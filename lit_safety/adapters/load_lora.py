@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -83,6 +84,17 @@ def fuse_loras(pipe: Any, safe_fusing: bool = False) -> None:
     adapted = [name for name, network in _networks(pipe).items() if getattr(network, "peft_config", None)]
     if adapted:
         pipe.fuse_lora(components=adapted, safe_fusing=safe_fusing)
+
+
+def adapted_weights(pipe: Any) -> list[Tensor]:
+    """The weights and biases into which `fuse_loras` would fuse something."""
+    layers = (module for network in _networks(pipe).values() for module in network.modules())
+    return [
+        weight
+        for layer in layers
+        if isinstance(layer, BaseTunerLayer)
+        for weight in layer.get_base_layer().parameters()
+    ]
 
 
 def _networks(pipe: Any) -> dict[str, nn.Module]:

@@ -30,6 +30,9 @@ class Run(Protocol):
     def cell(self, name: str, attack: Any, arm: str, scheduler: str) -> Any:
         """Run an attack on an arm and store the result."""
 
+    def place_judges(self) -> None:
+        """Move the judges to this process's device."""
+
     def images_of(self, unit: Unit) -> int:
         """The largest number of images that an attack on some arms draws."""
 
@@ -108,6 +111,7 @@ def _work(run: Run, schedulers: dict[str, str], rank: int, threads: int, pipe: A
     vars(run)["show"] = told.shown
     with suppress(KeyboardInterrupt, BrokenPipeError, EOFError), signals():
         try:
+            run.place_judges()
             while (unit := pipe.recv()) is not None:
                 name, arms = unit
                 for arm in arms:

@@ -224,6 +224,13 @@ class AttackRun:
 
             self.judges = [load_judge(spec) for spec in self.judge_specs]
 
+    def place_judges(self) -> None:
+        """Move the judges to the device that draws."""
+        from lit_safety.judges.placing import Place, place
+
+        for judge in self.judges:
+            place(judge, Place.of(self.drawing.device))
+
     def images_of(self, unit: tuple[str, list[str]]) -> int:
         """How many images an attack on some arms draws at most."""
         return (self.attacks[unit[0]].points + 1) * len(self.attacked) * len(unit[1])
@@ -254,6 +261,7 @@ class AttackRun:
                 if source not in self.arms:
                     raise UserError(f"--attacks.{name}: there is no arm {source}; the arms are {', '.join(self.arms)}")
             attack.check(self.everything, self.attacked)
+        self.place_judges()
         schedulers = {name: self.scheduler(name) for name in self.arms}
         if self.processes > 1:
             from lit_safety.attacks.processes import do_in_processes

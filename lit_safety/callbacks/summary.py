@@ -43,7 +43,12 @@ class RunSummary(Callback):
         print(f"trained {trained:,} parameters in fp32")
         print(f"folder  {trainer.default_root_dir}")
         for one in cached_sources(trainer):
-            print(f"cache   {one.key}: latents and text by {one.cache}; no VAE and no text encoder is loaded for them")
+            if one.cache.text:
+                print(
+                    f"cache   {one.key}: latents and text by {one.cache}; no VAE and no text encoder is loaded for them"
+                )
+            else:
+                print(f"cache   {one.key}: latents by {one.cache}; no VAE is loaded for them")
             if (reference := one.cache.reference) is not None:
                 print(
                     f"cache   {one.key}: the reference's errors at {reference.draws} fixed draws a pair; it is not run"

@@ -177,8 +177,10 @@ class _Patch:
         from lit_safety.evaluation.run import Run
         from lit_safety.judges.judge import check_labels
         from lit_safety.judges.load import load_judge
+        from lit_safety.judges.placing import Place, place
 
         judge = load_judge(str(self.judge))
+        place(judge, Place.of(self.how.device))
         check_labels(judge, self.rows, self.file)
         counts = PromptCounts(None, None, None, None, 0)
         return Run(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_safety.core.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_safety.data.cache.reference import ReferenceCache
-    from lit_safety.data.cache.writing import ReferenceWriter
+    from collections.abc import Callable
+
+    from lit_safety.core.stages import InOrder
+    from lit_safety.data.cache.encoding import Encoder, ReferenceWriter
+    from lit_safety.data.cache.writing import Settings
     from lit_safety.data.reading.source import Source
 
 
@@ -29,6 +33,9 @@ def precompute(
     reference_precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     denoiser_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    image_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
+    text: bool = True,
+    processes: int = 1,
 ) -> None:
     """Write cached shards: latents and text-encoder outputs, so that training needs no VAE and no text encoder.
 
@@ -59,10 +66,17 @@ def precompute(
         reference_precision: The precision of the reference: give the trainer.precision of the training.
         encoder_dtype: Number format of the text encoders; large ones do not fit a GPU in float32.
         denoiser_dtype: Number format of the denoiser's weights, for a reference cache: give that of the training.
+        image_encoder_dtype: Number format in which the image encoder computes. bfloat16: as a training with
+            trainer.precision bf16-mixed encodes images; faster on a GPU, and its rounding is in every latent.
+        text: Also store the text encoders' outputs. false: latents alone, a small part of the space for models with
+            large text encoders; training then encodes its prompts itself.
+        processes: Processes that encode, each with the model; with the device cuda, process i takes GPU i.
     """
     from pathlib import Path
 
+    from lit_safety.core.processes import check_count
     from lit_safety.core.progress import quiet_libraries
+    from lit_safety.core.stages import staged
     from lit_safety.data.cache.reference import MAX_DRAWS, ReferenceCache
     from lit_safety.data.cache.writing import LatentWriter, Settings, picture_size
     from lit_safety.data.format.manifest import FILE_NAME, load_manifest
@@ -77,16 +91,20 @@ def precompute(
         raise UserError(f"--reference_draws must lie between 0 and {MAX_DRAWS}")
     if (reference_dropout or reference_predictions) and not reference_draws:
         raise UserError("--reference_dropout and --reference_predictions belong to --reference_draws: give how many")
+    if reference_draws and not text:
+        raise UserError("--reference_draws needs the text encoders' outputs; leave --text false out")
+    check_count(processes, "--processes")
     source, target = open_source(folder, "folder"), Path(out)
     if any(one.cache for one in source.caches):
         raise UserError(f"{folder}: is already cached; give the shards it was made from")
     if target.exists() and any(Path(path).resolve().parent == target.resolve() for path in source.paths):
         raise UserError(f"{out}: is the folder of the input shards; name another one")
     quiet_libraries()
-    backbone = _backbone(model, device, reference_draws > 0, encoder_dtype, denoiser_dtype)
+    load = _Load(model, device, reference_draws > 0, encoder_dtype, denoiser_dtype, image_encoder_dtype)
+    backbone = load.backbone(0, processes) if processes == 1 else load.on_cpu()
     settings = Settings(
         model=model,
-        weights=_cache_hashes(backbone),
+        weights=_cache_hashes(backbone, text),
         size=picture_size(source, resolution),
         resolution=resolution,
         flip=flip,
@@ -99,6 +117,8 @@ def precompute(
         else None,
         encoder_dtype=encoder_dtype,
         denoiser_dtype=denoiser_dtype if reference_draws else "float32",
+        image_encoder_dtype=image_encoder_dtype,
+        text=text,
     )
     if (target / FILE_NAME).exists() and not overwrite:
         if load_manifest(target).provenance.get("precompute") != settings.to_dict(source):
@@ -106,39 +126,112 @@ def precompute(
         print(f"{target}: is already complete")
         return
     copy_users(folder, target)
-    truncated = _write_text(source, target, backbone, settings, batch_size)
-    reference = None if settings.reference is None else _reference(backbone, settings, settings.reference, target)
-    writer = LatentWriter(source, target, backbone, settings, truncated, overwrite, reference)
-    manifest = writer.write(batch_size)
+    prompts = _prompts(source) if text else []
+    truncated = [prompt for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True) if cut]
+    make = _MakeEncoder(load, source, settings, target, backbone if processes == 1 else None)
+    del backbone  # several processes load their own
+    with staged(make, processes, "encode") as encode:
+        if text:
+            _write_text(prompts, target, settings, batch_size, encode)
+        manifest = LatentWriter(source, target, settings, truncated, overwrite).write(batch_size, encode)
     size = sum(shard.bytes or 0 for shard in manifest.shardlist)
     print(f"{target}: {manifest.nsamples} pairs in {len(manifest.shardlist)} shards, {size / 1e6:.1f} MB")
     if truncated:
         print(f"  {len(truncated)} prompts are too long for the text encoder and were cut; first: {truncated[0]!r}")
 
 
-def _backbone(model: str, device: str | None, denoiser: bool, encoder_dtype: Any, denoiser_dtype: Any) -> Any:
-    import torch
+@dataclass(frozen=True)
+class _Load:
+    """How the model is loaded; it is sent to other processes."""
 
-    from lit_safety.backbones.load import load_backbone
-    from lit_safety.backbones.lowered import lower_frozen
-    from lit_safety.backbones.settings import BackboneSettings
+    model: str
+    device: str | None
+    denoiser: bool
+    encoder_dtype: Any
+    denoiser_dtype: Any
+    image_encoder_dtype: Any
 
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        backbone = load_backbone(model, denoiser, "--model", BackboneSettings(encoder_dtype, denoiser_dtype))
-        if denoiser and denoiser_dtype != "float32":
-            lower_frozen(backbone.denoiser, getattr(torch, denoiser_dtype))  # as a training does
-        return backbone.to(chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    def backbone(self, rank: int, processes: int) -> Any:
+        """The model on the device of one of several processes.
+
+        Raises:
+            UserError: it does not load, or the device is missing, too small, or cannot compute in this precision.
+        """
+        import torch
+
+        from lit_safety.core.hardware import check_precision, device_of_rank
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            chosen = torch.device(device_of_rank(device, rank, processes))
+            check_precision(self.image_encoder_dtype, str(chosen), "--image_encoder_dtype")
+            return self.on_cpu().to(chosen)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise UserError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
+
+    def on_cpu(self) -> Any:
+        """The model where it was loaded."""
+        import torch
+
+        from lit_safety.backbones.load import load_backbone
+        from lit_safety.backbones.lowered import lower_frozen
+        from lit_safety.backbones.settings import BackboneSettings
+
+        backbone = load_backbone(
+            self.model, self.denoiser, "--model", BackboneSettings(self.encoder_dtype, self.denoiser_dtype)
+        )
+        if self.denoiser and self.denoiser_dtype != "float32":
+            lower_frozen(backbone.denoiser, getattr(torch, self.denoiser_dtype))  # as a training does
+        return backbone
 
 
-def _cache_hashes(backbone: Any) -> dict[str, str]:
-    """Hashes of the encoders. For a hub id their files are fetched first."""
+@dataclass(frozen=True)
+class _MakeEncoder:
+    """Makes the encoder of one of several processes; it is sent to them."""
+
+    load: _Load
+    source: Source
+    settings: Settings
+    target: Any
+    loaded: Any
+    """The model, if this process does the work; None: each process loads it."""
+
+    def __call__(self, rank: int, processes: int) -> Encoder:
+        from lit_safety.core.progress import quiet_libraries
+        from lit_safety.data.cache.encoding import Encoder
+
+        quiet_libraries()
+        backbone = self.loaded or self.load.backbone(rank, processes)
+        return Encoder(self.source, backbone, self.settings.how, self._reference(backbone))
+
+    def _reference(self, backbone: Any) -> Callable[[], ReferenceWriter] | None:
+        """Runs the denoiser as a training step runs its reference."""
+        if (stored := self.settings.reference) is None:
+            return None
+
+        def make() -> ReferenceWriter:
+            from lit_safety.data.cache.cache import PROMPTS
+            from lit_safety.data.cache.encoding import ReferenceWriter
+            from lit_safety.data.cache.prompt_table import PromptTables
+            from lit_safety.modules.frozen_reference import FrozenReference
+
+            run = FrozenReference(self.settings.model, backbone, stored.precision)
+            return ReferenceWriter(run, stored, PromptTables({str(self.target / PROMPTS): None}), self.settings.dtype)
+
+        return make
+
+
+def _cache_hashes(backbone: Any, text: bool) -> dict[str, str]:
+    """Hashes of the encoders that are used. For a hub id their files are fetched first."""
+    from lit_safety.data.cache.cache import is_of_text
+
     for name in backbone.encoders():
-        backbone.part(name)
-    found: dict[str, str] = backbone.encoder_hashes(backbone.parts.source)
-    if missing := [name for name in backbone.ENCODERS if name not in found]:
+        if text or not is_of_text(name):
+            backbone.part(name)
+    hashes: dict[str, str] = backbone.encoder_hashes(backbone.parts.source)
+    found = {name: one for name, one in hashes.items() if text or not is_of_text(name)}
+    wanted = [name for name in backbone.ENCODERS if text or not is_of_text(name)]
+    if missing := [name for name in wanted if name not in found]:
         raise UserError(
             f"{backbone.parts.source}: the weights of its {missing[0]} are missing, and a cache must name them; "
             "give a folder with safetensors"
@@ -158,38 +251,29 @@ def _denoiser_hash(backbone: Any) -> dict[str, str]:
     return found
 
 
-def _reference(backbone: Any, settings: Any, stored: ReferenceCache, target: Any) -> ReferenceWriter:
-    """Run the denoiser as a training step runs its reference."""
-    from lit_safety.data.cache.cache import PROMPTS
-    from lit_safety.data.cache.prompt_table import PromptTables
-    from lit_safety.data.cache.writing import ReferenceWriter
-    from lit_safety.modules.frozen_reference import FrozenReference
+def _prompts(source: Source) -> list[str]:
+    from lit_safety.data.cache.prompt_table import prompts_of
 
-    run = FrozenReference(settings.model, backbone, stored.precision)
-    return ReferenceWriter(run, stored, PromptTables({str(target / PROMPTS): None}), settings.dtype)
+    return prompts_of(source)
 
 
-def _write_text(source: Source, target: Any, backbone: Any, settings: Any, batch_size: int) -> list[str]:
-    """Write `prompts.safetensors`; returns the prompts that are too long for an encoder."""
-    import torch
-
-    from lit_safety.backbones.backbone import encode_alike
+def _write_text(prompts: list[str], target: Any, settings: Settings, batch_size: int, encode: InOrder) -> None:
+    """Write `prompts.safetensors`."""
     from lit_safety.core.progress import counter
     from lit_safety.data.cache.cache import made_by
-    from lit_safety.data.cache.prompt_table import prompts_of, write_prompt_table
+    from lit_safety.data.cache.encoding import Texts
+    from lit_safety.data.cache.prompt_table import write_prompt_table
 
-    prompts = prompts_of(source)
     maker = {"model": settings.model, "weights": made_by(settings.weights)}
     if settings.encoder_dtype != "float32":
         maker["encoder_dtype"] = settings.encoder_dtype
-    with counter("text", len(prompts) + ("" not in prompts)) as tick, torch.inference_mode():
+    with counter("text", len(prompts) + ("" not in prompts)) as tick:
         write_prompt_table(
             target,
             prompts,
-            lambda batch: encode_alike(backbone, batch),
+            lambda batches: encode(Texts(tuple(batch)) for batch in batches),
             maker,
             settings.dtype,
             2 * batch_size,
             tick,
         )
-    return [prompt for prompt, cut in zip(prompts, backbone.too_long(prompts), strict=True) if cut]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lit_safety.core.errors import UserError
@@ -32,11 +34,51 @@ def check_precision(precision: str, device: str, key: str) -> None:
                 f"`{key}: {precision}`: {torch.cuda.get_device_name(device)} does not compute in bfloat16; set it to "
                 f"{'16-mixed or 32-true' if 'mixed' in precision or 'true' in precision else 'float16 or float32'}"
             )
+    elif precision == "tf32":
+        if not device.startswith("cuda"):
+            raise UserError(f"`{key}: tf32`: only GPUs have TF32, and this run is on {device}; set it to float32")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(f"`{key}: tf32`: {torch.cuda.get_device_name(device)} has no TF32; set it to float32")
     elif "16" in precision and device == "cpu":
         raise UserError(
             f"`{key}: {precision}`: float16 needs a GPU, and this run is on the CPU; set it to "
             f"{'32-true or bf16-mixed' if 'mixed' in precision or 'true' in precision else 'float32'}"
         )
+
+
+def weights_of(precision: str) -> Any:
+    """torch's type of the weights of a network that computes in `precision`: float32, float16, bfloat16 or tf32."""
+    import torch
+
+    return torch.float32 if precision == "tf32" else getattr(torch, precision)
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Inside, if the precision is tf32, a GPU multiplies float32 matrices in TF32: 8 bits of exponent, 10 of mantissa.
+
+    Convolutions do so anyway, by torch's default.
+    """
+    if precision != "tf32":
+        yield
+        return
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def device_of_rank(device: str, rank: int, processes: int) -> str:
+    """The device of one of several processes: on `cuda`, process i takes GPU i, round robin."""
+    if device != "cuda" or processes < 2:
+        return device
+    import torch
+
+    return f"cuda:{rank % max(1, torch.cuda.device_count())}"
 
 
 def check_trainer(trainer: Any) -> None:

@@ -38,6 +38,8 @@ class ClipTower:
         self.features: Features = features
         self.network = _load(source, projected=features == "embedding")
         self.preprocess = ClipPreprocess.read(_file(source, FILE_NAME))
+        self.half: torch.dtype | None = None
+        """The number format in which it computes, by autocast; None: float32, in which cost models are trained."""
         self._sha256: str | None = None
 
     @property
@@ -71,15 +73,15 @@ class ClipTower:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], on any device -> float32 features (B, width) on the tower's device."""
         pixels = self.preprocess(images.to(self.device))
-        # Without autocast: otherwise the features would differ from those of the exported model.
-        with torch.autocast(self.device.type, enabled=False):
+        # Without a training's autocast: otherwise the features would differ from those of the exported model.
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             found = self.network.vision_model(pixel_values=pixels)
             if self.features == "embedding":
-                return self.network.visual_projection(found.pooler_output)
+                return self.network.visual_projection(found.pooler_output).float()
             if self.features == "pooled":
-                return found.pooler_output
+                return found.pooler_output.float()
             patches = self.network.vision_model.post_layernorm(found.last_hidden_state[:, 1:]).mean(1)
-            return torch.cat([found.pooler_output, patches], 1)
+            return torch.cat([found.pooler_output, patches], 1).float()
 
 
 def _load(source: str, projected: bool) -> Any:

@@ -215,9 +215,9 @@ def _audits(jobs: Mapping[str, StepJob], reasons: Mapping[str, str]) -> dict[str
 def _is_of(audit: Audit, metrics: Mapping[str, Any]) -> bool:
     """Whether an audit is of the very judge of a report."""
     from lit_safety.core.hashes import digest
-    from lit_safety.judges.judge import verdict_settings
+    from lit_safety.judges.judge import rule_settings
 
-    return bool(audit.content["verdicts_sha256"] == digest(verdict_settings(metrics["settings"]["judge"])))
+    return bool(audit.content["verdicts_sha256"] == digest(rule_settings(metrics["settings"]["judge"])))
 
 
 def _no_audit(listed: DossierList, reasons: Mapping[str, str]) -> str:

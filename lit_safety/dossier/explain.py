@@ -92,6 +92,7 @@ def explain(
     from lit_safety.drawing.worlds import check_world
     from lit_safety.judges.judge import check_labels
     from lit_safety.judges.load import load_judge
+    from lit_safety.judges.placing import Place, place
     from lit_safety.merging.experts import read_experts
 
     quiet_libraries()
@@ -115,6 +116,7 @@ def explain(
     if not any(prompt.harmful for prompt in chosen):
         raise UserError(f"--prompts {prompts}: no prompt that asks for harm is left, so nothing could come back")
     judged = load_judge(judge)
+    place(judged, Place.of(how.device))
     check_labels(judged, chosen, prompts)
     (expert,) = read_experts([adapter], pipeline)
     found = attacked_texts(Path(attacks), attacked_arm) if attacks is not None else []

@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -25,13 +26,15 @@ from PIL import Image, PngImagePlugin
 
 from lit_safety.core.endings import signals
 from lit_safety.core.errors import UserError
+from lit_safety.core.hardware import device_of_rank, products
 from lit_safety.core.hashes import digest
 from lit_safety.core.processes import check_count, deaf_to_ctrl_c, end_all, end_with_parent
-from lit_safety.drawing.pipelines import PainterSettings
-from lit_safety.drawing.threads import each_batch
+from lit_safety.drawing.pipelines import PainterSettings, Pipelines, slice_decoding
+from lit_safety.drawing.threads import Writers, each_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     import numpy as np
@@ -57,7 +60,8 @@ class DrawingSettings(PainterSettings):
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
         device: The device, such as cpu or cuda:1; null: cuda if there is a GPU.
-        precision: Number format of the weights while drawing. Training and gradients use float32.
+        precision: Number format of the weights while drawing; tf32: float32 whose matrices a GPU multiplies in TF32.
+            Training and gradients use float32.
         workers: Batches that a process draws at the same time; null: one for each core for a small network on a CPU,
             else 1.
         edit: Redraw images instead of drawing from text alone; null: from text alone.
@@ -130,6 +134,8 @@ class Gallery:
         self.identity = {**identity, **settings.pixels(), "prompts_sha256": digest(rows)}
         self.sha256 = digest(self.identity)
         self.folder = parent / f"{name}-{self.sha256[:12]}"
+        self._whole: set[int] = set()
+        """Rows whose image was written, or decoded, by this command: it is not decoded again to be listed."""
 
     def drawn(self, row: int) -> Drawn | None:
         """The image of a row, whole and readable, or the error instead of it; None: it must still be drawn."""
@@ -142,6 +148,7 @@ class Gallery:
                 image.load()
         except UNREADABLE:  # missing, or cut short by a crash of the machine
             return None
+        self._whole.add(row)
         return Drawn(path)
 
     def missing(self) -> list[range]:
@@ -170,15 +177,26 @@ class Gallery:
             batches = self.missing()
             tick(len(self.prompts) - sum(map(len, batches)))
 
-        def draw(pipe: Any, batch: range) -> int:
-            prompts = [self.prompts[row] for row in batch]
-            pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
-            for row, picture in zip(batch, pixels, strict=True):
-                self._keep(row, picture)
-            return len(batch)
+        if batches:
+            slice_decoding(pipe, max(map(len, batches)), self.settings.resolution)
+        with products(self.settings.precision), Writers(2 * self.settings.batch_size) as writers:
 
-        for count in each_batch(pipe, batches, draw, self.settings.workers):
-            tick(count)
+            def draw(pipe: Any, batch: range) -> list[Future[None]]:
+                prompts = [self.prompts[row] for row in batch]
+                pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
+                return [writers.write(self._keep, row, one) for row, one in zip(batch, pixels, strict=True)]
+
+            written: deque[list[Future[None]]] = deque()
+            for futures in each_batch(pipe, batches, draw, self.settings.workers):
+                written.append(futures)
+                while written and all(one.done() for one in written[0]):
+                    tick(_count(written.popleft()))
+            while written:
+                tick(_count(written.popleft()))
+
+    def were_written(self, batches: Sequence[range]) -> None:
+        """Note that other processes have written these rows."""
+        self._whole.update(row for batch in batches for row in batch)
 
     def forget_partial(self) -> None:
         """Remove half-written files of a process that has ended."""
@@ -188,8 +206,13 @@ class Gallery:
                 partial.unlink(missing_ok=True)
 
     def all(self) -> list[Drawn]:
-        """Every row's image or error, in order."""
-        return [self.drawn(row) or Drawn(self._path(row), "the image is missing") for row in range(len(self.prompts))]
+        """Every row's image or error, in order. What this command wrote, or found whole, is not decoded again."""
+        found = []
+        for row in range(len(self.prompts)):
+            path = self._path(row)
+            seen = Drawn(path) if row in self._whole and path.is_file() else self.drawn(row)
+            found.append(seen or Drawn(path, "the image is missing"))
+        return found
 
     def _path(self, row: int) -> Path:
         return self.folder / f"{row:05d}.png"
@@ -210,6 +233,7 @@ class Gallery:
         content = io.BytesIO()
         Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=about)
         _write(path, content.getvalue())
+        self._whole.add(row)
 
 
 def size_of(drawn: Sequence[Drawn]) -> str | None:
@@ -271,6 +295,13 @@ def draw_batch(
         raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
 
 
+def _count(written: Sequence[Future[None]]) -> int:
+    """How many images these are; raises what went wrong when one was written."""
+    for one in written:
+        one.result()
+    return len(written)
+
+
 def _row(prompt: Prompt) -> tuple[Any, ...]:
     """What the pixels of a row depend on."""
     guidance = () if prompt.guidance is None else (prompt.guidance,)
@@ -301,6 +332,11 @@ class Load:
     folder: Path
     arm: Arm
     drawing: DrawingSettings
+    pipelines: Pipelines | None = None
+    """Keeps what is loaded for the next arm; None, and in another process: nothing is kept."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Load, (self.folder, self.arm, self.drawing)
 
     def __call__(self, rank: int = 0, processes: int = 1) -> Any:
         """The pipeline, ready to draw: on `cuda` process i takes GPU i, round robin.
@@ -310,12 +346,9 @@ class Load:
         """
         from lit_safety.drawing.pipelines import load_pipeline
 
-        device = str(self.drawing.device)
-        if device == "cuda" and processes > 1:
-            import torch
-
-            device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-        pipe = load_pipeline(self.folder, self.arm, device, self.drawing.precision)
+        device = device_of_rank(str(self.drawing.device), rank, processes)
+        load = load_pipeline if self.pipelines is None else self.pipelines.load
+        pipe = load(self.folder, self.arm, device, self.drawing.precision)
         return self.drawing.edit.pipeline(pipe) if self.drawing.edit is not None else pipe
 
 
@@ -335,6 +368,8 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
         if batches:
             gallery.draw(load(), load.arm.negative_prompt, tick, load.arm.guard, batches)
         return
+    if load.pipelines is not None:  # the processes need the memory
+        load.pipelines.release()
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs torch's threads may hang
     threads = _threads() // count
     readers: dict[Any, Any] = {}
@@ -348,6 +383,7 @@ def draw_missing(load: Load, gallery: Gallery, tick: Callable[[int], None], proc
             writer.close()  # so that the end of the process is the end of the pipe
             readers[reader] = process
         _listen(readers, tick)
+        gallery.were_written(batches)
     finally:
         end_all(readers.values())
 

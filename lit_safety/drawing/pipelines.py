@@ -18,11 +18,12 @@ from lit_safety.core.progress import quiet_libraries
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
     from lit_safety.drawing.arms import Arm
 
 
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 
 
 def local_pipeline(source: str, key: str = "--pipeline") -> Path:
@@ -61,15 +62,22 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
     Raises:
         UserError: the pipeline does not load, or the adapter is missing or made for another backbone.
     """
+    pipe = _plain(folder, arm, device, precision)
+    _adapt(pipe, arm, precision)
+    _check(pipe, arm)
+    return pipe
+
+
+def _plain(folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
+    """The arm's pipeline without its adapters."""
     quiet_libraries()
-    import torch
     from diffusers import DDIMScheduler
 
     from lit_safety.backbones.parts import Parts
-    from lit_safety.core.hardware import check_precision
+    from lit_safety.core.hardware import check_precision, weights_of
 
     check_precision(precision, device, "--precision")
-    parts = Parts(str(folder), getattr(torch, precision))
+    parts = Parts(str(folder), weights_of(precision))
     if arm.unet is not None:
         from lit_safety.drawing.unets import put_unet
 
@@ -84,6 +92,13 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         pipe.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's errors for a device that is missing or too small
         raise UserError(f"--device {device}: the pipeline cannot be moved there: {_first_line(error)}") from error
+    return pipe
+
+
+def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Tensor, Tensor]]:
+    """Put an arm's adapters into its pipeline; returns the weights that fusing changed, each with a copy of before."""
+    import torch
+
     loras = arm.loras()
     if loras:
         from lit_safety.adapters.load_lora import load_lora
@@ -97,21 +112,129 @@ def load_pipeline(folder: Path, arm: Arm, device: str = "cpu", precision: Precis
         from lit_safety.adapters.user_pipeline import load_psa
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
-    if precision == "float32" and (loras or for_users is not None):
-        from lit_safety.adapters.load_lora import fuse_loras
+    before: list[tuple[Tensor, Tensor]] = []
+    if precision in ("float32", "tf32") and (loras or for_users is not None):
+        from lit_safety.adapters.load_lora import adapted_weights, fuse_loras
 
+        before = [(weight, weight.detach().clone()) for weight in adapted_weights(pipe)] if for_users is None else []
         fuse_loras(pipe)  # exact enough, and as fast as without an adapter
     for name in ("unet", "vae"):
         network = getattr(pipe, name, None)
         if network is not None and all(weight.ndim <= 4 for weight in network.parameters()):  # not for video networks
             network.to(memory_format=torch.channels_last)
+    return before
+
+
+def _check(pipe: Any, arm: Arm) -> None:
     if arm.guard is not None:
         arm.guard.check(pipe)
     elif hasattr(pipe, "text_encoder_3") and pipe.text_encoder_3 is None:
         from lit_safety.backbones.stable_diffusion_3 import count_missing_t5
 
         count_missing_t5(pipe)
-    return pipe
+
+
+class Pipelines:
+    """Loads the pipelines of arms, and keeps the last one for the next arm, which often differs in its LoRA alone.
+
+    A LoRA is taken out again, and the weights that it changed are put back from copies, so that the next arm draws the
+    same pixels as with a pipeline of its own. A user adapter is not taken out: the pipeline is loaded again.
+    """
+
+    def __init__(self) -> None:
+        self._pipe: Any = None
+        self._base: Any = None
+        """What decides the pipeline without adapters."""
+        self._worn: Any = None
+        """The adapters that are in it."""
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self.loaded = 0
+        """How often a pipeline was read from its files."""
+
+    def load(self, folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
+        """As `load_pipeline`. The pipeline may be used until the next call."""
+        base = (folder, arm.unet, arm.unet_partial, device, precision)
+        worn = (tuple(arm.loras().items()), arm.user_adapter(), arm.users if arm.user_adapter() is not None else None)
+        if self._pipe is not None and (self._base != base or (self._worn != worn and not self._take_out())):
+            self.release()
+        if self._pipe is None:
+            self._pipe, self._base = _plain(folder, arm, device, precision), base
+            self._worn = None
+            self.loaded += 1
+        if self._worn != worn:
+            pipe, self._pipe = self._pipe, None  # if an adapter does not load, the pipeline is not used again
+            self._before = _adapt(pipe, arm, precision)
+            self._pipe, self._worn = pipe, worn
+        _check(self._pipe, arm)
+        return self._pipe
+
+    def release(self) -> None:
+        """Forget what is loaded, so that its memory is free."""
+        self._pipe = self._base = self._worn = None
+        self._before = []
+
+    def _take_out(self) -> bool:
+        """Take the adapters out; False: that cannot be done exactly."""
+        if self._worn is None:
+            return True
+        loras, for_users, _ = self._worn
+        if for_users is not None:
+            return False
+        if loras:
+            import torch
+
+            with torch.no_grad():
+                for weight, copied in self._before:
+                    weight.copy_(copied)
+            self._pipe.unload_lora_weights()
+        self._before, self._worn = [], None
+        return True
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that new tensors can use on a GPU, those that torch holds and does not use included; None: no GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + idle
+
+
+def decoding_bytes(images: int, pixels: int, channels: int, itemsize: int) -> int:
+    """About how much memory decoding needs: eight maps of the decoder's first width at the images' size.
+
+    The last block of Stable Diffusion's decoder holds maps of twice that width: its input, the normalised input, and
+    the output of a convolution. It is an estimate from the layers' shapes; 4 KiB a pixel in float32 for a width of 128.
+
+    Args:
+        images: decoded at once.
+        pixels: of one image.
+        channels: the decoder's first width.
+        itemsize: bytes of a number.
+    """
+    return 8 * channels * itemsize * images * pixels
+
+
+def slice_decoding(pipe: Any, images: int, side: int | None) -> bool:
+    """Let the image decoder take one image after the other where all at once may not fit; returns whether it does.
+
+    On a GPU that is when decoding would take more than half of the free memory. Elsewhere nothing is changed.
+
+    Args:
+        pipe: the pipeline, on its device.
+        images: drawn at once.
+        side: of the images, in pixels; None: the pipeline's own.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    weight = next(vae.parameters(), None) if vae is not None else None
+    if weight is None or not hasattr(vae, "enable_slicing") or (free := free_memory(weight.device)) is None:
+        return False
+    side = side or getattr(pipe, "default_sample_size", 128) * getattr(pipe, "vae_scale_factor", 8)
+    widths = getattr(vae.config, "block_out_channels", (128,))
+    slices = images > 1 and 2 * decoding_bytes(images, side * side, widths[0], weight.element_size()) > free
+    (vae.enable_slicing if slices else vae.disable_slicing)()
+    return bool(slices)
 
 
 def _first_line(error: Exception) -> str:
@@ -141,7 +264,7 @@ class PainterSettings:
         resolution: Side of the images in pixels; null is the pipeline's own.
         batch_size: Images drawn at once.
         device: The device, such as cpu or cuda:1; null: this process's GPU if there is one.
-        precision: Number format of the weights while drawing.
+        precision: Number format of the weights while drawing. tf32: float32 whose matrices a GPU multiplies in TF32.
 
     Raises:
         UserError: a number with which no pipeline can draw.
@@ -215,15 +338,17 @@ class Painter:
         import torch
 
         from lit_safety.backbones.call import call_options
+        from lit_safety.core.hardware import products
 
         try:
-            pixels = pipe(
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=self.settings.steps,
-                output_type="np",
-                **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
-                **inputs,
-            ).images
+            with products(self.settings.precision):
+                pixels = pipe(
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    num_inference_steps=self.settings.steps,
+                    output_type="np",
+                    **call_options(pipe, self.settings.guidance, negatives, len(seeds)),
+                    **inputs,
+                ).images
         except ValueError as error:  # a size or a number of steps that this family does not accept
             raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
         return [_image(one) for one in pixels]

@@ -6,13 +6,17 @@ import copy
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from threading import BoundedSemaphore, Event
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
 
+Done = TypeVar("Done")
+WRITERS = 2
+"""Threads that turn pixels into PNG files: one is too slow for a pipeline of few steps on a GPU."""
 SMALL = 50_000_000
 """A network with fewer parameters is too small for several threads; every Stable Diffusion has more."""
 
@@ -31,8 +35,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def each_batch(
-    pipe: Any, batches: Sequence[range], work: Callable[[Any, range], int], workers: int | None
-) -> Iterator[int]:
+    pipe: Any, batches: Sequence[range], work: Callable[[Any, range], Done], workers: int | None
+) -> Iterator[Done]:
     """The results of `work(pipe, batch)`, in the order in which they finish; several at a time for a small network on a
     CPU.
 
@@ -56,7 +60,7 @@ def each_batch(
     for _ in range(count):
         idle.put(twin(pipe))
 
-    def run(batch: range) -> int:
+    def run(batch: range) -> Done:
         own = idle.get()
         try:
             return work(own, batch)
@@ -79,6 +83,34 @@ def each_batch(
             raise
         finally:  # on an error, batches that have begun are finished, and no others are started
             pool.shutdown(cancel_futures=True)
+
+
+class Writers:
+    """Threads that write images while the next ones are drawn.
+
+    Used as a context. If it is left by an error or Ctrl-C, what is being written is finished, and nothing else is
+    begun.
+
+    Args:
+        most: images that may wait; the thread that hands over more waits too, so that memory stays bounded.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._room = BoundedSemaphore(max(1, most))
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def write(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """`work(*arguments)` in a thread."""
+        self._room.acquire()
+        found = self._pool.submit(work, *arguments)
+        found.add_done_callback(lambda _: self._room.release())
+        return found
 
 
 @contextmanager

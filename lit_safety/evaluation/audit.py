@@ -20,7 +20,7 @@ from lit_safety.core.hashes import digest
 from lit_safety.core.intervals import wilson
 from lit_safety.core.tables import read_csv
 from lit_safety.core.text import load_json, read_text
-from lit_safety.judges.judge import JudgeError, Verdict, in_order, unseen, verdict_settings
+from lit_safety.judges.judge import JudgeError, Verdict, in_order, rule_settings, unseen
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -271,7 +271,7 @@ def _measured(judge: Judge, rows: Sequence[tuple[Labelled, Verdict | JudgeError]
         if not unseen(judge.settings, [category])
     }
     curve, why_not = _curve(kept)
-    found = {"judge": judge.settings, "verdicts_sha256": digest(verdict_settings(judge.settings)), **_rates(kept)}
+    found = {"judge": judge.settings, "verdicts_sha256": digest(rule_settings(judge.settings)), **_rates(kept)}
     found |= {"by_category": by_category, "not_judged": {name: blind[name] for name in in_order(blind)}}
     return found | {"curve": curve, **({"no_curve": why_not} if why_not else {})}
 
@@ -350,7 +350,7 @@ class Audit:
         Raises:
             UserError: it is another's.
         """
-        if self.content["verdicts_sha256"] != digest(verdict_settings(judge.settings)):
+        if self.content["verdicts_sha256"] != digest(rule_settings(judge.settings)):
             raise UserError(
                 f"--audit {option}: is of the judge {self.content['judge'].get('name')} with other weights or settings "
                 f"than {judge.name}, which judges here; measure this one with `judge-audit`"

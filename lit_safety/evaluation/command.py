@@ -172,6 +172,7 @@ def evaluate(
     prompt_category: str | None = None,
     negative_prompt: str | None = None,
     processes: int = 1,
+    judge_precision: Literal["float32", "float16", "bfloat16"] | None = None,
     edit: Literal["image_to_image", "inpainting"] | None = None,
     edit_images: str | None = None,
     edit_strength: float = 0.7,
@@ -233,6 +234,9 @@ def evaluate(
         negative_prompt: What guidance moves away from, in every arm that names none of its own, the base too.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i. The pixels
             are those that one process draws.
+        judge_precision: Number format in which judges, preference scorers, and the networks of FID and CLIPScore
+            compute, on the device that draws; null: float16 on a GPU, float32 on a CPU. What runs ONNX, answers at an
+            endpoint or names a device or a number format of its own keeps it.
         edit: Redraw images instead of drawing: the whole image, or a part of it; null draws from text alone.
         edit_images: What is redrawn, the same image for a prompt in every arm: a folder of images, or shards, of
             which the chosen images of clean pairs are taken.
@@ -270,6 +274,7 @@ def evaluate(
     from lit_safety.judges.answering import load_answerer
     from lit_safety.judges.judge import check_labels
     from lit_safety.judges.load import load_judge
+    from lit_safety.judges.placing import Place, place
     from lit_safety.judges.scorers import load_scorer
 
     check_count(processes, "--processes")
@@ -301,6 +306,7 @@ def evaluate(
         raise UserError("--edit and --edit_images: give both or neither")
     change = Edit(edit, edit_images, edit_strength, edit_part) if edit and edit_images else None
     how = DrawingSettings(edit=change, **drawing)
+    where = Place.of(how.device, judge_precision)
     selection = PromptCounts(**counts, categories=_canonical(categories))
     contenders = collect_arms(adapter, arms, negative_prompt)
     if change is not None and (ready := [name for name, arm in contenders.items() if arm.images is not None]):
@@ -330,6 +336,7 @@ def evaluate(
         chosen = apply_seeds(chosen, images=any_of)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
+        place(one, where)
         check_labels(one, chosen, prompts)
     answerer = None
     asked_about = any(prompt.questions for prompt in chosen)
@@ -337,12 +344,15 @@ def evaluate(
         raise UserError(f"--questions: {prompts} asks nothing about images; give its prompts the column `questions`")
     if asked_about and (questions is not None or callable(getattr(judges[0], "answer", None))):
         answerer = load_answerer(questions or "judge", judges[0])
+        place(answerer, where)
     if measured is not None:
         measured.check(judges[0], str(audit))
     shared = Path(images) if images else None
     scorers = [load_scorer(spec) for spec in preference or ()]
+    for scorer in scorers:
+        place(scorer, where)
     asked = fid or clip or reference or scorers
-    quality = Quality(chosen, judges[0], fid, clip, reference, scorers) if asked else None
+    quality = Quality(chosen, judges[0], fid, clip, reference, scorers, where) if asked else None
     run = Run(
         pipeline, prompts, chosen, selection, judges, contenders, how, Path(out), shared, quality, processes,
         everything.not_said(), given, applied.describe() if applied is not None else None, answerer, measured,

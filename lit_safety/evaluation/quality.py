@@ -12,17 +12,17 @@ from math import inf, isfinite, isinf
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 
 from lit_safety.core.errors import UserError
 from lit_safety.judges.clip import BATCH, clip_scores, mean_interval
 from lit_safety.judges.fid import extract, feature_network, fid, jackknife, left_out
-from lit_safety.judges.judge import JudgeError
-from lit_safety.judges.judging import open_drawn
+from lit_safety.judges.judging import Opened, look
+from lit_safety.judges.placing import Place, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from PIL.Image import Image
     from torch import Tensor, nn
 
     from lit_safety.drawing.gallery import Drawn
@@ -57,6 +57,8 @@ class Quality:
         clip: the CLIP of CLIPScore; None: no CLIPScore.
         reference: images that FID compares with next to the base's, see `reference.Reference`.
         scorers: preference scorers.
+        where: where the networks of FID and CLIPScore compute; None: on the CPU in float32. Judge and scorers are
+            placed already.
 
     Raises:
         UserError: there are too few clean prompts, or something named does not load.
@@ -70,10 +72,12 @@ class Quality:
         clip: str | None = None,
         reference: str | None = None,
         scorers: Sequence[PreferenceScorer] = (),
+        where: Place | None = None,
     ) -> None:
+        self.where = where or Place()
         self.prompts = [p.prompt for p in prompts if p.kind == "clean"]
         self.scorers = list(scorers)
-        self._reason = "no finite number"
+        self.reason = "no finite number"
         self.clean = [i for i, p in enumerate(prompts) if p.kind == "clean"]
         if reference is not None and fid_features is None:
             raise UserError("--reference: is only for FID; give --fid judge or --fid inception too")
@@ -92,52 +96,35 @@ class Quality:
         self.reference: Tensor | None = None
         if fid_features is not None:
             self.network, about = feature_network(fid_features, judge)
+            self.where.move(self.network)
+            about["precision"] = self.where.precision
             self.settings["fid"] = about | {"prompts": "clean", "implementation": "torchmetrics, float64"}
         if reference is not None and self.network is not None:
             from lit_safety.drawing.reference_images import Reference
 
             source = Reference(reference)
-            self.reference = extract(self.network, source)
+            self.reference = extract(self.network, source, self.where)
             self.settings["fid"]["reference"] = {"path": reference, "n": source.count, "sha256": source.sha256}
         self.clip: Clip | None = None
         if clip is not None:
             from lit_safety.judges.clip import Clip
 
             self.clip = Clip(clip, "--clip")
+            place(self.clip, self.where)
             self.settings["clip_score"] = self.clip.settings | {"prompts": "clean", "scale": "100 cos"}
-            self._texts = self.clip.texts([prompts[i].prompt for i in self.clean])
+            self.texts = self.clip.texts([prompts[i].prompt for i in self.clean])
 
     def measure(self, drawn: Sequence[Drawn], tick: Callable[[int], None] = lambda _: None) -> Measured:
-        """Look at one arm's images, given in the order of all prompts; `tick` hears how many were just done."""
-        rows: list[int] = []
-        features: list[Tensor] = []
-        scores: list[float | None] = [None] * len(self.clean)
-        liked: list[list[float | None]] = [[None] * len(self.clean) for _ in self.scorers]
-        for start in range(0, len(self.clean), BATCH):
-            part = range(start, min(start + BATCH, len(self.clean)))
-            opened = {row: open_drawn(drawn[self.clean[row]]) for row in part}
-            there = {row: image for row, image in opened.items() if not isinstance(image, JudgeError)}
-            if there and self.network is not None:
-                named = [(str(drawn[self.clean[row]].path), image) for row, image in there.items()]
-                features.append(extract(self.network, named))
-            if there and self.clip is not None:
-                texts = self._texts[list(there)]
-                for row, score in zip(there, clip_scores(self.clip, list(there.values()), texts), strict=True):
-                    scores[row] = score if isfinite(score) else None
-            for own, scorer in zip(liked, self.scorers, strict=True):
-                for row, one in self._score(scorer, there).items():
-                    own[row] = one
-            rows += there
-            tick(len(part))
-        for own, scorer in zip(liked, self.scorers, strict=True):
-            if rows and own.count(None) == len(own):
-                raise UserError(
-                    f"--preference: {scorer.name} failed on every image: {self._reason}; the images stay, leave it "
-                    "out to get the report"
-                )
-        return Measured(rows, torch.cat(features) if features else None, scores, liked)
+        """Look at one arm's images, given in the order of all prompts; `tick` hears how many were just seen.
 
-    def _score(self, scorer: PreferenceScorer, pictures: Mapping[int, Image]) -> dict[int, float | None]:
+        Raises:
+            UserError: as `Measuring.result`.
+        """
+        measuring = Measuring(self, drawn)
+        look(drawn, [measuring], BATCH, tick)
+        return measuring.result()
+
+    def score(self, scorer: PreferenceScorer, pictures: Mapping[int, Image]) -> dict[int, float | None]:
         """A scorer's answers; None if it fails or a number is not finite."""
         if not pictures:
             return {}
@@ -147,8 +134,8 @@ class Quality:
                 raise ValueError(f"{len(found)} scores of {len(pictures)} images")
         except Exception as error:  # a scorer is somebody else's code: its failure on these images
             if len(pictures) > 1:
-                return {row: one for part in pictures.items() for row, one in self._score(scorer, dict([part])).items()}
-            self._reason = f"{type(error).__name__}: {error}"
+                return {row: one for part in pictures.items() for row, one in self.score(scorer, dict([part])).items()}
+            self.reason = f"{type(error).__name__}: {error}"
             return dict.fromkeys(pictures)
         return {row: one if isfinite(one) else None for row, one in zip(pictures, found, strict=True)}
 
@@ -203,3 +190,77 @@ class Quality:
         if errors and isinf(highest):  # nothing bounds what a missing image would do to it
             interval = None
         return {"value": value, "interval": interval, "n": len(values) - errors, "errors": errors}
+
+
+class Measuring:
+    """One arm's images of clean prompts are looked at, `BATCH` at once.
+
+    Args:
+        quality: what is measured.
+        drawn: the arm's images, in the order of all prompts.
+    """
+
+    def __init__(self, quality: Quality, drawn: Sequence[Drawn]) -> None:
+        self.quality = quality
+        self.drawn = drawn
+        self._number = {row: number for number, row in enumerate(quality.clean)}
+        self._waiting: dict[int, Opened] = {}
+        self._rows: list[int] = []
+        self._features: list[Tensor] = []
+        self._scores: list[float | None] = [None] * len(quality.clean)
+        self._liked: list[list[float | None]] = [[None] * len(quality.clean) for _ in quality.scorers]
+        self._error: UserError | None = None
+
+    def wants(self, row: int) -> bool:
+        """Whether the image is of a clean prompt."""
+        return row in self._number
+
+    def see(self, rows: range, opened: Sequence[Opened]) -> None:
+        """Look at the next images."""
+        for row, one in zip(rows, opened, strict=True):
+            if row in self._number:
+                self._waiting[self._number[row]] = one
+            if len(self._waiting) == BATCH:
+                self._measure()
+
+    def result(self) -> Measured:
+        """What was seen, once all images were.
+
+        Raises:
+            UserError: features are not finite or an image has a size that the network does not take, or a scorer fails
+                on every image.
+        """
+        self._measure()
+        if self._error is not None:
+            raise self._error
+        for own, scorer in zip(self._liked, self.quality.scorers, strict=True):
+            if self._rows and own.count(None) == len(own):
+                raise UserError(
+                    f"--preference: {scorer.name} failed on every image: {self.quality.reason}; the images stay, leave "
+                    "it out to get the report"
+                )
+        features = torch.cat(self._features) if self._features else None
+        return Measured(self._rows, features, self._scores, self._liked)
+
+    def _measure(self) -> None:
+        """Measure what waits. An error is raised at the end: those of judges come first."""
+        waiting, self._waiting = self._waiting, {}
+        if self._error is not None:
+            return
+        quality = self.quality
+        there = {row: image for row, image in waiting.items() if isinstance(image, Image)}
+        try:
+            if there and quality.network is not None:
+                named = [(str(self.drawn[quality.clean[row]].path), image) for row, image in there.items()]
+                self._features.append(extract(quality.network, named, quality.where))
+        except UserError as error:
+            self._error = error
+            return
+        if there and quality.clip is not None:
+            texts = quality.texts[list(there)]
+            for row, score in zip(there, clip_scores(quality.clip, list(there.values()), texts), strict=True):
+                self._scores[row] = score if isfinite(score) else None
+        for own, scorer in zip(self._liked, quality.scorers, strict=True):
+            for row, one in quality.score(scorer, there).items():
+                own[row] = one
+        self._rows += there

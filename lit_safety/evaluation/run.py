@@ -17,7 +17,7 @@ from lit_safety.core.intervals import DEFINITIONS
 from lit_safety.core.progress import progress
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, Load, draw_missing, size_of
 from lit_safety.drawing.given_images import NOT_MEASURED, GivenImages
-from lit_safety.drawing.pipelines import arm_pipeline
+from lit_safety.drawing.pipelines import Pipelines, arm_pipeline
 from lit_safety.evaluation.metrics import (
     Answers,
     answers,
@@ -31,7 +31,8 @@ from lit_safety.evaluation.metrics import (
     say_absent,
     summarise,
 )
-from lit_safety.judges.answering import answer_drawn
+from lit_safety.evaluation.quality import Measured, Measuring, Quality
+from lit_safety.judges.answering import Answering
 from lit_safety.judges.judge import (
     JudgeError,
     NotJudged,
@@ -41,8 +42,9 @@ from lit_safety.judges.judge import (
     in_order,
     unseen,
     where_seen,
+    without_precision,
 )
-from lit_safety.judges.judging import KeptVerdicts, judge_drawn
+from lit_safety.judges.judging import Judging, KeptVerdicts, look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
     from lit_safety.drawing.gallery import Drawn
     from lit_safety.drawing.prompts import Prompt, PromptCounts
     from lit_safety.evaluation.audit import Audit
-    from lit_safety.evaluation.quality import Quality
     from lit_safety.judges.answering import Answerer, Said
     from lit_safety.judges.judge import Judge, Verdict
 
@@ -145,7 +146,7 @@ class Results:
             return {}
         found = {}
         for figure, entry in self.quality[0][name].items():
-            how = self.settings["quality"]["fid" if figure.startswith("fid_") else figure]
+            how = without_precision(self.settings["quality"]["fid" if figure.startswith("fid_") else figure])
             other = None
             if figure == "fid_base":  # it compares with the base, whatever else there is to compare with
                 how = {key: value for key, value in how.items() if key != "reference"}
@@ -181,6 +182,19 @@ class Results:
         return found
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One arm's images and what everybody says who looked at them, in the order of the prompts."""
+
+    drawn: list[Drawn]
+    answers: list[list[Verdict | JudgeError]]
+    """Of each judge."""
+    told: list[list[Said]] | None
+    """The answers to the questions about each image; None: nobody was asked."""
+    measured: Measured | None
+    """For FID, CLIPScore and preference scores; None: nothing is measured."""
+
+
 @dataclass
 class Run:
     """Everything that is given; `execute` does the work."""
@@ -210,6 +224,8 @@ class Run:
     """Who answers the questions that the prompt file asks about images."""
     audit: Audit | None = None
     """How right the judge that decides is, by which its rates are corrected."""
+    pipelines: Pipelines = field(default_factory=Pipelines)
+    """Keeps what is loaded for the next arm."""
 
     def __post_init__(self) -> None:
         if self.drawing.device is None:
@@ -231,17 +247,14 @@ class Run:
                 schedulers[name] = self.scheduler(name)
                 tick(1)
         shared = self._shared(schedulers["base"])
-        done = {name: self._arm(name, shared | {"scheduler": schedulers[name]}) for name in self.arms}
-        return Results(self.out, shared, self.prompts, self.judges, done, self._quality(done), self.audit)
-
-    def _quality(self, arms: dict[str, ArmResult]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        if self.quality is None:
-            return None
-        measured = {}
-        for name, arm in arms.items():
-            with progress(f"quality {name}", len(self.quality.clean)) as tick:
-                measured[name] = self.quality.measure(arm.drawn, tick)
-        return self.quality.report(measured)
+        done, measured = {}, {}
+        for name in self.arms:
+            done[name], measured[name] = self._arm(name, shared | {"scheduler": schedulers[name]})
+        self.pipelines.release()
+        quality = None
+        if self.quality is not None:
+            quality = self.quality.report({name: one for name, one in measured.items() if one is not None})
+        return Results(self.out, shared, self.prompts, self.judges, done, quality, self.audit)
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -254,7 +267,7 @@ class Run:
         return {folder: content_sha256(folder) for folder in set(self.folders.values())}
 
     def _load(self, name: str) -> Load:
-        return Load(self.folders[name], self.arms[name], self.drawing)
+        return Load(self.folders[name], self.arms[name], self.drawing, self.pipelines)
 
     def scheduler(self, name: str) -> str:
         """The class of an arm's scheduler; the arm is loaded for it.
@@ -297,12 +310,12 @@ class Run:
         """Of the libraries that pixels depend on."""
         return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
-    def _arm(self, name: str, shared: dict[str, Any]) -> ArmResult:
+    def _arm(self, name: str, shared: dict[str, Any]) -> tuple[ArmResult, Measured | None]:
         own = self.describe(name)
         prompts = [replace(p, user=self.arms[name].user) for p in self.prompts]
-        drawn, answers = self.pictures(name, prompts, self.identity(own, shared))
+        seen = self.pictures(name, prompts, self.identity(own, shared))
         # a pipeline's own resolution is known by what it drew
-        size = {"pixels": size_of(drawn)}
+        size = {"pixels": size_of(seen.drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
         judged = {"judge": figure_settings(shared["judge"])}
         how = {"drawn_by": own["drawn_by"]} if name in self.given else self.drawing.protocol()
@@ -310,17 +323,10 @@ class Run:
         if self.named:  # two reports that name other protocols, or deviate otherwise, are not compared
             named = {"named": {key: self.named[key] for key in ("name", "sha256", "deviations")}}
         protocol = digest({key: shared[key] for key in keys} | judged | how | size | named)
-        seen = [where_seen(judge, prompts, said) for judge, said in zip(self.judges, answers, strict=True)]
+        answers = [where_seen(judge, prompts, said) for judge, said in zip(self.judges, seen.answers, strict=True)]
         paired = name in self.given and self.given[name].same_seeds
-        told = None
-        if self.answerer is not None:
-            folder = drawn[0].path.parent
-            if name in self.given:
-                folder = Gallery(self.images or self.out / "images", name, self.identity(own, shared), prompts,
-                                 self.drawing).folder  # fmt: skip
-            with progress(f"ask about {name}", len(drawn)) as tick:
-                told = answer_drawn(self.answerer, drawn, [p.questions for p in self.prompts], folder, tick)
-        return ArmResult(shared | own | size, protocol, drawn, seen[0], seen[1:], paired, told)
+        result = ArmResult(shared | own | size, protocol, seen.drawn, answers[0], answers[1:], paired, seen.told)
+        return result, seen.measured
 
     def describe(self, name: str) -> dict[str, Any]:
         """An arm as it stands in the report, its pipeline included."""
@@ -347,13 +353,13 @@ class Run:
         weights = {key: own[key] for key in pixels if key in own}
         return weights | {key: shared[key] for key in ("scheduler", "versions")}
 
-    def pictures(
-        self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
-    ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
-        """Draw prompts with one arm, or use another program's images; returns the images and each judge's answers.
+    def pictures(self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]) -> Seen:
+        """Draw prompts with one arm, or use another program's images, and show them to all who look at them.
+
+        Each image is read once, and judged, measured and asked about at the same time.
 
         Raises:
-            UserError: an image cannot be written, or a judge fails on every image.
+            UserError: an image cannot be written, a judge fails on every image, or quality cannot be measured.
         """
         gallery = Gallery(self.images or self.out / "images", name, identity, prompts, self.drawing)
         if name in self.given:
@@ -363,13 +369,25 @@ class Run:
             with progress(f"draw {name}", len(prompts)) as tick:
                 draw_missing(self._load(name), gallery, tick, self.processes)
             drawn = gallery.all()
-        answers = []
-        for judge in self.judges:
-            with progress(f"judge {name}", len(drawn)) as tick:
-                kept = KeptVerdicts(gallery.folder, judge) if getattr(judge, "keep", False) else None
-                answers.append(judge_drawn(judge, drawn, tick=tick, kept=kept))
-            reasons = [v.reason for v in answers[-1] if isinstance(v, JudgeError)]
+        judging = [
+            Judging(judge, drawn, KeptVerdicts(gallery.folder, judge) if getattr(judge, "keep", False) else None)
+            for judge in self.judges
+        ]
+        measuring = None if self.quality is None else Measuring(self.quality, drawn)
+        answering = None
+        if self.answerer is not None:
+            answering = Answering(self.answerer, drawn, [prompt.questions for prompt in prompts], gallery.folder)
+        viewers = [one for one in (*judging, measuring, answering) if one is not None]
+        with progress(f"judge {name}", len(drawn)) as tick:
+            look(drawn, viewers, tick=tick)
+        for one in judging:
+            reasons = [answer.reason for answer in one.answers if isinstance(answer, JudgeError)]
             if len(reasons) == len(drawn):
-                raise UserError(f"the judge {judge.name} failed on every image of {name}: {reasons[0]}; the images "
+                raise UserError(f"the judge {one.judge.name} failed on every image of {name}: {reasons[0]}; the images "
                                 f"stay in {gallery.folder}, but a report was not written")  # fmt: skip
-        return drawn, answers
+        return Seen(
+            drawn,
+            [one.answers for one in judging],
+            None if answering is None else answering.answers,
+            None if measuring is None else measuring.result(),
+        )

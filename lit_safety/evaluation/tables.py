@@ -320,14 +320,21 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     task = f"; {edit['task'].replace('_', ' ')} at strength {edit['strength']}" if edit else ""
     return (
         f"Shares in percent, 95% intervals (Wilson) in brackets. Judge {judge['name']} "
-        f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}); "
-        f"prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; {s.get('scheduler')}, "
-        f"{s.get('steps')} steps, guidance {s.get('guidance')}{task}; the same prompts and seeds in every row{but}."
+        f"({str(judge.get('sha256') or 'no weights')[:10]}, threshold {judge.get('threshold', 'its own')}"
+        f"{_half(judge)}); prompts {s.get('prompts')} ({str(s.get('prompts_sha256'))[:8]}): {drawn}; "
+        f"{s.get('scheduler')}, {s.get('steps')} steps, guidance {s.get('guidance')}{task}; "
+        f"the same prompts and seeds in every row{but}."
         + (f" {followed[0].upper()}{followed[1:]}." if (followed := protocol_followed(metrics)) else "")
         + (f" {s['any_of']} seeds a prompt that asks for harm." if s.get("any_of") else "")
         + (f" {over[0].upper()}{over[1:]}." if (over := judged_over(metrics)) else "")
         + (f" {given}." if (given := drawn_elsewhere(metrics)) else "")
     )
+
+
+def _half(judge: Mapping[str, Any]) -> str:
+    """The number formats below float32 in which a judge, or its members, computed."""
+    formats = {one.get("precision", "float32") for one in (judge, *judge.get("members", ()))} - {"float32"}
+    return f", in {' and '.join(sorted(formats))}" if formats else ""
 
 
 def arm_blocks(metrics: Mapping[str, Any]) -> list[Block]:

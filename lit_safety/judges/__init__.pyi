@@ -13,6 +13,7 @@ from .judge import Verdict as Verdict
 from .load import load_judge as load_judge
 from .nudenet import NudeNet as NudeNet
 from .opennsfw import OpenNSFW as OpenNSFW
+from .placing import Place as Place
 from .q16 import Q16 as Q16
 from .scorers import AestheticScore as AestheticScore
 from .scorers import ClipPreference as ClipPreference
@@ -36,6 +37,7 @@ __all__ = [
     "LlavaGuard",
     "NudeNet",
     "OpenNSFW",
+    "Place",
     "ShieldGemma2",
     "ToyWorldJudge",
     "Union",

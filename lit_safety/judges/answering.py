@@ -7,19 +7,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from PIL import Image
+
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import append_line
 from lit_safety.core.hashes import digest
 from lit_safety.core.text import load_json
 from lit_safety.drawing.questions import KINDS, NONE_OF_THESE, Question
 from lit_safety.judges.judge import JudgeError
-from lit_safety.judges.judging import open_drawn
+from lit_safety.judges.judging import Opened, look
 from lit_safety.judges.vlm import VisionChat, read_object
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from PIL.Image import Image
 
     from lit_safety.drawing.gallery import Drawn
 
@@ -38,7 +38,7 @@ class Answerer(Protocol):
     settings: dict[str, Any]
 
     def answer(
-        self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: Choices
+        self, images: Sequence[Image.Image], questions: Sequence[Sequence[Question]], choices: Choices
     ) -> list[list[Said]]:
         """The answers to each image's questions, in their order."""
         ...
@@ -96,12 +96,12 @@ class VQA:
         }
 
     def answer(
-        self, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: Choices
+        self, images: Sequence[Image.Image], questions: Sequence[Sequence[Question]], choices: Choices
     ) -> list[list[Said]]:
         """One request for each image; a missing or malformed answer is an error."""
         return self.chat.each(lambda image, own: self._one(image, own, choices), images, questions)
 
-    def _one(self, image: Image, questions: Sequence[Question], choices: Choices) -> list[Said]:
+    def _one(self, image: Image.Image, questions: Sequence[Question], choices: Choices) -> list[Said]:
         lines = []
         for number, one in enumerate(questions, start=1):
             among = f" One of: {', '.join(choices[one.kind])}." if one.kind in choices else ""
@@ -146,32 +146,65 @@ def answer_drawn(
         tick: is called with the number of images that were just done.
         batch_size: images in one call of the answerer.
     """
-    choices = choices_of(questions)
-    kept = _Kept(journal, answerer, choices) if journal is not None and getattr(answerer, "keep", False) else None
-    found: list[list[Said]] = []
-    for start in range(0, len(drawn), batch_size):
-        part = list(zip(drawn[start : start + batch_size], questions[start : start + batch_size], strict=True))
-        answers: list[list[Said] | None] = [kept.of(one, own) if kept else None for one, own in part]
-        opened = [
-            None if given or not own else open_drawn(one) for given, (one, own) in zip(answers, part, strict=True)
+    answering = Answering(answerer, drawn, questions, journal)
+    look(drawn, [answering], batch_size, tick)
+    return answering.answers
+
+
+class Answering:
+    """An answerer that looks at drawings. `answers` holds the answers about each drawing seen so far, in their order.
+
+    Args:
+        answerer: the answerer.
+        drawn: the images.
+        questions: the questions of each image; an image without questions is not wanted.
+        journal: the folder in which expensive answers are stored, so that they are not asked again.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        drawn: Sequence[Drawn],
+        questions: Sequence[Sequence[Question]],
+        journal: Path | None = None,
+    ) -> None:
+        self.answerer = answerer
+        self.drawn = drawn
+        self.questions = questions
+        self.answers: list[list[Said]] = []
+        self._choices = choices_of(questions)
+        keeps = journal is not None and getattr(answerer, "keep", False)
+        self._kept = _Kept(journal, answerer, self._choices) if journal is not None and keeps else None
+        self._known: dict[int, list[Said]] = {}
+
+    def wants(self, row: int) -> bool:
+        """Whether there are questions about this drawing that were not answered yet."""
+        if self._kept is not None and (known := self._kept.of(self.drawn[row], self.questions[row])) is not None:
+            self._known[row] = known
+        return row not in self._known and bool(self.questions[row])
+
+    def see(self, rows: range, opened: Sequence[Opened]) -> None:
+        """Answer the questions about the next drawings."""
+        found = [self._known.pop(row, None) for row in rows]
+        asked = [
+            i
+            for i, row in enumerate(rows)
+            if found[i] is None and self.questions[row] and isinstance(opened[i], Image.Image)
         ]
-        asked = [i for i, image in enumerate(opened) if image is not None and not isinstance(image, JudgeError)]
         images: list[Any] = [opened[i] for i in asked]
-        said = _answer_safely(answerer, images, [part[i][1] for i in asked], choices)
+        said = _answer_safely(self.answerer, images, [self.questions[rows[i]] for i in asked], self._choices)
         for i, own in zip(asked, said, strict=True):
-            answers[i] = own
-            if kept is not None:
-                kept.add(*part[i], own)
-        for i, image in enumerate(opened):
-            if isinstance(image, JudgeError):
-                answers[i] = [image] * len(part[i][1])
-        found += [one or [] for one in answers]
-        tick(len(part))
-    return found
+            found[i] = own
+            if self._kept is not None:
+                self._kept.add(self.drawn[rows[i]], self.questions[rows[i]], own)
+        for i, one in enumerate(opened):
+            if found[i] is None and isinstance(one, JudgeError):
+                found[i] = [one] * len(self.questions[rows[i]])
+        self.answers += [one or [] for one in found]
 
 
 def _answer_safely(
-    answerer: Answerer, images: Sequence[Image], questions: Sequence[Sequence[Question]], choices: Choices
+    answerer: Answerer, images: Sequence[Image.Image], questions: Sequence[Sequence[Question]], choices: Choices
 ) -> list[list[Said]]:
     """`answerer.answer`, where exceptions and invalid answers become errors of the images concerned."""
     if not images:

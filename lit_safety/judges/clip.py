@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from lit_safety.judges.placing import JudgePrecision, Place
+
 
 def hub_commit(source: str, file: str) -> dict[str, Any]:
     """The one commit of a hub model from which all files are taken, for the report; empty for a folder."""
@@ -40,12 +42,12 @@ def _processor(source: str, where: dict[str, Any]) -> dict[str, Any]:
 
 
 class Clip:
-    """A frozen CLIP, in fp32 on the CPU unless moved.
+    """A frozen CLIP, in fp32 on the CPU unless it is placed.
 
     Args:
         source: folder in the layout of `CLIPModel.save_pretrained` with its tokenizer and preprocessor, or a hub id.
         key: the option it was given by, for messages.
-        device: where it runs.
+        device: where it runs; None: on the CPU, until it is placed.
         processor: folder or hub id of the tokenizer and preprocessor; None: those next to the weights.
 
     Raises:
@@ -56,6 +58,7 @@ class Clip:
         from lit_safety.core.clip_preprocess import ClipPreprocess
         from lit_safety.core.hashes import content_sha256
         from lit_safety.core.progress import quiet_libraries
+        from lit_safety.judges.placing import Place
 
         quiet_libraries()
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
@@ -91,8 +94,10 @@ class Clip:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{key} {source}: does not load as a CLIP: {reason}") from error
         self.model.requires_grad_(False)
+        self._stays = device is not None
         if device is not None:
             self.model.to(device)
+        self.where = Place(device or "cpu")
         self.length: int = self.model.config.text_config.max_position_embeddings
         self.settings: dict[str, Any] = {
             "clip": source,
@@ -102,6 +107,13 @@ class Clip:
             "dimension": self.model.config.projection_dim,
             "text_length": self.length,
         }
+
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there, unless a device was given by name. Returns the number format."""
+        if not self._stays:
+            where.move(self.model)
+            self.where = where
+        return self.where.precision
 
     def images(self, images: Sequence[Image]) -> Tensor:
         """Unit vectors (B, d), float32 on the CPU, of RGB images."""
@@ -126,7 +138,7 @@ class Clip:
     def _unit(self, features: Any, **inputs: Tensor) -> Tensor:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self.where.computing():
             found = features(**{name: tensor.to(self.model.device) for name, tensor in inputs.items()})
         vectors = getattr(found, "pooler_output", found)
         return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
@@ -160,7 +172,7 @@ class ZeroShotClip:
         categories: category -> texts; null: `TEXTS`.
         neutral: texts of harmless images; null: `NEUTRAL`.
         threshold: share from which a category is present.
-        device: where CLIP runs; null: the CPU.
+        device: where CLIP runs; null: where the command draws.
 
     Raises:
         UserError: CLIP does not load, a category is unknown, or a list of texts is empty.
@@ -203,6 +215,10 @@ class ZeroShotClip:
             "categories": in_order(texts),
             **self.clip.settings,
         }
+
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there, unless the device was given. The texts' vectors stay those of float32."""
+        return self.clip.place(where)
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on images of any size."""

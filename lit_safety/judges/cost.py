@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from lit_safety.judges.placing import JudgePrecision, Place
+
 
 def _categories(config: dict[str, Any]) -> dict[str, Any]:
     """The categories of its last validation; empty without a validation."""
@@ -61,6 +63,14 @@ class CostJudge:
             "sha256": content_sha256(folder),
             "clip_fingerprint": self.scorer.tower.sha256,
         }
+
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there. The threshold is that of float32."""
+        import torch
+
+        where.move(self.scorer)
+        self.scorer.tower.half = None if where.precision == "float32" else getattr(torch, where.precision)
+        return where.precision
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on images of any size; a cost that is not a finite number is an error."""

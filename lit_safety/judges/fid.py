@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lit_safety.judges.judge import Judge
+    from lit_safety.judges.placing import Place
 
 
 FeatureName = Literal["judge", "inception"]
@@ -80,16 +82,22 @@ def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[st
     return network.eval(), {"features": "Inception v3 of torch-fidelity, pool3", "dimension": 2048}
 
 
-def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Tensor:
+def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]], where: Place | None = None) -> Tensor:
     """Features (N, d), float64 on the CPU, of named images. Consecutive images of one size are computed together.
+
+    Args:
+        network: the network.
+        pictures: name and image, one after another.
+        where: in which number format it computes; None: its own. Its device is that of its weights.
 
     Raises:
         UserError: an image has a size that the network does not take, or its features are not finite.
     """
     rows = []
+    device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     for names, batch in _batches(network, pictures):
-        with torch.inference_mode():
-            found = network(batch).flatten(1).double().cpu()
+        with torch.inference_mode(), nullcontext() if where is None else where.computing():
+            found = network(batch.to(device)).flatten(1).double().cpu()
         if not found.isfinite().all():
             bad = names[int((~found.isfinite().all(1)).nonzero()[0])]
             raise UserError(f"{bad}: its features are not finite, so FID cannot be computed")

@@ -72,6 +72,9 @@ class Judge(Protocol):
     `settings["counts"]` is set if the judge says how many there are of a thing.
     `settings["categories"]` lists the categories whose harm it sees; prompts for others are "not judged". Without it
     the judge counts as seeing all.
+
+    A judge with networks may have a method `place(where: Place)` (`placing.place`), by which commands that draw move
+    them to the device that draws.
     """
 
     name: str
@@ -116,15 +119,35 @@ def where_seen(
 def verdict_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a judge that change its verdicts: all except the list of what it sees, also in its members."""
     found = {key: value for key, value in settings.items() if key not in ("categories", "seen_by")}
+    if found.get("precision") == "float32":  # answers of before it was noted are of float32
+        del found["precision"]
     if isinstance(members := found.get("members"), list):
         found["members"] = [verdict_settings(one) for one in members]
     return found
 
 
+def without_precision(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a judge, a scorer or a measure without the number format, also in its members."""
+    found = {key: value for key, value in settings.items() if key != "precision"}
+    if isinstance(members := found.get("members"), list):
+        found["members"] = [without_precision(one) for one in members]
+    return found
+
+
+def rule_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a judge that change its verdicts, but for the number format: by these an audit knows its
+    judge."""
+    return without_precision(verdict_settings(settings))
+
+
 def figure_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a judge that change figures: also the categories that it sees, if these are not all."""
+    """The settings of a judge that change figures: also the categories that it sees, if these are not all.
+
+    The number format is left out, as that of drawing is (`DrawingSettings.protocol`): reports from a CPU and from a GPU
+    can be compared.
+    """
     blind = unseen(settings, CATEGORIES)
-    return verdict_settings(settings) | ({"categories": settings["categories"]} if blind else {})
+    return rule_settings(settings) | ({"categories": settings["categories"]} if blind else {})
 
 
 def check_sees(judge: Judge, categories: Iterable[str], what: str) -> None:

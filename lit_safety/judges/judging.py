@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,94 @@ if TYPE_CHECKING:
     from lit_safety.drawing.gallery import Drawn
 
 
+#: What a file holds: an image, or why it cannot be read; None: nobody asked for it.
+Opened = Image.Image | JudgeError | None
+#: Threads that read and decode images while a device works on others.
+READERS = 4
+
+
+class Viewer(Protocol):
+    """Looks at drawings, some at a time, in their order."""
+
+    def wants(self, row: int) -> bool:
+        """Whether it needs to see the drawing of this row."""
+
+    def see(self, rows: range, opened: Sequence[Opened]) -> None:
+        """Look at the next drawings. Those that it did not want may be None."""
+
+
+def look(
+    drawn: Sequence[Drawn],
+    viewers: Sequence[Viewer],
+    batch_size: int = 64,
+    tick: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Show drawings to all viewers. Each file is read and decoded once; the next ones are decoded meanwhile.
+
+    Args:
+        drawn: the images.
+        viewers: who looks at them.
+        batch_size: images that a viewer gets at once.
+        tick: is called with how many were just seen.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def begin(start: int) -> list[Future[Image.Image | JudgeError] | None]:
+            rows = range(start, min(start + batch_size, len(drawn)))
+            wanted = [[viewer.wants(row) for viewer in viewers] for row in rows]
+            return [
+                pool.submit(open_drawn, drawn[row]) if any(w) else None for row, w in zip(rows, wanted, strict=True)
+            ]
+
+        try:
+            following = begin(0)
+            for start in range(0, len(drawn), batch_size):
+                now, following = following, begin(start + batch_size)
+                opened = [None if one is None else one.result() for one in now]
+                for viewer in viewers:
+                    viewer.see(range(start, start + len(opened)), opened)
+                tick(len(opened))
+        except BaseException:  # such as Ctrl-C: nothing else is decoded
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Judging:
+    """A judge that looks at drawings. `answers` holds one answer a drawing seen so far, in their order.
+
+    Args:
+        judge: the judge.
+        drawn: the images.
+        kept: its earlier verdicts, which are used again, and to which the new ones are added.
+    """
+
+    def __init__(self, judge: Judge, drawn: Sequence[Drawn], kept: KeptVerdicts | None = None) -> None:
+        self.judge = judge
+        self.drawn = drawn
+        self.kept = kept
+        self.answers: list[Verdict | JudgeError] = []
+        self._known: dict[int, Verdict] = {}
+
+    def wants(self, row: int) -> bool:
+        """Whether it has no verdict on this drawing yet."""
+        if self.kept is not None and (known := self.kept.of(self.drawn[row])) is not None:
+            self._known[row] = known
+        return row not in self._known
+
+    def see(self, rows: range, opened: Sequence[Opened]) -> None:
+        """Judge the next drawings."""
+        known = [self._known.pop(row, None) for row in rows]
+        to_say = [given or one for given, one in zip(known, opened, strict=True)]
+        images = [one for one in to_say if isinstance(one, Image.Image)]
+        verdicts = iter(judge_safely(self.judge, images))
+        said = [next(verdicts) if isinstance(one, Image.Image) else one for one in to_say]
+        answers = [one for one in said if one is not None]
+        if self.kept is not None:
+            part = [self.drawn[row] for row in rows]
+            self.kept.add([(one, v) for one, v, old in zip(part, answers, known, strict=True) if old is None])
+        self.answers += answers
+
+
 def judge_drawn(
     judge: Judge,
     drawn: Sequence[Drawn],
@@ -41,19 +130,9 @@ def judge_drawn(
         tick: is called with how many were just judged.
         kept: its earlier verdicts, which are used again, and to which the new ones are added.
     """
-    answers: list[Verdict | JudgeError] = []
-    for start in range(0, len(drawn), batch_size):
-        part = drawn[start : start + batch_size]
-        known = [kept.of(one) if kept is not None else None for one in part]
-        opened = [given or open_drawn(one) for given, one in zip(known, part, strict=True)]
-        images = [image for image in opened if isinstance(image, Image.Image)]
-        verdicts = iter(judge_safely(judge, images))
-        said = [next(verdicts) if isinstance(o, Image.Image) else o for o in opened]
-        if kept is not None:
-            kept.add([(one, v) for one, v, old in zip(part, said, known, strict=True) if old is None])
-        answers += said
-        tick(len(opened))
-    return answers
+    judging = Judging(judge, drawn, kept)
+    look(drawn, [judging], batch_size, tick)
+    return judging.answers
 
 
 def judge_safely(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict | JudgeError]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from lit_safety.judges.placing import JudgePrecision, Place
+
 
 MAX_BYTES = 1 << 20
 MAX_INSTRUCTIONS = 1000
@@ -153,7 +155,7 @@ class Q16:
         prompts: the tuned prompts, rows appropriate and inappropriate: `prompts.p` as published (nothing in it
             is run), or the same array as .npy.
         threshold: probability from which an image is inappropriate; 0.5 is the published rule.
-        device: where CLIP runs; null: the CPU.
+        device: where CLIP runs; null: where the command draws.
 
     Raises:
         UserError: a file is missing or damaged, or the prompts belong to another CLIP.
@@ -187,6 +189,10 @@ class Q16:
             "prompts_sha256": content_sha256(prompts),
             **{f"clip_{key}" if key != "clip" else key: value for key, value in self.clip.settings.items()},
         }
+
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there, unless the device was given."""
+        return self.clip.place(where)
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on images of any size."""

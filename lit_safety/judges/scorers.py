@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from lit_safety.judges.placing import JudgePrecision, Place
+
 
 class PreferenceScorer(Protocol):
     """Scores images with their prompts; higher is better. `settings` holds everything that changes its scores."""
@@ -39,7 +41,7 @@ class ClipPreference:
         name: its name in the report.
         scale: the factor of cosines; null: the CLIP's own exp(logit_scale).
         processor: folder or hub id of its tokenizer and preprocessor; null: those next to the weights.
-        device: where it runs; null: the CPU.
+        device: where it runs; null: where the command draws.
 
     Raises:
         UserError: it does not load.
@@ -61,6 +63,10 @@ class ClipPreference:
         self.settings: dict[str, Any] = {"name": name, "rule": "scale x cosine", "scale": self.scale}
         self.settings |= self.clip.settings
 
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there, unless the device was given."""
+        return self.clip.place(where)
+
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """scale cos of each image and its prompt."""
         cosines = (self.clip.images(images).double() * self.clip.texts(prompts).double()).sum(1)
@@ -74,7 +80,7 @@ class AestheticScore:
         clip: the CLIP it was trained on, ViT-L/14: folder or hub id.
         weights: its weights, sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor, read
             without unpickling anything but tensors; or the same as .safetensors.
-        device: where CLIP runs; null: the CPU.
+        device: where CLIP runs; null: where the command draws.
 
     Raises:
         UserError: a file is missing or damaged, or belongs to another CLIP.
@@ -108,6 +114,10 @@ class AestheticScore:
             "name": self.name, "rule": "linear layers on the image's unit vector",
             "weights_sha256": content_sha256(weights), **self.clip.settings,
         }  # fmt: skip
+
+    def place(self, where: Place) -> JudgePrecision:
+        """CLIP computes there, unless the device was given; the five layers stay on the CPU in float32."""
+        return self.clip.place(where)
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """The predicted rating; prompts are not used."""

@@ -9,6 +9,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.own_classes import attributes_lacking
 from lit_safety.judges.judge import Judge, JudgeError, Verdict
 from lit_safety.judges.judging import judge_safely
+from lit_safety.judges.placing import Place, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,11 @@ class Union:
             **({"counts": "by the members that count"} if any("counts" in judge.settings for judge in judges) else {}),
             **_seen_by(judges),
         }
+
+    def place(self, where: Place) -> None:
+        """Place every member; each notes its number format in its own settings."""
+        for judge in self.judges:
+            place(judge, where)
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """One answer an image, from all members' answers."""

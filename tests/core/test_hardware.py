@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_safety.core.errors import UserError
-from lit_safety.core.hardware import check_precision, out_of_memory
+from lit_safety.core.hardware import check_precision, device_of_rank, out_of_memory, products, weights_of
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.69 GiB of which 1.2 GiB is free."
@@ -36,6 +36,37 @@ def test_float16_on_a_cpu():
             check_precision(wrong, "cpu", "trainer.precision")
     for fine in ("bf16-mixed", "32-true", "bfloat16"):
         check_precision(fine, "cpu", "trainer.precision")
+
+
+def test_tf32_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"`--precision: tf32`: only GPUs have TF32.*cpu; set it to float32"):
+        check_precision("tf32", "cpu", "--precision")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match="Tesla T4 has no TF32"):
+        check_precision("tf32", "cuda:0", "--precision")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_precision("tf32", "cuda:0", "--precision")
+
+
+def test_tf32_is_on_inside_only():
+    assert weights_of("tf32") is weights_of("float32") is torch.float32
+    assert weights_of("bfloat16") is torch.bfloat16
+    before = torch.backends.cuda.matmul.allow_tf32
+    with products("float32"):
+        assert torch.backends.cuda.matmul.allow_tf32 is before
+    with products("tf32"):
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+
+
+def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of_rank("cuda", rank, 3) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert device_of_rank("cuda", 1, 1) == "cuda"
+    assert device_of_rank("cuda:1", 0, 3) == "cuda:1"
+    assert device_of_rank("cpu", 2, 3) == "cpu"
 
 
 def test_out_of_memory_names_the_settings():

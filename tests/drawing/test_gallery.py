@@ -157,3 +157,86 @@ def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
     assert np.allclose(mixed[:1], draw_batch(pipe, plain[:1], at[2.0]), atol=1e-5)
     assert np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[5.0]), atol=1e-5)
     assert not np.allclose(mixed[1:], draw_batch(pipe, plain[1:], at[2.0]), atol=1e-3)
+
+
+def test_what_was_written_is_listed_without_another_look(pipe, small_set, tmp_path: Path, monkeypatch) -> None:
+    """Images that this command wrote are whole; those of another one are decoded once."""
+    drawn = draw(tmp_path, pipe, small_set)
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or original(path, *rest))
+    assert all(one.error is None for one in drawn.all())
+    assert opened == []
+    later = Gallery(tmp_path, "base", {"weights": "a"}, small_set, SETTINGS)
+    assert later.folder == drawn.folder
+    assert later.missing() == []
+    later.all()
+    assert len(opened) == len(small_set)
+
+
+def test_an_image_that_cannot_be_written_ends_the_drawing(pipe, small_set, tmp_path: Path, monkeypatch) -> None:
+    """The third write fails, in a thread: the error is the command's, images before it stay, no part of one does."""
+    from lit_safety.drawing import gallery as module
+
+    original, written = module._write, []
+
+    def fails(path: Path, content: bytes) -> None:
+        if path.name == "00002.png":
+            raise UserError(f"{path}: cannot be written (no space)")
+        original(path, content)
+        written.append(path.name)
+
+    monkeypatch.setattr(module, "_write", fails)
+    with pytest.raises(UserError, match=r"00002\.png: cannot be written"):
+        draw(tmp_path, pipe, small_set, replace(SETTINGS, workers=1))
+    assert {"00000.png", "00001.png"} <= set(written)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_interrupt_finishes_what_is_being_written_and_begins_nothing() -> None:
+    """Both threads are writing when Ctrl-C comes: their two images end whole, the six that wait are not begun."""
+    from threading import Event, Timer
+
+    from lit_safety.drawing.threads import WRITERS, Writers
+
+    begun, go, done = [Event() for _ in range(8)], Event(), []
+
+    def slow(number: int) -> None:
+        begun[number].set()
+        go.wait(30)
+        done.append(number)
+
+    def stopped() -> None:
+        with Writers(10) as writers:
+            for number in range(8):
+                writers.write(slow, number)
+            for number in range(WRITERS):
+                begun[number].wait(30)
+            Timer(0.2, go.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert sorted(done) == list(range(WRITERS))
+
+
+def test_no_more_images_wait_than_were_allowed() -> None:
+    from threading import Event, Thread
+
+    from lit_safety.drawing.threads import Writers
+
+    go, handed = Event(), []
+
+    def hand_over() -> None:
+        with Writers(2) as writers:
+            for number in range(3):
+                writers.write(lambda _: go.wait(30), number)
+                handed.append(number)
+
+    thread = Thread(target=hand_over)
+    thread.start()
+    thread.join(0.5)
+    assert handed == [0, 1]
+    go.set()
+    thread.join(30)
+    assert handed == [0, 1, 2]

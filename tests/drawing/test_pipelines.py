@@ -131,3 +131,22 @@ def test_an_arm_whose_adapter_loads_in_part_is_refused(pipeline: Path, adapter: 
             load_pipeline(pipeline, arm)
         with pytest.raises(UserError, match=rf"{file}.*text_encoder_2"):
             open_network(pipeline, arm, "cpu")
+
+
+def test_images_are_decoded_one_by_one_where_memory_is_small(pipeline: Path, monkeypatch) -> None:
+    """8 maps of the decoder's width x 4 bytes x 4 images x 32 x 32 pixels may be half of the free memory at most.
+
+    The free memory of a GPU is made up here: what a GPU really needs was not measured.
+    """
+    from lit_safety.drawing import pipelines
+
+    pipe = load_pipeline(pipeline, Arm())
+    width = pipe.vae.config.block_out_channels[0]
+    needed = pipelines.decoding_bytes(4, 32 * 32, width, 4)
+    assert needed == 8 * width * 4 * 4 * 32 * 32
+    assert pipelines.slice_decoding(pipe, 4, 32) is False
+    assert not pipe.vae.use_slicing, "nothing is changed on a CPU"
+    for free, images, expected in ((2 * needed - 1, 4, True), (2 * needed, 4, False), (0, 1, False)):
+        monkeypatch.setattr(pipelines, "free_memory", lambda device, free=free: free)
+        assert pipelines.slice_decoding(pipe, images, 32) is expected
+        assert pipe.vae.use_slicing is expected

@@ -52,6 +52,8 @@ class Cache:
     """How latents and text are stored: float16 or float32."""
     images: bool = False
     """Whether it also holds the images."""
+    text: bool = True
+    """Whether it also holds the text encoders' outputs. Without them a training encodes its prompts itself."""
     truncated: int = 0
     """How many different prompts are too long for a text encoder."""
     first_truncated: str | None = None
@@ -65,6 +67,8 @@ class Cache:
         stated = {"version": VERSION, **asdict(self), "size": list(self.size), "latent": list(self.latent)}
         if self.reference is None:
             del stated["reference"]
+        if self.text:  # manifests of before it could be left out say nothing of it
+            del stated["text"]
         return stated
 
     def __str__(self) -> str:
@@ -75,6 +79,11 @@ class Cache:
 def made_by(weights: Mapping[str, str]) -> str:
     """Hashes of encoders as the cache of prompts stores them."""
     return json.dumps(dict(weights), sort_keys=True)
+
+
+def is_of_text(component: str) -> bool:
+    """Whether a component of `Backbone.ENCODERS` decides the text encoders' outputs."""
+    return component.startswith(("text_encoder", "tokenizer"))
 
 
 def pixels(size: tuple[int, int]) -> str:
@@ -126,6 +135,7 @@ def parse_cache(data: Mapping[str, Any], where: str) -> Cache:
         flip=data.get("flip") is True,
         dtype=str(data["dtype"]),
         images=data.get("images") is True,
+        text=data.get("text") is not False,
         truncated=cut if type(cut) is int else 0,
         first_truncated=first if isinstance(first, str) else None,
         prompts=prompts if isinstance(prompts, dict) else {},
@@ -151,6 +161,7 @@ def remake(data: Mapping[str, Any]) -> str:
         words += ["--dtype", "float32"]
     words += ["--flip", "true"] * (data.get("flip") is True)
     words += ["--keep_images", "true"] * (data.get("images") is True)
+    words += ["--text", "false"] * (data.get("text") is False)
     reference = data.get("reference")
     if isinstance(reference, Mapping) and type(reference.get("draws")) is int:
         words += ["--reference_draws", str(reference["draws"])]
@@ -211,7 +222,8 @@ def check_model(cache: Cache, model: str, weights: Mapping[str, str], where: str
                 f"({name} {weights[name][:8]}); make it again with `shards precompute --model {model}`, or name that "
                 "model"
             )
-    if more := [name for name in weights if name not in cache.weights]:
+    wanted = [name for name in weights if cache.text or not is_of_text(name)]
+    if more := [name for name in wanted if name not in cache.weights]:
         raise UserError(
             f"{where}: the cache was made by {cache.model} and lacks the outputs of the {more[0]} of this run's model "
             f"{model}; make it again with `shards precompute --model {model}`, or name that model"
@@ -253,20 +265,27 @@ def has_latents_only(members: Mapping[str, bytes]) -> bool:
 
 
 def encode_latents(
-    latents: Tensor, mirror: bool, dtype: str, where: str, names: Sequence[str] = SIDES
+    stored: Tensor, finite: Sequence[bool], mirror: bool, where: str, names: Sequence[str] = SIDES
 ) -> dict[str, bytes]:
-    """The latents (2, 2, C, h, w) of a pair, or those (n, 2, C, h, w) of the images ``names``, as members of a shard.
+    """The latents of a sample's n images as members of a shard.
+
+    Args:
+        stored: (n, 2, C, h, w), on the CPU, in the type in which they are stored.
+        finite: (n,) whether an image's latents were finite in float32.
+        mirror: whether they are those of the mirrored images.
+        where: the sample, for messages.
+        names: what its images are called.
 
     Raises:
-        UserError: they are not finite in ``dtype``; names `where`.
+        UserError: they are not finite; names `where`.
     """
     members = {}
-    for side, one in zip(names, latents, strict=True):
-        stored = one.to(getattr(torch, dtype))
-        if not torch.isfinite(stored).all():
-            cure = "; float32 holds them: --dtype float32" if torch.isfinite(one).all() else ""
+    for side, one, was_finite in zip(names, stored, finite, strict=True):
+        if not torch.isfinite(one).all():
+            dtype = str(one.dtype).removeprefix("torch.")
+            cure = "; float32 holds them: --dtype float32" if was_finite else ""
             raise UserError(f"{where}: the latents of {side} are not finite in {dtype}{cure}")
-        members[latent_name(side, mirror)] = write_npy(stored.cpu().numpy())
+        members[latent_name(side, mirror)] = write_npy(one.numpy())
     return members
 
 

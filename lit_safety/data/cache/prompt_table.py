@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,8 @@ def prompts_of(source: Source) -> list[str]:
 
 
 KINDS = {"float16": "F16", "float32": "F32"}
-Encoder = Callable[[Sequence[str]], dict[str, Tensor]]
+#: Batches of B prompts -> their outputs by name, B rows each, in order.
+Encoder = Callable[[Iterable[Sequence[str]]], Iterator[Mapping[str, Tensor | NDArray[Any]]]]
 
 
 def write_prompt_table(
@@ -230,11 +231,11 @@ def write_prompt_table(
     Args:
         folder: the output folder.
         prompts: texts; each is encoded once.
-        encode: B prompts -> outputs by name, B rows each.
+        encode: batches of B prompts -> outputs by name, B rows each, in the order of the batches.
         made_by: the settings that decide the rows, stored in the file. What a stopped run with other settings left is
             deleted.
         dtype: how rows are stored: float16 or float32.
-        batch_size: prompts a call of ``encode``.
+        batch_size: prompts of a batch.
         tick: called after every prompt.
 
     Raises:
@@ -249,9 +250,10 @@ def write_prompt_table(
         partial = _Partial(path, metadata)
         if partial.complete:
             return path
-        for start in range(partial.rows, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            rows = {name: _stored(tensor, dtype, name, batch) for name, tensor in encode(batch).items()}
+        starts = range(partial.rows, len(ordered), batch_size)
+        batches = [ordered[start : start + batch_size] for start in starts]
+        for start, batch, found in zip(starts, batches, encode(batches), strict=True):
+            rows = {name: _stored(torch.as_tensor(one), dtype, name, batch) for name, one in found.items()}
             if start == 0:
                 partial.begin(hashes, {name: tuple(one.shape[1:]) for name, one in rows.items()}, dtype)
             partial.write(start, rows)

@@ -24,7 +24,8 @@ class CachedSource:
     key: str
     """The YAML key of the shards, for messages."""
     cache: Cache
-    prompts: PromptTables
+    prompts: PromptTables | None
+    """None: the cache holds latents alone."""
 
 
 def cached_source(source: Source, reference: bool = True) -> CachedSource | None:
@@ -49,6 +50,12 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
         )
     (first, cache), *others = found
     for other, its in others:
+        if its.text != cache.text:
+            whole, bare = (first, other) if cache.text else (other, first)
+            raise UserError(
+                f"{source.key}: the cache {whole.given} holds text and {bare.given} holds latents alone; make "
+                "one of them again, with the same `shards precompute --text`"
+            )
         if (its.weights, its.size, its.latent) != (cache.weights, cache.size, cache.latent):
             raise UserError(
                 f"{source.key}: the cache {first.given} was made by {cache}, the cache {other.given} by {its}; "
@@ -60,7 +67,7 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
                 "precision, or only one has one); make one of them again, or set data.init_args.use_reference to false"
             )
     for one, its in found:
-        if not is_remote(one.prompts):  # report its errors before a model is loaded
+        if its.text and not is_remote(one.prompts):  # report its errors before a model is loaded
             check_prompts(PromptTable(one.prompts), its)
     together = replace(
         cache,
@@ -71,7 +78,7 @@ def cached_source(source: Source, reference: bool = True) -> CachedSource | None
         reference=cache.reference if reference else None,
     )
     tables = {one.prompts: _sha256(its) for one, its in found}
-    return CachedSource(source.key, together, PromptTables(tables))
+    return CachedSource(source.key, together, PromptTables(tables) if cache.text else None)
 
 
 def check_prompts(table: PromptTable, cache: Cache) -> None:
@@ -123,6 +130,8 @@ class CachedCheck:
 
     def problems(self) -> Iterator[str]:
         """The problems of the cache of prompts as a whole."""
+        if not self.cache.text:
+            return
         try:
             self._table = PromptTable(self.path)
             check_prompts(self._table, self.cache)

@@ -140,7 +140,7 @@ def _planned(source: Source) -> Iterator[list[Place]]:
             for index, stored in enumerate(shard.index.samples):
                 where = shard.where(index)
                 about = parse_metadata(shard.read_member(index, "json"), where)
-                refuse_twice(seen, stored.key, shard)
+                refuse_twice(seen, stored.key, shard.path)
                 source.check(number, index, about, where)
                 if about.images:
                     raise UserError(f"{where}: is already a group; give shards of pairs")

@@ -432,12 +432,12 @@ class OpenShard:
         return data
 
 
-def refuse_twice(seen: dict[str, str], key: str, shard: OpenShard) -> None:
+def refuse_twice(seen: dict[str, str], key: str, path: str) -> None:
     """Note in which shard a key is.
 
     Raises:
         UserError: another shard has it too: the second pair would be lost, or make the same random choices.
     """
-    if (other := seen.setdefault(key, shard.path)) != shard.path:
-        raise UserError(f"{shard.path}: sample {key!r} is also in {other}; keys must differ: process one set after the "
+    if (other := seen.setdefault(key, path)) != path:
+        raise UserError(f"{path}: sample {key!r} is also in {other}; keys must differ: process one set after the "
                         "other")  # fmt: skip

@@ -44,7 +44,7 @@ def stored_pairs(source: Source) -> Iterator[Stored]:
             for index in range(len(shard.index.samples)):
                 key, members = shard.read(index)
                 where = shard.where(index)
-                refuse_twice(seen, key, shard)
+                refuse_twice(seen, key, shard.path)
                 if "json" not in members:
                     raise UserError(f"{where}: lacks its json")
                 metadata = parse_metadata(members["json"], where)

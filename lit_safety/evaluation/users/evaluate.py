@@ -38,6 +38,7 @@ def evaluate_users(
     adapter_negative_prompt: str | None = None,
     order_seed: int = 0,
     processes: int = 1,
+    judge_precision: Literal["float32", "float16", "bfloat16"] | None = None,
     blur: bool | None = None,
     images: str | None = None,
     other_world: bool = False,
@@ -83,6 +84,8 @@ def evaluate_users(
             `negative_prompt`.
         order_seed: Seed of the order in which whoever decides on a win is shown the two images.
         processes: Processes that draw, each with the model; with the device cuda process i takes GPU i.
+        judge_precision: Number format in which judges compute, on the device that draws; null: float16 on a GPU,
+            float32 on a CPU.
         blur: Veil on the page what the judge calls harmful, until it is clicked; null does so unless the judge knows
             that its images cannot harm anybody, as the toy world's.
         images: Folder of the images; null is images/ in `out`. Evaluations that are given the same folder draw what
@@ -107,6 +110,7 @@ def evaluate_users(
     from lit_safety.evaluation.users.run import UserRun
     from lit_safety.judges.judge import asked_of, check_labels, check_sees
     from lit_safety.judges.load import load_judge
+    from lit_safety.judges.placing import Place, place
     from lit_safety.users.profiles import PROFILES_FILE, read_profiles
     from lit_safety.users.table import Users
 
@@ -127,6 +131,7 @@ def evaluate_users(
     elif deviate:
         raise UserError("--deviate: allows what differs from a protocol; name one with --protocol")
     how = DrawingSettings(edit=None, **drawing)
+    where = Place.of(how.device, judge_precision)
     counts = Counts(explicit, implicit, clean, lookalike)
     check_writable(Path(out))
     if not Path(adapter).exists():
@@ -149,6 +154,7 @@ def evaluate_users(
     check_world(local_pipeline(pipeline), files, other_world, prompts=everything)
     judges = [load_judge(spec) for spec in [judge, *(second_judges or [])]]
     for one in judges:
+        place(one, where)
         check_labels(one, [row.prompt for row in rows], prompts)
         check_sees(one, [category for row in rows for category in asked_of(row.prompt)], f"--prompts {prompts}")
     run = UserRun(

@@ -144,6 +144,7 @@ class UserRun:
         arms = {}
         for name in self.arms:
             arms[name] = self._arm(name, shared | {"scheduler": schedulers[name]}, embeddings)
+        self._run.pipelines.release()
         asked = self._ask(arms) if self.vlm is not None else None
         return UserResults(self.out, shared, self.rows, self.judges, arms, self.seed, self.vlm, asked)
 
@@ -207,12 +208,12 @@ class UserRun:
         unique: dict[Place | Prompt | None, Prompt] = {}
         for key, prompt in zip(keys, wanted, strict=True):
             unique.setdefault(key, prompt)
-        drawn, verdicts = self._run.pictures(name, list(unique.values()), identity)
+        seen = self._run.pictures(name, list(unique.values()), identity)
         number_of = {key: number for number, key in enumerate(unique)}
         numbers = [number_of[key] for key in keys]
-        answers = [[given[number] for number in numbers] for given in verdicts]
+        answers = [[given[number] for number in numbers] for given in seen.answers]
         own["pictures"] = len(unique)
-        return ArmResult(shared | own, shared["protocol"], [drawn[i] for i in numbers], answers[0], answers[1:])
+        return ArmResult(shared | own, shared["protocol"], [seen.drawn[i] for i in numbers], answers[0], answers[1:])
 
     def _ask(self, arms: dict[str, ArmResult]) -> Asked:
         judge = self.vlm

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lit_safety.drawing.questions import Question
+    from lit_safety.judges.placing import JudgePrecision, Place
 
 
 MOST_CHANNELS = 4096
@@ -311,7 +312,9 @@ class ToyWorldJudge:
     def __init__(self, folder: str | Path) -> None:
         from lit_safety.core.hashes import content_sha256
         from lit_safety.judges.fid import Penultimate
+        from lit_safety.judges.placing import Place
 
+        self.where = Place()
         self.network = self.kind.from_pretrained(folder).eval()
         self.side = self.kind.side
         self.features = Penultimate(self.network, side=self.side)
@@ -331,6 +334,12 @@ class ToyWorldJudge:
         if self.network.counts:
             self.settings["counts"] = "of each label: one, or two and more"
 
+    def place(self, where: Place) -> JudgePrecision:
+        """Compute there, the features for FID too."""
+        where.move(self.network)
+        self.where = where
+        return where.precision
+
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on images of the world's side; another size is an error, because the network was not trained on
         it."""
@@ -348,8 +357,10 @@ class ToyWorldJudge:
         ]
         if fitting:
             pixels = np.stack([np.asarray(images[i], dtype=np.float32) for i in fitting])
-            with torch.inference_mode(), threads(1):  # faster for so small a network, and the same on any machine
-                there, several = self.network.told(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0)
+            given = torch.from_numpy(pixels).to(self.where.device).permute(0, 3, 1, 2) / 127.5 - 1.0
+            # One thread is faster for so small a network, and gives the same on any machine.
+            with torch.inference_mode(), threads(1), self.where.computing():
+                there, several = self.network.told(given)
             rows = there.double().sigmoid().tolist()
             doubled = [None] * len(rows) if several is None else several.double().sigmoid().tolist()
             for i, row, twice in zip(fitting, rows, doubled, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,11 +108,11 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(
     original = LatentWriter._write
     calls = []
 
-    def stops(self, writer, found):
-        if len(calls) == 3:
+    def stops(self, writer, one):
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        calls.append(len(found))
-        original(self, writer, found)
+        calls.append(one.key)
+        original(self, writer, one)
 
     monkeypatch.setattr(LatentWriter, "_write", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -351,3 +352,129 @@ def test_a_model_whose_settings_differ_does_not_train_on_a_cache(
     (model / file).write_text(json.dumps(stated | changes))
     with pytest.raises(UserError, match=rf"{named} \w{{8}}\), but"):
         check()
+
+
+# ---- several processes, half precision, latents alone
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(pairs: Path, tiny_pipeline: Path, tmp_path: Path):
+    """With text, mirrored latents and a reference cache; a stopped run of one process is continued by two."""
+    settings = {"flip": True, "batch_size": 2, "reference_draws": 1}
+    for name, count in (("one", 1), ("two", 2)):
+        precompute(str(pairs), str(tiny_pipeline), str(tmp_path / name), processes=count, **settings)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_nothing_half_written(
+    pairs: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second of two processes is killed after two pairs were written; the next run ends in the same bytes."""
+    import multiprocessing
+
+    original = LatentWriter._write
+    written = []
+
+    def kills(self, writer, one):
+        written.append(one.key)
+        if len(written) == 2:
+            next(child for child in multiprocessing.active_children() if child.name == "encode 1").kill()
+        original(self, writer, one)
+
+    arguments = (str(pairs), str(tiny_pipeline), str(tmp_path / "cut"))
+    monkeypatch.setattr(LatentWriter, "_write", kills)
+    with pytest.raises(UserError, match=r"the process encode 1 ended with status -9.*run the same command again"):
+        precompute(*arguments, batch_size=1, processes=2)
+    monkeypatch.undo()
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    assert {path.suffix for path in (tmp_path / "cut").iterdir()} <= {".safetensors", ".json", ".tar", ".lock", ""}
+    precompute(*arguments, batch_size=1)
+    precompute(str(pairs), str(tiny_pipeline), str(tmp_path / "whole"), batch_size=1)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_too_many_or_no_processes_are_refused(pairs: Path, tiny_pipeline: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"--processes 0: must be at least 1"):
+        precompute(str(pairs), str(tiny_pipeline), str(tmp_path / "out"), processes=0)
+
+
+def test_no_number_of_a_pair_is_asked_for_while_the_device_works(pairs: Path, backbone: Backbone):
+    """Handing over a batch reads no number back: on a GPU each would wait for everything before it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lit_safety.data.cache.encoding import Encoder, How, PairsOf
+    from lit_safety.data.reading.source import open_source
+
+    class Asked(TorchDispatchMode):
+        names: list[str]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    encoder = Encoder(open_source(str(pairs), "x"), backbone, How("tiny", (32, 32), None, True, "float16", False))
+    backbone.part("vae")
+    started = encoder.start(PairsOf(0, (0, 1, 2)))
+    asked = Asked()
+    asked.names = []
+    with asked:
+        finish = encoder.run(started)
+
+    def numbers() -> list[str]:
+        return [name for name in asked.names if re.search(r"_local_scalar_dense|is_nonzero|aten\.item", name)]
+
+    assert not numbers()
+    assert any("conv" in name for name in asked.names)
+    with asked, torch.inference_mode():
+        assert torch.ones(2).all()
+    assert numbers(), "such a question is seen"
+    assert [one.key for one in finish()] == ["00000", "00001", "00002"]
+    encoder.close()
+
+
+def test_an_image_encoder_in_bfloat16_is_near_and_said(cached: Path, pairs: Path, tiny_pipeline: Path, tmp_path: Path):
+    """The same numbers as a training in bf16-mixed, whose images are encoded under autocast."""
+    out = tmp_path / "half"
+    precompute(
+        str(pairs), str(tiny_pipeline), str(out), flip=True, dtype="float32", batch_size=2,
+        image_encoder_dtype="bfloat16",
+    )  # fmt: skip
+    half, whole = (next(iter(data_of(folder).train_dataloader())).latents for folder in (out, cached))
+    assert not torch.equal(half, whole)
+    torch.testing.assert_close(half, whole, rtol=0.05, atol=0.05)
+    assert load_manifest(out).provenance["precompute"]["image_encoder_dtype"] == "bfloat16"
+    assert "image_encoder_dtype" not in load_manifest(cached).provenance["precompute"]
+
+
+def test_latents_alone_are_read_and_the_text_is_left_to_the_training(
+    cached: Path, pairs: Path, tiny_pipeline: Path, tmp_path: Path
+):
+    """The same latents, no file of prompts, no hash of a text encoder: another text encoder may train on it."""
+    from lit_safety.data.cache.cache import check_model, parse_cache, remake
+
+    out = tmp_path / "alone"
+    precompute(str(pairs), str(tiny_pipeline), str(out), flip=True, dtype="float32", batch_size=2, text=False)
+    assert not (out / "prompts.safetensors").exists()
+    assert problems(str(out)) == []
+    manifest = load_manifest(out).cache
+    assert set(manifest["weights"]) == {"vae"}
+    assert "--text false" in remake(manifest)
+    alone, whole = (next(iter(data_of(folder, flip=True).train_dataloader())) for folder in (out, cached))
+    assert alone.conditioning is alone.empty is None
+    assert torch.equal(alone.latents, whole.latents)
+    assert alone.prompts == whole.prompts
+    cache = parse_cache(manifest, "here")
+    assert check_model(cache, "m", {"vae": cache.weights["vae"], "text_encoder": "another"}, "here") == []
+    with pytest.raises(UserError, match="was made by"):
+        check_model(cache, "m", {"vae": "another"}, "here")
+    with pytest.raises(UserError, match=r"cached holds text and .*alone holds latents alone|latents alone"):
+        data_of([cached, out]).check_sources()
+    with pytest.raises(UserError, match="--reference_draws needs the text"):
+        precompute(str(pairs), str(tiny_pipeline), str(tmp_path / "no"), text=False, reference_draws=1)

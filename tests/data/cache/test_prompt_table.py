@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def encode(prompts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, encoder=encode, prompts: Sequence[str] = PROMPTS, dtype: str = "float32") -> Path:
-    return write_prompt_table(folder, prompts, encoder, {"model": "m"}, dtype, 3, lambda: None)
+    return write_prompt_table(folder, prompts, partial(map, encoder), {"model": "m"}, dtype, 3, lambda: None)
 
 
 def test_every_prompt_has_its_row_and_the_empty_one_too(tmp_path: Path):
