@@ -26,7 +26,7 @@ from lit_safety.data.cache.reference import FixedDraw, ReferenceCache, encode_re
 from lit_safety.data.format.manifest import JOURNAL, Manifest
 from lit_safety.data.format.tar_index import refuse_twice
 from lit_safety.data.format.writer import ShardWriter
-from lit_safety.data.reading.batch import Pair, PairBatch, collate
+from lit_safety.data.reading.batch import Pair, PairBatch, collate, to_floats
 from lit_safety.data.reading.decode import MASK, PairDecoder, pair_images, pair_metadata
 from lit_safety.data.reading.source import Source
 
@@ -196,7 +196,7 @@ class LatentWriter:
 
     def _write(self, writer: ShardWriter, found: list[tuple[Pair, dict[str, bytes]]]) -> None:
         counts = [len(pair.metadata.names) for pair, _ in found]
-        images = torch.cat([self._sides(pair) for pair, _ in found]).to(self.backbone.device)
+        images = to_floats(torch.cat([self._sides(pair) for pair, _ in found]).to(self.backbone.device))
         with torch.inference_mode():
             latents = {False: self.backbone.posterior(images).split(counts)}
             if self.settings.flip:
@@ -217,7 +217,7 @@ class LatentWriter:
             writer.write_group(pair.key, pair.metadata, kept, cached=cached)
 
     def _sides(self, pair: Pair) -> Tensor:
-        """All images of a sample (n, 3, H, W)."""
+        """All images of a sample, uint8 (n, 3, H, W)."""
         sides = pair.images if pair.whole else [pair.chosen, pair.rejected]
         images = [one for one in sides if one is not None] if sides is not None else []
         for side, image in zip(pair.metadata.names, images, strict=True):
