@@ -94,6 +94,7 @@ def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
     from lit_safety.core.progress import counter
     from lit_safety.cost_model.metrics import CollectedCosts, cost_figures
     from lit_safety.data.datamodule import PreferenceDataModule
+    from lit_safety.data.reading.batch import to_floats
 
     data = PreferenceDataModule(test=shards, val_batch_size=32)
     collected = CollectedCosts()
@@ -102,7 +103,7 @@ def _on_shards(scorer: CostScorer, shards: str) -> dict[str, Any]:
         for batch in loader:
             if batch.chosen is None or batch.rejected is None:
                 raise UserError(f"--shards {shards}: sample {batch.keys[0]} lacks its images")
-            costs = scorer.costs(torch.cat([batch.chosen, batch.rejected])).cpu()
+            costs = scorer.costs(to_floats(torch.cat([batch.chosen, batch.rejected]))).cpu()
             collected.update(torch.stack(costs.chunk(2), dim=1), batch.harmful, batch.categories)
             count()
     costs, harmful, about = collected.compute()

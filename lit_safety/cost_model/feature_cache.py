@@ -28,7 +28,7 @@ from lit_safety.core.text import load_json
 from lit_safety.cost_model.degrade import Degradation
 from lit_safety.cost_model.network import ClipTower
 from lit_safety.data.datamodule import KEY, PreferenceDataModule
-from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.batch import PairBatch, to_floats
 from lit_safety.data.reading.decode import PairDecoder
 from lit_safety.data.reading.loader import PairLoader, PairStream
 from lit_safety.data.reading.order import Deal, Group
@@ -128,7 +128,7 @@ def images_of(batch: PairBatch) -> Tensor:
     """
     if batch.chosen is None or batch.rejected is None:
         raise UserError(f"sample {batch.keys[0]} lacks its images: a cost model is trained on shards with images")
-    return torch.stack([batch.chosen, batch.rejected], dim=1)
+    return to_floats(torch.stack([batch.chosen, batch.rejected], dim=1))
 
 
 def doubled(values: Sequence) -> list:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lit_safety.core.errors import UserError
+from lit_safety.data.reading.batch import PairBatch, to_floats
 
 if TYPE_CHECKING:
     from lit_safety.cost_model.network import CostScorer
-    from lit_safety.data.reading.batch import PairBatch
     from lit_safety.data.reading.groups import Groups
 
 
@@ -66,10 +66,10 @@ def _images(batch: PairBatch, row: int) -> Tensor | None:
     """The images (n, 3, H, W) of a sample."""
     if batch.groups is not None:
         held = batch.groups.images
-        return None if held is None else held[row, : batch.groups.sizes[row]]
+        return None if held is None else to_floats(held[row, : batch.groups.sizes[row]])
     if batch.chosen is None or batch.rejected is None:
         return None
-    return torch.stack([batch.chosen[row], batch.rejected[row]])
+    return to_floats(torch.stack([batch.chosen[row], batch.rejected[row]]))
 
 
 def _scored(batch: PairBatch, rows: list[int], scorer: CostScorer) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_safety.core.chance import LATENT, NOISE
 from lit_safety.core.errors import UserError
-from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.batch import PairBatch, to_floats
 from lit_safety.modules.stability import PlainSteps, Stepping
 from lit_safety.objectives.objective import GroupErrors, Objective, PairErrors, prediction_error
 
@@ -70,7 +70,7 @@ def noised_groups(module: GroupSteps, batch: PairBatch, groups: Groups) -> tuple
         if groups.latents is not None:
             posterior = groups.flat(groups.latents)
         elif groups.images is not None:
-            posterior = module.backbone.posterior(groups.flat(groups.images))
+            posterior = module.backbone.posterior(to_floats(groups.flat(groups.images)))
         else:
             raise ValueError(f"samples {', '.join(batch.keys)} have neither images nor latents")
         shape = tuple(posterior.shape[2:])

@@ -26,7 +26,7 @@ from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.chance import LATENT, TIMESTEP, normal, uniform
 from lit_safety.core.errors import UserError
 from lit_safety.data.protocols import GroupData, datamodule_of
-from lit_safety.data.reading.batch import PairBatch
+from lit_safety.data.reading.batch import PairBatch, to_floats
 from lit_safety.modules.checks import (
     check_caches,
     check_labels,
@@ -517,7 +517,7 @@ class PreferenceModule(ScheduledModule):
             return batch.latents.transpose(0, 1).flatten(0, 1)
         if batch.chosen is None or batch.rejected is None:
             raise ValueError(f"samples {', '.join(batch.keys)} have neither images nor latents")
-        return self.backbone.posterior(torch.cat([batch.chosen, batch.rejected]))
+        return self.backbone.posterior(to_floats(torch.cat([batch.chosen, batch.rejected])))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoders' outputs for B prompts, B rows; prompts that are too long are counted."""

@@ -127,7 +127,8 @@ def test_steps_after_the_last_validation_are_calibrated_and_measured_too(
     assert calibrated == ([4] if steps == 4 else [6, 8])
     folder = latest / "cost_model"
     written = json.loads((folder / "config.json").read_text())["metrics"]
-    (batch,) = PreferenceDataModule(test=str(labelled / "val"), val_batch_size=16).test_dataloader()
+    (read,) = PreferenceDataModule(test=str(labelled / "val"), val_batch_size=16).test_dataloader()
+    batch = read.to("cpu")
     scorer, collected = load_cost_model(folder), CollectedCosts()
     costs = torch.stack([scorer.costs(batch.chosen), scorer.costs(batch.rejected)], dim=1)
     collected.update(costs, batch.harmful, batch.categories)

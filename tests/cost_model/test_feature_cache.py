@@ -16,7 +16,8 @@ from lit_safety.data.format.writer import ShardWriter
 
 @pytest.fixture
 def batches(labelled: Path):
-    return list(PreferenceDataModule(test=str(labelled / "val"), val_batch_size=5).test_dataloader())
+    loader = PreferenceDataModule(test=str(labelled / "val"), val_batch_size=5).test_dataloader()
+    return [batch.to("cpu") for batch in loader]
 
 
 def test_cached_features_are_those_of_the_images(tiny_clip: Path, batches, tmp_path: Path):

@@ -26,7 +26,7 @@ from lit_safety.data.cache.prompt_table import PromptTables
 from lit_safety.data.cache.reference import FixedDraw, ReferenceCache, encode_reference
 from lit_safety.data.format.sample import PairMetadata
 from lit_safety.data.format.tar_index import OpenShard
-from lit_safety.data.reading.batch import Pair, PairBatch, collate
+from lit_safety.data.reading.batch import Pair, PairBatch, collate, to_floats
 from lit_safety.data.reading.decode import MASK, PairDecoder, pair_metadata
 from lit_safety.data.reading.source import Source
 
@@ -195,6 +195,7 @@ class Encoder:
             images = images.pin_memory().to(self.backbone.device, non_blocking=True)
         else:
             images = images.to(self.backbone.device)
+        images = to_floats(images)
         mirrors = (False, True) if self.how.flip else (False,)
         latents = {mirror: self._posterior(images.flip(-1) if mirror else images) for mirror in mirrors}
         waits = {
@@ -229,7 +230,7 @@ class Encoder:
         return finish
 
     def _sides(self, pair: Pair) -> Tensor:
-        """All images of a sample (n, 3, H, W)."""
+        """All images of a sample, uint8 (n, 3, H, W)."""
         sides = pair.images if pair.whole else [pair.chosen, pair.rejected]
         images = [one for one in sides if one is not None] if sides is not None else []
         for side, image in zip(pair.metadata.names, images, strict=True):

@@ -23,7 +23,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.files import partial_name, sync_folder, write_atomic
 from lit_safety.core.hashes import check_regular
 from lit_safety.core.text import load_json
-from lit_safety.data.cache.cache import PROMPTS
+from lit_safety.data.cache.cache import PROMPTS, all_finite
 from lit_safety.data.format.sample import parse_metadata
 from lit_safety.data.reading.source import Source, default_cache, fetch, is_remote
 
@@ -94,7 +94,7 @@ class PromptTable:
             return None
         found = {name: one[row].float() for name, one in self._slices.items()}
         for name, tensor in found.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise UserError(f"{self.path}: {name} of the prompt {prompt!r} is not finite; make the cache again")
         return found
 

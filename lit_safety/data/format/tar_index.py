@@ -384,7 +384,7 @@ class OpenShard:
     def _read(self, number: int, wanted: Callable[[str], bool] | None) -> tuple[str, dict[str, bytes]]:
         sample = self._sample(number)
         names = [name for name in sample.members if wanted is None or wanted(name)]
-        return sample.key, {name: self._bytes(number, name) for name in names}
+        return sample.key, {name: self._bytes(number, sample, name) for name in names}
 
     def read_member(self, number: int, suffix: str) -> bytes:
         """One member of a sample.
@@ -395,9 +395,10 @@ class OpenShard:
         return self._as_it_is(lambda: self._read_member(number, suffix))
 
     def _read_member(self, number: int, suffix: str) -> bytes:
-        if suffix not in self._sample(number).members:
+        sample = self._sample(number)
+        if suffix not in sample.members:
             raise BadSample(f"{self.where(number)}: has no {suffix}")
-        return self._bytes(number, suffix)
+        return self._bytes(number, sample, suffix)
 
     def _as_it_is(self, read: Callable[[], Read]) -> Read:
         """What ``read`` gives; by the shard's own headers if those that were kept are not the shard's."""
@@ -412,12 +413,12 @@ class OpenShard:
         samples = self.index.samples
         if number >= self._usable:
             raise BadSample(f"{self.path}: sample {number}: {self.problem}")
-        if samples[number].problem is not None:
-            raise BadSample(f"{self.where(number)}: {samples[number].problem}")
-        return samples[number]
+        sample = samples[number]
+        if sample.problem is not None:
+            raise BadSample(f"{self.where(number)}: {sample.problem}")
+        return sample
 
-    def _bytes(self, number: int, suffix: str) -> bytes:
-        sample = self.index.samples[number]
+    def _bytes(self, number: int, sample: StoredSample, suffix: str) -> bytes:
         offset, size = sample.members[suffix]
         try:
             if not self._kept:

@@ -20,9 +20,22 @@ if TYPE_CHECKING:
     from lit_safety.data.reading.groups import Groups
 
 
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1], the same bits on every device; tensors of other types as they are."""
+    if images.dtype is not torch.uint8:
+        return images
+    # GPUs divide by a number of the host as a product with its inverse, which rounds in another way.
+    half = torch.full((), 127.5, device=images.device)
+    return images.float().div_(half).sub_(1.0)
+
+
 @dataclass
 class PairBatch:
-    """B preference pairs."""
+    """B preference pairs.
+
+    Images leave the loader as the 8 bits that were decoded, a quarter of what their numbers take on the way from a
+    worker to the device. `to` makes the numbers there; Lightning calls it for every batch, also on a CPU.
+    """
 
     keys: list[str]
     """Each sample's key."""
@@ -37,7 +50,7 @@ class PairBatch:
     orders: list[str]
     """What decided which image is chosen: `safety`, `quality` or `composite`."""
     chosen: Tensor | None
-    """float32 (B, 3, H, W) in [-1, 1]; None if there are `latents` instead."""
+    """float32 (B, 3, H, W) in [-1, 1], or uint8 before `to`; None if there are `latents` instead."""
     rejected: Tensor | None
     """As `chosen`."""
     clean: Tensor
@@ -118,7 +131,7 @@ class PairBatch:
         return taken
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> PairBatch:
-        """The batch with its tensors on `device`.
+        """The batch with its tensors on `device`, images as float32 in [-1, 1].
 
         Args:
             device: the target.
@@ -126,7 +139,7 @@ class PairBatch:
                 each copy of a batch would otherwise empty the device's queue.
         """
         wait = torch.device(device).type in ("cpu", "mps") if non_blocking is None else not non_blocking
-        return self._map(lambda tensor: tensor.to(device, non_blocking=not wait))
+        return self._map(lambda tensor: to_floats(tensor.to(device, non_blocking=not wait)))
 
     def pin_memory(self) -> PairBatch:
         """The batch with its tensors in page-locked memory, for faster copies to a GPU."""
@@ -152,7 +165,7 @@ class Pair:
     seed: int
     metadata: PairMetadata
     chosen: Tensor | None
-    """float32 (3, H, W) in [-1, 1]; None if there are latents instead."""
+    """uint8 (3, H, W); None if there are latents instead."""
     rejected: Tensor | None
     where: str
     """Shard and key, for messages."""
@@ -165,7 +178,7 @@ class Pair:
     draw: FixedDraw | None = None
     """From a reference cache: timestep, noise and the reference's errors there."""
     images: Tensor | None = None
-    """float32 (n, 3, H, W): all images of a sample that is read whole, in the place of `chosen` and `rejected`."""
+    """uint8 (n, 3, H, W): all images of a sample that is read whole, in the place of `chosen` and `rejected`."""
     mask: Tensor | None = None
     """float32 (H, W), as `PairBatch.mask`."""
     whole: bool = False

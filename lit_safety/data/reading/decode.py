@@ -17,7 +17,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.core.images import FORMATS, decode_image
 from lit_safety.data.format.sample import SIDES, PairMetadata, parse_metadata
 from lit_safety.data.format.tar_index import BadSample
-from lit_safety.data.reading.batch import Pair
+from lit_safety.data.reading.batch import Pair, to_floats
 
 if TYPE_CHECKING:
     from lit_safety.data.cache.cache import Cache
@@ -157,7 +157,7 @@ def _tensor(image: Image.Image, mirror: bool, size: tuple[int, int] | None) -> T
         image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     if mirror:
         image = ImageOps.mirror(image)
-    return to_tensor(image)
+    return pixels(image)
 
 
 def crop_of(stored: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, ...]:
@@ -248,7 +248,11 @@ def _image_bytes(members: dict[str, bytes], name: str, where: str) -> bytes:
     return members[found[0]]
 
 
+def pixels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as float32 (3, H, W) in [-1, 1]."""
-    array = np.array(image, dtype=np.uint8)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    return to_floats(pixels(image))

@@ -49,7 +49,7 @@ class Groups:
     score: Tensor
     """float32 (B, K): quality, higher is better, nan unknown."""
     images: Tensor | None = None
-    """float32 (B, K, 3, H, W) in [-1, 1]."""
+    """float32 (B, K, 3, H, W) in [-1, 1]; uint8 before `PairBatch.to`, which makes what is no image -1."""
     latents: Tensor | None = None
     """float32 (B, K, 2, C, h, w) from a cache: mean and standard deviation, unscaled."""
     crops: Tensor | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -128,6 +129,31 @@ class PairStream(IterableDataset):
         return collate(pairs, self.groups[draws[0].group].category, skipped, self.decoder.empty())
 
 
+class _Passes(IterableDataset):
+    """The stream as worker processes hold it that live longer than a pass.
+
+    Where a pass begins stands in memory that they share with the training process. They look there when a pass begins.
+
+    Args:
+        stream: the batches of a pass.
+        shared: whether there are worker processes.
+    """
+
+    def __init__(self, stream: PairStream, shared: bool) -> None:
+        self._stream = stream
+        self._begins = torch.zeros(2, dtype=torch.int64)
+        if shared:
+            self._begins.share_memory_()
+
+    def begin(self, epoch: int, first: int) -> None:
+        """From now on, iterators are of this pass, from this batch on."""
+        self._begins.copy_(torch.tensor([epoch, first]))
+
+    def __iter__(self) -> Iterator[PairBatch | Failure]:
+        epoch, first = self._begins.tolist()
+        return iter(self._stream.at(epoch, first))
+
+
 class _Shards:
     """The open shards, which the readers of all groups share."""
 
@@ -219,8 +245,12 @@ log = logging.getLogger(__name__)
 class PairLoader:
     """Batches of one rank, pass after pass.
 
-    It is not a `torch.utils.data.DataLoader` (it makes one for each pass), so that Lightning does not change it: it has
-    no sampler to replace, and its length causes no warning about an `IterableDataset`.
+    It is not a `torch.utils.data.DataLoader` (it holds one), so that Lightning does not change it: it has no sampler to
+    replace, and its length causes no warning about an `IterableDataset`.
+
+    Worker processes are started for the first pass and wait for the next one: where processes do not begin as copies
+    (`spawn`, `forkserver`), each start imports torch again. They stop when Lightning is done with the loader, when the
+    loader is dropped or closed, or after an error.
 
     Args:
         stream: the rank's batches.
@@ -246,6 +276,8 @@ class PairLoader:
         self.position = position
         self.bad_sample_limit = bad_sample_limit
         self.bad_samples = {} if bad_samples is None else bad_samples
+        self._waiting: DataLoader | None = None
+        """Workers between two passes."""
 
     def __len__(self) -> int:
         """Batches in a whole pass."""
@@ -255,25 +287,65 @@ class PairLoader:
         # A generator: it starts with the first batch, because Lightning also makes iterators that it never uses.
         position = self.position or DataPosition()
         position.begin()
-        left = len(self) - position.first
-        workers = DataLoader(
-            self.stream.at(position.epoch, position.first),
-            batch_size=None,
-            num_workers=min(self.num_workers, max(left, 0)),
-            pin_memory=self.pin_memory,
-        )
+        workers = self._workers()
+        workers.dataset.begin(position.epoch, position.first)
         # Workers are started here and not in the thread. Without workers the thread would read in the training process.
-        reader = ReadAhead(iter(workers)) if workers.num_workers else None
+        batches = iter(workers)
+        reader = ReadAhead(batches) if workers.num_workers else None
+        whole = False
         try:
-            for batch in reader or workers:
+            for batch in reader or batches:
                 if isinstance(batch, Failure):
                     raise UserError(batch.message)
                 self._note(batch.skipped)
                 position.hand_out()
                 yield batch
+            whole = True
+        except GeneratorExit:  # the pass is left early: what its workers still make is dropped when the next begins
+            whole = True
+            raise
         finally:
             if reader is not None:
                 reader.close()
+                if whole and self._waiting is None:
+                    self._waiting = workers
+                else:
+                    _stop(workers)
+
+    def _workers(self) -> DataLoader:
+        """The workers that wait, or new ones."""
+        workers, self._waiting = self._waiting, None
+        if workers is not None:
+            # As for new workers, torch draws a seed: what draws from its global generator in a step must not depend on
+            # where batches are made.
+            torch.empty((), dtype=torch.int64).random_()
+            return workers
+        count = min(self.num_workers, len(self))
+        return DataLoader(
+            _Passes(self.stream, count > 0),
+            batch_size=None,
+            num_workers=count,
+            pin_memory=self.pin_memory,
+            persistent_workers=count > 0,
+        )
+
+    # By this name Lightning stops a loader's workers at the end of a fit, also of one that fails.
+    @property
+    def _iterator(self) -> Any:
+        return None if self._waiting is None else self._waiting._iterator
+
+    @_iterator.setter
+    def _iterator(self, stopped: None) -> None:
+        self._waiting = stopped
+
+    def close(self) -> None:
+        """Stop the workers that wait for another pass; one more pass would start new ones."""
+        workers, self._waiting = self._waiting, None
+        if workers is not None:
+            _stop(workers)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _note(self, skipped: list[str]) -> None:
         for message in skipped:
@@ -293,6 +365,12 @@ class PairLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.position is not None and state:
             self.position.load_state_dict(state)
+
+
+def _stop(workers: DataLoader) -> None:
+    """Stop worker processes. Torch keeps them for passes to come until its own iterator is told."""
+    if workers._iterator is not None:
+        workers._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 _END = object()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:  # a worker that starts anew need not import Lightning
+    from lightning.pytorch import Trainer
 
 
 @dataclass

@@ -58,7 +58,7 @@ def test_it_is_cut_and_mirrored_as_its_images_are(tmp_path: Path) -> None:
             mask = corner((32, 16), (8, 0, 16, 16))  # a quarter from the left; a half of what is cut
             writer.write(f"{number:03d}", metadata(number), *wide, mask=mask)
     data = PreferenceDataModule(train=str(tmp_path), batch_size=8, resolution=16, flip=True, masked=True)
-    (batch,) = data.train_dataloader()
+    (batch,) = (one.to("cpu") for one in data.train_dataloader())
     left = batch.mask[:, :, :8].all((1, 2)) & ~batch.mask[:, :, 8:].any((1, 2))
     right = batch.mask[:, :, 8:].all((1, 2)) & ~batch.mask[:, :, :8].any((1, 2))
     darker = batch.chosen[:, 1, :, :8].mean((1, 2)) < batch.chosen[:, 1, :, 8:].mean((1, 2))  # `picture`'s left half

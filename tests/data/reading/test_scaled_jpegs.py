@@ -70,7 +70,7 @@ def test_pixels_are_near_those_of_a_whole_decode_and_crops_are_equal(size: tuple
         assert one is not None
         assert other is not None
         assert one.shape == other.shape == (3, *size)
-        assert (one - other).abs().mean() < 0.02
+        assert (one.float() - other.float()).abs().mean() < 2.5
         assert not torch.equal(one, other)
 
 
