@@ -148,6 +148,11 @@ class OnlineSCDPO(PreferenceModule):
         ):
             if given is not None:
                 raise ValueError(f"`model.init_args.{name}` acts on pairs, and OnlineSCDPO has none: leave it out")
+        if getattr(self.backbone_settings, "assistant", None) is not None:
+            raise ValueError(
+                "`model.init_args.backbone.init_args.assistant` is left out of drawing, and OnlineSCDPO trains what "
+                "draws: leave it out, and train the student's base"
+            )
         if not 0 <= ema < 1 or not 0 <= harmless < 1 or not 0 <= pessimism < float("inf"):
             raise ValueError(
                 f"ema and harmless must lie in [0, 1), pessimism not be negative, got {ema}, {harmless}, {pessimism}"
@@ -437,15 +442,17 @@ class OnlineSCDPO(PreferenceModule):
             if guard is not None:
                 guard.check(own_pipe)
                 scale = max(scale, self.drawing.guidance)  # guards act on guidance
-            elif way.startswith("guidance "):
-                scale = float(way.split()[1])
+            temperature = 1.0
+            if self.explore is not None:
+                scale = self.explore.guidance.get(way, scale)
+                temperature = self.explore.temperature.get(way, 1.0)
             asked = [
                 replace(
                     self._rows[slots[i].prompt], prompt=slots[i].text, seed=slots[i].seed, guidance=scale, user=None
                 )
                 for i in places
             ]
-            pixels[numbers.start] = draw_batch(own_pipe, asked, settings, None, guard)
+            pixels[numbers.start] = draw_batch(own_pipe, asked, settings, None, guard, temperature)
             return len(numbers)
 
         for _ in each_batch(pipe, [range(i, i + 1) for i in range(len(jobs))], work, None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_safety.__main__ import main
 from lit_safety.modules import OnlineSCDPO
@@ -158,7 +159,7 @@ def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
 ) -> None:
     """Every prompt counts as harmful (a high bias is added by a negative limit of nothing): all ways are drawn."""
     guard = {"class_path": "lit_safety.guards.SafeLatentDiffusion", "init_args": {"warmup_steps": 0}}
-    ways = {"ways": ["drop"], "guards": [guard], "guidance": [2.0], "share": 0.75}
+    ways = {"ways": ["drop"], "guards": [guard], "guidance": [2.0], "temperature": [0.9], "share": 0.75}
     more = {
         "rollout": {"steps": 1, "guidance": 2.0, "batch_size": 8},
         "explore": {"class_path": "lit_safety.modules.Explore", "init_args": ways},
@@ -168,7 +169,50 @@ def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
     assert main(["fit", "--config", str(file), f"{key}.kl_weight", "1.0", "--trainer.max_epochs", "1"]) == 0
     said = json.loads((tmp_path / "runs" / "fit" / "latest" / "rounds" / "rounds.jsonl").read_text())
     assert said["images"] == 16
-    assert set(said["ways"]) <= {"own", "drop", "guard 0", "guidance 2"}
+    assert set(said["ways"]) <= {"own", "drop", "guard 0", "guidance 2", "temperature 0.9"}
+
+
+@pytest.fixture(scope="module")
+def unsafe_cost_model(tiny_cost_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To it every image is harmful."""
+    folder = tmp_path_factory.mktemp("unsafe") / "cost"
+    shutil.copytree(tiny_cost_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["adapter.head.bias"] += 100
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_temperature_is_recorded_with_each_image_and_resumes_to_the_same_bits(
+    tiny_pipeline: Path, unsafe_cost_model: Path, tmp_path: Path
+) -> None:
+    """Where no image is safe, all ways are tried, and the last one's images stay: half of 16, of the frozen base, from
+    the noise of the first half. The run is stopped within its second round, and its rounds' files are gone."""
+    ways = {"ways": ["drop"], "temperature": [0.9, 1.2], "share": 0.5}
+    more = {"explore": {"class_path": "lit_safety.modules.Explore", "init_args": ways}}
+    file = write(tmp_path, tiny_pipeline, unsafe_cost_model, more)
+    assert main(["fit", "--config", str(file)]) == 0
+    whole = (tmp_path / "runs" / "fit" / "latest").resolve()
+    rounds = [json.loads(line) for line in (whole / "rounds" / "rounds.jsonl").read_text().splitlines()]
+    for one in rounds:
+        assert {way: count["images"] for way, count in one["ways"].items()} == {"own": 8, "temperature 1.2": 8}
+        assert one["prompts_without_safe"] == 4
+        seeds = {(image["prompt"], image["way"]): image["seed"] for image in one["images_kept"]}
+        assert all(image["drawn"] == image["prompt"] for image in one["images_kept"])
+        assert all(seed == seeds[prompt, "own"] for (prompt, _), seed in seeds.items())
+    assert main(["fit", "--config", str(file), "--ckpt_path", str(whole / "checkpoints" / "step=3.ckpt")]) == 0
+    resumed = (tmp_path / "runs" / "fit" / "latest").resolve()
+    assert resumed != whole
+    assert same(resumed, whole)
+    mine, theirs = (load_file(one / "rounds" / "round-00001.safetensors") for one in (resumed, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    # In the first round the policy is the base still: only the temperature tells an image from the one beside it.
+    first = load_file(whole / "rounds" / "round-00000.safetensors")["latents"].unflatten(0, (4, 4))
+    assert all(
+        not torch.equal(one, other)
+        for one, other in zip(*(half.flatten(0, 1) for half in first.split(2, 1)), strict=True)
+    )
 
 
 def test_the_toy_world_in_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
