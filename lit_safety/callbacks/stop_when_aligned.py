@@ -83,9 +83,10 @@ class StopWhenAligned(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        from lit_safety.cost_model.files import load_cost_model
+        from lit_safety.cost_model.files import check_border, load_cost_model
 
         preference_module(pl_module)
+        check_border(self.cost_model, "`StopWhenAligned.cost_model`")
         self._scorer = load_cost_model(self.cost_model)
         self._rows = self._choose()
 

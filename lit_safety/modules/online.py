@@ -220,10 +220,12 @@ class OnlineSCDPO(PreferenceModule):
 
     def _load_rewards(self) -> None:
         """Load the cost model, after a look at whether a report would measure with what is optimised here."""
-        from lit_safety.cost_model.files import load_cost_model
+        from lit_safety.cost_model.files import check_border, load_cost_model
         from lit_safety.drawing.worlds import paths_in
 
         models = [self.cost_model, *self.ensemble]
+        for one in models:
+            check_border(one, f"`model.init_args.{'cost_model' if one is models[0] else 'ensemble'}`")
         rewards = {
             one: "model.init_args.cost_model" if one is models[0] else "model.init_args.ensemble" for one in models
         }
