@@ -325,13 +325,13 @@ class OnlineSCDPO(PreferenceModule):
 
     def identity(self, data: Rounds) -> str:
         """What a round's images follow from, as one word."""
-        from lit_safety.core.hashes import digest
+        from lit_safety.core.hashes import content_sha256, digest
 
         explore = None
         if self.explore is not None:
             explore = [self.explore.names, self.explore.share, [guard.settings for guard in self.explore.guards]]
         said = {
-            "version": 1,
+            "version": 2,
             "round": self._number,
             "seed": data.seed,
             "images": data.images_per_prompt,
@@ -341,6 +341,10 @@ class OnlineSCDPO(PreferenceModule):
             "rollout": [self.rollout.steps, self.rollout.guidance, self.rollout.batch_size],
             "drawing": [self.drawing.guidance, self.drawing.resolution],
             "explore": explore,
+            # What is explored follows from costs, and they are kept with the images.
+            "pretrained": self.pretrained,
+            "costs": [*map(content_sha256, [self.cost_model, *self.ensemble]), self.pessimism],
+            "quality": None if self.quality is None else [type(self.quality).__name__, self.quality.settings],
         }
         return str(digest(said))
 

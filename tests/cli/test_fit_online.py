@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lit_safety.__main__ import main
-from lit_safety.modules import OnlineSCDPO
+from lit_safety.generation.pairs import Scorer
+from lit_safety.modules import Explore, OnlineSCDPO
 from lit_safety.modules.rounds import Round
 from tests.helpers.documents import CONFIGS, TOYWORLD
 from tests.helpers.flow_pipelines import save_flow
@@ -133,6 +135,35 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_had_drawn(
     latest = (tmp_path / "runs" / "fit" / "latest").resolve()
     assert same(latest, whole)
     assert len((latest / "rounds" / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("setting", ["cost_model", "ensemble", "scorer"])
+def test_what_was_drawn_is_another_round_with_another_reward(
+    setting: str, tiny_cost_model: Path, unsafe_cost_model: Path
+) -> None:
+    """Costs and quality are kept with the images, and which images are explored follows from costs: a run that goes on
+    with another reward draws its round again."""
+
+    def module(**rewards: Any) -> OnlineSCDPO:
+        made = OnlineSCDPO("pipeline", "prompts.csv", str(tiny_cost_model), explore=Explore(["drop"]))
+        for name, value in rewards.items():
+            setattr(made, name, value)
+        return made
+
+    class Bright(Scorer):
+        def __init__(self) -> None:
+            self.settings = {"by": "brightness"}
+
+        def __call__(self, images: Any, prompts: Any) -> list[float]:
+            return [0.0] * len(images)
+
+    other = {
+        "cost_model": {"cost_model": str(unsafe_cost_model)}, "ensemble": {"ensemble": [str(unsafe_cost_model)]},
+        "scorer": {"quality": Bright()},
+    }[setting]  # fmt: skip
+    data: Any = SimpleNamespace(seed=0, images_per_prompt=4)
+    assert module().identity(data) == module().identity(data)
+    assert module(**other).identity(data) != module().identity(data)
 
 
 def test_two_ranks_draw_each_image_once_and_learn_what_one_learns(
