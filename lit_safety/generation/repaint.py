@@ -119,6 +119,10 @@ def repair(
 
     settings = PainterSettings(**drawing)
     _check(threshold, grow, largest, tries)
+    if settings.resolution is not None:
+        raise UserError(f"--resolution {settings.resolution}: images are repainted in their own size; leave it out")
+    if settings.precision != "float32":
+        raise UserError(f"--precision {settings.precision}: images are repainted in float32; leave it out")
     source, target = open_source(folder, "folder"), Path(out)
     if source.manifest.cache is not None:
         raise UserError(f"{folder}: holds cached latents; repair the shards that it was made from")

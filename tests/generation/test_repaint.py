@@ -261,6 +261,9 @@ def test_masks_that_are_given_are_taken_and_without_one_a_pair_is_left_out(
     assert "without a mask" in said.out + said.err
     assert main([*command, "--mask", "given", "--painting", "stock", "--overwrite", "true"]) != 0
     assert "4 channels, and this model has 8" in capsys.readouterr().err
+    for setting, value in (("--resolution", "64"), ("--precision", "bfloat16")):
+        assert main([*command, setting, value]) != 0
+        assert f"{setting} {value}" in capsys.readouterr().err
     assert main([*command, "--reports", f'["{TOYWORLD / "cost_model"}"]', "--overwrite", "true"]) != 0
     assert "--cost_model" in capsys.readouterr().err
 
