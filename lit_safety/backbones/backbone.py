@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -17,6 +17,9 @@ from lit_safety.backbones.parts import NoDenoiser, Parts
 from lit_safety.backbones.pipeline_index import KEY
 from lit_safety.backbones.settings import BackboneSettings
 from lit_safety.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_safety.adapters.assistant import Assistant
 
 
 def too_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[bool]:
@@ -88,6 +91,8 @@ class Backbone(nn.Module, ABC):
     settings: BackboneSettings
     pixels_a_latent: int = 1
     """How many pixels one latent covers in each direction."""
+    assistant: Assistant | None = None
+    """Undoes the distillation of a few-step student in `predict`; what the stock pipeline draws is the student's."""
 
     def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from lit_safety.backbones.parts import Parts
 from lit_safety.backbones.settings import BackboneSettings, FlowSettings
 from lit_safety.core.errors import UserError
 
+ASSISTANT_KEY = "model.init_args.backbone.init_args.assistant"
 #: The scale of `mode` sampling that SD3's paper found best.
 MODE_SCALE = 1.29
 
@@ -67,10 +68,21 @@ class RectifiedFlow(Backbone):
     SETTINGS: ClassVar[type[BackboneSettings]] = FlowSettings
     #: Size of a transformer token in latents; the latents' sides are multiples of it.
     PATCH: ClassVar[int] = 2
+    #: A published LoRA that undoes the distillation of the family's student while it is trained; None: there is none.
+    ASSISTANT: ClassVar[str | None] = None
 
     def __init__(self, parts: Parts, denoiser: bool = True, settings: BackboneSettings | None = None) -> None:
-        self.refuse_student(parts)
+        assistant = cast(FlowSettings, self._checked(settings)).assistant
+        if assistant is None and denoiser:  # its encoders are the base's
+            self.refuse_student(parts)
+        if assistant is not None and self.ASSISTANT is None:
+            raise UserError(
+                f"`{ASSISTANT_KEY}`: no LoRA is known that undoes the distillation of a {type(self).__name__}: leave "
+                "it out"
+            )
         super().__init__(parts, denoiser, settings)
+        if assistant is not None and denoiser:
+            self._assist(assistant)
         config = self.inference_scheduler.config
         flow = hasattr(self.inference_scheduler, "scale_noise") or (
             config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
@@ -90,12 +102,25 @@ class RectifiedFlow(Backbone):
         return 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
 
     @classmethod
+    def instead(cls) -> str:
+        """What to do with a student besides training its base, for the messages of `refuse_student`."""
+        return f", or set `{ASSISTANT_KEY}` to a LoRA file that undoes the distillation, such as {cls.ASSISTANT}"
+
+    @classmethod
     def refuse_student(cls, parts: Parts) -> None:
         """Refuse a model that was distilled to draw in a few steps, because training by flow matching undoes this.
 
         Raises:
             UserError: the model is such a student; names the base to train instead.
         """
+
+    def _assist(self, path: str) -> None:
+        """Add an assistant to every prediction, and to nothing that the stock pipeline draws."""
+        from lit_safety.adapters.assistant import Assistant
+        from lit_safety.adapters.load_lora import converter
+
+        self.assistant = Assistant(path, self.denoiser, self.DENOISER, converter(self.PIPELINE), ASSISTANT_KEY)
+        self.predict = self.assistant.within(self.predict)  # type: ignore[method-assign]
 
     @property
     def flow(self) -> FlowSettings:

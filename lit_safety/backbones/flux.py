@@ -30,6 +30,7 @@ class Flux(RectifiedFlow):
     SETTINGS = GuidedFlowSettings
     ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     TOKENIZERS = (("tokenizer_2", T5_LENGTH),)  # not CLIP, which gives only a pooled row and cuts most prompts
+    ASSISTANT = "ostris/FLUX.1-schnell-training-adapter"
     LORA_TARGETS = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -43,7 +44,7 @@ class Flux(RectifiedFlow):
         if is_student(parts, "schnell", "turbo") or (not guided and not scheduler.get("use_dynamic_shifting")):
             raise UserError(
                 f"{parts.source}: is FLUX.1-schnell or another model distilled to draw in a few steps, which training "
-                "would undo: train its base, black-forest-labs/FLUX.1-dev"
+                f"would undo: train its base, black-forest-labs/FLUX.1-dev{cls.instead()}"
             )
 
     def lora_targets(self) -> list[str]:

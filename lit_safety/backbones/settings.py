@@ -56,6 +56,9 @@ class FlowSettings(BackboneSettings):
             SD3's paper.
         mean: mean of the logit-normal distribution.
         std: standard deviation of the logit-normal distribution.
+        assistant: a LoRA file that undoes the distillation of a few-step student (FLUX.1-schnell, Z-Image-Turbo), so
+            that it can be trained: it is added, frozen, to policy and reference in training, and left out of drawing
+            and of what is exported. Required for a student, refused for families without such files; null: none.
         encoder_dtype: as in `BackboneSettings`.
         denoiser_dtype: as in `BackboneSettings`.
         denoiser_quantization: as in `BackboneSettings`.
@@ -73,6 +76,7 @@ class FlowSettings(BackboneSettings):
         encoder_dtype: Dtype = "float32",
         denoiser_dtype: Dtype = "float32",
         denoiser_quantization: Quantization | None = None,
+        assistant: str | None = None,
     ) -> None:
         super().__init__(encoder_dtype, denoiser_dtype, denoiser_quantization)
         if not isinstance(shift, str) and not 0 < shift < float("inf"):
@@ -83,6 +87,7 @@ class FlowSettings(BackboneSettings):
         self.sampling = sampling
         self.mean = mean
         self.std = std
+        self.assistant = assistant
 
 
 class GuidedFlowSettings(FlowSettings):
@@ -95,6 +100,7 @@ class GuidedFlowSettings(FlowSettings):
         sampling: as in `FlowSettings`.
         mean: as in `FlowSettings`.
         std: as in `FlowSettings`.
+        assistant: as in `FlowSettings`.
         encoder_dtype: as in `BackboneSettings`.
         denoiser_dtype: as in `BackboneSettings`.
         denoiser_quantization: as in `BackboneSettings`.
@@ -113,8 +119,9 @@ class GuidedFlowSettings(FlowSettings):
         encoder_dtype: Dtype = "float32",
         denoiser_dtype: Dtype = "float32",
         denoiser_quantization: Quantization | None = None,
+        assistant: str | None = None,
     ) -> None:
-        super().__init__(shift, sampling, mean, std, encoder_dtype, denoiser_dtype, denoiser_quantization)
+        super().__init__(shift, sampling, mean, std, encoder_dtype, denoiser_dtype, denoiser_quantization, assistant)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"`model.init_args.backbone.init_args.guidance` must be 0 or more, got {guidance}")
         self.guidance = guidance

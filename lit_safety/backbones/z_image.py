@@ -27,6 +27,7 @@ class ZImage(RectifiedFlow):
     PIPELINE = ZImagePipeline
     ENCODERS = ("vae", "text_encoder", "tokenizer")
     TOKENIZERS = (("tokenizer", None),)
+    ASSISTANT = "ostris/zimage_turbo_training_adapter"
     LORA_TARGETS = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -37,7 +38,7 @@ class ZImage(RectifiedFlow):
         if is_student(parts, "turbo"):
             raise UserError(
                 f"{parts.source}: was distilled to draw in a few steps, which training would undo: train its base, "
-                "Tongyi-MAI/Z-Image; the LoRA also fits the distilled one"
+                f"Tongyi-MAI/Z-Image, whose LoRA also fits the distilled one{cls.instead()}"
             )
 
     # ---- text

@@ -97,7 +97,7 @@ class StopWhenAligned(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        from lit_safety.cost_model.files import load_cost_model
+        from lit_safety.cost_model.files import check_border, load_cost_model
         from lit_safety.drawing.pipelines import local_pipeline
         from lit_safety.drawing.worlds import foreign_world
 
@@ -107,6 +107,7 @@ class StopWhenAligned(Callback):
             self._turn_off(module, f"{self.cost_model} is of the embedded world {world}, and {module.pretrained} is "
                            "not: set cost_model and prompts of your own")  # fmt: skip
             return
+        check_border(self.cost_model, "`StopWhenAligned.cost_model`")
         self._scorer = load_cost_model(self.cost_model)
         self._rows = self._choose()
 

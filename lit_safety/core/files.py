@@ -273,14 +273,18 @@ def write_atomic(path: Path, data: bytes) -> Path:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a journal. Its readers leave out a last line that was cut short.
+    """Add a line to a journal. Its readers leave out a line that was cut short; the next one begins after it.
 
     Raises:
         UserError: the disk is full, or the file cannot be written to.
     """
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with open(path, "ab+") as file:
+            cut = b""
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut = b"" if file.read(1) == b"\n" else b"\n"
+            file.write(cut + f"{line}\n".encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 

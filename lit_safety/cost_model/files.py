@@ -118,6 +118,19 @@ def save_cost_model(
     return folder
 
 
+def check_border(folder: str | Path, key: str) -> None:
+    """Check that 0 separates harmful and safe images by the cost model in ``folder``, given as the option ``key``.
+
+    Raises:
+        UserError: it was not calibrated, or it is no cost model.
+    """
+    if (reason := why_not_calibrated(read_config(folder))) is not None:
+        raise UserError(
+            f"{key} {folder}: this cost model is not calibrated ({reason}), so a cost of 0 is no border between "
+            "harmful and safe images: fit it with validation pairs of both labels"
+        )
+
+
 def is_cost_model(config: object) -> bool:
     """Whether the content of a folder's config.json is a cost model's."""
     return isinstance(config, dict) and config.get("kind") == KIND

@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from itertools import groupby
 from multiprocessing import connection
@@ -33,7 +33,7 @@ from lit_safety.drawing.pipelines import PainterSettings, Pipelines, slice_decod
 from lit_safety.drawing.threads import Writers, each_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -253,10 +253,12 @@ def draw_batch(
     settings: DrawingSettings,
     negative_prompt: str | None = None,
     guard: Guard | None = None,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Pixels (B, H, W, 3) in [0, 1] by the stock call of any diffusers text-to-image pipeline.
 
-    A call has one guidance scale, so prompts with another scale are drawn in another call.
+    A call has one guidance scale, so prompts with another scale are drawn in another call. ``temperature`` is the
+    number that the initial noise is multiplied by.
 
     Raises:
         UserError: the pipeline refuses these settings.
@@ -271,7 +273,10 @@ def draw_batch(
     if len(set(own)) > 1:
         parts = [[row for row, _ in group] for _, group in groupby(enumerate(own), key=lambda pair: pair[1])]
         return np.concatenate(
-            [draw_batch(pipe, [prompts[row] for row in part], settings, negative_prompt, guard) for part in parts]
+            [
+                draw_batch(pipe, [prompts[row] for row in part], settings, negative_prompt, guard, temperature)
+                for part in parts
+            ]
         )
     extra: dict[str, Any] = {}
     if draws_for_users(pipe):
@@ -282,7 +287,10 @@ def draw_batch(
     elif settings.resolution is not None:
         extra |= {"height": settings.resolution, "width": settings.resolution}
     try:
-        with guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext():
+        with (
+            guard.around(pipe, [p.prompt for p in prompts]) if guard is not None else nullcontext(),
+            scaled_noise(pipe, temperature),
+        ):
             return pipe(
                 prompt=[p.prompt for p in prompts],
                 generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
@@ -300,6 +308,34 @@ def _count(written: Sequence[Future[None]]) -> int:
     for one in written:
         one.result()
     return len(written)
+
+
+@contextmanager
+def scaled_noise(pipe: Any, temperature: float) -> Iterator[None]:
+    """Inside, the pipeline's initial noise is the stock one multiplied by ``temperature``; 1 changes no bit.
+
+    Stock samplers add no noise later, so that this is all the randomness of an image.
+
+    Raises:
+        UserError: the pipeline makes its initial noise in a way of its own.
+    """
+    if temperature == 1:
+        yield
+        return
+    prepare = getattr(pipe, "prepare_latents", None)
+    if prepare is None:
+        raise UserError(f"{type(pipe).__name__} does not tell its initial noise: leave the temperature out")
+
+    def scaled(*args: Any, **named: Any) -> Any:
+        made = prepare(*args, **named)
+        # Some families return positions of tokens too. Packing into tokens is linear, so noise may be scaled after it.
+        return (made[0] * temperature, *made[1:]) if isinstance(made, tuple) else made * temperature
+
+    pipe.prepare_latents = scaled
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents  # the class's own is then found again
 
 
 def _row(prompt: Prompt) -> tuple[Any, ...]:

@@ -376,3 +376,41 @@ def _image_to_image(pipe: Any) -> Any:
         ) from error
     second.set_progress_bar_config(disable=True)
     return second
+
+
+#: Stock inpainting pipelines take denoisers of so many input channels alone, apart from those made for inpainting.
+_PAINTED_CHANNELS = {
+    "StableDiffusionInpaintPipeline": ("unet", 4),
+    "StableDiffusionXLInpaintPipeline": ("unet", 4),
+    "StableDiffusion3InpaintPipeline": ("transformer", 16),
+}
+
+
+def inpainting(pipe: Any, instead: str) -> Any:
+    """The stock inpainting pipeline of the same family, with the same networks.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        instead: what to do without one, for the message.
+
+    Raises:
+        UserError: diffusers does not have one for this family, or it does not take this model.
+    """
+    import diffusers
+
+    kind = type(pipe).__name__
+    found: Any
+    try:
+        if kind == "Flux2KleinPipeline":  # the auto class does not know it
+            found = diffusers.Flux2KleinInpaintPipeline(**pipe.components, is_distilled=pipe.config.is_distilled)
+        else:
+            found = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{kind}: diffusers does not have an inpainting pipeline for this family: {instead}") from error
+    name, taken = _PAINTED_CHANNELS.get(type(found).__name__, (None, 0))
+    if name is not None and (own := getattr(found, name).config.in_channels) != taken:
+        raise UserError(
+            f"{type(found).__name__} paints latents of {taken} channels, and this model has {own}: {instead}"
+        )
+    found.set_progress_bar_config(disable=True)
+    return found

@@ -134,8 +134,10 @@ class Assessor:
             self.settings["judge"] = {key: self.judge.settings.get(key) for key in ("name", "threshold", "sha256")}
         if cost_model is not None:
             from lit_safety.core.hashes import content_sha256
-            from lit_safety.cost_model.files import load_cost_model
+            from lit_safety.cost_model.files import check_border, load_cost_model
 
+            if judge is None:  # else the judge alone says what is harmful
+                check_border(cost_model, "--cost_model")
             self.costs = load_cost_model(cost_model, device)
             self.settings["cost_model_sha256"] = content_sha256(cost_model)
 

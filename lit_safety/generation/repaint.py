@@ -8,7 +8,8 @@ such a pair is about the harm, and with `data.init_args.masked` it looks nowhere
 - `given`: the masks that the shards hold already.
 
 The masked part is drawn anew for the prompt without the harm, step by step, while the rest is put back at each step
-from the image itself with noise (blended latent diffusion, arXiv 2206.02779), and at the end in pixels.
+from the image itself with noise (blended latent diffusion, arXiv 2206.02779), or by the family's stock inpainting
+pipeline; and at the end in pixels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lit_safety.generation.words import Words
 
 Mask = Literal["attention", "cost", "given"]
+Painting = Literal["blended", "stock"]
 #: Shares of the noise at which attention is looked at.
 LOOKED_AT = (0.3, 0.5, 0.7)
 #: Parts that an image's side is divided into, and how many of them are covered at once.
@@ -54,6 +56,7 @@ def repair(
     prompts: str,
     out: str,
     mask: Mask = "attention",
+    painting: Painting = "blended",
     threshold: float = 0.5,
     grow: int = 1,
     largest: float = 0.6,
@@ -80,6 +83,9 @@ def repair(
         out: The folder to write the shards to.
         mask: Where the harm is: `attention` of the denoiser (one with a UNet) to the words of the harm; `cost`: where
             covering the image lowers its cost; `given`: the shards' own masks.
+        painting: How it is drawn anew: `blended`: by the text-to-image pipeline, with the rest put back at each step;
+            `stock`: by the inpainting pipeline that diffusers has for the family (Stable Diffusion 1.5 to 3, FLUX.1,
+            FLUX.2 klein, Qwen-Image, Z-Image), from noise alone.
         threshold: A place belongs to the mask from this share of the strongest one on, in (0, 1].
         grow: By how many latents the mask is made larger on every side.
         largest: A mask of a larger share of the image is refused.
@@ -100,7 +106,7 @@ def repair(
     from lit_safety.backbones.load import load_backbone
     from lit_safety.core.hashes import content_sha256, file_sha256
     from lit_safety.core.progress import counter
-    from lit_safety.cost_model.files import load_cost_model
+    from lit_safety.cost_model.files import check_border, load_cost_model
     from lit_safety.data.convert.join import this_device
     from lit_safety.data.format.manifest import FILE_NAME, load_manifest
     from lit_safety.data.format.writer import ShardWriter
@@ -113,16 +119,21 @@ def repair(
 
     settings = PainterSettings(**drawing)
     _check(threshold, grow, largest, tries)
+    if settings.resolution is not None:
+        raise UserError(f"--resolution {settings.resolution}: images are repainted in their own size; leave it out")
+    if settings.precision != "float32":
+        raise UserError(f"--precision {settings.precision}: images are repainted in float32; leave it out")
     source, target = open_source(folder, "folder"), Path(out)
     if source.manifest.cache is not None:
         raise UserError(f"{folder}: holds cached latents; repair the shards that it was made from")
     base = local_pipeline(pipeline)
     check_world(base, {"--cost_model": cost_model}, other_world)
     refuse_rewards({cost_model: "--cost_model"}, reports or [])
+    check_border(cost_model, "--cost_model")
     harmless = [row.prompt for row in read_prompts(prompts) if not row.harmful]
     if not harmless:
         raise UserError(f"--prompts {prompts}: holds 0 harmless prompts (column kind)")
-    how = Repaint(settings, mask, threshold, grow, largest, tries, seed)
+    how = Repaint(settings, mask, painting, threshold, grow, largest, tries, seed)
     provenance = {
         "command": "repair",
         "from": [list(one) for one in source.identity()],
@@ -176,6 +187,7 @@ class Repaint:
 
     drawing: PainterSettings
     kind: Mask
+    painting: Painting
     threshold: float
     grow: int
     largest: float
@@ -238,6 +250,11 @@ class Repainter:
                 f"--mask attention looks at a UNet's cross-attention, and {type(self.pipe).__name__} has none: give "
                 "--mask cost, or given"
             )
+        self.inpainter: Any = None
+        if how.painting == "stock":
+            from lit_safety.drawing.pipelines import inpainting
+
+            self.inpainter = inpainting(self.pipe, "leave --painting out")
 
     def __call__(self, items: Sequence[Item]) -> list[Item]:
         """The same items, each with what became of it."""
@@ -353,19 +370,24 @@ class Repainter:
         from lit_safety.core.chance import derive, sample_seed
         from lit_safety.data.format.sample import Sides
 
-        latents = self._latents([one for one, _ in items])
-        size = latents.shape[-2], latents.shape[-1]
         seeds = [derive(sample_seed(self.how.seed, attempt, one.key), "repaint") for one, _ in items]
-        small = [one.mask.resize(size[::-1], Image.Resampling.NEAREST) for one, _ in items if one.mask is not None]
-        masks = torch.stack([torch.from_numpy(np.asarray(one) > 127) for one in small])
         texts = [
             self.words.dropped(one.metadata.prompt, seed)
             if one.metadata.prompt_kind == "harmful"
             else one.metadata.prompt
             for (one, _), seed in zip(items, seeds, strict=True)
         ]
-        side = items[0][0].image.height, items[0][0].image.width
-        painted = blended(self.backbone, self.pipe, latents, masks, texts, seeds, self.how.drawing, side)
+        given = [one.image for one, _ in items]
+        white = [one.mask for one, _ in items if one.mask is not None]
+        if self.inpainter is not None:
+            painted = stock_painted(self.inpainter, given, white, texts, seeds, self.how.drawing)
+        else:
+            latents = self._latents([one for one, _ in items])
+            size = latents.shape[-2], latents.shape[-1]
+            small = [one.resize(size[::-1], Image.Resampling.NEAREST) for one in white]
+            masks = torch.stack([torch.from_numpy(np.asarray(one) > 127) for one in small])
+            side = given[0].height, given[0].width
+            painted = blended(self.backbone, self.pipe, latents, masks, texts, seeds, self.how.drawing, side)
         images = [put_back(pixels, one) for pixels, (one, _) in zip(painted, items, strict=True)]
         for image, cost, (one, before) in zip(images, self._costs(images), items, strict=True):
             one.outcome = STAYED
@@ -549,6 +571,50 @@ def blended(
                 output_type="np",
                 callback_on_step_end=keep,
                 callback_on_step_end_tensor_inputs=["latents"],
+                **call_options(pipe, settings.guidance, count=len(prompts)),
+            ).images
+        )
+    except ValueError as error:
+        raise UserError(f"{type(pipe).__name__} refuses the settings: {str(error).splitlines()[0]}") from error
+
+
+def stock_painted(
+    pipe: Any,
+    images: Sequence[Image],
+    masks: Sequence[Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: PainterSettings,
+) -> list[Any]:
+    """Draw the masked part of images for prompts by a stock inpainting pipeline, which begins it from noise alone.
+
+    Args:
+        pipe: as `inpainting` makes it.
+        images: of one size.
+        masks: of the same size, white where it is drawn.
+        prompts: what for.
+        seeds: of all noise of each image.
+        settings: how.
+
+    Returns:
+        Pixels (H, W, 3) in [0, 1] of each image.
+    """
+    import torch
+
+    from lit_safety.backbones.call import call_options
+
+    try:
+        return list(
+            pipe(
+                prompt=list(prompts),
+                image=list(images),
+                mask_image=list(masks),
+                strength=1.0,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                num_inference_steps=settings.steps,
+                height=images[0].height,
+                width=images[0].width,
+                output_type="np",
                 **call_options(pipe, settings.guidance, count=len(prompts)),
             ).images
         )

@@ -148,6 +148,11 @@ class OnlineSCDPO(PreferenceModule):
         ):
             if given is not None:
                 raise ValueError(f"`model.init_args.{name}` acts on pairs, and OnlineSCDPO has none: leave it out")
+        if getattr(self.backbone_settings, "assistant", None) is not None:
+            raise ValueError(
+                "`model.init_args.backbone.init_args.assistant` is left out of drawing, and OnlineSCDPO trains what "
+                "draws: leave it out, and train the student's base"
+            )
         if not 0 <= ema < 1 or not 0 <= harmless < 1 or not 0 <= pessimism < float("inf"):
             raise ValueError(
                 f"ema and harmless must lie in [0, 1), pessimism not be negative, got {ema}, {harmless}, {pessimism}"
@@ -215,10 +220,12 @@ class OnlineSCDPO(PreferenceModule):
 
     def _load_rewards(self) -> None:
         """Load the cost model, after a look at whether a report would measure with what is optimised here."""
-        from lit_safety.cost_model.files import load_cost_model
+        from lit_safety.cost_model.files import check_border, load_cost_model
         from lit_safety.drawing.worlds import paths_in
 
         models = [self.cost_model, *self.ensemble]
+        for one in models:
+            check_border(one, f"`model.init_args.{'cost_model' if one is models[0] else 'ensemble'}`")
         rewards = {
             one: "model.init_args.cost_model" if one is models[0] else "model.init_args.ensemble" for one in models
         }
@@ -318,13 +325,13 @@ class OnlineSCDPO(PreferenceModule):
 
     def identity(self, data: Rounds) -> str:
         """What a round's images follow from, as one word."""
-        from lit_safety.core.hashes import digest
+        from lit_safety.core.hashes import content_sha256, digest
 
         explore = None
         if self.explore is not None:
             explore = [self.explore.names, self.explore.share, [guard.settings for guard in self.explore.guards]]
         said = {
-            "version": 1,
+            "version": 2,
             "round": self._number,
             "seed": data.seed,
             "images": data.images_per_prompt,
@@ -334,6 +341,10 @@ class OnlineSCDPO(PreferenceModule):
             "rollout": [self.rollout.steps, self.rollout.guidance, self.rollout.batch_size],
             "drawing": [self.drawing.guidance, self.drawing.resolution],
             "explore": explore,
+            # What is explored follows from costs, and they are kept with the images.
+            "pretrained": self.pretrained,
+            "costs": [*map(content_sha256, [self.cost_model, *self.ensemble]), self.pessimism],
+            "quality": None if self.quality is None else [type(self.quality).__name__, self.quality.settings],
         }
         return str(digest(said))
 
@@ -437,15 +448,17 @@ class OnlineSCDPO(PreferenceModule):
             if guard is not None:
                 guard.check(own_pipe)
                 scale = max(scale, self.drawing.guidance)  # guards act on guidance
-            elif way.startswith("guidance "):
-                scale = float(way.split()[1])
+            temperature = 1.0
+            if self.explore is not None:
+                scale = self.explore.guidance.get(way, scale)
+                temperature = self.explore.temperature.get(way, 1.0)
             asked = [
                 replace(
                     self._rows[slots[i].prompt], prompt=slots[i].text, seed=slots[i].seed, guidance=scale, user=None
                 )
                 for i in places
             ]
-            pixels[numbers.start] = draw_batch(own_pipe, asked, settings, None, guard)
+            pixels[numbers.start] = draw_batch(own_pipe, asked, settings, None, guard, temperature)
             return len(numbers)
 
         for _ in each_batch(pipe, [range(i, i + 1) for i in range(len(jobs))], work, None):

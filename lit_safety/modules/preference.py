@@ -287,6 +287,7 @@ class PreferenceModule(ScheduledModule):
         if self._trainer is None or not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self._load()
             self.configure_policy()
+            self._check_assistant()
             self._start()
             self.speed.apply(self.backbone.denoiser)
             dtype = self._frozen_dtype()
@@ -305,6 +306,7 @@ class PreferenceModule(ScheduledModule):
             return
         with unpartitioned():  # diffusers can load only into whole parameters
             self._load()
+            self._check_assistant()
             self._frozen_dtype()
             # DeepSpeed sends weights as bytes, which does not work with weights in channels-last.
             whole: Any = self.backbone
@@ -345,6 +347,26 @@ class PreferenceModule(ScheduledModule):
         if not adapter_layers(self.backbone.denoiser):
             raise UserError(f"{told}: without a LoRA it would round the trained weights: leave it out")
         return dtype
+
+    def _check_assistant(self) -> None:
+        """Whether a student's assistant can be part of this run.
+
+        Raises:
+            UserError: the strategy shards the network, blocks are compiled, or more than a LoRA is trained.
+        """
+        if self.backbone.assistant is None:
+            return
+        told = "`model.init_args.backbone.init_args.assistant`"
+        if under_fsdp(self._trainer) or (self._trainer and isinstance(self.trainer.strategy, DeepSpeedStrategy)):
+            raise UserError(
+                f"{told} is added to whole layers, which FSDP2 and DeepSpeed cut over ranks: train with DDP"
+            )
+        if self.speed.compile is not None:
+            raise UserError(
+                f"{told} is switched off for drawing, which compiled blocks do not know: unset speed.compile"
+            )
+        if not adapter_layers(self.backbone.denoiser):
+            raise UserError(f"{told} is left out of what is exported, which only a LoRA allows: train one")
 
     def _start(self) -> None:
         if self.start_from is None:
@@ -709,7 +731,10 @@ class PreferenceModule(ScheduledModule):
 
     def export_settings(self, export: str) -> dict[str, Any]:
         """What the card of ``export`` says about the training."""
-        return {"rank": self.lora.rank, "alpha": self.lora.alpha}
+        settings: dict[str, Any] = {"rank": self.lora.rank, "alpha": self.lora.alpha}
+        if self.backbone.assistant is not None:
+            settings["assistant"] = f"{self.backbone.assistant.path}, in training alone"
+        return settings
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check()
@@ -718,6 +743,8 @@ class PreferenceModule(ScheduledModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["objective"] = self.objective.state_dict()
         checkpoint["stability"] = self.steps.state_dict()
+        if self.backbone.assistant is not None:
+            checkpoint["assistant"] = self.backbone.assistant.sha256
         if self.attack is not None:
             checkpoint["adversary"] = self.attack.state_dict()
         if self._trainer is not None:
@@ -725,6 +752,12 @@ class PreferenceModule(ScheduledModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        mine = None if self.backbone.assistant is None else self.backbone.assistant.sha256
+        if checkpoint.get("assistant") != mine:
+            raise UserError(
+                "the checkpoint was trained with another file (or none) than the present "
+                "`model.init_args.backbone.init_args.assistant`: set it to the same file"
+            )
         try:
             self.objective.load_state_dict(checkpoint.get("objective", {}))
         except ValueError as error:

@@ -42,6 +42,9 @@ class Explore:
             random, where that does not tell); `nearest`: the harmless prompt of the file that shares the most words.
         guards: guards of `lit_safety.guards`, each a way: the prompt as it is, with the guard on.
         guidance: other scales of guidance, each a way: the prompt as it is, with this scale.
+        temperature: numbers that the initial noise is multiplied by, each a way: the prompt as it is, from the noise of
+            the image that it is compared with, times this number. Far from 1 the base draws things that are no images,
+            which a cost model may call safe. In (0, 2], other than 1.
         share: share of a prompt's images that may be explored, in (0, 1). Those before are of the prompt as it is.
         penalty: what an explored image loses of its quality where all words of its prompt were changed, in units of
             quality; of a part of the words that share. So of two safe images the one that is closer to its prompt is
@@ -58,6 +61,7 @@ class Explore:
         guidance: list[float] | None = None,
         share: float = 0.5,
         penalty: float = 2.0,
+        temperature: list[float] | None = None,
     ) -> None:
         if unknown := [way for way in ways if way not in _CHANGES]:
             raise ValueError(f"`{KEY}.ways` are drop and nearest, got {unknown[0]!r}")
@@ -65,20 +69,39 @@ class Explore:
             raise ValueError(f"`{KEY}`: share must lie in (0, 1) and penalty not be negative, got {share}, {penalty}")
         if not all(1 <= scale < float("inf") for scale in guidance or ()):
             raise ValueError(f"`{KEY}.guidance` are scales from 1 up, got {guidance}")
-        self.guards, self.guidance, self.share, self.penalty = list(guards or ()), list(guidance or ()), share, penalty
-        self.ways = list(ways)
+        if not all(0 < factor <= 2 and factor != 1 for factor in temperature or ()):
+            raise ValueError(
+                f"`{KEY}.temperature` are numbers above 0 and at most 2 that the initial noise is multiplied by, other "
+                f"than 1, which is no other way; got {temperature}"
+            )
+        self.guards, self.share, self.penalty, self.ways = list(guards or ()), share, penalty, list(ways)
+        self.guidance = {f"guidance {_number(scale)}": float(scale) for scale in guidance or ()}
+        self.temperature = {f"temperature {_number(factor)}": float(factor) for factor in temperature or ()}
+        """The scales of guidance and the factors of noise by their ways."""
         self.names = [
             *self.ways,
             *(f"guard {number}" for number in range(len(self.guards))),
-            *(f"guidance {scale:g}" for scale in self.guidance),
+            *self.guidance,
+            *self.temperature,
         ]
         """All ways, as they are recorded with an image."""
         if not self.names:
-            raise ValueError(f"`{KEY}` has no way: name some `ways`, guards or guidance, or set `explore` to null")
+            raise ValueError(
+                f"`{KEY}` has no way: name some `ways`, guards, guidance or temperature, or set `explore` to null"
+            )
+        given = [*self.ways, *self.guards, *(guidance or ()), *(temperature or ())]
+        if len(given) > len({*self.names}):
+            raise ValueError(f"`{KEY}`: a way stands twice: {', '.join(self.names)}")
 
     def guard(self, way: str) -> Guard | None:
         """The guard of a way."""
         return self.guards[int(way.split()[1])] if way.startswith("guard ") else None
+
+
+def _number(value: float) -> str:
+    """A number in few digits that give it back exactly."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 @dataclass(frozen=True)

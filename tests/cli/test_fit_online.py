@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_safety.__main__ import main
-from lit_safety.modules import OnlineSCDPO
+from lit_safety.generation.pairs import Scorer
+from lit_safety.modules import Explore, OnlineSCDPO
 from lit_safety.modules.rounds import Round
 from tests.helpers.documents import CONFIGS, TOYWORLD
 from tests.helpers.flow_pipelines import save_flow
@@ -134,6 +137,35 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_had_drawn(
     assert len((latest / "rounds" / "rounds.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("setting", ["cost_model", "ensemble", "scorer"])
+def test_what_was_drawn_is_another_round_with_another_reward(
+    setting: str, tiny_cost_model: Path, unsafe_cost_model: Path
+) -> None:
+    """Costs and quality are kept with the images, and which images are explored follows from costs: a run that goes on
+    with another reward draws its round again."""
+
+    def module(**rewards: Any) -> OnlineSCDPO:
+        made = OnlineSCDPO("pipeline", "prompts.csv", str(tiny_cost_model), explore=Explore(["drop"]))
+        for name, value in rewards.items():
+            setattr(made, name, value)
+        return made
+
+    class Bright(Scorer):
+        def __init__(self) -> None:
+            self.settings = {"by": "brightness"}
+
+        def __call__(self, images: Any, prompts: Any) -> list[float]:
+            return [0.0] * len(images)
+
+    other = {
+        "cost_model": {"cost_model": str(unsafe_cost_model)}, "ensemble": {"ensemble": [str(unsafe_cost_model)]},
+        "scorer": {"quality": Bright()},
+    }[setting]  # fmt: skip
+    data: Any = SimpleNamespace(seed=0, images_per_prompt=4)
+    assert module().identity(data) == module().identity(data)
+    assert module(**other).identity(data) != module().identity(data)
+
+
 def test_two_ranks_draw_each_image_once_and_learn_what_one_learns(
     whole: Path, tiny_pipeline: Path, tiny_cost_model: Path, tmp_path: Path
 ) -> None:
@@ -158,7 +190,7 @@ def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
 ) -> None:
     """Every prompt counts as harmful (a high bias is added by a negative limit of nothing): all ways are drawn."""
     guard = {"class_path": "lit_safety.guards.SafeLatentDiffusion", "init_args": {"warmup_steps": 0}}
-    ways = {"ways": ["drop"], "guards": [guard], "guidance": [2.0], "share": 0.75}
+    ways = {"ways": ["drop"], "guards": [guard], "guidance": [2.0], "temperature": [0.9], "share": 0.75}
     more = {
         "rollout": {"steps": 1, "guidance": 2.0, "batch_size": 8},
         "explore": {"class_path": "lit_safety.modules.Explore", "init_args": ways},
@@ -168,7 +200,50 @@ def test_guidance_a_guard_an_ensemble_and_the_distance_to_the_base_go_through(
     assert main(["fit", "--config", str(file), f"{key}.kl_weight", "1.0", "--trainer.max_epochs", "1"]) == 0
     said = json.loads((tmp_path / "runs" / "fit" / "latest" / "rounds" / "rounds.jsonl").read_text())
     assert said["images"] == 16
-    assert set(said["ways"]) <= {"own", "drop", "guard 0", "guidance 2"}
+    assert set(said["ways"]) <= {"own", "drop", "guard 0", "guidance 2", "temperature 0.9"}
+
+
+@pytest.fixture(scope="module")
+def unsafe_cost_model(tiny_cost_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To it every image is harmful."""
+    folder = tmp_path_factory.mktemp("unsafe") / "cost"
+    shutil.copytree(tiny_cost_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["adapter.head.bias"] += 100
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_temperature_is_recorded_with_each_image_and_resumes_to_the_same_bits(
+    tiny_pipeline: Path, unsafe_cost_model: Path, tmp_path: Path
+) -> None:
+    """Where no image is safe, all ways are tried, and the last one's images stay: half of 16, of the frozen base, from
+    the noise of the first half. The run is stopped within its second round, and its rounds' files are gone."""
+    ways = {"ways": ["drop"], "temperature": [0.9, 1.2], "share": 0.5}
+    more = {"explore": {"class_path": "lit_safety.modules.Explore", "init_args": ways}}
+    file = write(tmp_path, tiny_pipeline, unsafe_cost_model, more)
+    assert main(["fit", "--config", str(file)]) == 0
+    whole = (tmp_path / "runs" / "fit" / "latest").resolve()
+    rounds = [json.loads(line) for line in (whole / "rounds" / "rounds.jsonl").read_text().splitlines()]
+    for one in rounds:
+        assert {way: count["images"] for way, count in one["ways"].items()} == {"own": 8, "temperature 1.2": 8}
+        assert one["prompts_without_safe"] == 4
+        seeds = {(image["prompt"], image["way"]): image["seed"] for image in one["images_kept"]}
+        assert all(image["drawn"] == image["prompt"] for image in one["images_kept"])
+        assert all(seed == seeds[prompt, "own"] for (prompt, _), seed in seeds.items())
+    assert main(["fit", "--config", str(file), "--ckpt_path", str(whole / "checkpoints" / "step=3.ckpt")]) == 0
+    resumed = (tmp_path / "runs" / "fit" / "latest").resolve()
+    assert resumed != whole
+    assert same(resumed, whole)
+    mine, theirs = (load_file(one / "rounds" / "round-00001.safetensors") for one in (resumed, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    # In the first round the policy is the base still: only the temperature tells an image from the one beside it.
+    first = load_file(whole / "rounds" / "round-00000.safetensors")["latents"].unflatten(0, (4, 4))
+    assert all(
+        not torch.equal(one, other)
+        for one, other in zip(*(half.flatten(0, 1) for half in first.split(2, 1)), strict=True)
+    )
 
 
 def test_the_toy_world_in_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

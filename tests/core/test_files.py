@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from lit_safety.__main__ import main
 from lit_safety.core import files as atomic
 from lit_safety.core.errors import UserError
-from lit_safety.core.files import Lock, atomic_file, atomic_folder, lock_of, one_writer, write_atomic
+from lit_safety.core.files import Lock, append_line, atomic_file, atomic_folder, lock_of, one_writer, write_atomic
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.source import open_source
 from tests.helpers.full_disk import full_disk
@@ -201,3 +201,16 @@ def test_a_full_disk_is_one_line_whatever_library_writes(library: str, tmp_path:
     assert "\n" not in str(said.value)
     assert (tmp_path / "out" / "weights").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_line_after_one_that_was_cut_short_stands_alone(tmp_path: Path) -> None:
+    """A kill leaves half a line: the next one is not lost with it."""
+    file = tmp_path / "journal.jsonl"
+    append_line(file, '{"round": 0}')
+    with file.open("a") as half:
+        half.write('{"rou')
+    append_line(file, '{"round": 1, "word": "\u00e4"}')
+    append_line(file, '{"round": 2}')
+    assert file.read_text(encoding="utf-8").splitlines() == [
+        '{"round": 0}', '{"rou', '{"round": 1, "word": "\u00e4"}', '{"round": 2}',
+    ]  # fmt: skip

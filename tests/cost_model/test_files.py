@@ -1,6 +1,7 @@
 """Export and reload, the scorer, and folders that must be refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_safety.core.errors import UserError
 from lit_safety.cost_model import CostScorer, load_cost_model, save_cost_model
+from lit_safety.cost_model.files import check_border
 from lit_safety.cost_model.network import ClipTower, CostAdapter
 from lit_safety.data.reading.decode import to_tensor
 
@@ -147,3 +149,14 @@ def test_a_folder_that_is_damaged_is_named(folder: Path, damage: str, says: str)
     with pytest.raises(UserError, match=says) as error:
         load_cost_model(folder / "absent" if damage == "folder" else folder)
     assert str(folder) in str(error.value)
+
+
+def test_zero_is_a_border_only_after_a_calibration(tiny_cost_model: Path, tmp_path: Path) -> None:
+    check_border(tiny_cost_model, "--cost_model")
+    folder = shutil.copytree(tiny_cost_model, tmp_path / "cost")
+    config = json.loads((folder / "config.json").read_text())
+    reason = "all 4 known labels were harmful"
+    config["calibration"] = {"images": 4, "harmful": 4, "not_calibrated": reason}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"^--cost_model .*not calibrated .{reason}.*: fit it"):
+        check_border(folder, "--cost_model")

@@ -10,6 +10,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, draw_batch
 from lit_safety.drawing.pipelines import load_pipeline
+from tests.helpers.flow_pipelines import FAMILIES, save_flow
 
 SETTINGS = DrawingSettings(steps=2, guidance=3.0, batch_size=2)
 
@@ -240,3 +241,45 @@ def test_no_more_images_wait_than_were_allowed() -> None:
     go.set()
     thread.join(30)
     assert handed == [0, 1, 2]
+
+
+class FirstInput:
+    """Notes the first latents that a pipeline's denoiser gets."""
+
+    def __init__(self, pipe) -> None:
+        self.denoiser = getattr(pipe, "unet", None) or pipe.transformer
+
+    def __enter__(self) -> "FirstInput":
+        self.found: list[torch.Tensor] = []
+        self.hook = self.denoiser.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def _note(self, _, args: tuple, named: dict) -> None:
+        given = next(iter([*args, *([named["hidden_states"]] if "hidden_states" in named else [])]))
+        self.found.append(torch.stack(given) if isinstance(given, list) else given.clone())
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("family", ["stable diffusion", *FAMILIES])
+def test_a_temperature_multiplies_the_noise_that_a_stock_pipeline_begins_from(
+    family: str, tiny_pipeline: Path, tmp_path: Path, ask
+) -> None:
+    """0.5 loses no bit: what the denoiser gets first is half of what it gets without. Afterwards the pipeline draws as
+    before."""
+    folder = tiny_pipeline if family == "stable diffusion" else save_flow(family, tmp_path / family)
+    pipe = load_pipeline(folder, Arm())
+    settings, rows = DrawingSettings(steps=2, guidance=1.0, resolution=64), [ask("a red cat", seed) for seed in (3, 4)]
+
+    def first(temperature: float) -> tuple[torch.Tensor, np.ndarray]:
+        with FirstInput(pipe) as noted:
+            drawn = draw_batch(pipe, rows, settings, temperature=temperature)
+        return noted.found[0], drawn
+
+    (plain, before), (half, other), (again, after) = first(1.0), first(0.5), first(1.0)
+    assert plain.abs().max() > 0
+    assert torch.equal(half, plain * 0.5)
+    assert torch.equal(again, plain)
+    assert np.array_equal(before, after)
+    assert not np.array_equal(before, other)

@@ -12,12 +12,28 @@ from PIL import Image
 
 from lit_safety.__main__ import main
 from lit_safety.backbones.load import load_backbone
-from lit_safety.data.format.sample import parse_metadata
+from lit_safety.core.errors import UserError
+from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.source import open_source
-from lit_safety.drawing.pipelines import PainterSettings
-from lit_safety.generation.repaint import above, blended, covered_heat, recorded, to_words, word_tokens
+from lit_safety.drawing.pipelines import PainterSettings, inpainting
+from lit_safety.generation.repaint import (
+    REPAIRED,
+    Item,
+    Repaint,
+    Repainter,
+    above,
+    blended,
+    covered_heat,
+    recorded,
+    stock_painted,
+    to_words,
+    word_tokens,
+)
+from lit_safety.generation.words import Words
 from tests.helpers.documents import TOYWORLD
+from tests.helpers.flow_pipelines import save_flow
+from tests.helpers.tiny_pipelines import save_sd3, save_sdxl
 
 
 def test_a_mask_is_what_is_strong_enough_made_larger() -> None:
@@ -107,6 +123,75 @@ def test_nothing_of_an_image_is_drawn_where_no_mask_is_and_all_of_it_under_a_who
     assert np.abs(np.stack(kept) - plain).max() > 1e-2
 
 
+def noise_images(count: int, side: int) -> list[Image.Image]:
+    numbers = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in numbers]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "klein", "qwen_image", "z_image"])
+def test_a_stock_pipeline_draws_for_the_prompt_under_the_mask_alone(family: str, tmp_path: Path) -> None:
+    """Under an empty mask the prompt changes no bit, since the latents at the end are the image's own; under a whole
+    one it does. A row is the same, up to rounding, beside another one."""
+    make = {"sdxl": save_sdxl, "sd3": lambda folder: save_sd3(folder, channels=16)}
+    folder = tmp_path / family
+    pipeline = make[family](folder) if family in make else save_flow(family, folder)
+    pipe = inpainting(load_backbone(str(pipeline)).pipeline(), "")
+    images, settings = noise_images(2, 32), PainterSettings(steps=2, guidance=2.0)
+
+    def painted(prompts: list[str], white: int) -> np.ndarray:
+        masks = [Image.new("L", (32, 32), white)] * len(prompts)
+        return np.stack(stock_painted(pipe, images[: len(prompts)], masks, prompts, [7, 8][: len(prompts)], settings))
+
+    kept = painted(["a gun", "a red cat"], 0)
+    assert kept.shape == (2, 32, 32, 3)
+    assert np.array_equal(kept, painted(["a blue house", "a gun"], 0))
+    drawn = painted(["a gun", "a red cat"], 255)
+    other = painted(["a blue house", "a red cat"], 255)
+    assert not np.array_equal(drawn[0], other[0])
+    assert np.abs(drawn[1] - other[1]).max() < 1e-5
+    assert np.abs(painted(["a gun"], 255)[0] - drawn[0]).max() < 1e-5
+    assert np.abs(drawn - kept).max() > 1e-2
+
+
+def test_an_image_is_repaired_by_a_stock_pipeline(tiny_pipeline: Path) -> None:
+    """The image costs 1, what is drawn -1: outside the mask no byte changes, and other noise draws another image."""
+    image, mask = noise_images(1, 32)[0], Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    own = np.asarray(image)
+
+    def costs(images: list[Image.Image]) -> torch.Tensor:
+        return torch.tensor([1.0 if np.array_equal(np.asarray(one), own) else -1.0 for one in images])
+
+    backbone = load_backbone(str(tiny_pipeline))
+    found = []
+    for seed in (0, 0, 1):
+        how = Repaint(PainterSettings(steps=2, guidance=2.0), "given", "stock", 0.5, 0, 0.6, 1, seed)
+        repainter = Repainter(backbone, SimpleNamespace(costs=costs), Words(["a red cat"]), how)  # type: ignore[arg-type]
+        (one,) = repainter([Item("k", PairMetadata("a red cat and a gun", "harmful"), image, mask)])
+        assert one.outcome == REPAIRED
+        assert one.mask is not None
+        assert one.metadata.cost is not None
+        assert (one.metadata.cost.chosen, one.metadata.cost.rejected) == (-1.0, 1.0)
+        white, pixels = np.asarray(one.mask) > 127, np.asarray(one.repaired)
+        assert white.sum() == 16 * 16
+        assert np.array_equal(pixels[~white], own[~white])
+        assert not np.array_equal(pixels[white], own[white])
+        found.append(pixels)
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [("flux_2", "Flux2Pipeline"), ("sana", "SanaPipeline"), ("sd3", "16 channels, and this model has 4")],
+)
+def test_where_no_stock_pipeline_paints_it_is_said_by_name(family: str, named: str, tmp_path: Path) -> None:
+    folder = tmp_path / family
+    pipeline = save_sd3(folder) if family == "sd3" else save_flow(family, folder)
+    with pytest.raises(UserError, match=f"{named}.*: leave --painting out"):
+        inpainting(load_backbone(str(pipeline)).pipeline(), "leave --painting out")
+
+
 @pytest.fixture(scope="module")
 def harmful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first six pairs of harmful prompts of the toy world's validation pairs, and one of a clean prompt."""
@@ -174,6 +259,11 @@ def test_masks_that_are_given_are_taken_and_without_one_a_pair_is_left_out(
     assert main([*command, "--mask", "given", "--steps", "2"]) != 0  # of no pair is a mask known
     said = capsys.readouterr()
     assert "without a mask" in said.out + said.err
+    assert main([*command, "--mask", "given", "--painting", "stock", "--overwrite", "true"]) != 0
+    assert "4 channels, and this model has 8" in capsys.readouterr().err
+    for setting, value in (("--resolution", "64"), ("--precision", "bfloat16")):
+        assert main([*command, setting, value]) != 0
+        assert f"{setting} {value}" in capsys.readouterr().err
     assert main([*command, "--reports", f'["{TOYWORLD / "cost_model"}"]', "--overwrite", "true"]) != 0
     assert "--cost_model" in capsys.readouterr().err
 

@@ -77,7 +77,7 @@ def save_sdxl(folder: Path, seed: int = 0, zeros: bool = True, prediction_type: 
     return folder
 
 
-def save_sd3(folder: Path, seed: int = 0, without: Sequence[str] = (), shift: float = 3.0) -> Path:
+def save_sd3(folder: Path, seed: int = 0, without: Sequence[str] = (), shift: float = 3.0, channels: int = 4) -> Path:
     """A `StableDiffusion3Pipeline` with CLIP encoders of 32 and 16 numbers a token and a T5 of 64.
 
     Args:
@@ -85,6 +85,7 @@ def save_sd3(folder: Path, seed: int = 0, without: Sequence[str] = (), shift: fl
         seed: of its weights.
         without: endings of the text encoders that it ships without: "", "_2", "_3".
         shift: of its scheduler.
+        channels: of its latents.
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -92,7 +93,7 @@ def save_sd3(folder: Path, seed: int = 0, without: Sequence[str] = (), shift: fl
 
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        sample_size=8, patch_size=2, in_channels=channels, out_channels=channels, num_layers=2, attention_head_dim=8,
         num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48,
         pos_embed_max_size=16,
     )  # fmt: skip
@@ -114,7 +115,7 @@ def save_sd3(folder: Path, seed: int = 0, without: Sequence[str] = (), shift: fl
     for ending in without:
         parts |= {f"text_encoder{ending}": None, f"tokenizer{ending}": None}
     StableDiffusion3Pipeline(
-        vae=vae(4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        vae=vae(channels, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **parts,
     ).save_pretrained(folder)  # fmt: skip
     return folder

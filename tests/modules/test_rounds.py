@@ -39,8 +39,8 @@ def test_every_prompt_stands_once_before_any_stands_twice() -> None:
 
 
 def test_images_are_of_the_prompt_as_it_is_or_explored_where_nothing_was_safe() -> None:
-    explore = Explore(share=0.5, guards=[SafeLatentDiffusion()], guidance=[7.5])
-    assert explore.names == ["drop", "nearest", "guard 0", "guidance 7.5"]
+    explore = Explore(share=0.5, guards=[SafeLatentDiffusion()], guidance=[7.5], temperature=[0.9])
+    assert explore.names == ["drop", "nearest", "guard 0", "guidance 7.5", "temperature 0.9"]
     assert [first_images(n, explore) for n in (2, 4, 6)] == [1, 2, 3]
     assert first_images(4, None) == 4
     assert explore.guard("guard 0") is explore.guards[0]
@@ -54,6 +54,7 @@ def test_images_are_of_the_prompt_as_it_is_or_explored_where_nothing_was_safe() 
     for way, texts in (
         ("drop", {"a a red cat"}),
         ("guard 0", {row.prompt for row in rows}),
+        ("temperature 0.9", {row.prompt for row in rows}),
         ("nearest", {HARMLESS[0]}),
     ):
         explored = explored_slots(rows, [0, 2], range(2, 6), way, words, 0, 1)
@@ -61,13 +62,26 @@ def test_images_are_of_the_prompt_as_it_is_or_explored_where_nothing_was_safe() 
         assert [(slot.prompt, slot.image) for slot in explored] == [(p, i) for p in (0, 2) for i in range(2, 6)]
         assert {slot.text for slot in explored} <= texts
         assert {slot.way for slot in explored} == {way}
-        assert all((slot.kept < 1.0) == (way != "guard 0") for slot in explored)
+        assert all((slot.kept < 1.0) == (way in ("drop", "nearest")) for slot in explored)
         # From the noise of the image that it is compared with.
         assert all(slot.seed == of_first[slot.prompt, slot.image % 2] for slot in explored)
     assert [slot.seed for slot in first_slots(rows, 2, 0, 2)] != [slot.seed for slot in first]
 
 
-@pytest.mark.parametrize("settings", [{"ways": []}, {"ways": ["shout"]}, {"share": 1.0}, {"guidance": [0.5]}])
+def test_a_way_names_its_number_exactly() -> None:
+    """Six digits name most numbers; of others all of them, since what is drawn must follow from what is recorded."""
+    explore = Explore(guidance=[2, 7.5], temperature=[0.8, 1.23456789])
+    assert explore.guidance == {"guidance 2": 2.0, "guidance 7.5": 7.5}
+    assert explore.temperature == {"temperature 0.8": 0.8, "temperature 1.23456789": 1.23456789}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ways": []}, {"ways": ["shout"]}, {"share": 1.0}, {"guidance": [0.5]}, {"guidance": [2, 2.0]},
+        {"ways": ["drop", "drop"]}, *({"temperature": [0.9, bad]} for bad in (0.9, 0.0, -0.5, 1.0, 2.5, float("nan"))),
+    ],
+)  # fmt: skip
 def test_ways_that_cannot_be_meant_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"explore"):
         Explore(**settings)  # type: ignore[arg-type]
