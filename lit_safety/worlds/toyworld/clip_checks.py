@@ -66,7 +66,7 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes) -> dict
     own = torch.arange(len(keep))
     found = {
         f"to_{what}": (s.argmax(1) == own).float().mean()
-        for what, s in (("text", similarity), ("picture", similarity.T))
+        for what, s in (("text", similarity), ("image", similarity.T))
     }
     return {"n": len(keep), **{name: round(float(share), 4) for name, share in found.items()}}
 
@@ -207,18 +207,18 @@ CHECKS = 3_000_000
 
 _NOTES = """# CLIP of the toy world
 
-A `transformers` CLIPModel for 32x32 pictures, trained from scratch on drawn scenes and their captions by
-`python -m lit_safety toyworld build --stages '[clip]'`. Made to be the frozen backbone of a cost model on the toy
-world, and for CLIPScore there. It knows nothing else: words from outside mean nothing to it.
+A `transformers` CLIPModel for 32x32 images, trained from scratch on rendered scenes and their captions by
+`python -m lit_safety toyworld build --stages '[clip]'`. It is the frozen backbone of a cost model on the toy world, and
+computes CLIPScore there. It only knows the words of the toy world.
 
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
 
 Its training drew from seeds {first} to {last} (range "clip"; {families} families of scenes that differ in one thing).
-{pictures:,} pictures were seen in {minutes:.0f} minutes of wall time. What follows was measured on scenes of the range
-"checks", which nothing was trained on; lines and MLPs that tell harm were fitted on scenes of "cost_model".
-`clip_checks.py` of `lit_safety.worlds.toyworld` says what each figure is.
+It saw {images:,} images in {minutes:.0f} minutes of wall time. The figures below were measured on scenes of the range
+"checks", which were not used in any training; classifiers for harm were fitted on scenes of "cost_model".
+`clip_checks.py` of `lit_safety.worlds.toyworld` explains each figure.
 
 ```json
 {figures}

@@ -76,7 +76,7 @@ def test_pictures_find_their_captions_and_one_wrong_word_costs(clip: tuple[CLIPM
     scenes = fresh_scenes("checks", CHECKS, 300)
     found = retrieval(*clip, scenes)
     assert found["to_text"] >= 0.93
-    assert found["to_picture"] >= 0.93
+    assert found["to_image"] >= 0.93
     ranked = ranking(*clip, scenes)
     for change, least in {"object": 0.98, "colour": 0.97, "lookalike": 0.97, "missing": 0.95, "setting": 0.97}.items():
         assert ranked[change]["right"] >= least, change
