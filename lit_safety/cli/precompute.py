@@ -64,7 +64,7 @@ def precompute(
 
     from lit_safety.core.progress import quiet_libraries
     from lit_safety.data.cache.reference import MAX_DRAWS, ReferenceCache
-    from lit_safety.data.cache.writing import LatentWriter, Settings, picture_size
+    from lit_safety.data.cache.writing import LatentWriter, Settings, image_size
     from lit_safety.data.format.manifest import FILE_NAME, load_manifest
     from lit_safety.data.reading.source import open_source
     from lit_safety.users.table import copy_users
@@ -87,7 +87,7 @@ def precompute(
     settings = Settings(
         model=model,
         weights=_cache_hashes(backbone),
-        size=picture_size(source, resolution),
+        size=image_size(source, resolution),
         resolution=resolution,
         flip=flip,
         dtype=dtype,

@@ -173,8 +173,8 @@ class Gallery:
         def draw(pipe: Any, batch: range) -> int:
             prompts = [self.prompts[row] for row in batch]
             pixels = draw_batch(pipe, prompts, self.settings, negative_prompt, guard)
-            for row, picture in zip(batch, pixels, strict=True):
-                self._keep(row, picture)
+            for row, image in zip(batch, pixels, strict=True):
+                self._keep(row, image)
             return len(batch)
 
         for count in each_batch(pipe, batches, draw, self.settings.workers):

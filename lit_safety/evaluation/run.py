@@ -300,7 +300,7 @@ class Run:
     def _arm(self, name: str, shared: dict[str, Any]) -> ArmResult:
         own = self.describe(name)
         prompts = [replace(p, user=self.arms[name].user) for p in self.prompts]
-        drawn, answers = self.pictures(name, prompts, self.identity(own, shared))
+        drawn, answers = self.draw_and_judge(name, prompts, self.identity(own, shared))
         # a pipeline's own resolution is known by what it drew
         size = {"pixels": size_of(drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
@@ -347,7 +347,7 @@ class Run:
         weights = {key: own[key] for key in pixels if key in own}
         return weights | {key: shared[key] for key in ("scheduler", "versions")}
 
-    def pictures(
+    def draw_and_judge(
         self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]
     ) -> tuple[list[Drawn], list[list[Verdict | JudgeError]]]:
         """Draw prompts with one arm, or use another program's images; returns the images and each judge's answers.

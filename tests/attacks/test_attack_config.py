@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
-from lit_safety.attacks.lora_training import read_pictures
+from lit_safety.attacks.lora_training import read_images
 from lit_safety.drawing.prompts import read_prompts
 from tests.helpers.documents import CONFIGS
 
@@ -67,7 +67,7 @@ def test_no_image_of_the_attacker_stood_in_training() -> None:
     assert ours == {"data/toyworld/shards/test"}
     train = fit["data"]["init_args"]["train"]
     root = CONFIG.parents[1]
-    own, seen = (read_pictures(str(root / shards), 4000, True, "Test") for shards in (*ours, train))
+    own, seen = (read_images(str(root / shards), 4000, True, "Test") for shards in (*ours, train))
     assert len(own) == 192
     assert not {p.prompt for p in own} & {p.prompt for p in seen}
     assert not {p.image.tobytes() for p in own} & {p.image.tobytes() for p in seen}

@@ -66,7 +66,7 @@ def test_pairs_with_an_error_are_counted_out_and_widen() -> None:
     assert with_error[1][1] > answered[1][1]
 
 
-def test_pairing_uses_the_pictures_not_only_the_shares() -> None:
+def test_pairing_uses_the_images_not_only_the_shares() -> None:
     """Same two shares (.5 and .5), once with no image changed, once with every image changed."""
     half = [True, False] * 20
     swapped = [False, True] * 20

@@ -22,7 +22,7 @@ class Plain(Judge):
         return []
 
 class OtherNames(Judge):
-    def judge(self, pictures, verbose=False):
+    def judge(self, frames, verbose=False):
         return []
 
 class Static(Judge):

@@ -120,12 +120,12 @@ def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     assert settings["base"] is None
     assert settings["aligned"] == {"id": None, "sha256": None}
     assert settings["anna"]["id"] == "anna"
-    pictures = {
+    images = {
         name: [p.read_bytes() for p in sorted((tmp_path / "report" / "images").glob(f"{name}-*/*.png"))]
         for name in found["arms"]
     }
-    assert pictures["aligned"] == pictures["again"]
-    assert not set(pictures["aligned"]) & {*pictures["base"], *pictures["anna"]}
+    assert images["aligned"] == images["again"]
+    assert not set(images["aligned"]) & {*images["base"], *images["anna"]}
 
 
 def test_test_of_psa_judges_the_null_user(user_adapter: Path, pipeline: Path, tmp_path: Path, monkeypatch):

@@ -51,7 +51,7 @@ def measured(tmp_path: Path, judge_folder: Path, clip_folder: Path, ask):
     return quality, quality.report({name: quality.measure(drawn) for name, drawn in arms.items()})
 
 
-def test_equal_pictures_are_at_distance_zero_and_without_difference(measured) -> None:
+def test_equal_images_are_at_distance_zero_and_without_difference(measured) -> None:
     _, (figures, differences) = measured
     assert "fid_base" not in figures["base"]
     assert figures["twin"]["fid_base"]["value"] == pytest.approx(0, abs=1e-4)
@@ -73,7 +73,7 @@ def test_only_clean_prompts_count_and_both_sides_are_stated(measured) -> None:
     assert quality.settings["clip_score"]["text_length"] == 12
 
 
-def test_a_missing_picture_is_an_error_and_takes_the_interval(measured) -> None:
+def test_a_missing_image_is_an_error_and_takes_the_interval(measured) -> None:
     _, (figures, differences) = measured
     broken = figures["broken"]
     assert {(e["n"], e["errors"]) for e in broken.values()} == {(43, 1)}

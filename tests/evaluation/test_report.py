@@ -71,13 +71,13 @@ def test_what_users_write_is_shown_not_run(html: str) -> None:
     assert 'a "gun" <b>&</b>' in unescape(html)
 
 
-def test_every_picture_says_what_it_is(html: str) -> None:
-    pictures = [a for tag, a, _ in Tags(html).found if tag == "img"]
-    assert len(pictures) == 10
-    assert all(len(a["alt"]) > 20 for a in pictures)
+def test_every_image_says_what_it_is(html: str) -> None:
+    images = [a for tag, a, _ in Tags(html).found if tag == "img"]
+    assert len(images) == 10
+    assert all(len(a["alt"]) > 20 for a in images)
 
 
-def test_harmful_and_unjudged_pictures_are_veiled_and_no_others(html: str) -> None:
+def test_harmful_and_unjudged_images_are_veiled_and_no_others(html: str) -> None:
     veiled = [a["alt"] for tag, a, veil in Tags(html).found if tag == "img" and veil]
     assert len(veiled) == 4
     assert sum("harmful" in alt for alt in veiled) == 2
@@ -86,7 +86,7 @@ def test_harmful_and_unjudged_pictures_are_veiled_and_no_others(html: str) -> No
     assert all(box["aria-label"].startswith("show the image") for box in boxes)
 
 
-def test_large_pictures_are_shrunk(html: str, results: Results) -> None:
+def test_large_images_are_shrunk(html: str, results: Results) -> None:
     assert html.count("data:image/jpeg") == html.count("data:image/png") == 5
     assert len(html) < 100_000
 

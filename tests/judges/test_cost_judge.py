@@ -58,7 +58,7 @@ def test_the_threshold_is_the_folders(folder: Path):
     assert judge.settings["threshold"] == 3
 
 
-def test_broken_weights_are_refused_and_broken_pictures_become_errors(folder: Path):
+def test_broken_weights_are_refused_and_broken_images_become_errors(folder: Path):
     judge = CostJudge(folder)
     torch.nn.init.constant_(judge.scorer.adapter.head.weight, nan)
     assert isinstance(judge_safely(judge, [RED])[0], JudgeError)

@@ -38,7 +38,7 @@ def test_benign_things_are_no_harm(folder: Path) -> None:
     assert verdict.present == {"car"}
 
 
-def test_sees_pictures_as_the_network_was_trained_to(folder: Path) -> None:
+def test_sees_images_as_the_network_was_trained_to(folder: Path) -> None:
     """uint8 / 127.5 - 1, RGB, channels first; an odd size keeps its place as an error."""
     judge = load_judge(str(folder))
     red = Image.new("RGB", (32, 32), (255, 0, 51))

@@ -195,7 +195,7 @@ def test_curves_rise_with_the_budget_and_stand_as_tables_too(attacks: dict) -> N
     html = fragment(attack_blocks(attacks, ["base", "aligned"]))
     first, second = svgs(html)
     assert len(points(first)) == 5
-    assert len(points(second)) == 2, "a point without a judged picture is not drawn"
+    assert len(points(second)) == 2, "a point without a judged image is not drawn"
     across = [x for x, _ in points(first)]
     assert across[:3] == sorted(across[:3])
     assert across[3:] == [across[0], across[2]]

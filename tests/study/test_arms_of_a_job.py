@@ -89,8 +89,8 @@ def test_the_heat_map_holds_means_over_seeds(done: Study, tmp_path: Path):
     assert cells(HEAT, results["alone"]) == {
         "hate": {"hate": 0.0, "sexual": 0.5}, "sexual": {"hate": 1.0, "sexual": 0.1},
     }  # fmt: skip
-    with Image.open(heatmap(HEAT, done, results, tmp_path / "heat.png")) as picture:
-        assert picture.size == (440, 275)
+    with Image.open(heatmap(HEAT, done, results, tmp_path / "heat.png")) as image:
+        assert image.size == (440, 275)
     with pytest.raises(UserError, match=r"row four .*by category"):
         heatmap(HeatMap("four", "by category"), done, results, tmp_path / "none.png")
 
@@ -103,8 +103,8 @@ def test_every_line_begins_where_one_expert_stands(done: Study, tmp_path: Path):
         "sum": {1: [0.0, pytest.approx(0.1)], 2: [pytest.approx(0.05)] * 2},
         "mean": {1: [0.0, pytest.approx(0.1)], 2: [0.5, pytest.approx(0.6)]},
     }
-    with Image.open(growth(GROWTH, done, results, tmp_path / "growth.png")) as picture:
-        assert picture.size == (990, 550)
+    with Image.open(growth(GROWTH, done, results, tmp_path / "growth.png")) as image:
+        assert image.size == (990, 550)
     with pytest.raises(UserError, match=r"growth plot .*ip"):
         growth(GROWTH, done, {}, tmp_path / "none.png")
 

@@ -173,8 +173,8 @@ def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "| b (1 seed) | 25.0 | 100.0 |",
     ]
     assert table in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "pareto.png") as picture:
-        assert picture.size == (1320, 660)
+    with Image.open(tmp_path / "out" / "pareto.png") as image:
+        assert image.size == (1320, 660)
 
 
 def test_many_figures_stand_below_each_other(make, tmp_path: Path):

@@ -59,7 +59,7 @@ class Settings:
         return {k: v for k, v in stated.items() if k not in ("encoder_dtype", "denoiser_dtype") or v != "float32"}
 
 
-def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
+def image_size(source: Source, resolution: int | None) -> tuple[int, int]:
     """Height and width at which every image is encoded: the resolution, or the size of the first sample."""
     if resolution is not None:
         return resolution, resolution

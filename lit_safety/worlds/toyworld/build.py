@@ -64,7 +64,7 @@ def sheet(
         from lit_safety.worlds.toyworld.scene import render
         from lit_safety.worlds.toyworld.seeds import stream
 
-        pictures = [render(draw_scene(stream("checks", i))[0]) for i in range(count)]
+        images = [render(draw_scene(stream("checks", i))[0]) for i in range(count)]
     else:
         import csv
 
@@ -75,6 +75,6 @@ def sheet(
         rows = rows[:: max(1, len(rows) // count)][:count]
         loaded = quiet(StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None))
         texts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
-        pictures = draw(loaded, texts, seeds, steps, guidance)
-    plain_sheet([pictures[row : row + 20] for row in range(0, len(pictures), 20)], zoom=2).save(out)
-    print(f"{len(pictures)} pictures: {out}")
+        images = draw(loaded, texts, seeds, steps, guidance)
+    plain_sheet([images[row : row + 20] for row in range(0, len(images), 20)], zoom=2).save(out)
+    print(f"{len(images)} images: {out}")

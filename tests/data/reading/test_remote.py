@@ -25,7 +25,7 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.inspect import inspect
 from lit_safety.data.reading import source as remote
 from lit_safety.data.reading.source import fetch
-from tests.helpers.pair_shards import metadata, picture, write_shards
+from tests.helpers.pair_shards import make_image, metadata, write_shards
 
 
 @dataclass
@@ -259,7 +259,7 @@ def test_a_shard_without_a_hash_is_fetched_anew_when_the_server_s_is_another(ser
     assert server.asked[shard.name] == 1  # kept: the server says that it did not change
     with ShardWriter(server.folder / "other") as writer:  # of the same size, other keys
         for number in (23, 24, 25):
-            writer.write(f"{number:05d}", metadata(number), picture(number), picture(number + 100))
+            writer.write(f"{number:05d}", metadata(number), make_image(number), make_image(number + 100))
     size = shard.stat().st_size
     os.replace(server.folder / "other" / "shard-000000.tar", shard)
     os.utime(shard, (1e9, 1e9))

@@ -198,7 +198,7 @@ def test_reattention_leaves_prompts_alone_that_are_not_projected() -> None:
     assert torch.equal(found[3], drawn[1])
 
 
-def test_both_switches_of_safree_change_the_picture(pipe, prompts) -> None:
+def test_both_switches_of_safree_change_the_image(pipe, prompts) -> None:
     def draw(**switches: bool) -> np.ndarray:
         guard = SAFREE(["k n i f e"], self_validation=False, reattention_scale=0.0, **switches)
         return draw_batch(pipe, prompts, SETTINGS, guard=guard)

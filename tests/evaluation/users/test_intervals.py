@@ -4,7 +4,7 @@ from lit_safety.core.intervals import bonett_price, paired_difference, wilson
 from lit_safety.evaluation.users.metrics import paired_share, share
 
 
-def test_a_user_s_pictures_count_as_a_group():
+def test_a_user_s_images_count_as_a_group():
     """Four users of 5 images: 5, 5, 0, 0 hits; p = 10 / 20 = .5.
 
     v = 4 / 3 * (2 * (5 - 2.5)^2 + 2 * (0 - 2.5)^2) / 20^2 = 4 / 3 * 25 / 400 = .08333
@@ -17,7 +17,7 @@ def test_a_user_s_pictures_count_as_a_group():
     assert found.interval[1] - found.interval[0] > wilson(10, 20)[1] - wilson(10, 20)[0]
 
 
-def test_users_who_agree_are_counted_picture_by_picture():
+def test_users_who_agree_are_counted_image_by_image():
     """Every user 3 hits of 5: no variance between users, deff is 1 and not below."""
     answers = [True, True, True, False, False] * 4
     found = share(answers, [user for user in "abcd" for _ in range(5)])
