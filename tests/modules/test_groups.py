@@ -210,8 +210,8 @@ def test_a_step_with_masks_sees_what_they_cover(module: SCDPO, tmp_path: Path) -
     """What lies outside the mask does not matter to errors of policy and reference; a mask of all is no mask."""
     from PIL import Image
 
-    from lit_safety.modules.masks import masked
     from lit_safety.objectives import prediction_error
+    from lit_safety.objectives.objective import masked
 
     module.objective = DiffusionDPO(100.0)
     corner = Image.new("L", (32, 32))

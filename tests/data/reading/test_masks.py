@@ -13,8 +13,8 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems
-from lit_safety.modules.masks import masked
 from lit_safety.objectives import prediction_error
+from lit_safety.objectives.objective import masked
 from tests.helpers.pair_shards import make_image, metadata, sample, write_tar
 
 
