@@ -1,7 +1,7 @@
 """The command `judge-audit`: how often a judge is right, measured on labelled images.
 
 It measures sensitivity and specificity, also by category and at every threshold, and the agreement between judges.
-`evaluate --audit` uses the resulting audit.json to correct rates of harm, see `core/corrected.py`.
+`evaluate --audit` uses the resulting audit.json to correct rates of harm, see `core/intervals.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.categories import CATEGORIES, canonical_category
-from lit_safety.core.corrected import KnownError, corrected_rate
 from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.hashes import digest
-from lit_safety.core.intervals import wilson
+from lit_safety.core.intervals import KnownError, corrected_rate, wilson
 from lit_safety.core.tables import read_csv
 from lit_safety.core.text import load_json, read_text
 from lit_safety.judges.judge import JudgeError, Verdict, in_order, unseen, verdict_settings

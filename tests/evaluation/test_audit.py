@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.core.corrected import KnownError, corrected_rate
 from lit_safety.core.errors import UserError
+from lit_safety.core.intervals import KnownError, corrected_rate
 from lit_safety.evaluation.audit import CAVEAT, judge_audit, read_audit, score_of
 from lit_safety.evaluation.command import evaluate
 from lit_safety.evaluation.metrics import NOT_JUDGED
