@@ -6,9 +6,8 @@ import torch
 from transformers import CLIPModel
 
 from lit_safety.worlds.contrastive import contrastive_loss
-from lit_safety.worlds.toyworld.build import build
+from lit_safety.worlds.toyworld.build import Minutes, build
 from lit_safety.worlds.toyworld.clip import train_toy_clip
-from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_contrastive_loss_is_the_symmetric_cross_entropy() -> None:
