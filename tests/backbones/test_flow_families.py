@@ -281,7 +281,7 @@ class _Fixed:
 
 
 def test_timesteps_of_training_are_those_of_inference_or_of_the_script(name: str, backbone: Backbone, folder: Path):
-    """u = .5: by the stock scheduler at this size, and by the script's scheduler."""
+    """u = 0.5: by the stock scheduler at this size, and by the script's scheduler."""
     half, size = torch.tensor([0.5]), backbone.latent_size(*SIZE)
     tokens = backbone.tokens(*size)  # type: ignore[attr-defined]
     shift = {"flux": 2.71828**(0.5 + 0.65 * (tokens - 256) / 3840),

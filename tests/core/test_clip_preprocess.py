@@ -61,7 +61,7 @@ def test_images_get_the_very_numbers_of_the_processor_of_transformers(size: tupl
 
 
 def test_images_of_the_right_size_are_only_normalised(tmp_path: Path):
-    """White in [-1, 1] is 1: (1 - .5) / .25 = 2 with mean .5 and std .25; nothing is resampled."""
+    """White in [-1, 1] is 1: (1 - 0.5) / 0.25 = 2 with mean 0.5 and std 0.25; nothing is resampled."""
     from transformers import CLIPImageProcessorPil
 
     settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}

@@ -7,12 +7,13 @@ DRAWS = 2000
 
 
 def test_wilson_of_half_of_twenty() -> None:
-    """z^2 = 3.8415, p = .5: centre (.5 + .0960) / 1.1921 = .5, half width 1.96 sqrt(.0125 + .0024) / 1.1921 = .2007."""
+    """z^2 = 3.8415, p = 0.5: centre (0.5 + 0.0960) / 1.1921 = 0.5, half width 1.96 sqrt(0.0125 + 0.0024) / 1.1921 =
+    0.2007."""
     assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
 
 
 def test_wilson_of_none_of_forty_is_not_a_point() -> None:
-    """p = 0: upper bound = (z^2/n) / (1 + z^2/n) = .0960 / 1.0960 = .0876, where a bootstrap says 0."""
+    """p = 0: upper bound = (z^2/n) / (1 + z^2/n) = 0.0960 / 1.0960 = 0.0876, where a bootstrap says 0."""
     assert wilson(0, 40) == pytest.approx((0.0, 0.0876), abs=1e-4)
     assert wilson(40, 40) == pytest.approx((0.9124, 1.0), abs=1e-4)
 
@@ -23,8 +24,9 @@ def test_errors_widen_to_cover_either_answer() -> None:
 
 
 def test_the_bootstrap_of_two_of_four() -> None:
-    """Resamples of 4 answers of which half are yes hold 0..4 of them with probability 1, 4, 6, 4, 1 of 16: 1/16 = .0625
-    is above 2.5% already, so the lower end is 0 of 4; 15/16 = .9375 is below 97.5%, so the upper end is 4 of 4."""
+    """Resamples of 4 answers of which half are yes hold 0..4 of them with probability 1, 4, 6, 4, 1 of 16: 1/16 =
+    0.0625 is above 2.5% already, so the lower end is 0 of 4; 15/16 = 0.9375 is below 97.5%, so the upper end is 4 of
+    4."""
     assert bootstrap(2, 4) == (0.0, 1.0)
     assert bootstrap(0, 40) == (0.0, 0.0)
     assert bootstrap(40, 40) == (1.0, 1.0)
@@ -43,8 +45,8 @@ def test_nothing_asked_is_everything_possible() -> None:
 
 
 def test_paired_difference_arithmetic() -> None:
-    """10 pairs, 6 turned false, 1 turned true: p = 2/12, q = 7/12, p - q = -.4167,
-    half width 1.96 sqrt((.75 - .1736) / 12) = .4295."""
+    """10 pairs, 6 turned false, 1 turned true: p = 2/12, q = 7/12, p - q = -0.4167,
+    half width 1.96 sqrt((0.75 - 0.1736) / 12) = 0.4295."""
     before = [True] * 6 + [False] + [True, True, False]
     after = [False] * 6 + [True] + [True, True, False]
     value, interval, n = paired_difference(before, after)
@@ -69,7 +71,7 @@ def test_pairs_with_an_error_are_counted_out_and_widen() -> None:
 
 
 def test_pairing_uses_the_images_not_only_the_shares() -> None:
-    """Same two shares (.5 and .5), once with no image changed, once with every image changed."""
+    """Same two shares (0.5 and 0.5), once with no image changed, once with every image changed."""
     half = [True, False] * 20
     swapped = [False, True] * 20
     _, steady, _ = paired_difference(half, half)
@@ -101,7 +103,7 @@ def test_a_judge_of_known_error_is_corrected_within_its_interval(
 
 
 def test_the_estimate_is_rogan_and_gladens() -> None:
-    """t = .25, Se = .8, Sp = .9: P = (.25 + .9 - 1) / (.8 + .9 - 1) = .15 / .7."""
+    """t = 0.25, Se = 0.8, Sp = 0.9: P = (0.25 + 0.9 - 1) / (0.8 + 0.9 - 1) = 0.15 / 0.7."""
     value, (low, high) = corrected_rate(100, 400, KnownError(80, 100, 90, 100))
     assert value == pytest.approx(0.15 / 0.7)
     assert low < 0.15 / 0.7 < high

@@ -67,7 +67,7 @@ def test_an_adapter_starts_as_a_linear_probe_of_cost_0():
 
 
 def test_costs_are_raw_costs_shifted_and_scaled(tiny_clip: Path):
-    """C = (raw - .75) / 2.5."""
+    """C = (raw - 0.75) / 2.5."""
     scorer = random_scorer(tiny_clip)
     raw = scorer.adapter(scorer.tower(torch.stack([to_tensor(IMAGES[0])])))
     assert scorer.costs(IMAGES[:1]).item() == pytest.approx((raw.item() - 0.75) / 2.5)

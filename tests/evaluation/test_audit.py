@@ -112,7 +112,7 @@ def test_shards_are_labelled_images_too(judges: dict, tmp_path: Path) -> None:
 
 
 def test_judges_agree_by_share_and_kappa(labelled: Path, judges: dict, tmp_path: Path) -> None:
-    """At 230 the second calls 2 of 10 harmful, the first 5: they agree on 7; by chance .5 x .2 + .5 x .8 = .5."""
+    """At 230 the second calls 2 of 10 harmful, the first 5: they agree on 7; by chance 0.5 x 0.2 + 0.5 x 0.8 = 0.5."""
     judges["b"] = Redness(0.9)
     judges["b"].name = "other"
     found = judge_audit("a", images=str(labelled), out=str(tmp_path / "audit"), second_judges=["b"])

@@ -149,7 +149,7 @@ class Reds:
 
 @pytest.fixture
 def measure(tmp_path: Path, judge, ask):
-    """`Quality.report` of base (reds 1, .5, 0) and other (reds .5, .5, .5) by a scorer, three clean prompts."""
+    """`Quality.report` of base (reds 1, 0.5, 0) and other (reds 0.5, 0.5, 0.5) by a scorer, three clean prompts."""
     prompts = [ask("clean", benign="car", seed=i) for i in range(3)]
     arms = {}
     for name, reds in (("base", (200, 100, 0)), ("other", (100, 100, 100))):
@@ -165,7 +165,8 @@ def measure(tmp_path: Path, judge, ask):
 
 
 def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
-    """Base (1 + .5 + 0) / 3 = .5, other .5; differences -.5, 0, +.5: mean 0, s = .5, half width 1.96 x .5 / sqrt 3."""
+    """Base (1 + 0.5 + 0) / 3 = 0.5, other 0.5; differences -0.5, 0, +0.5: mean 0, s = 0.5, half width 1.96 x 0.5 /
+    sqrt 3."""
     figures, differences = measure(Reds())
     base, other = (figures[name]["preference/reds"] for name in ("base", "other"))
     assert (base["value"], base["n"], base["errors"]) == (0.5, 3, 0)
@@ -179,7 +180,7 @@ def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
 
 
 def test_a_image_on_which_a_scorer_fails_is_an_error_without_an_interval(measure) -> None:
-    """It fails on the base's third image (red 0): the mean is of the other two, (1 + .5) / 2."""
+    """It fails on the base's third image (red 0): the mean is of the other two, (1 + 0.5) / 2."""
     figures, _ = measure(Reds(bad=0.0))
     entry = figures["base"]["preference/reds"]
     assert entry == {"value": 0.75, "interval": None, "n": 2, "errors": 1}

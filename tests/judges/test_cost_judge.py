@@ -24,7 +24,7 @@ def folder(tiny_cost_model: Path, tmp_path: Path) -> Path:
 
 
 def test_the_rule(folder: Path):
-    """Harmful above the threshold 0, not at it; the score is sigmoid(cost): sigmoid(2) = .880797."""
+    """Harmful above the threshold 0, not at it; the score is sigmoid(cost): sigmoid(2) = 0.880797."""
     judge = CostJudge(folder)
     verdicts = [judge.verdict(cost) for cost in (2.0, 0.0, -2.0)]
     assert all(isinstance(verdict, Verdict) for verdict in verdicts)

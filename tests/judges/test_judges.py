@@ -21,7 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_rule(folder: Path) -> None:
-    """Threshold .6: a knife at .6 is harm, a gun at .59 is not there; the closest call is .59 -> confidence .59."""
+    """Threshold 0.6: a knife at 0.6 is harm, a gun at 0.59 is not there; the closest call is 0.59 -> confidence
+    0.59."""
     verdict = ToyWorldJudge(folder).verdict([0.59, 0.6, 0.97])
     assert isinstance(verdict, Verdict)
     assert verdict.harmful

@@ -70,7 +70,7 @@ def test_one_expert_returns_itself_to_the_bit(
 
 
 def test_a_mean_of_one_is_that_one_whatever_it_weighs(make_expert: Callable[..., Expert]):
-    """.5 delta / .5, and no other for svd, which is the mean cut."""
+    """.5 delta / 0.5, and no other for svd, which is the mean cut."""
     expert = make_expert("a", 0)
     for method in ("mean", "svd"):
         found = merge_experts([expert], Recipe(method=method, weights={"a": 0.5}))

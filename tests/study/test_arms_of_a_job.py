@@ -66,7 +66,7 @@ def done(tmp_path: Path) -> Study:
 
 
 def test_every_arm_is_a_row_of_the_table(done: Study):
-    """Of the merges at seeds 0 and 1: sum (0 + .1) / 2 twice; mean .5 and (.5 + .7) / 2. The base is not an arm."""
+    """Of the merges at seeds 0 and 1: sum (0 + 0.1) / 2 twice; mean 0.5 and (0.5 + 0.7) / 2. The base is not an arm."""
     assert markdown(done, newest(done)).splitlines() == [
         "|  | ip (%) | own (%) | seconds |",
         "|---|---|---|---|",
@@ -96,7 +96,7 @@ def test_the_heat_map_holds_means_over_seeds(done: Study, tmp_path: Path):
 
 
 def test_every_line_begins_where_one_expert_stands(done: Study, tmp_path: Path):
-    """One expert alone, mean of the own categories: (0 + 0) / 2 and (0 + .2) / 2; a row not done is left out."""
+    """One expert alone, mean of the own categories: (0 + 0) / 2 and (0 + 0.2) / 2; a row not done is left out."""
     results = newest_by_row(done)
     found = lines(GROWTH, results)
     assert found == {

@@ -205,7 +205,7 @@ def test_more_rows_than_figures_stand_below_each_other(make, tmp_path: Path):
 
 
 def test_front_keeps_what_nothing_beats():
-    """a (0, .9) and b (.1, 1) are each best in one; c (.1, .9) is beaten by both; d equals b and beats nothing."""
+    """a (0, 0.9) and b (0.1, 1) are each best in one; c (0.1, 0.9) is beaten by both; d equals b and beats nothing."""
     points = {"c": (0.1, 0.9), "b": (0.1, 1.0), "a": (0.0, 0.9), "d": (0.1, 1.0)}
     assert pareto_front(points) == ["a", "b", "d"]
 

@@ -60,7 +60,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_threshold_makes_the_fewest_mistakes_in_the_middle_of_the_widest_gap():
-    """At .55 only the one that is nearest to a wrong category is a mistake; between .3 and .8 it may lie anywhere."""
+    """At 0.55 only the one that is nearest to a wrong category is a mistake; between 0.3 and 0.8 it may lie
+    anywhere."""
     assert best_threshold([(0.8, True), (0.9, True), (0.95, False)], [0.1, 0.3]) == pytest.approx(0.55)
     # one clean prompt lies above a harmful one: letting it through costs as much as losing the harmful one
     assert best_threshold([(0.4, True), (0.9, True)], [0.1, 0.5]) in (pytest.approx(0.25), pytest.approx(0.7))

@@ -101,7 +101,7 @@ def test_images_that_the_pipeline_drew_are_told_as_well(clip: tuple[CLIPModel, C
     drawn = draw(pipeline, [say(*meaning) for meaning in meanings], list(range(120)))
     scenes = Scenes(np.stack([np.asarray(image) for image in drawn]), meanings)
     (told,) = probe(clip[0], fresh_scenes("cost_model", 0, 4000), scenes)
-    assert told["concept_auroc_mean"] >= 0.95  # of 800 images .997; here a concept has two or three
+    assert told["concept_auroc_mean"] >= 0.95  # of 800 images 0.997; here a concept has two or three
     assert told["any_harm_mlp"]["auroc"] >= 0.94
     ranked = ranking(*clip, scenes)
     assert ranked["object"]["right"] >= 0.96
