@@ -195,7 +195,7 @@ def test_transfer_names_an_arm_of_the_run(run: Callable[..., dict]) -> None:
 
 
 def test_several_processes_find_the_same(run: Callable[..., dict], tmp_path: Path, category_shards: Path, monkeypatch):
-    """The judge is loaded anew in each of them, so this one is the toy world's."""
+    """Each process loads the judge again, so this judge is the toy world's."""
     from lit_safety.judges.load import load_judge
     from tests.helpers.documents import TOYWORLD
 

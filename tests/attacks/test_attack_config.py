@@ -76,7 +76,7 @@ def test_no_image_of_the_attacker_stood_in_training() -> None:
 
 
 def shards_in(attack: dict) -> str | None:
-    """The shards that an attack of the YAML names, wherever."""
+    """The shards that an attack of the YAML names, at any depth."""
     given = attack["init_args"]
     inner = [shards_in(one) for key in ("attack", "goal") if (one := given.get(key)) is not None]
     return given.get("shards") or next((one for one in inner if one is not None), None)

@@ -48,7 +48,7 @@ def test_every_pass_holds_every_row_once() -> None:
     assert [row for _ in range(3) for row in next(other)] != rows
 
 
-def test_shards_are_told_apart_by_content_and_not_by_place(pair_shards: Path, tmp_path: Path) -> None:
+def test_shards_are_distinguished_by_content_and_not_by_place(pair_shards: Path, tmp_path: Path) -> None:
     """Without a manifest too, and where names and sizes are the same."""
     copied = shutil.copytree(pair_shards, tmp_path / "copied")
     assert shards_digest(str(copied), "Test") == shards_digest(str(pair_shards), "Test")

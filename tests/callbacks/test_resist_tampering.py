@@ -104,7 +104,7 @@ def test_how_a_step_is_split_does_not_matter():
         torch.testing.assert_close(found.gradient, whole.gradient)
 
 
-def test_a_lora_beside_is_one_on_the_fused_weights():
+def test_a_lora_in_addition_is_one_on_the_fused_weights():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4, bias=False))
     x = torch.randn(5, 3)

@@ -1,4 +1,4 @@
-"""A run that breaks its chosen images says so once, and ends at the best weights before if it is told to."""
+"""A run whose chosen images get worse says so once and, if asked, ends with the best weights before that."""
 
 from __future__ import annotations
 

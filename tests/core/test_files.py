@@ -1,4 +1,4 @@
-"""What is written is whole, by one writer at a time, and a killed writer keeps nobody out."""
+"""Files are written completely and by one writer at a time; a killed writer does not block others."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_one_process_writes_a_folder_and_a_killed_one_keeps_nobody_out(
+def test_one_process_writes_a_folder_and_a_killed_one_does_not_block_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, table = tmp_path / "out", tmp_path / "table.csv"

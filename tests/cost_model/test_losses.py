@@ -76,7 +76,7 @@ def test_gradients_agree_with_differences_and_stop_at_unknown_labels(loss):
     assert costs.grad[3, 0] == 0
 
 
-def test_info_nce_gradients_are_finite_beside_unknown_and_lonely_images():
+def test_info_nce_gradients_are_finite_next_to_unknown_and_lonely_images():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_(True)
     labels = torch.tensor([1.0, 1.0, 0.0, NAN, 1.0], dtype=torch.float64)

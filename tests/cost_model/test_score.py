@@ -147,7 +147,7 @@ class ByRed:
 
 
 def test_groups_and_masks_are_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All images of a group, which are ranked anew; with `keep` the costs that are there stay."""
+    """All images of a group, which are ranked again; with `keep` existing costs stay."""
     monkeypatch.setattr("lit_safety.cost_model.files.load_cost_model", lambda *_: ByRed())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -146,7 +146,7 @@ def test_every_figure_stands_in_the_file_that_its_row_names(content: dict[str, A
     assert "no adapter" in base["not_applicable"]
 
 
-def test_the_judges_own_figures_stand_beside_what_it_judged(content: dict[str, Any]) -> None:
+def test_the_judges_own_figures_stand_next_to_what_it_judged(content: dict[str, Any]) -> None:
     assert content["judge"]["n"] == 4
     assert content["judge"]["sensitivity"]["n"] == 2
     ip = next(row for row in content["figures"] if row["figure"] == "ip")

@@ -39,7 +39,7 @@ def test_masks(part, white: list[str]) -> None:
     assert ["".join(".#"[int(v > 0)] for v in row) for row in np.asarray(mask(part, 4))] == white
 
 
-def test_each_prompt_has_its_image_whatever_stands_around_it(ask) -> None:
+def test_each_prompt_has_its_image_whatever_is_around_it(ask) -> None:
     prompts = [ask("clean", benign="car", seed=seed) for seed in range(40)]
     places = [place_of(prompt, 5) for prompt in prompts]
     assert set(places) == {0, 1, 2, 3, 4}

@@ -149,7 +149,7 @@ def test_what_a_pipeline_does_not_take_is_one_line(pipe, small_set) -> None:
 
 
 def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
-    """Rows 1 and 2 draw at 5, whoever stands next to them; the run's guidance is 2."""
+    """Rows 1 and 2 draw at 5, whatever rows are next to them; the run's guidance is 2."""
     plain = [ask("clean", benign="car", seed=seed) for seed in range(3)]
     own = [plain[0], replace(plain[1], guidance=5.0), replace(plain[2], guidance=5.0)]
     at = {scale: DrawingSettings(steps=2, guidance=scale) for scale in (2.0, 5.0)}

@@ -114,7 +114,7 @@ def test_kept_images_are_not_drawn_again(run, monkeypatch) -> None:
 
 
 def test_evaluations_that_share_their_images_draw_the_base_once(run, tmp_path: Path, monkeypatch) -> None:
-    """The second evaluation draws its own arm's 6 images and none of the base's; its report stands elsewhere."""
+    """The second evaluation draws its own arm's 6 images and none of the base's; its report is in another folder."""
     shared, drawn = str(tmp_path / "shared"), []
     first = run(images=shared)
     from lit_safety.drawing import gallery as drawing
@@ -189,8 +189,8 @@ def test_a_full_disk_at_the_report_keeps_the_images_and_the_next_call_writes_it(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> None:
-    """The second judge calls everything harmful: it disagrees wherever the first one said safe."""
+def test_a_second_judge_reports_next_to_the_first(run, judge, monkeypatch) -> None:
+    """The second judge calls everything harmful: it disagrees on all images that the first one called safe."""
     other = type(judge)()
     other.name = "strict"
     answers = judge.judge

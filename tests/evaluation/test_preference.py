@@ -132,7 +132,7 @@ def test_files_that_describe_no_scorer(tmp_path: Path, content: str | None, says
 
 
 class Reds:
-    """The share of red; fails as it is told."""
+    """The share of red; it fails on the given images."""
 
     name = "reds"
 

@@ -111,7 +111,7 @@ def test_without_clean_prompts_it_is_refused(judge_folder: Path, ask) -> None:
 def test_evaluate_reports_and_compares_them(
     pipeline: Path, adapter: Path, prompts_csv: Path, judge_folder: Path, clip_folder: Path, tmp_path: Path, capsys
 ) -> None:
-    """Twice the same to the byte; another reference stands in another row; without the options nothing is there."""
+    """Two runs give the same bytes; another reference is another row; without the options there is no row."""
     paint(tmp_path / "ref", 5, 1)
     paint(tmp_path / "ref2", 5, 2)
 

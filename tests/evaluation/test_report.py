@@ -31,7 +31,7 @@ def results(tmp_path: Path, judge, small_set) -> Results:
 
 
 class Tags(HTMLParser):
-    """All tags with attributes and whether they stand inside a veil; checks that every tag is closed."""
+    """All tags with their attributes, and whether they are inside a veil; checks that every tag is closed."""
 
     VOID = frozenset({"meta", "img", "input"})
 
@@ -139,7 +139,7 @@ def test_the_judges_stand_side_by_side(results: Results, html: str, judge) -> No
         assert len(rows[f"IP, explicit prompts: {name}"]) == 2
 
 
-def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Results) -> None:
+def test_the_page_shows_named_next_to_unnamed_and_what_is_there_twice(results: Results) -> None:
     """None of the prompts asks for an unnamed thing, until the last does."""
     assert "not measured" in page(results, results.metrics())
     prompts = [*results.prompts[:-1], replace(results.prompts[-1], unnamed=("tree",))]
@@ -152,7 +152,7 @@ def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Re
     assert "recall, unnamed things" in text
 
 
-def test_the_figures_that_a_protocol_counts_come_first_and_corrected_rates_beside_what_was_found() -> None:
+def test_the_figures_that_a_protocol_counts_come_first_and_corrected_rates_next_to_what_was_found() -> None:
     def arm(share: float, fid: float) -> dict:
         return {
             "ip": share,

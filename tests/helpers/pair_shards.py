@@ -66,7 +66,7 @@ def png_header(side: int) -> bytes:
 
 
 def sample(number: int, **changes: bytes | None) -> dict[str, bytes]:
-    """A sample's members by suffix; a change of None leaves one out, underscores stand for dots."""
+    """A sample's members by suffix; a change of None leaves one out, underscores become dots."""
     found = {
         "json": json.dumps(metadata(number)).encode(),
         "chosen.png": png(number),

@@ -27,7 +27,7 @@ def test_vectors_have_length_one(clip: Clip) -> None:
 
 
 def test_a_long_text_keeps_its_end_token(clip: Clip) -> None:
-    """12 places: start, 10 letters, end. What stands beyond changes nothing, and the end is still read: cutting it
+    """12 places: start, 10 letters, end. Text beyond them does not matter, and the end is still read: cutting it
     off, as torchmetrics 1.9 does, gives another vector."""
     long = " ".join("abcdefghijklmnop")
     ten = " ".join("abcdefghij")

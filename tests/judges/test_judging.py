@@ -28,7 +28,7 @@ class Scripted:
         return [self.script(image.getpixel((0, 0))[0]) for image in images]
 
 
-def test_one_bad_image_does_not_take_the_batch_along() -> None:
+def test_one_bad_image_does_not_spoil_the_batch() -> None:
     def script(level: int) -> Verdict:
         if level == 2:
             raise RuntimeError("detector crashed")

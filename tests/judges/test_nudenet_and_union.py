@@ -16,7 +16,7 @@ IMAGE = Image.new("RGB", (6, 4), (10, 20, 30))
 
 
 class Detector:
-    """Answers what it is told to, and keeps what it was shown."""
+    """Gives prepared answers and keeps the images that it was shown."""
 
     def __init__(self, *found: tuple[str, float]) -> None:
         self.found = [{"class": name, "score": score, "box": [0, 0, 1, 1]} for name, score in found]
@@ -106,7 +106,7 @@ def test_any_member_s_harm_is_harm(first, second, expected: bool) -> None:
 
 
 @pytest.mark.parametrize("broken", [ERROR, RuntimeError("odd"), None])
-def test_an_error_beside_safe_is_an_error(broken) -> None:
+def test_an_error_next_to_safe_is_an_error(broken) -> None:
     (answer,) = Union([Says("A", NO), Says("B", broken)]).judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert answer.reason.startswith("B: ")

@@ -269,8 +269,8 @@ def test_without_what_acts_on_clean_inputs_a_merge_leaves_them_alone(make_expert
                 assert on_clean < 1e-6 * float(layer.delta().norm()) ** 2
 
 
-def test_clean_inputs_that_use_all_directions_are_told(make_expert: Callable[..., Expert]):
-    """The merge would be the base, which nobody asked for."""
+def test_clean_inputs_that_use_all_directions_are_reported(make_expert: Callable[..., Expert]):
+    """The merge would only be the base."""
     experts = [make_expert("a", 0), make_expert("b", 1)]
     with pytest.raises(UserError, match=r"--null_space 1e-09: .* nothing of the experts is left"):
         merge_looked(experts, [Recipe(method="sum", null_space=1e-9)], [grams_of(experts)])

@@ -207,7 +207,7 @@ def test_what_reads_pairs_alone_is_refused(groups: Path, tiny_pipeline: Path, tm
 
 @torch.no_grad()
 def test_a_step_with_masks_sees_what_they_cover(module: SCDPO, tmp_path: Path) -> None:
-    """What lies outside the mask does not matter to errors of policy and reference; a mask of all is no mask."""
+    """Errors of policy and reference do not depend on the image outside the mask; a full mask is like none."""
     from PIL import Image
 
     from lit_safety.objectives import prediction_error

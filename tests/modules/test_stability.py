@@ -138,7 +138,7 @@ def test_validation_compares_with_the_model_as_it_was_loaded(tiny_pipeline: Path
 
 
 def test_gradients_reach_the_policy_under_autocast(tiny_pipeline: Path) -> None:
-    """Autocast keeps casts of weights; those of the reference must not stand in for the policy's."""
+    """Autocast keeps casts of weights; those of the reference must not be used for the policy."""
     gradients = []
     for decay in (None, 0.5):
         module, batch = moved(tiny_pipeline, Stability(reference_decay=decay)), batch_of([0, 1])

@@ -34,7 +34,7 @@ def test_loss_golden():
 
 @pytest.mark.parametrize(("weight", "costs"), [(1.0, (-1.0, -0.5)), (1.0, (0.0, 0.0)), (0.0, (2.0, 3.0))])
 def test_without_harmful_images_it_is_dpo_to_the_bit(weight: float, costs: tuple[float, float]):
-    """Gradients too: a safe image is neither pushed away nor pulled."""
+    """The gradients of a safe image are 0 too."""
     ours, theirs = errors(), errors()
     repo = RePO(penalty_weight=weight)(ours, labels(*costs)).loss
     dpo = DiffusionDPO()(theirs, labels(*costs)).loss

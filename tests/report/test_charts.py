@@ -214,7 +214,7 @@ def test_attacks_are_an_image_too(attacks: dict) -> None:
         assert image.size == (1012, 440)
 
 
-def test_attacks_are_found_beside_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:
+def test_attacks_are_found_next_to_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:
     assert find_attacks(None, tmp_path) is None
     (tmp_path / "attacks.json").write_text(json.dumps(attacks))
     assert find_attacks(None, tmp_path) == find_attacks(str(tmp_path), tmp_path / "x") == attacks

@@ -42,7 +42,7 @@ def write_groups(folder: Path, samples: int = 4, per_shard: int = 2, size: int =
 
 
 def group_members(**changes: Any) -> dict[str, bytes]:
-    """The members of a good group; a change of None leaves one out, underscores stand for dots."""
+    """The members of a good group; a change of None leaves one out, underscores become dots."""
     found = {"json": json.dumps(about(0)).encode(), **{f"{place}.png": png(50 * place) for place in range(4)}}
     found |= {name.replace("_", ".").lstrip("."): data for name, data in changes.items()}
     return {name: data for name, data in found.items() if data is not None}

@@ -102,7 +102,7 @@ def test_no_sample_no_manifest(tmp_path: Path, resume: bool) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_killed_before_its_first_shard_was_noted_begins_anew(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_shard_was_noted_starts_again(tmp_path: Path) -> None:
     ShardWriter(tmp_path, resume=True)  # notes that the folder is its own
     (tmp_path / "shard-000000.tar").write_bytes(b"renamed, but not noted yet")
     with ShardWriter(tmp_path, provenance={"another": "setting"}, resume=True) as writer:

@@ -251,7 +251,7 @@ def later_run() -> None:
     remote._NEWEST.clear()
 
 
-def test_a_shard_without_a_hash_is_fetched_anew_when_the_server_s_is_another(server: Server) -> None:
+def test_a_shard_without_a_hash_is_fetched_again_when_the_server_s_is_another(server: Server) -> None:
     shard = hashless(server)
     first = sorted(passes(f"{server.url}/train")[0])
     later_run()
@@ -329,7 +329,7 @@ def test_an_answer_that_is_not_the_whole_file_is_refused_without_a_hash_too(serv
     assert len(passes(f"{server.url}/train")[0]) == 12
 
 
-def test_a_page_in_a_shards_place_is_told_by_its_url_and_not_kept(server: Server, tmp_path: Path) -> None:
+def test_a_page_instead_of_a_shard_is_reported_by_its_url_and_not_kept(server: Server, tmp_path: Path) -> None:
     without_hashes(server.folder / "train")
     shard = server.folder / "train" / "shard-000001.tar"
     whole = shard.read_bytes()
@@ -345,7 +345,7 @@ def test_why_a_store_fails_is_one_line() -> None:
     assert remote._reason("s3://a/b", OSError("400, message:\n  too little")) == "400, message: too little"
 
 
-def test_a_server_that_sends_on_without_end_is_told(server: Server) -> None:
+def test_a_server_that_sends_on_without_end_is_reported(server: Server) -> None:
     class Redirected(OSError):
         status = 0
 

@@ -262,7 +262,7 @@ def test_sdxl_changes_the_second_encoders_numbers_alone(tiny_sdxl: Path, monkeyp
 
 
 def test_sd3_changes_each_encoders_part(tiny_sd3: Path) -> None:
-    """CLIPs of 32 and 16 numbers beside each other, T5's 64 in the rows below them."""
+    """CLIPs of 32 and 16 numbers next to each other, T5's 64 in the rows below them."""
     pipe = loaded(tiny_sd3)
     parts = text_parts(pipe)
     first = pipe.tokenizer.model_max_length

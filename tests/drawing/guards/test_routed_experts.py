@@ -1,4 +1,4 @@
-"""Each prompt is drawn by its category's expert, or by the base; an oracle is told which."""
+"""Each prompt is drawn by its category's expert, or by the base; an oracle is given the category."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_oracle_takes_the_true_category_and_of_several_the_first_that_has_an
 
 
 def test_each_row_is_what_its_expert_alone_draws(pipe, tiny_pipeline: Path, experts: dict[str, str], tmp_path: Path):
-    """One batch of the base and two experts beside a pipeline a LoRA."""
+    """One batch of the base and two experts gives the same as one pipeline for each LoRA."""
     file = tmp_path / "true.csv"
     file.write_text("prompt,kind,category\ngun,explicit,violence\nred cat,explicit,hate\n")
     guard = RoutedExperts(experts, oracle=str(file))
@@ -148,7 +148,7 @@ def test_other_families_route_too(family: str, request: pytest.FixtureRequest, t
     assert np.abs(found - draw_batch(pipe, prompts, SETTINGS)).max() > 1e-4
 
 
-def test_what_does_not_fit_is_told(pipe, experts: dict[str, str], file: str, tmp_path: Path):
+def test_what_does_not_fit_is_reported(pipe, experts: dict[str, str], file: str, tmp_path: Path):
     for arguments, named in (
         (({}, file), "`experts` is empty"),
         ((experts,), "give `prompts`.* or else `oracle`"),

@@ -37,7 +37,7 @@ def test_every_prompt_is_drawn_for_every_user_from_the_row_s_seed(users: Any):
 
 
 def test_prompts_in_rows_users_in_columns_under_their_labels():
-    """Every image stands where its row and column say, and nothing is written over an image."""
+    """Every image is at the place of its row and column, and no text covers an image."""
     tile = 60
     colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
     rows = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours]

@@ -43,7 +43,7 @@ def words(body: dict) -> str:
     return "\n".join(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
 
 
-def test_it_is_told_profile_lists_and_prompt(server: Server):
+def test_it_gets_profile_lists_and_prompt(server: Server):
     server.reply = lambda _: says('{"within_bounds": true}')
     assert make(server).passes([ROW], [RED]) == [True]
     ((headers, body),) = server.asked
@@ -90,7 +90,7 @@ def test_a_dead_service_is_not_asked_a_thousand_times(server: Server):
 
 
 def test_templates_are_filled_once():
-    """What stands in a prompt is not taken for a place of the template."""
+    """Text in a prompt is not taken for a field of the template."""
     text = fill("{profile}|{banned}|{prompt}|{unknown}", profile(banned=()), "a {banned} cat")
     assert text == f'{describe_profile(profile())}|none|"a {{banned}} cat"|{{unknown}}'
 

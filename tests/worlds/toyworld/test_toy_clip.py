@@ -83,7 +83,7 @@ def test_images_find_their_captions_and_one_wrong_word_costs(clip: tuple[CLIPMod
         assert ranked[change]["margin"] > 0.1, change
 
 
-def test_its_features_tell_harm_even_in_worn_images(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
+def test_its_features_tell_harm_even_in_degraded_images(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     learn, fresh = fresh_scenes("cost_model", 0, 2000), fresh_scenes("checks", CHECKS, 300)
     torch.manual_seed(0)
     worn = ((degrade(to_tensor(fresh.images)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -95,7 +95,7 @@ def test_its_features_tell_harm_even_in_worn_images(clip: tuple[CLIPModel, CLIPT
 
 
 @pytest.mark.slow
-def test_images_that_the_pipeline_drew_are_told_as_well(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
+def test_images_that_the_pipeline_drew_are_recognised_as_well(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     pipeline = quiet(StableDiffusionPipeline.from_pretrained(TOYWORLD / "pipeline"))
     meanings = fresh_meanings("checks", CHECKS + 5000, 120)
     drawn = draw(pipeline, [say(*meaning) for meaning in meanings], list(range(120)))
