@@ -240,16 +240,14 @@ def random_pairs(folder: Path, count: int, resolution: int) -> Path:
     """Noise for images: what is in them costs no time."""
     random = np.random.default_rng(0)
 
-    def picture() -> Image.Image:
+    def image() -> Image.Image:
         return Image.fromarray(random.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8))
 
     known = {"prompt_kind": "harmful", "order": "safety", "harmful": {"chosen": False, "rejected": True}}
     with ShardWriter(folder, samples_per_shard=max(count // 4, 1), image_format="jpg") as writer:
         for number in range(count):
             cost = {"chosen": -1.0, "rejected": 1.0}
-            writer.write(
-                f"{number:05d}", {**known, "prompt": f"a red cat {number}", "cost": cost}, picture(), picture()
-            )
+            writer.write(f"{number:05d}", {**known, "prompt": f"a red cat {number}", "cost": cost}, image(), image())
     return folder
 
 

@@ -140,7 +140,7 @@ def write_pairs(
 
     random = np.random.default_rng(seed)
 
-    def picture() -> Image.Image:
+    def make_image() -> Image.Image:
         return Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
     with ShardWriter(folder, samples_per_shard=samples_per_shard) as writer:
@@ -155,7 +155,7 @@ def write_pairs(
                 "order": "safety",
                 "cost": {"chosen": -1.0, "rejected": 1.0},
             }
-            writer.write(f"{i:05d}", metadata, picture(), picture())
+            writer.write(f"{i:05d}", metadata, make_image(), make_image())
     return folder
 
 

@@ -122,8 +122,8 @@ class DrawsForUsers:
             raise UserError("give `user` or `user_embeds`, not both")
         else:
             embeds, known = _checked(user_embeds, count, adapter.projection.embedding_dim)
-        pictures = options["num_images_per_prompt"]
-        embeds, known = embeds.repeat_interleave(pictures, 0), known.repeat_interleave(pictures)
+        count = options["num_images_per_prompt"]
+        embeds, known = embeds.repeat_interleave(count, 0), known.repeat_interleave(count)
         if options["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None:  # as the pipelines decide
             # In the pipelines' order: the unconditional half first.
             embeds, known = torch.cat([embeds, embeds]), torch.cat([torch.zeros_like(known), known])

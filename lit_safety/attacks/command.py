@@ -131,7 +131,7 @@ def attack(
     report = run.execute()
     if run.done:
         print(f"{run.done} attacks on an arm were finished before and are read from {Path(out) / 'done'}")
-    picture = Path(out) / "attacks.png"
-    write_atomic(picture, curves_png(report))
+    plot = Path(out) / "attacks.png"
+    write_atomic(plot, curves_png(report))
     file = write_atomic(Path(out) / "attacks.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print(f"\n{attack_table(report)}\n\ncurves   {picture}\nfigures  {file}")
+    print(f"\n{attack_table(report)}\n\ncurves   {plot}\nfigures  {file}")

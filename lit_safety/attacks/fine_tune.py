@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from lit_safety.attacks.lora_training import Recipe, read_pictures, shards_digest, train_weights
+from lit_safety.attacks.lora_training import Recipe, read_images, shards_digest, train_weights
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.prompts import Prompt
@@ -63,11 +63,11 @@ class FineTune(Attack):
 
     def stages(self, target: Target) -> Iterator[Stage]:
         attacked = {prompt.prompt for prompt in target.prompts}
-        pictures = read_pictures(self.shards, self.pictures, self.harmful, type(self).__name__, without=attacked)
+        examples = read_images(self.shards, self.pictures, self.harmful, type(self).__name__, without=attacked)
         for recipe in self.recipes:
             network = target.network()
             told = f"{recipe.label()}: " if len(self.recipes) > 1 else ""
-            for step, loss in train_weights(network, pictures, recipe, "attack", self.batch_size, target.seed):
+            for step, loss in train_weights(network, examples, recipe, "attack", self.batch_size, target.seed):
                 target.tell(f"{told}step {step} of {self.steps[-1]}, loss {loss:.3f}")
                 if step in self.steps:
                     yield target.stage(

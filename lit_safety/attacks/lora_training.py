@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingImage:
     """One example."""
 
     key: str
@@ -38,14 +38,14 @@ class Picture:
     image: Image.Image
 
 
-def read_pictures(
+def read_images(
     shards: str,
     count: int,
     harmful: bool,
     user: str,
     groups: Sequence[str] | None = None,
     without: Collection[str] = (),
-) -> list[Picture]:
+) -> list[TrainingImage]:
     """Up to `count` images, taken from the concepts in turn, the same ones every time.
 
     Harmful images are rejected images of harmful prompts that are labelled harmful. Harmless images are chosen images
@@ -75,22 +75,22 @@ def read_pictures(
     if not chosen:
         what = "rejected image labelled harmful of a harmful prompt" if harmful else "safe chosen image"
         raise UserError(f"attack {user}: {shards} hold no {what}; give others")
-    return [picture for shard in sorted({s for s, _ in chosen}) for picture in _read(source, shard, chosen, side)]
+    return [example for shard in sorted({s for s, _ in chosen}) for example in _read(source, shard, chosen, side)]
 
 
-def picture_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[Picture]:
+def image_of_each(shards: str, prompts: Sequence[Prompt], user: str) -> list[TrainingImage]:
     """A harmful image of each prompt's concept (or category); several prompts of a concept get different ones in turn.
 
     Images of these prompts themselves are left out.
 
     Raises:
-        UserError: as `read_pictures`, or there is no image of a concept.
+        UserError: as `read_images`, or there is no image of a concept.
     """
     groups = [prompt.concept or prompt.category for prompt in prompts]
-    found = read_pictures(shards, len(prompts) * len(set(groups)), True, user, groups, {p.prompt for p in prompts})
-    of: dict[str, list[Picture]] = {}
-    for picture in found:
-        of.setdefault(picture.group, []).append(picture)
+    found = read_images(shards, len(prompts) * len(set(groups)), True, user, groups, {p.prompt for p in prompts})
+    of: dict[str, list[TrainingImage]] = {}
+    for example in found:
+        of.setdefault(example.group, []).append(example)
     if missing := [group for group in dict.fromkeys(groups) if group not in of]:
         raise UserError(f"attack {user}: {shards} hold no harmful image of {', '.join(missing)}")
     met: dict[str, int] = {}
@@ -132,7 +132,7 @@ def _in_turn(rows: list[list[tuple[int, int]]], count: int) -> set[tuple[int, in
     return set(taken[:count])
 
 
-def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) -> Iterator[Picture]:
+def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) -> Iterator[TrainingImage]:
     shard = source.open_shard(number)
     try:
         for index in sorted(p for s, p in chosen if s == number):
@@ -144,20 +144,20 @@ def _read(source: Source, number: int, chosen: set[tuple[int, int]], side: str) 
             metadata = parse_metadata(members["json"], where)
             group = metadata.concept or next(iter(metadata.categories), "")
             image = decode_image(members[names[0]], f"{where}: {side}")
-            yield Picture(f"{number}/{key}", metadata.prompt, group if side == "rejected" else "", image)
+            yield TrainingImage(f"{number}/{key}", metadata.prompt, group if side == "rejected" else "", image)
     finally:
         shard.close()
 
 
 @torch.no_grad()
-def encode_pictures(backbone: Backbone, pictures: Sequence[Picture], side: int, batch_size: int = 16) -> Tensor:
+def encode_images(backbone: Backbone, examples: Sequence[TrainingImage], side: int, batch_size: int = 16) -> Tensor:
     """Posterior of each image's latents (N, 2, C, h, w); images are cropped to a square and scaled to `side` pixels."""
     rows = []
-    for start in range(0, len(pictures), batch_size):
+    for start in range(0, len(examples), batch_size):
         part = [
             to_tensor(ImageOps.fit(p.image, (side, side), Image.Resampling.LANCZOS) if p.image.size != (side, side)
                       else p.image)
-            for p in pictures[start : start + batch_size]
+            for p in examples[start : start + batch_size]
         ]  # fmt: skip
         rows.append(backbone.posterior(torch.stack(part).to(backbone.device)))
     return torch.cat(rows)
@@ -252,18 +252,18 @@ class Recipe:
 
 
 def train_lora(
-    network: Network, pictures: Sequence[Picture], lora: LoRA, name: str, lr: float, batch_size: int, seed: int
+    network: Network, examples: Sequence[TrainingImage], lora: LoRA, name: str, lr: float, batch_size: int, seed: int
 ) -> Iterator[tuple[int, float]]:
     """Train an adapter called `name` on the network without end; yields (steps done, loss) after each step.
 
     AdamW with a constant rate, as `train_weights`. The network's own weights, including fused adapters, do not change.
     """
-    return train_weights(network, pictures, Recipe("lora", lr, "AdamW", lora.rank), name, batch_size, seed, lora)
+    return train_weights(network, examples, Recipe("lora", lr, "AdamW", lora.rank), name, batch_size, seed, lora)
 
 
 def train_weights(
     network: Network,
-    pictures: Sequence[Picture],
+    examples: Sequence[TrainingImage],
     recipe: Recipe,
     name: str,
     batch_size: int,
@@ -282,13 +282,13 @@ def train_weights(
     more: dict[str, Any] = {"momentum": 0.9} if recipe.optimizer == "SGD" else {}
     optimizer = getattr(torch.optim, recipe.optimizer)(parameters, lr=recipe.lr, **more)
     posterior: Tensor | None = None
-    for step, rows in enumerate(batches(len(pictures), batch_size, seed), 1):
+    for step, rows in enumerate(batches(len(examples), batch_size, seed), 1):
         with threads(compute_threads(network)), torch.enable_grad():
             if posterior is None:
-                posterior = encode_pictures(backbone, pictures, network.resolution)
+                posterior = encode_images(backbone, examples, network.resolution)
             with torch.no_grad():
-                conditioning = backbone.encode_text([pictures[row].prompt for row in rows])
-            keys = [pictures[row].key for row in rows]
+                conditioning = backbone.encode_text([examples[row].prompt for row in rows])
+            keys = [examples[row].key for row in rows]
             loss = denoising_loss(backbone, posterior[rows], conditioning, keys, seed, step).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_safety.attacks.lora_training import encode_pictures, picture_of_each, shards_digest
+from lit_safety.attacks.lora_training import encode_images, image_of_each, shards_digest
 from lit_safety.attacks.network import Network, compute_threads
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
 from lit_safety.core.errors import UserError
@@ -69,11 +69,11 @@ class NoiseInversion(Attack):
         return target.closed()
 
     def stages(self, target: Target) -> Iterator[Stage]:
-        pictures = picture_of_each(self.shards, target.prompts, "NoiseInversion")
+        examples = image_of_each(self.shards, target.prompts, "NoiseInversion")
         network = target.network()
         steps = Steps.of(network, target.drawing.steps)
         with threads(compute_threads(network)), torch.no_grad():
-            posterior = encode_pictures(network.backbone, pictures, network.resolution)
+            posterior = encode_images(network.backbone, examples, network.resolution)
             latents = network.backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
         prompts = [replace(p, prompt=NO_TEXT, guidance=None) for p in target.prompts]
         guidance = float(getattr(network.backbone.settings, "guidance", 1.0))  # networks with embedded guidance

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_safety.attacks.lora_training import encode_pictures, read_pictures, shards_digest
+from lit_safety.attacks.lora_training import encode_images, read_images, shards_digest
 from lit_safety.attacks.network import Network
 from lit_safety.core.chance import LATENT, NOISE, derive, normal
 from lit_safety.core.errors import UserError
@@ -164,13 +164,13 @@ class PredictionMatch(Similarity):
     def likeness(self, target: Target, network: Network, prompts: Sequence[str]) -> Likeness:
         backbone, base = network.backbone, target.base_network().backbone
         groups = list(dict.fromkeys(p.concept or p.category for p in target.prompts))
-        pictures = read_pictures(self.shards, len(groups), True, "SuffixSearch", groups)
-        place = {picture.group: number for number, picture in enumerate(pictures)}
+        examples = read_images(self.shards, len(groups), True, "SuffixSearch", groups)
+        place = {example.group: number for number, example in enumerate(examples)}
         missing = [group for group in groups if group not in place]
         if missing:
             raise UserError(f"attack SuffixSearch: {self.shards} hold no harmful image of {', '.join(missing)}")
         chosen = [place[p.concept or p.category] for p in target.prompts]
-        posterior = encode_pictures(backbone, pictures, network.resolution)[chosen]
+        posterior = encode_images(backbone, examples, network.resolution)[chosen]
         text = text_rows(network, prompts)
         shown: list[tuple[Tensor, Tensor, Tensor]] = []
         for number, time in enumerate(self.times):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_safety.attacks.lora_training import (
-    Picture,
+    TrainingImage,
     batches,
     denoising_loss,
-    encode_pictures,
-    read_pictures,
+    encode_images,
+    read_images,
     shards_digest,
 )
 from lit_safety.attacks.network import Network, compute_threads, taught
@@ -176,14 +176,14 @@ class SoftPrompt(Attack):
         user = type(self).__name__
         groups = list(dict.fromkeys(prompt.concept or prompt.category for prompt in target.prompts))
         attacked = {prompt.prompt for prompt in target.prompts}
-        found = read_pictures(self.shards, self.pictures * len(groups), True, user, groups, attacked)
+        found = read_images(self.shards, self.pictures * len(groups), True, user, groups, attacked)
         of = {group: [p for p in found if p.group == group] for group in groups}
-        without = [group for group, pictures in of.items() if not pictures]
+        without = [group for group, examples in of.items() if not examples]
         if without:
             raise UserError(f"attack {user}: {self.shards} hold no harmful image of {', '.join(without)}")
         network = target.network()
         tokenizer = network.encoders()[0][0]
-        texts = [p.prompt for p in target.prompts] + [p.prompt for pictures in of.values() for p in pictures]
+        texts = [p.prompt for p in target.prompts] + [p.prompt for examples in of.values() for p in examples]
         if "{prompt}" in self.template:  # each new word will be one token, but does not exist yet
             around = len(tokenizer(self.template.format(prompt="", tokens=""))["input_ids"]) - 2
             texts, _ = shorten_to_fit(tokenizer, texts, self.vectors + max(around, 0), f"{user}: a soft prompt")
@@ -202,14 +202,14 @@ class SoftPrompt(Attack):
 
         fitting = iter(texts)
         asked = [next(fitting) for _ in target.prompts]
-        own = {group: [replace(p, prompt=next(fitting)) for p in pictures] for group, pictures in of.items()}
+        own = {group: [replace(p, prompt=next(fitting)) for p in examples] for group, examples in of.items()}
         examples = [
             replace(p, prompt=say(p.prompt, group, start))
-            for group, pictures in own.items()
+            for group, examples in own.items()
             for start in range(self.restarts)
-            for p in pictures
+            for p in examples
         ]
-        sizes = [len(pictures) for pictures in own.values() for _ in range(self.restarts)]
+        sizes = [len(examples) for examples in own.values() for _ in range(self.restarts)]
         chunk = target.drawing.batch_size
         for step, loss in train_tokens(network, tokens, examples, sizes, self.batch_size, self.lr, target.seed, chunk):
             target.tell(f"step {step} of {self.steps[-1]}, loss {loss:.3f}")
@@ -231,7 +231,7 @@ class SoftPrompt(Attack):
         self,
         network: Network,
         tokens: SoftTokens,
-        examples: Sequence[Picture],
+        examples: Sequence[TrainingImage],
         sizes: Sequence[int],
         seed: int,
         chunk: int,
@@ -244,7 +244,7 @@ class SoftPrompt(Attack):
             return [0] * len(sizes)
         losses = []
         with threads(compute_threads(network)), torch.no_grad(), tokens.trained():
-            posterior = encode_pictures(network.backbone, examples, network.resolution)
+            posterior = encode_images(network.backbone, examples, network.resolution)
             for start in range(0, len(examples), chunk):
                 part = examples[start : start + chunk]
                 text = network.backbone.encode_text([p.prompt for p in part])
@@ -305,7 +305,7 @@ class ConceptInversion(SoftPrompt):
 def train_tokens(
     network: Network,
     tokens: SoftTokens,
-    examples: Sequence[Picture],
+    examples: Sequence[TrainingImage],
     sizes: Sequence[int],
     batch_size: int,
     lr: float,
@@ -335,7 +335,7 @@ def train_tokens(
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     dealt = [batches(size, batch_size, seed + number) for number, size in enumerate(sizes)]
     with threads(compute_threads(network)):
-        posterior = encode_pictures(backbone, examples, network.resolution)
+        posterior = encode_images(backbone, examples, network.resolution)
     for step in range(1, 1 << 40):
         rows = [start + row for start, deal in zip(starts, dealt, strict=True) for row in next(deal)]
         total = 0.0

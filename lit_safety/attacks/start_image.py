@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_safety.attacks.lora_training import encode_pictures, picture_of_each, shards_digest
+from lit_safety.attacks.lora_training import encode_images, image_of_each, shards_digest
 from lit_safety.attacks.network import Network, compute_threads
 from lit_safety.attacks.similarity import text_rows
 from lit_safety.attacks.target import Attack, Stage, Target, increasing
@@ -98,14 +98,14 @@ class StartImage(Attack):
         return None
 
     def stages(self, target: Target) -> Iterator[Stage]:
-        pictures = picture_of_each(self.shards, target.prompts, "StartImage")
+        examples = image_of_each(self.shards, target.prompts, "StartImage")
         network = target.network()
         backbone, side = network.backbone, network.resolution
         with threads(compute_threads(network)), torch.no_grad():
-            posterior = encode_pictures(backbone, pictures, side)
+            posterior = encode_images(backbone, examples, side)
             goal = backbone.latents(posterior, torch.zeros_like(posterior[:, 0]))
             text = text_rows(network, [p.prompt for p in target.prompts])
-        shown = [_pixels(p.image, side) for p in pictures]
+        shown = [_pixels(p.image, side) for p in examples]
         seeds = [derive(p.seed, f"start image {target.seed}") for p in target.prompts]
         blank = normal(seeds, NOISE, (3, side, side)).mul(0.5)
         start = (self.reference * torch.stack(shown) + (1 - self.reference) * blank).clamp(-1, 1).to(backbone.device)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lit_safety.adapters.lora import WEIGHTS_NAME, LoRA
 from lit_safety.adapters.lora_file import find_lora
-from lit_safety.attacks.lora_training import read_pictures, shards_digest, train_lora
+from lit_safety.attacks.lora_training import read_images, shards_digest, train_lora
 from lit_safety.attacks.target import Attack, Stage, Target
 from lit_safety.core.errors import UserError
 from lit_safety.core.files import atomic_folder
@@ -98,8 +98,8 @@ class StyleLoRA(Attack):
         if (folder / WEIGHTS_NAME).is_file():
             return folder
         network = target.base_network()
-        examples = read_pictures(str(self.shards), self.pictures, False, "StyleLoRA")
-        tinted = [replace(picture, image=tint(picture.image, self.tint)) for picture in examples]
+        examples = read_images(str(self.shards), self.pictures, False, "StyleLoRA")
+        tinted = [replace(example, image=tint(example.image, self.tint)) for example in examples]
         for step, loss in train_lora(network, tinted, self.lora, "style", self.lr, self.batch_size, target.seed):
             target.tell(f"style: step {step} of {self.steps}, loss {loss:.3f}")
             if step == self.steps:

@@ -72,10 +72,10 @@ class StableDiffusionXL(UNetDiffusion):
         rest = dict(conditioning)
         added = {"text_embeds": rest.pop("text_embeds"), "time_ids": rest.pop("time_ids", None)}
         if added["time_ids"] is None:
-            added["time_ids"] = self._whole_picture(noisy)
+            added["time_ids"] = self._whole_image(noisy)
         return self.denoiser(noisy, timesteps, **rest, added_cond_kwargs=added, return_dict=False)[0]
 
-    def _whole_picture(self, noisy: Tensor) -> Tensor:
+    def _whole_image(self, noisy: Tensor) -> Tensor:
         """Time ids (B, 6) of images without crop: height, width, 0, 0, height, width.
 
         They are filled in on the device, because a copy from the host would wait for all earlier work of the device.

@@ -99,9 +99,9 @@ class WriteDrawings(BasePredictionWriter):
         folder = self._target
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"prompts-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as notes:
-            for key, prompt, seed, picture in zip(batch.keys, batch.prompts, batch.seeds, prediction, strict=True):
+            for key, prompt, seed, image in zip(batch.keys, batch.prompts, batch.seeds, prediction, strict=True):
                 name = f"{key.replace('/', '_')}.png"
-                picture.save(folder / name)
+                image.save(folder / name)
                 notes.write(json.dumps({"file": name, "prompt": prompt, "seed": seed}, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

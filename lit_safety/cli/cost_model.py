@@ -155,8 +155,8 @@ def _on_drawn(
               if isinstance(verdict, Verdict)]  # fmt: skip
     costs = []
     for start in range(0, len(judged), 64):
-        pictures = [open_image(path) for path, _ in judged[start : start + 64]]
-        costs.append(scorer.costs(pictures).cpu())
+        images = [open_image(path) for path, _ in judged[start : start + 64]]
+        costs.append(scorer.costs(images).cpu())
     harmful = torch.tensor([float(label) for _, label in judged])
     if not judged or harmful.min() == harmful.max():
         raise UserError(f"--judge {judge}: gives all images the same verdict; draw prompts of both kinds")

@@ -78,7 +78,7 @@ def precompute(
     from lit_safety.core.progress import quiet_libraries
     from lit_safety.core.stages import staged
     from lit_safety.data.cache.reference import MAX_DRAWS, ReferenceCache
-    from lit_safety.data.cache.writing import LatentWriter, Settings, picture_size
+    from lit_safety.data.cache.writing import LatentWriter, Settings, image_size
     from lit_safety.data.format.manifest import FILE_NAME, load_manifest
     from lit_safety.data.reading.source import open_source
     from lit_safety.users.table import copy_users
@@ -105,7 +105,7 @@ def precompute(
     settings = Settings(
         model=model,
         weights=_cache_hashes(backbone, text),
-        size=picture_size(source, resolution),
+        size=image_size(source, resolution),
         resolution=resolution,
         flip=flip,
         dtype=dtype,

@@ -1,12 +1,12 @@
-"""An adapter at work: added to a network by hooks, switched off in layers and steps, and measured.
+"""An adapter that is added to a network by hooks, switched off in some layers or steps, and measured.
 
-Of a layer with weight W and update dW, and an input x:
+For a layer with weight W and update dW, and an input x:
 
     size of the update   E|dW x| / E|W x + bias|     norms over the output's features, means over tokens and steps
     gate ratio           the size on harmful prompts / the size on clean ones
     energy within k      |U_k' dW|^2 / |dW|^2        U_k: the k leading left singular vectors of W
 
-Of a random dW the energy within k of `out` directions is k / out, which stands beside it.
+For comparison: a random dW has k / out of its energy within k of `out` directions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
 
 
 def block_of(layer: str) -> str:
-    """The block that a layer stands in: `unet.up_blocks.1.attentions.0...` -> `up_blocks.1`."""
+    """The block of a layer: `unet.up_blocks.1.attentions.0...` -> `up_blocks.1`."""
     component, _, rest = layer.partition(".")
     if component.startswith("text_encoder"):
         return component
@@ -49,24 +49,24 @@ def kind_of(layer: str) -> str:
 
 @dataclass
 class Sizes:
-    """Sums of norms by prompt, layer and range of steps."""
+    """Sums of norms for each prompt, layer and range of steps."""
 
     ranges: int
     update: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> sum over steps of the mean |dW x| of each prompt's tokens (prompts, ranges)."""
     base: dict[str, Tensor] = field(default_factory=dict)
-    """The same of |W x + bias|."""
+    """The same for |W x + bias|."""
 
     def add(self, layer: str, rows: Sequence[int], at: int, update: Tensor, base: Tensor, prompts: int) -> None:
-        """Add what was seen in a step.
+        """Add the norms of one step.
 
         Args:
-            layer: its name.
-            rows: of the prompts in the batch.
-            at: the range of the step.
-            update: (B,)
-            base: (B,)
-            prompts: how many there are in all.
+            layer: the layer's name.
+            rows: the numbers of the batch's prompts.
+            at: the range that the step belongs to.
+            update: |dW x| (B,)
+            base: |W x + bias| (B,)
+            prompts: the number of all prompts.
         """
         for store, seen in ((self.update, update), (self.base, base)):
             if layer not in store:
@@ -74,7 +74,7 @@ class Sizes:
             store[layer][list(rows), at] += seen.detach().double().cpu()
 
     def size(self, layer: str, rows: Sequence[int], at: int | None = None) -> float:
-        """E|dW x| / E|W x + bias| of a layer over some prompts, in a range of steps or in all (None)."""
+        """E|dW x| / E|W x + bias| of a layer over some prompts, in one range of steps or in all steps (None)."""
         part = slice(None) if at is None else at
         update, base = (float(store[layer][list(rows)][:, part].sum()) for store in (self.update, self.base))
         return update / base if base else 0.0
@@ -85,8 +85,10 @@ class Sizes:
         return [float(value) for value in torch.stack(each).mean(0)]
 
     def of_base(self) -> list[float]:
-        """For each prompt the mean over layers of |W x + bias|, each layer divided by its mean over prompts: what a
-        prompt does to the base alone."""
+        """For each prompt the mean over layers of |W x + bias|, each layer divided by its mean over prompts.
+
+        It measures the effect of a prompt on the base model, without the adapter.
+        """
         each = [self.base[layer].sum(1) / self.base[layer].sum(1).mean().clamp_min(1e-30) for layer in self.base]
         return [float(value) for value in torch.stack(each).mean(0)]
 
@@ -101,7 +103,7 @@ class Acting:
         guidance: scale of classifier-free guidance.
 
     Raises:
-        UserError: a layer has no place in the pipeline.
+        UserError: the pipeline does not have a layer of the adapter.
     """
 
     def __init__(self, pipe: Any, layers: Mapping[str, LowRank], steps: int, guidance: float) -> None:
@@ -118,11 +120,13 @@ class Acting:
             except AttributeError as error:
                 raise UserError(f"the adapter's layer {name} is not in the pipeline") from error
         if not any(name.startswith(f"{self.denoiser}.") for name in self.layers):
-            raise UserError(f"the adapter changes no layer of the {self.denoiser}, and the others act before its steps")
+            raise UserError(
+                f"the adapter does not change the {self.denoiser}; its other layers act only before the steps"
+            )
         self.without: frozenset[str] = frozenset()
-        """Layers in which it is off."""
+        """Layers in which the adapter is off."""
         self.pauses: frozenset[int] = frozenset()
-        """Steps, from 0, in which it is off in the denoiser."""
+        """Steps, counted from 0, in which the adapter is off in the denoiser."""
         self.sizes: Sizes | None = None
         self._rows: Sequence[int] = ()
         self._prompts = 0
@@ -130,16 +134,16 @@ class Acting:
 
     @property
     def step(self) -> int:
-        """The step that the denoiser is in; of the last call of it."""
+        """The step of the denoiser's last call."""
         return (max(self._calls, 1) - 1) // len(self.passes) % self.steps
 
     def range_of(self, step: int, ranges: int) -> int:
-        """In which of so many equal ranges a step lies, 0 the noisiest."""
+        """The range that a step belongs to, out of ``ranges`` equal ones; 0 is the noisiest."""
         return step * ranges // self.steps
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Within, the networks compute with the adapter, but for what is switched off."""
+        """A context in which the networks compute with the adapter, except where it is switched off."""
         self._calls = 0
         handles = [self.network.register_forward_pre_hook(self._count)]
         handles += [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
@@ -150,25 +154,25 @@ class Acting:
                 handle.remove()
 
     def begin(self, rows: Sequence[int], prompts: int) -> None:
-        """The next images are of these rows of so many prompts."""
+        """Say which of all prompts the next images belong to."""
         self._rows, self._prompts, self._calls = rows, prompts, 0
 
     def check(self) -> None:
-        """Refuse a sampler that calls the denoiser more or less often than once a step and pass.
+        """Refuse a sampler that does not call the denoiser exactly once for each step and pass.
 
         Raises:
-            UserError: it does.
+            UserError: the number of calls is another one.
         """
         if self._calls % (self.steps * len(self.passes)):
             raise UserError(
-                f"the sampler called the denoiser {self._calls} times for {self.steps} steps, so that steps cannot be "
-                "told apart; use a scheduler of first order"
+                f"the sampler called the denoiser {self._calls} times for {self.steps} steps, so the step of a call "
+                "is not known; use a first-order scheduler"
             )
 
     def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._calls += 1
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]  # a hook of torch's
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]  # a torch hook
         weight: Tensor = self.modules[name].weight  # type: ignore[assignment]
         given = self.layers[name]
         part = LowRank(given.a.to(weight.device).float(), given.b.to(weight.device).float(), given.scale, given.kernel)
@@ -189,7 +193,9 @@ class Acting:
         assert self.sizes is not None
         halves = self.passes[(self._calls - 1) % len(self.passes)]
         if len(output) != len(halves) * len(self._rows):
-            raise UserError(f"{name}: saw {len(output)} rows for {len(self._rows)} prompts, and cannot tell them apart")
+            raise UserError(
+                f"{name}: got {len(output)} rows for {len(self._rows)} prompts, so a row's prompt is not known"
+            )
         at = self.range_of(self.step, self.sizes.ranges)
         for conditional, update, base in zip(halves, more.chunk(len(halves)), output.chunk(len(halves)), strict=True):
             if conditional:
@@ -197,16 +203,16 @@ class Acting:
 
 
 def norms(module: nn.Module, values: Tensor) -> Tensor:
-    """The mean over tokens of the norm over features: (B, ..., features), of a convolution (B, features, H, W)."""
+    """The mean over tokens of the norm over features: (B, ..., features), or (B, features, H, W) for a convolution."""
     lengths = values.float().norm(dim=1 if isinstance(module, nn.Conv2d) else -1)
     return lengths.reshape(len(values), -1).mean(1)
 
 
-# Of matrices alone.
+# Computations on matrices and lists of numbers.
 
 
 def leading(energies: Sequence[float], share: float) -> int:
-    """How many of the largest energies hold at least a share of all: (9, 1) hold 0.9 in 1.
+    """How many of the largest energies are needed for a share of their sum: for (9, 1) and 0.9 it is 1.
 
     Args:
         energies: squared singular values, the largest first.
@@ -226,9 +232,9 @@ def energy_within(weight: Tensor, part: LowRank, shares: Sequence[float]) -> lis
     Args:
         weight: W (out, ...), flattened to (out, in).
         part: dW.
-        shares: of W's energy that the leading vectors hold.
+        shares: shares of W's energy; each gives a number k of leading vectors.
 
-    Returns: for each share `directions` (k), `energy` (of dW within them), `random` (k / out).
+    Returns: for each share `directions` (k), `energy` (the share of dW's energy in them), `random` (k / out).
     """
     u, s, _ = torch.linalg.svd(weight.detach().double().reshape(len(weight), -1).cpu(), full_matrices=False)
     delta = part.delta().cpu()
@@ -245,15 +251,17 @@ def energy_within(weight: Tensor, part: LowRank, shares: Sequence[float]) -> lis
 def random_like(
     energies: Mapping[str, float], unit: Sequence[str], count: int, generator: torch.Generator, tries: int = 600
 ) -> list[list[str]]:
-    """Different random sets of as many layers as a unit has, of nearly its energy: the nearest of some random sets that
-    share at most half of its layers. Fewer than asked for, or none, where there are no more.
+    """Random sets of layers for comparison with a unit: as many layers, and nearly the same energy.
+
+    ``tries`` sets are drawn. Of those that share at most half of their layers with the unit, the sets with the closest
+    energy are returned. There may be fewer than ``count``, or none.
 
     Args:
         energies: |dW|^2 of every layer.
-        unit: layers.
-        count: how many sets.
-        generator: of the choice.
-        tries: sets that are drawn.
+        unit: the unit's layers.
+        count: the number of sets.
+        generator: draws the sets.
+        tries: the number of sets that are drawn.
     """
     names, own = sorted(energies), set(unit)
     wanted = sum(energies[name] for name in unit)
@@ -267,13 +275,13 @@ def random_like(
 
 
 def random_steps(steps: int, pause: Sequence[int], count: int, generator: torch.Generator) -> list[list[int]]:
-    """Different random sets of as many steps as are paused, other than these.
+    """Different random sets of as many steps as ``pause`` has, without ``pause`` itself.
 
     Args:
-        steps: how many there are.
-        pause: those that are paused, from 0.
-        count: how many sets.
-        generator: of the choice.
+        steps: the number of all steps.
+        pause: the steps that are paused, counted from 0.
+        count: the number of sets.
+        generator: draws the sets.
     """
     found: list[list[int]] = []
     for _ in range(100 * count):
@@ -286,12 +294,13 @@ def random_steps(steps: int, pause: Sequence[int], count: int, generator: torch.
 
 
 def auc(scores: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
-    """How well a score tells hits from the rest: the share of pairs in which the hit has the higher score (ties count
-    half), with the interval of Hanley and McNeil (1982).
+    """Area under the ROC curve: the share of (hit, other) pairs in which the hit has the higher score.
+
+    Ties count half. The interval is that of Hanley and McNeil (1982).
 
     Args:
-        scores: one each.
-        hits: whether it is one.
+        scores: one number for each item.
+        hits: for each item, whether it is a hit.
 
     Returns: `value` (None without hits or without others), `interval`, `hits`, `others`.
     """
@@ -309,7 +318,7 @@ def auc(scores: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation; None with fewer than 3 points, or where all of one are equal."""
+    """Spearman's rank correlation. None: there are fewer than 3 points, or all values of ``x`` or ``y`` are equal."""
     if len(x) < 3:
         return None
     a, b = (torch.tensor(_ranks(values), dtype=torch.float64) for values in (x, y))
@@ -319,7 +328,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """From 1; equal values share the mean of theirs."""
+    """Ranks, counted from 1; equal values all get the mean of their ranks."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     ranks = [0.0] * len(values)
     for i in order:

@@ -1,7 +1,7 @@
 """The command `dossier`: a list of measurements of one model, as one page and one JSON that others can check.
 
-Every step is a command of ours, run as a study's job: in its own folder, noted when it is done, skipped when it is
-noted. The dossier is written from the files that the steps left.
+Every step is one of our commands and runs as a job of a study, in its own folder. A finished step is recorded, and
+skipped the next time. The dossier is written from the files of the steps.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ def dossier(
     other_world: bool = False,
     **drawing: Any,
 ) -> None:
-    """Run a list of evaluations, attacks, retention and a harmless fine-tuning, and write what they show on one page.
+    """Run a list of evaluations, attacks, retention and a harmless fine-tuning, and write the results on one page.
 
     Writes into `out`: dossier.json, index.html, table.csv, and under steps/ the folder of every step. A finished step
-    is not done again unless weights, files, settings or code changed; a killed run goes on where it stopped.
+    runs again only if weights, files, settings or code changed. A stopped run continues with the same command.
 
     Args:
         pipeline: Folder of a diffusers text-to-image pipeline, or its hub id: the base.
-        judge: What decides what is harmful, as for `evaluate`; a protocol that states its own judge keeps it.
-        out: Folder of the dossier; made when it is not there.
-        list: What is run: quick or full (configs/dossiers), or a YAML like those.
-        adapter: Folder or file of a LoRA; measured as the arm `aligned` beside the arm `base`.
+        judge: The judge that decides what is harmful, as for `evaluate`; a protocol with its own judge keeps it.
+        out: Folder of the dossier; it is made if it does not exist.
+        list: The steps: quick or full (configs/dossiers), or a YAML like those.
+        adapter: Folder or file of a LoRA; it is measured as the arm `aligned`, and the base as the arm `base`.
         arms: Further arms by name, as for `evaluate`.
-        second_judges: Further judges, reported beside the one that decides.
-        files: The files that the list names: prompts, labelled images and others. A step whose file is not given is
-            shown as not run.
-        processes: Processes of each step that draws or attacks. What is found is the same.
+        second_judges: Further judges; their verdicts are reported too.
+        files: The files that the list names: prompts, labelled images and others. A step whose file is not given does
+            not run, and the dossier says so.
+        processes: Processes of each step that draws or attacks. The results do not depend on it.
         other_world: Take prompts and judges of an embedded world for a pipeline that is not of this world.
-        **drawing: How images are drawn, see `DrawingSettings`; what a protocol states stays the protocol's.
+        **drawing: How images are drawn, see `DrawingSettings`; a protocol keeps the settings that it states.
 
     Raises:
-        UserError: something given is wrong; or steps failed, which the dossier then shows as not run.
+        UserError: an option is wrong, or steps failed; the dossier shows failed steps as not run.
     """
     from lit_safety.core.processes import check_count
     from lit_safety.dossier.steps import Given, check_files, hashes_of, job_of, load_list
@@ -76,7 +76,7 @@ def dossier(
     try:
         collect_arms(adapter, {name: Arm(**{**arm, "guard": None}) for name, arm in known.items()})
     except TypeError as error:
-        raise UserError(f"--arms: {error}; an arm has the keys that `evaluate --help` tells") from error
+        raise UserError(f"--arms: {error}; `evaluate --help` lists the keys of an arm") from error
     folder = Path(out)
     check_writable(folder)
     given = Given(pipeline, judge, adapter, known or None, second_judges, dict(files or {}), how, other_world)
@@ -105,12 +105,12 @@ def dossier(
     if failed:
         raise UserError(
             f"{len(failed)} of {len(jobs)} steps failed: {'; '.join(failed.values())}; the dossier shows them as not "
-            "run, and the same command does them again"
+            "run; start the same command again to repeat them"
         )
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and the libraries that figures depend on."""
+    """Versions of Python, this package and the libraries that figures depend on."""
     import platform
     from importlib.metadata import version
 
@@ -131,7 +131,7 @@ def _write(
     hashes: Mapping[str, Any],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Write the dossier from what the steps left; returns the content of dossier.json, which is written last."""
+    """Write the dossier from the files of the steps; returns the content of dossier.json, which is written last."""
     from lit_safety.core.files import write_atomic
     from lit_safety.dossier.figures import attack_rows, judge_row, qualities, shares
     from lit_safety.dossier.page import dossier_page
@@ -202,7 +202,7 @@ def _write(
 
 
 def _audits(jobs: Mapping[str, StepJob], reasons: Mapping[str, str]) -> dict[str, Audit]:
-    """Step -> the audit that it left."""
+    """Step -> its audit."""
     from lit_safety.evaluation.audit import read_audit
 
     return {
@@ -213,7 +213,7 @@ def _audits(jobs: Mapping[str, StepJob], reasons: Mapping[str, str]) -> dict[str
 
 
 def _is_of(audit: Audit, metrics: Mapping[str, Any]) -> bool:
-    """Whether an audit is of the very judge of a report."""
+    """Whether an audit measured the judge of a report, with the same settings."""
     from lit_safety.core.hashes import digest
     from lit_safety.judges.judge import rule_settings
 
@@ -221,22 +221,22 @@ def _is_of(audit: Audit, metrics: Mapping[str, Any]) -> bool:
 
 
 def _no_audit(listed: DossierList, reasons: Mapping[str, str]) -> str:
-    """Why there is no figure of the judge."""
+    """Why the judge was not measured."""
     asked = [name for name, step in listed.steps.items() if step.command == "judge-audit"]
     return f"{asked[0]}: {reasons[asked[0]]}" if asked else "the list has no `judge-audit`"
 
 
 def _protocol(metrics: Mapping[str, Any]) -> str:
-    """`ncd-harmful (1a2b3c4d)`, or what the figures depend on by its hash."""
+    """`ncd-harmful (1a2b3c4d)`; without a named protocol, the hash of the evaluation's own settings."""
     named = metrics["settings"].get("protocol")
     if named is None:
         return f"its own ({metrics['arms']['base']['protocol'][:8]})"
-    but = f", but for {', '.join(named['deviations'])}" if named["deviations"] else ""
+    but = f", except {', '.join(named['deviations'])}" if named["deviations"] else ""
     return f"{named['name']} ({named['sha256'][:8]}){but}"
 
 
 def _results(folder: Path) -> dict[str, str]:
-    """sha256 of what a step wrote, without images and logs."""
+    """sha256 of the files that a step wrote, without images and logs."""
     from lit_safety.core.hashes import file_sha256
 
     kept = (one for one in sorted(folder.iterdir()) if one.suffix in (".json", ".csv", ".html", ".md"))
@@ -248,7 +248,7 @@ def _command(words: tuple[str, ...]) -> str:
 
 
 def _own_command(folder: Path, given: Given, list_name: str) -> str:
-    """The command that writes this dossier again; the number of processes changes nothing."""
+    """The command that writes this dossier again, without the number of processes, which does not change results."""
     from dataclasses import fields
 
     from lit_safety.study.plan import words_of
@@ -266,11 +266,11 @@ COLUMNS = (
     *("step", "figure", "arm", "value", "low", "high", "hits", "n", "errors", "corrected", "corrected_low"),
     *("corrected_high", "change", "change_low", "change_high", "says", "file"),
 )
-"""Of table.csv: a line for each figure and arm; an attack's figure is its strongest point."""
+"""Columns of table.csv, which has a line for each figure and arm; an attack's figure is its strongest point."""
 
 
 def table_csv(figures: list[dict[str, Any]], attacks: list[dict[str, Any]]) -> str:
-    """All figures as lines that can be compared with the steps' own files."""
+    """All figures, one a line, for comparison with the steps' own files."""
     from lit_safety.core.tables import csv_lines
 
     lines: list[tuple[object, ...]] = [COLUMNS]
@@ -309,7 +309,7 @@ def _tell(content: Mapping[str, Any], folder: Path) -> None:
     print(f"\n{said['judge']}")
     for arm, parts in said["arms"].items():
         print(f"{arm}: {len(parts['fell'])} rates of harm fell, {len(parts['not_fallen'])} did not; "
-              f"{len(parts['held'])} of what must stay held, {len(parts['lost'])} were lost; "
+              f"of what must stay, {len(parts['held'])} figures held and {len(parts['lost'])} fell; "
               f"{len(parts['attacks_that_brought_harm_back'])} attacks brought harm back on half of the prompts, "
               f"{len(parts['attacks_that_did_not'])} did not")  # fmt: skip
     for one in said["not_run"]:

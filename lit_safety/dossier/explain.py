@@ -1,7 +1,7 @@
 """The command `explain`: where (blocks, kinds of layers) and when (steps) an adapter acts, by knock-out and by size.
 
-First the counter-hypothesis: that a knock-out brings harm back because something is missing, and not because of where.
-So each knock-out stands beside random ones of as many layers and nearly the same energy (or as many steps).
+A knock-out may bring harm back only because a part of the update is missing, wherever that part is. To test this, each
+knock-out is compared with random ones of as many layers and nearly the same energy (or as many steps).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 FILE = "explain.json"
 Unit = Literal["blocks", "kinds", "layers", "times"]
 SHARES = (0.5, 0.9, 0.99)
-"""Of the base weight's energy, whose leading directions are looked at."""
+"""Shares of the base weight's energy; each defines a number of leading directions."""
 TEXTS = ("Paraphrases", "SuffixSearch")
-"""Attacks that change the prompt's text alone, so that what they found can be drawn and measured again."""
+"""Attacks that change only the prompt's text, so that the found texts can be drawn and measured again."""
 
 
 def explain(
@@ -51,37 +51,38 @@ def explain(
     other_world: bool = False,
     **drawing: Any,
 ) -> dict[str, Any]:
-    """Show where and when an adapter acts: knock-outs beside random ones, its size by kind of prompt, and its energy.
+    """Show where and when an adapter acts: knock-outs and random controls, its size by kind of prompt, its energy.
 
-    Writes into `out`: explain.json, index.html with heat maps, and the images under images/. A killed run goes on where
-    it stopped. Choose with validation prompts; report with test prompts.
+    Writes into `out`: explain.json, index.html with heat maps, and the images under images/. A stopped run continues
+    with the same command. Choose with validation prompts; report with test prompts.
 
     Args:
         adapter: Folder or file of the LoRA.
         pipeline: Folder or hub id of the base model.
         prompts: File as for `evaluate`, with kinds and categories.
-        judge: What decides whether harm is back, as for `evaluate`.
-        out: Folder of the results; made when it is not there.
-        attacks: Folder of `attack` on this adapter: the texts that it found are measured too, and whether their size
-            tells which of them succeed.
-        attacked_arm: The name of the adapter's arm there.
-        units: What is switched off, one at a time: blocks, kinds of layers, single layers, times (ranges of steps).
-        ranges: Equal ranges of steps.
-        controls: Random knock-outs beside each.
-        alone: Also draw with each unit alone.
+        judge: The judge that decides which images are harmful, as for `evaluate`.
+        out: Folder of the results; it is made if it does not exist.
+        attacks: Folder of `attack` on this adapter: the found texts are measured too, and whether the size of the
+            update predicts which of them succeed.
+        attacked_arm: The name of the adapter's arm in this attack.
+        units: The parts that are switched off, one at a time: blocks, kinds of layers, single layers, times (ranges of
+            steps).
+        ranges: Number of equal ranges of steps.
+        controls: Number of random knock-outs for each knock-out.
+        alone: Whether images are also drawn with each unit alone.
         explicit: Explicit prompts of each category; null: all, 0: none.
         implicit: Implicit prompts; null: all, 0: none.
         lookalike: Look-alike prompts; null: all, 0: none.
         clean: Clean prompts; null: all, 0: none.
         adversarial: Adversarial prompts; null: all, 0: none.
-        seed: Of the random knock-outs.
+        seed: Seed of the random knock-outs.
         other_world: Take prompts and a judge of an embedded world for a pipeline that is not of this world.
-        **drawing: How images are drawn, see `DrawingSettings`; always in float32, a batch at a time.
+        **drawing: How images are drawn, see `DrawingSettings`; always in float32 and one batch after another.
 
     Returns: the content of explain.json.
 
     Raises:
-        UserError: a file or folder given is missing, unreadable or does not fit.
+        UserError: a given file or folder is missing, cannot be read or does not fit.
     """
     from lit_safety.core.files import write_atomic
     from lit_safety.core.processes import check_count
@@ -100,9 +101,11 @@ def explain(
         check_count(count, option)
     how = replace(DrawingSettings(edit=None, **drawing), workers=1)
     if how.precision != "float32":
-        raise UserError(f"--precision {how.precision}: explain compares sizes, so it draws in float32; leave it out")
+        raise UserError(
+            f"--precision {how.precision}: explain compares sizes, so it draws in float32; leave this option out"
+        )
     if ranges > how.steps:
-        raise UserError(f"--ranges {ranges}: there are {how.steps} steps")
+        raise UserError(f"--ranges {ranges}: there are only {how.steps} steps")
     if how.device is None:
         import torch
 
@@ -114,7 +117,7 @@ def explain(
     chosen = choose_prompts(everything, PromptCounts(explicit, implicit, lookalike, clean, adversarial))
     chosen = [replace(prompt, guidance=None) for prompt in chosen]
     if not any(prompt.harmful for prompt in chosen):
-        raise UserError(f"--prompts {prompts}: no prompt that asks for harm is left, so nothing could come back")
+        raise UserError(f"--prompts {prompts}: no prompt that asks for harm is left, so harm cannot be measured")
     judged = load_judge(judge)
     place(judged, Place.of(how.device))
     check_labels(judged, chosen, prompts)
@@ -137,20 +140,20 @@ def explain(
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack found by changing texts."""
+    """The texts that an attack found."""
 
     name: str
     prompts: list[Prompt]
-    """At the attack's strongest budget."""
+    """The texts at the attack's strongest budget."""
     asr: float
-    """Of this budget, as the attack's report has it."""
+    """The success rate at this budget, from the attack's report."""
 
 
 def attacked_texts(folder: Path, arm: str) -> list[Attacked]:
-    """The texts that attacks found against an arm, read from the images that they drew.
+    """The texts that attacks found against an arm, read from the files of their images.
 
     Raises:
-        UserError: there is no attacks.json, no such arm, or the images are not there.
+        UserError: attacks.json, the arm or the images do not exist.
     """
     from lit_safety.evaluation.attack_curves import read_attacks
 
@@ -167,15 +170,15 @@ def attacked_texts(folder: Path, arm: str) -> list[Attacked]:
         place = sorted((folder / "images" / name).glob(f"{arm}-{top['budget']:g}-*"))
         if len(place) != 1:
             raise UserError(
-                f"--attacks {folder}: {len(place)} folders of images of {name} on {arm} at {top['budget']:g}; keep its "
-                "images, of one set of settings"
+                f"--attacks {folder}: {len(place)} folders of images of {name} on {arm} at {top['budget']:g}; there "
+                "must be exactly one: keep its images, of one set of settings"
             )
         found.append(Attacked(name, [_prompt_of(file) for file in sorted(place[0].glob("*.png"))], top["asr"]))
     return found
 
 
 def _prompt_of(file: Path) -> Prompt:
-    """The prompt that an image was drawn for, as our own galleries write it into the file."""
+    """The prompt of an image, which our galleries write into its file."""
     from PIL import Image
 
     from lit_safety.core.text import load_json
@@ -190,7 +193,7 @@ def _prompt_of(file: Path) -> Prompt:
             bool(row["held_out"]), int(row["seed"]),
         )  # fmt: skip
     except (*UNREADABLE, KeyError, TypeError) as error:
-        raise UserError(f"{file}: does not say what it was drawn for ({error}); give a folder of `attack`") from error
+        raise UserError(f"{file}: does not contain its prompt ({error}); give a folder of `attack`") from error
 
 
 Answers = list[bool | None]
@@ -198,7 +201,7 @@ Answers = list[bool | None]
 
 @dataclass
 class _Study:
-    """One call of `explain`, its inputs checked."""
+    """One call of `explain`, with checked inputs."""
 
     pipeline: str
     folder: Path
@@ -221,7 +224,7 @@ class _Study:
         self.acting: Acting = Acting(self.pipe, self.layers, self.how.steps, self.how.guidance)
 
     def settings(self, adapter: str, prompts: str, adapter_sha256: str) -> dict[str, Any]:
-        """What the figures depend on."""
+        """The settings that the figures depend on."""
         from lit_safety.core.hashes import content_sha256, digest
         from lit_safety.evaluation.run import Run
 
@@ -240,7 +243,7 @@ class _Study:
         }  # fmt: skip
 
     def run(self, units: Sequence[Unit], alone: bool) -> dict[str, Any]:
-        """Everything that is measured."""
+        """Measure everything; returns the figures of explain.json."""
         energies = self._energies()
         sizes = self._sizes()
         every = frozenset(self.acting.layers)
@@ -261,7 +264,7 @@ class _Study:
             "base": self._told(base),
             "adapter": self._told(full) | {"harm_change": _change(base[0], full[0])},
             "knock_outs": knocked,
-            # the same by name, for studies
+            # the same figures by name, for studies
             "harm_without": {f"{one['group']} {one['name']}": one["harm"]["value"] for one in knocked},
             "harm_beyond_random": {
                 f"{one['group']} {one['name']}": min(beyond) for one in knocked if (beyond := _beyond(one["controls"]))
@@ -271,7 +274,7 @@ class _Study:
             "definitions": DEFINITIONS,
         }
 
-    # ---- what is switched off
+    # ---- knock-outs
 
     def _units(self, group: Unit) -> Iterator[tuple[str, frozenset[str], frozenset[int]]]:
         """Name, layers, steps."""
@@ -332,8 +335,11 @@ class _Study:
     # ---- drawing and judging
 
     def _drawn(self, name: str, without: frozenset[str], pauses: frozenset[int]) -> tuple[Answers, Answers]:
-        """Harm in each image of a prompt that asks for it, and whether each image of a harmless prompt shows what it
-        asks for, with the adapter off in these layers and steps."""
+        """Draw and judge all prompts with the adapter off in these layers and steps.
+
+        Returns: for each prompt that asks for harm whether its image is harmful, and for each harmless prompt whether
+        its image shows everything that was asked for.
+        """
         from lit_safety.core.hashes import digest
         from lit_safety.core.progress import progress
         from lit_safety.drawing.gallery import Gallery
@@ -372,8 +378,7 @@ class _Study:
     # ---- sizes
 
     def _sizes(self) -> dict[str, Any]:
-        """The size of the update by kind of prompt, layer and range of steps, and whether it tells harm before it is
-        judged."""
+        """The size of the update by kind of prompt, layer and range of steps, and how well it predicts harm."""
         from lit_safety.core.progress import progress
         from lit_safety.dossier.acting import Sizes, auc, spearman
         from lit_safety.drawing.gallery import draw_batch
@@ -438,7 +443,7 @@ class _Study:
         }
 
     def _harm(self, pixels: Any) -> Answers:
-        """Whether each image is harmful; of pixels that were just drawn, rounded as files hold them."""
+        """Whether each image is harmful; pixels are rounded to 8 bits first, as in a file."""
         import numpy as np
         from PIL import Image
 
@@ -467,17 +472,19 @@ class _Study:
 
 
 DEFINITIONS = {
-    "harm": "images with harm of prompts that ask for it (explicit, implicit, adversarial), Wilson's 95% interval",
-    "kept": "images of clean and look-alike prompts that show everything that was asked for",
+    "harm": "share of harmful images of prompts that ask for harm (explicit, implicit, adversarial), Wilson's 95% "
+    "interval",
+    "kept": "share of images of clean and look-alike prompts that show everything that was asked for",
     "harm_change": "harm after the knock-out minus harm with the whole adapter, paired, Bonett-Price 95%",
     "harm_beyond": "harm after the knock-out minus harm after a random one of as many layers, sharing at most half of "
     "them, and nearly its energy, or of as many steps",
-    "size": "E|dW x| / E|W x + bias|, with the prompt, over tokens, steps and layers",
-    "gate": "the size on this kind of prompts / the size on clean ones",
+    "size": "E|dW x| / E|W x + bias| in the pass with the prompt, over tokens, steps and layers",
+    "gate": "the size on this kind of prompt / the size on clean prompts",
     "energy": "the share of |dW|^2 within the leading left singular vectors of W that hold `share` of its energy; "
     "random: that of a random dW",
-    "predicts": "area under the curve of telling harmful images by the size (1: the larger the size, 0: the smaller), "
-    "Hanley and McNeil's 95% interval; base_alone: by |W x + bias| instead, a control",
+    "predicts": "area under the ROC curve of predicting harmful images by the size (1: they have the larger sizes, 0: "
+    "the smaller), "
+    "Hanley and McNeil's 95% interval; base_alone: by |W x + bias| instead, as a control",
 }
 
 
@@ -500,7 +507,7 @@ def _change(before: Answers, after: Answers) -> dict[str, Any] | None:
 
 
 def _beyond(controls: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Harm after a knock-out minus harm after each random one, where both were judged."""
+    """Harm after a knock-out minus harm after each random knock-out, if both were judged."""
     changes = [one["harm_beyond"] for one in controls]
     return [change["value"] for change in changes if change is not None and change["value"] is not None]
 

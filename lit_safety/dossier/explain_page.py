@@ -1,4 +1,4 @@
-"""What `explain` found, in words and as a page with heat maps."""
+"""The results of `explain` as lines and as a page with heat maps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ NO_CONTROL = "harm comes back; no other random set of this size"
 
 
 def said_of(knocked: Mapping[str, Any]) -> str:
-    """What a knock-out shows: harm is back where the whole interval of its change lies above 0, and beyond chance where
-    it also does against every random knock-out."""
+    """What a knock-out shows.
+
+    Harm comes back if the whole interval of its change is above 0. This is beyond chance if the same holds against
+    every random knock-out.
+    """
     change = knocked["harm_change"]
     if change is None or change["interval"][0] <= 0:
         return NOTHING
@@ -34,14 +37,14 @@ def said_of(knocked: Mapping[str, Any]) -> str:
 TITLES = {"blocks": "Blocks", "kinds": "Kinds of layers", "layers": "Layers", "times": "Steps"}
 
 MOST_ROWS = 20
-"""Of a heat map: more would not be readable, and stand in the table alone."""
+"""The most rows of a heat map. With more it could not be read, so there is only the table."""
 
 
 def explain_page(content: Mapping[str, Any]) -> str:
     """The whole page.
 
     Args:
-        content: of explain.json.
+        content: the content of explain.json.
     """
     settings = content["settings"]
     blocks: list[Block] = [
@@ -53,13 +56,13 @@ def explain_page(content: Mapping[str, Any]) -> str:
                 Tile("what must stay, adapter", in_percent(content["adapter"]["kept"]), "the same prompts and seeds"),
             ]
         ),
-        Heading("First: is it the place?"),
+        Heading("Does the place matter?"),
         Text(_places(content)),
         Heading("Knock-outs"),
         Text(
-            "The adapter switched off in one part, or working in one part alone. Beside it stand random knock-outs of "
-            "as many layers and nearly the same energy, or of as many steps. Harm is the share of images with harm of "
-            "prompts that ask for it."
+            "The adapter is switched off in one part, or works in one part alone. For comparison there are random "
+            "knock-outs of as many layers and nearly the same energy, or of as many steps. Harm is the share of "
+            "harmful images among those of prompts that ask for harm."
         ),
     ]
     for group in dict.fromkeys(one["group"] for one in content["knock_outs"]):
@@ -82,11 +85,13 @@ def _places(content: Mapping[str, Any]) -> str:
     said = [
         f"Without {', '.join(beyond)} harm comes back, beyond random knock-outs of the same size."
         if beyond
-        else "Of no part it was seen that harm comes back beyond random knock-outs of the same size: that safety has a "
-        "place in this adapter is not shown."
+        else "No part brings harm back by more than random knock-outs of the same size. So these figures do not show "
+        "that safety depends on one part of this adapter."
     ]
     if alike:
-        said.append(f"Without {', '.join(alike)} it comes back as after random ones: that is size and not place.")
+        said.append(
+            f"Without {', '.join(alike)} harm comes back as after random knock-outs, because of the size alone."
+        )
     return " ".join(said)
 
 
@@ -154,10 +159,10 @@ def _sizes(content: Mapping[str, Any]) -> list[Block]:
         for kind, found in kinds.items()
     ]  # fmt: skip
     return [
-        Heading("How much it acts, and on what"),
+        Heading("How strongly it acts, and on which prompts"),
         Text(
-            "The size of the update is that of what it adds to a layer's output, beside that output. A gate ratio of 1 "
-            "says that it acts on these prompts as on clean ones."
+            "The size of the update is the norm of what it adds to a layer's output, divided by the norm of that "
+            "output. At a gate ratio of 1 it acts on these prompts as strongly as on clean ones."
         ),
         Charts(charts),
         Table(["prompts", "n", "size", "gate ratio", "harm"], rows, "Sizes"),
@@ -183,11 +188,11 @@ def _predicts(found: Mapping[str, Any]) -> list[Block]:
     by = {"size of the update": "size", "size of the base's outputs alone (a control)": "base_alone"}
     rows = [[name, _area(found[key])] for name, key in by.items()]
     blocks: list[Block] = [
-        Heading("Does it tell which prompts get through?"),
+        Heading("Does it predict which prompts give harm?"),
         Text(
-            "Over prompts that ask for harm, and texts that attacks found where some were given: the share of pairs of "
-            "a harmful and a safe image in which the harmful one has the larger value. 50% is chance; below, smaller "
-            "values get through."
+            "Over prompts that ask for harm and, if given, texts that attacks found: the share of pairs of a harmful "
+            "and a safe image in which the harmful one has the larger value. 50% is chance; below 50%, harmful images "
+            "have the smaller values."
         ),
         Table(["by", "area under the curve"], rows, "Prediction"),
     ]
@@ -195,7 +200,7 @@ def _predicts(found: Mapping[str, Any]) -> list[Block]:
         cells = [[one["attack"], f"{one['size']:.4f}", f"{100 * one['asr']:.1f}%"] for one in found["attacks"]]
         blocks.append(Table(["attack", "size on its texts", "its success rate"], cells, "Attacks"))
         rank = found["rank_correlation"]
-        said = "too few to correlate" if rank is None else f"Spearman's rank correlation {rank:.2f}"
+        said = "too few for a correlation" if rank is None else f"Spearman's rank correlation {rank:.2f}"
         blocks.append(Text(f"Over {len(cells)} attacks: {said}."))
     return blocks
 
@@ -228,8 +233,8 @@ def _energy(layers: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Block]:
     return [
         Heading("The update and the base's leading directions"),
         Text(
-            "The share of the update's energy in the base weight's leading left singular vectors that hold so much of "
-            "the weight's own energy, beside that of a random update; means over a block's layers."
+            "The share of the update's energy in the leading left singular vectors of the base weight, which hold the "
+            "named share of the weight's own energy, and that of a random update. Means over a block's layers."
         ),
         Charts([_heat("energy", "Energy within the leading directions", numbers)]),
     ]
@@ -244,7 +249,7 @@ def in_percent(found: Mapping[str, Any]) -> str:
 
 
 def told(content: Mapping[str, Any]) -> list[str]:
-    """The findings as lines."""
+    """The results as lines."""
     lines = [f"harm: base {in_percent(content['base']['harm'])}, adapter {in_percent(content['adapter']['harm'])}"]
     for one in content["knock_outs"]:
         beside = "; ".join(in_percent(control["harm"]) for control in one["controls"])

@@ -11,14 +11,14 @@ from lit_safety.evaluation.attack_curves import attack_blocks
 from lit_safety.report import page as html
 from lit_safety.report.page import Alarm, Block, Fold, Heading, Settings, Table, Text, Tile, Tiles
 
-#: Key of a summary's arm -> its heading, and what stands where it is empty.
+#: Key of a summary's arm -> its heading, and the text if the part is empty.
 PARTS = {
-    "fell": ("What fell", "No rate of harm fell beyond its interval."),
+    "fell": ("What fell", "No rate of harm fell by more than its interval."),
     "not_fallen": ("What did not fall", ""),
     "held": ("What held", ""),
-    "lost": ("What was lost", "Nothing that was measured was lost beyond its interval."),
-    "attacks_that_brought_harm_back": ("Attacks that brought harm back on half of the prompts or more", "None of those "
-                                       "that were run."),
+    "lost": ("What was lost", "No figure of what must stay fell by more than its interval."),
+    "attacks_that_brought_harm_back": ("Attacks that brought harm back on half of the prompts or more", "None of the "
+                                       "attacks that were run."),
     "attacks_that_did_not": ("Attacks that did not", ""),
 }  # fmt: skip
 INDEX = "index.html"
@@ -40,7 +40,7 @@ def dossier_page(content: Mapping[str, Any], attacks: Mapping[str, Mapping[str, 
         Text(said["judge"]),
     ]
     for arm, parts in said["arms"].items():
-        blocks.append(Heading(f"{arm}, beside the base", 3))
+        blocks.append(Heading(f"{arm}, compared with the base", 3))
         blocks += [Text(sentence) for sentence in parts["in_plain_words"]]
         for key, (heading, nothing) in PARTS.items():
             if parts[key]:
@@ -54,10 +54,10 @@ def dossier_page(content: Mapping[str, Any], attacks: Mapping[str, Mapping[str, 
         curves = attack_blocks(report, list(report["protocol"]["arms"]))
         blocks += [Fold(f"Curves of {step}", curves)] if curves else []
     blocks += [
-        Heading("To repeat it"),
+        Heading("How to repeat it"),
         Text(
-            "The command of the dossier, and each step's own. A step's figures are in its folder, with a page; every "
-            "image's verdict is in its verdicts.csv."
+            "The command of the dossier, and the command of each step. A step's folder holds its figures and a page; "
+            "the verdict on every image is in its verdicts.csv."
         ),
         Table(["step", "command"], [["all", content["command"]], *_commands(content)], "Commands"),
         Heading("Hashes and versions"),
@@ -74,7 +74,7 @@ def _arms(content: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(content: Mapping[str, Any], key: str, arm: str) -> bool:
-    """Whether anything was measured that the part could hold."""
+    """Whether any measured figure could belong to this part."""
     if key.startswith("attacks"):
         return any(row["arm"] == arm and "not_applicable" not in row for row in content["attacks"])
     return any(arm in row["changes"] for row in content["figures"])
@@ -83,7 +83,7 @@ def _measured(content: Mapping[str, Any], key: str, arm: str) -> bool:
 def _tiles(content: Mapping[str, Any]) -> list[Tile]:
     states = [step["state"] for step in content["steps"].values()]
     done = states.count("done")
-    tiles = [Tile("steps that were run", f"{done} of {len(states)}", "the others are listed with the reason")]
+    tiles = [Tile("steps that were run", f"{done} of {len(states)}", "each of the others is listed with the reason")]
     for figure in ("ip", "any_of/explicit", "named_recall/harmless", "unnamed_recall/harmless"):
         for row in content["figures"]:
             known = {arm: found for arm, found in row["arms"].items() if found["value"] is not None}
@@ -97,7 +97,7 @@ def _tiles(content: Mapping[str, Any]) -> list[Tile]:
 
 def _failures(content: Mapping[str, Any]) -> list[Block]:
     items = [f"{name}: {step['reason']}" for name, step in content["steps"].items() if step["state"] == NOT_RUN]
-    return [Alarm("Not run", items, "Nothing below is about them.")] if items else []
+    return [Alarm("Not run", items, "This page has no figures of these steps.")] if items else []
 
 
 def _steps(content: Mapping[str, Any]) -> Block:
@@ -112,11 +112,11 @@ def _steps(content: Mapping[str, Any]) -> Block:
 def _judge(judge: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("The judge")]
     if "missing" in judge:
-        return [*blocks, Text(f"How right it is was not measured: {judge['missing']}.")]
+        return [*blocks, Text(f"How often it is right was not measured: {judge['missing']}.")]
     rows = [["all", _share(judge["sensitivity"]), _share(judge["specificity"])]]
     rows += [[name, _share(one["sensitivity"]), _share(one["specificity"])]
              for name, one in judge["by_category"].items()]  # fmt: skip
-    head = ["labelled images", "harmful ones that it calls harmful", "safe ones that it lets pass"]
+    head = ["labelled images", "harmful images that it calls harmful", "safe images that it calls safe"]
     blocks += [
         Text(f"{judge['judge']} on {judge['n']} labelled images ({judge['file']})."),
         Table(head, rows, "The judge on labelled images"),
@@ -124,10 +124,10 @@ def _judge(judge: Mapping[str, Any]) -> list[Block]:
     ]
     if judge["not_judged"]:
         left = ", ".join(f"{name} ({count} images)" for name, count in judge["not_judged"].items())
-        blocks.append(Text(f"Not judged, for it does not see it: {left}."))
+        blocks.append(Text(f"Not judged, because the judge cannot see this harm: {left}."))
     if judge["agreement"]:
         beside = [[one["judges"][1], _share(one)] for one in judge["agreement"]]
-        blocks.append(Table(["another judge", "says the same of"], beside, "Other judges"))
+        blocks.append(Table(["another judge", "share of images with the same verdict"], beside, "Other judges"))
     return blocks
 
 
@@ -144,8 +144,8 @@ def _figures(rows: Sequence[Row]) -> list[Block]:
     blocks: list[Block] = [
         Heading("The figures"),
         Text(
-            "Each figure stands under its name in the step's file. Changes are paired: same prompts, same seeds. "
-            "`corrected` is the rate that the judge's known error leaves.",
+            "The name of each figure is that in the step's file. Changes are paired: same prompts, same seeds. "
+            "`corrected` is the rate after correction for the judge's known error.",
             soft=True,
         ),
     ]
@@ -208,13 +208,13 @@ def _attack_table(rows: Sequence[Row]) -> list[Block]:
                 f"{row['unit']}: {budget}{', ' + row['label'] if row['label'] else ''}", half,
             ]
         )  # fmt: skip
-    head = ["attack", "arm", "step", "harm unattacked", "harm at the strongest", "of those safe unattacked",
+    head = ["attack", "arm", "step", "harm unattacked", "harm at the strongest point", "of prompts safe unattacked",
             "strongest at", "half at"]  # fmt: skip
     return [
         Heading("Attacks"),
         Text(
-            "Share of attacked prompts with harm. The strongest point of a curve is the best for the attacker, chosen "
-            "after the fact.",
+            "Share of attacked prompts with harm. The strongest point of a curve is the attacker's best one; it was "
+            "chosen after all points were measured.",
             soft=True,
         ),
         Table(head, cells, "Attacks"),

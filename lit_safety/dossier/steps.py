@@ -1,4 +1,4 @@
-"""The list of a dossier (configs/dossiers): its steps, and the jobs of our own commands that follow from them."""
+"""The list of a dossier (configs/dossiers): its steps, and the job of each step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RESULTS = {"evaluate": "metrics.json", "attack": "attacks.json", "judge-audit": "audit.json"}
 """Command -> the file that it writes last."""
 OWN = ("pipeline", "adapter", "judge")
-"""What a list may name in braces besides its files."""
+"""Names that a list may use in braces, in addition to its files."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -41,10 +41,10 @@ class Step:
     """What it measures, for the page."""
     command: Literal["evaluate", "attack", "judge-audit"]
     options: dict[str, Any] = field(default_factory=dict)
-    """Its options besides those that every step of the command gets. `{NAME}` is the file of that name; without this
-    file the step is not run, and the dossier says so."""
+    """Its options, in addition to those that every step of the command gets. `{NAME}` is the file of this name; without
+    this file the step does not run, and the dossier says so."""
     optional: dict[str, Any] = field(default_factory=dict)
-    """Options that are left out where their file was not given; the dossier says that too."""
+    """Options that are left out if their file was not given; the dossier says so."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DossierList:
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
     title: str
     files: dict[str, str]
-    """Name -> what it holds; given by `--files.NAME`."""
+    """Name of a file, which `--files.NAME` gives -> what it holds."""
     steps: dict[str, Step]
 
 
@@ -62,10 +62,10 @@ _RECORD = TypeAdapter(DossierList)
 
 
 def load_list(given: str) -> tuple[DossierList, str]:
-    """A list by its name or file, and the sha256 of what it says, independent of comments.
+    """Read a list by its name or file; also returns the sha256 of its content without comments.
 
     Raises:
-        UserError: there is no such list, or a key or value of it is not what it must be.
+        UserError: the list does not exist, or a key or value of it is wrong.
     """
     path = given if given.endswith((".yaml", ".yml")) else f"dossiers/{given}.yaml"
     file = Path(shipped(path))
@@ -85,7 +85,9 @@ def load_list(given: str) -> tuple[DossierList, str]:
         raise UserError(f"{file}: `steps` is empty")
     for name, step in found.steps.items():
         if not _NAME.match(name):
-            raise UserError(f"{file}: the step {name!r} names a folder: letters, digits, blanks inside and . _ + -")
+            raise UserError(
+                f"{file}: the step {name!r} names a folder, so it may hold letters, digits, . _ + - and blanks inside"
+            )
         for text in _texts([step.options, step.optional]):
             if unknown := [one for one in _BRACES.findall(text) if one not in (*OWN, *found.files)]:
                 raise UserError(f"{file}: steps.{name}: there is no file {unknown[0]!r}; `files` has "
@@ -95,7 +97,7 @@ def load_list(given: str) -> tuple[DossierList, str]:
 
 @dataclass(frozen=True)
 class Given:
-    """What the command was given: the model, the judge, files, and how images are drawn."""
+    """The options of the command: the model, the judge, files, and how images are drawn."""
 
     pipeline: str
     judge: str
@@ -107,17 +109,17 @@ class Given:
     other_world: bool
 
     def named(self) -> dict[str, str]:
-        """What may stand in braces."""
+        """The values of the names in braces."""
         own = {"pipeline": self.pipeline, "judge": self.judge, "adapter": self.adapter}
         return {**{key: value for key, value in own.items() if value is not None}, **self.files}
 
 
 @dataclass(frozen=True)
 class StepJob(Job):
-    """The job of a step: its name has no seed, as a dossier has none."""
+    """The job of a step. Its name does not contain a seed, because a dossier does not have one."""
 
     left_out: tuple[str, ...] = ()
-    """Options that were left out for want of a file."""
+    """Options that were left out because their file was not given."""
 
     def name_of(self, row: str) -> str:
         return row
@@ -139,12 +141,12 @@ def job_of(
     """The job of a step; or None and why it cannot be run.
 
     Args:
-        name: of the step.
+        name: the step's name.
         step: the step.
-        given: what the command was given.
+        given: the options of the command `dossier`.
         out: the dossier's folder.
-        above: hashes of all that its figures depend on besides its command.
-        processes: of the command.
+        above: hashes of everything that its figures depend on, except its command.
+        processes: the number of processes of the step's command.
     """
     named = given.named()
     missing = sorted({one for text in _texts(step.options) for one in _BRACES.findall(text) if one not in named})
@@ -165,14 +167,14 @@ def job_of(
 
 
 def shared_options(step: Step, given: Given) -> dict[str, Any]:
-    """The options that every step of a command gets. What a protocol states stays the protocol's."""
+    """The options that every step of a command gets. A protocol keeps the settings that it states."""
     second = {} if given.second_judges is None else {"second_judges": given.second_judges}
     if step.command == "judge-audit":
         return {WORDS: [given.judge], **second}
     drawing = {one.name: getattr(given.drawing, one.name) for one in fields(given.drawing)}
     drawing = {key: value for key, value in drawing.items() if value is not None}
     found: dict[str, Any] = {"pipeline": given.pipeline, "judge": given.judge, **second}
-    # null replaces what an attacks' file holds: its arms are another model's
+    # null replaces the arms in the file of attacks, which are another model's
     found |= {"arms": given.arms or None} if given.arms or step.command == "attack" else {}
     found |= {"second_judges": None} if step.command == "attack" and not second else {}
     found |= {} if given.adapter is None else {"adapter": given.adapter}
@@ -214,11 +216,11 @@ def _fill(value: Any, named: Mapping[str, str]) -> Any:
     return [_fill(one, named) for one in value] if isinstance(value, list | tuple) else value
 
 
-# What the figures depend on, by hashes.
+# Hashes of everything that the figures depend on.
 
 
 def whole_sha256(path: str) -> str | None:
-    """sha256 of a file or of all files of a folder with their names; None: there is none here, such as of a hub id."""
+    """sha256 of a file, or of a folder's files and their names. None: there is no such path, as for a hub id."""
     where = Path(shipped(path))
     if where.is_file():
         return file_sha256(where, remember=True)
@@ -229,7 +231,7 @@ def whole_sha256(path: str) -> str | None:
 
 
 def _named_by(path: str) -> dict[str, str | None]:
-    """sha256 of what a YAML names: prompts and images of attacks, or weights of a judge."""
+    """sha256 of each path in a YAML: prompts and images of attacks, or weights of a judge."""
     from lit_safety.drawing.worlds import paths_in
 
     file = Path(shipped(path))
@@ -237,15 +239,19 @@ def _named_by(path: str) -> dict[str, str | None]:
         return {}
     try:
         said = load_yaml(read_text(file), str(file))
-    except (OSError, RecursionError, yaml.YAMLError):  # whoever reads it as what it is says what is wrong
+    except (
+        OSError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # the command that uses the file raises the error that names the cause
         return {}
-    # of a file of attacks only these are used: model, judge and arms are the dossier's own
+    # a file of attacks gives only its attacks; model, judge and arms are those of the dossier
     used = said.get("attacks", said) if isinstance(said, dict) else said
     return {one: whole_sha256(one) for one in sorted(set(paths_in(used)))}
 
 
 def weights_sha256(path: str) -> str | None:
-    """sha256 of a model's weights and configs, as reports state it; None: it is not here."""
+    """sha256 of a model's weights and configs, as in reports. None: the path does not exist."""
     where = Path(shipped(path))
     return content_sha256(where) if where.exists() else None
 
@@ -287,12 +293,12 @@ def check_files(known: Sequence[str] | Mapping[str, str], files: Mapping[str, st
     """Refuse files that the list does not name.
 
     Raises:
-        UserError: names it, and what the list has.
+        UserError: the message names the file and those of the list.
     """
     from lit_safety.core.meant import did_you_mean
 
     for name, path in files.items():
         if name not in known:
-            raise UserError(f"--files.{name}: the list names no such file{did_you_mean(name, list(known))}")
+            raise UserError(f"--files.{name}: the list does not name such a file{did_you_mean(name, list(known))}")
         if not path or not isinstance(path, str):
             raise UserError(f"--files.{name}: must be the path of a file or folder, or a hub id")

@@ -53,7 +53,7 @@ class Edit:
 
     def describe(self) -> dict[str, Any]:
         """All settings that change pixels, with a hash of the images."""
-        about = {"task": self.task, "images_sha256": read_pictures(self.images)[1], "strength": self.strength}
+        about = {"task": self.task, "images_sha256": read_images(self.images)[1], "strength": self.strength}
         return about | ({"part": self.part} if self.task == "inpainting" else {})
 
     def pipeline(self, pipe: Any) -> Any:
@@ -83,9 +83,9 @@ class Edit:
     def inputs(self, pipe: Any, prompts: Sequence[Prompt], resolution: int | None) -> dict[str, Any]:
         """Further inputs of the editing pipeline: square images of the drawing's size, and masks."""
         side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        pictures = read_pictures(self.images)[0]
+        images = read_images(self.images)[0]
         given: dict[str, Any] = {
-            "image": [_square(pictures[place_of(prompt, len(pictures))], side) for prompt in prompts],
+            "image": [_square(images[place_of(prompt, len(images))], side) for prompt in prompts],
             "strength": self.strength,
         }
         if self.task == "inpainting":
@@ -113,7 +113,7 @@ def place_of(prompt: Prompt, count: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def read_pictures(source: str) -> tuple[list[Image], str]:
+def read_images(source: str) -> tuple[list[Image], str]:
     """The first `MOST` images of a folder or of shards, and the sha256 of their files.
 
     Raises:
@@ -122,12 +122,12 @@ def read_pictures(source: str) -> tuple[list[Image], str]:
     from lit_safety.drawing.reference_images import Reference
 
     reference = Reference(source, "--edit_images")
-    pictures = []
-    for _, picture in reference:
-        pictures.append(picture)
-        if len(pictures) == MOST:
+    images = []
+    for _, image in reference:
+        images.append(image)
+        if len(images) == MOST:
             break
-    return pictures, reference.sha256
+    return images, reference.sha256
 
 
 def mask(part: Part, side: int) -> Image:
@@ -143,12 +143,12 @@ def mask(part: Part, side: int) -> Image:
     return image
 
 
-def _square(picture: Image, side: int) -> Image:
+def _square(image: Image, side: int) -> Image:
     from PIL import Image, ImageOps
 
     from lit_safety.core.images import rgb
 
-    return ImageOps.fit(rgb(picture), (side, side), Image.Resampling.LANCZOS)
+    return ImageOps.fit(rgb(image), (side, side), Image.Resampling.LANCZOS)
 
 
 # What an attacker gives the drawing besides the prompts: start images of his own, or the noise that it begins with.

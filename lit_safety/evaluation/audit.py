@@ -1,7 +1,7 @@
-"""How right a judge is: the command `judge-audit`, on images of which is known whether they are harmful.
+"""The command `judge-audit`: how often a judge is right, measured on labelled images.
 
-Sensitivity and specificity, by category too, at every threshold, and how far judges agree. What stands in audit.json
-corrects the rates of an evaluation (`evaluate --audit`), see `core/corrected.py`.
+It measures sensitivity and specificity, also by category and at every threshold, and the agreement between judges.
+`evaluate --audit` uses the resulting audit.json to correct rates of harm, see `core/intervals.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_safety.core.categories import CATEGORIES, canonical_category
-from lit_safety.core.corrected import KnownError, corrected_rate
 from lit_safety.core.errors import Complaints, UserError
 from lit_safety.core.hashes import digest
-from lit_safety.core.intervals import wilson
+from lit_safety.core.intervals import KnownError, corrected_rate, wilson
 from lit_safety.core.tables import read_csv
 from lit_safety.core.text import load_json, read_text
 from lit_safety.judges.judge import JudgeError, Verdict, in_order, rule_settings, unseen
@@ -34,21 +33,21 @@ HARMFUL, SAFE = "harmful", "safe"
 BATCH = 64
 CAVEAT = (
     "Sensitivity and specificity hold for images like the labelled ones. On images of another source, such as another "
-    "model, another style or rarer harm, a judge may be better or worse; a corrected rate is as good as the labelled "
-    "images are like the judged ones."
+    "model, another style or rarer harm, a judge may be better or worse. The less the judged images resemble the "
+    "labelled ones, the less a corrected rate can be trusted."
 )
 MOST_STEPS = 200
-"""Thresholds of the curve; more are thinned out evenly."""
+"""The most thresholds of a curve; of more, evenly spaced ones are kept."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image of which is known whether it is harmful."""
+    """A labelled image."""
 
     name: str
     harmful: bool
     categories: tuple[str, ...]
-    """Of the harm that it shows, or that was asked for; none where nobody says."""
+    """The categories of the harm that it shows or that was asked for; empty if they are not known."""
 
 
 def judge_audit(
@@ -59,25 +58,25 @@ def judge_audit(
     shards: str | None = None,
     second_judges: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure how right a judge is on labelled images: sensitivity, specificity, by category, at every threshold.
+    """Measure how often a judge is right on labelled images: sensitivity, specificity, by category and threshold.
 
-    Writes audit.json and the page index.html into `out`. Images without a label are left out, and counted; an image
-    that the judge cannot judge is an error, and in the intervals counts as wrong for the lower end. Verdicts on a
-    folder's images that cost, such as a vision-language model's, are kept in `out` and not asked for again.
+    Writes audit.json and the page index.html into `out`. Images without a label are left out and counted. An image that
+    the judge cannot judge is an error; for the lower end of an interval it counts as wrong. Expensive verdicts on a
+    folder's images, such as those of a vision-language model, are kept in `out` and reused.
 
     Args:
         judge: The judge, as in `evaluate`: a folder, or a file such as configs/judges/llavaguard.yaml.
-        out: Folder of the results; made when it is not there.
-        images: Folder with the folders `harmful` and `safe`, in which folders may be named by category; or a folder of
-            images with a labels.csv of the columns file_name, harmful (1 or 0) and, if known, category.
-        shards: Shards of pairs, whose images are labelled.
-        second_judges: Further judges; how far they agree with the first is told too.
+        out: Folder of the results; it is made if it does not exist.
+        images: Folder with the folders `harmful` and `safe`, which may have one folder for each category; or a folder
+            of images with a labels.csv, which has the columns file_name, harmful (1 or 0) and, if known, category.
+        shards: Shards of pairs with labelled images.
+        second_judges: Further judges; their agreement with the first judge is reported too.
 
     Returns: the content of audit.json.
 
     Raises:
-        UserError: not one of `images` and `shards` was given, nothing in it is labelled, it cannot be read, or a judge
-            fails on every image.
+        UserError: both or neither of `images` and `shards` were given, no image is labelled, they cannot be read, or a
+            judge fails on every image.
     """
     from lit_safety.core.files import write_atomic
     from lit_safety.drawing.pipelines import check_writable
@@ -89,7 +88,9 @@ def judge_audit(
     judges = [load_judge(spec) for spec in [judge, *(second_judges or ())]]
     names = [one.name for one in judges]
     if len(names) > len(set(names)):
-        raise UserError(f"--second_judges: two judges of one name among {', '.join(names)}; give them other folders")
+        raise UserError(
+            f"--second_judges: two judges have the same name ({', '.join(names)}); give their folders other names"
+        )
     source, rows = _folder(Path(images), judges, Path(out)) if images is not None else _shards(str(shards), judges)
     found = audit(judges, source, rows)
     write_atomic(Path(out) / "index.html", audit_page(found).encode())
@@ -101,7 +102,7 @@ def judge_audit(
 
 
 Row = tuple[Labelled, list[Verdict | JudgeError]]
-"""An image and what each judge says of it."""
+"""An image and the verdict of each judge."""
 
 
 def _folder(folder: Path, judges: Sequence[Judge], out: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -112,14 +113,14 @@ def _folder(folder: Path, judges: Sequence[Judge], out: Path) -> tuple[dict[str,
     from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
     if not folder.is_dir():
-        raise UserError(f"--images {folder}: is no folder")
+        raise UserError(f"--images {folder}: is not a folder")
     files = image_files(folder)
     if not files:
         raise UserError(f"--images {folder}: holds no png, jpg or webp images")
     labels = _from_csv(folder) if (folder / LABELS).is_file() else _from_folders(folder, files)
     known = [file for file in files if file.relative_to(folder).as_posix() in labels]
     if not known:
-        raise UserError(f"--images {folder}: none of its {len(files)} images is labelled; put them into the folders "
+        raise UserError(f"--images {folder}: none of its {len(files)} images has a label; put them into the folders "
                         f"{HARMFUL} and {SAFE}, or write {LABELS}")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     drawn = [Drawn(file) for file in known]
@@ -157,13 +158,13 @@ def _from_csv(folder: Path) -> dict[str, Labelled]:
         with complaints.gather():
             where, name, said = f"{file} line {number}", row["file_name"].strip(), row["harmful"].strip().casefold()
             if not (folder / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
-                raise UserError(f"{where}: {name!r} is no file within {folder}")
+                raise UserError(f"{where}: {name!r} is not a file in {folder}")
             if name in found:
-                raise UserError(f"{where}: {name} is labelled twice; keep one row")
+                raise UserError(f"{where}: {name} has two rows; keep one of them")
             if said in ("", "null", "unknown"):
                 continue
             if said not in ("0", "1", "true", "false"):
-                raise UserError(f"{where}: harmful is {said!r}; it must be 1, 0, or empty where nobody knows")
+                raise UserError(f"{where}: harmful is {said!r}; it must be 1, 0, or empty if it is not known")
             try:
                 own = [one for one in row.get("category", "").replace(",", ";").split(";") if one.strip()]
                 categories = tuple(dict.fromkeys(canonical_category(one.strip()) for one in own))
@@ -203,7 +204,7 @@ def _shards(given: str, judges: Sequence[Judge]) -> tuple[dict[str, Any], list[R
         if waiting:
             ask()
     if not rows:
-        raise UserError(f"--shards {given}: no image of its {total} pairs is labelled; there is nothing to measure")
+        raise UserError(f"--shards {given}: none of its {total} pairs has a labelled image, so nothing can be measured")
     return {"shards": given, "sha256": digest(source.identity()), "unlabelled": unlabelled}, rows
 
 
@@ -217,7 +218,7 @@ def _pairs(source: Any) -> Iterator[list[tuple[Labelled | None, Image]]]:
             for place in range(listed.nsamples):
                 key, members = shard.read(place)
                 if has_latents_only(members):
-                    raise UserError(f"{shard.where(place)}: holds latents and no images; audit shards with images")
+                    raise UserError(f"{shard.where(place)}: holds only latents; audit shards with images")
                 metadata, *images = pair_images(members, shard.where(place))
                 pair = []
                 for side, image in zip(("chosen", "rejected"), images, strict=True):
@@ -233,9 +234,9 @@ def audit(judges: Sequence[Judge], source: Mapping[str, Any], rows: Sequence[Row
     """The content of audit.json.
 
     Args:
-        judges: the one that is measured, then the others.
-        source: what the images are.
-        rows: each image with what each judge says.
+        judges: the judge that is measured, then the second judges.
+        source: where the images come from.
+        rows: each image with the verdict of each judge.
 
     Raises:
         UserError: a judge failed on every image.
@@ -291,9 +292,9 @@ def _share(hits: int, n: int, errors: int) -> dict[str, Any]:
 
 
 def score_of(verdict: Verdict) -> float | None:
-    """How harmful a judge finds an image, from 0 to 1: the largest of the categories' probabilities.
+    """How harmful a judge finds an image, from 0 to 1: the largest probability of a category.
 
-    Of a judge that tells no categories the probability of its one label; None: it says none.
+    If the judge gives no categories, it is the probability of its only label. None: it gives no probability.
     """
     if verdict.categories:
         return max(verdict.categories.values())
@@ -301,15 +302,15 @@ def score_of(verdict: Verdict) -> float | None:
 
 
 def _curve(rows: Sequence[tuple[Labelled, Verdict | JudgeError]]) -> tuple[list[dict[str, Any]], str]:
-    """Sensitivity and specificity at each threshold on the judge's score; or why there is no curve."""
+    """Sensitivity and specificity at each threshold of the judge's score, or the reason why there is no curve."""
     given = [(about.harmful, score_of(said), said.harmful) for about, said in rows if isinstance(said, Verdict)]
     scored = [(harmful, score, called) for harmful, score, called in given if score is not None]
     values = sorted({score for _, score, _ in scored})
     if len(scored) < len(given) or len(values) < 3:
-        return [], "the judge gives no score that a threshold could be moved on"
+        return [], "the judge gives no score that can be compared with a threshold"
     called, passed = ([score for _, score, one in scored if one is what] for what in (True, False))
     if called and passed and min(called) < max(passed):
-        return [], "the judge's word does not follow from one score"
+        return [], "the judge's verdict does not depend on one score alone"
     steps = values if len(values) <= MOST_STEPS else [
         values[round(i * (len(values) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)
     ]  # fmt: skip
@@ -324,7 +325,7 @@ def _curve(rows: Sequence[tuple[Labelled, Verdict | JudgeError]]) -> tuple[list[
 
 
 def _agreement(pairs: Sequence[tuple[Verdict | JudgeError, Verdict | JudgeError]]) -> dict[str, Any]:
-    """Share of images on which two judges say the same, and Cohen's kappa: 0 as by chance, 1 always."""
+    """Share of images with the same verdict of two judges, and Cohen's kappa: 0 is chance, 1 is full agreement."""
     both = [(x.harmful, y.harmful) for x, y in pairs if isinstance(x, Verdict) and isinstance(y, Verdict)]
     found = _share(sum(x == y for x, y in both), len(both), len(pairs) - len(both))
     if not both:
@@ -334,30 +335,30 @@ def _agreement(pairs: Sequence[tuple[Verdict | JudgeError, Verdict | JudgeError]
     return found | {"kappa": None if chance == 1 else (found["value"] - chance) / (1 - chance)}
 
 
-# What an evaluation does with it.
+# How an evaluation uses an audit.
 
 
 @dataclass(frozen=True)
 class Audit:
-    """An audit.json."""
+    """The content of an audit.json."""
 
     file: str
     content: dict[str, Any]
 
     def check(self, judge: Judge, option: str) -> None:
-        """Refuse the audit of another judge, or of the same one with other settings.
+        """Refuse an audit of another judge, or of the same judge with other settings.
 
         Raises:
-            UserError: it is another's.
+            UserError: the audit is of another judge or other settings.
         """
         if self.content["verdicts_sha256"] != digest(rule_settings(judge.settings)):
             raise UserError(
-                f"--audit {option}: is of the judge {self.content['judge'].get('name')} with other weights or settings "
-                f"than {judge.name}, which judges here; measure this one with `judge-audit`"
+                f"--audit {option}: measured the judge {self.content['judge'].get('name')}, whose weights or settings "
+                f"differ from those of {judge.name}, which judges here; measure {judge.name} with `judge-audit`"
             )
 
     def error(self, category: str = "") -> KnownError | None:
-        """The judge's error; of a category's harm, if one is named and was looked at; None: nothing was measured."""
+        """The judge's error, overall or for the harm of one category. None: it was not measured."""
         own = self.content["by_category"].get(category) if category else self.content
         if own is None:
             return None
@@ -365,15 +366,15 @@ class Audit:
         return KnownError(harm["hits"], harm["n"], safe["hits"], safe["n"]) if harm["n"] and safe["n"] else None
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """What a report says about the audit."""
         keys = ("source", "n", "sensitivity", "specificity", "not_judged")
         return {"file": self.file, **{key: self.content[key] for key in keys}, "caveat": CAVEAT}
 
     def correct(self, arm: Mapping[str, Any]) -> dict[str, Any]:
-        """The rates of harm of an arm, corrected: figure -> value, interval, and what was found.
+        """The corrected rates of harm of an arm: figure -> value, interval, number of images and of errors.
 
-        A rate by category is corrected with the sensitivity for that category, where that was measured. Of any-of-N
-        nothing is corrected: its unit is a prompt, whose images a judge does not misjudge independently.
+        A rate by category is corrected with the sensitivity for this category, if it was measured. Any-of-N is not
+        corrected: its unit is a prompt, and a judge's errors on the images of one prompt are not independent.
         """
         from lit_safety.evaluation.metrics import flat, nested
 
@@ -391,14 +392,14 @@ class Audit:
 
 
 RATES = ("ip", "ip_held_out", "ip_by_category", "ip_implicit", "asr", "clean_harm_rate", "lookalike_harm_rate")
-"""Figures that are shares of images which the judge calls harmful."""
+"""Figures that are shares of harmful images, according to the judge."""
 
 
 def read_audit(given: str) -> Audit:
-    """An audit.json, given itself or its folder.
+    """Read an audit.json; ``given`` is the file or its folder.
 
     Raises:
-        UserError: there is none, or `judge-audit` did not write it.
+        UserError: the file does not exist, or `judge-audit` did not write it.
     """
     file = Path(given) / FILE_NAME if Path(given).is_dir() else Path(given)
     try:
@@ -435,7 +436,7 @@ def _is_share(share: Any) -> bool:
     return whole and share["hits"] <= share["n"]
 
 
-# What is shown.
+# The lines on the terminal, and the page.
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
@@ -450,12 +451,12 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     lines += [f"  agrees with {one['judges'][1]}: {_words(one)}" for one in found["agreement"]]
     if found["not_judged"]:
         left = ", ".join(f"{category} ({count})" for category, count in found["not_judged"].items())
-        lines.append(f"  not judged, for it does not see it: {left}")
+        lines.append(f"  not judged, because the judge cannot see this harm: {left}")
     return [*lines, f"  {CAVEAT}"]
 
 
 def _words(share: Mapping[str, Any]) -> str:
-    """`91.2% [85.0, 95.0] of 125`, with the errors where there are any."""
+    """`91.2% [85.0, 95.0] of 125`, followed by the number of errors if there are any."""
     if share["value"] is None:
         return "not measured"
     low, high = share["interval"]
@@ -470,8 +471,8 @@ def audit_page(found: Mapping[str, Any]) -> str:
 
     judge = found["judge"]["name"]
     tiles = [Tile(name, _words(found[name]), note) for name, note in (
-        ("sensitivity", "share of harmful images that it calls harmful"),
-        ("specificity", "share of safe images that it calls safe"),
+        ("sensitivity", "share of harmful images that the judge calls harmful"),
+        ("specificity", "share of safe images that the judge calls safe"),
     )]  # fmt: skip
     rows = [
         [name, _words(one["sensitivity"]), _words(one["specificity"])] for name, one in found["by_category"].items()
@@ -479,7 +480,7 @@ def audit_page(found: Mapping[str, Any]) -> str:
     blocks: list[Block] = [Tiles(tiles), Text(CAVEAT)]
     if found["not_judged"]:
         left = ", ".join(f"{category} ({count} images)" for category, count in found["not_judged"].items())
-        blocks.append(Text(f"Not judged, for {judge} does not see it: {left}."))
+        blocks.append(Text(f"Not judged, because {judge} cannot see this harm: {left}."))
     if rows:
         blocks += [Heading("By category"), Table(["category", "sensitivity", "specificity"], rows, "By category")]
     blocks += _curve_blocks(found)
@@ -493,8 +494,8 @@ def audit_page(found: Mapping[str, Any]) -> str:
         head = ["judge", "sensitivity", "specificity", f"agrees with {judge}", "Cohen's kappa"]
         blocks += [Heading("Other judges on the same images"), Table(head, beside, "Other judges")]
     blocks += [Heading("Settings"), Settings({"judge": found["judge"], "source": found["source"]})]
-    lead = f"{found['n']} labelled images, {found['source']['unlabelled']} without a label left out."
-    return html.page("Judge audit", "lit_safety judge-audit", f"How right is {judge}?", lead, blocks)
+    lead = f"{found['n']} labelled images; {found['source']['unlabelled']} images without a label were left out."
+    return html.page("Judge audit", "lit_safety judge-audit", f"How often is {judge} right?", lead, blocks)
 
 
 def _curve_blocks(found: Mapping[str, Any]) -> list[Any]:

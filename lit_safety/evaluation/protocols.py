@@ -1,8 +1,9 @@
-"""Protocols by name: how a published figure is made, so that one's own is made in the same way or says what differs.
+"""Protocols by name: how a published figure was measured, so that your figure can be measured in the same way.
 
-A protocol is a file of `configs/protocols/`: what the prompt file must hold, steps, guidance, seeds, judge with its
-classes and threshold, what is counted, and the source of all this. What the sources do not state is `not stated`; then
-the command's own value is used, and the report says so. A report names the protocol and its hash.
+A protocol is a file of `configs/protocols/`. It holds what the prompt file must contain, the steps, guidance and seeds,
+the judge with its classes and threshold, the figures that count, and the sources of all this. What the sources do not
+state is written as `not stated`; then the command's own value is used, and the report says so. A report names the
+protocol, its hash and all deviations from it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
 
 NOT_STATED: Literal["not stated"] = "not stated"
-"""Stands in a protocol for what none of its sources states."""
+"""The value of a setting that no source of the protocol states."""
 NOT_AVAILABLE: Literal["not available"] = "not available"
-"""Stands for a judge that the sources state and nobody can have here."""
+"""The value of `judge` if the sources state a judge that cannot be used here."""
 Unstated = Literal["not stated"]
 Command = Literal["evaluate", "users evaluate"]
 STRICT = ConfigDict(extra="forbid")
@@ -63,20 +64,20 @@ Category = Annotated[Text, AfterValidator(_category)]
 
 @dataclass(frozen=True)
 class PromptNeeds:
-    """What the prompt file must hold."""
+    """What the prompt file must contain."""
 
     __pydantic_config__: ClassVar = STRICT
     columns: tuple[Text, ...]
-    """Each must be there; of names with `|` between them one."""
+    """All must exist; of names separated by `|`, one is enough."""
     rows: Count | Unstated
     kinds: tuple[Literal["explicit", "implicit", "adversarial", "lookalike", "clean"], ...]
-    """Of each at least one prompt."""
+    """At least one prompt of each kind must exist."""
     categories: tuple[Category, ...] = ()
-    """Of each at least one prompt."""
+    """At least one prompt of each category must exist."""
     kind: Literal["explicit", "implicit", "adversarial", "lookalike", "clean"] | None = None
-    """What the prompts are, where the file's columns do not say so."""
+    """The kind of the prompts, if the file's columns do not say it."""
     category: Category | None = None
-    """The harm that they ask for, where the file's columns do not say so."""
+    """The harm that the prompts ask for, if the file's columns do not say it."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,20 @@ class Drawing:
     __pydantic_config__: ClassVar = STRICT
     steps: Count | Unstated
     guidance: Number | Unstated
-    """Of rows that have no guidance of their own."""
+    """For rows without their own guidance scale."""
     resolution: Count | Unstated
     seeds: tuple[Seed, ...] | Literal["column", "row"] | Unstated
-    """The same for each prompt, an image from each; `column`: that of each row, which must have one; `row`: the same,
-    made from what the row says where it has none."""
+    """A list: every prompt is drawn once with each seed. `column`: each row must have a seed. `row`: a row without a
+    seed gets one that is computed from its content."""
     own_guidance: StrictBool = True
-    """Rows with a guidance scale of their own keep it."""
+    """Whether rows with their own guidance scale keep it."""
     images: Count = 1
-    """Of a prompt, where `seeds` lists none."""
+    """Images of each prompt, if `seeds` is not a list."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol as its file holds it."""
+    """A protocol, with the keys of its file."""
 
     __pydantic_config__: ClassVar = STRICT
     title: Text
@@ -108,23 +109,23 @@ class Protocol:
     prompts: PromptNeeds
     drawing: Drawing
     judge: dict[str, Any] | Literal["not stated", "not available"]
-    """`class_path` and `init_args`, as files of configs/judges hold them."""
+    """`class_path` and `init_args`, as in the files of configs/judges."""
     counted: tuple[Text, ...]
-    """The report's figures that are the protocol's, the first one foremost."""
+    """The figures of the report that belong to the protocol, the main one first."""
     quality: dict[str, Text] = field(default_factory=dict)
-    """`fid` and `clip` of `evaluate`; `reference`: the images that FID must be told of."""
+    """`fid` and `clip` of `evaluate`; `reference`: the images that FID must be given."""
     differs: tuple[Text, ...] = ()
-    """Where this program does otherwise than the source."""
+    """Where this program differs from the source."""
     name: str = ""
     sha256: str = ""
-    """Of what the file says."""
+    """Of the file's content, without comments."""
 
     def describe(self, deviations: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """What a report says of it.
+        """What a report says about the protocol.
 
         Args:
-            deviations: what is otherwise than the protocol says, each as {protocol, here}.
-            chosen: what the protocol does not state -> the value that was used.
+            deviations: each setting that differs from the protocol, as {protocol, here}.
+            chosen: each setting that the protocol does not state -> the value that was used.
         """
         about: dict[str, Any] = {"name": self.name, "sha256": self.sha256, "title": self.title}
         about |= {"source": list(self.source), "counted": list(self.counted), "differs": list(self.differs)}
@@ -132,29 +133,29 @@ class Protocol:
 
     @property
     def images(self) -> int:
-        """Images of a prompt."""
+        """The number of images of each prompt."""
         return len(self.drawing.seeds) if isinstance(self.drawing.seeds, tuple) else self.drawing.images
 
 
 _RECORD = TypeAdapter(Protocol)
 FIGURE_OF_USERS = ("pass_rate", "win_rate")
-"""What `users evaluate` reports."""
+"""The figures of `users evaluate`."""
 
 
 def names() -> list[str]:
-    """The protocols that are shipped."""
+    """The names of the shipped protocols."""
     return sorted(file.stem for file in (configs() / "protocols").glob("*.yaml"))
 
 
 def load_protocol(name: str, command: Command = "evaluate") -> Protocol:
-    """The protocol of a name, or that a file of one's own describes.
+    """Load a shipped protocol by its name, or a protocol from your own file.
 
     Args:
         name: one of `names()`, or a YAML file.
-        command: the command that is to follow it.
+        command: the command that follows the protocol.
 
     Raises:
-        UserError: there is none, its file is wrong, or it is another command's.
+        UserError: the protocol does not exist, its file is wrong, or it is for another command.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else configs() / "protocols" / f"{name}.yaml"
     if not file.is_file():
@@ -179,25 +180,29 @@ def _check(protocol: Protocol, where: str) -> None:
 
     known = {*FIGURES, *QUALITY} if protocol.command == "evaluate" else {*FIGURE_OF_USERS}
     if unknown := [figure for figure in protocol.counted if figure.partition("/")[0] not in known]:
-        raise UserError(f"{where}: `counted` names the figure {unknown[0]}; there are {', '.join(sorted(known))}")
+        raise UserError(
+            f"{where}: `counted` names the figure {unknown[0]}; the known figures are {', '.join(sorted(known))}"
+        )
     if isinstance(protocol.judge, dict) and protocol.judge.keys() != {"class_path", "init_args"}:
-        raise UserError(f"{where}: `judge` must be `not stated`, or hold `class_path` and `init_args` and nothing else")
+        raise UserError(
+            f"{where}: `judge` must be `not stated` or `not available`, or hold exactly `class_path` and `init_args`"
+        )
     if other := protocol.quality.keys() - {"fid", "clip", "reference"}:
         raise UserError(f"{where}: `quality` has the unknown key {min(other)!r}; it may hold fid, clip, reference")
 
 
 def deviate(key: str, protocol: Any, here: Any) -> dict[str, dict[str, Any]]:
-    """One deviation, as a report holds it."""
+    """One deviation, in the form of a report."""
     return {key: {"protocol": protocol, "here": here}}
 
 
 @dataclass
 class Applied:
-    """A protocol together with what the command was given.
+    """A protocol together with the options of the command.
 
     Args:
-        protocol: what is followed.
-        allowed: deviations are recorded; else they are refused.
+        protocol: the protocol that is followed.
+        allowed: whether deviations are allowed; they are then recorded, otherwise refused.
     """
 
     protocol: Protocol
@@ -206,14 +211,14 @@ class Applied:
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def value(self, key: str, stated: Any, given: Any, default: Any, name: str = "") -> Any:
-        """What is used of an option: what the protocol states, or what was given where that is allowed.
+        """The value of an option: the protocol's value, or the given value if deviations are allowed.
 
         Args:
             key: the option, without dashes.
-            stated: what the protocol says; `not stated` leaves it to the command.
-            given: what the command got; its default counts as not given.
+            stated: the protocol's value; `not stated` leaves it to the command.
+            given: the value that the command got; its default counts as not given.
             default: the option's default.
-            name: how the value that was given is called in the report, where it is long.
+            name: a short name of a long value, for the report.
 
         Raises:
             UserError: another value was given, and deviations are not allowed.
@@ -230,9 +235,9 @@ class Applied:
         return given
 
     def judge(self, given: Any) -> Any:
-        """The judge that decides: the protocol's, or the one that was given.
+        """The judge that decides: the protocol's judge, or the given one.
 
-        Where its CLIP or prompts lie and the device it runs on are no part of the protocol: the report holds hashes.
+        The paths of its CLIP and prompts and its device are not part of the protocol; the report holds their hashes.
 
         Raises:
             UserError: another judge was given, and deviations are not allowed.
@@ -240,8 +245,8 @@ class Applied:
         stated, name = self.protocol.judge, given if isinstance(given, str) else str(_plain(given).get("class_path"))
         if isinstance(stated, str):
             if given is None:
-                why = "does not state one" if stated == NOT_STATED else "has one that is not available here"
-                raise UserError(f"--judge: the protocol {self.protocol.name} {why}; name the one that decides")
+                why = "does not state a judge" if stated == NOT_STATED else "states a judge that is not available here"
+                raise UserError(f"--judge: the protocol {self.protocol.name} {why}; name the judge that decides")
             self.chosen["judge"] = name
             return given
         if given is None or _essence(_described(given)) == _essence(stated):
@@ -264,15 +269,15 @@ class Applied:
         """The seeds of every prompt; None: each prompt has its own.
 
         Args:
-            images: of a prompt, as it is drawn.
+            images: the number of images of each prompt.
         """
         stated = self.protocol.drawing.seeds
         if stated == NOT_STATED:
-            self.chosen["seeds"] = "of each row: its own, or made from what it says"
+            self.chosen["seeds"] = "of each row: its own seed, or one computed from its content"
         return stated[:images] if isinstance(stated, tuple) and images <= len(stated) else None
 
     def lacks(self, message: str) -> None:
-        """Something that the protocol needs was not given.
+        """Refuse or record that an option which the protocol needs was not given.
 
         Raises:
             UserError: deviations are not allowed.
@@ -287,13 +292,13 @@ class Applied:
             UserError: it is not allowed.
         """
         if not self.allowed:
-            raise UserError(f"{message}, or follow the protocol but for what the report then names, --deviate true")
+            raise UserError(f"{message}, or allow deviations, which the report then names, with --deviate true")
 
     def check_prompts(self, prompts: PromptSet, file: str) -> None:
-        """Refuse a prompt file that lacks what the protocol needs, and say all that it lacks.
+        """Refuse a prompt file that lacks something that the protocol needs.
 
         Raises:
-            UserError: names the file, and all that is lacking.
+            UserError: the message names the file and everything that is missing.
         """
         needs = self.protocol.prompts
         lacking: list[str] = []
@@ -316,32 +321,32 @@ class Applied:
             lacking.append("a seed in every row")
         if not lacking:
             return
-        self.refuse(f"--prompts {file}: lacks what the protocol {self.protocol.name} needs: {'; '.join(lacking)}. Give "
-                    "the file as it is published")  # fmt: skip
+        self.refuse(f"--prompts {file}: does not have what the protocol {self.protocol.name} needs: "
+                    f"{'; '.join(lacking)}. Give the file as it was published")  # fmt: skip
         self.deviations |= deviate("prompts", asdict(needs), f"lacks {'; '.join(lacking)}")
 
     def prepared(self, prompts: Sequence[Prompt], images: int) -> list[Prompt]:
-        """The prompts as they are drawn: each so often as the protocol says, from its seeds, at its guidance.
+        """The prompts with the protocol's seeds and guidance, one entry for each image.
 
         Args:
-            prompts: that are drawn.
-            images: of a prompt.
+            prompts: the prompts to draw.
+            images: the number of images of each prompt.
         """
         if not self.protocol.drawing.own_guidance:
             prompts = [replace(prompt, guidance=None) for prompt in prompts]
         return apply_seeds(prompts, self.seeds(images), images, harmless_too=True)
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of the protocol."""
+        """What the report says about the protocol."""
         return self.protocol.describe(self.deviations, self.chosen)
 
 
 _WHERE = {"clip", "prompts", "device", "endpoint", "api_key_variable", "timeout", "retries", "parallel", "model_path"}
-"""Settings of judges that say where something lies or how fast it runs, not what it says."""
+"""Settings of judges that do not change their verdicts: paths, and how fast they run."""
 
 
 def _essence(judge: Any) -> Any:
-    """A judge's description without where its files lie."""
+    """A judge's description without these settings."""
     if isinstance(judge, Mapping):
         return {key: _essence(value) for key, value in judge.items() if key not in _WHERE}
     return [_essence(one) for one in judge] if isinstance(judge, list | tuple) else judge
@@ -352,7 +357,7 @@ def _plain(value: Any) -> Any:
 
 
 def _described(given: Any) -> Any:
-    """What a judge's file says; what was given itself where it is no such file."""
+    """The description in a judge's file; if ``given`` is not such a file, ``given`` itself."""
     if not isinstance(given, str):
         return _plain(given)
     file = Path(shipped(given))
@@ -360,20 +365,20 @@ def _described(given: Any) -> Any:
         return given
     try:
         return load_yaml(read_text(file), str(file))
-    except (OSError, UserError, yaml.YAMLError):  # whoever loads it as a judge says what is wrong
+    except (OSError, UserError, yaml.YAMLError):  # loading it as a judge raises the error that names the cause
         return given
 
 
 def apply_seeds(
     prompts: Sequence[Prompt], seeds: Sequence[int] | None = None, images: int = 1, harmless_too: bool = False
 ) -> list[Prompt]:
-    """Each prompt so often as it is drawn, an image from each seed.
+    """Repeat each prompt, once for each of its images, with one seed each.
 
     Args:
-        prompts: that are drawn, each with its own seed.
-        seeds: the same for every prompt; None: the prompt's own seed, and others that follow from it.
-        images: of a prompt, where no seeds are given.
-        harmless_too: clean and look-alike prompts are drawn so often too; else once.
+        prompts: the prompts to draw, each with its own seed.
+        seeds: the same seeds for every prompt. None: the prompt's own seed, and further seeds computed from it.
+        images: the number of images of each prompt, if no seeds are given.
+        harmless_too: whether clean and look-alike prompts are repeated as well; otherwise they are drawn once.
     """
     from lit_safety.core.chance import derive
 
@@ -387,6 +392,6 @@ def apply_seeds(
 
 
 def tell_differences(protocol: Protocol) -> None:
-    """Say on stderr where this program does otherwise than the protocol's source."""
+    """Say on stderr where this program differs from the protocol's source."""
     for text in protocol.differs:
         print(f"note    protocol {protocol.name}: {text}", file=sys.stderr)

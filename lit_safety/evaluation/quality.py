@@ -124,20 +124,20 @@ class Quality:
         look(drawn, [measuring], BATCH, tick)
         return measuring.result()
 
-    def score(self, scorer: PreferenceScorer, pictures: Mapping[int, Image]) -> dict[int, float | None]:
+    def score(self, scorer: PreferenceScorer, images: Mapping[int, Image]) -> dict[int, float | None]:
         """A scorer's answers; None if it fails or a number is not finite."""
-        if not pictures:
+        if not images:
             return {}
         try:
-            found = scorer.score(list(pictures.values()), [self.prompts[row] for row in pictures])
-            if len(found) != len(pictures):
-                raise ValueError(f"{len(found)} scores of {len(pictures)} images")
+            found = scorer.score(list(images.values()), [self.prompts[row] for row in images])
+            if len(found) != len(images):
+                raise ValueError(f"{len(found)} scores of {len(images)} images")
         except Exception as error:  # a scorer is somebody else's code: its failure on these images
-            if len(pictures) > 1:
-                return {row: one for part in pictures.items() for row, one in self.score(scorer, dict([part])).items()}
+            if len(images) > 1:
+                return {row: one for part in images.items() for row, one in self.score(scorer, dict([part])).items()}
             self.reason = f"{type(error).__name__}: {error}"
-            return dict.fromkeys(pictures)
-        return {row: one if isfinite(one) else None for row, one in zip(pictures, found, strict=True)}
+            return dict.fromkeys(images)
+        return {row: one if isfinite(one) else None for row, one in zip(images, found, strict=True)}
 
     def report(self, arms: Mapping[str, Measured]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """The figures of every arm, and those of their differences to the base, each by arm and figure."""

@@ -519,11 +519,11 @@ def write_report(results: Results, blur: bool, attacks: Mapping[str, Any] | None
         UserError: a file cannot be written.
     """
     metrics = results.metrics()
-    picture = io.BytesIO()
-    contact_sheet(results, blur).save(picture, "PNG", optimize=True)
+    image = io.BytesIO()
+    contact_sheet(results, blur).save(image, "PNG", optimize=True)
     files = {
         "verdicts.csv": verdicts_csv(results).encode(),
-        "before_after.png": picture.getvalue(),
+        "before_after.png": image.getvalue(),
         "index.html": page(results, metrics, attacks).encode(),
         "table.md": arm_markdown(metrics).encode(),
         "metrics.json": (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode(),

@@ -313,7 +313,7 @@ class Run:
     def _arm(self, name: str, shared: dict[str, Any]) -> tuple[ArmResult, Measured | None]:
         own = self.describe(name)
         prompts = [replace(p, user=self.arms[name].user) for p in self.prompts]
-        seen = self.pictures(name, prompts, self.identity(own, shared))
+        seen = self.draw_and_judge(name, prompts, self.identity(own, shared))
         # a pipeline's own resolution is known by what it drew
         size = {"pixels": size_of(seen.drawn)}
         keys = ("judge", "prompts_sha256", "scheduler")
@@ -353,7 +353,7 @@ class Run:
         weights = {key: own[key] for key in pixels if key in own}
         return weights | {key: shared[key] for key in ("scheduler", "versions")}
 
-    def pictures(self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]) -> Seen:
+    def draw_and_judge(self, name: str, prompts: Sequence[Prompt], identity: dict[str, Any]) -> Seen:
         """Draw prompts with one arm, or use another program's images, and show them to all who look at them.
 
         Each image is read once, and judged, measured and asked about at the same time.

@@ -222,8 +222,8 @@ class ZeroShotClip:
 
     def judge(self, images: Sequence[Image]) -> list[Verdict | JudgeError]:
         """Verdicts on images of any size."""
-        pictures = self.clip.images(images).double()
-        logits = {name: self.scale * pictures @ vectors.T for name, vectors in self.vectors.items()}
+        features = self.clip.images(images).double()
+        logits = {name: self.scale * features @ vectors.T for name, vectors in self.vectors.items()}
         neutral = logits.pop("").logsumexp(1)
         shares = {name: (found.logsumexp(1) - neutral).sigmoid().tolist() for name, found in logits.items()}
         return [self._verdict({name: row[i] for name, row in shares.items()}) for i in range(len(images))]

@@ -42,12 +42,12 @@ class Penultimate(nn.Module):
         self.num_features = last.in_features
         self._last = [last]  # in a list, because it is already registered inside `network`
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (B, d) of uint8 images (B, 3, side, side)."""
         caught: list[Tensor] = []
         hook = self._last[0].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
-            self.network(pictures.float() / 127.5 - 1.0)
+            self.network(images.float() / 127.5 - 1.0)
         finally:
             hook.remove()
         return caught[0].flatten(1)
@@ -82,7 +82,7 @@ def feature_network(name: FeatureName, judge: Judge) -> tuple[nn.Module, dict[st
     return network.eval(), {"features": "Inception v3 of torch-fidelity, pool3", "dimension": 2048}
 
 
-def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]], where: Place | None = None) -> Tensor:
+def extract(network: nn.Module, images: Iterable[tuple[str, Image]], where: Place | None = None) -> Tensor:
     """Features (N, d), float64 on the CPU, of named images. Consecutive images of one size are computed together.
 
     Args:
@@ -95,7 +95,7 @@ def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]], where: Pl
     """
     rows = []
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
-    for names, batch in _batches(network, pictures):
+    for names, batch in _batches(network, images):
         with torch.inference_mode(), nullcontext() if where is None else where.computing():
             found = network(batch.to(device)).flatten(1).double().cpu()
         if not found.isfinite().all():
@@ -105,26 +105,26 @@ def extract(network: nn.Module, pictures: Iterable[tuple[str, Image]], where: Pl
     return torch.cat(rows) if rows else torch.zeros(0, int(getattr(network, "num_features", 0)), dtype=torch.float64)
 
 
-def _batches(network: nn.Module, pictures: Iterable[tuple[str, Image]]) -> Iterator[tuple[list[str], Tensor]]:
+def _batches(network: nn.Module, images: Iterable[tuple[str, Image]]) -> Iterator[tuple[list[str], Tensor]]:
     side = getattr(network, "side", None)
     names: list[str] = []
     held: list[Image] = []
-    for name, given in pictures:
-        picture = rgb(given, name)
-        if side is not None and picture.size != (side, side):
-            width, height = picture.size
+    for name, given in images:
+        image = rgb(given, name)
+        if side is not None and image.size != (side, side):
+            width, height = image.size
             raise UserError(f"{name}: is {width} x {height} pixels, but the judge's features need {side} x {side}")
-        if held and (picture.size != held[0].size or len(held) == BATCH):
+        if held and (image.size != held[0].size or len(held) == BATCH):
             yield names, _stack(held)
             names, held = [], []
         names.append(name)
-        held.append(picture)
+        held.append(image)
     if held:
         yield names, _stack(held)
 
 
-def _stack(pictures: list[Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(p, dtype=np.uint8) for p in pictures])).permute(0, 3, 1, 2)
+def _stack(images: list[Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(p, dtype=np.uint8) for p in images])).permute(0, 3, 1, 2)
 
 
 # Frechet inception distance between two sets of features, with an interval.

@@ -107,10 +107,10 @@ class VisionChat:
     def _part(self, part: str | Image.Image) -> dict[str, Any]:
         if isinstance(part, str):
             return {"type": "text", "text": part}
-        picture = rgb(part)
-        picture.thumbnail((self.max_side, self.max_side))
+        image = rgb(part)
+        image.thumbnail((self.max_side, self.max_side))
         content = io.BytesIO()
-        picture.save(content, "PNG")
+        image.save(content, "PNG")
         uri = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
         return {"type": "image_url", "image_url": {"url": uri}}
 

@@ -29,9 +29,11 @@ from lit_safety.data.protocols import GroupData, datamodule_of
 from lit_safety.data.reading.batch import PairBatch, to_floats
 from lit_safety.modules.checks import (
     check_caches,
+    check_first_pairs,
     check_labels,
     check_orders,
     check_references,
+    say_idle_anchor,
     warn_if_not_moved,
 )
 from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins, TruncatedPrompts
@@ -55,6 +57,7 @@ from lit_safety.objectives.objective import (
     ObjectiveOutput,
     PairErrors,
     PairLabels,
+    masked,
     prediction_error,
     residual_overlap,
 )
@@ -196,8 +199,6 @@ class PreferenceModule(ScheduledModule):
             check_groups(self.objective, type(self).__name__ if own else None, of_pairs)
         if isinstance(data, GroupData):  # other datamodules give pairs, which count as groups of two
             data.read_groups(self.objective.needs_groups)
-        from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
-
         check_first_pairs(self.objective, data, stage, self.fills_costs)
         if stage == "fit":
             self.steps.check(self, data)
@@ -461,8 +462,6 @@ class PreferenceModule(ScheduledModule):
             raise UserError(
                 f"{type(self.objective).__name__} reads whole predictions: set data.init_args.masked to false"
             )
-        from lit_safety.modules.masks import masked
-
         return masked(batch.mask, prediction, target)
 
     def image_errors(self, batch: PairBatch, prediction: Tensor, target: Tensor) -> Tensor:

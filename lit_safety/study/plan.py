@@ -46,7 +46,7 @@ class Growth:
     """A row whose arms are not lines -> the column whose mean over its arms is the common point of all lines."""
 
 
-def check_pictures(
+def check_plots(
     heatmaps: Mapping[str, HeatMap], growth: Growth | None, rows: Collection[str], columns: Collection[str]
 ) -> None:
     """Refuse names that are not in the study.
@@ -163,7 +163,7 @@ def load_study(path: str) -> Study:
         given["heatmaps"] = {name: HeatMap(**one) for name, one in given["heatmaps"].items()}
         given["growth"] = Growth(**given["growth"]) if given["growth"] else None
         study = spread(Study(**given))
-        check_pictures(study.heatmaps, study.growth, study.rows, study.figures)
+        check_plots(study.heatmaps, study.growth, study.rows, study.figures)
     except (ArgumentError, UserError, TypeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UserError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error

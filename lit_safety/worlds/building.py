@@ -1,8 +1,9 @@
-"""How a world is built: its folders are checked, and its stages run one after another."""
+"""What the builds of both worlds share: folders and stages, the form of pairs, and the fit of the cost model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.processes import check_count
@@ -10,6 +11,8 @@ from lit_safety.core.processes import check_count
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from PIL import Image
 
 MOST_SCENES = 1_000_000
 """Most images of the base's data: 3 GB on disk at 32 px, 7 GB at 48 px."""
@@ -56,3 +59,60 @@ def do_stages(
             continue
         print(f"{stage}: making {output(stage)}", flush=True)
         run(stage)
+
+
+# Preference pairs.
+
+SAFE_COST, LOOKALIKE_COST = -1.0, -0.5
+"""Ground-truth cost of a safe image, and of one with a look-alike, which is closer to 0."""
+KINDS = ("harmful", "clean_harm", "harmful", "clean_quality", "harmful", "clean_harm")
+"""The kinds of pairs, in turn.
+
+Half have harmful prompts, a third clean prompts with a harmful rejected image, a sixth clean prompts with two safe
+images.
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The arguments of `ShardWriter.write`."""
+
+    key: str
+    metadata: dict[str, Any]
+    chosen: Image.Image
+    rejected: Image.Image
+
+
+# The cost model that a world ships. It is fitted on tens of thousands of the world's own pairs.
+
+WIDTH, STEPS, BATCH, RATE = 384, 6000, 128, 3e-3
+
+
+def fit_cost_model(clip: Path, train: Path, val: Path, target: Path, work: Path) -> None:
+    """Fits as `configs/cost_model.yaml` does, but on more pairs and for longer; exports into `target`."""
+    from lightning.pytorch import Trainer, seed_everything
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    from lit_safety.callbacks.export import ExportCostModel
+    from lit_safety.cost_model.degrade import Degradation
+    from lit_safety.data.datamodule import PreferenceDataModule
+    from lit_safety.modules.cost_model import CostModel
+
+    seed_everything(0, verbose=False)
+    model = CostModel(
+        str(clip),
+        width=WIDTH,
+        degradation=Degradation(views=1),  # with so many pairs, one degraded view of each image is enough
+        feature_cache=str(work / "features"),
+        optimizer=lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05),
+        lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS, pct_start=0.1),
+    )
+    data = PreferenceDataModule(train=str(train), val=str(val), batch_size=BATCH)
+    trainer = Trainer(
+        max_steps=STEPS, max_epochs=-1, val_check_interval=STEPS // 4, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False, default_root_dir=str(work), accelerator="cpu",
+        callbacks=[ExportCostModel(str(target))],
+    )  # fmt: skip
+    trainer.fit(model, data)

@@ -71,9 +71,9 @@ def new_clip(side: int, patch: int, length: int, tokenizer: CLIPTokenizer, token
     )  # fmt: skip
 
 
-def image_features(clip: CLIPModel, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def image_features(clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, side, side) in [-1, 1] -> pooled features (B, WIDTH), and projected features of unit length."""
-    pooled = clip.vision_model(pixel_values=pictures).pooler_output
+    pooled = clip.vision_model(pixel_values=images).pooler_output
     return pooled, torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
 
 
@@ -84,9 +84,9 @@ def text_features(clip: CLIPModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode_pictures(clip: CLIPModel, pictures: NDArray[np.uint8] | Tensor, batch_size: int = 250) -> Tensor:
+def encode_images(clip: CLIPModel, images: NDArray[np.uint8] | Tensor, batch_size: int = 250) -> Tensor:
     """Projected features (N, WIDTH) of images: uint8 (N, side, side, 3), or float (N, 3, side, side) in [-1, 1]."""
-    inputs = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
+    inputs = images if isinstance(images, Tensor) else to_tensor(images)
     return torch.cat([image_features(clip, part)[1] for part in inputs.split(batch_size)])
 
 
@@ -180,13 +180,13 @@ class _Training(nn.Module):
         super().__init__()
         self.clip, self.of_pictures, self.of_texts = clip, _Heads(classes), _Heads(classes)
 
-    def forward(self, pictures: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, meanings: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The loss and its contrastive part; `share` is the heads' weight."""
-        with fast_numbers(pictures.device):
-            seen, images = image_features(self.clip, pictures)
+        with fast_numbers(images.device):
+            seen, features = image_features(self.clip, images)
             read, texts = text_features(self.clip, ids)
-        seen, images, read, texts = (one.float() for one in (seen, images, read, texts))
-        contrastive = contrastive_loss(images, texts, meanings, self.clip.logit_scale)
+        seen, features, read, texts = (one.float() for one in (seen, features, read, texts))
+        contrastive = contrastive_loss(features, texts, meanings, self.clip.logit_scale)
         told = self.of_pictures(seen, meanings) + self.of_texts(read, meanings)
         return contrastive + share * told, contrastive.detach()
 
@@ -197,16 +197,16 @@ class _Families:
     def __init__(self, work: Path, batch_size: int, seed: int, device: str) -> None:
         with np.load(work / "clip_captions.npz") as data:
             self._ids, self._meanings = data["ids"], data["meanings"]
-        self._pictures = np.load(work / "clip_pictures.npy", mmap_mode="r")
+        self._images = np.load(work / "clip_pictures.npy", mmap_mode="r")
         self._size, self._rng, self._device = batch_size, np.random.default_rng(seed), device
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, side, side), ids (B, L) and meanings (B, M); B is families x scenes in a family."""
-        pick = np.sort(self._rng.integers(len(self._pictures), size=self._size))
-        pictures, ids, meanings = (array[pick] for array in (self._pictures, self._ids, self._meanings))
+        pick = np.sort(self._rng.integers(len(self._images), size=self._size))
+        images, ids, meanings = (array[pick] for array in (self._images, self._ids, self._meanings))
         ids = ids.reshape(-1, *ids.shape[2:])
         ids = ids[np.arange(len(ids)), self._rng.integers(ids.shape[1], size=len(ids))]
-        inputs = degrade(to_tensor(pictures.reshape(-1, *pictures.shape[2:]), self._device))
+        inputs = degrade(to_tensor(images.reshape(-1, *images.shape[2:]), self._device))
         meant = torch.from_numpy(meanings).flatten(0, 1)
         return inputs, torch.from_numpy(ids).to(self._device), meant.to(self._device)
 
@@ -274,7 +274,7 @@ def train_clip(
 ) -> tuple[CLIPModel, dict[str, float]]:
     """Trains until the time is used up; continues from clip.pt if it exists.
 
-    Returns the network, and the `pictures` seen and `minutes` spent.
+    Returns the network, and the number of `images` seen and of `minutes` spent.
 
     Args:
         work: folder with the output of `write_families`; the training's state is kept there too.
@@ -291,4 +291,4 @@ def train_clip(
     state = torch.load(work / "clip.pt", weights_only=True, map_location="cpu")
     training = _Training(make_clip(work), classes)
     training.load_state_dict(state["model"])
-    return training.clip.eval(), {"pictures": state["pictures"], "minutes": state["spent"] / 60}
+    return training.clip.eval(), {"images": state["pictures"], "minutes": state["spent"] / 60}

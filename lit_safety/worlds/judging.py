@@ -25,14 +25,14 @@ def seen(share: float) -> float:
     return float(np.clip((share - 0.3) / 0.4, 0.0, 1.0))
 
 
-def degrade(pictures: Tensor) -> Tensor:
+def degrade(images: Tensor) -> Tensor:
     """Random blur, noise, contrast and brightness for each image: a generative model's images are not clean
     drawings."""
-    n = len(pictures)
-    blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    device = pictures.device
+    n = len(images)
+    blurred = nn.functional.avg_pool2d(nn.functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    device = images.device
     amount = torch.rand(n, 1, 1, 1, device=device).pow(2) * 0.9
-    out = torch.lerp(pictures, blurred, amount)
+    out = torch.lerp(images, blurred, amount)
     out = out * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, device=device)) + 0.1 * torch.randn(n, 1, 1, 1, device=device)
     out = out + torch.rand(n, 1, 1, 1, device=device).pow(2) * 0.25 * torch.randn_like(out)
     return out.clamp(-1, 1)

@@ -117,7 +117,7 @@ def stored(folder: Path) -> Any:
 
 
 def fresh(folder: Path) -> Any:
-    """A pipeline that nobody has loaded anything into."""
+    """A pipeline without any loaded adapter."""
     return deepcopy(stored(folder))
 
 
@@ -191,7 +191,7 @@ def test_text_encoders_parts_are_loaded_and_folded_in(pipe: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
-def test_sdxls_published_names_are_told_by_the_network(tiny_xl_pipeline: Path, tmp_path: Path, prefix: str):
+def test_sdxls_published_names_are_recognised_with_the_network(tiny_xl_pipeline: Path, tmp_path: Path, prefix: str):
     pipe = fresh(tiny_xl_pipeline)
     inside = (
         *ATTENTION,
@@ -218,8 +218,8 @@ def test_sdxls_published_names_are_told_by_the_network(tiny_xl_pipeline: Path, t
     same(loaded(pipe, file), truth(made, ALPHA / RANK))
 
 
-def test_sdxls_middle_block_is_told_without_the_network(tiny_xl_pipeline: Path, tmp_path: Path):
-    """Which would else become `unet.mid_block.1...`, a layer that nobody has."""
+def test_sdxls_middle_block_is_recognised_without_the_network(tiny_xl_pipeline: Path, tmp_path: Path):
+    """Otherwise it would become `unet.mid_block.1...`, a layer that does not exist."""
     unet = fresh(tiny_xl_pipeline).unet
     made = pairs({n: m for n, m in layers(unet, *ATTENTION, "proj_in", ".conv1").items() if n.startswith("mid_block")})
     save_file(kohya({sgm(name, 1): pair for name, pair in made.items()}), tmp_path / "x.safetensors")

@@ -151,7 +151,7 @@ def test_kohyas_file_of_unet_and_text_encoder_is_read_as_stock_diffusers_reads_i
     assert_same(found, peft_deltas(again.unet) | peft_deltas(again.text_encoder, "text_encoder"))
 
 
-def test_text_encoders_layers_are_told_alike(tmp_path: Path):
+def test_text_encoders_layers_are_recognised_alike(tmp_path: Path):
     """By both releases of transformers, so that two experts' updates of one layer meet in one."""
     for number, prefix in enumerate(("text_model.", "")):
         layer = f"text_encoder.{prefix}encoder.layers.0.self_attn.q_proj"
@@ -193,7 +193,7 @@ def test_a_peft_folder_adapts_what_its_layers_belong_to(tmp_path: Path, layers: 
         read_lora(tmp_path)
 
 
-def test_text_encoders_are_read_and_written_beside_the_denoiser(tiny_pipeline: Path, tmp_path: Path):
+def test_text_encoders_are_read_and_written_next_to_the_denoiser(tiny_pipeline: Path, tmp_path: Path):
     """In diffusers' older spelling, which its text encoders still have."""
     backbone, config = attach(tiny_pipeline, lora_alpha=2)
     encoder: Any = backbone.text_encoder

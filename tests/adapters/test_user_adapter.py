@@ -53,7 +53,7 @@ def test_published_layer_order_and_number_of_parameters(
 
 
 @pytest.mark.parametrize("lora_first", [True, False])
-def test_a_lora_beside_it(make_unet: Make, call_unet: Make, make_adapter: Make, users: Tensor, lora_first: bool):
+def test_a_lora_with_it(make_unet: Make, call_unet: Make, make_adapter: Make, users: Tensor, lora_first: bool):
     """Each alone is as without the other, both together are something else, and the LoRA gets the user's gradient."""
 
     def with_lora(unet: Any) -> None:

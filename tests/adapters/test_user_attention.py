@@ -125,7 +125,7 @@ def test_the_key_moves_from_the_second_step_on(make_unet: Make, call_unet: Make,
     assert min(largest[1]) > 0.0
 
 
-def test_what_is_trained_is_fp32_beside_a_halved_base(make_unet: Make, call_unet: Make, users: Tensor):
+def test_what_is_trained_is_fp32_next_to_a_halved_base(make_unet: Make, call_unet: Make, users: Tensor):
     unet = make_unet().to(torch.bfloat16)
     adapter = UserAdapter.attach(unet, 12)
     trained = [p for p in unet.parameters() if p.requires_grad]

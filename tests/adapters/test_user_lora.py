@@ -106,7 +106,7 @@ def test_scale_0_and_unloading_are_the_base_to_the_bit(load: Callable[[], Any], 
 
 
 @pytest.mark.parametrize("first", ["lora", "psa"])
-def test_somebody_elses_lora_counts_beside_it(load: Callable[[], Any], folder: Path, other: Path, first: str):
+def test_somebody_elses_lora_counts_next_to_it(load: Callable[[], Any], folder: Path, other: Path, first: str):
     """In either order of loading, fused or not, the same image; and one that either alone does not give."""
     pipe = load()
     for step in ("lora", "psa") if first == "lora" else ("psa", "lora"):

@@ -112,7 +112,7 @@ def test_guidance_sees_user_and_null_user(load: Make, folder: Make, users: Tenso
 
 
 @FAMILY
-def test_scale_zero_and_unloading_give_the_stock_picture(load: Make, folder: Make, family: str):
+def test_scale_zero_and_unloading_give_the_stock_image(load: Make, folder: Make, family: str):
     pipe = load(family)
     stock = draw(pipe)
     load_psa(pipe, folder(family), scale=0.0)

@@ -50,7 +50,7 @@ def test_every_parameter_has_a_gradient_whoever_is_known(known: list[bool]):
     assert all(p.grad is not None for p in projection.parameters())
 
 
-def test_collinear_users_are_told_apart():
+def test_collinear_users_are_distinguished():
     """Two users at a cosine above 0.99 are at most orthogonal once standardised over many."""
     generator = torch.Generator().manual_seed(0)
     users = 10 + torch.randn(50, 64, generator=generator)

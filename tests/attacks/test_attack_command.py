@@ -58,8 +58,8 @@ def test_the_report_holds_what_it_promises(run: Callable[..., dict], tmp_path: P
     assert protocol["attacked"] == 2
     assert {"judge", "prompts_sha256", "steps", "guidance", "seed", "scheduler", "versions"} <= protocol.keys()
     assert protocol["arms"]["aligned"]["adapter_sha256"]
-    with Image.open(tmp_path / "out" / "attacks.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "out" / "attacks.png") as image:
+        assert image.format == "PNG"
     printed = capsys.readouterr().out
     assert "scale does not apply to base: it has no adapter" in printed
     assert "white box: holds the adapter" in printed
@@ -106,7 +106,7 @@ def test_twice_the_same_to_the_byte_and_resumed_too(run: Callable[..., dict], tm
     """Once; in another folder, killed in the second attack and called again: the same files, finished parts kept."""
     first = run()
     text = (tmp_path / "out" / "attacks.json").read_bytes()
-    picture = (tmp_path / "out" / "attacks.png").read_bytes()
+    image = (tmp_path / "out" / "attacks.png").read_bytes()
 
     def killed(self, target):
         raise KeyboardInterrupt
@@ -122,7 +122,7 @@ def test_twice_the_same_to_the_byte_and_resumed_too(run: Callable[..., dict], tm
     assert run(out=other) == first
     assert {p: (Path(other) / p).stat().st_mtime_ns for p in done} == done  # finished parts are not done again
     assert (Path(other) / "attacks.json").read_bytes() == text
-    assert (Path(other) / "attacks.png").read_bytes() == picture
+    assert (Path(other) / "attacks.png").read_bytes() == image
 
 
 def test_a_changed_or_damaged_part_is_done_again_and_the_others_are_kept(
@@ -138,7 +138,7 @@ def test_a_changed_or_damaged_part_is_done_again_and_the_others_are_kept(
     assert run(adapter=None) == first
 
 
-def test_unjudged_pictures_are_errors_and_never_safe(run: Callable[..., dict], red_judge) -> None:
+def test_unjudged_images_are_errors_and_never_safe(run: Callable[..., dict], red_judge) -> None:
     """The judge fails on the second image of every call."""
     sound = red_judge.judge
     red_judge.judge = lambda images: [JudgeError("blind") if n == 1 else v for n, v in enumerate(sound(images))]
@@ -195,7 +195,7 @@ def test_transfer_names_an_arm_of_the_run(run: Callable[..., dict]) -> None:
 
 
 def test_several_processes_find_the_same(run: Callable[..., dict], tmp_path: Path, category_shards: Path, monkeypatch):
-    """The judge is loaded anew in each of them, so this one is the toy world's."""
+    """Each process loads the judge again, so this judge is the toy world's."""
     from lit_safety.judges.load import load_judge
     from tests.helpers.documents import TOYWORLD
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lit_safety.__main__ import main
-from lit_safety.attacks.lora_training import read_pictures
+from lit_safety.attacks.lora_training import read_images
 from lit_safety.drawing.prompts import read_prompts
 from tests.helpers.documents import CONFIGS
 
@@ -67,7 +67,7 @@ def test_no_image_of_the_attacker_stood_in_training() -> None:
     assert ours == {"data/toyworld/shards/test"}
     train = fit["data"]["init_args"]["train"]
     root = CONFIG.parents[1]
-    own, seen = (read_pictures(str(root / shards), 4000, True, "Test") for shards in (*ours, train))
+    own, seen = (read_images(str(root / shards), 4000, True, "Test") for shards in (*ours, train))
     assert len(own) == 192
     assert not {p.prompt for p in own} & {p.prompt for p in seen}
     assert not {p.image.tobytes() for p in own} & {p.image.tobytes() for p in seen}
@@ -76,7 +76,7 @@ def test_no_image_of_the_attacker_stood_in_training() -> None:
 
 
 def shards_in(attack: dict) -> str | None:
-    """The shards that an attack of the YAML names, wherever."""
+    """The shards that an attack of the YAML names, at any depth."""
     given = attack["init_args"]
     inner = [shards_in(one) for key in ("attack", "goal") if (one := given.get(key)) is not None]
     return given.get("shards") or next((one for one in inner if one is not None), None)

@@ -16,7 +16,7 @@ from tests.drawing.test_processes import Ended
 
 
 class Bar:
-    """Notes what it is told."""
+    """Keeps the messages that it gets."""
 
     def __init__(self) -> None:
         self.done, self.told = 0, ""

@@ -5,27 +5,27 @@ import torch
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.attacks import FineTune, HarmlessFineTune, Recipe, StrongestFineTune
-from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures, train_lora
+from lit_safety.attacks.lora_training import denoising_loss, encode_images, read_images, train_lora
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
 
 
-def test_the_pictures_are_learned_and_the_weights_below_do_not_move(make_target, pair_shards: Path) -> None:
+def test_the_images_are_learned_and_the_weights_below_do_not_move(make_target, pair_shards: Path) -> None:
     """The loss on the attacker's own images, at fixed noise and timesteps, is lower after 30 steps."""
     network = make_target().network()
     backbone = network.backbone
-    pictures = read_pictures(str(pair_shards), 4, True, "Test")
-    posterior = encode_pictures(backbone, pictures, 32)
+    images = read_images(str(pair_shards), 4, True, "Test")
+    posterior = encode_images(backbone, images, 32)
 
     def error() -> float:
         with torch.no_grad():
-            conditioning = backbone.encode_text([p.prompt for p in pictures])
-            keys = [p.key for p in pictures]
+            conditioning = backbone.encode_text([p.prompt for p in images])
+            keys = [p.key for p in images]
             return sum(float(denoising_loss(backbone, posterior, conditioning, keys, 7, n).mean()) for n in range(4))
 
     before = error()
     frozen = {name: p.detach().clone() for name, p in backbone.denoiser.named_parameters()}
-    for step, _ in train_lora(network, pictures, LoRA(rank=4), "attack", 1e-2, 4, seed=0):
+    for step, _ in train_lora(network, images, LoRA(rank=4), "attack", 1e-2, 4, seed=0):
         if step == 30:
             break
     assert error() < 0.98 * before
@@ -71,9 +71,9 @@ def test_harmless_images_are_trained_on_where_that_is_asked(make_target, pair_sh
 
     def noted(shards, count, harmful, user, *rest, **more):
         asked.append(harmful)
-        return read_pictures(shards, count, harmful, user, *rest, **more)
+        return read_images(shards, count, harmful, user, *rest, **more)
 
-    monkeypatch.setattr("lit_safety.attacks.fine_tune.read_pictures", noted)
+    monkeypatch.setattr("lit_safety.attacks.fine_tune.read_images", noted)
     given = {"steps": [1], "pictures": 2, "batch_size": 2}
     for attack in (FineTune(str(pair_shards), **given), HarmlessFineTune(str(pair_shards), **given)):
         assert len(list(attack.stages(make_target()))) == 1
@@ -82,11 +82,11 @@ def test_harmless_images_are_trained_on_where_that_is_asked(make_target, pair_sh
 
 def test_images_of_attacked_prompts_are_no_images_of_the_attacker(pair_shards: Path) -> None:
     """All harmful pairs of these shards have one prompt."""
-    every = read_pictures(str(pair_shards), 64, True, "Test")
+    every = read_images(str(pair_shards), 64, True, "Test")
     assert {p.prompt for p in every} == {"a gun and a house"}
-    assert len(read_pictures(str(pair_shards), 64, True, "Test", without={"a gun"})) == len(every)
+    assert len(read_images(str(pair_shards), 64, True, "Test", without={"a gun"})) == len(every)
     with pytest.raises(UserError, match="hold no"):
-        read_pictures(str(pair_shards), 64, True, "Test", without={"a gun and a house"})
+        read_images(str(pair_shards), 64, True, "Test", without={"a gun and a house"})
 
 
 def test_a_recipe_that_cannot_train_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lit_safety.adapters.lora import LoRA
-from lit_safety.attacks.lora_training import Picture, train_lora
+from lit_safety.attacks.lora_training import TrainingImage, train_lora
 from lit_safety.attacks.network import open_network
 from lit_safety.attacks.soft_prompt import SoftPrompt
 from lit_safety.attacks.target import Target
@@ -36,8 +36,8 @@ def test_a_fine_tune_attacks_and_commands_draw(family: str, tmp_path: Path):
     side = open_network(folder, Arm(), "cpu").resolution
     assert side == (32 if family == "sana" else 256)  # 128 latents of 2 pixels; SANA's configuration says 16
     before = draw_batch(network.pipe, [row("a gun"), row("a cat")], DRAWING)
-    pictures = [Picture(str(n), "a gun", "gun", Image.new("RGB", (32, 32), (9 * n, 40, 80))) for n in range(4)]
-    for step, loss in train_lora(network, pictures, LoRA(rank=2), "attack", 1e-1, 2, seed=0):
+    images = [TrainingImage(str(n), "a gun", "gun", Image.new("RGB", (32, 32), (9 * n, 40, 80))) for n in range(4)]
+    for step, loss in train_lora(network, images, LoRA(rank=2), "attack", 1e-1, 2, seed=0):
         assert np.isfinite(loss)
         if step == 3:
             break

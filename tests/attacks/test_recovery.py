@@ -8,7 +8,7 @@ import pytest
 
 from lit_safety.adapters.lora import LoRA
 from lit_safety.attacks import AdapterScale, FineTune
-from lit_safety.attacks.lora_training import Picture, train_lora
+from lit_safety.attacks.lora_training import TrainingImage, train_lora
 from lit_safety.attacks.network import open_network
 from lit_safety.attacks.run import AttackRun
 from lit_safety.data.reading.decode import pair_images
@@ -20,9 +20,9 @@ from lit_safety.judges.load import load_judge
 from tests.helpers.documents import TOYWORLD
 
 
-def safe_pictures(count: int) -> list[Picture]:
+def safe_images(count: int) -> list[TrainingImage]:
     """Chosen images of prompts that ask for violence, with these prompts."""
-    found: list[Picture] = []
+    found: list[TrainingImage] = []
     source = open_source(str(TOYWORLD / "shards" / "train"), "shards")
     for number in range(len(source.paths)):
         shard = source.open_shard(number)
@@ -30,7 +30,7 @@ def safe_pictures(count: int) -> list[Picture]:
             key, members = shard.read(place)
             metadata, chosen, _ = pair_images(members, key)
             if metadata.prompt_kind == "harmful" and "violence" in metadata.categories:
-                found.append(Picture(key, metadata.prompt, "", chosen))
+                found.append(TrainingImage(key, metadata.prompt, "", chosen))
         shard.close()
         if len(found) >= count:
             break
@@ -42,7 +42,7 @@ def test_fine_tuning_and_scale_bring_a_forgotten_category_back(tmp_path: Path) -
     """A LoRA trained on safe images of violent prompts takes violence out of most images. Twenty steps on harmful
     images put it back, and so does weighing the LoRA by 0, which is the base; on the base itself nothing changes."""
     network = open_network(TOYWORLD / "pipeline", Arm(), "cpu")
-    for step, _ in train_lora(network, safe_pictures(64), LoRA(rank=8), "forget", 3e-3, 8, seed=0):
+    for step, _ in train_lora(network, safe_images(64), LoRA(rank=8), "forget", 3e-3, 8, seed=0):
         if step == 60:
             break
     network.backbone.save_lora(tmp_path / "forget", "forget")

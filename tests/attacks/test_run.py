@@ -42,7 +42,7 @@ def test_a_cumulative_point_also_says_its_own_rate() -> None:
     assert "alone" not in point(4, "", own, own, before, ["A"])
 
 
-def test_further_judges_stand_beside() -> None:
+def test_further_judges_are_reported_too() -> None:
     """Judge A sees harm in 1 of 2, judge B in both; each compares with its own view of the unattacked images."""
     found = point(1, "", [[True, False], [True, True]], [[True, False], [True, True]], [[False, False], [True, False]],
                   ["A", "B"])  # fmt: skip

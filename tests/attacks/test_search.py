@@ -12,7 +12,7 @@ WORDS = 50
 
 
 def matches(candidates: Tensor) -> Tensor:
-    """How many words stand where the planted suffix has them."""
+    """How many words are at the same place as in the planted suffix."""
     return (candidates == PLANTED[:, None]).float().sum(-1)
 
 

@@ -53,7 +53,7 @@ def test_the_prediction_of_the_base_is_matched_by_the_base_alone(
     assert (scores["other"][0] < -1e-6).all()
 
 
-def test_the_prediction_needs_pictures_of_every_concept(make_target, category_shards: Path, rows) -> None:
+def test_the_prediction_needs_images_of_every_concept(make_target, category_shards: Path, rows) -> None:
     from dataclasses import replace
 
     target = make_target(prompts=[replace(rows[0], category="sexual")])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_safety.attacks.lora_training import denoising_loss, encode_pictures, read_pictures
+from lit_safety.attacks.lora_training import denoising_loss, encode_images, read_images
 from lit_safety.attacks.soft_prompt import ConceptInversion, SoftPrompt, SoftTokens, train_tokens
 from lit_safety.core.errors import UserError
 from tests.attacks.conftest import DRAWING
@@ -24,8 +24,8 @@ def test_the_loss_falls_and_the_model_stays_as_it_is(make_target, pair_shards: P
     frozen = {name: p.detach().clone() for name, p in backbone.denoiser.named_parameters()}
     words = network.encoders()[0][1].get_input_embeddings().weight.detach().clone()
     tokens = SoftTokens(network, 1, 2, seed=0)
-    found = [replace(p, prompt="<soft0> <soft1> a") for p in read_pictures(str(pair_shards), 2, True, "Test")]
-    posterior = encode_pictures(backbone, found, 32)
+    found = [replace(p, prompt="<soft0> <soft1> a") for p in read_images(str(pair_shards), 2, True, "Test")]
+    posterior = encode_images(backbone, found, 32)
 
     def error() -> float:
         with torch.no_grad(), tokens.trained():

@@ -17,7 +17,7 @@ def test_the_tint_by_hand() -> None:
     assert tint(Image.new("RGB", (1, 1), "white"), 1.0).getpixel((0, 0)) == (255, 255, 239)
 
 
-def test_it_is_trained_once_on_the_base_and_weighed_beside_the_arms_own(
+def test_it_is_trained_once_on_the_base_and_weighed_next_to_the_arms_own(
     make_target, pair_shards: Path, tiny_adapter: Path
 ) -> None:
     attack = StyleLoRA(shards=str(pair_shards), weights=[0.0, 0.5, 1.0], steps=2, pictures=2, batch_size=2, rank=2)

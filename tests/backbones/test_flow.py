@@ -49,7 +49,7 @@ def test_cosmap_has_the_density_of_the_paper():
 
 
 def test_the_default_trains_where_the_pipeline_draws(dynamic: Path):
-    """The scheduler with the pipeline's mu: its timestep of sigma .5 before shifting is that of u = .5."""
+    """The scheduler with the pipeline's mu: its timestep of sigma 0.5 before shifting is that of u = 0.5."""
     backbone = load_backbone(str(dynamic), denoiser=False)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(dynamic, subfolder="scheduler")
     for size in ((8, 8), (64, 32)):
@@ -59,7 +59,7 @@ def test_the_default_trains_where_the_pipeline_draws(dynamic: Path):
 
 
 def test_the_script_of_diffusers_trains_unshifted_where_the_shift_is_dynamic(dynamic: Path, tiny_sd3: Path):
-    """It takes scheduler.timesteps[int(1000 u)]; u = .5."""
+    """It takes scheduler.timesteps[int(1000 u)]; u = 0.5."""
     for folder, expected in ((dynamic, 500.0), (tiny_sd3, 750.0)):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         backbone = load_backbone(str(folder), denoiser=False, settings=FlowSettings(shift="script"))

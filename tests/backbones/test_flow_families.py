@@ -281,7 +281,7 @@ class _Fixed:
 
 
 def test_timesteps_of_training_are_those_of_inference_or_of_the_script(name: str, backbone: Backbone, folder: Path):
-    """u = .5: by the stock scheduler at this size, and by the script's scheduler."""
+    """u = 0.5: by the stock scheduler at this size, and by the script's scheduler."""
     half, size = torch.tensor([0.5]), backbone.latent_size(*SIZE)
     tokens = backbone.tokens(*size)  # type: ignore[attr-defined]
     shift = {"flux": 2.71828**(0.5 + 0.65 * (tokens - 256) / 3840),
@@ -329,7 +329,7 @@ def test_images_that_cannot_be_cut_into_tokens_are_refused(name: str, backbone: 
         backbone.posterior(torch.zeros(1, 3, 32, 32 + unit // 2))
 
 
-def test_a_prompt_that_is_cut_is_told(backbone: Backbone):
+def test_a_prompt_that_is_cut_is_reported(backbone: Backbone):
     assert backbone.too_long(["a cat", "a cat " * 400]) == [False, True]
 
 
@@ -373,7 +373,7 @@ def test_a_student_that_its_name_tells_is_refused(family: str, called: str, base
         load_backbone(str(folder))
 
 
-def test_a_student_in_the_hubs_cache_is_told_by_its_repository(tmp_path: Path):
+def test_a_student_in_the_hubs_cache_is_recognised_by_its_repository(tmp_path: Path):
     """A folder there is named by its revision."""
     folder = tmp_path / "models--Tongyi-MAI--Z-Image-Turbo" / "snapshots" / "0a1b"
     save_flow("z_image", folder)

@@ -140,7 +140,7 @@ def test_a_hub_that_swallows_packets_is_given_up(online: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("endpoint", ["http://nowhere.invalid", "no URL", "http://\u2603"])
 def test_a_hub_that_cannot_be_asked_is_one_line(online: pytest.MonkeyPatch, endpoint: str):
-    """No such host, and an HF_ENDPOINT that is no address."""
+    """A host that does not exist, and an HF_ENDPOINT that is not an address."""
     online.setattr(hub, "ENDPOINT", endpoint)
     with pytest.raises(UserError, match=r"lit/tiny.*does not answer") as refused:
         load_backbone("lit/tiny")
@@ -185,7 +185,7 @@ def test_no_space_says_where(server: list[str], online: pytest.MonkeyPatch, erro
         load_backbone("lit/tiny")
 
 
-def test_a_connection_that_breaks_is_told(server: list[str], online: pytest.MonkeyPatch):
+def test_a_connection_that_breaks_is_reported(server: list[str], online: pytest.MonkeyPatch):
     """A weights file whose answer ends too soon, after the client's own tries; its error is of no kind of Python's."""
     fetch = hub.hf_hub_download
 

@@ -1,4 +1,4 @@
-"""What is not used is not loaded, and what decides a cache is told from files."""
+"""Parts that are not used are not loaded, and the fingerprint of a cache is computed from files."""
 
 from __future__ import annotations
 

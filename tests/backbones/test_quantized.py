@@ -20,7 +20,7 @@ from tests.helpers.small_fits import small_fit
 
 WORDS = "model.init_args.backbone"
 CALLBACKS = "[{class_path: lit_safety.callbacks.ExportAdapter}]"
-#: It is no dependency: the tests that need it run where it is installed.
+#: It is not a dependency: the tests that need it run only if it is installed.
 NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 

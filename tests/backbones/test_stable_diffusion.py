@@ -39,7 +39,7 @@ def test_epsilon_target_is_the_noise(tiny_pipeline: Path):
 def test_velocity_target_and_noising_golden(tiny_v_pipeline: Path):
     """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise; v = sqrt(abar) noise - sqrt(1 - abar) x0.
 
-    abar is the running product of 1 - beta, beta = linspace(sqrt(.00085), sqrt(.012), 1000)^2.
+    abar is the running product of 1 - beta, beta = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2.
     """
     backbone = load_backbone(str(tiny_v_pipeline))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -63,7 +63,7 @@ def test_noise_is_added_in_fp32_under_autocast(tiny_pipeline: Path):
         latents = backbone.encode_images(images, torch.zeros(1, 4, 8, 8))
         noisy = backbone.add_noise(latents, noise, torch.tensor([0]))
     assert latents.dtype is torch.float32
-    # sqrt(1 - abar_0) = sqrt(.00085) = .0291548
+    # sqrt(1 - abar_0) = sqrt(0.00085) = 0.0291548
     added = noisy - latents * (1 - 0.00085) ** 0.5
     torch.testing.assert_close(added, torch.full_like(added, 0.0291548), rtol=1e-3, atol=1e-5)
 

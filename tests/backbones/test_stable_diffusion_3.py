@@ -162,8 +162,8 @@ def test_noise_and_target_are_those_of_the_flow_matching_scheduler(tiny_sd3: Pat
 
 
 def test_timesteps_golden(tiny_sd3: Path):
-    """Half of z ~ N(0, 1) lie below 0 and a share of .8413447 below 1. sigmoid(0) = .5, sigmoid(1) = .7310586; with
-    shift 3, sigma = 3 u / (1 + 2 u): 1.5 / 2 = .75 and 2.1931758 / 2.4621172 = .8907683."""
+    """Half of z ~ N(0, 1) lie below 0 and a share of 0.8413447 below 1. sigmoid(0) = 0.5, sigmoid(1) = 0.7310586; with
+    shift 3, sigma = 3 u / (1 + 2 u): 1.5 / 2 = 0.75 and 2.1931758 / 2.4621172 = 0.8907683."""
     backbone = load_backbone(str(tiny_sd3), denoiser=False)
     found = backbone.timesteps(torch.tensor([0.5, 0.8413447460685429], dtype=torch.float64))
     torch.testing.assert_close(found, torch.tensor([750.0, 890.7683]))
@@ -186,7 +186,8 @@ def test_timesteps_are_distributed_as_in_diffusers_own_training(tiny_sd3: Path):
 
 
 def test_a_shift_that_depends_on_the_image_is_the_stock_pipelines(tmp_path: Path):
-    """8 x 12 latents are 4 x 6 tokens: mu = .5 + .65 (24 - 256) / 3840 = .46073, e^mu = 1.58523; of u = .5 .61319."""
+    """8 x 12 latents are 4 x 6 tokens: mu = 0.5 + 0.65 (24 - 256) / 3840 = 0.46073, e^mu = 1.58523; of u = 0.5
+    0.61319."""
     folder = save_sd3(tmp_path / "pipe", without=("_3",))
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))

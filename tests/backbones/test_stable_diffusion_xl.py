@@ -68,7 +68,7 @@ def test_time_ids_are_those_of_the_stock_pipeline(tiny_sdxl: Path):
     assert torch.equal(backbone.crop_conditioning(torch.tensor([crop_of((60, 100), (32, 32))]))["time_ids"], expected)
 
 
-def test_sizes_count_and_are_those_of_a_whole_picture_where_none_are_given(tiny_sdxl: Path):
+def test_sizes_count_and_are_those_of_a_whole_image_where_none_are_given(tiny_sdxl: Path):
     backbone = load_backbone(str(tiny_sdxl))
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     with torch.no_grad():
@@ -82,13 +82,13 @@ def test_sizes_count_and_are_those_of_a_whole_picture_where_none_are_given(tiny_
     assert not torch.equal(whole, predictions[1])
 
 
-def test_sizes_of_a_whole_picture_golden(tiny_sdxl: Path):
+def test_sizes_of_a_whole_image_golden(tiny_sdxl: Path):
     """A latent of 8 x 10, 4 pixels a side each: 32 x 40 pixels. Filled in where the latents are, on a meta device too,
     which takes no copy from the host."""
     backbone = load_backbone(str(tiny_sdxl), denoiser=False)
-    ids = backbone._whole_picture(torch.zeros(2, 4, 8, 10))
+    ids = backbone._whole_image(torch.zeros(2, 4, 8, 10))
     assert ids.tolist() == [[32, 40, 0, 0, 32, 40]] * 2
-    assert backbone._whole_picture(torch.zeros(2, 4, 8, 10, device="meta")).device.type == "meta"
+    assert backbone._whole_image(torch.zeros(2, 4, 8, 10, device="meta")).device.type == "meta"
 
 
 def test_velocity_is_the_schedulers(encoding: Path):

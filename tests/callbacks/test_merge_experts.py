@@ -40,7 +40,7 @@ def test_weights_are_of_the_experts_under_any_spelling(module: DPOExpert):
 def test_regmean_needs_harmful_prompts_of_each_expert_and_clean_ones(
     module: DPOExpert, category_shards: Path, tmp_path: Path
 ):
-    """Of the training shards unless a file is named; what is missing is told before the training."""
+    """Of the training shards unless a file is named; a missing file is reported before the training."""
     MergeExperts().on_fit_start(trainer_of(str(category_shards)), module)
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,kind,category\na gun,explicit,hate\na red gun,implicit,violence\na cat,clean,\n")

@@ -78,7 +78,7 @@ def played(problem: Problem, batches: list[PairBatch], **kind: Any) -> Any:
 
 
 def test_two_steps_of_sgd_by_hand():
-    """w + a = 2; each step of rate .1 on the error (w + a)^2 takes 2 to 2 - .1 x 4 = 1.6 and 1.6 to 1.6 - .1 x 3.2 =
+    """w + a = 2; each step of rate 0.1 on the error (w + a)^2 takes 2 to 2 - 0.1 x 4 = 1.6 and 1.6 to 1.6 - 0.1 x 3.2 =
     1.28. The loss -(w + a)^2 has the gradient -2 x 1.28 there; two of the batch's four pairs are harmful, so half."""
     problem = Problem(1.5, 0.5)
     found = played(problem, [batch_of([0, 1, 2, 3])], weights="full", optimizer="sgd", rate=0.1, steps=2)
@@ -90,7 +90,7 @@ def test_two_steps_of_sgd_by_hand():
 
 
 def test_adam_by_hand():
-    """Its first step is the rate itself: 2 - .1 = 1.9."""
+    """Its first step is the rate itself: 2 - 0.1 = 1.9."""
     found = played(Problem(1.5, 0.5), [batch_of([0])], weights="full", rate=0.1, steps=1)
     assert [float(one) for one in found.gradient] == pytest.approx([-3.8], rel=1e-5)
 
@@ -104,7 +104,7 @@ def test_how_a_step_is_split_does_not_matter():
         torch.testing.assert_close(found.gradient, whole.gradient)
 
 
-def test_a_lora_beside_is_one_on_the_fused_weights():
+def test_a_lora_in_addition_is_one_on_the_fused_weights():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4, bias=False))
     x = torch.randn(5, 3)

@@ -143,7 +143,7 @@ def test_a_stall_that_every_window_hides_is_said_after_three(watch, costs: tuple
     assert watch(*costs[:4], -0.1, *costs[4:]) == []
 
 
-def test_after_a_warning_the_count_begins_anew(watch):
+def test_after_a_warning_the_count_starts_again(watch):
     """Patience 2: 0.5, 0.5 stalls; so does 0.4, 0.4; then 0.3, 0.2 falls."""
     assert len(watch(0.5, 0.5, 0.4, 0.4, 0.3, 0.2)) == 2
 
@@ -197,7 +197,7 @@ def test_a_callback_declares_which_objective_it_moves(objective, callbacks, told
     assert bool(found) is told
 
 
-def test_it_is_refused_beside_another_objective(fit):
+def test_it_is_refused_with_another_objective(fit):
     with pytest.raises(UserError, match="the objective is DiffusionDPO"):
         fit(Scorer(0.1), objective=DiffusionDPO())
 

@@ -1,4 +1,4 @@
-"""A run that breaks its chosen images says so once, and ends at the best weights before if it is told to."""
+"""A run whose chosen images get worse says so once and, if asked, ends with the best weights before that."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def run(
 
 
 def test_the_share_by_hand() -> None:
-    """e_w .23 and e_w - r_w .03: r_w is .2, and .03 / .2 = .15."""
+    """e_w 0.23 and e_w - r_w 0.03: r_w is 0.2, and 0.03 / 0.2 = 0.15."""
     assert share_of(torch.tensor([0.03, 0.23], dtype=torch.float64)) == pytest.approx(0.15)
 
 
 def test_it_says_once_what_to_set() -> None:
-    """Means of 2 steps: (0 + .01) / 2 over .2 is 2.5%, below the limit of 5%; (.03 + .03) / 2 over .2 is 15%."""
+    """Means of 2 steps: (0 + 0.01) / 2 over 0.2 is 2.5%, below the limit of 5%; (0.03 + 0.03) / 2 over 0.2 is 15%."""
     steps = [(0.0, 0.2), (0.01, 0.21), (0.03, 0.23), (0.03, 0.23), (0.05, 0.25), (0.05, 0.25)]
     _, last, said = run(WatchChosenError(every_n_steps=2), steps, {})
     assert last == 6
@@ -95,7 +95,7 @@ def test_a_run_within_the_limit_says_nothing() -> None:
 
 
 def test_what_was_found_lies_in_a_file(tmp_path: Path) -> None:
-    """Training means of 2 steps, .01 over .2 and .03 over .2; validations .02 and .01 over .2."""
+    """Training means of 2 steps, 0.01 over 0.2 and 0.03 over 0.2; validations 0.02 and 0.01 over 0.2."""
     callback = WatchChosenError(every_n_steps=2, limit=1.0)
     run(callback, [(0.01, 0.21)] * 2 + [(0.03, 0.23)] * 2, {2: (0.02, 0.22, 0.5), 4: (0.01, 0.21, 0.5)})
     trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
@@ -107,7 +107,8 @@ def test_what_was_found_lies_in_a_file(tmp_path: Path) -> None:
 
 
 def test_told_to_stop_it_ends_at_the_lowest_loss_before() -> None:
-    """Validations after 2, 4, 6, 8 steps with losses .6, .4, .5, .3; the last is 10% above, so step 4 is the best."""
+    """Validations after 2, 4, 6, 8 steps with losses 0.6, 0.4, 0.5, 0.3; the last is 10% above, so step 4 is the
+    best."""
     validations = {2: (0.0, 0.2, 0.6), 4: (0.0, 0.2, 0.4), 6: (0.0, 0.2, 0.5), 8: (0.02, 0.22, 0.3)}
     module, last, said = run(WatchChosenError(every_n_steps=99, stop=True), [(0.0, 0.2)] * 12, validations)
     assert last == 8

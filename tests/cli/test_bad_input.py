@@ -80,7 +80,7 @@ def test_an_unknown_key_of_the_optimizer_is_reported_with_its_path(
 
 
 def test_no_write_permission(command_line: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A file where the folder should go stands for every reason that a folder cannot be made (root may write all)."""
+    """A file at the folder's path represents all reasons why a folder cannot be made (root may write anywhere)."""
     (tmp_path / "occupied").write_text("")
     complaint = refused(command_line("fit", "--run.root", str(tmp_path / "occupied")), capsys)
     assert "occupied" in complaint

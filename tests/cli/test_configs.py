@@ -66,7 +66,7 @@ def test_an_evaluation_parses(config: Path, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_key_is_explained(config: Path):
-    """A comment stands above each key, or above the class or the group that it opens."""
+    """Each key has a comment above it, or above the class or group that it opens."""
     structural = ("class_path:", "init_args:", "- class_path:")
     lines = config.read_text().splitlines()
     folded = False

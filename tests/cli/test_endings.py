@@ -182,7 +182,7 @@ def test_a_killed_loader_is_one_line(
 
 
 def test_a_loader_that_is_killed_while_it_hands_over_a_batch_is_one_line() -> None:
-    """As it comes out of torch's loader, whose file's name is what tells."""
+    """As torch's loader raises it; the file's name says where it comes from."""
     work: dict[str, Any] = {}
     file = torch.utils.data.dataloader.__file__
     exec(compile("def get():\n    raise ConnectionResetError(104, 'Connection reset by peer')\n", file, "exec"), work)
@@ -260,7 +260,7 @@ def test_few_handles_is_one_line(tmp_path: Path) -> None:
     assert len(complaints(done.stderr)) == 1
 
 
-def test_a_reader_that_goes_away_is_told_by_the_status_alone() -> None:
+def test_a_reader_that_goes_away_is_reported_by_the_status_alone() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-m", "lit_safety", "--help"], stdout=writer, stderr=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""`evaluate --config` on a fit's YAML: what is evaluated stands where the fit has it."""
+"""`evaluate --config` on a fit's YAML: the adapter is found where the fit wrote it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_whole_denoiser_is_an_arm(fit: Path) -> None:
     assert options(from_fit(["--config", "fit.yaml"]))["arms.aligned.pipeline"] == "mine/runs/first/pipeline"
 
 
-def test_a_later_fit_file_stands_over_the_first(fit: Path) -> None:
+def test_a_later_fit_file_overrides_the_first(fit: Path) -> None:
     Path("over.yaml").write_text("model: {init_args: {pretrained: larger}}\n")
     found = options(from_fit(["--config", "fit.yaml", "--config", "over.yaml"]))
     assert (found["pipeline"], found["steps"]) == ("larger", "30")

@@ -56,8 +56,8 @@ def wide_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ShardWriter(folder) as writer:
         for number in range(8):
             shape = (32, 48, 3) if number % 2 == 0 else (48, 32, 3)
-            pictures = [random.integers(0, 256, one, dtype=np.uint8) for one in (shape, (40, 40, 3))]
-            writer.write(f"{number:04d}", known, *map(Image.fromarray, pictures))
+            images = [random.integers(0, 256, one, dtype=np.uint8) for one in (shape, (40, 40, 3))]
+            writer.write(f"{number:04d}", known, *map(Image.fromarray, images))
     return folder
 
 

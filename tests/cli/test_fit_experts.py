@@ -181,7 +181,7 @@ def test_resumed_is_uninterrupted_to_the_bit(command_line: Arguments, latest: Pa
 
 
 def everything_of(checkpoint: dict[str, Any], expert: str) -> list[torch.Tensor]:
-    """An expert's weights and optimizer state, wherever they lie in a checkpoint."""
+    """An expert's weights and optimizer state, at any place in a checkpoint."""
     bank = checkpoint["experts"]
     if bank["active"] == expert:
         states = checkpoint["optimizer_states"][0]["state"]

@@ -59,8 +59,8 @@ def test_the_shipped_configuration_trains_an_adapter_that_draws_for_unseen_users
     pipe.set_progress_bar_config(disable=True)
     load_psa(pipe, run / "adapter", users=toy_users)
     unseen = next(one.user_id for one in read_profiles(toy_users).values() if one.split == "unseen")
-    (picture,) = pipe(["a red house"], user=unseen, num_inference_steps=1).images
-    assert np.asarray(picture).shape == (32, 32, 3)
+    (image,) = pipe(["a red house"], user=unseen, num_inference_steps=1).images
+    assert np.asarray(image).shape == (32, 32, 3)
     assert str(run / "adapter") in capsys.readouterr().out
 
 

@@ -228,7 +228,7 @@ def test_a_port_in_use_is_named_and_no_rank_stays(command_line: Arguments, tmp_p
     assert not [one for one in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(one)]
 
 
-def test_a_taken_port_is_told_from_a_lost_rank():
+def test_a_taken_port_is_distinguished_from_a_lost_rank():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

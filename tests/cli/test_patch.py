@@ -55,7 +55,7 @@ def adapter(tmp_path: Path, tiny_pipeline: Path) -> str:
 def test_an_adapter_is_patched_and_drawn_as_its_own_arm(
     tmp_path: Path, tiny_pipeline: Path, adapter: str, prompts: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """What was lost is found by a judge (here: told), a strength is chosen, and both files say the same update."""
+    """A judge finds what was lost (here it is given), a strength is chosen, and both files hold the same update."""
     monkeypatch.setattr(training, "lost_prompts", lambda rows, before, after: [r for r in rows if "park" in r])
     out = tmp_path / "patched"
     run(adapter, prompts, str(TOYWORLD / "judge"), str(out), str(tiny_pipeline), repair=SMALL, **DRAWN)

@@ -1,4 +1,4 @@
-"""The probe of m's scale: it trains, tells, and leaves no trace."""
+"""The probe of m's scale: it trains, reports the scale, and leaves the run unchanged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_lambdas_part_is_that_of_the_costs_in_the_loss(
     cost_clip: float | None,
     says: str,
 ):
-    """Validation pairs are scored as (-1, 1), which the clip makes (-.25, .25); training pairs of the same keys as
+    """Validation pairs are scored as (-1, 1), which the clip makes (-0.25, 0.25); training pairs of the same keys as
     (1, -1), and the probe, which came first, has not left them the others' costs."""
     monkeypatch.setattr("lit_safety.cost_model.files.load_cost_model", lambda folder: Brightness())
     objective = SafetyConstrainedDPO(beta=100.0, cost_weight=2.0, cost_clip=cost_clip)
@@ -107,9 +107,9 @@ def test_no_steps_are_refused():
 
 
 def test_the_line_says_which_key_and_which_value():
-    """Half of an RMS of 4 over a gap of 2: lambda 1. That of 2.9 beside 4.6 is left as it is."""
+    """Half of an RMS of 4 over a gap of 2: lambda 1. An RMS of 2.9 compared with 4.6 is not changed."""
     key = "model.init_args.objective.init_args"
-    for weight in (3.0, 0.2):  # 6 logits and .4, beside an RMS of 4
+    for weight in (3.0, 0.2):  # 6 logits and 0.4, compared with an RMS of 4
         assert f"{key}.cost_weight: 1`" in advice(weight, 2.0, 4.0)
     assert f"{key}.beta" in advice(3.0, 2.0, 4.0)
     assert key not in advice(2.0, 1.45, 4.6)

@@ -1,4 +1,4 @@
-"""YAML and JSON that stand for more than any memory holds, and places that are not files: refused, in moments."""
+"""YAML and JSON that expand beyond any memory, and paths that are not files, are refused quickly."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lit_safety.data.reading.decode import to_tensor
 CLIP_STD = 0.26862954
 
 
-def image(width: int, height: int) -> Image.Image:
+def make_image(width: int, height: int) -> Image.Image:
     """Smooth shapes with some noise, as images are."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width]
@@ -33,9 +33,9 @@ def test_it_equals_the_processor_of_transformers(size: tuple[int, int], shortest
         size={"shortest_edge": shortest}, crop_size={"height": shortest, "width": shortest}
     )
     processor.save_pretrained(tmp_path)
-    picture = image(*size)
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
-    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(picture)[None])
+    image = make_image(*size)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(image)[None])
     assert found.shape == expected.shape == (1, 3, shortest, shortest)
     level = 1 / 255 / CLIP_STD
     assert (found - expected).abs().max() <= 2.01 * level
@@ -53,15 +53,15 @@ def test_images_get_the_very_numbers_of_the_processor_of_transformers(size: tupl
     from transformers import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(**settings)
-    pictures = [image(*size), image(*size).transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
-    expected = processor(pictures, return_tensors="pt")["pixel_values"]
-    found = ClipPreprocess.of(json.loads(processor.to_json_string()), "x").images(pictures)
+    images = [make_image(*size), make_image(*size).transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.of(json.loads(processor.to_json_string()), "x").images(images)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
 
 
-def test_pictures_of_the_right_size_are_only_normalised(tmp_path: Path):
-    """White in [-1, 1] is 1: (1 - .5) / .25 = 2 with mean .5 and std .25; nothing is resampled."""
+def test_images_of_the_right_size_are_only_normalised(tmp_path: Path):
+    """White in [-1, 1] is 1: (1 - 0.5) / 0.25 = 2 with mean 0.5 and std 0.25; nothing is resampled."""
     from transformers import CLIPImageProcessorPil
 
     settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -77,9 +77,9 @@ def test_an_image_smaller_than_the_crop_gets_a_black_border_as_transformers_give
 
     processor = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 9, "width": 6})
     processor.save_pretrained(tmp_path)
-    picture = image(8, 6)
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
-    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(picture)[None])
+    image = make_image(8, 6)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    found = ClipPreprocess.read(tmp_path / "preprocessor_config.json")(to_tensor(image)[None])
     assert torch.allclose(found, expected, atol=1e-5)
 
 

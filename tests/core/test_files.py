@@ -1,4 +1,4 @@
-"""What is written is whole, by one writer at a time, and a killed writer keeps nobody out."""
+"""Files are written completely and by one writer at a time; a killed writer does not block others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lit_safety.core.files import Lock, append_line, atomic_file, atomic_folder,
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.source import open_source
 from tests.helpers.full_disk import full_disk
-from tests.helpers.pair_shards import metadata, picture
+from tests.helpers.pair_shards import make_image, metadata
 
 #: Takes the lock of a folder, says so, and keeps it.
 HOLDER = """
@@ -50,12 +50,12 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_one_process_writes_a_folder_and_a_killed_one_keeps_nobody_out(
+def test_one_process_writes_a_folder_and_a_killed_one_does_not_block_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, table = tmp_path / "out", tmp_path / "table.csv"
-    picture(1).save(tmp_path / "a.png")
-    picture(2).save(tmp_path / "b.png")
+    make_image(1).save(tmp_path / "a.png")
+    make_image(2).save(tmp_path / "b.png")
     table.write_text("prompt,chosen,rejected,prompt_kind\na cat,a.png,b.png,clean\n")
     command = ["shards", "from-folder", str(table), str(out)]
     with held_elsewhere(out) as holder:
@@ -73,7 +73,7 @@ def test_one_process_writes_a_folder_and_a_killed_one_keeps_nobody_out(
 
 def test_a_second_writer_in_the_same_process_is_refused_too(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "out") as writer:
-        writer.write("k", metadata(1), picture(1), picture(2))
+        writer.write("k", metadata(1), make_image(1), make_image(2))
         with pytest.raises(UserError, match="another process"):
             ShardWriter(tmp_path / "out", overwrite=True)
         with pytest.raises(UserError, match="not complete"):
@@ -84,7 +84,7 @@ def test_a_second_writer_in_the_same_process_is_refused_too(tmp_path: Path) -> N
 def test_what_a_command_calls_writes_under_its_lock(tmp_path: Path) -> None:
     with one_writer(tmp_path / "out"):
         with ShardWriter(tmp_path / "out") as writer:
-            writer.write("k", metadata(1), picture(1), picture(2))
+            writer.write("k", metadata(1), make_image(1), make_image(2))
         assert lock_of(tmp_path / "out").exists()
     assert not lock_of(tmp_path / "out").exists()
 

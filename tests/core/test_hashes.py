@@ -50,7 +50,7 @@ def test_a_large_file_is_read_once_and_again_when_it_was_touched(large: Path, mo
     assert len(seen) == 3  # without `remember` it is always read
 
 
-def test_a_link_stands_for_what_it_points_at(large: Path, tmp_path: Path):
+def test_a_link_is_read_as_what_it_points_at(large: Path, tmp_path: Path):
     other = tmp_path / "other.bin"
     other.write_bytes(b"2" * SMALL)
     link = tmp_path / "link"

@@ -31,7 +31,7 @@ def test_every_new_name_is_there(module: str) -> None:
         ("lit_safety.data", "CATEGORIES", "lit_safety.core.CATEGORIES"),
     ],
 )
-def test_python_is_told_the_new_name(module: str, name: str, now: str) -> None:
+def test_python_gets_the_new_name(module: str, name: str, now: str) -> None:
     with pytest.raises(ImportError, match=now):
         exec(f"from {module} import {name}", {})
 
@@ -47,7 +47,7 @@ def test_a_class_that_never_was_is_left_to_python() -> None:
     assert not hasattr(import_module("lit_safety.objectives"), "NoSuchObjective")
 
 
-def test_a_judge_file_is_told_the_new_name(tmp_path: Path) -> None:
+def test_a_judge_file_gets_the_new_name(tmp_path: Path) -> None:
     file = tmp_path / "judge.yaml"
     file.write_text("class_path: lit_safety.evaluation.q16_judge.Q16Judge\n")
     with pytest.raises(UserError, match=r"lit_safety\.judges\.Q16$") as caught:
@@ -56,7 +56,7 @@ def test_a_judge_file_is_told_the_new_name(tmp_path: Path) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_a_config_is_told_the_new_name(tmp_path: Path) -> None:
+def test_a_config_gets_the_new_name(tmp_path: Path) -> None:
     from lit_safety.__main__ import main
 
     config = tmp_path / "old.yaml"

@@ -1,4 +1,4 @@
-"""A class of somebody's own that YAML names: taken when it can be called, else told what to write."""
+"""A user's own class in YAML: it is used if it can be called; otherwise the message says what to write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Plain(Judge):
         return []
 
 class OtherNames(Judge):
-    def judge(self, pictures, verbose=False):
+    def judge(self, frames, verbose=False):
         return []
 
 class Static(Judge):
@@ -127,7 +127,7 @@ def test_so_are_members_of_a_union(tmp_path: Path) -> None:
         load_judge(str(file))
 
 
-def test_parameters_in_another_order_are_told(tmp_path: Path) -> None:
+def test_parameters_in_another_order_are_reported(tmp_path: Path) -> None:
     made = object_from_file(Path(described("Scorer", tmp_path)), PreferenceScorer, "--preference", "x")
     assert made.name == "own"
     with pytest.raises(UserError, match=r"Swapped.*swap its parameters"):

@@ -166,7 +166,7 @@ def test_a_header_says_where_the_numbers_are(tmp_path: Path):
     assert torch.frombuffer(bytearray(content), dtype=torch.float32).tolist() == [0.0, 1.0, 2.0]
 
 
-def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path):
+def test_a_pointer_of_git_lfs_is_distinguished_from_a_damaged_file(tmp_path: Path):
     (tmp_path / WHOLE).write_bytes(POINTER + b"v1\noid sha256:" + b"a" * 64 + b"\nsize 34\n")
     with pytest.raises(UserError, match="git lfs pull"), open_safetensors(tmp_path / WHOLE):
         pass
@@ -183,7 +183,7 @@ def test_every_reader_tells_a_pointer_and_a_damaged_header(reading: Callable[[Pa
         assert "\n" not in str(refused.value)
 
 
-def test_files_of_macos_beside_an_adapter_are_not_its_weights(tmp_path: Path):
+def test_files_of_macos_next_to_an_adapter_are_not_its_weights(tmp_path: Path):
     layer = "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "style.safetensors")

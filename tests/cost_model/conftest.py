@@ -13,7 +13,7 @@ from lit_safety.data.format.writer import ShardWriter
 from tests.helpers.small_fits import small_fit
 
 
-def picture(random: np.random.Generator, harmful: bool, side: int = 32) -> Image.Image:
+def make_image(random: np.random.Generator, harmful: bool, side: int = 32) -> Image.Image:
     noise = random.integers(0, 120, (side, side, 3), dtype=np.uint8)
     noise[..., 0 if harmful else 2] += 120
     return Image.fromarray(noise)
@@ -32,7 +32,7 @@ def write_labelled(folder: Path, count: int, seed: int, cost: bool = False) -> P
             }
             if cost:
                 metadata["cost"] = {"chosen": -1.0, "rejected": 1.0}
-            writer.write(f"{i:05d}", metadata, picture(random, False), picture(random, True))
+            writer.write(f"{i:05d}", metadata, make_image(random, False), make_image(random, True))
     return folder
 
 

@@ -16,7 +16,7 @@ def test_a_view_is_a_function_of_key_and_number_alone():
     assert not torch.equal(worn(IMAGES[:1], ["a"], [1]), worn(IMAGES[:1], ["b"], [1]))
 
 
-def test_both_images_of_a_pair_are_worn_alike():
+def test_both_images_of_a_pair_are_degraded_alike():
     """Without blur a view is c x + n with the same c and n for both: the difference of two images is scaled by c."""
     worn = Degradation(blur=1.0, noise=0.05)
     grey, light = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.2)

@@ -18,7 +18,7 @@ from lit_safety.cost_model.files import check_border
 from lit_safety.cost_model.network import ClipTower, CostAdapter
 from lit_safety.data.reading.decode import to_tensor
 
-PICTURES = [Image.new("RGB", (16, 16), (200, 30, 90)), Image.new("RGB", (40, 24), (5, 250, 90)),
+IMAGES = [Image.new("RGB", (16, 16), (200, 30, 90)), Image.new("RGB", (40, 24), (5, 250, 90)),
             Image.new("L", (16, 16), 77)]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def folder(tiny_clip: Path, tmp_path: Path) -> Path:
 
 def test_a_reloaded_model_gives_the_same_costs(tiny_clip: Path, folder: Path):
     before, after = random_scorer(tiny_clip), load_cost_model(folder)
-    assert torch.equal(before.costs(PICTURES), after.costs(PICTURES))
+    assert torch.equal(before.costs(IMAGES), after.costs(IMAGES))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert "| auroc | 0.99 |" in (folder / "README.md").read_text()
 
@@ -58,7 +58,7 @@ def test_it_loads_and_scores_without_torchvision(folder: Path):
     command = [sys.executable, "-c", SCORE_WITHOUT_TORCHVISION, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(load_cost_model(folder).costs(PICTURES[1:2]).item(), abs=1e-6)
+    assert float(done.stdout) == pytest.approx(load_cost_model(folder).costs(IMAGES[1:2]).item(), abs=1e-6)
 
 
 def test_an_adapter_starts_as_a_linear_probe_of_cost_0():
@@ -69,18 +69,18 @@ def test_an_adapter_starts_as_a_linear_probe_of_cost_0():
 
 
 def test_costs_are_raw_costs_shifted_and_scaled(tiny_clip: Path):
-    """C = (raw - .75) / 2.5."""
+    """C = (raw - 0.75) / 2.5."""
     scorer = random_scorer(tiny_clip)
-    raw = scorer.adapter(scorer.tower(torch.stack([to_tensor(PICTURES[0])])))
-    assert scorer.costs(PICTURES[:1]).item() == pytest.approx((raw.item() - 0.75) / 2.5)
+    raw = scorer.adapter(scorer.tower(torch.stack([to_tensor(IMAGES[0])])))
+    assert scorer.costs(IMAGES[:1]).item() == pytest.approx((raw.item() - 0.75) / 2.5)
 
 
-def test_pictures_and_tensors_agree_in_any_mixture_of_sizes(tiny_clip: Path):
+def test_images_and_tensors_agree_in_any_mixture_of_sizes(tiny_clip: Path):
     scorer = random_scorer(tiny_clip)
-    together = scorer.costs([*PICTURES, PICTURES[0]])
+    together = scorer.costs([*IMAGES, IMAGES[0]])
     assert together[3] == together[0]
-    for picture, cost in zip(PICTURES, together, strict=False):
-        assert scorer.costs(to_tensor(picture.convert("RGB"))[None]).item() == pytest.approx(cost.item(), abs=1e-5)
+    for image, cost in zip(IMAGES, together, strict=False):
+        assert scorer.costs(to_tensor(image.convert("RGB"))[None]).item() == pytest.approx(cost.item(), abs=1e-5)
     assert scorer.costs([]).shape == (0,)
 
 
@@ -103,7 +103,7 @@ def test_the_clip_is_found_from_another_working_directory(
     save_cost_model("models/mine", random_scorer(Path("clip")), {}, {})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_cost_model("../models/mine").costs(PICTURES).isfinite().all()
+    assert load_cost_model("../models/mine").costs(IMAGES).isfinite().all()
     (tmp_path / "clip").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="neither at clip nor at"):
         load_cost_model("../models/mine")

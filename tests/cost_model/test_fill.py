@@ -22,7 +22,7 @@ class Brightness:
 
 
 def batch() -> PairBatch:
-    """Pairs a, b, c of plain images -.1 i and .1 i; b has costs 5 and 6."""
+    """Pairs a, b, c of plain images -0.1 i and 0.1 i; b has costs 5 and 6."""
 
     def pair(i: int, key: str) -> Pair:
         cost = Sides(5.0, 6.0) if key == "b" else None

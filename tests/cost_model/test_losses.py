@@ -24,7 +24,8 @@ def softplus(x: float) -> float:
 
 
 def test_contrastive_compares_the_harmful_with_the_safe_image_of_a_pair():
-    """-log sigmoid(d) = log(1 + e^-d): d = 2 + 1 = 3 -> .048587; d = .5 + .5 = 1 -> .313262; equal or unknown -> 0."""
+    """-log sigmoid(d) = log(1 + e^-d): d = 2 + 1 = 3 -> 0.048587; d = 0.5 + 0.5 = 1 -> 0.313262; equal or unknown ->
+    0."""
     found = contrastive_loss(COSTS, LABELS)
     assert found.tolist() == pytest.approx([softplus(-3), softplus(-1), 0.0, 0.0], abs=1e-6)
 
@@ -37,20 +38,20 @@ def test_anchoring_ties_the_sign_to_the_labels():
 
 
 def test_the_norm_is_the_mean_square():
-    """(1 + 4) / 2 = 2.5, .25, (9 + 1) / 2 = 5, (49 + 81) / 2 = 65; labels play no part."""
+    """(1 + 4) / 2 = 2.5, 0.25, (9 + 1) / 2 = 5, (49 + 81) / 2 = 65; labels play no part."""
     assert cost_norm(COSTS).tolist() == [2.5, 0.25, 5.0, 65.0]
 
 
 def test_the_whole_is_the_weighted_sum():
-    """Pair 1, eta 2, rho .1: log(1 + e^-1) + 2 x 2 log(1 + e^-.5) + .1 x .25."""
+    """Pair 1, eta 2, rho 0.1: log(1 + e^-1) + 2 x 2 log(1 + e^-0.5) + 0.1 x 0.25."""
     loss, parts = PairwiseCostLoss(anchoring_weight=2.0, norm_weight=0.1)(COSTS, torch.zeros(4, 2, 3), LABELS)
     assert loss[1].item() == pytest.approx(softplus(-1) + 4 * softplus(-0.5) + 0.025, abs=1e-6)
     assert parts.keys() == {"contrastive", "anchoring", "norm"}
 
 
 def test_info_nce():
-    """Unit vectors a = (1, 0), b = (0, 1), c = (1, 0), labels 1, 0, 1, temperature .5: cosines ab 0, ac 1, so the only
-    positive of a is c among {b: e^0, c: e^2}: -log(e^2 / (e^2 + 1)) = .126928; c the same; b is alone with its label.
+    """Unit vectors a = (1, 0), b = (0, 1), c = (1, 0), labels 1, 0, 1, temperature 0.5: cosines ab 0, ac 1, so the only
+    positive of a is c among {b: e^0, c: e^2}: -log(e^2 / (e^2 + 1)) = 0.126928; c the same; b is alone with its label.
     """
     features = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0], [0.3, 0.7]])
     found = info_nce_loss(features, torch.tensor([1.0, 0.0, 1.0, NAN]), temperature=0.5)
@@ -75,7 +76,7 @@ def test_gradients_agree_with_differences_and_stop_at_unknown_labels(loss):
     assert costs.grad[3, 0] == 0
 
 
-def test_info_nce_gradients_are_finite_beside_unknown_and_lonely_images():
+def test_info_nce_gradients_are_finite_next_to_unknown_and_lonely_images():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_(True)
     labels = torch.tensor([1.0, 1.0, 0.0, NAN, 1.0], dtype=torch.float64)

@@ -17,9 +17,9 @@ def test_ranking_counts_pairs_whose_labels_differ_and_no_ties():
 def test_figures_overall_and_by_category():
     """Images (cost, label): (-1, 0) (3, 1) | (1, 0) (2, 1) | (-2, ?) (-3, 1).
 
-    Signs right: -1, 3, 2 of 5 known = .6. AUROC: harmful {3, 2, -3} over safe {-1, 1}: 4 of 6 pairs. Ranking: 2 of 2.
-    violence is the first pair alone: all right. ECE there: sigmoid(-1) = .269 for a 0, sigmoid(3) = .953 for a 1,
-    (.269 + .047) / 2 = .158.
+    Signs right: -1, 3, 2 of 5 known = 0.6. AUROC: harmful {3, 2, -3} over safe {-1, 1}: 4 of 6 pairs. Ranking: 2 of 2.
+    violence is the first pair alone: all right. ECE there: sigmoid(-1) = 0.269 for a 0, sigmoid(3) = 0.953 for a 1,
+    (0.269 + 0.047) / 2 = 0.158.
     """
     collected = CollectedCosts()
     labels = torch.tensor([[0.0, 1.0], [0.0, 1.0], [NAN, 1.0]])

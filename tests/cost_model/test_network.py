@@ -17,11 +17,11 @@ IMAGES = torch.rand(3, 3, 20, 30, generator=torch.Generator().manual_seed(0)).mu
 def test_the_embedding_is_that_of_clip_itself(tiny_clip: Path):
     from transformers import CLIPImageProcessorPil, CLIPModel
 
-    picture = Image.new("RGB", (16, 16), (200, 30, 90))
-    pixels = CLIPImageProcessorPil.from_pretrained(tiny_clip)(picture, return_tensors="pt")["pixel_values"]
+    image = Image.new("RGB", (16, 16), (200, 30, 90))
+    pixels = CLIPImageProcessorPil.from_pretrained(tiny_clip)(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(tiny_clip).get_image_features(pixel_values=pixels)
-    found = ClipTower(str(tiny_clip))(to_tensor(picture)[None])
+    found = ClipTower(str(tiny_clip))(to_tensor(image)[None])
     assert torch.allclose(found, getattr(expected, "pooler_output", expected), atol=1e-5)
 
 

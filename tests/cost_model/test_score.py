@@ -22,14 +22,14 @@ def write(folder: Path, count: int = 10, costs: tuple[int, ...] = ()) -> Path:
     random = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=4, provenance={"source": "drawn"}, seeds={"first": 3}) as writer:
         for i in range(count):
-            pictures = [Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(2)]
+            images = [Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(2)]
             metadata: dict[str, Any] = {
                 "prompt": f"a cat {i}", "prompt_kind": "clean", "order": "safety",
                 "score": {"chosen": 1.0, "rejected": 0.5}, "harmful": {"chosen": False, "rejected": None},
             }  # fmt: skip
             if i in costs:
                 metadata["cost"] = {"chosen": -7.0, "rejected": 7.0}
-            writer.write(f"{i:03d}", metadata, *pictures)
+            writer.write(f"{i:03d}", metadata, *images)
     return folder
 
 
@@ -57,8 +57,8 @@ def test_every_image_gets_its_cost_and_nothing_else_changes(tiny_cost_model: Pat
         cost = scored.pop("cost")
         assert scored == metadata
         for side in ("chosen", "rejected"):
-            picture = Image.open(io.BytesIO(before[f"{name.removesuffix('.json')}.{side}.png"]))
-            assert cost[side] == pytest.approx(scorer.costs([picture]).item(), abs=2e-5)
+            image = Image.open(io.BytesIO(before[f"{name.removesuffix('.json')}.{side}.png"]))
+            assert cost[side] == pytest.approx(scorer.costs([image]).item(), abs=2e-5)
     manifest = load_manifest(out)
     assert [shard.nsamples for shard in manifest.shardlist] == [4, 4, 2]
     assert manifest.seeds == {"first": 3}
@@ -147,7 +147,7 @@ class ByRed:
 
 
 def test_groups_and_masks_are_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All images of a group, which are ranked anew; with `keep` the costs that are there stay."""
+    """All images of a group, which are ranked again; with `keep` existing costs stay."""
     monkeypatch.setattr("lit_safety.cost_model.files.load_cost_model", lambda *_: ByRed())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -28,16 +28,16 @@ def test_it_says_what_the_shards_hold(shards: Path, capsys: pytest.CaptureFixtur
 
 def test_the_sheet_blurs_what_is_harmful_unless_asked_not_to(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", 3, 3)
-    pictures = {}
+    images = {}
     for shown in (False, True):
         inspect(str(tmp_path / "shards"), samples=3, sheet=str(tmp_path / "sheet.png"), show_harmful=shown)
-        pictures[shown] = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+        images[shown] = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
     column = LEFT + CELL + GAP
-    assert pictures[False].shape[1] == column + CELL + GAP
-    assert (pictures[False][:, :column] == pictures[True][:, :column]).all()  # the chosen ones are safe
+    assert images[False].shape[1] == column + CELL + GAP
+    assert (images[False][:, :column] == images[True][:, :column]).all()  # the chosen ones are safe
     middle = column + CELL // 2  # the edge between the two halves of a drawing
-    line = pictures[True].shape[0] - GAP - CELL // 2
-    sharp, blurred = (abs(np.diff(pictures[shown][line, middle - 4 : middle + 4, 1])).max() for shown in (True, False))
+    line = images[True].shape[0] - GAP - CELL // 2
+    sharp, blurred = (abs(np.diff(images[shown][line, middle - 4 : middle + 4, 1])).max() for shown in (True, False))
     assert sharp > 80
     assert blurred < 20
 

@@ -100,7 +100,7 @@ def test_uneven_shards_keep_two_ranks_in_step(tmp_path: Path) -> None:
 
 
 def test_a_bad_sample_on_one_rank_leaves_both_in_step(tmp_path: Path) -> None:
-    """Left out: the other rank waits for nobody. An error: the run ends, and does not hang."""
+    """If it is left out, the other rank does not wait. If it is an error, the run ends and does not hang."""
     good = [(f"{number}", sample(number)) for number in range(12)]
     write_tar(tmp_path / "train" / "a.tar", [*good[:5], ("bad", sample(5, rejected_png=None)), *good[6:]])
     found = run(tmp_path / "skip", tmp_path / "train", 2, 2, max_steps=6, on_bad_sample="skip")

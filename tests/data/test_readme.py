@@ -17,7 +17,7 @@ from lit_safety.data.format.sample import PairMetadata, parse_metadata
 from tests.helpers.documents import ROOT
 from tests.helpers.documents import blocks as blocks_of
 from tests.helpers.documents import commands as commands_of
-from tests.helpers.pair_shards import picture
+from tests.helpers.pair_shards import make_image
 
 README = ROOT / "data" / "README.md"
 
@@ -48,7 +48,7 @@ def test_the_manifest_has_the_fields_that_are_written() -> None:
 
 def test_the_writer_is_used_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"image": picture(1), "other": picture(2)}
+    names: dict[str, Any] = {"image": make_image(1), "other": make_image(2)}
     exec(blocks("python")[0], names)
     assert load_manifest("data/mine/train").nsamples == 1
 

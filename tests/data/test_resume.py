@@ -158,7 +158,7 @@ def test_resume_in_the_middle_of_a_pass_over_other_data_is_refused(shards: Path,
     assert len(other.stream) == 10
 
 
-def test_a_second_fit_of_the_same_datamodule_starts_anew(shards: Path, tmp_path: Path) -> None:
+def test_a_second_fit_of_the_same_datamodule_starts_again(shards: Path, tmp_path: Path) -> None:
     both = data(shards)
     first = fit(make_trainer(tmp_path, max_steps=3), both)
     assert fit(make_trainer(tmp_path, max_steps=3), both).stream == first.stream

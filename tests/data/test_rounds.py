@@ -20,7 +20,7 @@ def passes(data: RoundData, deal: Deal, count: int, position: DataPosition | Non
     return [list(loader) for _ in range(count)]
 
 
-def test_every_image_stands_once_in_a_pass_with_the_others_of_its_prompt() -> None:
+def test_every_image_is_once_in_a_pass_with_the_others_of_its_prompt() -> None:
     data = RoundData(prompts_per_round=6, images_per_prompt=3, passes=2, batch_size=2, seed=1)
     found = passes(data, Deal(2), 4)
     for number, batches in enumerate(found):

@@ -13,7 +13,7 @@ from lit_safety.data.format.manifest import Manifest, Shard, save_manifest
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems, validate
 from lit_safety.users.table import write_users
-from tests.helpers.pair_shards import metadata, picture, sample, write_shards, write_tar
+from tests.helpers.pair_shards import make_image, metadata, sample, write_shards, write_tar
 
 
 def test_good_shards_are_good(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_what_differs_from_the_manifest_is_listed(tmp_path: Path) -> None:
 def test_a_user_without_an_embedding_is_listed(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         for number, user in enumerate(("1", "2", None)):
-            writer.write(str(number), metadata(number, user_id=user), picture(number), picture(9))
+            writer.write(str(number), metadata(number, user_id=user), make_image(number), make_image(9))
     assert problems(str(tmp_path)) == []
     write_users(tmp_path, {"1": torch.ones(3)})
     (problem,) = problems(str(tmp_path))
@@ -102,7 +102,7 @@ def test_no_sample_is_not_all_is_good(tmp_path: Path) -> None:
 def test_a_pair_of_one_image_is_listed(tmp_path: Path) -> None:
     """By its pixels: it may be stored in two ways."""
     buffer = io.BytesIO()
-    picture(1).save(buffer, "WEBP", lossless=True)
+    make_image(1).save(buffer, "WEBP", lossless=True)
     write_tar(
         tmp_path / "a.tar", [("0", sample(0)), ("1", sample(1, rejected_png=None, rejected_webp=buffer.getvalue()))]
     )

@@ -1,4 +1,4 @@
-"""docs/how-to/extending.md, run as it stands: its files are written out, and its commands are called."""
+"""docs/how-to/extending.md, run unchanged: its files are written out, and its commands are called."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_attack_attacks(example: Path, tiny_pipeline: Path):
 
 
 def test_the_guard_guards(example: Path, tiny_pipeline: Path):
-    """`knife` stands in the asked prompts of violence: the guarded arm draws what the empty prompt gives."""
+    """`knife` is in the requested prompts of violence: the guarded arm draws what the empty prompt gives."""
     small = {"pipeline": tiny_pipeline, "steps": 1, "device": "cpu", "reference": "null", "clip": "null"}
     small |= {"categories": '["violence"]', "other_world": "true"}
     few = {"explicit": 1, "implicit": 0, "lookalike": 0, "clean": 1}

@@ -1,4 +1,4 @@
-"""docs/how-to/python.md and the tutorials' drawing: the blocks run as they stand, on a tiny pipeline and few steps."""
+"""docs/how-to/python.md and the tutorials' drawing: the blocks run unchanged, on a tiny pipeline and few steps."""
 
 from __future__ import annotations
 

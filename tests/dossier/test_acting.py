@@ -55,7 +55,7 @@ def test_the_energy_of_an_update_within_the_bases_leading_directions() -> None:
     assert both == pytest.approx({"share": 0.99, "directions": 2, "energy": 1.0, "random": 1.0})
 
 
-def test_the_size_of_an_update_is_its_output_beside_the_bases() -> None:
+def test_the_size_of_an_update_is_its_output_next_to_the_bases() -> None:
     """x = (3, 4), W = 1, dW = 0.5 (0, 2)' (1, 0): |W x| = 5, dW x = (0, 3): 3 / 5. A second token (0, 4) adds 4 to the
     base and nothing to the update; means over both: 1.5 / 4.5."""
 

@@ -1,4 +1,4 @@
-"""The command `explain` on a tiny pipeline: knock-outs beside random ones, sizes, what attacks found, resumption."""
+"""The command `explain` on a tiny pipeline: knock-outs and random controls, sizes, the texts of attacks, resumption."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from lit_safety.core.errors import UserError
 from lit_safety.drawing.arms import Arm
-from lit_safety.drawing.edits import Edit, mask, place_of, read_pictures
+from lit_safety.drawing.edits import Edit, mask, place_of, read_images
 from lit_safety.drawing.gallery import DrawingSettings, Gallery, Load, draw_batch
 from lit_safety.drawing.guards.safe_latent_diffusion import SafeLatentDiffusion
 from lit_safety.drawing.pipelines import load_pipeline
@@ -17,8 +17,8 @@ from lit_safety.evaluation.command import evaluate
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> str:
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> str:
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def test_masks(part, white: list[str]) -> None:
     assert ["".join(".#"[int(v > 0)] for v in row) for row in np.asarray(mask(part, 4))] == white
 
 
-def test_each_prompt_has_its_picture_whatever_stands_around_it(ask) -> None:
+def test_each_prompt_has_its_image_whatever_is_around_it(ask) -> None:
     prompts = [ask("clean", benign="car", seed=seed) for seed in range(40)]
     places = [place_of(prompt, 5) for prompt in prompts]
     assert set(places) == {0, 1, 2, 3, 4}
@@ -53,7 +53,7 @@ def stock(task: str, pipe, prompts, settings: DrawingSettings) -> np.ndarray:
     family = StableDiffusionImg2ImgPipeline if task == "image_to_image" else StableDiffusionInpaintPipeline
     theirs = family(**pipe.components, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
-    given, _ = read_pictures(settings.edit.images)
+    given, _ = read_images(settings.edit.images)
     images = [given[place_of(prompt, len(given))] for prompt in prompts]
     images = [ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS) for image in images]
     extra = {"mask_image": [mask("left", 32)] * len(prompts)} if task == "inpainting" else {}
@@ -65,10 +65,10 @@ def stock(task: str, pipe, prompts, settings: DrawingSettings) -> np.ndarray:
 
 @pytest.mark.parametrize("task", ["image_to_image", "inpainting"])
 def test_edits_are_those_of_the_stock_pipelines(
-    pipeline: Path, adapter: Path, pictures: str, small_set, task: str
+    pipeline: Path, adapter: Path, image_folder: str, small_set, task: str
 ) -> None:
     """With and without a LoRA in the model; and the LoRA matters."""
-    settings = DrawingSettings(steps=4, guidance=3.0, device="cpu", edit=Edit(task, pictures, 0.5, "left"))
+    settings = DrawingSettings(steps=4, guidance=3.0, device="cpu", edit=Edit(task, image_folder, 0.5, "left"))
     drawn = []
     for arm in (Arm(), Arm(adapter=str(adapter))):
         drawn.append(draw_batch(Load(pipeline, arm, settings)(), small_set[:3], settings))
@@ -94,26 +94,28 @@ def test_inpainting_takes_latents_of_any_number_of_channels() -> None:
     assert _ordinary(unet, 4) is unet, "a UNet made for inpainting has more channels than the latents: let it speak"
 
 
-def test_what_pictures_were_redrawn_decides_where_the_drawings_lie(pictures: str, small_set, tmp_path: Path) -> None:
-    edits = [None, Edit("image_to_image", pictures, 0.5, "left"), Edit("image_to_image", pictures, 0.6, "left")]
-    edits += [Edit("inpainting", pictures, 0.5, "left"), Edit("inpainting", pictures, 0.5, "right")]
+def test_what_images_were_redrawn_decides_where_the_drawings_lie(image_folder: str, small_set, tmp_path: Path) -> None:
+    edits = [None, Edit("image_to_image", image_folder, 0.5, "left"), Edit("image_to_image", image_folder, 0.6, "left")]
+    edits += [Edit("inpainting", image_folder, 0.5, "left"), Edit("inpainting", image_folder, 0.5, "right")]
     galleries = [Gallery(tmp_path, "a", {}, small_set, DrawingSettings(edit=edit)) for edit in edits]
     assert len({one.folder for one in galleries}) == 5
     assert len({json.dumps(DrawingSettings(edit=edit).protocol()) for edit in edits}) == 5
 
 
-def test_a_guard_guards_an_edit(pipeline: Path, pictures: str, small_set) -> None:
-    settings = DrawingSettings(steps=4, device="cpu", edit=Edit("image_to_image", pictures, 0.9, "all"))
+def test_a_guard_guards_an_edit(pipeline: Path, image_folder: str, small_set) -> None:
+    settings = DrawingSettings(steps=4, device="cpu", edit=Edit("image_to_image", image_folder, 0.9, "all"))
     pipe = Load(pipeline, Arm(), settings)()
     guard = SafeLatentDiffusion("max", concept="g u n", warmup_steps=0)
     plain, guarded = (draw_batch(pipe, small_set[:2], settings, guard=one) for one in (None, guard))
     assert np.abs(plain - guarded).max() > 1e-3
 
 
-def test_evaluate_edits(pipeline: Path, adapter: Path, prompts_csv: Path, pictures: str, tmp_path, judge, monkeypatch):
+def test_evaluate_edits(
+    pipeline: Path, adapter: Path, prompts_csv: Path, image_folder: str, tmp_path, judge, monkeypatch
+):
     monkeypatch.setattr("lit_safety.judges.load.load_judge", lambda _: judge)
     given = {"pipeline": str(pipeline), "prompts": str(prompts_csv), "judge": "x", "steps": 2, "device": "cpu"}
-    evaluate(**given, out=str(tmp_path / "out"), adapter=str(adapter), edit="inpainting", edit_images=pictures)
+    evaluate(**given, out=str(tmp_path / "out"), adapter=str(adapter), edit="inpainting", edit_images=image_folder)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     about = metrics["settings"]["edit"]
     assert (about["task"], about["strength"], about["part"]) == ("inpainting", 0.7, "middle")
@@ -129,10 +131,10 @@ def test_a_strength_that_draws_nothing(strength: float) -> None:
         Edit("inpainting", "x", strength, "left")
 
 
-def test_pictures_that_are_not_there(tmp_path: Path) -> None:
+def test_images_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--edit_images"):
-        read_pictures(str(tmp_path))
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    (tmp_path / "b.png").write_bytes(b"no picture")
+        read_images(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    (tmp_path / "b.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"a\.png"):
-        read_pictures(str(tmp_path))
+        read_images(str(tmp_path))

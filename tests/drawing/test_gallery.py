@@ -30,7 +30,7 @@ def pixels(gallery: Gallery) -> list[bytes]:
     return [Image.open(drawn.path).tobytes() for drawn in gallery.all()]
 
 
-def test_a_picture_depends_on_its_own_seed_only(pipe, small_set) -> None:
+def test_a_image_depends_on_its_own_seed_only(pipe, small_set) -> None:
     """The same rows in another order and another batch give the same images up to the last digits."""
     forward = draw_batch(pipe, small_set, SETTINGS)
     backward = draw_batch(pipe, small_set[::-1], SETTINGS)[::-1]
@@ -78,7 +78,7 @@ def test_an_error_in_one_batch_ends_the_run_and_keeps_the_threads(pipe, small_se
     assert len(list(tmp_path.rglob("*.png"))) in (2, 4), "batches, whole"
 
 
-def test_progress_counts_every_picture_once(pipe, small_set, tmp_path: Path) -> None:
+def test_progress_counts_every_image_once(pipe, small_set, tmp_path: Path) -> None:
     gallery = draw(tmp_path, pipe, small_set)
     gallery.all()[0].path.unlink()
     ticks: list[int] = []
@@ -86,7 +86,7 @@ def test_progress_counts_every_picture_once(pipe, small_set, tmp_path: Path) -> 
     assert ticks == [4, 2]
 
 
-def test_other_weights_prompts_or_settings_never_share_pictures(small_set, tmp_path: Path) -> None:
+def test_other_weights_prompts_or_settings_never_share_images(small_set, tmp_path: Path) -> None:
     variants = [
         Gallery(tmp_path, "base", {"weights": "a"}, small_set, SETTINGS),
         Gallery(tmp_path, "base", {"weights": "b"}, small_set, SETTINGS),
@@ -98,7 +98,7 @@ def test_other_weights_prompts_or_settings_never_share_pictures(small_set, tmp_p
     assert len({gallery.folder for gallery in variants}) == len(variants)
 
 
-def test_pictures_carry_what_made_them(pipe, small_set, tmp_path: Path) -> None:
+def test_images_carry_what_made_them(pipe, small_set, tmp_path: Path) -> None:
     gallery = draw(tmp_path, pipe, small_set)
     with Image.open(gallery.all()[1].path) as image:
         assert image.text["prompt"] == small_set[1].prompt
@@ -116,7 +116,7 @@ class NanPipe:
         return type("Output", (), {"images": images})
 
 
-def test_a_picture_that_is_not_finite_is_an_error_not_a_black_square(small_set, tmp_path: Path) -> None:
+def test_a_image_that_is_not_finite_is_an_error_not_a_black_square(small_set, tmp_path: Path) -> None:
     gallery = draw(tmp_path, NanPipe(), small_set[:2])
     good, bad = gallery.all()
     assert good.error is None
@@ -150,7 +150,7 @@ def test_what_a_pipeline_does_not_take_is_one_line(pipe, small_set) -> None:
 
 
 def test_a_row_s_own_guidance_comes_first(pipe, ask) -> None:
-    """Rows 1 and 2 draw at 5, whoever stands next to them; the run's guidance is 2."""
+    """Rows 1 and 2 draw at 5, whatever rows are next to them; the run's guidance is 2."""
     plain = [ask("clean", benign="car", seed=seed) for seed in range(3)]
     own = [plain[0], replace(plain[1], guidance=5.0), replace(plain[2], guidance=5.0)]
     at = {scale: DrawingSettings(steps=2, guidance=scale) for scale in (2.0, 5.0)}

@@ -29,7 +29,9 @@ def read(folder: Path, text: str | object, name: str = "set.csv", **given: str) 
     return read_prompts(save(folder, text, name), **given)  # type: ignore[arg-type]
 
 
-def test_i2p_s_empty_prompt_is_left_out_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_i2p_s_empty_prompt_is_left_out_counted_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = read(tmp_path, I2P)
     assert [(p.prompt, p.category, p.seed) for p in found] == [
         ("a wizard in the rain", "hate", 4261553411), ("a knight after the battle", "violence", 3456789012),
@@ -49,7 +51,7 @@ def test_p4d_and_unlearndiffatk_number_the_rows_of_i2p(tmp_path: Path) -> None:
     assert (one.category, one.seed, one.guidance, one.place and one.place.case_number) == ("shocking", 5, 17.0, 20)
 
 
-def test_a_prompt_alone_is_enough_and_what_nothing_says_is_told(
+def test_a_prompt_alone_is_enough_and_what_nothing_says_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = found = read(tmp_path, "prompt\na car\na cat\n")

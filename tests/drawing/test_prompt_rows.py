@@ -1,4 +1,4 @@
-"""Every row of a prompt file is drawn, or the file is refused: pairs, columns that stand twice, ragged rows."""
+"""Every row of a prompt file is drawn, or the file is refused: pairs, repeated columns, ragged rows."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_every_row_of_good_pairs_is_drawn_once(tmp_path: Path) -> None:
     assert sorted(p.prompt for p in chosen) == ["a", "a1", "a2", "b", "b1", "c"]
 
 
-def test_an_adversarial_row_without_its_prompt_is_drawn_and_told(tmp_path: Path, capsys) -> None:
+def test_an_adversarial_row_without_its_prompt_is_drawn_and_reported(tmp_path: Path, capsys) -> None:
     file = save(tmp_path, [row("a1", "adversarial", "k"), row("a2", "adversarial", "m")])
     assert len(choose_prompts(read_prompts(file), PromptCounts())) == 2
     assert f"{file} line 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("twice", ["seed", "Seed", " seed ", "PAIR", "guidance"])
-def test_a_column_that_stands_twice_is_refused(tmp_path: Path, twice: str) -> None:
+def test_a_column_that_occurs_twice_is_refused(tmp_path: Path, twice: str) -> None:
     file = save(tmp_path, [[*row("a", "clean", ""), "9"]], [*HEADER, twice])
     with pytest.raises(UserError) as error:
         read_prompts(file)
@@ -76,7 +76,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path, twice: str) -> No
     assert twice.strip() in str(error.value)
 
 
-def test_a_published_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_published_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     file = save(tmp_path, [["a", "hate", "violence"]], ["prompt", "category", "Category"])
     with pytest.raises(UserError, match="category"):
         read_prompts(file)

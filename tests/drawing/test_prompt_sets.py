@@ -62,7 +62,7 @@ def test_unsafe_diffusion_and_coco(tmp_path: Path) -> None:
     assert read(tmp_path, COCO) == [Prompt("A bicycle with a clock.", "clean", "", "", (), False, 41337)]
 
 
-def test_mma_keeps_the_attacked_prompt_beside_the_adversarial_one(tmp_path: Path) -> None:
+def test_mma_keeps_the_attacked_prompt_next_to_the_adversarial_one(tmp_path: Path) -> None:
     before, after, *others = read(tmp_path, MMA)
     assert (before.prompt, before.kind, after.prompt, after.kind) == ("a, b", "explicit", "xq zz", "adversarial")
     assert before.category == after.category == "sexual"
@@ -102,7 +102,7 @@ def test_one_adversarial_text_for_two_prompts_keeps_its_pairs_in_any_order(tmp_p
 
 
 def test_a_spreadsheet_s_file_with_quoted_lines(tmp_path: Path) -> None:
-    """A byte order mark, Windows' ends of lines, a prompt of two lines, an empty line, a row that stands twice."""
+    """A byte order mark, Windows' ends of lines, a prompt of two lines, an empty line, a repeated row."""
     text = '\ufeffprompt,category,evaluation_seed\r\n"a\r\nb ""c""",hate,1.0\r\n\r\nd,hate,2\r\nd,hate,2\r\n,hate,3\r\n'
     found = read(tmp_path, text)
     assert found.not_said() == {"rows_without_prompt": 1}

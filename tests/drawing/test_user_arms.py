@@ -120,16 +120,16 @@ def test_aligned_is_drawn_for_the_null_user_and_an_arm_for_its_user(
     assert settings["base"] is None
     assert settings["aligned"] == {"id": None, "sha256": None}
     assert settings["anna"]["id"] == "anna"
-    pictures = {
+    images = {
         name: [p.read_bytes() for p in sorted((tmp_path / "report" / "images").glob(f"{name}-*/*.png"))]
         for name in found["arms"]
     }
-    assert pictures["aligned"] == pictures["again"]
-    assert not set(pictures["aligned"]) & {*pictures["base"], *pictures["anna"]}
+    assert images["aligned"] == images["again"]
+    assert not set(images["aligned"]) & {*images["base"], *images["anna"]}
 
 
 def test_test_of_psa_judges_the_null_user(user_adapter: Path, pipeline: Path, tmp_path: Path, monkeypatch):
-    """EvaluateOnTest writes the user adapter and hands it to `evaluate`, which draws for nobody known."""
+    """EvaluateOnTest writes the user adapter and hands it to `evaluate`, which draws for an unknown user."""
     from contextlib import nullcontext
 
     from lit_safety.callbacks import EvaluateOnTest
@@ -198,7 +198,7 @@ def test_which_files_are_user_adapters(user_adapter: Path, adapter: Path, tmp_pa
 def test_a_torch_file_is_what_its_content_says_whatever_its_name(
     user_adapter: Path, adapter: Path, pipeline: Path, tmp_path: Path
 ):
-    """A LoRA's `.bin` is no user adapter: the line says how it is converted, and what that writes is drawn with."""
+    """A LoRA's `.bin` is not a user adapter: the message says how to convert it, and the result can be used."""
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import load_file
 

@@ -57,7 +57,7 @@ def test_a_link_a_copy_and_a_part_are_the_world_s_too(pipeline: Path, tmp_path: 
     assert refused(pipeline, judge=tmp_path / "judge.yaml")
 
 
-def test_a_world_that_was_built_anew_is_known_by_its_marker(pipeline: Path, tmp_path: Path, prompts_csv: Path) -> None:
+def test_a_world_that_was_built_again_is_known_by_its_marker(pipeline: Path, tmp_path: Path, prompts_csv: Path) -> None:
     world = tmp_path / "world"
     (world / "prompts").mkdir(parents=True)
     shutil.copy(prompts_csv, world / "prompts" / "test.csv")
@@ -79,7 +79,7 @@ def test_a_vocabulary_is_the_same_in_either_file(tmp_path: Path) -> None:
     assert not of_a_world(tmp_path / "tokenizer")
 
 
-def test_a_world_s_pipeline_without_its_vocabulary_is_told_the_file(tmp_path: Path) -> None:
+def test_a_world_s_pipeline_without_its_vocabulary_gets_the_file(tmp_path: Path) -> None:
     """Without words it cannot be known for the world's own: what is missing is what there is to say."""
     shutil.copytree(TOYWORLD / "pipeline", tmp_path / "mine")
     for file in (tmp_path / "mine" / "tokenizer").glob("*"):

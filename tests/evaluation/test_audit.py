@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_safety.core.corrected import KnownError, corrected_rate
 from lit_safety.core.errors import UserError
+from lit_safety.core.intervals import KnownError, corrected_rate
 from lit_safety.evaluation.audit import CAVEAT, judge_audit, read_audit, score_of
 from lit_safety.evaluation.command import evaluate
 from lit_safety.evaluation.metrics import NOT_JUDGED
@@ -97,7 +97,7 @@ def test_a_table_of_labels(labelled: Path, judges: dict, tmp_path: Path) -> None
     assert found["source"]["unlabelled"] == 9
     assert found["by_category"]["sexual"]["sensitivity"]["hits"] == 0
     for bad, says in (("no.png,1,", "no.png"), ("safe/0.png,maybe,", "maybe"), ("safe/0.png,0,rude", "rude"),
-                      ("../labelled/safe/0.png,0,", "within")):  # fmt: skip
+                      ("../labelled/safe/0.png,0,", "../labelled")):  # fmt: skip
         (labelled / "labels.csv").write_text(f"file_name,harmful,category\n{bad}\n")
         with pytest.raises(UserError, match=says):
             judge_audit("a", images=str(labelled), out=str(tmp_path / "audit"))
@@ -112,7 +112,7 @@ def test_shards_are_labelled_images_too(judges: dict, tmp_path: Path) -> None:
 
 
 def test_judges_agree_by_share_and_kappa(labelled: Path, judges: dict, tmp_path: Path) -> None:
-    """At 230 the second calls 2 of 10 harmful, the first 5: they agree on 7; by chance .5 x .2 + .5 x .8 = .5."""
+    """At 230 the second calls 2 of 10 harmful, the first 5: they agree on 7; by chance 0.5 x 0.2 + 0.5 x 0.8 = 0.5."""
     judges["b"] = Redness(0.9)
     judges["b"].name = "other"
     found = judge_audit("a", images=str(labelled), out=str(tmp_path / "audit"), second_judges=["b"])

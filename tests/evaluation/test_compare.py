@@ -105,7 +105,7 @@ def test_too_few_or_absent_reports(tmp_path: Path) -> None:
         compare([str(tmp_path), str(tmp_path)])
 
 
-def test_named_stands_beside_unnamed_and_what_was_not_measured_is_said(report: dict) -> None:
+def test_named_is_next_to_unnamed_and_what_was_not_measured_is_said(report: dict) -> None:
     """Also of a report that an earlier version wrote."""
     table = compare_table([("a", report), ("b", copy.deepcopy(report))])
     rows = [line for line in table.splitlines() if line.startswith("recall,")]

@@ -50,7 +50,7 @@ def test_columns_are_what_the_base_drew_as_asked(results: Results) -> None:
     assert benign_rows(results) == [3, 4, 5]
 
 
-def test_small_pictures_are_enlarged_without_smoothing(results: Results) -> None:
+def test_small_images_are_enlarged_without_smoothing(results: Results) -> None:
     shown = np.asarray(tile(results.arms["base"], 0, blur=False))
     square = TILE // 4
     assert shown.shape == (TILE, TILE, 3)
@@ -74,6 +74,6 @@ def test_the_sheet_has_a_row_an_arm_in_two_bands(results: Results) -> None:
     assert 2 * TILE < two.height - one.height < 2 * TILE + 40
 
 
-def test_a_picture_that_is_gone_leaves_a_grey_square(results: Results) -> None:
+def test_a_image_that_is_gone_leaves_a_grey_square(results: Results) -> None:
     results.arms["base"].drawn[3].path.unlink()
     assert len(set(tile(results.arms["base"], 3, blur=False).get_flattened_data())) == 1

@@ -65,13 +65,13 @@ def test_the_report_holds_what_it_promises(run, capsys) -> None:
     assert "aligned - base" in printed
 
 
-def test_arms_differ_in_their_pictures_and_share_their_noise(run) -> None:
+def test_arms_differ_in_their_images_and_share_their_noise(run) -> None:
     """The adapter changes the images; at scale 0 it is the base again."""
     out = run(arms={"off": Arm(adapter=None)}, adapter=None)
     found = metrics(out)
     assert found["arms"]["off"]["ip"] == found["arms"]["base"]["ip"]
-    pictures = [sorted((out / "images").glob(f"{name}-*/*.png")) for name in ("base", "off")]
-    assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
+    images = [sorted((out / "images").glob(f"{name}-*/*.png")) for name in ("base", "off")]
+    assert [p.read_bytes() for p in images[0]] == [p.read_bytes() for p in images[1]]
 
 
 def test_the_scale_of_an_adapter_counts(run, adapter: Path) -> None:
@@ -103,7 +103,7 @@ def test_twice_the_same_to_the_byte_and_resumed_too(run, tmp_path: Path) -> None
     assert {name: (out / name).read_bytes() for name in first} == first
 
 
-def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
+def test_kept_images_are_not_drawn_again(run, monkeypatch) -> None:
     run()
 
     def refuse(*_: object) -> None:
@@ -113,8 +113,8 @@ def test_kept_pictures_are_not_drawn_again(run, monkeypatch) -> None:
     run()
 
 
-def test_evaluations_that_share_their_pictures_draw_the_base_once(run, tmp_path: Path, monkeypatch) -> None:
-    """The second evaluation draws its own arm's 6 images and none of the base's; its report stands elsewhere."""
+def test_evaluations_that_share_their_images_draw_the_base_once(run, tmp_path: Path, monkeypatch) -> None:
+    """The second evaluation draws its own arm's 6 images and none of the base's; its report is in another folder."""
     shared, drawn = str(tmp_path / "shared"), []
     first = run(images=shared)
     from lit_safety.drawing import gallery as drawing
@@ -150,7 +150,7 @@ def test_a_link_that_points_elsewhere_is_another_model(run, pipeline: Path, tmp_
     assert Image.open(images[0][0]).tobytes() != Image.open(images[1][0]).tobytes()
 
 
-def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge, capsys) -> None:
+def test_a_judge_that_fails_on_a_image_makes_it_an_error(run, judge, capsys) -> None:
     """The judge breaks on one of the two explicit images of each arm: n = 1 and 1 error, never 2."""
     answers = judge.judge
     seen = iter(range(1000))
@@ -171,7 +171,7 @@ def test_a_judge_that_fails_on_all_writes_no_report(run, judge, tmp_path: Path) 
     assert len(list((tmp_path / "report").rglob("*.png"))) == 6
 
 
-def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_it(run, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_at_the_report_keeps_the_images_and_the_next_call_writes_it(run, tmp_path, monkeypatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -189,8 +189,8 @@ def test_a_full_disk_at_the_report_keeps_the_pictures_and_the_next_call_writes_i
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_second_judge_reports_beside_the_first(run, judge, monkeypatch) -> None:
-    """The second judge calls everything harmful: it disagrees wherever the first one said safe."""
+def test_a_second_judge_reports_next_to_the_first(run, judge, monkeypatch) -> None:
+    """The second judge calls everything harmful: it disagrees on all images that the first one called safe."""
     other = type(judge)()
     other.name = "strict"
     answers = judge.judge
@@ -264,7 +264,7 @@ def test_a_merged_adapter_and_a_fused_pipeline_are_arms_that_draw_the_same(run, 
     assert max(abs(one - other).max() for one, other in zip(base, aligned, strict=True)) > 10
 
 
-def test_pictures_of_another_size_are_another_protocol(run, adapter: Path, tmp_path: Path, monkeypatch) -> None:
+def test_images_of_another_size_are_another_protocol(run, adapter: Path, tmp_path: Path, monkeypatch) -> None:
     """Two pipelines whose own sizes differ, drawn without --resolution: no row and no difference holds both."""
     from lit_safety.drawing import gallery as drawing
 

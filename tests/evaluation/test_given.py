@@ -1,4 +1,4 @@
-"""Prompts and a judge that stand in a YAML: the files that they become, and what is refused."""
+"""Prompts and a judge in a YAML: the files that are made of them, and what is refused."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_names_of_the_file_are_missed_by_name(tmp_path: Path) -> None:
         find(folder, tmp_path / "set.csv")
 
 
-def test_two_images_of_one_prompt_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_two_images_of_one_prompt_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("file_name,caption\na_1.jpg,x\na_2.jpg,y\n")
     for folder in ("images/m", "images/n"):
         (tmp_path / folder).mkdir(parents=True)

@@ -260,7 +260,7 @@ def test_an_edited_report_is_one_line_that_names_file_and_key(
     assert last.split(".")[-1] in str(error.value) or ".".join(way) in str(error.value)
 
 
-def test_a_key_that_stands_twice_or_a_nan_in_a_report(written: str, tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice_or_a_nan_in_a_report(written: str, tmp_path: Path) -> None:
     for edit in (('"format": 1', '"format": 1, "format": 1'), ('"ip": 0.5', '"ip": NaN')):
         assert edit[0] in written
         (tmp_path / "metrics.json").write_text(written.replace(*edit, 1))

@@ -98,7 +98,7 @@ def seen(request: pytest.FixtureRequest, html: str, tmp_path: Path) -> dict:
     return json.loads(unescape(title.group(1)))
 
 
-def test_a_click_shows_one_picture_and_the_box_all(seen: dict) -> None:
+def test_a_click_shows_one_image_and_the_box_all(seen: dict) -> None:
     assert len(seen["before"]) >= 2
     assert all("blur" in one for one in seen["before"])
     assert seen["clicked"][0] == "none"

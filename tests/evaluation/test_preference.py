@@ -18,7 +18,7 @@ from lit_safety.report.page import fragment
 from tests.helpers.documents import CONFIGS
 
 SCORERS = CONFIGS / "scorers"
-PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
+IMAGES = [Image.new("RGB", (32, 32), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
 TEXTS = ["r e d", "g r e e n", "b l u e"]
 
 
@@ -26,17 +26,17 @@ def test_pickscore_is_the_diagonal_of_the_clip_s_own_logits(clip_folder: Path) -
     """exp(logit_scale) cos(image, prompt): what `CLIPModel.forward` calls logits_per_image, of each pair."""
     scorer = ClipPreference(str(clip_folder))
     tokens = scorer.clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    pixels = {"pixel_values": scorer.clip.preprocess.images(PICTURES)}
+    pixels = {"pixel_values": scorer.clip.preprocess.images(IMAGES)}
     with torch.no_grad():
         whole = scorer.clip.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], **pixels)
-    assert scorer.score(PICTURES, TEXTS) == pytest.approx(whole.logits_per_image.diag().tolist(), rel=1e-4)
+    assert scorer.score(IMAGES, TEXTS) == pytest.approx(whole.logits_per_image.diag().tolist(), rel=1e-4)
 
 
 def test_hps_is_the_bare_cosine(clip_folder: Path) -> None:
     own = ClipPreference(str(clip_folder))
     bare = ClipPreference(str(clip_folder), name="HPS", scale=1.0)
-    assert bare.score(PICTURES, TEXTS) == pytest.approx([one / own.scale for one in own.score(PICTURES, TEXTS)])
-    assert all(-1 <= one <= 1 for one in bare.score(PICTURES, TEXTS))
+    assert bare.score(IMAGES, TEXTS) == pytest.approx([one / own.scale for one in own.score(IMAGES, TEXTS)])
+    assert all(-1 <= one <= 1 for one in bare.score(IMAGES, TEXTS))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -47,8 +47,8 @@ def test_the_aesthetic_score_is_linear_in_the_unit_vector(clip_folder: Path, tmp
     file = tmp_path / f"a.{suffix}"
     save_file(layers, file) if suffix == "safetensors" else torch.save(layers, file)
     scorer = AestheticScore(str(clip_folder), str(file))
-    sums = scorer.clip.images(PICTURES).sum(1)
-    assert scorer.score(PICTURES, TEXTS) == pytest.approx((8 * sums + 1).tolist(), rel=1e-5)
+    sums = scorer.clip.images(IMAGES).sum(1)
+    assert scorer.score(IMAGES, TEXTS) == pytest.approx((8 * sums + 1).tolist(), rel=1e-5)
 
 
 class Bomb:
@@ -87,12 +87,12 @@ def test_image_reward_where_it_is_not_installed() -> None:
         ImageRewardScore()
 
 
-def test_image_reward_is_given_prompt_and_picture() -> None:
+def test_image_reward_is_given_prompt_and_image() -> None:
     class Package:
         def score(self, prompt: str, image: Image.Image) -> float:
             return len(prompt) + image.getpixel((0, 0))[0] / 1000
 
-    assert ImageRewardScore(scorer=Package()).score(PICTURES[:2], ["a", "abc"]) == pytest.approx([1.2, 3.01])
+    assert ImageRewardScore(scorer=Package()).score(IMAGES[:2], ["a", "abc"]) == pytest.approx([1.2, 3.01])
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hps", "aesthetic"])
@@ -106,7 +106,7 @@ def test_what_is_shipped_loads(name: str, clip_folder: Path, tmp_path: Path) -> 
         torch.save({"layers.0.weight": torch.ones(1, 8), "layers.0.bias": torch.zeros(1)}, tmp_path / "a.pth")
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(keys))
     scorer = load_scorer(str(tmp_path / "s.yaml"))
-    assert len(scorer.score(PICTURES, TEXTS)) == 3
+    assert len(scorer.score(IMAGES, TEXTS)) == 3
     assert json.dumps(scorer.settings)
 
 
@@ -132,7 +132,7 @@ def test_files_that_describe_no_scorer(tmp_path: Path, content: str | None, says
 
 
 class Reds:
-    """The share of red; fails as it is told."""
+    """The share of red; it fails on the given images."""
 
     name = "reds"
 
@@ -149,7 +149,7 @@ class Reds:
 
 @pytest.fixture
 def measure(tmp_path: Path, judge, ask):
-    """`Quality.report` of base (reds 1, .5, 0) and other (reds .5, .5, .5) by a scorer, three clean prompts."""
+    """`Quality.report` of base (reds 1, 0.5, 0) and other (reds 0.5, 0.5, 0.5) by a scorer, three clean prompts."""
     prompts = [ask("clean", benign="car", seed=i) for i in range(3)]
     arms = {}
     for name, reds in (("base", (200, 100, 0)), ("other", (100, 100, 100))):
@@ -165,7 +165,8 @@ def measure(tmp_path: Path, judge, ask):
 
 
 def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
-    """Base (1 + .5 + 0) / 3 = .5, other .5; differences -.5, 0, +.5: mean 0, s = .5, half width 1.96 x .5 / sqrt 3."""
+    """Base (1 + 0.5 + 0) / 3 = 0.5, other 0.5; differences -0.5, 0, +0.5: mean 0, s = 0.5, half width 1.96 x 0.5 /
+    sqrt 3."""
     figures, differences = measure(Reds())
     base, other = (figures[name]["preference/reds"] for name in ("base", "other"))
     assert (base["value"], base["n"], base["errors"]) == (0.5, 3, 0)
@@ -178,8 +179,8 @@ def test_scores_stand_in_the_report_with_paired_differences(measure) -> None:
     assert "reds" in fragment(quality_blocks(metrics))
 
 
-def test_a_picture_on_which_a_scorer_fails_is_an_error_without_an_interval(measure) -> None:
-    """It fails on the base's third image (red 0): the mean is of the other two, (1 + .5) / 2."""
+def test_a_image_on_which_a_scorer_fails_is_an_error_without_an_interval(measure) -> None:
+    """It fails on the base's third image (red 0): the mean is of the other two, (1 + 0.5) / 2."""
     figures, _ = measure(Reds(bad=0.0))
     entry = figures["base"]["preference/reds"]
     assert entry == {"value": 0.75, "interval": None, "n": 2, "errors": 1}

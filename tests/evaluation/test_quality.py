@@ -51,7 +51,7 @@ def measured(tmp_path: Path, judge_folder: Path, clip_folder: Path, ask):
     return quality, quality.report({name: quality.measure(drawn) for name, drawn in arms.items()})
 
 
-def test_equal_pictures_are_at_distance_zero_and_without_difference(measured) -> None:
+def test_equal_images_are_at_distance_zero_and_without_difference(measured) -> None:
     _, (figures, differences) = measured
     assert "fid_base" not in figures["base"]
     assert figures["twin"]["fid_base"]["value"] == pytest.approx(0, abs=1e-4)
@@ -73,7 +73,7 @@ def test_only_clean_prompts_count_and_both_sides_are_stated(measured) -> None:
     assert quality.settings["clip_score"]["text_length"] == 12
 
 
-def test_a_missing_picture_is_an_error_and_takes_the_interval(measured) -> None:
+def test_a_missing_image_is_an_error_and_takes_the_interval(measured) -> None:
     _, (figures, differences) = measured
     broken = figures["broken"]
     assert {(e["n"], e["errors"]) for e in broken.values()} == {(43, 1)}
@@ -111,7 +111,7 @@ def test_without_clean_prompts_it_is_refused(judge_folder: Path, ask) -> None:
 def test_evaluate_reports_and_compares_them(
     pipeline: Path, adapter: Path, prompts_csv: Path, judge_folder: Path, clip_folder: Path, tmp_path: Path, capsys
 ) -> None:
-    """Twice the same to the byte; another reference stands in another row; without the options nothing is there."""
+    """Two runs give the same bytes; another reference is another row; without the options there is no row."""
     paint(tmp_path / "ref", 5, 1)
     paint(tmp_path / "ref2", 5, 2)
 

@@ -31,7 +31,7 @@ def results(tmp_path: Path, judge, small_set) -> Results:
 
 
 class Tags(HTMLParser):
-    """All tags with attributes and whether they stand inside a veil; checks that every tag is closed."""
+    """All tags with their attributes, and whether they are inside a veil; checks that every tag is closed."""
 
     VOID = frozenset({"meta", "img", "input"})
 
@@ -71,13 +71,13 @@ def test_what_users_write_is_shown_not_run(html: str) -> None:
     assert 'a "gun" <b>&</b>' in unescape(html)
 
 
-def test_every_picture_says_what_it_is(html: str) -> None:
-    pictures = [a for tag, a, _ in Tags(html).found if tag == "img"]
-    assert len(pictures) == 10
-    assert all(len(a["alt"]) > 20 for a in pictures)
+def test_every_image_says_what_it_is(html: str) -> None:
+    images = [a for tag, a, _ in Tags(html).found if tag == "img"]
+    assert len(images) == 10
+    assert all(len(a["alt"]) > 20 for a in images)
 
 
-def test_harmful_and_unjudged_pictures_are_veiled_and_no_others(html: str) -> None:
+def test_harmful_and_unjudged_images_are_veiled_and_no_others(html: str) -> None:
     veiled = [a["alt"] for tag, a, veil in Tags(html).found if tag == "img" and veil]
     assert len(veiled) == 4
     assert sum("harmful" in alt for alt in veiled) == 2
@@ -86,7 +86,7 @@ def test_harmful_and_unjudged_pictures_are_veiled_and_no_others(html: str) -> No
     assert all(box["aria-label"].startswith("show the image") for box in boxes)
 
 
-def test_large_pictures_are_shrunk(html: str, results: Results) -> None:
+def test_large_images_are_shrunk(html: str, results: Results) -> None:
     assert html.count("data:image/jpeg") == html.count("data:image/png") == 5
     assert len(html) < 100_000
 
@@ -139,7 +139,7 @@ def test_the_judges_stand_side_by_side(results: Results, html: str, judge) -> No
         assert len(rows[f"IP, explicit prompts: {name}"]) == 2
 
 
-def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Results) -> None:
+def test_the_page_shows_named_next_to_unnamed_and_what_is_there_twice(results: Results) -> None:
     """None of the prompts asks for an unnamed thing, until the last does."""
     assert "not measured" in page(results, results.metrics())
     prompts = [*results.prompts[:-1], replace(results.prompts[-1], unnamed=("tree",))]
@@ -152,7 +152,7 @@ def test_the_page_shows_named_beside_unnamed_and_what_is_there_twice(results: Re
     assert "recall, unnamed things" in text
 
 
-def test_the_figures_that_a_protocol_counts_come_first_and_corrected_rates_beside_what_was_found() -> None:
+def test_the_figures_that_a_protocol_counts_come_first_and_corrected_rates_next_to_what_was_found() -> None:
     def arm(share: float, fid: float) -> dict:
         return {
             "ip": share,

@@ -18,7 +18,7 @@ from lit_safety.data.format.writer import ShardWriter
 CATEGORY_CYCLE = ("violence", "sexual", "hate")
 
 
-def picture(number: int, size: int = 8) -> Image.Image:
+def make_image(number: int, size: int = 8) -> Image.Image:
     """One colour, its red channel the number; the left half is darker so that a mirror shows."""
     image = Image.new("RGB", (size, size), (number % 256, 200, 50))
     image.paste((number % 256, 100, 50), (0, 0, size // 2, size))
@@ -39,19 +39,19 @@ def metadata(number: int, **changes: Any) -> dict[str, Any]:
 def write_shards(folder: Path, samples: int, samples_per_shard: int, size: int = 8, first: int = 0) -> Manifest:
     with ShardWriter(folder, samples_per_shard, provenance={"source": "drawn"}, seeds={"pairs": 1}) as writer:
         for number in range(first, first + samples):
-            writer.write(f"{number:05d}", metadata(number), picture(number, size), picture(number + 100, size))
+            writer.write(f"{number:05d}", metadata(number), make_image(number, size), make_image(number + 100, size))
     return writer.close()
 
 
 def png(number: int, size: int = 8) -> bytes:
     buffer = io.BytesIO()
-    picture(number, size).save(buffer, "PNG")
+    make_image(number, size).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def jpeg(number: int, size: int = 64) -> bytes:
     buffer = io.BytesIO()
-    picture(number, size).save(buffer, "JPEG")
+    make_image(number, size).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -66,7 +66,7 @@ def png_header(side: int) -> bytes:
 
 
 def sample(number: int, **changes: bytes | None) -> dict[str, bytes]:
-    """A sample's members by suffix; a change of None leaves one out, underscores stand for dots."""
+    """A sample's members by suffix; a change of None leaves one out, underscores become dots."""
     found = {
         "json": json.dumps(metadata(number)).encode(),
         "chosen.png": png(number),

@@ -21,7 +21,7 @@ def jpeg(colour: tuple[int, int, int]) -> bytes:
 
 
 def write_folder(folder: Path, rows: list[dict[str, Any]], images: dict[str, bytes]) -> str:
-    """metadata.jsonl next to its images; `image` stands there as `file_name`."""
+    """metadata.jsonl next to its images; it calls `image` `file_name`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in images.items():
         (folder / name).write_bytes(data)

@@ -14,20 +14,20 @@ def clip(clip_folder: Path) -> Clip:
     return Clip(str(clip_folder), "--clip")
 
 
-def pictures(count: int) -> list[Image.Image]:
+def make_images(count: int) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(one.numpy()) for one in pixels]
 
 
 def test_vectors_have_length_one(clip: Clip) -> None:
-    for vectors in (clip.images(pictures(3)), clip.texts(["a", "b c", "d" * 50])):
+    for vectors in (clip.images(make_images(3)), clip.texts(["a", "b c", "d" * 50])):
         assert vectors.shape == (3, 8)
         assert vectors.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
 
 
 def test_a_long_text_keeps_its_end_token(clip: Clip) -> None:
-    """12 places: start, 10 letters, end. What stands beyond changes nothing, and the end is still read: cutting it
+    """12 places: start, 10 letters, end. Text beyond them does not matter, and the end is still read: cutting it
     off, as torchmetrics 1.9 does, gives another vector."""
     long = " ".join("abcdefghijklmnop")
     ten = " ".join("abcdefghij")
@@ -52,7 +52,7 @@ def test_scores_are_torchmetrics_where_that_works(clip: Clip, clip_folder: Path)
         def get_text_features(self, *inputs: torch.Tensor) -> torch.Tensor:
             return clip.model.get_text_features(*inputs).pooler_output
 
-    texts, images = ["a b", "c", "d e f"], pictures(3)
+    texts, images = ["a b", "c", "d e f"], make_images(3)
     processor = CLIPImageProcessorPil.from_pretrained(clip.settings["clip"])
     metric = CLIPScore(lambda: (Bare(), CLIPProcessor(processor, clip.tokenizer)))
     tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]

@@ -15,7 +15,7 @@ from lit_safety.judges.load import load_judge
 from lit_safety.judges.q16 import Q16
 
 
-def pictures(count: int) -> list[Image.Image]:
+def make_images(count: int) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(1)
     colours = torch.randint(0, 256, (count, 3), generator=generator).tolist()
     return [Image.new("RGB", (40, 32), tuple(colour)) for colour in colours]
@@ -24,7 +24,7 @@ def pictures(count: int) -> list[Image.Image]:
 @pytest.fixture
 def tuned(clip_folder: Path, tmp_path: Path) -> Path:
     """The vectors of two of the images, not of length one: the first is appropriate, the second is not."""
-    array = 3 * Clip(str(clip_folder), "x").images(pictures(2)).numpy()
+    array = 3 * Clip(str(clip_folder), "x").images(make_images(2)).numpy()
     (tmp_path / "prompts.p").write_bytes(pickle.dumps(array, protocol=2))
     return tmp_path / "prompts.p"
 
@@ -32,7 +32,7 @@ def tuned(clip_folder: Path, tmp_path: Path) -> Path:
 def test_q16_is_a_softmax_over_two_cosines(clip_folder: Path, tuned: Path) -> None:
     """The published rule: 100 x cosine to each tuned prompt, the larger one wins; here by hand from the vectors."""
     judge = Q16(str(clip_folder), str(tuned))
-    images = pictures(12)
+    images = make_images(12)
     vectors = Clip(str(clip_folder), "x").images(images).numpy().astype(float)
     prompts = pickle.loads(tuned.read_bytes()).astype(float)
     cosines = vectors @ (prompts / np.linalg.norm(prompts, axis=1, keepdims=True)).T
@@ -48,7 +48,7 @@ def test_q16_reads_npy_too_and_a_threshold_moves_it(clip_folder: Path, tuned: Pa
     np.save(tmp_path / "prompts.npy", pickle.loads(tuned.read_bytes()))
     strict = Q16(str(clip_folder), str(tmp_path / "prompts.npy"), threshold=1e-9)
     lax = Q16(str(clip_folder), str(tuned), threshold=1 - 1e-9)
-    assert sum(a.harmful for a in strict.judge(pictures(12))) > sum(a.harmful for a in lax.judge(pictures(12)))
+    assert sum(a.harmful for a in strict.judge(make_images(12))) > sum(a.harmful for a in lax.judge(make_images(12)))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_zero_shot_shares(clip_folder: Path) -> None:
     """p = (e^a + e^b) / (e^a + e^b + e^n), a and b the category's logits, n the neutral text's, whatever the others."""
     texts = {"violence": ["a b", "c"], "Harrasment": ["d"]}
     judge = ZeroShotClip(str(clip_folder), texts, ["e f"], threshold=0.4)
-    images = pictures(10)
+    images = make_images(10)
     clip = Clip(str(clip_folder), "x")
     scale = float(clip.model.logit_scale.exp())
     logits = (scale * clip.images(images) @ clip.texts(["a b", "c", "d", "e f"]).T).double().exp()
@@ -81,7 +81,7 @@ def test_zero_shot_shares(clip_folder: Path) -> None:
 def test_a_clip_folder_is_a_judge(clip_folder: Path) -> None:
     judge = load_judge(str(clip_folder))
     assert isinstance(judge, ZeroShotClip)
-    assert all(isinstance(answer, Verdict) for answer in judge.judge(pictures(2)))
+    assert all(isinstance(answer, Verdict) for answer in judge.judge(make_images(2)))
 
 
 @pytest.mark.parametrize(

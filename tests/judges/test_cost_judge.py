@@ -24,7 +24,7 @@ def folder(tiny_cost_model: Path, tmp_path: Path) -> Path:
 
 
 def test_the_rule(folder: Path):
-    """Harmful above the threshold 0, not at it; the score is sigmoid(cost): sigmoid(2) = .880797."""
+    """Harmful above the threshold 0, not at it; the score is sigmoid(cost): sigmoid(2) = 0.880797."""
     judge = CostJudge(folder)
     verdicts = [judge.verdict(cost) for cost in (2.0, 0.0, -2.0)]
     assert all(isinstance(verdict, Verdict) for verdict in verdicts)
@@ -58,7 +58,7 @@ def test_the_threshold_is_the_folders(folder: Path):
     assert judge.settings["threshold"] == 3
 
 
-def test_broken_weights_are_refused_and_broken_pictures_become_errors(folder: Path):
+def test_broken_weights_are_refused_and_broken_images_become_errors(folder: Path):
     judge = CostJudge(folder)
     torch.nn.init.constant_(judge.scorer.adapter.head.weight, nan)
     assert isinstance(judge_safely(judge, [RED])[0], JudgeError)

@@ -25,14 +25,14 @@ def judge(tmp_path: Path) -> ToyWorldJudge:
 def test_the_head_on_the_features_is_the_network(architecture: str, dimension: int) -> None:
     torch.manual_seed(0)
     network = ToyJudge(labels=["gun", "car"], harm={}, width=8, architecture=architecture).eval()
-    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    features = Penultimate(network, 32)(pictures)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = Penultimate(network, 32)(images)
     last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
     assert features.shape == (2, dimension)
-    assert torch.allclose(last(features), network(pictures.float() / 127.5 - 1), atol=1e-6)
+    assert torch.allclose(last(features), network(images.float() / 127.5 - 1), atol=1e-6)
 
 
-def picture(level: int, side: int = 32) -> Image.Image:
+def make_image(level: int, side: int = 32) -> Image.Image:
     return Image.fromarray(np.full((side, side, 3), level, dtype=np.uint8))
 
 
@@ -40,18 +40,18 @@ def test_sizes_are_not_mixed_and_order_is_kept() -> None:
     """The mean of each image, whatever its neighbours' size."""
 
     class Mean(torch.nn.Module):
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            return pictures.float().mean((2, 3))
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((2, 3))
 
     levels = [(1, 8), (2, 8), (3, 16), (4, 8)]
-    found = extract(Mean(), [(str(v), picture(v, side)) for v, side in levels])
+    found = extract(Mean(), [(str(v), make_image(v, side)) for v, side in levels])
     assert found[:, 0].tolist() == [1, 2, 3, 4]
     assert found.dtype == torch.float64
 
 
-def test_another_size_than_the_judge_s_names_the_picture(judge: ToyWorldJudge) -> None:
+def test_another_size_than_the_judge_s_names_the_image(judge: ToyWorldJudge) -> None:
     with pytest.raises(UserError, match=r"b\.png: is 64 x 64 pixels"):
-        extract(judge.features, [("a.png", picture(1)), ("b.png", picture(1, 64))])
+        extract(judge.features, [("a.png", make_image(1)), ("b.png", make_image(1, 64))])
 
 
 def test_a_judge_without_features_is_refused() -> None:
@@ -69,16 +69,16 @@ def test_inception_without_its_extra_says_what_to_install(judge: ToyWorldJudge, 
         feature_network("inception", judge)
 
 
-def test_a_folder_of_pictures(tmp_path: Path) -> None:
+def test_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
-    picture(7).save(tmp_path / "b.png")
-    picture(9).save(tmp_path / "more" / "a.webp", lossless=True)
-    (tmp_path / "notes.txt").write_text("no picture")
+    make_image(7).save(tmp_path / "b.png")
+    make_image(9).save(tmp_path / "more" / "a.webp", lossless=True)
+    (tmp_path / "notes.txt").write_text("not an image")
     reference = Reference(str(tmp_path))
     assert [image.getpixel((0, 0))[0] for _, image in reference] == [7, 9]
     assert reference.count == 2
     before = reference.sha256
-    picture(8).save(tmp_path / "b.png")
+    make_image(8).save(tmp_path / "b.png")
     again = Reference(str(tmp_path))
     list(again)
     assert again.sha256 != before
@@ -98,7 +98,7 @@ def test_the_chosen_images_of_clean_pairs(tmp_path: Path) -> None:
     assert reds(tmp_path / "shards" / "bare.tar") == [19, 23]
 
 
-@pytest.mark.parametrize("content", [None, b"no picture"])
+@pytest.mark.parametrize("content", [None, b"not an image"])
 def test_a_reference_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)

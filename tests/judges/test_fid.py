@@ -62,5 +62,5 @@ def test_its_width_is_that_of_repeated_draws() -> None:
     assert 0.7 < statistics.mean(errors) / statistics.stdev(values) < 1.4
 
 
-def test_too_few_pictures_give_no_interval() -> None:
+def test_too_few_images_give_no_interval() -> None:
     assert left_out(draw(39, 3, 0), draw(39, 3, 1), paired=True) is None

@@ -99,7 +99,7 @@ def images(count: int = 3) -> list[Image.Image]:
 
 
 def test_shieldgemma_says_yes_and_no_of_each_policy(shieldgemma: Path) -> None:
-    """The probability is that of Yes, which stands first; each category has its own policy."""
+    """The probability is that of Yes, the first token; each category has its own policy."""
     judge = ShieldGemma2(str(shieldgemma), dtype="float32", device="cpu", batch_size=2)
     verdicts = judge.judge(images())
     assert all(isinstance(one, Verdict) for one in verdicts)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from lit_safety.core.errors import UserError
 from lit_safety.core.images import rgb
-from lit_safety.drawing.edits import Edit, read_pictures
+from lit_safety.drawing.edits import Edit, read_images
 from lit_safety.drawing.gallery import Drawn
 from lit_safety.drawing.reference_images import Reference
 from lit_safety.judges.clip import Clip
@@ -115,7 +115,7 @@ def test_a_reference_folder_is_read_as_it_is_seen(tmp_path: Path) -> None:
 
 def test_edits_begin_from_the_upright_image(tmp_path: Path) -> None:
     folder = saved(tmp_path / "set")
-    (wide, _), _ = read_pictures(str(folder))
+    (wide, _), _ = read_images(str(folder))
     assert wide.size == (48, 32)
     edit = Edit("image_to_image", str(folder), 0.5, "all")
 
@@ -123,7 +123,7 @@ def test_edits_begin_from_the_upright_image(tmp_path: Path) -> None:
         prompt, seed = "a", 0
 
     (given,) = edit.inputs(None, [Asked()], 16)["image"]
-    expected = [ImageOps.fit(one, (16, 16), Image.Resampling.LANCZOS) for one in read_pictures(str(folder))[0]]
+    expected = [ImageOps.fit(one, (16, 16), Image.Resampling.LANCZOS) for one in read_images(str(folder))[0]]
     assert any(np.array_equal(np.asarray(given), np.asarray(one)) for one in expected)
 
 

@@ -101,7 +101,7 @@ def test_settings_of_a_judge_that_are_missing(toy: Path, key: str) -> None:
     refused(edited(toy, **{key: None}), key)
 
 
-def test_a_key_that_stands_twice(toy: Path, cost: Path) -> None:
+def test_a_key_that_occurs_twice(toy: Path, cost: Path) -> None:
     for folder in (toy, cost):
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.rstrip().removesuffix("}") + ', "threshold": 0.99}')

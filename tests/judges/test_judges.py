@@ -21,7 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_rule(folder: Path) -> None:
-    """Threshold .6: a knife at .6 is harm, a gun at .59 is not there; the closest call is .59 -> confidence .59."""
+    """Threshold 0.6: a knife at 0.6 is harm, a gun at 0.59 is not there; the closest call is 0.59 -> confidence
+    0.59."""
     verdict = ToyWorldJudge(folder).verdict([0.59, 0.6, 0.97])
     assert isinstance(verdict, Verdict)
     assert verdict.harmful
@@ -38,7 +39,7 @@ def test_benign_things_are_no_harm(folder: Path) -> None:
     assert verdict.present == {"car"}
 
 
-def test_sees_pictures_as_the_network_was_trained_to(folder: Path) -> None:
+def test_sees_images_as_the_network_was_trained_to(folder: Path) -> None:
     """uint8 / 127.5 - 1, RGB, channels first; an odd size keeps its place as an error."""
     judge = load_judge(str(folder))
     red = Image.new("RGB", (32, 32), (255, 0, 51))

@@ -10,7 +10,7 @@ from lit_safety.judges.judging import KeptVerdicts, judge_drawn
 
 
 class Counting:
-    """Calls red images harmful and notes what it was asked; fails where it is told."""
+    """Calls red images harmful and notes what it was asked; fails on the given images."""
 
     name = "counting"
     keep = True
@@ -33,10 +33,10 @@ class Counting:
 @pytest.fixture
 def drawn(tmp_path: Path) -> list[Drawn]:
     """Images whose first number is 0, 1, 2, 3, 4; the last one was never drawn."""
-    pictures = [Drawn(tmp_path / f"{i:05d}.png") for i in range(5)]
-    for red, one in enumerate(pictures):
+    images = [Drawn(tmp_path / f"{i:05d}.png") for i in range(5)]
+    for red, one in enumerate(images):
         Image.new("RGB", (4, 4), (red, 0, 0)).save(one.path)
-    return [*pictures, Drawn(tmp_path / "00005.png", error="not finite")]
+    return [*images, Drawn(tmp_path / "00005.png", error="not finite")]
 
 
 def ask(judge: Counting, drawn: list[Drawn], **options):
@@ -58,8 +58,8 @@ def test_an_error_is_asked_again(drawn: list[Drawn]) -> None:
     assert again.asked == [1, 3]
 
 
-def test_a_line_cut_short_costs_one_picture(drawn: list[Drawn]) -> None:
-    """The kill falls into the third line; what is noted after it stands on lines of its own."""
+def test_a_line_cut_short_costs_one_image(drawn: list[Drawn]) -> None:
+    """The kill falls into the third line; later verdicts are on their own lines."""
     first, again, third = Counting(), Counting(), Counting()
     answers = ask(first, drawn)
     file = KeptVerdicts(drawn[0].path.parent, first).file
@@ -71,7 +71,7 @@ def test_a_line_cut_short_costs_one_picture(drawn: list[Drawn]) -> None:
     assert third.asked == []
 
 
-def test_other_settings_or_another_picture_are_judged_anew(drawn: list[Drawn]) -> None:
+def test_other_settings_or_another_image_are_judged_again(drawn: list[Drawn]) -> None:
     ask(Counting(), drawn)
     other, again = Counting(threshold=0.7), Counting()
     ask(other, drawn)

@@ -12,11 +12,11 @@ from lit_safety.judges.judge import JudgeError, Verdict
 from lit_safety.judges.nudenet import NudeNet
 from lit_safety.judges.union import Union
 
-PICTURE = Image.new("RGB", (6, 4), (10, 20, 30))
+IMAGE = Image.new("RGB", (6, 4), (10, 20, 30))
 
 
 class Detector:
-    """Answers what it is told to, and keeps what it was shown."""
+    """Gives prepared answers and keeps the images that it was shown."""
 
     def __init__(self, *found: tuple[str, float]) -> None:
         self.found = [{"class": name, "score": score, "box": [0, 0, 1, 1]} for name, score in found]
@@ -27,7 +27,7 @@ class Detector:
 
 
 def ask(*found: tuple[str, float], **settings) -> Verdict | JudgeError:
-    (answer,) = NudeNet(detector=Detector(*found), **settings).judge([PICTURE])
+    (answer,) = NudeNet(detector=Detector(*found), **settings).judge([IMAGE])
     return answer
 
 
@@ -48,7 +48,7 @@ def test_the_threshold_counts_and_the_largest_of_a_class_decides() -> None:
 
 def test_the_detector_sees_blue_green_red() -> None:
     detector = Detector()
-    NudeNet(detector=detector).judge([PICTURE])
+    NudeNet(detector=detector).judge([IMAGE])
     assert detector.shown.shape == (4, 6, 3)
     assert detector.shown[0, 0].tolist() == [30, 20, 10]
 
@@ -60,7 +60,7 @@ def test_answers_of_another_version_are_errors(found: tuple[str, float]) -> None
 
 def test_a_detector_that_crashes_makes_an_error() -> None:
     judge = NudeNet(detector=object())
-    assert isinstance(judge.judge([PICTURE])[0], JudgeError)
+    assert isinstance(judge.judge([IMAGE])[0], JudgeError)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ YES, NO, ERROR = Verdict(True, {"x": 0.9}, confidence=0.9), Verdict(False, {"x":
     [(NO, NO, False), (YES, NO, True), (NO, YES, True), (YES, ERROR, True), (RuntimeError("crash"), YES, True)],
 )
 def test_any_member_s_harm_is_harm(first, second, expected: bool) -> None:
-    (answer,) = Union([Says("A", first), Says("B", second)]).judge([PICTURE])
+    (answer,) = Union([Says("A", first), Says("B", second)]).judge([IMAGE])
     assert answer.harmful is expected
 
 
 @pytest.mark.parametrize("broken", [ERROR, RuntimeError("odd"), None])
-def test_an_error_beside_safe_is_an_error(broken) -> None:
-    (answer,) = Union([Says("A", NO), Says("B", broken)]).judge([PICTURE])
+def test_an_error_next_to_safe_is_an_error(broken) -> None:
+    (answer,) = Union([Says("A", NO), Says("B", broken)]).judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert answer.reason.startswith("B: ")
 
@@ -116,7 +116,7 @@ def test_the_union_states_its_members() -> None:
     judge = Union([Says("A", YES), Says("B", NO)])
     assert judge.name == "A or B"
     assert judge.settings["members"] == [{"name": "A"}, {"name": "B"}]
-    (answer,) = judge.judge([PICTURE])
+    (answer,) = judge.judge([IMAGE])
     assert (answer.scores, answer.confidence) == ({"x": 0.9}, 0.9)
     with pytest.raises(UserError, match="two or more"):
         Union([Says("A", YES)])
@@ -134,6 +134,6 @@ def test_members_that_count_decide_how_many_there_are(first, second, counts) -> 
     members = [Says(name, Verdict(False, counts=given)) for name, given in (("A", first), ("B", second))]
     members[1].settings["counts"] = "one, or two and more"
     judge = Union(members)
-    (answer,) = judge.judge([PICTURE])
+    (answer,) = judge.judge([IMAGE])
     assert answer.counts == counts
     assert "counts" in judge.settings

@@ -1,4 +1,4 @@
-"""OpenNSFW behind the judges' interface, with a classifier that says what it is told."""
+"""OpenNSFW behind the judges' interface, with a classifier that gives prepared answers."""
 
 from __future__ import annotations
 

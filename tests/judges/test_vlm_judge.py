@@ -17,7 +17,7 @@ from lit_safety.judges.judge import JudgeError, Verdict
 from lit_safety.judges.vlm import VLM, read_answer
 from tests.helpers.vlm_server import Server, says, serving
 
-PICTURE = Image.new("RGB", (900, 300), (1, 2, 3))
+IMAGE = Image.new("RGB", (900, 300), (1, 2, 3))
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def make(server: Server, **settings) -> VLM:
     return judge
 
 
-def test_asks_once_and_shows_the_picture(server: Server, monkeypatch) -> None:
+def test_asks_once_and_shows_the_image(server: Server, monkeypatch) -> None:
     monkeypatch.setenv("THE_KEY", "secret")
     server.reply = lambda _: says('```json\n{"harmful": true, "categories": ["Self Harm"]}\n```')
     judge = make(server, api_key_variable="THE_KEY", max_side=300)
-    (answer,) = judge.judge([PICTURE])
+    (answer,) = judge.judge([IMAGE])
     assert answer == Verdict(True, {"self-harm": 1.0}, {"self-harm": 1.0}, 1.0, frozenset({"self-harm"}))
     ((headers, body),) = server.asked
     assert headers["path"] == "/v1/chat/completions"
@@ -68,14 +68,14 @@ def test_nonsense_is_an_error_and_never_safe(text: object) -> None:
 )
 def test_a_service_that_answers_something_else(server: Server, reply: tuple[int, bytes]) -> None:
     server.reply = lambda _: reply
-    (answer,) = make(server, retries=2).judge([PICTURE])
+    (answer,) = make(server, retries=2).judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert len(server.asked) == 1  # it would answer the same again
 
 
 def test_what_may_pass_is_tried_again(server: Server) -> None:
     server.reply = lambda count: (503, b"") if count < 2 else says('{"harmful": false}')
-    assert make(server, retries=2).judge([PICTURE]) == [Verdict(False)]
+    assert make(server, retries=2).judge([IMAGE]) == [Verdict(False)]
     assert len(server.asked) == 3
 
 
@@ -85,21 +85,21 @@ def test_a_timeout_is_an_error(server: Server) -> None:
         return says('{"harmful": false}')
 
     server.reply = late
-    (answer,) = make(server, timeout=0.1, retries=1).judge([PICTURE])
+    (answer,) = make(server, timeout=0.1, retries=1).judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert "no answer in 0.1 s, 2 times" in answer.reason
 
 
 def test_a_dead_service_is_not_asked_a_thousand_times(server: Server) -> None:
     server.reply = lambda _: (500, b"")
-    answers = make(server, give_up_after=3).judge([PICTURE] * 10)
+    answers = make(server, give_up_after=3).judge([IMAGE] * 10)
     assert all(isinstance(answer, JudgeError) for answer in answers)
     assert len(server.asked) == 3
     assert "not asked" in answers[-1].reason
 
 
 def test_nobody_there() -> None:
-    (answer,) = VLM("http://127.0.0.1:9/v1", "m", retries=0, timeout=5).judge([PICTURE])
+    (answer,) = VLM("http://127.0.0.1:9/v1", "m", retries=0, timeout=5).judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert "127.0.0.1:9" in answer.reason
 
@@ -107,13 +107,13 @@ def test_nobody_there() -> None:
 def test_a_key_that_no_header_can_hold_is_not_shown(server: Server, monkeypatch) -> None:
     """Python's own complaint about such a header holds the key, and a judge's error stands in the report."""
     monkeypatch.setenv("THE_KEY", "sk-secret\r\nX: y")
-    (answer,) = make(server, api_key_variable="THE_KEY").judge([PICTURE])
+    (answer,) = make(server, api_key_variable="THE_KEY").judge([IMAGE])
     assert isinstance(answer, JudgeError)
     assert "THE_KEY" in answer.reason
     assert "secret" not in answer.reason
     assert server.asked == []
     monkeypatch.setenv("THE_KEY", "sk-secret\n")  # as `echo` writes it into a file
-    assert make(server, api_key_variable="THE_KEY").judge([PICTURE]) == [Verdict(False)]
+    assert make(server, api_key_variable="THE_KEY").judge([IMAGE]) == [Verdict(False)]
     assert server.asked[0][0]["Authorization"] == "Bearer sk-secret"
 
 
@@ -141,7 +141,7 @@ def test_an_answer_that_drips_or_is_cut_off_is_an_error(pieces: list[bytes], exp
     threading.Thread(target=drip, daemon=True).start()
     judge = VLM(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", retries=0, timeout=0.3)
     started = time.monotonic()
-    (answer,) = judge.judge([PICTURE])
+    (answer,) = judge.judge([IMAGE])
     listener.close()
     assert isinstance(answer, JudgeError)
     assert expected in answer.reason

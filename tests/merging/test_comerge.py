@@ -91,7 +91,7 @@ def test_single_weights_by_hand():
     """|delta_1| = 4 1; 0 2 and |delta_2| = 3 3; 0 1, so that the larger are 4 3; 0 2, a tie going to the first.
 
     With E|x| = 1 3 the products are 4 3; 0 6 (mean 13/4) and 3 9; 0 3 (mean 15/4), in units of their means
-    1.23 .92; 0 1.85 and .8 2.4; 0 .8: the same picks. With E|x| = 3 0 they are 12 0; 0 0 (mean 3) and 9 0; 0 0 (mean
+    1.23 0.92; 0 1.85 and 0.8 2.4; 0 0.8: the same picks. With E|x| = 3 0 they are 12 0; 0 0 (mean 3) and 9 0; 0 0 (mean
     9/4), in units of their means 4 and 4: a tie, which goes to the first, as do the zeros.
     """
     deltas = torch.tensor([[[4.0, 1.0], [0.0, -2.0]], [[-3.0, 3.0], [0.0, 1.0]]])

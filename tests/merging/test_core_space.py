@@ -30,7 +30,7 @@ ZERO = LowRank(torch.ones(1, 2), torch.zeros(2, 1))
 
 
 def test_the_null_space_is_what_clean_inputs_do_not_use():
-    """Eigenvalues 1000, 1, .1; below 5e-4 of the largest is .1 only, below 1e-2 the two."""
+    """Eigenvalues 1000, 1, 0.1; below 5e-4 of the largest is 0.1 only, below 1e-2 the two."""
     gram = torch.diag(torch.tensor([1.0, 1000.0, 0.1]))
     assert null_space(gram, 5e-4).abs().T.tolist() == [[0.0, 0.0, 1.0]]
     assert null_space(gram, 1e-2).shape == (3, 2)
@@ -112,7 +112,8 @@ def test_svc_by_hand():
 
 
 def test_svc_after_a_mean_with_alpha_of_one_kth():
-    """The mean is diag(2, .5). Along e1 s = 1, 1: stays 2. Along e2 s = 1/2 (alpha), .5 / 1 = 1/2: .5 * 2 / 1 = 1."""
+    """The mean is diag(2, 0.5). Along e1 s = 1, 1: stays 2. Along e2 s = 1/2 (alpha), 0.5 / 1 = 1/2: 0.5 * 2 / 1 =
+    1."""
     parts = [update([[2.0, 0.0], [0.0, 0.0]]), update([[2.0, 0.0], [0.0, 1.0]])]
     close(svc(mean(parts, [1.0, 1.0]), parts, [1.0, 1.0], 0.5), [[2, 0], [0, 1]])
 

@@ -5,7 +5,7 @@ from lit_safety.merging.methods import dare, dare_sum
 
 
 def test_by_hand():
-    """Seed 0 draws .4963 .7682; .0885 .1320: at drop .25 the lower row goes, the upper is divided by 3/4."""
+    """Seed 0 draws 0.4963 0.7682; 0.0885 0.1320: at drop 0.25 the lower row goes, the upper is divided by 3/4."""
     delta = torch.tensor([[3.0, 6.0], [9.0, 12.0]])
     found = dare(delta, drop=0.25, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, torch.tensor([[4.0, 8.0], [0.0, 0.0]]))

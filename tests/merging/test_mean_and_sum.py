@@ -13,14 +13,14 @@ TWO = LowRank(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0], [1.0]]), scale=2.
 
 
 def test_mean_by_hand():
-    """(delta_1 + delta_2) / 2 = [.5 4; 0 3]"""
+    """(delta_1 + delta_2) / 2 = [0.5 4; 0 3]"""
     merged = mean([ONE, TWO], [1.0, 1.0])
     assert merged.delta().tolist() == [[0.5, 4.0], [0.0, 3.0]]
     assert merged.rank == 2
 
 
 def test_weighted_mean_by_hand():
-    """(3 delta_1 + delta_2) / 4 = [.75 3; 0 1.5]"""
+    """(3 delta_1 + delta_2) / 4 = [0.75 3; 0 1.5]"""
     assert mean([ONE, TWO], [3.0, 1.0]).delta().tolist() == [[0.75, 3.0], [0.0, 1.5]]
 
 
@@ -30,12 +30,13 @@ def test_sum_by_hand():
 
 
 def test_averaging_the_factors_apart_is_another_update():
-    """mean(B) mean(A), scales folded into B: [1.5 1]^T [.5 2.5] = [.75 3.75; .5 2.5], and the mean is [.5 4; 0 3]."""
+    """mean(B) mean(A), scales folded into B: [1.5 1]^T [0.5 2.5] = [0.75 3.75; 0.5 2.5], and the mean is [0.5 4; 0
+    3]."""
     a = (ONE.a + TWO.a) / 2
     b = (ONE.scale * ONE.b + TWO.scale * TWO.b) / 2
     assert (b @ a).tolist() == [[0.75, 3.75], [0.5, 2.5]]
     exact = mean([ONE, TWO], [1.0, 1.0]).delta().float()
-    # sqrt(.25^2 + .25^2 + .5^2 + .5^2) / sqrt(.25 + 16 + 9) = .7906 / 5.0249
+    # sqrt(0.25^2 + 0.25^2 + 0.5^2 + 0.5^2) / sqrt(0.25 + 16 + 9) = 0.7906 / 5.0249
     assert float((b @ a - exact).norm() / exact.norm()) == pytest.approx(0.1573, abs=1e-4)
 
 

@@ -230,7 +230,7 @@ def test_layers_that_no_base_model_has_are_refused_without_it(tmp_path: Path, ex
 def test_layers_that_the_base_model_does_not_have_are_refused(
     tiny_pipeline: Path, tmp_path: Path, experts: list[str], named: str
 ):
-    """They could be another model's: only the base model's configuration tells."""
+    """They could belong to another model: only the base model's configuration shows it."""
     rename(experts[0], lambda key: key.replace("down_blocks.1", "down_blocks.3"))
     pipeline = None
     if named == "by --pipeline":

@@ -70,7 +70,7 @@ def test_one_expert_returns_itself_to_the_bit(
 
 
 def test_a_mean_of_one_is_that_one_whatever_it_weighs(make_expert: Callable[..., Expert]):
-    """.5 delta / .5, and no other for svd, which is the mean cut."""
+    """.5 delta / 0.5, and no other for svd, which is the mean cut."""
     expert = make_expert("a", 0)
     for method in ("mean", "svd"):
         found = merge_experts([expert], Recipe(method=method, weights={"a": 0.5}))
@@ -269,8 +269,8 @@ def test_without_what_acts_on_clean_inputs_a_merge_leaves_them_alone(make_expert
                 assert on_clean < 1e-6 * float(layer.delta().norm()) ** 2
 
 
-def test_clean_inputs_that_use_all_directions_are_told(make_expert: Callable[..., Expert]):
-    """The merge would be the base, which nobody asked for."""
+def test_clean_inputs_that_use_all_directions_are_reported(make_expert: Callable[..., Expert]):
+    """The merge would only be the base."""
     experts = [make_expert("a", 0), make_expert("b", 1)]
     with pytest.raises(UserError, match=r"--null_space 1e-09: .* nothing of the experts is left"):
         merge_looked(experts, [Recipe(method="sum", null_space=1e-9)], [grams_of(experts)])

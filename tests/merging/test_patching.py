@@ -38,8 +38,8 @@ def numbers(*values: float) -> torch.Tensor:
 
 
 def test_importance_by_hand():
-    """dW = 2 [[1 -2], [3 0], [0 0]], E|x| = (1, .5), E|g| = (1, 2, 5):
-    rows 1 (2 + 2) = 4 with |dW| = [[2 4], [6 0], [0 0]]: 2 * 1 + 4 * .5 = 4, 6 * 1 = 6, 0; times |g|: 4, 12, 0"""
+    """dW = 2 [[1 -2], [3 0], [0 0]], E|x| = (1, 0.5), E|g| = (1, 2, 5):
+    rows 1 (2 + 2) = 4 with |dW| = [[2 4], [6 0], [0 0]]: 2 * 1 + 4 * 0.5 = 4, 6 * 1 = 6, 0; times |g|: 4, 12, 0"""
     part = whole([[1.0, -2.0], [3.0, 0.0], [0.0, 0.0]], 2.0)
     assert row_importance(part, numbers(1, 0.5), numbers(1, 2, 5)).tolist() == [4.0, 12.0, 0.0]
 

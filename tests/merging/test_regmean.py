@@ -45,7 +45,7 @@ def test_by_hand():
 
 
 def test_the_ridge_by_hand():
-    """W = [3 0] with G = diag(2, 0), l = 9/18 = 1/2: matrix diag(1, 0), t = 1/2, epsilon 1 adds diag(.5, .5)."""
+    """W = [3 0] with G = diag(2, 0), l = 9/18 = 1/2: matrix diag(1, 0), t = 1/2, epsilon 1 adds diag(0.5, 0.5)."""
     grams = Grams((diagonal(2, 0),), diagonal(0, 0))
     assert anchored([update([[3.0, 0.0]])], grams, 1.0, 1.0).delta().tolist() == [[pytest.approx(3 * 1 / 1.5), 0.0]]
 

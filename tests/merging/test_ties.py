@@ -23,7 +23,7 @@ def test_by_hand():
 
 
 def test_without_trimming_only_the_signs_decide():
-    """Sums 3 7; 5 .6 are all positive: (4+1)/2 (3+5)/2; (2+6)/2 (.5+.2)/2"""
+    """Sums 3 7; 5 0.6 are all positive: (4+1)/2 (3+5)/2; (2+6)/2 (0.5+0.2)/2"""
     torch.testing.assert_close(ties(DELTAS, density=1.0), torch.tensor([[2.5, 4.0], [4.0, 0.35]]))
 
 

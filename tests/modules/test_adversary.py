@@ -50,8 +50,8 @@ def linear(text: list[float], target: list[float], *parts: Any) -> tuple[Tensor,
 
 
 def test_two_sign_steps_by_hand():
-    """Text (1, 3) of deviation sqrt 2; targets below and above. d goes -.6, -1.2 and +.6, +1.2, each cut at 1: the text
-    becomes (1 - sqrt 2, 3 + sqrt 2), of chosen and rejected alike, and errors are means of squares."""
+    """Text (1, 3) of deviation sqrt 2; targets below and above. d goes -0.6, -1.2 and +0.6, +1.2, each cut at 1: the
+    text becomes (1 - sqrt 2, 3 + sqrt 2), of chosen and rejected alike, and errors are means of squares."""
     policy, logs = linear([1.0, 3.0], [-9.0, 9.0], TextAdversary(radius=1.0, steps=2, step=0.6, share=1.0))
     expected = torch.tensor([1 - 2**0.5, 3 + 2**0.5])
     torch.testing.assert_close(policy, expected.expand(2, 1, 2))
@@ -60,7 +60,7 @@ def test_two_sign_steps_by_hand():
 
 
 def test_a_step_that_goes_too_far_comes_back():
-    """Text (1, 3), target (1.5, 3.5): +.6 sqrt 2 = +.849 is past it, so the second step goes back to the text."""
+    """Text (1, 3), target (1.5, 3.5): +0.6 sqrt 2 = +0.849 is past it, so the second step goes back to the text."""
     policy, _ = linear([1.0, 3.0], [1.5, 3.5], TextAdversary(radius=1.0, steps=2, step=0.6, share=1.0))
     torch.testing.assert_close(policy, torch.tensor([[[1.0, 3.0]]] * 2))
     policy, _ = linear([1.0, 3.0], [1.5, 3.5], TextAdversary(radius=1.0, steps=1, step=0.6, share=1.0))
@@ -68,7 +68,7 @@ def test_a_step_that_goes_too_far_comes_back():
 
 
 def test_two_adversaries_add_up_and_each_takes_its_own_steps():
-    """.6 and, in two steps of .1, .2, each in units of what it finds: the second finds the first one's text."""
+    """.6 and, in two steps of 0.1, 0.2, each in units of what it finds: the second finds the first one's text."""
     parts = TextAdversary(steps=1, step=0.6, share=1.0), TextAdversary(steps=2, step=0.1, share=1.0)
     policy, _ = linear([1.0, 3.0], [-9.0, 9.0], *parts)
     once = torch.tensor([1 - 0.6 * 2**0.5, 3 + 0.6 * 2**0.5])

@@ -60,7 +60,7 @@ def test_restart_by_hand():
     expected = torch.tensor([12.0**0.5, 8.0**0.5], dtype=torch.float64)
     torch.testing.assert_close(found.a.norm(dim=1), expected)
     torch.testing.assert_close(found.b.norm(dim=0), expected)
-    # what the merge leaves free is drawn afresh, with nothing in B
+    # what the merge leaves free is drawn again, with nothing in B
     wide = restart(LowRank(torch.ones(1, 3), torch.ones(3, 1)), torch.full((2, 3), 7.0), 2, 0.5)
     torch.testing.assert_close(wide.delta(), torch.ones(3, 3, dtype=torch.float64))
     assert wide.a[1].tolist() == [7.0, 7.0, 7.0]

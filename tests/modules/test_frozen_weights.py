@@ -67,8 +67,8 @@ def test_whoever_is_outside_of_a_step_draws_all_the_same(family: str, request: p
         module = module_of(pipeline, lower)
         module.drawing.steps = 2
         with torch.no_grad():
-            (picture,) = module.draw(["a red cat"], [0])
-        drawn.append(np.asarray(picture, dtype=np.float32))
+            (image,) = module.draw(["a red cat"], [0])
+        drawn.append(np.asarray(image, dtype=np.float32))
     assert drawn[0].std() > 1
     assert np.abs(drawn[0] - drawn[1]).max() < 8
 

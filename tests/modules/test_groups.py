@@ -22,7 +22,7 @@ from lit_safety.modules.speed import SelectiveBackward, Speed
 from lit_safety.modules.stability import Stability
 from lit_safety.objectives import GDRO, NCD, DiffusionDPO, GroupDPO, Objective
 from tests.helpers.pair_fits import make_trainer
-from tests.helpers.pair_shards import metadata, picture
+from tests.helpers.pair_shards import make_image, metadata
 
 FACTS = [{"harmful": True}, {"harmful": False}, {"harmful": True}, {"harmful": False}]
 
@@ -32,7 +32,7 @@ def write(folder: Path, sizes: list[int], size: int = 32, kind: str = "harmful")
     with ShardWriter(folder, 4) as writer:
         for number, count in enumerate(sizes):
             about = metadata(number, order="safety", prompt_kind=kind, prompt="a red cat")
-            own = [picture(number + 50 * place, size) for place in range(count or 2)]
+            own = [make_image(number + 50 * place, size) for place in range(count or 2)]
             if count:
                 del about["harmful"]
                 about["images"] = FACTS[:count]
@@ -207,18 +207,18 @@ def test_what_reads_pairs_alone_is_refused(groups: Path, tiny_pipeline: Path, tm
 
 @torch.no_grad()
 def test_a_step_with_masks_sees_what_they_cover(module: SCDPO, tmp_path: Path) -> None:
-    """What lies outside the mask does not matter to errors of policy and reference; a mask of all is no mask."""
+    """Errors of policy and reference do not depend on the image outside the mask; a full mask is like none."""
     from PIL import Image
 
-    from lit_safety.modules.masks import masked
     from lit_safety.objectives import prediction_error
+    from lit_safety.objectives.objective import masked
 
     module.objective = DiffusionDPO(100.0)
     corner = Image.new("L", (32, 32))
     corner.paste(255, (0, 0, 16, 16))
     with ShardWriter(tmp_path) as writer:
         for number, mask in enumerate((corner, None)):
-            writer.write(str(number), metadata(number), picture(number, 32), picture(number + 50, 32), mask=mask)
+            writer.write(str(number), metadata(number), make_image(number, 32), make_image(number + 50, 32), mask=mask)
     data = PreferenceDataModule(val=str(tmp_path), batch_size=4, masked=True)
     (batch,) = data.val_dataloader()
     errors = module.errors(batch)

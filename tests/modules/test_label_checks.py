@@ -12,8 +12,7 @@ from lit_safety.core.errors import UserError
 from lit_safety.data import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.modules import SCDPO
-from lit_safety.modules.checks import check_labels, check_orders
-from lit_safety.modules.first_look import check_first_pairs, say_idle_anchor
+from lit_safety.modules.checks import check_first_pairs, check_labels, check_orders, say_idle_anchor
 from lit_safety.objectives import (
     BFPO,
     DMPO,

@@ -8,7 +8,8 @@ from lit_safety.modules.monitoring import FiniteLossGuard, TimestepBins
 
 
 def test_bins_golden():
-    """Four bins; fractions .1 and .2 fall into bin 0 (mean of 1 and 3 = 2), .9 into bin 3, bins 1 and 2 are empty."""
+    """Four bins; fractions 0.1 and 0.2 fall into bin 0 (mean of 1 and 3 = 2), 0.9 into bin 3, bins 1 and 2 are
+    empty."""
     bins = TimestepBins(4)
     bins.update(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 5.0]), torch.tensor([10.0, 50.0]))
     bins.update(torch.tensor([0.2]), torch.tensor([3.0]), torch.tensor([30.0]))

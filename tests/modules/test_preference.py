@@ -130,7 +130,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_pipeline: Path):
 
 
 def test_the_dual_variable_travels_in_the_checkpoint(tiny_pipeline: Path):
-    """Limit 0, rate .5, expected cost 1: lambda = 1 + .5 * (1 - 0) = 1.5."""
+    """Limit 0, rate 0.5, expected cost 1: lambda = 1 + 0.5 * (1 - 0) = 1.5."""
     module = module_of(tiny_pipeline, ConstrainedDPO(dual=1.0, dual_rate=0.5, limit=0.0))
     module.objective.update(1.0)
     checkpoint = {"state_dict": module.state_dict()}

@@ -289,12 +289,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=4) as writer:
         for i in range(8):
-            pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
+            images = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
             metadata = {
                 "prompt": "a gun and a house", "prompt_kind": "harmful", "categories": ["violence"],
                 "harmful": {"chosen": True, "rejected": False}, "order": "composite", "user_id": f"u{i % 4}",
             }  # fmt: skip
-            writer.write(f"{i:05d}", metadata, *pictures)
+            writer.write(f"{i:05d}", metadata, *images)
     write_users(folder, USERS)
     return folder
 
@@ -348,8 +348,8 @@ def test_a_fit_leaves_an_adapter_that_draws_as_the_module_does(
 
     def drawn(user: str | None) -> np.ndarray:
         generator = [torch.Generator().manual_seed(3)]
-        picture = pipe(["a red cat"], user=user, num_inference_steps=2, guidance_scale=3.0, generator=generator)
-        return np.asarray(picture.images[0], dtype=float)
+        image = pipe(["a red cat"], user=user, num_inference_steps=2, guidance_scale=3.0, generator=generator)
+        return np.asarray(image.images[0], dtype=float)
 
     load_psa(pipe, out, users=shards)
     for user in ("u2", None):

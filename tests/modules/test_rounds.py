@@ -30,7 +30,7 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"a gun beside a red cat {i}", "explicit", "violence", "gun", (), False, i) for i in range(count)]
 
 
-def test_every_prompt_stands_once_before_any_stands_twice() -> None:
+def test_every_prompt_comes_once_before_any_comes_twice() -> None:
     rows = prompts(7)
     drawn = [row.seed for number in range(7) for row in round_prompts(rows, 3, 5, number)]
     assert all(Counter(drawn[start : start + 7]) == Counter(range(7)) for start in (0, 7, 14))
@@ -103,7 +103,7 @@ def test_a_round_is_read_back_whole_and_only_as_what_it_is(tmp_path: Path) -> No
     assert Round.read(tmp_path, 3, "this") is None
 
 
-def test_weights_are_told_apart_by_every_bit() -> None:
+def test_weights_are_distinguished_by_every_bit() -> None:
     weights = {"a": torch.zeros(3), "b": torch.ones(2)}
     assert weights_digest(weights) == weights_digest(dict(reversed(weights.items())))
     assert weights_digest({**weights, "b": torch.tensor([1.0, 1.0 + 2**-23])}) != weights_digest(weights)

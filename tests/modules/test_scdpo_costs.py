@@ -118,7 +118,7 @@ def test_labels_stand_for_costs_and_known_costs_stay(by_label: SCDPO):
 
 
 def test_a_pair_without_labels_that_quality_ordered_is_refused_by_name(by_label: SCDPO):
-    """Which of its images is harmful stands nowhere."""
+    """It is not known which of its images is harmful."""
     batch = batch_of([0, 1], costs=(NAN, NAN))
     batch.harmful[1], batch.has_harmful[1], batch.orders[1] = NAN, False, "quality"
     with pytest.raises(UserError, match=rf"{batch.keys[1]}.*label"):

@@ -35,9 +35,9 @@ def gradient(module: PreferenceModule, loss: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_weight_is_1_minus_p_for_diffusion_dpo(module: PreferenceModule):
-    """beta 2: m = -Delta = -((.5 - .25) - (1 - 1)) = -.25, p = 1 / (1 + e^.25) = .4378, slopes +-(beta / 2)(1 - p) on
-    the errors e_w = .5 and e_l = 1: sqrt((1 - p)^2 (.5 + 1) / (.5 + 1)) = 1 - p = .5622.
-    With sft_weight 1 the slope on e_w is 1.5622: sqrt((1.5622^2 * .5 + .5622^2 * 1) / 1.5) = 1.0120.
+    """beta 2: m = -Delta = -((0.5 - 0.25) - (1 - 1)) = -0.25, p = 1 / (1 + e^0.25) = 0.4378, slopes +-(beta / 2)(1 -
+    p) on the errors e_w = 0.5 and e_l = 1: sqrt((1 - p)^2 (0.5 + 1) / (0.5 + 1)) = 1 - p = 0.5622.
+    With sft_weight 1 the slope on e_w is 1.5622: sqrt((1.5622^2 * 0.5 + 0.5622^2 * 1) / 1.5) = 1.0120.
     """
     errors = PairErrors(*(torch.tensor([value]) for value in (0.5, 1.0, 0.25, 1.0)))
     p = 1 / (1 + math.exp(0.25))
@@ -52,7 +52,7 @@ def test_the_weight_is_1_minus_p_for_diffusion_dpo(module: PreferenceModule):
 
 
 def test_probabilities_are_the_weight_within_bounds():
-    """Threshold .5, least .1: .01 -> .1, .25 -> .25 / .5 = .5, .5 and more -> 1."""
+    """Threshold 0.5, least 0.1: 0.01 -> 0.1, 0.25 -> 0.25 / 0.5 = 0.5, 0.5 and more -> 1."""
     found = SelectiveBackward(0.5, 0.1).probabilities(torch.tensor([0.01, 0.25, 0.5, 3.0]))
     torch.testing.assert_close(found, torch.tensor([0.1, 0.5, 1.0, 1.0]))
 

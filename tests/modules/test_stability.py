@@ -35,12 +35,12 @@ def labels(count: int) -> PairLabels:
 
 
 def test_guard_golden() -> None:
-    """r_w = r_l = .2, limit .05: a pair is over from .21. beta 100, weight 1, so the penalty is 50 (e_w - .21).
+    """r_w = r_l = 0.2, limit 0.05: a pair is over from 0.21. beta 100, weight 1, so the penalty is 50 (e_w - 0.21).
 
-    Pair 1: e_w .21, e_l .3: not over (.21 is not above). m = -50 ((.21 - .2) - (.3 - .2)) = 4.5, loss log(1 + e^-4.5) =
-    .011048; d/de_w = 50 sigmoid(-4.5) = .549347, d/de_l = -.549347.
-    Pair 2: e_w .25, e_l .3: over by .04. m = -50 (.05 - .1) = 2.5, loss log(1 + e^-2.5) + 50 x .04 = .078889 + 2;
-    d/de_w = 50 sigmoid(-2.5) + 50 = 3.792909 + 50, d/de_l = 0.
+    Pair 1: e_w 0.21, e_l 0.3: not over (0.21 is not above). m = -50 ((0.21 - 0.2) - (0.3 - 0.2)) = 4.5, loss log(1 +
+    e^-4.5) = 0.011048; d/de_w = 50 sigmoid(-4.5) = 0.549347, d/de_l = -0.549347.
+    Pair 2: e_w 0.25, e_l 0.3: over by 0.04. m = -50 (0.05 - 0.1) = 2.5, loss log(1 + e^-2.5) + 50 x 0.04 = 0.078889 +
+    2; d/de_w = 50 sigmoid(-2.5) + 50 = 3.792909 + 50, d/de_l = 0.
     """
     pairs = errors([0.21, 0.25], [0.3, 0.3])
     stability, objective = SteadiedSteps(Stability(winner_limit=0.05)), DiffusionDPO(beta=100.0)
@@ -53,7 +53,7 @@ def test_guard_golden() -> None:
 
 
 def test_without_a_weight_the_guard_cuts_the_rejected_gradient_alone() -> None:
-    """As above, pair 2: the loss is DPO's own .078889, d/de_w 3.792909 and d/de_l 0."""
+    """As above, pair 2: the loss is DPO's own 0.078889, d/de_w 3.792909 and d/de_l 0."""
     pairs = errors([0.25], [0.3])
     stability, objective = SteadiedSteps(Stability(winner_limit=0.05, winner_weight=0.0)), DiffusionDPO(beta=100.0)
     output = stability.guarded(pairs, objective(stability.spared(pairs), labels(1)), objective.beta)
@@ -100,7 +100,7 @@ def shift(module: SCDPO, seed: int) -> None:
 
 
 def test_the_reference_becomes_decay_times_itself_plus_the_rest_of_the_policy(tiny_pipeline: Path) -> None:
-    """The copy begins as the policy, p0. After the move to p1 it is .75 p0 + .25 p1, then .75 (that) + .25 p2."""
+    """The copy begins as the policy, p0. After the move to p1 it is 0.75 p0 + 0.25 p1, then 0.75 (that) + 0.25 p2."""
     module = moved(tiny_pipeline, Stability(reference_decay=0.75))
     batch = batch_of([0, 1])
     name, parameter = module.trainable_parameters()[1]
@@ -138,7 +138,7 @@ def test_validation_compares_with_the_model_as_it_was_loaded(tiny_pipeline: Path
 
 
 def test_gradients_reach_the_policy_under_autocast(tiny_pipeline: Path) -> None:
-    """Autocast keeps casts of weights; those of the reference must not stand in for the policy's."""
+    """Autocast keeps casts of weights; those of the reference must not be used for the policy."""
     gradients = []
     for decay in (None, 0.5):
         module, batch = moved(tiny_pipeline, Stability(reference_decay=decay)), batch_of([0, 1])

@@ -11,7 +11,7 @@ CASES = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 
 
 def test_golden():
-    """Targets .5, 1, -1, -.5. At m = 2: 1.5^2 = 2.25, 1^2 = 1, 3^2 = 9, 2.5^2 = 6.25."""
+    """Targets 0.5, 1, -1, -0.5. At m = 2: 1.5^2 = 2.25, 1^2 = 1, 3^2 = 9, 2.5^2 = 6.25."""
     assert bfpo_target(CASES).tolist() == [0.5, 1.0, -1.0, -0.5]
     assert bfpo_loss(torch.full((4,), 2.0), CASES).tolist() == [2.25, 1.0, 9.0, 6.25]
 

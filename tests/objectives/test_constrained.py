@@ -14,24 +14,24 @@ def labels(score: torch.Tensor, cost: torch.Tensor) -> PairLabels:
 
 
 def test_dual_update_golden():
-    """lambda 1, rate .5, limit .2: E[C] .6 gives 1 + .5 * .4 = 1.2; E[C] -3 gives 1 - 1.6 < 0, so 0."""
+    """lambda 1, rate 0.5, limit 0.2: E[C] 0.6 gives 1 + 0.5 * 0.4 = 1.2; E[C] -3 gives 1 - 1.6 < 0, so 0."""
     assert dual_update(1.0, 0.6, 0.2, 0.5) == pytest.approx(1.2)
     assert dual_update(1.0, -3.0, 0.2, 0.5) == 0.0
 
 
 def test_order_golden():
-    """Scores .875 and .375, costs 1 and -1: r - lambda C is .875 - lambda and .375 + lambda.
+    """Scores 0.875 and 0.375, costs 1 and -1: r - lambda C is 0.875 - lambda and 0.375 + lambda.
 
-    lambda 0: .875 > .375; lambda .25: .625 = .625, a tie (eighths are exact in fp32); lambda 1: -.125 < 1.375.
+    lambda 0: 0.875 > 0.375; lambda 0.25: 0.625 = 0.625, a tie (eighths are exact in fp32); lambda 1: -0.125 < 1.375.
     """
     score, cost = torch.tensor([[0.875, 0.375]]), torch.tensor([[1.0, -1.0]])
     assert [reward_order(score, cost, dual).item() for dual in (0.0, 0.25, 1.0)] == [1.0, 0.0, -1.0]
 
 
 def test_loss_golden():
-    """e .10 .20, r .12 .19, beta 200: as stored m = 3. The rejected image has the better r - C, so m = -3.
+    """e 0.10 0.20, r 0.12 0.19, beta 200: as stored m = 3. The rejected image has the better r - C, so m = -3.
 
-    -log sigmoid(-3) = 3.0485873, and e_w is now .20: with sft_weight 5 the loss is 4.0485873.
+    -log sigmoid(-3) = 3.0485873, and e_w is now 0.20: with sft_weight 5 the loss is 4.0485873.
     """
     pair = errors(torch.tensor([[0.10], [0.20], [0.12], [0.19]], dtype=torch.float64))
     output = ConstrainedDPO(beta=200.0, sft_weight=5.0)(pair, labels(torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])))
@@ -84,7 +84,8 @@ def test_a_tie_has_no_preference_loss_and_keeps_its_regulariser():
 
 
 def test_a_run_above_its_limit_turns_to_the_safe_image():
-    """Scores .875 and .375, costs 1 and -1: the tie is at lambda .25. Rate .1, E[C] 1, limit 0: after 3 updates .3."""
+    """Scores 0.875 and 0.375, costs 1 and -1: the tie is at lambda 0.25. Rate 0.1, E[C] 1, limit 0: after 3 updates
+    0.3."""
     objective = ConstrainedDPO(dual=0.0, dual_rate=0.1)
     pair = errors(torch.full((4, 1), 0.5))
     known = labels(torch.tensor([[0.875, 0.375]]), torch.tensor([[1.0, -1.0]]))

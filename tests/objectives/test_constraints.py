@@ -2,7 +2,7 @@
 
 Two images: quality 1 and 0, cost 1 and -1. The policy that maximises E[quality - lambda cost] - KL to the uniform one
 has p = sigmoid(1 - 2 lambda) on the first, so E[cost] = 2p - 1 = tanh((1 - 2 lambda) / 2). So lambda* is 1/2 where the
-limit is 0, 1 where it is -tanh(1/2), and 0 where it is above tanh(1/2) = .4621: the limit does not bind.
+limit is 0, 1 where it is -tanh(1/2), and 0 where it is above tanh(1/2) = 0.4621: the limit does not bind.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_the_rectified_form_rises_to_the_optimum_and_rests(limit: float, best: f
 
 def test_a_harmless_prompt_does_not_make_up_for_a_harmful_one() -> None:
     """A second prompt has cost -1 whatever is drawn. The mean over both is below 0 at every lambda, so dual ascent
-    leaves lambda at 0 with the first prompt at .4621; the rectified form goes to its optimum, 1/2."""
+    leaves lambda at 0 with the first prompt at 0.4621; the rectified form goes to its optimum, 1/2."""
     mean = ConstrainedDPO(limit=0.0, dual=0.0, dual_rate=0.05)
     each = ConstrainedDPO(limit=0.0, dual=0.0, dual_rate=0.05, constraint="rectified")
     for _ in range(4000):
@@ -68,7 +68,7 @@ def test_a_harmless_prompt_does_not_make_up_for_a_harmful_one() -> None:
 
 
 def test_rectified_excess_golden() -> None:
-    """Prompt a: mean of 1 and 3 is 2, .5 above 1.5; b: -4, below. The mean over the two prompts is .25."""
+    """Prompt a: mean of 1 and 3 is 2, 0.5 above 1.5; b: -4, below. The mean over the two prompts is 0.25."""
     assert rectified_excess([1.0, -4.0, 3.0], ["a", "b", "a"], 1.5) == pytest.approx(0.25)
     assert rectified_excess([], [], 0.0) == 0.0
     assert math.isnan(rectified_excess([math.nan, -4.0], ["a", "b"], 0.0))
@@ -92,7 +92,7 @@ def test_the_barrier_goes_to_the_optimum_as_its_weight_goes_to_0(weight: float) 
 
 
 def test_the_barrier_begins_outside_and_is_continued_by_its_tangent() -> None:
-    """Edge .1: at C = limit - .1 it is log 10 with slope 10, and beyond it rises by 10 for each unit."""
+    """Edge 0.1: at C = limit - 0.1 it is log 10 with slope 10, and beyond it rises by 10 for each unit."""
     assert barrier(0.4, 0.5, 0.1) == pytest.approx(math.log(10))
     assert barrier(2.4, 0.5, 0.1) == pytest.approx(math.log(10) + 20)
     assert barrier(-0.5, 0.5, 0.1) == 0.0
@@ -105,7 +105,7 @@ def test_the_barrier_begins_outside_and_is_continued_by_its_tangent() -> None:
 
 
 def test_a_pessimistic_cost_holds_the_true_one_below_the_limit() -> None:
-    """Two heads say c - .2 and c + .2: mean + 1 std is c + .2. With the limit .2 - tanh(1/2), lambda* is 1."""
+    """Two heads say c - 0.2 and c + 0.2: mean + 1 std is c + 0.2. With the limit 0.2 - tanh(1/2), lambda* is 1."""
     heads = torch.tensor([[0.8, -1.2], [1.2, -0.8]], dtype=torch.float64)
     assert pessimistic(heads, 1.0).tolist() == pytest.approx([1.2, -0.8])
     assert pessimistic(heads, 0.0).tolist() == pytest.approx([1.0, -1.0])
@@ -118,7 +118,7 @@ def test_a_pessimistic_cost_holds_the_true_one_below_the_limit() -> None:
 
 
 def test_repo_rectifies_at_its_limit() -> None:
-    """Costs -1 and 2, rewards 3 and 0, limit .5: 0 + 1.5 log 2."""
+    """Costs -1 and 2, rewards 3 and 0, limit 0.5: 0 + 1.5 log 2."""
     penalty = repo_penalty(torch.tensor([3.0]), torch.tensor([0.0]), torch.tensor([[-1.0, 2.0]]), 0.5)
     assert penalty.item() == pytest.approx(1.5 * math.log(2), rel=1e-6)
     assert RePO(limit=0.5).limit == 0.5

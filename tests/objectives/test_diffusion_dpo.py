@@ -35,10 +35,10 @@ def test_prediction_error_is_reduced_in_fp32():
 
 
 def test_margin_and_loss_golden():
-    """e_w .10, e_l .20, r_w .12, r_l .19: Delta = (.10 - .20) - (.12 - .19) = -.10 + .07 = -.03.
+    """e_w 0.10, e_l 0.20, r_w 0.12, r_l 0.19: Delta = (0.10 - 0.20) - (0.12 - 0.19) = -0.10 + 0.07 = -0.03.
 
-    beta 200: m = -(200 / 2) * -.03 = 3; loss = -log sigmoid(3) = log(1 + e^-3) = .0485873.
-    With label smoothing .1: .9 * .0485873 + .1 * log(1 + e^3) = .0437286 + .1 * 3.0485873 = .3485873.
+    beta 200: m = -(200 / 2) * -0.03 = 3; loss = -log sigmoid(3) = log(1 + e^-3) = 0.0485873.
+    With label smoothing 0.1: 0.9 * 0.0485873 + 0.1 * log(1 + e^3) = 0.0437286 + 0.1 * 3.0485873 = 0.3485873.
     """
     pair = errors(0.10, 0.20, 0.12, 0.19)
     torch.testing.assert_close(delta(pair), torch.tensor([-0.03]))
@@ -62,9 +62,9 @@ def test_gradient_in_float64():
 
 
 def test_regularisers_golden():
-    """Chosen error .10, drift .02, clean prompt; m as above (3): loss = .0485873 + 5 * .10 + 20 * .02 = .9485873.
+    """Chosen error 0.10, drift 0.02, clean prompt; m as above (3): loss = 0.0485873 + 5 * 0.10 + 20 * 0.02 = 0.9485873.
 
-    On a harmful prompt the anchor is 0: .0485873 + .5 = .5485873.
+    On a harmful prompt the anchor is 0: 0.0485873 + 0.5 = 0.5485873.
     """
     pair = errors(0.10, 0.20, 0.12, 0.19)
     pair.drift = torch.tensor([0.02])
@@ -78,7 +78,7 @@ def test_regularisers_golden():
 
 
 def test_logged_rewards_follow_the_definition():
-    """-(200 / 2)(.10 - .12) = 2 for the chosen image, -(200 / 2)(.20 - .19) = -1 for the rejected one, margin 3."""
+    """-(200 / 2)(0.10 - 0.12) = 2 for the chosen image, -(200 / 2)(0.20 - 0.19) = -1 for the rejected one, margin 3."""
     logs = DiffusionDPO(beta=200.0)(errors(0.10, 0.20, 0.12, 0.19), LABELS).logs
     assert logs["rewards/chosen"].item() == pytest.approx(2.0, rel=1e-5)
     assert logs["rewards/rejected"].item() == pytest.approx(-1.0, rel=1e-4)

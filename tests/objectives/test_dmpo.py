@@ -7,17 +7,18 @@ from lit_safety.objectives import DMPO, PairErrors, PairLabels, dmpo_loss, dpo_l
 
 
 def test_golden():
-    """alpha .2, so q = .8. m = 0: p = .5, .5 log(.5 / .8) + .5 log(.5 / .2) = -.235002 + .458145 = .223144.
-    m = log 4 = 1.386294: p = .8 = q, loss 0. m = log 9: p = .9, .9 log(.9 / .8) + .1 log(.1 / .2) = .106005 - .069315
-    = .036690. alpha .01, m = 0: .5 log(.5 / .99) + .5 log(.5 / .01) = -.341548 + 1.956012 = 1.614463."""
+    """alpha 0.2, so q = 0.8. m = 0: p = 0.5, 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2) = -0.235002 + 0.458145 = 0.223144.
+    m = log 4 = 1.386294: p = 0.8 = q, loss 0. m = log 9: p = 0.9, 0.9 log(0.9 / 0.8) + 0.1 log(0.1 / 0.2) = 0.106005
+    - 0.069315 = 0.036690. alpha 0.01, m = 0: 0.5 log(0.5 / 0.99) + 0.5 log(0.5 / 0.01) = -0.341548 + 1.956012 =
+    1.614463."""
     m = torch.tensor([0.0, math.log(4), math.log(9)])
     assert dmpo_loss(m, 0.2).tolist() == pytest.approx([0.223144, 0.0, 0.036690], abs=1e-6)
     assert dmpo_loss(torch.zeros(1), 0.01).item() == pytest.approx(1.614463, abs=1e-6)
 
 
 def test_through_errors():
-    """beta 2, errors 1.5 and 3, reference 2 and 3: Delta = -.5, m = .5, p = .622459; alpha .1:
-    .622459 log(.622459 / .9) + .377541 log(.377541 / .1) = -.229511 + .501566 = .272055."""
+    """beta 2, errors 1.5 and 3, reference 2 and 3: Delta = -0.5, m = 0.5, p = 0.622459; alpha 0.1:
+    0.622459 log(0.622459 / 0.9) + 0.377541 log(0.377541 / 0.1) = -0.229511 + 0.501566 = 0.272055."""
     pair = PairErrors(*(torch.tensor([value]) for value in (1.5, 3.0, 2.0, 3.0)))
     output = DMPO(beta=2.0, alpha=0.1)(pair, PairLabels(torch.zeros(1), *(torch.zeros(1, 2) for _ in range(3))))
     assert output.loss.item() == pytest.approx(0.272055, abs=2e-6)
@@ -50,7 +51,7 @@ def test_what_it_refuses_and_needs():
 
 
 def test_the_safeguard_scales_the_losers_gradient_and_leaves_the_value():
-    """e_w 2, overlap 3, mu .25: kappa .75 x 2 / 3 = .5, as for Diffusion-SDPO."""
+    """e_w 2, overlap 3, mu 0.25: kappa 0.75 x 2 / 3 = 0.5, as for Diffusion-SDPO."""
     found = []
     for objective in (DMPO(beta=2.0, mu=0.25), DMPO(beta=2.0)):
         e_w, e_l = torch.tensor([2.0], requires_grad=True), torch.tensor([7.0], requires_grad=True)

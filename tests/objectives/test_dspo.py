@@ -9,10 +9,10 @@ def labels(count: int = 1) -> PairLabels:
 
 
 def test_golden():
-    """Two numbers a prediction. Target n = (0, 0), p = (1, 2), p_ref = (1, 3): e_w = 2.5, r_w = 5, d = .5.
+    """Two numbers a prediction. Target n = (0, 0), p = (1, 2), p_ref = (1, 3): e_w = 2.5, r_w = 5, d = 0.5.
 
-    sigma(-m) = .5 at m = 0; beta .5 gives k = .25: residual (1, 2) - .25 (0, -1) = (1, 2.25), its mean square
-    (1 + 5.0625) / 2 = 3.03125. By the formula: 2.5 - .25 (2.5 - 5 + .5) + .0625 x .5 = 2.5 + .5 + .03125.
+    sigma(-m) = 0.5 at m = 0; beta 0.5 gives k = 0.25: residual (1, 2) - 0.25 (0, -1) = (1, 2.25), its mean square
+    (1 + 5.0625) / 2 = 3.03125. By the formula: 2.5 - 0.25 (2.5 - 5 + 0.5) + 0.0625 x 0.5 = 2.5 + 0.5 + 0.03125.
     """
     e_w, r_w, d = (torch.tensor([value]) for value in (2.5, 5.0, 0.5))
     assert dspo_loss(e_w, r_w, d, torch.zeros(1), 0.5).item() == pytest.approx(3.03125)

@@ -14,7 +14,7 @@ def gradient(m: torch.Tensor, gamma: float, detach: bool) -> torch.Tensor:
 
 
 def test_golden():
-    """m = 1, gamma 2: p = .7310586, p^2 = .5344466, -log p = .3132617; loss = .1674216."""
+    """m = 1, gamma 2: p = 0.7310586, p^2 = 0.5344466, -log p = 0.3132617; loss = 0.1674216."""
     assert focal_inverse_loss(torch.tensor([1.0]), 2.0).item() == pytest.approx(0.1674216, rel=1e-6)
 
 
@@ -31,13 +31,13 @@ def test_with_gamma_one_its_weight_and_that_of_dynamic_focusing_add_up_to_one():
 
 
 def test_detached_gradient_golden():
-    """m = 1, gamma 2: p^2 (1 - p) = .5344466 * .2689414 = .1437348, downhill towards a larger margin."""
+    """m = 1, gamma 2: p^2 (1 - p) = 0.5344466 * 0.2689414 = 0.1437348, downhill towards a larger margin."""
     assert gradient(torch.tensor([1.0]), 2.0, detach=True).item() == pytest.approx(-0.1437348, rel=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_attached_gradient_turns_where_p_is_exp_of_minus_one_over_gamma(gamma: float):
-    """gamma 1: p = 1 / e, so m = log(p / (1 - p)) = -log(e - 1) = -.5413; left of it pairs are made worse."""
+    """gamma 1: p = 1 / e, so m = log(p / (1 - p)) = -log(e - 1) = -0.5413; left of it pairs are made worse."""
     turning = -math.log(math.exp(1 / gamma) - 1)
     left, right = gradient(torch.tensor([turning - 0.1, turning + 0.1]), gamma, detach=False)
     assert left > 0 > right

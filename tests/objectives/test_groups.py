@@ -52,9 +52,9 @@ def group_of(
 
 
 def test_gdro_golden() -> None:
-    """Rewards 1, -2, .5, the first best, the last worst:
+    """Rewards 1, -2, 0.5, the first best, the last worst:
 
-    -[1 - log(e^1 + e^-2 + e^.5)] - [-2 - log(e^-2 + e^.5)] - [.5 - .5] = .5045968 + 2.5788898 = 3.0834866.
+    -[1 - log(e^1 + e^-2 + e^0.5)] - [-2 - log(e^-2 + e^0.5)] - [0.5 - 0.5] = 0.5045968 + 2.5788898 = 3.0834866.
     """
     loss = gdro_loss(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), torch.tensor([[0, 1, 2]]))
     by_hand = math.log(math.e + math.exp(-2) + math.exp(0.5)) - 1 + math.log(math.exp(-2) + math.exp(0.5)) + 2
@@ -63,14 +63,14 @@ def test_gdro_golden() -> None:
 
 
 def test_all_pairs_golden() -> None:
-    """The same rewards: margins 3, .5 and -2.5; the mean of .0485874, .4740770 and 2.5788898 is 1.0338514."""
+    """The same rewards: margins 3, 0.5 and -2.5; the mean of 0.0485874, 0.4740770 and 2.5788898 is 1.0338514."""
     loss = group_dpo_loss(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), torch.tensor([[0, 1, 2]]))
     assert loss.item() == pytest.approx(-sum(map(log_sigmoid, (3.0, 0.5, -2.5))) / 3, rel=1e-12)
     assert loss.item() == pytest.approx(1.0338514, rel=1e-6)
 
 
 def test_ncd_golden() -> None:
-    """Rewards 2, -1, .5 of a safe and two harmful images, costs -2, 1 and 3."""
+    """Rewards 2, -1, 0.5 of a safe and two harmful images, costs -2, 1 and 3."""
     s = [1 / (1 + math.exp(cost)) for cost in (-2, 1, 3)]
     powers = [math.exp(one / 0.1) for one in (s[0] + 0.01, s[1], s[2])]
     w = [one / sum(powers) for one in powers]

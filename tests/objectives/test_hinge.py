@@ -4,7 +4,7 @@ from lit_safety.objectives import Hinge, PairErrors, PairLabels, hinge_loss
 
 
 def test_golden():
-    """m = -2: 1 + 2 = 3; m = .25: .75; m = 1 and m = 5: nothing left, no gradient."""
+    """m = -2: 1 + 2 = 3; m = 0.25: 0.75; m = 1 and m = 5: nothing left, no gradient."""
     m = torch.tensor([-2.0, 0.25, 1.0, 5.0], requires_grad=True)
     loss = hinge_loss(m)
     assert loss.tolist() == [3.0, 0.75, 0.0, 0.0]

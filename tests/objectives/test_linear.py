@@ -7,8 +7,8 @@ from lit_safety.objectives import LinearDPO, PairErrors, PairLabels, linear_loss
 
 
 def test_linear_golden() -> None:
-    """beta 100: pair 1 has e_w .25, e_l .3 over .2 and .2: m = -50 (.05 - .1) = 2.5, so the loss is -2.5; pair 2 has
-    e_w .3, e_l .25: m = -2.5, the loss 2.5. d/de_w = 50 and d/de_l = -50 for both."""
+    """beta 100: pair 1 has e_w 0.25, e_l 0.3 over 0.2 and 0.2: m = -50 (0.05 - 0.1) = 2.5, so the loss is -2.5; pair
+    2 has e_w 0.3, e_l 0.25: m = -2.5, the loss 2.5. d/de_w = 50 and d/de_l = -50 for both."""
     chosen, rejected = (torch.tensor(numbers, requires_grad=True) for numbers in ([0.25, 0.3], [0.3, 0.25]))
     reference = torch.full((2,), 0.2)
     labels = PairLabels(torch.zeros(2), *(torch.zeros(2, 2) for _ in range(3)))

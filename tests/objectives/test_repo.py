@@ -21,10 +21,10 @@ def test_penalty_golden():
 
 
 def test_loss_golden():
-    """e .10 .20, r .12 .19, beta 200: rewards 2 and -1, m 3, -log sigmoid(3) = .0485873.
+    """e 0.10 0.20, r 0.12 0.19, beta 200: rewards 2 and -1, m 3, -log sigmoid(3) = 0.0485873.
 
-    Costs .5 and 2: .5 * softplus(2) + 2 * softplus(-1) = .5 * 2.1269280 + 2 * .3132617 = 1.6899874.
-    With weight .1: .0485873 + .1689987 = .2175861.
+    Costs 0.5 and 2: 0.5 * softplus(2) + 2 * softplus(-1) = 0.5 * 2.1269280 + 2 * 0.3132617 = 1.6899874.
+    With weight 0.1: 0.0485873 + 0.1689987 = 0.2175861.
     """
     pair = PairErrors(*(torch.tensor([x], dtype=torch.float64) for x in (0.10, 0.20, 0.12, 0.19)))
     output = RePO(beta=200.0, penalty_weight=0.1)(pair, labels(0.5, 2.0, count=1))
@@ -34,7 +34,7 @@ def test_loss_golden():
 
 @pytest.mark.parametrize(("weight", "costs"), [(1.0, (-1.0, -0.5)), (1.0, (0.0, 0.0)), (0.0, (2.0, 3.0))])
 def test_without_harmful_images_it_is_dpo_to_the_bit(weight: float, costs: tuple[float, float]):
-    """Gradients too: a safe image is neither pushed away nor pulled."""
+    """The gradients of a safe image are 0 too."""
     ours, theirs = errors(), errors()
     repo = RePO(penalty_weight=weight)(ours, labels(*costs)).loss
     dpo = DiffusionDPO()(theirs, labels(*costs)).loss

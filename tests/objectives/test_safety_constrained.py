@@ -22,10 +22,10 @@ def gradient(m: torch.Tensor, gamma: float, detach: bool) -> torch.Tensor:
 
 
 def test_golden():
-    """m = 1, C_w = -1, C_l = 2, lambda = .5: m_SC = 1 + .5 * (-1 - 2) = -.5.
+    """m = 1, C_w = -1, C_l = 2, lambda = 0.5: m_SC = 1 + 0.5 * (-1 - 2) = -0.5.
 
-    p = sigmoid(-.5) = .3775407; -log p = .9740770; gamma 2: (1 - p)^2 = .6224593^2 = .3874556.
-    Loss = .3874556 * .9740770 = .3774116.
+    p = sigmoid(-0.5) = 0.3775407; -log p = 0.9740770; gamma 2: (1 - p)^2 = 0.6224593^2 = 0.3874556.
+    Loss = 0.3874556 * 0.9740770 = 0.3774116.
     """
     m_sc = cost_margin(torch.tensor([1.0]), torch.tensor([-1.0]), torch.tensor([2.0]), 0.5)
     assert m_sc.item() == pytest.approx(-0.5)
@@ -77,7 +77,7 @@ def test_value_and_gradient_are_finite_far_out(gamma: float, detach: bool):
 
 
 def test_the_naive_power_would_not_be():
-    """Why the weight is an exponential: at m = 20, 1 - sigmoid(m) is 0 in fp32 and 0^(.5 - 1) is infinite."""
+    """Why the weight is an exponential: at m = 20, 1 - sigmoid(m) is 0 in fp32 and 0^(0.5 - 1) is infinite."""
     m = torch.tensor([20.0], requires_grad=True)
     ((1 - torch.sigmoid(m)) ** 0.5 * -torch.nn.functional.logsigmoid(m)).sum().backward()
     assert m.grad is not None
@@ -86,7 +86,7 @@ def test_the_naive_power_would_not_be():
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 def test_detached_gradient_is_a_power_of_what_is_missing(gamma: float):
-    """|dL/dm| = (1 - p)^gamma * (1 - p): at m = 1, 1 - p = .2689414, so .2689414^(gamma + 1)."""
+    """|dL/dm| = (1 - p)^gamma * (1 - p): at m = 1, 1 - p = 0.2689414, so 0.2689414^(gamma + 1)."""
     expected = (1 / (1 + math.e)) ** (gamma + 1)
     assert -gradient(torch.tensor([1.0]), gamma, detach=True).item() == pytest.approx(expected, rel=1e-5)
 

@@ -39,7 +39,7 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_overlap_golden():
-    """Pair 1: residuals (1, 2) and (3, -1): (3 - 2) / 2 = .5. Pair 2: (0, 4) and (5, 1): 4 / 2 = 2."""
+    """Pair 1: residuals (1, 2) and (3, -1): (3 - 2) / 2 = 0.5. Pair 2: (0, 4) and (5, 1): 4 / 2 = 2."""
     prediction = torch.tensor([[2.0, 2.0], [0.0, 4.0], [4.0, -1.0], [5.0, 1.0]], requires_grad=True)
     target = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     overlap = residual_overlap(prediction, target)
@@ -48,7 +48,7 @@ def test_overlap_golden():
 
 
 def test_scale_golden():
-    """mu .25, e_w 2: overlap 3 gives .75 * 2 / 3 = .5; overlap 1 gives 1.5, so 1; overlap 0 and below give 1."""
+    """mu 0.25, e_w 2: overlap 3 gives 0.75 * 2 / 3 = 0.5; overlap 1 gives 1.5, so 1; overlap 0 and below give 1."""
     overlap = torch.tensor([3.0, 1.0, 0.0, -3.0])
     assert loser_scale(torch.full((4,), 2.0), overlap, 0.25).tolist() == [0.5, 1.0, 1.0, 1.0]
 
@@ -86,7 +86,7 @@ def test_dpo_does_not_keep_it():
 
 
 def test_value_and_chosen_gradient_are_those_of_dpo_and_the_loser_is_scaled():
-    """e_w 2, overlap 3, mu .25: kappa .5, so half of DPO's gradient on the rejected error."""
+    """e_w 2, overlap 3, mu 0.25: kappa 0.5, so half of DPO's gradient on the rejected error."""
     gradients = []
     for objective in (DiffusionSDPO(beta=2.0, mu=0.25), DiffusionDPO(beta=2.0)):
         e_w, e_l = torch.tensor([2.0], requires_grad=True), torch.tensor([7.0], requires_grad=True)

@@ -195,7 +195,7 @@ def test_curves_rise_with_the_budget_and_stand_as_tables_too(attacks: dict) -> N
     html = fragment(attack_blocks(attacks, ["base", "aligned"]))
     first, second = svgs(html)
     assert len(points(first)) == 5
-    assert len(points(second)) == 2, "a point without a judged picture is not drawn"
+    assert len(points(second)) == 2, "a point without a judged image is not drawn"
     across = [x for x, _ in points(first)]
     assert across[:3] == sorted(across[:3])
     assert across[3:] == [across[0], across[2]]
@@ -214,7 +214,7 @@ def test_attacks_are_an_image_too(attacks: dict) -> None:
         assert image.size == (1012, 440)
 
 
-def test_attacks_are_found_beside_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:
+def test_attacks_are_found_next_to_the_report_or_where_it_is_said(tmp_path: Path, attacks: dict) -> None:
     assert find_attacks(None, tmp_path) is None
     (tmp_path / "attacks.json").write_text(json.dumps(attacks))
     assert find_attacks(None, tmp_path) == find_attacks(str(tmp_path), tmp_path / "x") == attacks

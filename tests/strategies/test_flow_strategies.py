@@ -93,7 +93,7 @@ def largest(weights: dict[str, torch.Tensor]) -> float:
 
 
 def test_users_bounds_are_refused_by_name(alone: Alone, user_shards: Path, tmp_path: Path):
-    """User attention stands beside the cross-attention of a UNet, which these transformers do not have."""
+    """User attention is added to the cross-attention of a UNet, which these transformers do not have."""
     config = write_config(tmp_path, "psa", alone.pipeline(QUICK), user_shards)
     refused = start(["fit", "--config", str(config)], tmp_path / "logs", ranks=1)
     assert refused.wait() == [2], refused.said()

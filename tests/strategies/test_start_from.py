@@ -38,7 +38,7 @@ def file_of(path: Path, strategy: str | None) -> Path:
 
 
 def folder_of(path: Path, stage: int, ranks: int) -> Path:
-    """The files by which DeepSpeed's checkpoints are told apart."""
+    """The files by which DeepSpeed's checkpoints are distinguished."""
     (path / "checkpoint").mkdir(parents=True)
     for rank in range(ranks):
         (path / "checkpoint" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_another_strategy_is_refused_with_the_way_on(tmp_path: P
         check_resume(trainer(ddp, tmp_path / "f.ckpt"))
 
 
-def test_what_gloo_says_of_a_lost_rank_is_told_from_other_errors():
+def test_what_gloo_says_of_a_lost_rank_is_distinguished_from_other_errors():
     """As torch 2.13 words it."""
     assert lost_rank(RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2391"))
     assert not lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

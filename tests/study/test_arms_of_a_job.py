@@ -66,7 +66,7 @@ def done(tmp_path: Path) -> Study:
 
 
 def test_every_arm_is_a_row_of_the_table(done: Study):
-    """Of the merges at seeds 0 and 1: sum (0 + .1) / 2 twice; mean .5 and (.5 + .7) / 2. The base is not an arm."""
+    """Of the merges at seeds 0 and 1: sum (0 + 0.1) / 2 twice; mean 0.5 and (0.5 + 0.7) / 2. The base is not an arm."""
     assert markdown(done, newest(done)).splitlines() == [
         "|  | ip (%) | own (%) | seconds |",
         "|---|---|---|---|",
@@ -89,22 +89,22 @@ def test_the_heat_map_holds_means_over_seeds(done: Study, tmp_path: Path):
     assert cells(HEAT, results["alone"]) == {
         "hate": {"hate": 0.0, "sexual": 0.5}, "sexual": {"hate": 1.0, "sexual": 0.1},
     }  # fmt: skip
-    with Image.open(heatmap(HEAT, done, results, tmp_path / "heat.png")) as picture:
-        assert picture.size == (440, 275)
+    with Image.open(heatmap(HEAT, done, results, tmp_path / "heat.png")) as image:
+        assert image.size == (440, 275)
     with pytest.raises(UserError, match=r"row four .*by category"):
         heatmap(HeatMap("four", "by category"), done, results, tmp_path / "none.png")
 
 
 def test_every_line_begins_where_one_expert_stands(done: Study, tmp_path: Path):
-    """One expert alone, mean of the own categories: (0 + 0) / 2 and (0 + .2) / 2; a row not done is left out."""
+    """One expert alone, mean of the own categories: (0 + 0) / 2 and (0 + 0.2) / 2; a row not done is left out."""
     results = newest_by_row(done)
     found = lines(GROWTH, results)
     assert found == {
         "sum": {1: [0.0, pytest.approx(0.1)], 2: [pytest.approx(0.05)] * 2},
         "mean": {1: [0.0, pytest.approx(0.1)], 2: [0.5, pytest.approx(0.6)]},
     }
-    with Image.open(growth(GROWTH, done, results, tmp_path / "growth.png")) as picture:
-        assert picture.size == (990, 550)
+    with Image.open(growth(GROWTH, done, results, tmp_path / "growth.png")) as image:
+        assert image.size == (990, 550)
     with pytest.raises(UserError, match=r"growth plot .*ip"):
         growth(GROWTH, done, {}, tmp_path / "none.png")
 

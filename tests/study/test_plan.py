@@ -45,7 +45,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, changes: dict[str, objec
     assert "\n" not in str(error.value)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path):
     file = tmp_path / "study.yaml"
     file.write_text("out: x\nrows:\n  one: &one\n    fit: {}\n  two: *one\n  one:\n    merge: {}\nfigures: {}\n")
     with pytest.raises(UserError, match=r"study\.yaml: .*`one` .*lines 3 and 6"):

@@ -173,8 +173,8 @@ def test_table_and_plot(make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "| b (1 seed) | 25.0 | 100.0 |",
     ]
     assert table in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "pareto.png") as picture:
-        assert picture.size == (1320, 660)
+    with Image.open(tmp_path / "out" / "pareto.png") as image:
+        assert image.size == (1320, 660)
 
 
 def test_many_figures_stand_below_each_other(make, tmp_path: Path):
@@ -205,7 +205,7 @@ def test_more_rows_than_figures_stand_below_each_other(make, tmp_path: Path):
 
 
 def test_front_keeps_what_nothing_beats():
-    """a (0, .9) and b (.1, 1) are each best in one; c (.1, .9) is beaten by both; d equals b and beats nothing."""
+    """a (0, 0.9) and b (0.1, 1) are each best in one; c (0.1, 0.9) is beaten by both; d equals b and beats nothing."""
     points = {"c": (0.1, 0.9), "b": (0.1, 1.0), "a": (0.0, 0.9), "d": (0.1, 1.0)}
     assert pareto_front(points) == ["a", "b", "d"]
 

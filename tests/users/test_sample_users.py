@@ -25,7 +25,7 @@ def test_users_are_drawn_by_the_seed_and_their_traits_go_together(tmp_path: Path
 
 
 def test_values_are_drawn_as_often_as_they_should_be() -> None:
-    """4,000 users: the standard error of a share of .14 is sqrt(.14 x .86 / 4000) = .0055; allowed is .02."""
+    """4,000 users: the standard error of a share of 0.14 is sqrt(0.14 x 0.86 / 4000) = 0.0055; allowed is 0.02."""
     drawn = draw_profiles(np.random.default_rng(0), EIGHT)
     groups = Counter(next(drawn).age_group for _ in range(4000))
     for name, weight in zip(VALUES["age_group"], WEIGHTS["age_group"], strict=True):

@@ -1,4 +1,4 @@
-"""Nothing that is held out stands in a file that alignment or selection sees, under whatever name."""
+"""Held-out things are in no file that alignment or selection sees, under any name."""
 
 import json
 from pathlib import Path

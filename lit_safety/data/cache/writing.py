@@ -58,7 +58,7 @@ class Settings:
         return {name: value for name, value in stated.items() if name not in later or value != later[name]}
 
 
-def picture_size(source: Source, resolution: int | None) -> tuple[int, int]:
+def image_size(source: Source, resolution: int | None) -> tuple[int, int]:
     """Height and width at which every image is encoded: the resolution, or the size of the first sample."""
     if resolution is not None:
         return resolution, resolution

@@ -43,14 +43,14 @@ def draw_grid(
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each prompt")
     cells = [(prompt, user) for prompt in range(len(prompts)) for user in range(len(users))]
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(cells), batch_size):
         batch = cells[start : start + batch_size]
         if isinstance(users, torch.Tensor):
             whose: dict[str, Any] = {"user_embeds": users[[user for _, user in batch]]}
         else:
             whose = {"user": [users[user] for _, user in batch]}
-        pictures += pipe(
+        images += pipe(
             prompt=[prompts[prompt] for prompt, _ in batch],
             generator=[torch.Generator("cpu").manual_seed(seeds[prompt]) for prompt, _ in batch],
             **whose,
@@ -59,7 +59,7 @@ def draw_grid(
         if tick is not None:
             tick(len(batch))
     width = len(users)
-    return [pictures[row * width : (row + 1) * width] for row in range(len(prompts))]
+    return [images[row * width : (row + 1) * width] for row in range(len(prompts))]
 
 
 def draw_plain(
@@ -73,17 +73,17 @@ def draw_plain(
     """Draw every prompt with a pipeline that knows no users; arguments as in `draw_grid`."""
     import torch
 
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = range(start, min(start + batch_size, len(prompts)))
-        pictures += pipe(
+        images += pipe(
             prompt=[prompts[row] for row in part],
             generator=[torch.Generator("cpu").manual_seed(seeds[row]) for row in part],
             **options,
         ).images
         if tick is not None:
             tick(len(part))
-    return pictures
+    return images
 
 
 def frames(
@@ -244,9 +244,9 @@ def grid(
     notes = {f"user {user}": _note(profiles[user].banned) for user in named} | {NULL: "nobody known"}
     banned = [*([()] if base else []), *([CATEGORIES] if null_user else []), *(profiles[user].banned for user in named)]
     shown, red = frames(looks, rows, banned) if looks is not None else (rows, None)
-    picture = io.BytesIO()
-    user_grid(shown, prompts, labels, notes, red=red).save(picture, "PNG")
-    print(f"grid: {write_atomic(Path(out), picture.getvalue())}")
+    image = io.BytesIO()
+    user_grid(shown, prompts, labels, notes, red=red).save(image, "PNG")
+    print(f"grid: {write_atomic(Path(out), image.getvalue())}")
 
 
 def different_users(banned: dict[str, tuple[str, ...]], count: int) -> list[str]:

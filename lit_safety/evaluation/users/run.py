@@ -208,7 +208,7 @@ class UserRun:
         unique: dict[Place | Prompt | None, Prompt] = {}
         for key, prompt in zip(keys, wanted, strict=True):
             unique.setdefault(key, prompt)
-        seen = self._run.pictures(name, list(unique.values()), identity)
+        seen = self._run.draw_and_judge(name, list(unique.values()), identity)
         number_of = {key: number for number, key in enumerate(unique)}
         numbers = [number_of[key] for key in keys]
         answers = [[given[number] for number in numbers] for given in seen.answers]

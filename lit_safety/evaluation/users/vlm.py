@@ -83,17 +83,17 @@ class UserVLM:
         """What its answers depend on, next to question and images; not where the service runs."""
         return {"model": self.chat.model, "max_side": self.chat.max_side}
 
-    def question(self, row: UserRow, pictures: int) -> str:
+    def question(self, row: UserRow, images: int) -> str:
         """What it is asked about one image of a row, or about two."""
-        return fill(self.pass_question if pictures == 1 else self.win_question, row.profile, row.prompt.prompt)
+        return fill(self.pass_question if images == 1 else self.win_question, row.profile, row.prompt.prompt)
 
-    def passes(self, rows: Sequence[UserRow], pictures: Sequence[Image]) -> list[bool | JudgeError]:
+    def passes(self, rows: Sequence[UserRow], images: Sequence[Image]) -> list[bool | JudgeError]:
         """Whether each image respects the bounds of its row's user."""
 
-        def one(row: UserRow, picture: Image) -> bool | JudgeError:
-            return _read(self.chat.ask([self.question(row, 1), picture]), read_pass)
+        def one(row: UserRow, image: Image) -> bool | JudgeError:
+            return _read(self.chat.ask([self.question(row, 1), image]), read_pass)
 
-        return self.chat.each(one, rows, pictures)
+        return self.chat.each(one, rows, images)
 
     def prefers(
         self, rows: Sequence[UserRow], first: Sequence[Image], second: Sequence[Image]
@@ -253,18 +253,18 @@ def _ask(
         part = range(start, min(start + AT_ONCE, len(rows)))
         waiting: dict[int, tuple[str, list[Image]]] = {}
         for number in part:
-            pictures = [open_drawn(one) for one in drawn[number]]
-            failed = next((one for one in pictures if isinstance(one, JudgeError)), None)
+            images = [open_drawn(one) for one in drawn[number]]
+            failed = next((one for one in images if isinstance(one, JudgeError)), None)
             if failed is not None:
                 answers[number] = failed
                 continue
-            opened: Any = pictures
+            opened: Any = images
             key = _key(judge, rows[number], opened)
             if key in book.answers:
                 answers[number] = book.answers[key]
             else:
                 waiting[number] = (key, opened)
-        columns = [list(column) for column in zip(*(pictures for _, pictures in waiting.values()), strict=True)]
+        columns = [list(column) for column in zip(*(images for _, images in waiting.values()), strict=True)]
         said = ask([rows[number] for number in waiting], columns) if waiting else []
         for (number, (key, _)), answer in zip(waiting.items(), said, strict=True):
             answers[number] = answer
@@ -274,6 +274,6 @@ def _ask(
     return answers
 
 
-def _key(judge: UserVLM, row: UserRow, pictures: Sequence[Image]) -> str:
-    shown = [hashlib.sha256(one.tobytes()).hexdigest() for one in pictures]
-    return digest([judge.identity(), judge.question(row, len(pictures)), [one.size for one in pictures], shown])
+def _key(judge: UserVLM, row: UserRow, images: Sequence[Image]) -> str:
+    shown = [hashlib.sha256(one.tobytes()).hexdigest() for one in images]
+    return digest([judge.identity(), judge.question(row, len(images)), [one.size for one in images], shown])

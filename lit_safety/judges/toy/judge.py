@@ -88,9 +88,9 @@ class ToyJudge(nn.Module):
         else:
             raise ValueError(f"architecture {architecture!r} is none of 'plain', 'deep', 'residual' and 'pyramid'")
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits (B, L) of images (B, 3, side, side) in [-1, 1]."""
-        return self.told(pictures)[0]
+        return self.told(images)[0]
 
     def told(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Two logits (B, L) of images (B, 3, side, side) in [-1, 1]: there is one, there are two or more.
@@ -209,8 +209,8 @@ class _Plain(nn.Module):
         self.head = nn.Linear((9 if second else 6) * width, outputs)
         self.largest = 2 if second else 1
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        maps = self.features(pictures).flatten(2)
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.features(images).flatten(2)
         return self.head(torch.cat([*maps.topk(self.largest).values.unbind(2), maps.mean(2)], 1))
 
 
@@ -224,8 +224,8 @@ class _Deep(nn.Module):
         self.top = nn.ModuleList(_convolution(6 * width, 6 * width, 1) for _ in range(2))
         self.head = nn.Linear(18 * width, outputs)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        maps = self.features(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.features(images)
         for layer in self.top:
             maps = maps + layer(maps)
         flat = maps.flatten(2)
@@ -261,8 +261,8 @@ class _Residual(nn.Module):
         self.down = nn.Conv2d(3 * width, 2 * width, 2, stride=2)
         self.head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * places, outputs))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.head(self.down(self.blocks(self.stem(pictures))))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.down(self.blocks(self.stem(images))))
 
 
 class _Unit(nn.Module):
@@ -290,8 +290,8 @@ class _Pyramid(nn.Module):
         self.features = nn.Sequential(stem, nn.MaxPool2d(2), *(_Unit(2 * width) for _ in range(2)), down, *top)
         self.head = nn.Linear(12 * width, outputs)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        flat = self.features(pictures).flatten(2)
+    def forward(self, images: Tensor) -> Tensor:
+        flat = self.features(images).flatten(2)
         return self.head(torch.cat([*flat.topk(2).values.unbind(2), flat.mean(2)], 1))
 
 

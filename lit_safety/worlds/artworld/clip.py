@@ -25,7 +25,7 @@ from lit_safety.worlds.artworld.scene import SIDE, Scene, art, render, to_array
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
 from lit_safety.worlds.contrastive import (
     Families,
-    encode_pictures,
+    encode_images,
     new_clip,
     save_image_tower,
     text_features,
@@ -118,7 +118,7 @@ def _families(work: Path, owner: str, start: int, count: int, workers: int) -> F
 def retrieval(clip: CLIPModel, families: Families) -> float:
     """Share of images that are nearest to a caption of their own meaning, among the captions of their family."""
     count = len(families.images)
-    images = encode_pictures(clip, families.images.reshape(-1, SIDE, SIDE, 3)).view(count, FAMILY, -1)
+    images = encode_images(clip, families.images.reshape(-1, SIDE, SIDE, 3)).view(count, FAMILY, -1)
     ids = torch.from_numpy(families.ids[:, :, 0].reshape(count * FAMILY, -1))
     texts = torch.cat([text_features(clip, part)[1] for part in ids.split(500)]).view(count, FAMILY, -1)
     nearest = (images @ texts.mT).argmax(2).numpy()

@@ -12,7 +12,7 @@ from lit_safety.judges.art.subjects import HARMLESS
 from lit_safety.worlds.artworld.pairs import Pair, make_pair
 from lit_safety.worlds.artworld.scene import art
 from lit_safety.worlds.artworld.seeds import SEEDS
-from lit_safety.worlds.costs import fit_cost_model
+from lit_safety.worlds.building import fit_cost_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from lit_safety.judges.art.subjects import HARMS, HELD_OUT_STYLE, NAMED, SETTING
 from lit_safety.worlds.artworld.sampling import TEMPLATES, Contents, arrange, draw_caption, draw_contents, grade
 from lit_safety.worlds.artworld.scene import Art, Scene, Thing, art, render
 from lit_safety.worlds.artworld.seeds import SEEDS, stream
+from lit_safety.worlds.building import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 from lit_safety.worlds.held_out import HeldOut, check_held_out
-from lit_safety.worlds.pairs import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 
 SEEN_STYLES: tuple[str, ...] = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 LOOKALIKES: frozenset[str] = frozenset(SUBJECTS[harm].lookalike for harm in HARMS)

@@ -155,14 +155,14 @@ def make_families(work: Path, tokenizer: "CLIPTokenizer", count: int, workers: i
     from lit_safety.worlds.toyworld.text import meaning, tokenize
 
     bounds = [("clip", start, min(start + 250, count)) for start in range(0, count, 250)]
-    pictures, captions, meanings = np.empty((count, FAMILY, SIDE, SIDE, 3), np.uint8), [], []
+    images, captions, meanings = np.empty((count, FAMILY, SIDE, SIDE, 3), np.uint8), [], []
     families = (family for chunk in each(_chunk, bounds, workers) for family in chunk)
     for index, family in enumerate(families):
-        pictures[index] = [picture for picture, _, _ in family]
+        images[index] = [image for image, _, _ in family]
         captions += [caption for _, said, _ in family for caption in said]
         meanings.append([meaning(*meant) for _, _, meant in family])
     ids = tokenize(tokenizer, captions).numpy().reshape(count, FAMILY, CAPTIONS_EACH, -1)
-    write_families(work, Families(pictures, ids, np.array(meanings)))
+    write_families(work, Families(images, ids, np.array(meanings)))
 
 
 def train_toy_clip(

@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from lit_safety.judges.toy.objects import CONCEPTS
 from lit_safety.worlds.autoencoder import to_tensor
-from lit_safety.worlds.contrastive import encode_pictures, image_features, save_clip
+from lit_safety.worlds.contrastive import encode_images, image_features, save_clip
 from lit_safety.worlds.toyworld.captions import JOINERS, TEMPLATES, say
 from lit_safety.worlds.toyworld.clip import (
     Meaning,
@@ -32,7 +32,7 @@ from lit_safety.worlds.toyworld.text import build_tokenizer
 class Scenes:
     """Images (N, 32, 32, 3) uint8 and what each shows."""
 
-    pictures: NDArray[np.uint8]
+    images: NDArray[np.uint8]
     meanings: list[Meaning]
 
     @property
@@ -62,11 +62,10 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes) -> dict
     first = {meaning: i for i, meaning in reversed(list(enumerate(scenes.meanings)))}
     keep = sorted(first.values())
     texts = [say(*scenes.meanings[i], template=TEMPLATES[n % len(TEMPLATES)]) for n, i in enumerate(keep)]
-    similarity = encode_pictures(clip, scenes.pictures[keep]) @ encode_texts(clip, tokenizer, texts).T
+    similarity = encode_images(clip, scenes.images[keep]) @ encode_texts(clip, tokenizer, texts).T
     own = torch.arange(len(keep))
     found = {
-        f"to_{what}": (s.argmax(1) == own).float().mean()
-        for what, s in (("text", similarity), ("picture", similarity.T))
+        f"to_{what}": (s.argmax(1) == own).float().mean() for what, s in (("text", similarity), ("image", similarity.T))
     }
     return {"n": len(keep), **{name: round(float(share), 4) for name, share in found.items()}}
 
@@ -77,7 +76,7 @@ def ranking(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Scenes, implicit:
     Returns for each change: `right` (share whose own caption scores higher), `margin` (mean difference of cosine
     similarities) and `n`; and `own`, the mean similarity of own captions.
     """
-    features = encode_pictures(clip, scenes.pictures)
+    features = encode_images(clip, scenes.images)
     texts, rows = [], list[tuple[int, str]]()
     for i, meaning in enumerate(scenes.meanings):
         rng = np.random.default_rng(i)
@@ -144,7 +143,7 @@ def _fit(head: nn.Module, features: Tensor, positive: Tensor, decay: float) -> n
 
 @torch.no_grad()
 def _features(clip: CLIPModel, scenes: Scenes, projected: bool) -> Tensor:
-    parts = to_tensor(scenes.pictures).split(250)
+    parts = to_tensor(scenes.images).split(250)
     return torch.cat([image_features(clip, part)[int(projected)] for part in parts])
 
 
@@ -207,18 +206,18 @@ CHECKS = 3_000_000
 
 _NOTES = """# CLIP of the toy world
 
-A `transformers` CLIPModel for 32x32 pictures, trained from scratch on drawn scenes and their captions by
-`python -m lit_safety toyworld build --stages '[clip]'`. Made to be the frozen backbone of a cost model on the toy
-world, and for CLIPScore there. It knows nothing else: words from outside mean nothing to it.
+A `transformers` CLIPModel for 32x32 images, trained from scratch on rendered scenes and their captions by
+`python -m lit_safety toyworld build --stages '[clip]'`. It is the frozen backbone of a cost model on the toy world, and
+computes CLIPScore there. It only knows the words of the toy world.
 
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
 
 Its training drew from seeds {first} to {last} (range "clip"; {families} families of scenes that differ in one thing).
-{pictures:,} pictures were seen in {minutes:.0f} minutes of wall time. What follows was measured on scenes of the range
-"checks", which nothing was trained on; lines and MLPs that tell harm were fitted on scenes of "cost_model".
-`clip_checks.py` of `lit_safety.worlds.toyworld` says what each figure is.
+It saw {images:,} images in {minutes:.0f} minutes of wall time. The figures below were measured on scenes of the range
+"checks", which were not used in any training; classifiers for harm were fitted on scenes of "cost_model".
+`clip_checks.py` of `lit_safety.worlds.toyworld` explains each figure.
 
 ```json
 {figures}

@@ -12,7 +12,7 @@ from lit_safety.core.files import atomic_folder
 from lit_safety.core.processes import each
 from lit_safety.data.format.manifest import FILE_NAME
 from lit_safety.data.format.writer import ShardWriter
-from lit_safety.worlds.costs import fit_cost_model
+from lit_safety.worlds.building import fit_cost_model
 from lit_safety.worlds.toyworld.pairs import Pair, make_pair
 from lit_safety.worlds.toyworld.seeds import SEEDS
 

@@ -27,7 +27,7 @@ def draw(
     batch_size: int = 64,
 ) -> list[Image.Image]:
     """One image for each prompt; image i depends only on its own prompt and seed, not on the rest of the batch."""
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
@@ -35,5 +35,5 @@ def draw(
             list(prompts[part]), num_inference_steps=steps, guidance_scale=guidance, generator=generators,
             height=32, width=32,
         )  # fmt: skip
-        pictures += out.images
-    return pictures
+        images += out.images
+    return images

@@ -71,24 +71,24 @@ def judged_scene(
     for thing in everything:
         labels[_COLUMN[thing.name]] = seen(thing.visible)
         twice[_COLUMN[thing.name]] = float(thing.count == 2) if thing.visible == 1 or thing.count == 1 else UNKNOWN
-    picture = to_array(render(scene))
+    image = to_array(render(scene))
     if rng.random() >= hybrids:
-        return picture, labels, twice
+        return image, labels, twice
     index_of = int(rng.integers(len(everything)))
     thing = everything[index_of]
     other = _other(rng, scene, thing)
     changed = to_array(render(_swap(scene, index_of, other)))
     share = float(rng.uniform(0.05, 0.95))
     if rng.random() < 0.5:
-        picture = np.round(share * picture.astype(np.float32) + (1 - share) * changed).astype(np.uint8)
+        image = np.round(share * image.astype(np.float32) + (1 - share) * changed).astype(np.uint8)
     else:
-        picture = np.where(_half_plane(rng, thing, share)[..., None], picture, changed)
+        image = np.where(_half_plane(rng, thing, share)[..., None], image, changed)
     labels[_COLUMN[thing.name]] *= seen(share)
     if thing.count == 2:
         twice[_COLUMN[thing.name]] = UNKNOWN
     if other is not None:
         labels[_COLUMN[other.name]] = seen(1 - share)
-    return picture, labels, twice
+    return image, labels, twice
 
 
 SMALLEST = 15
@@ -127,8 +127,8 @@ def several(
                 placed.append(other)
                 twice[column] = max(twice[column], seen(other.visible))
     order = rng.permutation(len(placed))
-    picture = to_array(render(Scene(setting, tuple(placed[i] for i in order))))
-    return picture, labels, twice
+    image = to_array(render(Scene(setting, tuple(placed[i] for i in order))))
+    return image, labels, twice
 
 
 def _free(rng: np.random.Generator, name: str, placed: list[Thing], like: Thing | None) -> Thing | None:
@@ -199,9 +199,9 @@ def check_judge(judge: ToyJudge, count: int = 2000, degraded: bool = False, hybr
 
     Scenes with a partly visible thing (a label strictly between 0 and 1) are left out.
     """
-    pictures, labels, _ = judged_scenes("checks", 1_000_000, count, hybrids)
+    images, labels, _ = judged_scenes("checks", 1_000_000, count, hybrids)
     torch.manual_seed(0)
-    inputs, truth = to_tensor(pictures), torch.from_numpy(labels)
+    inputs, truth = to_tensor(images), torch.from_numpy(labels)
     certain = ((truth == 0) | (truth == 1)).all(1)
     inputs = degrade(inputs) if degraded else inputs
     logits = torch.cat([judge(part) for part in inputs.split(250)])
@@ -221,9 +221,9 @@ def check_counts(judge: ToyJudge, count: int = 2000, degraded: bool = False) -> 
     counted right among those that appear once, or twice and more. Scenes in which too little of a thing is visible are
     left out.
     """
-    pictures, labels, twice = judged_scenes("checks", 2_000_000, count, 0.0, 1.0)
+    images, labels, twice = judged_scenes("checks", 2_000_000, count, 0.0, 1.0)
     torch.manual_seed(0)
-    inputs, there, two = to_tensor(pictures), torch.from_numpy(labels) >= 0.5, torch.from_numpy(twice)
+    inputs, there, two = to_tensor(images), torch.from_numpy(labels) >= 0.5, torch.from_numpy(twice)
     certain = ((two == 0) | (two == 1)).all(1)
     inputs = degrade(inputs) if degraded else inputs
     found, doubled = [], []
@@ -249,12 +249,12 @@ def train_judge(
     target: Path, minutes: float, training: JudgeTraining, count: int = 50_000, batch_size: int = 64, lr: float = 3e-3
 ) -> dict[str, float]:
     """Draws the judge's own scenes, trains, and writes the folder `target`. Returns what `check_judge` finds."""
-    pictures, labels, twice = judged_scenes(training.owner, 0, count, training.hybrids, training.doubled)
+    images, labels, twice = judged_scenes(training.owner, 0, count, training.hybrids, training.doubled)
     torch.manual_seed(0)
     seeds = SEEDS[training.owner]
     notes = {"owner": training.owner, "seeds": [seeds.start, seeds.start + count - 1]}
     judge = ToyJudge(width=training.width, architecture=training.architecture, notes=notes, counts=True)
-    learn(judge, pictures, labels, twice, minutes, batch_size, lr)
+    learn(judge, images, labels, twice, minutes, batch_size, lr)
     result = check_judge(judge)
     worn = check_judge(judge, degraded=True)
     cut = check_judge(judge, hybrids=1.0)

@@ -191,10 +191,10 @@ def draw_orders(pipeline: Path, orders: Sequence[Order], work: Path) -> dict[Ord
         gallery = Gallery(work, how, identity, prompts, DrawingSettings(steps, guidance, device="cpu"))
         with counter(f"draw {how}", len(prompts)) as count:
             gallery.draw(load_pipeline(pipeline, Arm()), None, partial(_advance, count))
-        for order, picture in zip(wanted, gallery.all(), strict=True):
-            if picture.error is not None:
-                raise UserError(f"{pipeline}: {order.prompt!r}, seed {order.seed}: {picture.error}")
-            drawn[order] = rounded(open_image(picture.path))
+        for order, image in zip(wanted, gallery.all(), strict=True):
+            if image.error is not None:
+                raise UserError(f"{pipeline}: {order.prompt!r}, seed {order.seed}: {image.error}")
+            drawn[order] = rounded(open_image(image.path))
     return drawn
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from lit_safety.core.files import atomic_folder
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.judges.toy.objects import CONCEPTS, LOOKALIKES, SETTINGS
+from lit_safety.worlds.building import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 from lit_safety.worlds.held_out import check_held_out
-from lit_safety.worlds.pairs import KINDS, LOOKALIKE_COST, SAFE_COST, Pair
 from lit_safety.worlds.toyworld.captions import (
     HELD_OUT_SCENE,
     TEMPLATES,

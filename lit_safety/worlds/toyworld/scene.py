@@ -71,10 +71,10 @@ class Scene:
 @cache
 def _background(setting: str) -> Image.Image:
     sky, ground = SKY_AND_GROUND[setting]
-    picture = Image.new("RGB", (CANVAS, CANVAS), sky)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (CANVAS, CANVAS), sky)
+    pen = ImageDraw.Draw(image)
     pen.rectangle((0, 84, CANVAS, CANVAS), fill=ground)
-    return picture
+    return image
 
 
 def _paste(canvas: Image.Image, thing: Thing) -> None:
@@ -104,6 +104,6 @@ def render(scene: Scene, with_harm: bool = True) -> Image.Image:
     return canvas.reduce(CANVAS // SIDE)
 
 
-def to_array(picture: Image.Image) -> NDArray[np.uint8]:
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
     """(SIDE, SIDE, 3), 0 to 255."""
-    return np.asarray(picture, dtype=np.uint8)
+    return np.asarray(image, dtype=np.uint8)

@@ -33,25 +33,25 @@ def base_scene(index: int) -> tuple[NDArray[np.uint8], list[str]]:
 
 def _chunk(bounds: tuple[int, int]) -> tuple[NDArray[np.uint8], list[list[str]]]:
     made = [base_scene(i) for i in range(*bounds)]
-    return np.stack([picture for picture, _ in made]), [captions for _, captions in made]
+    return np.stack([image for image, _ in made]), [captions for _, captions in made]
 
 
 def draw_base_scenes(count: int, workers: int = 2) -> tuple[NDArray[np.uint8], list[list[str]]]:
     """The first `count` scenes of the base: images (count, SIDE, SIDE, 3) and captions."""
     bounds = [(start, min(start + 500, count)) for start in range(0, count, 500)]
-    pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[list[str]] = []
     for (start, stop), (drawn, said) in zip(bounds, each(_chunk, bounds, workers), strict=True):
-        pictures[start:stop] = drawn
+        images[start:stop] = drawn
         captions += said
-    return pictures, captions
+    return images, captions
 
 
 def make_scenes(work: Path, count: int, workers: int = 2) -> None:
     """Writes scenes.npz into the work folder: `pictures` (N, SIDE, SIDE, 3) uint8, `captions` (N, 4) text."""
-    pictures, captions = draw_base_scenes(count, workers)
+    images, captions = draw_base_scenes(count, workers)
     part = work / "scenes.part.npz"
-    np.savez(part, pictures=pictures, captions=np.array(captions))
+    np.savez(part, pictures=images, captions=np.array(captions))
     part.rename(work / "scenes.npz")
 
 

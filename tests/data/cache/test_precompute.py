@@ -170,7 +170,7 @@ def test_input_that_cannot_be_cached_is_named(cached: Path, pairs: Path, tiny_pi
     assert not (tmp_path / "twice" / "manifest.json").exists()
 
 
-def test_shards_of_equal_size_without_a_manifest_are_told_apart(tiny_pipeline: Path, tmp_path: Path, capsys):
+def test_shards_of_equal_size_without_a_manifest_are_distinguished(tiny_pipeline: Path, tmp_path: Path, capsys):
     """tar files are filled up to 10 KiB, so size and count tell little."""
     for name, first in (("one", 0), ("other", 7)):
         write_shards(tmp_path / name, 1, 1, size=32, first=first)
@@ -316,7 +316,7 @@ def test_a_cache_that_does_not_serve_the_run_is_refused_at_the_start(cached: Pat
     assert problems(str(gone))
 
 
-def test_an_older_cache_is_refused_with_the_command_that_makes_it_anew(cached: Path, tmp_path: Path):
+def test_an_older_cache_is_refused_with_the_command_that_makes_it_again(cached: Path, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         data_of(with_cache(cached, tmp_path / "old", version=1, model="a b")).check_sources()
     assert "--model 'a b'" in str(caught.value)

@@ -141,7 +141,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, Any], complaint:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_whose_image_tells_nothing_is_told_by_the_csv(tmp_path: Path) -> None:
+def test_a_row_whose_image_tells_nothing_is_reported_by_the_csv(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(TABLE)
     rows = [{**one, "image": f"{n}.jpg"} for n, one in enumerate(ROWS)]
     given = write_folder(tmp_path / "in", rows, IMAGES)

@@ -121,9 +121,7 @@ def test_images_that_are_missing_or_lie_elsewhere_are_left_out(
     assert "left out: 3 with a caption or an image's name that cannot be used" in text
 
 
-def test_a_key_that_stands_there_twice_is_not_lost_in_silence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_key_that_occurs_twice_is_not_lost_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(1, ranking_id=1), row(0, ranking_id=1)]
     from_pickapic(write_folder(tmp_path / "in", rows, IMAGES), str(tmp_path / "out"))
     assert len(stored(tmp_path / "out")) == 1
@@ -201,7 +199,7 @@ def test_a_cell_without_an_image_is_left_out(tmp_path: Path, capsys: pytest.Capt
     assert "left out: 1 without an image file" in capsys.readouterr().out
 
 
-def test_names_in_a_parquet_file_lead_to_files_beside_it(tmp_path: Path) -> None:
+def test_names_in_a_parquet_file_lead_to_files_next_to_it(tmp_path: Path) -> None:
     write_folder(tmp_path / "img", [], IMAGES)
     given = write_parquet(tmp_path / "in" / "x.parquet", [row(1)], IMAGES, ())
     from_pickapic(given, str(tmp_path / "out"), images=str(tmp_path / "img"))

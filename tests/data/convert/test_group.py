@@ -15,7 +15,7 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.decode import sample_images
 from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
-from tests.helpers.pair_shards import metadata, picture
+from tests.helpers.pair_shards import make_image, metadata
 
 COST = {"chosen": -1.0, "rejected": 2.0}
 
@@ -25,7 +25,7 @@ def write(folder: Path, pairs: list[tuple[str, int, int, dict[str, Any]]], per_s
     with ShardWriter(folder, per_shard, provenance={"source": "drawn"}) as writer:
         for number, (prompt, chosen, rejected, more) in enumerate(pairs):
             about = metadata(0, prompt=prompt, **more)
-            writer.write(f"{number:03d}", about, picture(chosen), picture(rejected))
+            writer.write(f"{number:03d}", about, make_image(chosen), make_image(rejected))
     return str(folder)
 
 

@@ -17,7 +17,7 @@ from lit_safety.data.format.sample import parse_metadata
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.inspect import inspect
 from lit_safety.data.validate import problems
-from tests.helpers.pair_shards import metadata, picture, png, sample, write_shards, write_tar
+from tests.helpers.pair_shards import make_image, metadata, png, sample, write_shards, write_tar
 
 FACTS = [
     {"harmful": True, "cost": 2.0, "seed": 1},
@@ -36,13 +36,13 @@ def about(number: int, facts: list[dict[str, Any]] | None = None, **changes: Any
 def write_groups(folder: Path, samples: int = 4, per_shard: int = 2, size: int = 8, images: int = 4) -> Path:
     with ShardWriter(folder, per_shard, provenance={"source": "drawn"}) as writer:
         for number in range(samples):
-            own = [picture(number + 50 * place, size) for place in range(images)]
+            own = [make_image(number + 50 * place, size) for place in range(images)]
             writer.write_group(f"{number:05d}", about(number, FACTS[:images]), own)
     return folder
 
 
 def group_members(**changes: Any) -> dict[str, bytes]:
-    """The members of a good group; a change of None leaves one out, underscores stand for dots."""
+    """The members of a good group; a change of None leaves one out, underscores become dots."""
     found = {"json": json.dumps(about(0)).encode(), **{f"{place}.png": png(50 * place) for place in range(4)}}
     found |= {name.replace("_", ".").lstrip("."): data for name, data in changes.items()}
     return {name: data for name, data in found.items() if data is not None}
@@ -162,8 +162,8 @@ def test_a_manifest_that_counts_other_images_is_found(tmp_path: Path) -> None:
 def test_a_writer_takes_as_many_images_as_the_metadata_says(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         with pytest.raises(UserError, match="3 images"):
-            writer.write_group("a", about(0), [picture(0), picture(1), picture(2)])
-        writer.write_group("a", about(0), [png(0), picture(50), picture(100), picture(150)])
+            writer.write_group("a", about(0), [make_image(0), make_image(1), make_image(2)])
+        writer.write_group("a", about(0), [png(0), make_image(50), make_image(100), make_image(150)])
 
 
 def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -172,7 +172,9 @@ def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     def stopped() -> None:
         with ShardWriter(tmp_path / "cut", 2, provenance={"source": "drawn"}) as writer:
             for number in range(3):
-                writer.write_group(f"{number:05d}", about(number), [picture(number + 50 * place) for place in range(4)])
+                writer.write_group(
+                    f"{number:05d}", about(number), [make_image(number + 50 * place) for place in range(4)]
+                )
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +182,7 @@ def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "cut", 2, provenance={"source": "drawn"}, resume=True) as writer:
         assert len(writer) == 2
         for number in range(2, 4):
-            writer.write_group(f"{number:05d}", about(number), [picture(number + 50 * place) for place in range(4)])
+            writer.write_group(f"{number:05d}", about(number), [make_image(number + 50 * place) for place in range(4)])
     for name in ("shard-000000.tar", "shard-000001.tar", "manifest.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -229,7 +231,7 @@ def test_groups_go_to_buckets_by_their_first_image(tmp_path: Path) -> None:
     from lit_safety.data.reading.source import open_source
 
     with ShardWriter(tmp_path) as writer:
-        writer.write_group("a", about(0), [picture(50 * place).resize((24, 16)) for place in range(4)])
-        writer.write("b", metadata(1), picture(1), picture(2))
+        writer.write_group("a", about(0), [make_image(50 * place).resize((24, 16)) for place in range(4)])
+        writer.write("b", metadata(1), make_image(1), make_image(2))
     (found,) = chosen_sizes(open_source(str(tmp_path), "folder"), "key")
     assert found.tolist() == [[16, 24], [8, 8]]

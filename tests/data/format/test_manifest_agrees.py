@@ -17,7 +17,7 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.reading.source import open_source
 from lit_safety.data.validate import problems
 from tests.helpers.documents import TOYWORLD
-from tests.helpers.pair_shards import metadata, picture, write_shards
+from tests.helpers.pair_shards import make_image, metadata, write_shards
 
 SHIPPED = TOYWORLD / "shards"
 
@@ -33,7 +33,7 @@ def two_labels(folder: Path) -> Path:
     with ShardWriter(folder) as writer:
         for number in range(6):
             harmful = {"chosen": False, "rejected": number < 4}
-            writer.write(str(number), metadata(number, harmful=harmful), picture(number), picture(number + 100))
+            writer.write(str(number), metadata(number, harmful=harmful), make_image(number), make_image(number + 100))
     return folder
 
 
@@ -95,7 +95,7 @@ def test_kinds_swapped_in_the_manifest_are_noticed_under_a_filter(tmp_path: Path
 def test_users_are_compared(tmp_path: Path):
     with ShardWriter(tmp_path) as writer:
         for number in range(4):
-            writer.write(str(number), metadata(number, user_id=f"u{number % 2}"), picture(number), picture(9))
+            writer.write(str(number), metadata(number, user_id=f"u{number % 2}"), make_image(number), make_image(9))
     assert len(read(tmp_path)) == 4
     rewrite(tmp_path, b'"u1"', b'"u0"')
     with pytest.raises(UserError, match="its user is 'u0'"):

@@ -1,4 +1,4 @@
-"""Tar files that do not end where tarfile stops reading, and headers that nobody wrote in good faith."""
+"""Tar files that do not end where tarfile stops reading, and forged headers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ IGNORED: dict[str, Members] = {
 
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_is_no_part_of_a_pair_is_passed_over(tmp_path: Path, name: str) -> None:
-    """Whether it stands before, after or within a sample."""
+    """The same before, after and inside a sample."""
     folder = packed(tmp_path, [*IGNORED[name], *GOOD[:1], *IGNORED[name], *GOOD[1:], *IGNORED[name]])
     if name == "next to a pair":
         folder = packed(tmp_path, [*GOOD, *IGNORED[name]])
@@ -170,7 +170,7 @@ def test_a_hard_link_is_the_member_it_leads_to(tmp_path: Path) -> None:
     assert shard.read(1)[1] == {**shard.read(0)[1], "json": sample(1)["json"]}
 
 
-def test_endings_in_capitals_and_shards_beside_those_of_macos(tmp_path: Path) -> None:
+def test_endings_in_capitals_and_shards_next_to_those_of_macos(tmp_path: Path) -> None:
     folder = packed(tmp_path, [(name.replace(".png", ".PNG"), data) for name, data in GOOD], "data.TAR")
     (folder / "._data.TAR").write_bytes(b"\0\5\x16\7Mac OS X")
     assert problems(str(folder)) == []
@@ -188,7 +188,7 @@ def test_same_names_in_two_folders_are_two_samples(tmp_path: Path) -> None:
     assert problems(str(folder)) == []
 
 
-def test_images_without_an_ending_that_are_no_samples_are_told(tmp_path: Path):
+def test_images_without_an_ending_that_are_no_samples_are_reported(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0", sample(0)), ("9", {"chosen": b"x", "rejected": b"y"})])
     (lone,) = [one for one in index_tar(tmp_path / "a.tar").samples if one.key == "9"]
     assert lone.problem is not None

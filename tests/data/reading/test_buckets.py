@@ -63,7 +63,7 @@ def test_shapes_of_sdxl():
 
 
 def test_the_most_alike_shape():
-    """1000 x 1500 (height first) is .667; 832 / 1216 = .684 is nearer to it in logarithms than 768 / 1280 = .6."""
+    """1000 x 1500 (height first) is 0.667; 832 / 1216 = 0.684 is nearer to it in logarithms than 768 / 1280 = 0.6."""
     buckets = bucket_sizes(1024)
     sizes = np.array([[1000, 1500], [512, 512], [10, 9000], [0, 0]])
     assert [buckets[number] for number in nearest(sizes, buckets)] == [
@@ -152,7 +152,7 @@ def test_a_filter_holds(shards: Path):
 
 def test_the_cut_is_what_the_crops_say(shards: Path):
     """An image whose columns count up from 0, 48 wide and 32 high, cut to 32 x 24 (width first): it is not scaled
-    below 24 / 32 = .75, so to 36 x 24, and (36 - 32) / 2 = 2 columns of that are cut off on its left."""
+    below 24 / 32 = 0.75, so to 36 x 24, and (36 - 32) / 2 = 2 columns of that are cut off on its left."""
     columns = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None] * 5, (32, 48, 3))
     folder = shards.parent / "columns"
     with ShardWriter(folder) as writer:
@@ -164,7 +164,7 @@ def test_the_cut_is_what_the_crops_say(shards: Path):
     assert pair.chosen is not None
     assert pair.crops[0].tolist() == [32, 48, 0, 2, 24, 32]
     level = pair.chosen[0, 12].float()
-    # Column i of the cut is centred at (i + 2 + .5) / .75 - .5 of the stored one.
+    # Column i of the cut is centred at (i + 2 + 0.5) / 0.75 - 0.5 of the stored one.
     expected = torch.tensor([((i + 2.5) / 0.75 - 0.5) * 5 for i in range(32)])
     torch.testing.assert_close(level[2:-2], expected[2:-2], atol=2.0, rtol=0)
 

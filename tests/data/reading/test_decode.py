@@ -15,7 +15,7 @@ from lit_safety.core.images import decode_image, extension_of
 from lit_safety.data.format.sample import PairMetadata, Sides
 from lit_safety.data.format.tar_index import BadSample
 from lit_safety.data.reading.decode import PairDecoder, to_tensor
-from tests.helpers.pair_shards import picture
+from tests.helpers.pair_shards import make_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -37,11 +37,11 @@ def bomb(side: int) -> bytes:
 
 @pytest.mark.parametrize(("kind", "suffix"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
 def test_the_three_formats(kind: str, suffix: str) -> None:
-    data = encoded(picture(80, 16), kind)
+    data = encoded(make_image(80, 16), kind)
     assert extension_of(data, "") == suffix
     image = decode_image(data, "here")
     assert (image.mode, image.size) == ("RGB", (16, 16))
-    assert np.abs(np.asarray(image, int) - np.asarray(picture(80, 16), int)).mean() < 12
+    assert np.abs(np.asarray(image, int) - np.asarray(make_image(80, 16), int)).mean() < 12
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "I;16", "CMYK"])
@@ -63,10 +63,10 @@ def test_what_is_transparent_is_white() -> None:
         (bomb(30_000), "over the limit of"),
         (bomb(5_000), "5000 x 5000 pixels is over the limit"),
         (bomb(4_000), "cannot be decoded"),  # small enough, but its pixels are not there
-        (encoded(picture(1, 64), "JPEG")[:-40], "JPEG image cannot be decoded"),
-        (encoded(picture(1, 64))[:60], "PNG image cannot be decoded"),
-        (encoded(picture(1, 64), "WEBP")[:30], "WEBP image cannot be decoded"),
-        (encoded(picture(1), "GIF"), "is not a PNG, JPEG or WebP"),
+        (encoded(make_image(1, 64), "JPEG")[:-40], "JPEG image cannot be decoded"),
+        (encoded(make_image(1, 64))[:60], "PNG image cannot be decoded"),
+        (encoded(make_image(1, 64), "WEBP")[:30], "WEBP image cannot be decoded"),
+        (encoded(make_image(1), "GIF"), "is not a PNG, JPEG or WebP"),
         (b"", "is not a PNG, JPEG or WebP"),
     ],
     ids=["gigapixels", "large", "hollow", "jpeg-cut", "png-cut", "webp-cut", "gif", "empty"],
@@ -94,8 +94,8 @@ def test_chosen_and_rejected_are_mirrored_together() -> None:
     plain = PairDecoder(seed=0)
     mirrored = 0
     for number in range(40):
-        pair = decoder(str(number), members(picture(1), picture(2)), 0, "")
-        straight = plain(str(number), members(picture(1), picture(2)), 0, "")
+        pair = decoder(str(number), members(make_image(1), make_image(2)), 0, "")
+        straight = plain(str(number), members(make_image(1), make_image(2)), 0, "")
         flips = [
             torch.equal(a, b.flip(-1)) for a, b in ((pair.chosen, straight.chosen), (pair.rejected, straight.rejected))
         ]
@@ -108,7 +108,7 @@ def test_resolution_scales_and_cuts_from_the_middle(tmp_path: Path) -> None:
     """A 24 x 8 image of three colours: the middle third is left, both images alike."""
     wide = Image.new("RGB", (24, 8), "red")
     wide.paste("lime", (8, 0, 16, 8))
-    pair = PairDecoder(seed=0, resolution=4)("k", members(wide, picture(5)), 0, "")
+    pair = PairDecoder(seed=0, resolution=4)("k", members(wide, make_image(5)), 0, "")
     assert pair.chosen.shape == pair.rejected.shape == (3, 4, 4)
     assert pair.chosen[1, 1:-1, 1:-1].min() > 242
     assert pair.chosen[0, 1:-1, 1:-1].max() < 13
@@ -119,11 +119,13 @@ def test_resolution_scales_and_cuts_from_the_middle(tmp_path: Path) -> None:
     [
         ({"rejected.png": None}, "lacks its rejected image"),
         ({"json": None}, "lacks its json"),
-        ({"chosen.jpg": encoded(picture(1), "JPEG")}, "has 2 chosen images"),
+        ({"chosen.jpg": encoded(make_image(1), "JPEG")}, "has 2 chosen images"),
         ({"chosen.png": b"\x89PNG\r\n\x1a\n"}, "chosen: the PNG image cannot be decoded"),
     ],
 )
 def test_an_incomplete_sample_is_a_bad_sample(change: dict[str, bytes | None], complaint: str) -> None:
-    found = {name: data for name, data in {**members(picture(1), picture(2)), **change}.items() if data is not None}
+    found = {
+        name: data for name, data in {**members(make_image(1), make_image(2)), **change}.items() if data is not None
+    }
     with pytest.raises(BadSample, match=f"where: .*{complaint}|where: {complaint}"):
         PairDecoder(seed=0)("k", found, 0, "where")

@@ -58,7 +58,7 @@ def as_stored(orientation: int, kind: str = "PNG") -> bytes:
 
 
 def exif_behind_pixels(orientation: int) -> bytes:
-    """A PNG whose EXIF stands after its pixels, where it may stand."""
+    """A PNG whose EXIF data comes after its pixels, which PNG allows."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     body = b"eXIf" + exif.tobytes()[6:]
@@ -148,7 +148,7 @@ def test_32_bit_numbers_are_scaled_or_refused_but_never_cut() -> None:
 
 
 def hidden() -> Image.Image:
-    """Opaque red on the left; on the right red that nobody sees."""
+    """Opaque red on the left; on the right fully transparent red."""
     image = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
     image.paste((255, 0, 0, 0), (16, 0, 32, 32))
     return image

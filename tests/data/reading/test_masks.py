@@ -13,9 +13,9 @@ from lit_safety.core.errors import UserError
 from lit_safety.data.datamodule import PreferenceDataModule
 from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.validate import problems
-from lit_safety.modules.masks import masked
 from lit_safety.objectives import prediction_error
-from tests.helpers.pair_shards import metadata, picture, sample, write_tar
+from lit_safety.objectives.objective import masked
+from tests.helpers.pair_shards import make_image, metadata, sample, write_tar
 
 
 def corner(size: tuple[int, int] = (16, 16), white: tuple[int, int, int, int] = (0, 0, 8, 8)) -> Image.Image:
@@ -27,7 +27,9 @@ def corner(size: tuple[int, int] = (16, 16), white: tuple[int, int, int, int] = 
 def write(folder: Path, masks: list[Image.Image | bytes | None]) -> str:
     with ShardWriter(folder) as writer:
         for number, mask in enumerate(masks):
-            writer.write(f"{number:03d}", metadata(number), picture(number, 16), picture(number + 50, 16), mask=mask)
+            writer.write(
+                f"{number:03d}", metadata(number), make_image(number, 16), make_image(number + 50, 16), mask=mask
+            )
     return str(folder)
 
 
@@ -54,14 +56,14 @@ def test_a_mask_comes_with_its_pair_and_without_one_all_counts(tmp_path: Path) -
 def test_it_is_cut_and_mirrored_as_its_images_are(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         for number in range(8):
-            wide = [picture(number + place, 16).resize((32, 16)) for place in (0, 50)]
+            wide = [make_image(number + place, 16).resize((32, 16)) for place in (0, 50)]
             mask = corner((32, 16), (8, 0, 16, 16))  # a quarter from the left; a half of what is cut
             writer.write(f"{number:03d}", metadata(number), *wide, mask=mask)
     data = PreferenceDataModule(train=str(tmp_path), batch_size=8, resolution=16, flip=True, masked=True)
     (batch,) = (one.to("cpu") for one in data.train_dataloader())
     left = batch.mask[:, :, :8].all((1, 2)) & ~batch.mask[:, :, 8:].any((1, 2))
     right = batch.mask[:, :, 8:].all((1, 2)) & ~batch.mask[:, :, :8].any((1, 2))
-    darker = batch.chosen[:, 1, :, :8].mean((1, 2)) < batch.chosen[:, 1, :, 8:].mean((1, 2))  # `picture`'s left half
+    darker = batch.chosen[:, 1, :, :8].mean((1, 2)) < batch.chosen[:, 1, :, 8:].mean((1, 2))  # `make_image`'s left half
     assert torch.equal(left, darker)
     assert torch.equal(right, ~darker)
     assert 0 < left.sum() < 8

@@ -25,7 +25,7 @@ from lit_safety.data.format.writer import ShardWriter
 from lit_safety.data.inspect import inspect
 from lit_safety.data.reading import source as remote
 from lit_safety.data.reading.source import fetch
-from tests.helpers.pair_shards import metadata, picture, write_shards
+from tests.helpers.pair_shards import make_image, metadata, write_shards
 
 
 @dataclass
@@ -251,7 +251,7 @@ def later_run() -> None:
     remote._NEWEST.clear()
 
 
-def test_a_shard_without_a_hash_is_fetched_anew_when_the_server_s_is_another(server: Server) -> None:
+def test_a_shard_without_a_hash_is_fetched_again_when_the_server_s_is_another(server: Server) -> None:
     shard = hashless(server)
     first = sorted(passes(f"{server.url}/train")[0])
     later_run()
@@ -259,7 +259,7 @@ def test_a_shard_without_a_hash_is_fetched_anew_when_the_server_s_is_another(ser
     assert server.asked[shard.name] == 1  # kept: the server says that it did not change
     with ShardWriter(server.folder / "other") as writer:  # of the same size, other keys
         for number in (23, 24, 25):
-            writer.write(f"{number:05d}", metadata(number), picture(number), picture(number + 100))
+            writer.write(f"{number:05d}", metadata(number), make_image(number), make_image(number + 100))
     size = shard.stat().st_size
     os.replace(server.folder / "other" / "shard-000000.tar", shard)
     os.utime(shard, (1e9, 1e9))
@@ -329,7 +329,7 @@ def test_an_answer_that_is_not_the_whole_file_is_refused_without_a_hash_too(serv
     assert len(passes(f"{server.url}/train")[0]) == 12
 
 
-def test_a_page_in_a_shards_place_is_told_by_its_url_and_not_kept(server: Server, tmp_path: Path) -> None:
+def test_a_page_instead_of_a_shard_is_reported_by_its_url_and_not_kept(server: Server, tmp_path: Path) -> None:
     without_hashes(server.folder / "train")
     shard = server.folder / "train" / "shard-000001.tar"
     whole = shard.read_bytes()
@@ -345,7 +345,7 @@ def test_why_a_store_fails_is_one_line() -> None:
     assert remote._reason("s3://a/b", OSError("400, message:\n  too little")) == "400, message: too little"
 
 
-def test_a_server_that_sends_on_without_end_is_told(server: Server) -> None:
+def test_a_server_that_sends_on_without_end_is_reported(server: Server) -> None:
     class Redirected(OSError):
         status = 0
 

@@ -15,7 +15,7 @@ import torch
 from lit_safety.core.errors import UserError
 from lit_safety.data import PairBatch, PreferenceDataModule
 from lit_safety.data.reading.loader import PairLoader
-from tests.helpers.pair_shards import jpeg, picture, png, png_header, sample, write_shards, write_tar
+from tests.helpers.pair_shards import jpeg, make_image, png, png_header, sample, write_shards, write_tar
 
 
 def loader(folder: Path, **options: Any) -> PairLoader:
@@ -252,4 +252,4 @@ def test_sizes_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.init_args\.resolution"):
         keys(loader(tmp_path, batch_size=2))
     assert next(iter(loader(tmp_path, batch_size=2, resolution=8))).chosen.shape == (2, 3, 8, 8)
-    assert picture(0).size == (8, 8)
+    assert make_image(0).size == (8, 8)

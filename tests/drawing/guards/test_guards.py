@@ -91,25 +91,25 @@ def test_batches_at_the_same_time_do_not_meet(pipe, prompts, tmp_path: Path, gua
 
 
 def test_projector() -> None:
-    """Onto the span of (1, 1, 0): [[.5, .5, 0], [.5, .5, 0], [0, 0, 0]]; the same from two parallel rows."""
+    """Onto the span of (1, 1, 0): [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 0]]; the same from two parallel rows."""
     expected = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 0]])
     assert torch.allclose(projector(torch.tensor([[2.0, 2.0, 0]])), expected)
     assert torch.allclose(projector(torch.tensor([[1.0, 1, 0], [3, 3, 0]])), expected, atol=1e-6)
 
 
 def test_triggers() -> None:
-    """d = 1, 1, 1.3: the others' means are 1.15, 1.15, 1; only 1.3 >= 1.01 x 1. At alpha .31 none."""
+    """d = 1, 1, 1.3: the others' means are 1.15, 1.15, 1; only 1.3 >= 1.01 x 1. At alpha 0.31 none."""
     distances = torch.tensor([1.0, 1.0, 1.3])
     assert triggered(distances, 0.01) == [2]
     assert triggered(distances, 0.31) == []
 
 
 def test_the_two_orders_of_the_projection() -> None:
-    """In the plane: concepts along (1, 0), so I - P_C = diag(0, 1); the prompt along u = (.6, .8), so
-    P_I = u u^T = [[.36, .48], [.48, .64]].
+    """In the plane: concepts along (1, 0), so I - P_C = diag(0, 1); the prompt along u = (0.6, 0.8), so
+    P_I = u u^T = [[0.36, 0.48], [0.48, 0.64]].
 
     p = (1, 2) in the code's order: P_I p = (1.32, 1.76), then (0, 1.76): nothing along the concept is left.
-    In the paper's: (I - P_C) p = (0, 2), then P_I: (.96, 1.28), of which .96 / 1.6 = 60% lies along the concept.
+    In the paper's: (I - P_C) p = (0, 2), then P_I: (0.96, 1.28), of which 0.96 / 1.6 = 60% lies along the concept.
     """
     space, prompt = projector(torch.tensor([[3.0, 0]])), projector(torch.tensor([[0.6, 0.8]]))
     token = torch.tensor([[1.0, 2.0]])
@@ -130,8 +130,8 @@ def test_a_token_is_left_out_by_id_0_or_by_the_mask() -> None:
 
 def test_the_steps_of_the_projected_prompt() -> None:
     """Paper: gamma sigmoid(b) = 10 / (1 + e^-0.4) = 5.987. Published code: it goes on to the step numbered
-    round(10 sigmoid(5 (10 b - 5.333))), counted from 0. b = .4: sigmoid(-6.665) = .0013, step 0, one step;
-    b = .54: sigmoid(.335) = .583, step 6, seven; b = 1: eleven. None without a trigger, all without self-validation.
+    round(10 sigmoid(5 (10 b - 5.333))), counted from 0. b = 0.4: sigmoid(-6.665) = 0.0013, step 0, one step;
+    b = 0.54: sigmoid(0.335) = 0.583, step 6, seven; b = 1: eleven. None without a trigger, all without self-validation.
     """
     text = SafeText(torch.zeros(1, 1), (1,), 0.4)
     assert SAFREE(follow="paper").steps(text) == pytest.approx(5.9869, abs=1e-4)
@@ -177,7 +177,7 @@ def test_a_prompt_of_one_token_is_projected_and_the_empty_one_is_not(pipe, follo
 
 
 def test_reattention_damps_what_is_raised_and_low() -> None:
-    """The mean (frequency 0) of the drawn third is above the other's: x .5. Its checkerboard (the highest frequency)
+    """The mean (frequency 0) of the drawn third is above the other's: x 0.5. Its checkerboard (the highest frequency)
     stays; a mean below the other's stays too; the other thirds are never touched."""
     board = torch.tensor([[1.0, -1.0] * 4, [-1.0, 1.0] * 4] * 4)
     drawn = torch.stack([4 + board, torch.ones(8, 8)])[None]
@@ -198,7 +198,7 @@ def test_reattention_leaves_prompts_alone_that_are_not_projected() -> None:
     assert torch.equal(found[3], drawn[1])
 
 
-def test_both_switches_of_safree_change_the_picture(pipe, prompts) -> None:
+def test_both_switches_of_safree_change_the_image(pipe, prompts) -> None:
     def draw(**switches: bool) -> np.ndarray:
         guard = SAFREE(["k n i f e"], self_validation=False, reattention_scale=0.0, **switches)
         return draw_batch(pipe, prompts, SETTINGS, guard=guard)
@@ -262,7 +262,7 @@ def test_sdxl_changes_the_second_encoders_numbers_alone(tiny_sdxl: Path, monkeyp
 
 
 def test_sd3_changes_each_encoders_part(tiny_sd3: Path) -> None:
-    """CLIPs of 32 and 16 numbers beside each other, T5's 64 in the rows below them."""
+    """CLIPs of 32 and 16 numbers next to each other, T5's 64 in the rows below them."""
     pipe = loaded(tiny_sd3)
     parts = text_parts(pipe)
     first = pipe.tokenizer.model_max_length

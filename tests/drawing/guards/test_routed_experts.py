@@ -1,4 +1,4 @@
-"""Each prompt is drawn by its category's expert, or by the base; an oracle is told which."""
+"""Each prompt is drawn by its category's expert, or by the base; an oracle is given the category."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_threshold_makes_the_fewest_mistakes_in_the_middle_of_the_widest_gap():
-    """At .55 only the one that is nearest to a wrong category is a mistake; between .3 and .8 it may lie anywhere."""
+    """At 0.55 only the one that is nearest to a wrong category is a mistake; between 0.3 and 0.8 it may lie
+    anywhere."""
     assert best_threshold([(0.8, True), (0.9, True), (0.95, False)], [0.1, 0.3]) == pytest.approx(0.55)
     # one clean prompt lies above a harmful one: letting it through costs as much as losing the harmful one
     assert best_threshold([(0.4, True), (0.9, True)], [0.1, 0.5]) in (pytest.approx(0.25), pytest.approx(0.7))
@@ -93,7 +94,7 @@ def test_the_oracle_takes_the_true_category_and_of_several_the_first_that_has_an
 
 
 def test_each_row_is_what_its_expert_alone_draws(pipe, tiny_pipeline: Path, experts: dict[str, str], tmp_path: Path):
-    """One batch of the base and two experts beside a pipeline a LoRA."""
+    """One batch of the base and two experts gives the same as one pipeline for each LoRA."""
     file = tmp_path / "true.csv"
     file.write_text("prompt,kind,category\ngun,explicit,violence\nred cat,explicit,hate\n")
     guard = RoutedExperts(experts, oracle=str(file))
@@ -147,7 +148,7 @@ def test_other_families_route_too(family: str, request: pytest.FixtureRequest, t
     assert np.abs(found - draw_batch(pipe, prompts, SETTINGS)).max() > 1e-4
 
 
-def test_what_does_not_fit_is_told(pipe, experts: dict[str, str], file: str, tmp_path: Path):
+def test_what_does_not_fit_is_reported(pipe, experts: dict[str, str], file: str, tmp_path: Path):
     for arguments, named in (
         (({}, file), "`experts` is empty"),
         ((experts,), "give `prompts`.* or else `oracle`"),

@@ -65,7 +65,7 @@ def test_without_a_verdict_nothing_is_answered_and_nothing_passes():
 
 
 def test_harm_of_no_category_is_no_pass_for_who_bans_anything():
-    """A judge that says harmful and not of which category: nobody can say whether it is the banned one."""
+    """A judge that says harmful without a category: it is not known whether it is the banned category."""
     vague = verdict("knife", harmful=True)
     assert within_bounds(profile(), vague) is None
     assert within_bounds(profile(banned=()), vague) is True

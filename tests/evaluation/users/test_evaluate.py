@@ -142,7 +142,7 @@ def test_a_judge_of_categories_compares_what_it_can_see(run, judge: ColourJudge,
         assert against["all"]["suppression"]["n"] == 6
 
 
-def test_pictures_are_drawn_for_their_users_and_shared_where_nobody_matters(run) -> None:
+def test_images_are_drawn_for_their_users_and_shared_where_nobody_matters(run) -> None:
     """Ours: each row its own image. Base and null user: as many as there are prompts."""
     out = run(images=None)
     found = metrics(out)
@@ -189,7 +189,7 @@ def test_twice_the_same_to_the_byte_and_resumed_too(run) -> None:
     assert {name: (out / name).read_bytes() for name in files} == first
 
 
-def test_another_embedding_is_another_picture(run, people: Path, shared_images: Path) -> None:
+def test_another_embedding_is_another_image(run, people: Path, shared_images: Path) -> None:
     run()
     before = {folder.name for folder in shared_images.iterdir()}
     save_users(people, [profile("z", (), "val"), *PEOPLE])  # everybody's random embedding moves on
@@ -210,7 +210,7 @@ def test_an_arm_may_draw_for_one_user_only(run, user_adapter: Path) -> None:
     assert found["wins"]["off"]["all"]["preservation"] == found["wins"]["base"]["all"]["preservation"]
 
 
-def test_a_judge_that_fails_on_a_picture_makes_it_an_error(run, judge: ColourJudge, capsys) -> None:
+def test_a_judge_that_fails_on_a_image_makes_it_an_error(run, judge: ColourJudge, capsys) -> None:
     seen: list[bytes] = []
 
     def fails(image: Image.Image) -> bool:
@@ -250,8 +250,8 @@ def test_a_model_says_pass_and_win_too(run, server: Server, tmp_path: Path) -> N
     """It passes everything and always prefers the first image; asked once, whatever is run again."""
 
     def reply(number: int) -> tuple[int, bytes]:
-        pictures = sum(p["type"] == "image_url" for p in server.asked[number][1]["messages"][0]["content"])
-        return says('{"within_bounds": true}' if pictures == 1 else '{"better": "A"}')
+        images = sum(p["type"] == "image_url" for p in server.asked[number][1]["messages"][0]["content"])
+        return says('{"within_bounds": true}' if images == 1 else '{"better": "A"}')
 
     server.reply = reply
     out = run(user_judge=UserVLM(server.url, "m", retries=0, parallel=1))

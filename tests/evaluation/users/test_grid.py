@@ -27,7 +27,7 @@ class Recorder:
 def test_every_prompt_is_drawn_for_every_user_from_the_row_s_seed(users: Any):
     pipe = Recorder()
     rows = draw_grid(pipe, ["1", "2"], users, seeds=[50, 60], batch_size=4)
-    assert [[picture.getpixel((0, 0)) for picture in row] for row in rows] == [
+    assert [[image.getpixel((0, 0)) for image in row] for row in rows] == [
         [(1, 3, 50), (1, 4, 50), (1, 9, 50)],
         [(2, 3, 60), (2, 4, 60), (2, 9, 60)],
     ]
@@ -37,7 +37,7 @@ def test_every_prompt_is_drawn_for_every_user_from_the_row_s_seed(users: Any):
 
 
 def test_prompts_in_rows_users_in_columns_under_their_labels():
-    """Every image stands where its row and column say, and nothing is written over an image."""
+    """Every image is at the place of its row and column, and no text covers an image."""
     tile = 60
     colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
     rows = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours]
@@ -53,7 +53,7 @@ def test_prompts_in_rows_users_in_columns_under_their_labels():
     assert sheet.crop((LEFT - GAP, 0, LEFT, sheet.height)).getcolors() == [(GAP * sheet.height, (255, 255, 255))]
 
 
-def test_a_missing_picture_is_an_error():
-    picture = Image.new("RGB", (8, 8))
+def test_a_missing_image_is_an_error():
+    image = Image.new("RGB", (8, 8))
     with pytest.raises(UserError, match="2 prompts and 1 users"):
-        user_grid([[picture], []], ["a", "b"], ["u"])
+        user_grid([[image], []], ["a", "b"], ["u"])

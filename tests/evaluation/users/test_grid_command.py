@@ -47,24 +47,24 @@ class Judge:
 
 def test_frames_where_a_user_s_bounds_are_broken():
     """Blurred: harm, or no verdict. Framed: what this user bans, or no verdict."""
-    pictures = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in (0, 1, 2, 1)]
-    for picture in pictures:
-        picture.putpixel((8, 8), (200, 200, 200))
-    shown, red = frames(Judge(), [pictures], [("hate",), ("hate",), (), ("violence",)])
+    images = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in (0, 1, 2, 1)]
+    for image in images:
+        image.putpixel((8, 8), (200, 200, 200))
+    shown, red = frames(Judge(), [images], [("hate",), ("hate",), (), ("violence",)])
     assert red == [[False, True, True, False]]
-    assert [one.tobytes() == old.tobytes() for one, old in zip(shown[0], pictures, strict=True)] == [
+    assert [one.tobytes() == old.tobytes() for one, old in zip(shown[0], images, strict=True)] == [
         True, False, False, False,
     ]  # fmt: skip
     harmless = Judge()
     harmless.harmless = True
-    assert frames(harmless, [pictures], [()] * 4)[0] == [pictures]
+    assert frames(harmless, [images], [()] * 4)[0] == [images]
 
 
 def test_a_red_frame_stands_in_the_gap():
     from lit_safety.evaluation.users.grid import user_grid
 
-    picture = Image.new("RGB", (8, 8))
-    sheet = user_grid([[picture, picture]], ["p"], ["u", "v"], tile=20, red=[[False, True]])
+    image = Image.new("RGB", (8, 8))
+    sheet = user_grid([[image, image]], ["p"], ["u", "v"], tile=20, red=[[False, True]])
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
     assert counts[RED] == (20 + 2 * FRAME) ** 2 - 20 * 20
     assert counts[(0, 0, 0)] == 2 * 20 * 20

@@ -4,11 +4,11 @@ from lit_safety.core.intervals import bonett_price, paired_difference, wilson
 from lit_safety.evaluation.users.metrics import paired_share, share
 
 
-def test_a_user_s_pictures_count_as_a_group():
-    """Four users of 5 images: 5, 5, 0, 0 hits; p = 10 / 20 = .5.
+def test_a_user_s_images_count_as_a_group():
+    """Four users of 5 images: 5, 5, 0, 0 hits; p = 10 / 20 = 0.5.
 
-    v = 4 / 3 * (2 * (5 - 2.5)^2 + 2 * (0 - 2.5)^2) / 20^2 = 4 / 3 * 25 / 400 = .08333
-    s = .5 * .5 / 19 = .01316, deff = 19 / 3, so 20 images are worth 60 / 19: Wilson of 30 / 19 of 60 / 19.
+    v = 4 / 3 * (2 * (5 - 2.5)^2 + 2 * (0 - 2.5)^2) / 20^2 = 4 / 3 * 25 / 400 = 0.08333
+    s = 0.5 * 0.5 / 19 = 0.01316, deff = 19 / 3, so 20 images are worth 60 / 19: Wilson of 30 / 19 of 60 / 19.
     """
     found = share([True] * 10 + [False] * 10, [user for user in "abcd" for _ in range(5)])
     assert (found.value, found.hits, found.n, found.users) == (0.5, 10, 20, 4)
@@ -17,7 +17,7 @@ def test_a_user_s_pictures_count_as_a_group():
     assert found.interval[1] - found.interval[0] > wilson(10, 20)[1] - wilson(10, 20)[0]
 
 
-def test_users_who_agree_are_counted_picture_by_picture():
+def test_users_who_agree_are_counted_image_by_image():
     """Every user 3 hits of 5: no variance between users, deff is 1 and not below."""
     answers = [True, True, True, False, False] * 4
     found = share(answers, [user for user in "abcd" for _ in range(5)])
@@ -37,9 +37,9 @@ def test_errors_widen_the_interval_both_ways():
 
 
 def test_paired_differences_by_user():
-    """Users a and b: all 4 images of a turn true, none of b's. Mean change .5.
+    """Users a and b: all 4 images of a turn true, none of b's. Mean change 0.5.
 
-    v = 2 / 1 * ((4 - 2)^2 + (0 - 2)^2) / 8^2 = .25; s = (4 / 8 - .25) / 7 = .0357; deff = 7.
+    v = 2 / 1 * ((4 - 2)^2 + (0 - 2)^2) / 8^2 = 0.25; s = (4 / 8 - 0.25) / 7 = 0.0357; deff = 7.
     So they are worth 8 / 7 pairs, of which 4 / 7 gained.
     """
     found = paired_share([False] * 8, [True] * 4 + [False] * 4, ["a"] * 4 + ["b"] * 4)

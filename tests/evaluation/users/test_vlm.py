@@ -43,7 +43,7 @@ def words(body: dict) -> str:
     return "\n".join(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
 
 
-def test_it_is_told_profile_lists_and_prompt(server: Server):
+def test_it_gets_profile_lists_and_prompt(server: Server):
     server.reply = lambda _: says('{"within_bounds": true}')
     assert make(server).passes([ROW], [RED]) == [True]
     ((headers, body),) = server.asked
@@ -57,7 +57,7 @@ def test_it_is_told_profile_lists_and_prompt(server: Server):
     assert "0000033" not in text
 
 
-def test_two_pictures_in_order_and_nobody_named(server: Server):
+def test_two_images_in_order_and_nobody_named(server: Server):
     server.reply = lambda _: says('```json\n{"better": "B"}\n```')
     assert make(server).prefers([ROW], [RED], [BLUE]) == ["second"]
     body = server.asked[0][1]
@@ -90,7 +90,7 @@ def test_a_dead_service_is_not_asked_a_thousand_times(server: Server):
 
 
 def test_templates_are_filled_once():
-    """What stands in a prompt is not taken for a place of the template."""
+    """Text in a prompt is not taken for a field of the template."""
     text = fill("{profile}|{banned}|{prompt}|{unknown}", profile(banned=()), "a {banned} cat")
     assert text == f'{describe_profile(profile())}|none|"a {{banned}} cat"|{{unknown}}'
 
@@ -193,7 +193,7 @@ def test_a_line_cut_short_costs_no_answer_behind_it(tmp_path: Path):
     assert AnswerBook(path).answers == {"x": True, "z": "tie", "y": False}
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_and_not_asked_about(server: Server, tmp_path: Path):
+def test_a_image_that_cannot_be_read_is_an_error_and_not_asked_about(server: Server, tmp_path: Path):
     failed = [Drawn(tmp_path / "absent.png"), Drawn(tmp_path / "x.png", "not finite")]
     found = ask_passes(make(server), AnswerBook(tmp_path / "a.jsonl"), ROWS[:2], failed, lambda _: None)
     assert all(isinstance(answer, JudgeError) for answer in found)

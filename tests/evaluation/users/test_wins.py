@@ -32,7 +32,7 @@ def test_the_better_of_two(part: str, banned: str, first: Verdict, second: Verdi
     assert choose(asked, second, first) == turned
 
 
-def test_a_picture_without_a_verdict_decides_nothing():
+def test_a_image_without_a_verdict_decides_nothing():
     assert isinstance(choose(row("banned"), JudgeError("odd"), EMPTY), JudgeError)
     assert isinstance(choose(row("allowed"), EMPTY, JudgeError("odd")), JudgeError)
 

@@ -105,8 +105,8 @@ def test_a_folder_without_a_judge_is_named(tmp_path: Path) -> None:
 
 def test_labels_follow_what_is_seen() -> None:
     assert [seen(share) for share in (0.0, 0.3, 0.5, 0.7, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
-    pictures, labels, _ = judged_scenes("checks", 0, 200, hybrids=1.0)
-    assert pictures.shape == (200, 32, 32, 3)
+    images, labels, _ = judged_scenes("checks", 0, 200, hybrids=1.0)
+    assert images.shape == (200, 32, 32, 3)
     assert labels.shape == (200, len(LABELS))
     between = ((labels > 0) & (labels < 1)).any(1)
     assert 0.2 < between.mean() < 0.8

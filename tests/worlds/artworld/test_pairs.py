@@ -77,7 +77,7 @@ def test_only_test_prompts_say_the_held_out_style_and_they_are_marked() -> None:
         assert bool(rows) is (part == "test")
 
 
-def test_harmful_prompts_ask_only_for_named_things_beside_the_harm() -> None:
+def test_harmful_prompts_ask_only_for_named_things_next_to_the_harm() -> None:
     for row in prompt_rows("test"):
         if row["kind"] in ("explicit", "implicit"):
             assert row["unnamed"] == ""

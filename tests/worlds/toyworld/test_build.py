@@ -7,9 +7,8 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from lit_safety.core.errors import UserError
-from lit_safety.worlds.toyworld.build import build, sheet
+from lit_safety.worlds.toyworld.build import Minutes, build, sheet
 from lit_safety.worlds.toyworld.drawing import draw
-from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_a_tiny_world_builds_and_a_second_call_finds_it_done(

@@ -31,9 +31,9 @@ def test_an_mlp_separates_what_no_line_can() -> None:
 
 def test_fresh_scenes_are_what_their_meanings_say() -> None:
     scenes = fresh_scenes("checks", 5, 30)
-    assert scenes.pictures.shape == (30, 32, 32, 3)
+    assert scenes.images.shape == (30, 32, 32, 3)
     assert scenes.meanings == fresh_meanings("checks", 5, 30)
     harmful = [any(name in CONCEPTS for name, _ in meaning.contents) for meaning in scenes.meanings]
     assert [concept is not None for concept in scenes.concepts] == harmful
-    assert np.array_equal(scenes.pictures, fresh_scenes("checks", 5, 30).pictures)
-    assert not np.array_equal(scenes.pictures[0], fresh_scenes("cost_model", 5, 1).pictures[0])
+    assert np.array_equal(scenes.images, fresh_scenes("checks", 5, 30).images)
+    assert not np.array_equal(scenes.images[0], fresh_scenes("cost_model", 5, 1).images[0])

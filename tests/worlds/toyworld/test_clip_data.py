@@ -66,15 +66,15 @@ def test_a_family_holds_scenes_of_different_captions_that_share_most() -> None:
         assert len(set(meanings)) == FAMILY == len({say(*meaning) for meaning in meanings})
         first = {*meanings[0].contents, meanings[0].setting}
         assert all(first & {*other.contents, other.setting} for other in meanings[1:])
-        assert len({picture.tobytes() for picture, _, _ in family}) == FAMILY
+        assert len({image.tobytes() for image, _, _ in family}) == FAMILY
 
 
-def test_families_are_kept_as_pictures_tokens_and_meanings(tmp_path: Path) -> None:
+def test_families_are_kept_as_images_tokens_and_meanings(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     make_families(tmp_path, tokenizer, 3, workers=1)
-    pictures, data = np.load(tmp_path / "clip_pictures.npy"), np.load(tmp_path / "clip_captions.npz")
-    picture, captions, _ = draw_family("clip", 2)[1]
-    assert np.array_equal(pictures[2, 1], picture)
+    images, data = np.load(tmp_path / "clip_pictures.npy"), np.load(tmp_path / "clip_captions.npz")
+    image, captions, _ = draw_family("clip", 2)[1]
+    assert np.array_equal(images[2, 1], image)
     said = tokenizer.batch_decode(data["ids"][2, 1], skip_special_tokens=True)
     assert [text.strip() for text in said] == captions
     assert data["meanings"].shape == (3, FAMILY, 5)

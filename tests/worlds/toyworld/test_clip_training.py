@@ -6,9 +6,8 @@ import torch
 from transformers import CLIPModel
 
 from lit_safety.worlds.contrastive import contrastive_loss
-from lit_safety.worlds.toyworld.build import build
+from lit_safety.worlds.toyworld.build import Minutes, build
 from lit_safety.worlds.toyworld.clip import train_toy_clip
-from lit_safety.worlds.toyworld.stages import Minutes
 
 
 def test_contrastive_loss_is_the_symmetric_cross_entropy() -> None:
@@ -20,13 +19,13 @@ def test_contrastive_loss_is_the_symmetric_cross_entropy() -> None:
     """
     images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     meanings = torch.tensor([[1, 0, 0, 0, 2], [1, 0, 0, 0, 3]])
-    of_pictures = (log(1 + exp(1.2 - 2)) + log(1 + exp(-1.6))) / 2
+    of_images = (log(1 + exp(1.2 - 2)) + log(1 + exp(-1.6))) / 2
     of_captions = (log(1 + exp(-2)) + log(1 + exp(1.2 - 1.6))) / 2
     loss = contrastive_loss(images, texts, meanings, torch.tensor(log(2.0)))
-    assert loss.item() == pytest.approx((of_pictures + of_captions) / 2, abs=1e-6)
+    assert loss.item() == pytest.approx((of_images + of_captions) / 2, abs=1e-6)
 
 
-def test_captions_of_one_meaning_are_right_for_each_others_pictures() -> None:
+def test_captions_of_one_meaning_are_right_for_each_others_images() -> None:
     """Equal meanings: the target is 1/2 for each, so equal features give log 2 and no gradient."""
     features = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     meanings = torch.tensor([[3, 1, 0, 0, 2], [3, 1, 0, 0, 2]])
@@ -44,7 +43,7 @@ def test_training_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     _, done = train_toy_clip(tmp_path, 0.01, families=8, batch_size=2, world=1)
     assert done == first  # the minutes were used already
     _, more = train_toy_clip(tmp_path, 0.02, families=8, batch_size=2, world=1)
-    assert more["pictures"] > first["pictures"] > 0
+    assert more["images"] > first["images"] > 0
     assert more["minutes"] == pytest.approx(0.02, abs=0.01)
     assert (tmp_path / "clip_pictures.npy").stat().st_mtime_ns == drawn
 

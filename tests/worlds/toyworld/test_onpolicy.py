@@ -129,12 +129,12 @@ def test_a_tiny_set_is_drawn_goes_on_after_a_kill_and_is_the_same(tmp_path: Path
     first = load_manifest(out)
     assert first.provenance["judge A confirms"] == "not measured"
     assert "asked for" in first.provenance["labels"]
-    pictures = sorted(work.rglob("*.png"))
-    assert len(pictures) == 12
-    pictures[0].unlink()
-    kept = pictures[-1].stat().st_mtime_ns
+    images = sorted(work.rglob("*.png"))
+    assert len(images) == 12
+    images[0].unlink()
+    kept = images[-1].stat().st_mtime_ns
     write_onpolicy(TOYWORLD / "pipeline", tmp_path / "none", out, work, count=6)
-    assert pictures[-1].stat().st_mtime_ns == kept
+    assert images[-1].stat().st_mtime_ns == kept
     assert load_manifest(out).shardlist == first.shardlist
 
 

@@ -79,7 +79,7 @@ def test_test_prompts_share_no_template_and_no_combination_with_alignment() -> N
     assert Counter(row["kind"] for row in rows) == COUNTS["test"]
 
 
-def test_test_prompts_ask_for_each_unnamed_thing_alone_and_beside_others_and_for_the_held_out_scene() -> None:
+def test_test_prompts_ask_for_each_unnamed_thing_alone_and_next_to_others_and_for_the_held_out_scene() -> None:
     rows = list(prompt_rows("test"))
     assert not any(name in str(row["benign"]).split(";") for row in rows for name in U_VAL)
     for kind, names in (("clean", ("tree", "fish")), ("lookalike", ("rose", "juice"))):

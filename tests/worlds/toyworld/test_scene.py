@@ -51,7 +51,7 @@ def test_severity_grows_with_size_visibility_and_count(change: str, values: tupl
 
 
 @pytest.mark.parametrize(("small", "large"), [({"radius": 20}, {"radius": 30}), ({"visible": 0.5}, {"visible": 0.9})])
-def test_a_severer_harm_changes_more_of_the_picture(small: dict[str, float], large: dict[str, float]) -> None:
+def test_a_severer_harm_changes_more_of_the_image(small: dict[str, float], large: dict[str, float]) -> None:
     empty = to_array(render(Scene("street", ()))).astype(int)
     changed = [
         int((abs(to_array(render(Scene("street", (), replace(GUN, **how)))) - empty).sum(2) > 0).sum())
@@ -61,9 +61,9 @@ def test_a_severer_harm_changes_more_of_the_picture(small: dict[str, float], lar
 
 
 def test_no_two_emblems_look_alike_to_the_pixel() -> None:
-    pictures = [to_array(render(Scene("park", (Thing(name, 0, SLOTS[0], 70, "red"),)))).astype(int) for name in LABELS]
-    for i, one in enumerate(pictures):
-        for name, other in zip(LABELS[:i], pictures[:i], strict=True):
+    images = [to_array(render(Scene("park", (Thing(name, 0, SLOTS[0], 70, "red"),)))).astype(int) for name in LABELS]
+    for i, one in enumerate(images):
+        for name, other in zip(LABELS[:i], images[:i], strict=True):
             different = (abs(one - other).max(2) > 60).sum()
             assert different >= 40, f"{LABELS[i]} and {name} differ in only {different} pixels"
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lit_safety.worlds.autoencoder import to_tensor
-from lit_safety.worlds.contrastive import encode_pictures, image_features
+from lit_safety.worlds.contrastive import encode_images, image_features
 from lit_safety.worlds.judging import degrade
 from lit_safety.worlds.toyworld.captions import say
 from lit_safety.worlds.toyworld.clip import encode_texts, load_clip
@@ -53,10 +53,10 @@ def test_its_tokenizer_is_the_pipelines(clip: tuple[CLIPModel, CLIPTokenizer], t
 
 
 def test_stock_classes_give_the_same_features(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
-    pictures = fresh_scenes("checks", CHECKS, 3).pictures
-    images = [Image.fromarray(picture) for picture in pictures]
+    images = fresh_scenes("checks", CHECKS, 3).images
+    images = [Image.fromarray(image) for image in images]
     inputs = CLIPImageProcessorPil.from_pretrained(TOYWORLD / "clip")(images, return_tensors="pt").pixel_values
-    assert torch.allclose(inputs, to_tensor(pictures), atol=1e-6)
+    assert torch.allclose(inputs, to_tensor(images), atol=1e-6)
     tower = CLIPVisionModelWithProjection.from_pretrained(TOYWORLD / "clip").eval()
     with torch.no_grad():
         pooled, projected = image_features(clip[0], inputs)
@@ -68,25 +68,25 @@ def test_stock_classes_give_the_same_features(clip: tuple[CLIPModel, CLIPTokeniz
     both = processor(text=texts, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = clip[0](**both).logits_per_image
-    mine = encode_pictures(clip[0], pictures) @ encode_texts(*clip, texts).T
+    mine = encode_images(clip[0], images) @ encode_texts(*clip, texts).T
     assert torch.allclose(logits / clip[0].logit_scale.exp(), mine, atol=1e-4)
 
 
-def test_pictures_find_their_captions_and_one_wrong_word_costs(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
+def test_images_find_their_captions_and_one_wrong_word_costs(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     scenes = fresh_scenes("checks", CHECKS, 300)
     found = retrieval(*clip, scenes)
     assert found["to_text"] >= 0.93
-    assert found["to_picture"] >= 0.93
+    assert found["to_image"] >= 0.93
     ranked = ranking(*clip, scenes)
     for change, least in {"object": 0.98, "colour": 0.97, "lookalike": 0.97, "missing": 0.95, "setting": 0.97}.items():
         assert ranked[change]["right"] >= least, change
         assert ranked[change]["margin"] > 0.1, change
 
 
-def test_its_features_tell_harm_even_in_worn_pictures(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
+def test_its_features_tell_harm_even_in_degraded_images(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     learn, fresh = fresh_scenes("cost_model", 0, 2000), fresh_scenes("checks", CHECKS, 300)
     torch.manual_seed(0)
-    worn = ((degrade(to_tensor(fresh.pictures)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    worn = ((degrade(to_tensor(fresh.images)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     for told in probe(clip[0], learn, fresh, Scenes(worn, fresh.meanings)):
         assert told["concept_auroc_mean"] >= 0.98
         assert told["concept_auroc_lowest"][1] >= 0.9
@@ -95,13 +95,13 @@ def test_its_features_tell_harm_even_in_worn_pictures(clip: tuple[CLIPModel, CLI
 
 
 @pytest.mark.slow
-def test_pictures_that_the_pipeline_drew_are_told_as_well(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
+def test_images_that_the_pipeline_drew_are_recognised_as_well(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     pipeline = quiet(StableDiffusionPipeline.from_pretrained(TOYWORLD / "pipeline"))
     meanings = fresh_meanings("checks", CHECKS + 5000, 120)
     drawn = draw(pipeline, [say(*meaning) for meaning in meanings], list(range(120)))
-    scenes = Scenes(np.stack([np.asarray(picture) for picture in drawn]), meanings)
+    scenes = Scenes(np.stack([np.asarray(image) for image in drawn]), meanings)
     (told,) = probe(clip[0], fresh_scenes("cost_model", 0, 4000), scenes)
-    assert told["concept_auroc_mean"] >= 0.95  # of 800 images .997; here a concept has two or three
+    assert told["concept_auroc_mean"] >= 0.95  # of 800 images 0.997; here a concept has two or three
     assert told["any_harm_mlp"]["auroc"] >= 0.94
     ranked = ranking(*clip, scenes)
     assert ranked["object"]["right"] >= 0.96
