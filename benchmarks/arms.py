@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from networks import TOY, backbone_of, parts_of
+from recipes import BETA, RANK, RATE, Clock, SafetyDPO, autocast, half_of, update
 from torch import Tensor
 
 from lit_safety.adapters.lora import LoRA
@@ -19,66 +17,9 @@ from lit_safety.modules import PreferenceModule
 from lit_safety.modules.speed import Speed
 from lit_safety.objectives import DiffusionDPO
 
-#: As published: rank 4 on the attention projections, AdamW, gradient clipped at 1.
-RANK = 4
-BETA = 5000.0
-#: Nothing is learned: on the same pairs over and over the loss would saturate, and gradients too small for normal
-#: numbers make a CPU many times slower.
-RATE = 1e-12
 
-
-class Clock:
-    """Seconds by part of a step, measured only while it is on: waiting for a device costs time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.on = False
-        self.seconds: dict[str, float] = {}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        if not self.on:
-            yield
-            return
-        self.wait()
-        began = time.perf_counter()
-        yield
-        self.wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as the part `name`."""
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            with self.part(name):
-                return function(*arguments, **named)
-
-        return call
-
-
-def half_of(device: torch.device) -> torch.dtype | None:
-    """Both sides in fp32 on a CPU, in bf16 on a GPU."""
-    return torch.bfloat16 if device.type == "cuda" else None
-
-
-def autocast(device: torch.device) -> Any:
-    half = half_of(device)
-    return nullcontext() if half is None else torch.autocast(device.type, half)
-
-
-def update(optimizer: torch.optim.Optimizer, parameters: list[Any]) -> None:
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-class Published:
-    """SafetyDPO's trainer (arXiv 2412.10493): images and words through their encoders at every step, the policy, then
-    a second whole UNet as the reference.
+class Published(SafetyDPO):
+    """SafetyDPO's step on random images of one prompt.
 
     Args:
         model, scale, device: which networks, and where.
@@ -90,65 +31,27 @@ class Published:
     def __init__(
         self, model: str, scale: str, device: torch.device, batch: int, resolution: int, checkpointing: bool
     ) -> None:
-        self.device, self.clock = device, Clock(device)
         frozen = half_of(device) or torch.float32
         parts = parts_of(model, scale, device)
-        self.vae, self.policy = (parts.get(name).to(device, frozen) for name in ("vae", "unet"))
-        self.texts = [
+        vae, policy = (parts.get(name).to(device, frozen) for name in ("vae", "unet"))
+        texts = [
             parts.get(name).to(device, frozen)
             for name in ("text_encoder", "text_encoder_2")
             if name in parts.index.components
         ]
-        self.reference = parts_of(model, scale, device).get("unet").to(device, frozen)
-        self.parameters = LoRA(rank=RANK, forward="peft").attach(self.policy, "policy")
+        reference = parts_of(model, scale, device).get("unet").to(device, frozen)
+        parameters = LoRA(rank=RANK, forward="peft").attach(policy, "policy")
         if checkpointing:
-            self.policy.enable_gradient_checkpointing()
-            self.policy.train()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=1e-2)
-        self.scheduler = parts.get("scheduler")
+            policy.enable_gradient_checkpointing()
+            policy.train()
+        super().__init__(vae, texts, policy, parts.get("scheduler"), parameters, reference)
         self.images = torch.rand(2 * batch, 3, resolution, resolution, device=device) * 2 - 1
-        longest = self.texts[0].config.max_position_embeddings
+        longest = texts[0].config.max_position_embeddings
         self.tokens = torch.zeros(batch, longest, dtype=torch.long, device=device)
-        self.extra: dict[str, Any] = {}
-        self.size = [float(resolution)] * 2
-
-    def condition(self) -> dict[str, Any]:
-        """Words through the text encoders, for chosen and rejected."""
-        outputs = [text(self.tokens, output_hidden_states=True) for text in self.texts]
-        if len(outputs) == 1:
-            return {"encoder_hidden_states": outputs[0][0].repeat(2, 1, 1)}
-        hidden = torch.cat([one.hidden_states[-2] for one in outputs], dim=-1).repeat(2, 1, 1)
-        ids = torch.tensor([[*self.size, 0.0, 0.0, *self.size]], device=self.device).repeat(len(hidden), 1)
-        added = {"text_embeds": outputs[1][0].repeat(2, 1), "time_ids": ids.to(hidden.dtype)}
-        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
     def step(self) -> None:
-        pairs = len(self.images) // 2
-        with autocast(self.device):
-            with torch.no_grad():
-                with self.clock.part("VAE"):
-                    posterior = self.vae.encode(self.images.to(self.vae.dtype)).latent_dist
-                    latents = posterior.sample() * self.vae.config.scaling_factor
-                with self.clock.part("text"):
-                    condition = self.condition()
-                noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
-                timesteps = torch.randint(0, 1000, (pairs,), device=self.device).repeat(2)
-                noisy = self.scheduler.add_noise(latents, noise, timesteps)
-            with self.clock.part("policy"):
-                policy = self.error(self.policy(noisy, timesteps, **condition).sample, noise)
-            with torch.no_grad(), self.clock.part("reference"):
-                reference = self.error(self.reference(noisy, timesteps, **condition).sample, noise)
-            difference = (policy - reference).chunk(2)
-            loss = -torch.nn.functional.logsigmoid(-0.5 * BETA * (difference[0] - difference[1])).mean()
-        if self.device.type != "meta":
-            loss.item()  # as it does
-        with self.clock.part("backward"):
-            loss.backward()
-        with self.clock.part("optimizer"):
-            update(self.optimizer, self.parameters)
-
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+        """A step on the same images."""
+        self.train(self.images, self.tokens)
 
 
 class Ours:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from arms import RANK, Ours, Published, half_of
+from arms import Ours, Published
 from networks import parts_of
+from recipes import RANK, half_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +40,7 @@ def parts_table(model: str, scale: str, resolution: int) -> dict[str, float]:
     """TFLOP an image of each part."""
     arm = Published(model, scale, META, 1, resolution, checkpointing=False)
     images = arm.images[:1]
-    condition = {name: _first(value) for name, value in arm.condition().items()}
+    condition = {name: _first(value) for name, value in arm.condition(arm.tokens, resolution).items()}
     unet, parts = arm.policy, parts_of(model, scale, META)
     latent = torch.empty(1, 4, *(side // 8 for side in images.shape[-2:]), device=META)
     step = torch.zeros(1, dtype=torch.long, device=META)
@@ -54,7 +55,7 @@ def parts_table(model: str, scale: str, resolution: int) -> dict[str, float]:
     found["UNet forward + backward"] = counted(lambda: forward().sum().backward())
     with torch.no_grad():
         found["VAE encode"] = counted(lambda: arm.vae.encode(images))
-        found["text"] = counted(arm.condition)
+        found["text"] = counted(lambda: arm.condition(arm.tokens, resolution))
     return found
 
 
