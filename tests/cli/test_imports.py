@@ -28,13 +28,14 @@ trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--run.root", sys.
 """
 PRINT = """
 import sys
-from lit_safety.cli import trainer
+from lit_safety.__main__ import main
 
 try:
-    trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--print_config"])
+    main(["fit", "--config", "configs/scdpo.yaml", "--print_config"])
 except SystemExit:
     pass
-print("FOUND " + " ".join(sorted({"diffusers", "peft", "accelerate"} & set(sys.modules))))
+heavy = {"diffusers", "peft", "accelerate", "transformers", "matplotlib"}
+print("FOUND " + " ".join(sorted(heavy & set(sys.modules))))
 """
 HELP = """
 import sys
