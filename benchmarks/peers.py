@@ -140,7 +140,7 @@ def command(side: str, options: argparse.Namespace, work: Path) -> list[str]:
             str(HERE / "peers.py"),
             *(str(word) for n, v in given.items() for word in (f"--{n}", v)),
         ]
-    from recipes import BETA, RANK, RATE, TARGETS
+    from recipes import BETA, RANK, RATE, TARGETS  # torch comes with it
 
     config = {
         "seed_everything": 0,

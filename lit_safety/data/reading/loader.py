@@ -288,7 +288,8 @@ class PairLoader:
         position = self.position or DataPosition()
         position.begin()
         workers = self._workers()
-        workers.dataset.begin(position.epoch, position.first)
+        passes: Any = workers.dataset
+        passes.begin(position.epoch, position.first)
         # Workers are started here and not in the thread. Without workers the thread would read in the training process.
         batches = iter(workers)
         reader = ReadAhead(batches) if workers.num_workers else None
