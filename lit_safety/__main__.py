@@ -132,10 +132,6 @@ def _run(arguments: list[str]) -> int:
             return 0
         check_config(arguments[1:])
         arguments = ["--help" if word == ALL_HELP else word for word in arguments]
-        if any(word.partition("=")[0] == "--print_config" for word in arguments):
-            from lit_safety.core.fewer_imports import leave_out_extras
-
-            leave_out_extras()
         from lit_safety.cli.trainer import run_trainer
 
         run_trainer(arguments)

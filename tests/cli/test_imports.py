@@ -28,14 +28,13 @@ trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--run.root", sys.
 """
 PRINT = """
 import sys
-from lit_safety.__main__ import main
+from lit_safety.cli import trainer
 
 try:
-    main(["fit", "--config", "configs/scdpo.yaml", "--print_config"])
+    trainer.run_trainer(["fit", "--config", "configs/scdpo.yaml", "--print_config"])
 except SystemExit:
     pass
-heavy = {"diffusers", "peft", "accelerate", "transformers", "matplotlib"}
-print("FOUND " + " ".join(sorted(heavy & set(sys.modules))))
+print("FOUND " + " ".join(sorted({"diffusers", "peft", "accelerate"} & set(sys.modules))))
 """
 HELP = """
 import sys

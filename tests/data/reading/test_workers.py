@@ -78,10 +78,7 @@ def test_two_passes_at_once_have_workers_of_their_own(shards: Path):
 
 def test_workers_end_with_a_bad_sample(tmp_path: Path):
     before = processes()
-    write_tar(
-        tmp_path / "shard-000000.tar",
-        [("a", sample(0)), ("b", sample(1, json=b"{")), ("c", sample(2)), ("d", sample(3))],
-    )
+    write_tar(tmp_path / "shard-000000.tar", [("a", sample(0)), ("b", sample(1, json=b"{"))])
     broken = loader(tmp_path, 1)
     with pytest.raises(UserError, match="'b'"):
         list(broken)
