@@ -74,8 +74,13 @@ def test_two_judges_fid_and_clip_share_one_look(
     metrics["settings"]["judge"]["precision"] = "float32"
     checked = []
     whole = gallery.Image.open
+
+    def opens(path: object, *rest: object, **named: object) -> Image.Image:
+        checked.append(str(path))
+        return whole(path, *rest, **named)
+
     with monkeypatch.context() as patch:
-        patch.setattr(gallery.Image, "open", lambda path, *rest: checked.append(str(path)) or whole(path, *rest))
+        patch.setattr(gallery.Image, "open", opens)
         assert evaluate(**given, out=str(tmp_path / "out")) == metrics
     # Once to see that it is whole; the size of each arm's first image, too, is read from its file.
     assert {path for path, _ in read.items()} <= set(checked)
