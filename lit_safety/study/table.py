@@ -192,8 +192,10 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
     than rows.
     """
     columns = [name for name, place in study.figures.items() if not place.rpartition("#")[2].startswith("each:")]
-    base = {c: v for rows in results.values() for r in rows for c, v in r.base.items() if v is not None}
-    cells = {"base": [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]} if base else {}
+    cells = {
+        name: [_cell([base[c]] if c in base else [], c in study.percent) for c in columns]
+        for name, base in _bases(results).items()
+    }
     for row, found in results.items():
         seeds = f" ({len(found)} seed{'s' if len(found) > 1 else ''})"
         cells[row + seeds] = [
@@ -206,6 +208,18 @@ def markdown(study: Study, results: dict[str, list[Result]]) -> str:
         lines = [["", *heads], *([row, *own] for row, own in cells.items())]
     rule = "|---" * len(lines[0]) + "|"
     return "\n".join([_line(lines[0]), rule, *map(_line, lines[1:])]) + "\n"
+
+
+def _bases(results: dict[str, list[Result]]) -> dict[str, dict[str, float]]:
+    """The figures of the base by its name in the table; rows on different models have one each."""
+    bases = {
+        row: {column: value for result in found for column, value in result.base.items() if value is not None}
+        for row, found in results.items()
+    }
+    there = {row: base for row, base in bases.items() if base}
+    if all(base == one for base in there.values() for one in there.values()):
+        return {"base": next(iter(there.values()))} if there else {}
+    return {f"base of {row}": base for row, base in there.items()}
 
 
 def _line(words: list[str]) -> str:

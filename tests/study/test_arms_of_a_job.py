@@ -118,3 +118,13 @@ def test_a_column_of_what_was_not_measured_says_so(tmp_path: Path) -> None:
     job.metrics.write_text(json.dumps({"base": arm, "arms": {"base": arm, "hate": arm}}))
     append_result(Path(plan.out), collect(plan, job, 1.0))
     assert markdown(plan, newest(plan)).splitlines()[-1] == "| alone: hate (1 seed) | 50.0 | not measured |"
+
+
+def test_rows_on_different_models_have_a_base_each(tmp_path: Path) -> None:
+    plan = Study(out=str(tmp_path), figures={"ip": "aligned.ip"}, percent=["ip"], rows={})
+    one, other = (Result(row, 0, "", 1.0, {"ip": 0.1}, {"ip": base}, []) for row, base in (("a", 0.9), ("b", 1.0)))
+    assert markdown(plan, {"a": [one], "b": [other]}).splitlines()[2:4] == [
+        "| base of a | 90.0 |",
+        "| base of b | 100.0 |",
+    ]
+    assert markdown(plan, {"a": [one], "c": [one]}).splitlines()[2:4] == ["| base | 90.0 |", "| a (1 seed) | 10.0 |"]
