@@ -124,7 +124,11 @@ def check_border(folder: str | Path, key: str) -> None:
     Raises:
         UserError: it was not calibrated, or it is no cost model.
     """
-    if (reason := why_not_calibrated(read_config(folder))) is not None:
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if (reason := why_not_calibrated(config)) is not None:
         raise UserError(
             f"{key} {folder}: this cost model is not calibrated ({reason}), so a cost of 0 is no border between "
             "harmful and safe images: fit it with validation pairs of both labels"

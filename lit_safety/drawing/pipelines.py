@@ -18,7 +18,6 @@ from lit_safety.core.progress import quiet_libraries
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-    from torch import Tensor
 
     from lit_safety.drawing.arms import Arm
 
@@ -95,7 +94,7 @@ def _plain(folder: Path, arm: Arm, device: str, precision: Precision) -> Any:
     return pipe
 
 
-def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Tensor, Tensor]]:
+def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Any, Any]]:
     """Put an arm's adapters into its pipeline; returns the weights that fusing changed, each with a copy of before."""
     import torch
 
@@ -112,7 +111,7 @@ def _adapt(pipe: Any, arm: Arm, precision: Precision) -> list[tuple[Tensor, Tens
         from lit_safety.adapters.user_pipeline import load_psa
 
         load_psa(pipe, for_users[0], scale=for_users[1], users=arm.users)
-    before: list[tuple[Tensor, Tensor]] = []
+    before: list[tuple[Any, Any]] = []
     if precision in ("float32", "tf32") and (loras or for_users is not None):
         from lit_safety.adapters.load_lora import adapted_weights, fuse_loras
 
@@ -147,7 +146,7 @@ class Pipelines:
         """What decides the pipeline without adapters."""
         self._worn: Any = None
         """The adapters that are in it."""
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._before: list[tuple[Any, Any]] = []
         self.loaded = 0
         """How often a pipeline was read from its files."""
 

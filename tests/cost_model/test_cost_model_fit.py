@@ -68,7 +68,7 @@ def test_a_fit_ends_in_a_calibrated_model_that_test_and_predict_agree_with(
     assert [row["side"] for row in rows] == ["chosen", "rejected"] * 16
     assert {row["harmful"] for row in rows} == {"true", "false"}
     batch = next(iter(PreferenceDataModule(test=str(labelled / "val"), val_batch_size=16).test_dataloader()))
-    expected = load_cost_model(folder).costs(batch.rejected)
+    expected = load_cost_model(folder).costs(batch.to("cpu").rejected)
     found = [float(row["cost"]) for row in rows if row["side"] == "rejected"]
     assert found == pytest.approx(expected.tolist(), abs=1e-3)
 

@@ -47,12 +47,14 @@ def write_config(
     model["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": RATES[method], "momentum": 0.5}}
     data = config["data"]["init_args"]
     data |= {"train": str(shards), "val": str(shards), "test": None, "batch_size": 2, "num_workers": 0}
+    if name == "scdpo":
+        model["anchors"] = None  # they are drawn before the first step
     if method == "full":
         model["policy"] = "full"
     if method == "dpo_expert":
         data["consecutive"] = consecutive
     if method == "psa":
-        for key in ("policy", "cost_model", "label_costs", "objective", "backbone"):
+        for key in ("policy", "cost_model", "label_costs", "objective", "backbone", "anchors"):
             model.pop(key)
         config["model"]["class_path"] = "lit_safety.modules.PSA"
     model["lora"]["init_args"] |= {"rank": 4, "alpha": 4}

@@ -64,8 +64,9 @@ def test_a_batch_holds_what_the_encoders_would_give(cached: Path, pairs: Path, b
     for one, other in zip(from_cache, from_images, strict=True):
         assert (one.keys, one.seeds, one.prompts) == (other.keys, other.seeds, other.prompts)
         assert one.chosen is one.rejected is None
+        floats = other.to("cpu")
         with torch.no_grad():
-            for side, images in enumerate((other.chosen, other.rejected)):
+            for side, images in enumerate((floats.chosen, floats.rejected)):
                 assert torch.equal(one.latents[:, side], backbone.posterior(images))
             text = encode_alike(backbone, one.prompts)["encoder_hidden_states"]
             empty = encode_alike(backbone, [""])["encoder_hidden_states"]

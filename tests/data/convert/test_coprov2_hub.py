@@ -65,7 +65,7 @@ def stored(out: Path) -> dict[str, tuple[Any, ...]]:
             only.prompt_kinds[n],
             only.categories[n],
             only.harmful[n].tolist(),
-            bool(only.chosen[n, 1].mean() > 0),
+            bool(only.chosen[n, 1].float().mean() > 127.5),
         )
         for n, key in enumerate(only.keys)
     }

@@ -50,7 +50,7 @@ def batch(out: str) -> dict[str, dict[str, Any]]:
             "kind": only.prompt_kinds[row],
             "categories": only.categories[row],
             "harmful": only.harmful[row].tolist(),
-            "greener": bool(only.chosen[row, 1].mean() > only.rejected[row, 1].mean()),
+            "greener": bool(only.chosen[row, 1].float().mean() > only.rejected[row, 1].float().mean()),
         }
         for row, key in enumerate(only.keys)
     }

@@ -76,7 +76,12 @@ def test_users_choices_are_kept_and_labelled(published: Path, capsys: pytest.Cap
     assert batch.user_ids == ["0000001", "0000001", "0000002", "0000002"]
     assert batch.categories == [("propaganda",)] * 3 + [("self-harm",)]
     assert batch.harmful.tolist() == [[0, 1], [0, 1], [1, 0], [0, 1]]
-    assert (batch.chosen[:, 0].mean(dim=(1, 2)) > 0).tolist() == [False, False, True, False]  # red is unsafe
+    assert (batch.chosen[:, 0].float().mean(dim=(1, 2)) > 127.5).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]  # red is unsafe
     assert batch.orders == ["composite"] * 4
     found = load_file(out / "users.safetensors")
     assert {user: vector.tolist() for user, vector in found.items()} == {"0000001": [1.0] * 6, "0000002": [2.0] * 6}

@@ -78,7 +78,10 @@ def test_two_passes_at_once_have_workers_of_their_own(shards: Path):
 
 def test_workers_end_with_a_bad_sample(tmp_path: Path):
     before = processes()
-    write_tar(tmp_path / "shard-000000.tar", [("a", sample(0)), ("b", sample(1, json=b"{"))])
+    write_tar(
+        tmp_path / "shard-000000.tar",
+        [("a", sample(0)), ("b", sample(1, json=b"{")), ("c", sample(2)), ("d", sample(3))],
+    )
     broken = loader(tmp_path, 1)
     with pytest.raises(UserError, match="'b'"):
         list(broken)

@@ -54,8 +54,8 @@ def test_its_tokenizer_is_the_pipelines(clip: tuple[CLIPModel, CLIPTokenizer], t
 
 def test_stock_classes_give_the_same_features(clip: tuple[CLIPModel, CLIPTokenizer]) -> None:
     images = fresh_scenes("checks", CHECKS, 3).images
-    images = [Image.fromarray(image) for image in images]
-    inputs = CLIPImageProcessorPil.from_pretrained(TOYWORLD / "clip")(images, return_tensors="pt").pixel_values
+    opened = [Image.fromarray(image) for image in images]
+    inputs = CLIPImageProcessorPil.from_pretrained(TOYWORLD / "clip")(opened, return_tensors="pt").pixel_values
     assert torch.allclose(inputs, to_tensor(images), atol=1e-6)
     tower = CLIPVisionModelWithProjection.from_pretrained(TOYWORLD / "clip").eval()
     with torch.no_grad():
