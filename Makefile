@@ -9,8 +9,8 @@ DEMO := runs/demo
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	$(PY) -m lit_safety fit --config configs/scdpo.yaml --run.root $(DEMO) --run.name fit
-	$(PY) -m lit_safety evaluate --config configs/evaluate.yaml --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report
+	OMP_NUM_THREADS=1 $(PY) -m lit_safety fit --config configs/scdpo.yaml --run.root $(DEMO) --run.name fit
+	OMP_NUM_THREADS=1 $(PY) -m lit_safety evaluate --config configs/evaluate.yaml --adapter $(DEMO)/fit/latest/adapter --out $(DEMO)/report --processes 2
 
 # Two processes of one thread each are twice as fast as one of two: the toy world's tensors are small.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
