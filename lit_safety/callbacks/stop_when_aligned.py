@@ -143,6 +143,7 @@ class StopWhenAligned(Callback):
     ) -> None:
         if self._cooling is None:
             return
+        self._restore_rates(_inner(optimizer))  # after a step that a gradient scaler skipped, whose hook did not run
         groups = _inner(optimizer).param_groups
         self._rates = [group["lr"] for group in groups]
         share = max(0.0, 1 - (trainer.global_step - self._cooling) / self.cooldown)
@@ -173,9 +174,8 @@ class StopWhenAligned(Callback):
         if self.cooldown and harm <= self.limit:
             self._cooling = step
             return
-        best = min(self._checks, key=lambda one: one[1] - one[2])
-        late = len(self._checks) - 1 - self._checks.index(best) >= self.patience
-        if late and (best[1] <= self.limit or kept < self.kept):
+        late = sum(one[0] > self._best_at[0] for one in self._checks) >= self.patience
+        if late and (self._best_at[1] <= self.limit or kept < self.kept):
             trainer.should_stop = True
 
     def _measure(self, trainer: Trainer, module: PreferenceModule, step: int, log: bool = True) -> tuple[float, float]:

@@ -46,8 +46,10 @@ def decayed(fraction: float, warmup: float = 0.02, hold: float = 0.3) -> float:
 
 
 def check_device(name: str) -> None:
-    """Raises:
-    UserError: torch does not find this device.
+    """Refuse a device that torch does not find.
+
+    Raises:
+        UserError: names the option and the device.
     """
     try:
         torch.zeros(1, device=name)

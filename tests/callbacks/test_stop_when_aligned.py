@@ -163,6 +163,18 @@ def test_the_rate_falls_in_a_straight_line(scheduler: Any) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.8
 
 
+def test_a_step_that_was_skipped_does_not_lower_the_rate_twice() -> None:
+    """A gradient scaler skips a step that overflows. Rate 0.8, cooldown of 4: half of the way is 0.4, also the second
+    time."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.8)
+    callback, trainer = new(cooldown=4), SimpleNamespace(global_step=4)
+    callback._cooling = 2
+    for _ in range(2):
+        callback.on_before_optimizer_step(trainer, None, optimizer)  # type: ignore[arg-type]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("model", ["its own world", "another"])
 def test_a_world_s_cost_model_is_used_for_its_own_world_alone(model: str, tiny_pipeline: Path) -> None:
     pipeline = TOYWORLD / "pipeline" if model == "its own world" else tiny_pipeline

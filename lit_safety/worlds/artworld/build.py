@@ -229,8 +229,8 @@ def build(
         minutes: wall time of each training.
         scenes: how many scenes the pipeline learns from.
         processes: how many processes draw scenes and, on a CPU, train the UNet; one for each core is best.
-        device: where networks train. On cuda steps are four to eight times as large, so a tenth of the minutes is
-            enough.
+        device: where networks train. On cuda steps are four to eight times as large; how many minutes are then enough
+            was not measured.
 
     Raises:
         UserError: torch does not find the device.
