@@ -142,8 +142,13 @@ def world_of(path: str | Path) -> World | None:
 
 
 def foreign_world(pipeline: Path, file: str | Path) -> str | None:
-    """The name of the embedded world that the file belongs to, if the pipeline does not belong to it; else None."""
+    """The name of the embedded world that the file belongs to, if the pipeline does not belong to it; else None.
+
+    The shipped configs name files in `data/`, which is not there without a checkout: such a path counts too.
+    """
     world = world_of(file)
+    if world is None and not Path(file).exists():
+        world = next((one for one in WORLDS if Path(file).parts[:2] == ("data", one.name)), None)
     return None if world is None or marks(pipeline) & world.marks else world.name
 
 

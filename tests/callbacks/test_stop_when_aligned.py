@@ -175,15 +175,21 @@ def test_a_step_that_was_skipped_does_not_lower_the_rate_twice() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("model", ["its own world", "another"])
-def test_a_world_s_cost_model_is_used_for_its_own_world_alone(model: str, tiny_pipeline: Path) -> None:
+@pytest.mark.parametrize("model", ["its own world", "another", "another without a checkout"])
+def test_a_world_s_cost_model_is_used_for_its_own_world_alone(
+    model: str, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = TOYWORLD / "pipeline" if model == "its own world" else tiny_pipeline
-    callback, module = StopWhenAligned(str(TOYWORLD / "cost_model"), str(PROMPTS)), Module()
+    cost_model = TOYWORLD / "cost_model"
+    if model == "another without a checkout":
+        monkeypatch.chdir(tmp_path)
+        cost_model = Path("data/toyworld/cost_model")
+    callback, module = StopWhenAligned(str(cost_model), str(PROMPTS)), Module()
     module.pretrained = str(pipeline)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_safety.callbacks.stop_when_aligned.preference_module", lambda one: one)
         callback.setup(None, module, "fit")  # type: ignore[arg-type]
-    if model == "another":
+    if model != "its own world":
         assert "toyworld" in module.told[0]
         assert str(tiny_pipeline) in module.told[0]
         callback.on_train_batch_end(SimpleNamespace(global_step=25), module, None, None, 0)  # type: ignore[arg-type]

@@ -159,6 +159,14 @@ def test_a_world_s_prompts_are_replaced_for_another_model(
     assert "anchors.csv" in caplog.text
 
 
+def test_without_a_checkout_a_world_s_prompts_are_replaced_too(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    anchors = PromptAnchors("data/toyworld/prompts/anchors.csv")
+    assert anchors.read_prompts(str(tiny_pipeline)) == PromptAnchors(SHIPPED).read_prompts()
+
+
 @pytest.mark.parametrize("world", [path.parent.name for path in sorted(TOYWORLD.parent.glob("*/prompts"))])
 def test_a_world_s_anchors_name_nothing_that_a_report_calls_unnamed(world: str) -> None:
     folder = TOYWORLD.parent / world / "prompts"
